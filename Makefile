@@ -1,0 +1,40 @@
+# `make quickstart` trains a real policy on two CPU cores; `make test` runs the tests. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := 2.13.0
+
+.PHONY: quickstart test test-all lint setup clean
+
+setup: .venv/installed
+
+# The CPU build of torch where there is no GPU: from the configured sources, else PyTorch's own index, else whatever PyPI has.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet torch==$(TORCH); \
+	else \
+		$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| $(BIN)/pip install --quiet --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2>/dev/null \
+		|| $(BIN)/pip install --quiet torch==$(TORCH); \
+	fi
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python launch/fetch_model.py
+	$(BIN)/python launch/warmup_policy.py configs/quickstart.yaml
+	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: setup
+	$(BIN)/pytest -q
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Distils the drafter from what the engine has already computed."""

@@ -1,0 +1,49 @@
+"""A drafter's first weights: taken from the target where the shapes agree."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+from rollout.drafters.eagle3_model import Eagle3Model
+from rollout.model_runner import decoder_layers
+
+
+@torch.no_grad()
+def initial_drafter(config: LlamaConfig, vocabulary: torch.Tensor, target: PreTrainedModel, seed: int) -> Eagle3Model:
+    """A float32 drafter that starts near the target.
+
+    The head starts from the target's rows for the draft vocabulary; the layer from the target's last layer, its attention reading
+    the hidden half of the input; ``fc`` passes the highest tap through. The rest is drawn from N(0, 0.02²).
+
+    Args:
+        config: From `eagle3_config`.
+        vocabulary: int64 [draft vocabulary], increasing.
+        target: The policy.
+        seed: Of the random part; equal on every rank.
+    """
+    drafter = Eagle3Model(config, vocabulary)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in drafter.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, 0.02, generator=generator)
+        elif name.endswith("bias"):
+            parameter.zero_()
+    hidden = config.hidden_size
+    drafter.fc.weight[:, -hidden:] += torch.eye(hidden)
+    head: torch.Tensor = next(target.get_output_embeddings().parameters())
+    drafter.lm_head.weight.copy_(head[vocabulary].float())
+    last = dict(decoder_layers(target)[-1].named_parameters())
+    for name, parameter in drafter.midlayer.named_parameters():
+        source = last.get(name)
+        if source is None:
+            continue
+        if source.shape == parameter.shape:
+            parameter.copy_(source.float())
+        elif source.dim() == 2 and parameter.shape == (source.shape[0], 2 * source.shape[1]):
+            parameter[:, source.shape[1] :] = source.float()
+    final_norm = dict(target.base_model.named_parameters()).get("norm.weight")
+    if final_norm is not None and final_norm.shape == drafter.norm.weight.shape:
+        drafter.norm.weight.copy_(final_norm.float())
+    drafter.midlayer.hidden_norm.weight.copy_(drafter.midlayer.input_layernorm.weight)
+    return drafter

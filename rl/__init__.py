@@ -1,0 +1,1 @@
+"""The RL trainer and all that shapes its loss."""

@@ -1,0 +1,1 @@
+"""RL algorithms: one file a family, pure functions of rewards and log-probabilities."""

@@ -1,0 +1,25 @@
+"""What the launch scripts share."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import transformers
+
+from rl.errors import UserError
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints a `UserError` as one line and exits with status 2; anything else keeps its traceback.
+
+    Also silences the progress bars of transformers' loading and saving, which would bury the run's own.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except UserError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

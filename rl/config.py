@@ -1,0 +1,338 @@
+"""Typed configuration: YAML to dataclasses, strictly.
+
+An unknown key, a value of the wrong type or a contradiction is a one-line `UserError` that names the key, its file and the nearest
+valid choice. ``key.sub=value`` overrides come from the command line and are parsed as YAML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from rl.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupConfig:
+    """Supervised warm-up on worked solutions, by ``launch/warmup_policy.py``.
+
+    Attributes:
+        examples: Worked solutions, each seen once.
+        batch_size: Solutions of one optimizer step.
+        lr: Peak learning rate (linear decay to zero, short linear rise).
+        seed: Of the examples; they are drawn apart from the RL problems.
+    """
+
+    examples: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-4
+    seed: int = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """The policy.
+
+    Attributes:
+        model: A local directory, a Hugging Face id, or ``tiny-llama`` (made on the spot).
+        warmup: Warm the policy up first; null trains it as it is.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        mixed_precision: ``bf16`` or ``no``; parameters are float32 either way.
+    """
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    warmup: WarmupConfig | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetConfig:
+    """One reasoning-gym data set: its name, its share of the problems, and its own parameters."""
+
+    name: str = ""
+    weight: float = 1.0
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """Where problems come from.
+
+    Attributes:
+        source: ``reasoning_gym`` (``datasets``, ``size``) or ``jsonl`` (``path``; lines with "prompt" and "answer").
+        datasets: Mixture of reasoning-gym data sets.
+        size: Problems in an epoch.
+        path: JSONL file.
+        instruction: Appended to each question.
+        system: System message, for policies with a chat template; null leaves the template's own.
+    """
+
+    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    datasets: tuple[DatasetConfig, ...] = ()
+    size: int = 1000
+    path: str | None = None
+    instruction: str = ""
+    system: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How rollouts are made.
+
+    Attributes:
+        prompts_per_step: Prompts of one RL step over all ranks; a multiple of the number of ranks.
+        group_size: Samples of each prompt.
+        max_tokens: Longest completion.
+        max_context: Longest prompt and completion together.
+        max_slots: Sequences a rank decodes together.
+        temperature, top_k, top_p: Sampling; training uses the temperature, so RL wants top_k 0 and top_p 1.
+        stop_strings: Completions also end with these.
+        dtype: The engine's arithmetic.
+        strategy: ``adaptive``, ``plain``, or ``<drafter>:<depth>``.
+        drafters: Which are built: ``suffix``, ``eagle3``.
+        max_depth: Longest draft.
+        eagle3_sampling: Draw EAGLE-3 drafts from its distribution instead of taking the likeliest token.
+        kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
+    """
+
+    prompts_per_step: int = 8
+    group_size: int = 8
+    max_tokens: int = 256
+    max_context: int = 512
+    max_slots: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    strategy: str = "adaptive"
+    drafters: tuple[str, ...] = ("suffix", "eagle3")
+    max_depth: int = 6
+    eagle3_sampling: bool = False
+    kv_memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateConfig:
+    """The policy update (GRPO).
+
+    Attributes:
+        lr, weight_decay, grad_clip: AdamW with a constant learning rate.
+        lr_warmup_steps: RL steps over which the learning rate rises linearly.
+        minibatches: Optimizer steps for each batch of rollouts.
+        tokens_per_microbatch: Tokens packed into one forward.
+        clip_low, clip_high: The clip of the ratio below and above 1.
+        kl_coef: Weight of the KL to the starting policy; 0 keeps no reference model.
+        scale_by_std: Divide advantages by the group's standard deviation.
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    lr_warmup_steps: int = 1
+    minibatches: int = 1
+    tokens_per_microbatch: int = 2048
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    scale_by_std: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """The EAGLE-3 drafter and its training.
+
+    Attributes:
+        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts.
+        lr: AdamW's learning rate.
+        unroll: Draft positions trained on (training-time test).
+        decay: Weight of each further position relative to the one before.
+        tokens_per_microbatch: Tokens of one drafter update.
+        passes: Passes over each step's rollouts.
+    """
+
+    draft_vocab_size: int = 4096
+    lr: float = 3e-4
+    unroll: int = 3
+    decay: float = 0.8
+    tokens_per_microbatch: int = 1024
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureConfig:
+    """What is measured beside the run: every ``plain_every`` steps the same requests are decoded again without speculation, for a
+    paired ratio; 0 never does."""
+
+    plain_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrackingConfig:
+    """Metrics always go to ``metrics.jsonl``; these add to it."""
+
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb_project: str = "paceline"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A recipe.
+
+    Attributes:
+        out: Directory of the run.
+        seed: Every random number follows from it.
+        steps: RL steps.
+        save_every: Steps between checkpoints (the last step is always saved).
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    steps: int = 10
+    save_every: int = 5
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: ``key.sub=value`` each, values as YAML.
+
+    Raises:
+        UserError: one line that names the file and key.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe; those that ship are in configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    config = parse(RunConfig, data, where=str(path))
+    check(config)
+    return config
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: write key=value, for example update.lr=1e-6")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    data[last] = yaml.safe_load(value)
+
+
+def parse(kind: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:
+    """Builds a dataclass from a mapping, checking every key and type."""
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"valid keys: {', '.join(sorted(names))}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+    return kind(**{key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
+    if origin is Literal:
+        if value not in arguments:
+            close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.3)
+            hint_text = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{where}: {key} is {value!r}; write one of {', '.join(map(str, arguments))}{hint_text}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {key} is {value!r}; write a section with keys of its own")
+        return parse(hint, value, where, key + ".")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: {key} is {value!r}; write a list")
+        return tuple(_convert(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(value))
+    return _scalar(hint, origin, value, where, key)
+
+
+def _scalar(hint: Any, origin: Any, value: Any, where: str, key: str) -> Any:
+    wanted = origin or hint
+    if wanted is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(f"{where}: {key} is {value!r}; write a value of type {wanted.__name__}")
+    return value
+
+
+def check(config: RunConfig) -> None:
+    """Contradictions between values that are each valid.
+
+    Raises:
+        UserError: for the first one found.
+    """
+    r, u, d = config.rollout, config.update, config.drafter
+    rules = [
+        (r.group_size >= 2, "rollout.group_size is 1: group-relative advantages need at least 2 samples of each prompt"),
+        (r.max_tokens >= 1, f"rollout.max_tokens is {r.max_tokens}: write at least 1"),
+        (r.max_tokens < r.max_context, "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too"),
+        (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
+        (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
+        (r.max_depth >= 1, f"rollout.max_depth is {r.max_depth}: write at least 1"),
+        (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
+        (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
+        (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
+        (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
+        (config.task.source != "jsonl" or config.task.path is not None, "task.source is jsonl: name the file in task.path"),
+        (config.task.source != "reasoning_gym" or bool(config.task.datasets), "task.datasets is empty: name at least one"),
+        (
+            config.task.size >= r.prompts_per_step,
+            "task.size is less than rollout.prompts_per_step: a step would repeat a prompt",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+    known = {"suffix", "eagle3"}
+    for name in r.drafters:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"rollout.drafters has {name!r}; did you mean {close}?")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain data, as it would be written in YAML."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,164 @@
+"""One step's numbers, from every rank's part of it."""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from drafter_trainer.learner import LearnerReport
+from rl.rollouts import RankRollouts
+from rl.update import UpdateReport
+from rollout import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A phase of one rank's step, in seconds since the step began on rank 0."""
+
+    phase: str
+    begin: float
+    end: float
+
+
+def rank_record(
+    done: RankRollouts,
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    learner: LearnerReport,
+    update: UpdateReport,
+    spans: list[Span],
+) -> dict[str, Any]:
+    """What one rank reports, as plain data."""
+    stats = [r.stats for r in done.rollouts]
+    by_drafter: dict[str, Counter[str]] = {}
+    for record in done.records:
+        f = record.feedback
+        if f.strategy.drafter is not None:
+            counts = by_drafter.setdefault(f.strategy.drafter, Counter())
+            counts["sequence_steps"] += f.active
+            counts["committed"] += record.committed
+            counts["draft_ms"] += round(f.draft_seconds * 1e3)
+    return {
+        "rewards": list(rewards),
+        "advantages": [float(a) for a in advantages],
+        "lengths": [len(r.token_ids) for r in done.rollouts],
+        "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
+        "failed": sum(r.finish_reason is FinishReason.FAILED for r in done.rollouts),
+        "sequence_steps": sum(s.steps for s in stats),
+        "drafted": sum(s.drafted for s in stats),
+        "accepted": sum(s.accepted for s in stats),
+        "strategies": dict(Counter(r.strategy for r in done.records)),
+        "by_drafter": {name: dict(counts) for name, counts in by_drafter.items()},
+        "rollout_seconds": done.seconds,
+        "plain_seconds": done.plain_seconds,
+        "plain_identical": done.plain_identical,
+        "tail": [(round(r.at, 4), r.active, r.strategy) for r in done.records],
+        "peak_bytes": peak_memory_bytes(),
+        "spans": [(s.phase, s.begin, s.end) for s in spans],
+        "drafter": {
+            "updates": learner.updates,
+            "tokens": learner.tokens,
+            "loss": learner.loss,
+            "acceptance": learner.acceptance,
+            "skipped": learner.skipped,
+        },
+        "update": {name: getattr(update, name) for name in update.__slots__},
+    }
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, Any]:
+    """Aggregates the ranks' records of one step."""
+    rewards = np.array([x for r in ranks for x in r["rewards"]])
+    lengths = np.array([x for r in ranks for x in r["lengths"]])
+    groups = rewards.reshape(-1, group_size)
+    rollout = max(r["rollout_seconds"] for r in ranks)
+    steps = sum(r["sequence_steps"] for r in ranks)
+    metrics: dict[str, Any] = {
+        "reward/mean": float(rewards.mean()),
+        "reward/exact": float((rewards >= 1).mean()),
+        "reward/std_error": float(groups.mean(1).std(ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else 0.0,
+        "reward/uniform_groups": float((groups.std(1) < 1e-6).mean()),
+        "length/mean": float(lengths.mean()),
+        "length/p50": float(np.quantile(lengths, 0.5)),
+        "length/p95": float(np.quantile(lengths, 0.95)),
+        "length/max": int(lengths.max()),
+        "length/truncated": sum(r["truncated"] for r in ranks),
+        "rollout/failed": sum(r["failed"] for r in ranks),
+        "rollout/seconds": rollout,
+        "rollout/tokens_per_second": float(lengths.sum() / rollout),
+        "rollout/acceptance_length": float((lengths - 1).clip(min=0).sum() / steps) if steps else 1.0,
+        "memory/peak_gb": sum(r["peak_bytes"] for r in ranks) / 1e9,
+        "rollout/drafted": sum(r["drafted"] for r in ranks),
+        "rollout/accepted": sum(r["accepted"] for r in ranks),
+    }
+    metrics |= _drafter_metrics(ranks) | _update_metrics(ranks) | _time_metrics(ranks)
+    if ranks[0]["plain_seconds"] is not None:
+        plain = max(r["plain_seconds"] for r in ranks)
+        metrics["measure/plain_seconds"] = plain
+        metrics["measure/adaptive_seconds"] = rollout
+        metrics["measure/rollout_speedup"] = plain / rollout
+        metrics["measure/identical"] = float(np.mean([r["plain_identical"] for r in ranks]))
+    return metrics
+
+
+def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    total: dict[str, Counter[str]] = {}
+    for rank in ranks:
+        for name, counts in rank["by_drafter"].items():
+            total.setdefault(name, Counter()).update(counts)
+    for name, counts in total.items():
+        metrics[f"rollout/acceptance_length_{name}"] = counts["committed"] / max(counts["sequence_steps"], 1)
+        metrics[f"rollout/draft_seconds_{name}"] = counts["draft_ms"] / 1e3
+    trained = [r["drafter"] for r in ranks if r["drafter"]["updates"]]
+    if trained:
+        metrics["drafter/loss"] = float(np.mean([t["loss"] for t in trained]))
+        metrics["drafter/acceptance"] = np.mean([t["acceptance"] for t in trained], axis=0).tolist()
+        metrics["drafter/updates"] = sum(t["updates"] for t in trained)
+        metrics["drafter/tokens"] = sum(t["tokens"] for t in trained)
+    metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
+    return metrics
+
+
+def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    updates = [r["update"] for r in ranks]
+    tokens = max(sum(u["tokens"] for u in updates), 1)
+    mean = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "entropy", "clipped", "kl", "engine_gap")}
+    return {
+        "update/tokens": sum(u["tokens"] for u in updates),
+        "update/loss": mean["loss"],
+        "update/entropy": mean["entropy"],
+        "update/clipped": mean["clipped"],
+        "update/kl": mean["kl"],
+        "update/grad_norm": updates[0]["grad_norm"],
+        "update/skipped": max(u["skipped"] for u in updates),
+        "engine/logprob_gap_mean": mean["engine_gap"],
+        "engine/logprob_gap_max": max(u["engine_gap_max"] for u in updates),
+    }
+
+
+def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds of each phase (the slowest rank's), and the drafter's training on and off the step's critical path.
+
+    Training that ends before the last rank has finished its rollouts costs the step nothing; the rest delays it.
+    """
+    phases: dict[str, float] = {}
+    for rank in ranks:
+        for phase, begin, end in rank["spans"]:
+            phases[f"time/{phase}"] = max(phases.get(f"time/{phase}", 0.0), end - begin)
+    last_rollout = max(end for r in ranks for phase, _, end in r["spans"] if phase == "rollout")
+    training = [(begin, end) for r in ranks for phase, begin, end in r["spans"] if phase == "drafter"]
+    phases["drafter/seconds"] = sum(end - begin for begin, end in training)
+    phases["drafter/seconds_off_path"] = sum(max(min(end, last_rollout) - begin, 0.0) for begin, end in training)
+    phases["drafter/seconds_on_path"] = max([end - last_rollout for _, end in training if end > last_rollout], default=0.0)
+    return phases

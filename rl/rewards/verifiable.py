@@ -1,0 +1,50 @@
+"""Rewards that a program can check."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+_ANSWER = re.compile(r"Answer:[ \t]*(.*)")
+
+
+def final_answer(completion: str) -> str | None:
+    """The text after the last ``Answer:``, up to the end of its line; None when there is none or it is empty."""
+    found = _ANSWER.findall(completion)
+    return found[-1].strip() or None if found else None
+
+
+def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], float]:
+    """The data set's own scorer on the final answer: completion → reward in [0, 1], 0 without an answer."""
+
+    def score(completion: str) -> float:
+        answer = final_answer(completion)
+        return 0.0 if answer is None else float(dataset.score_answer(answer=answer, entry=entry))
+
+    return score
+
+
+def math_score(gold: str) -> Callable[[str], float]:
+    """Mathematical equality by math-verify: completion → 1.0 or 0.0. The final answer is read where one is marked, else the
+    whole completion."""
+    from math_verify import parse, verify
+
+    parsed = parse(f"${gold}$")
+
+    def score(completion: str) -> float:
+        answer = final_answer(completion)
+        return float(verify(parsed, parse(completion if answer is None else f"${answer}$")))
+
+    return score
+
+
+def verifiable_reward(prompts: list[Any], completions: list[str], problem: list[Any], **_: Any) -> list[float]:
+    """Reward of each completion by its problem's scorer, in TRL's reward-function signature.
+
+    Args:
+        prompts: Unused; part of the signature.
+        completions: Texts.
+        problem: The `rl.tasks.Problem` of each completion, as an extra column.
+    """
+    return [p.score(text) for p, text in zip(problem, completions, strict=True)]

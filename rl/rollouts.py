@@ -1,0 +1,220 @@
+"""The rank's rollouts: engine, drafters, and the drafter's training, built from a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from drafter_trainer.buffer import TraceBuffer
+from drafter_trainer.initial import initial_drafter
+from drafter_trainer.learner import DrafterLearner, LearnerReport
+from rl.config import RunConfig
+from rl.errors import UserError
+from rl.prompts import encode_prompt, stop_token_ids
+from rl.tasks import Problem
+from rollout import (
+    PLAIN,
+    FinishReason,
+    Request,
+    Rollout,
+    RolloutEngine,
+    SamplingParams,
+    StepRecord,
+    Strategy,
+    default_tap_layers,
+)
+from rollout.drafters import Eagle3Drafter, SuffixDrafter
+from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+
+
+@dataclass(slots=True)
+class RankRollouts:
+    """What one rank produced in one step; the samples of a problem are adjacent.
+
+    Attributes:
+        problems: One for each rollout.
+        rollouts: In the same order.
+        seconds: Wall time.
+        records: The engine's decode steps.
+        plain_seconds: Wall time of the same requests without speculation, where that was measured.
+        plain_identical: Share of them whose tokens were the same, where that was measured.
+    """
+
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    seconds: float
+    records: list[StepRecord] = field(default_factory=list)
+    plain_seconds: float | None = None
+    plain_identical: float | None = None
+
+
+def parse_strategy(text: str) -> Strategy | str:
+    """``adaptive``, ``plain`` or ``<drafter>:<depth>``.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if text in ("adaptive", "plain"):
+        return text
+    name, _, depth = text.partition(":")
+    if not depth.isdigit() or int(depth) < 1:
+        raise UserError(f"rollout.strategy is {text!r}; write adaptive, plain or <drafter>:<depth>, for example suffix:4")
+    return Strategy(name, int(depth))
+
+
+class RolloutWorker:
+    """Owns the rank's engine and drafters.
+
+    Args:
+        config: The recipe.
+        policy: The trainer's unwrapped module.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any) -> None:
+        self.config = config
+        self._policy = policy
+        self._tokenizer = tokenizer
+        self._wants_eagle3 = "eagle3" in config.rollout.drafters
+        r = config.rollout
+        self.tap_layers = default_tap_layers(policy.config.get_text_config().num_hidden_layers)
+        self.dtype = getattr(torch, r.dtype)
+        self.engine = RolloutEngine(
+            policy,
+            dtype=self.dtype,
+            max_slots=r.max_slots,
+            max_context=r.max_context,
+            max_depth=r.max_depth,
+            tap_layers=self.tap_layers if self._wants_eagle3 else (),
+            collect_traces=self._wants_eagle3,
+            decode_text=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
+        )
+        if "suffix" in r.drafters:
+            self.engine.add_drafter(SuffixDrafter())
+        self.params = SamplingParams(
+            temperature=r.temperature,
+            top_k=r.top_k,
+            top_p=r.top_p,
+            max_tokens=r.max_tokens,
+            stop_token_ids=stop_token_ids(tokenizer, policy.generation_config),
+            stop_strings=r.stop_strings,
+        )
+        self.buffer = TraceBuffer()
+        self.learner: DrafterLearner | None = None
+        self._drafter: Eagle3Drafter | None = None
+        self._strategy = parse_strategy(r.strategy)
+        self._use_strategy()
+
+    def _use_strategy(self) -> None:
+        wanted = self._strategy
+        waiting = isinstance(wanted, Strategy) and wanted.drafter == "eagle3" and self._drafter is None and self._wants_eagle3
+        try:
+            self.engine.use_strategy(PLAIN if waiting else wanted)
+        except ValueError as error:
+            raise UserError(f"rollout.strategy: {error}") from None
+
+    @property
+    def needs_drafter(self) -> bool:
+        """Whether the EAGLE-3 drafter is wanted and not there yet: its vocabulary comes from the first rollouts."""
+        return self._wants_eagle3 and self.learner is None
+
+    def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
+        """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
+        requests = []
+        for problem in problems:
+            prompt = encode_prompt(self._tokenizer, problem.question, self.config.task.system)
+            for sample in range(self.config.rollout.group_size):
+                seed = stable_seed(self.config.seed, step, problem.key, sample)
+                requests.append(Request(prompt, self.params, seed, group=problem.key))
+        return requests
+
+    def rollout(self, problems: Sequence[Problem], step: int, on_step: Callable[[StepRecord], None] | None = None) -> RankRollouts:
+        """This step's rollouts.
+
+        Raises:
+            UserError: when every request failed; the first reason is given.
+        """
+        requests = self.requests(problems, step)
+        begin = time.perf_counter()
+        rollouts = self.engine.generate(requests, on_step)
+        seconds = time.perf_counter() - begin
+        failed = [r for r in rollouts if r.finish_reason is FinishReason.FAILED]
+        if failed and len(failed) == len(rollouts):
+            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
+        self.buffer.begin_step()
+        self.buffer.add(rollouts)
+        owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
+        return RankRollouts(owners, rollouts, seconds, self.engine.records)
+
+    def measure_plain(self, done: RankRollouts) -> None:
+        """Decodes the same requests again without speculation and notes the time, for a paired ratio."""
+        selector, collect = self.engine.selector, self.engine.collect_traces
+        self.engine.use_strategy(PLAIN)
+        self.engine.collect_traces = False
+        begin = time.perf_counter()
+        again = self.engine.generate([r.request for r in done.rollouts])
+        done.plain_seconds = time.perf_counter() - begin
+        self.engine.selector, self.engine.collect_traces = selector, collect
+        same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
+        done.plain_identical = sum(same) / len(same)
+
+    def create_drafter(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> None:
+        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``, with its learner."""
+        d, r = self.config.drafter, self.config.rollout
+        if model is None:
+            assert vocabulary is not None
+            shape = eagle3_config(self._policy.config, d.draft_vocab_size, self.tap_layers)
+            model = initial_drafter(shape, vocabulary, self._policy, self.config.seed)
+        enabled = self.config.policy.mixed_precision == "bf16"
+        device = self._policy.device.type
+        self.learner = DrafterLearner(
+            model.to(self._policy.device),
+            self._policy.get_input_embeddings(),
+            self._policy.get_output_embeddings(),
+            lr=d.lr,
+            temperature=r.temperature,
+            unroll=d.unroll,
+            decay=d.decay,
+            autocast=lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=enabled),
+        )
+        embed = self.engine.runner.view.module.get_input_embeddings()
+        capacity = RolloutEngine.capacity_for(r.max_context, r.max_depth)
+        self._drafter = Eagle3Drafter(
+            model, embed, slots=r.max_slots, capacity=capacity, dtype=self.dtype, sample=r.eagle3_sampling
+        )
+        self.engine.add_drafter(self._drafter)
+        if isinstance(self._strategy, Strategy):
+            self._use_strategy()
+
+    def train_drafter(self, step: int) -> LearnerReport:
+        """Passes over the traces of this step."""
+        if self.learner is None:
+            return LearnerReport()
+        d = self.config.drafter
+        seed = stable_seed(self.config.seed, step, "drafter", 0)
+        return self.learner.train(self.buffer, budget=d.tokens_per_microbatch, passes=d.passes, seed=seed)
+
+    def take_over_drafter(self) -> str | None:
+        """The engine drafts with the learner's present weights. Returns one line when they are unusable and the old ones stay."""
+        if self.learner is None or self._drafter is None:
+            return None
+        try:
+            self._drafter.load_weights(self.learner.model)
+        except ValueError as error:
+            return str(error)
+        self.engine.selector.drafter_changed("eagle3")
+        return None
+
+
+def stable_seed(run_seed: int, step: int, key: str, sample: int) -> int:
+    """A 63-bit seed that is equal on every machine and after a resume."""
+    import hashlib
+
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{key}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

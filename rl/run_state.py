@@ -1,0 +1,145 @@
+"""A run on disk: one whole checkpoint, replaced atomically, and what it takes to go on from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from rl.errors import UserError
+from rl.policies import copy_tokenizer
+from rollout.drafters.eagle3_model import Eagle3Model
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `load_checkpoint` found: the directory, and the number of whole steps behind it."""
+
+    path: Path
+    steps_done: int
+
+
+def save_checkpoint(
+    run: Path,
+    *,
+    steps_done: int,
+    policy: PreTrainedModel,
+    tokenizer_from: Path,
+    optimizer: torch.optim.Optimizer,
+    drafter: Eagle3Model | None,
+    drafter_optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Writes ``checkpoint/`` of a run beside the old one, then swaps them by renaming: at every instant one whole one exists.
+
+    Raises:
+        UserError: when the disk is full or not writable; the previous checkpoint stays.
+    """
+    building, final, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        policy.save_pretrained(building / "policy")
+        copy_tokenizer(tokenizer_from, building / "policy")
+        save_optimizer(optimizer, building / "optimizer")
+        if drafter is not None and drafter_optimizer is not None:
+            save_drafter(drafter, building / "drafter", torch.float32)
+            save_optimizer(drafter_optimizer, building / "drafter_optimizer")
+        # Random numbers are functions of (seed, step): the step is all the state they have.
+        (building / "state.json").write_text(json.dumps({"steps_done": steps_done}))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise UserError(f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}") from None
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    building.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(run: Path) -> Checkpoint:
+    """The last whole checkpoint of a run.
+
+    Raises:
+        UserError: when there is none.
+    """
+    for name in ("checkpoint", "checkpoint.old"):
+        state = run / name / "state.json"
+        if state.is_file():
+            try:
+                return Checkpoint(run / name, int(json.loads(state.read_text())["steps_done"]))
+            except (json.JSONDecodeError, KeyError, ValueError):
+                raise UserError(f"{state}: not a checkpoint's state; delete {run / name} to go on from an older one") from None
+    raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    """Writes an optimizer's state as ``stem``.safetensors (tensors) and ``stem``.json (the rest)."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            key = f"{index}.{name}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value.contiguous()
+            else:
+                scalars[key] = value
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps({"scalars": scalars, "param_groups": state["param_groups"]}))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    """Restores what `save_optimizer` wrote.
+
+    Raises:
+        UserError: truncated or missing files.
+    """
+    try:
+        tensors = load_file(stem.with_suffix(".safetensors"))
+        rest = json.loads(stem.with_suffix(".json").read_text())
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{stem}: truncated or missing ({error}); resume from another checkpoint") from None
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *rest["scalars"].items()]:
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+def load_checkpoint_drafter(checkpoint: Checkpoint, vocab_size: int, hidden_size: int) -> Eagle3Model | None:
+    """The checkpoint's drafter, or None when the run had none yet.
+
+    Raises:
+        UserError: when it is there but broken.
+    """
+    path = checkpoint.path / "drafter"
+    if not path.is_dir():
+        return None
+    try:
+        return load_drafter(path, vocab_size, hidden_size)
+    except DrafterError as error:
+        raise UserError(str(error)) from None
+
+
+def keep_first_lines(path: Path, steps_done: int) -> None:
+    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and a cut-off last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < steps_done:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.rename(path)

@@ -1,0 +1,108 @@
+"""A short supervised warm-up of the policy on worked solutions, cached by its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rl.config import RunConfig
+from rl.log_probs import PolicyLogProbs
+from rl.packing import PromptRow, Sample, pack, plan
+from rl.policies import cache_dir, copy_tokenizer, fetch_policy
+from rl.prompts import encode_prompt
+from rl.tasks import reasoning_gym_problems
+from rl.worked_solutions import worked_solution
+
+
+def warmed_policy_path(config: RunConfig) -> Path:
+    """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
+    assert config.policy.warmup is not None
+    parts: list[object] = [config.policy.model, asdict(config.policy.warmup), [asdict(d) for d in config.task.datasets]]
+    parts += [config.task.instruction, config.task.system]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
+
+
+def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
+    """Fine-tunes the policy on worked solutions of its task and caches the result. Does nothing when it is there.
+
+    Args:
+        config: A recipe with ``policy.warmup``.
+        on_step: Called with (step, steps, loss).
+
+    Returns:
+        The cached directory, which holds ``warmup.json`` with the loss curve and the seconds it took.
+    """
+    assert config.policy.warmup is not None
+    final = warmed_policy_path(config)
+    if final.is_dir():
+        return final
+    source = fetch_policy(config.policy.model)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    started = time.perf_counter()
+    losses = _fine_tune(config, policy, tokenizer, on_step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
+        building = Path(scratch) / "model"
+        policy.save_pretrained(building)
+        copy_tokenizer(source, building)
+        report = {"seconds": time.perf_counter() - started, "losses": losses}
+        (building / "warmup.json").write_text(json.dumps(report))
+        building.rename(final)
+    return final
+
+
+def _fine_tune(
+    config: RunConfig, policy: PreTrainedModel, tokenizer: Any, on_step: Callable[[int, int, float], None] | None
+) -> list[float]:
+    warmup = config.policy.warmup
+    assert warmup is not None
+    prompts, solutions = _examples(config, tokenizer)
+    steps = len(prompts) // warmup.batch_size
+    model = PolicyLogProbs(policy).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warmup.lr, weight_decay=0.0, fused=True)
+    rise = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / max(steps - rise, 1)))
+    losses = []
+    for step in range(steps):
+        chosen = range(step * warmup.batch_size, (step + 1) * warmup.batch_size)
+        rows = [PromptRow(prompts[i], (Sample(i, solutions[i]),)) for i in chosen]
+        total, count = 0.0, sum(len(solutions[i]) for i in chosen)
+        for members in plan(rows, config.update.tokens_per_microbatch):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"):
+                logprobs, _ = model(pack(members), 1.0)
+            loss = -logprobs.sum() / count
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        if on_step is not None:
+            on_step(step + 1, steps, total)
+    return losses
+
+
+def _examples(config: RunConfig, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    warmup = config.policy.warmup
+    assert warmup is not None
+    problems = reasoning_gym_problems(config.task, warmup.examples, warmup.seed)
+    generator = torch.Generator().manual_seed(warmup.seed)
+    prompts, solutions = [], []
+    for i in torch.randperm(len(problems), generator=generator).tolist():
+        problem = problems[i]
+        text = worked_solution(problem.dataset, problem.entry)
+        prompts.append(encode_prompt(tokenizer, problem.question, config.task.system))
+        solutions.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    return prompts, solutions

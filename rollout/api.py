@@ -1,0 +1,141 @@
+"""What a user of the rollout engine touches: sampling parameters, requests and finished rollouts."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+class FinishReason(enum.StrEnum):
+    """Why a rollout ended."""
+
+    STOP = "stop"  # a stop token or a stop string was produced
+    LENGTH = "length"  # max_tokens, or the model's context, was reached
+    FAILED = "failed"  # this request could not be served; `Rollout.error` says why
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one completion is sampled.
+
+    Args:
+        temperature: Softmax temperature. ``0`` is greedy decoding; negative, infinite or NaN is an error.
+        top_k: Keep the ``top_k`` most likely tokens; ``0`` keeps all.
+        top_p: Keep the smallest set of most likely tokens whose mass reaches ``top_p``, in ``(0, 1]``.
+        max_tokens: Most tokens to produce, at least 1.
+        stop_token_ids: The completion ends with the first of these (it is kept in the token ids).
+        stop_strings: The completion ends with the token that completes one of these. Needs an engine with a tokenizer.
+
+    Raises:
+        ValueError: one line that names the field, for any value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: write 0 for greedy or a finite number above 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: write 0 (all tokens) or a positive count")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: write a number in (0, 1]")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: write at least 1")
+        if any(not s for s in self.stop_strings):
+            raise ValueError("stop_strings has an empty string: it would stop every completion at once; remove it")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether top-k or top-p cuts the distribution."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One completion to produce.
+
+    Args:
+        prompt_ids: Token ids of the prompt, at least one.
+        params: How to sample.
+        seed: Every random number of this request is a function of (seed, position), so the result does not depend on
+            which other requests are decoded beside it (up to the rounding of batched matrix products).
+        group: Requests with an equal group are samples of one prompt. They share a prefill and model-free drafts,
+            also with earlier requests of the same group. ``None`` shares nothing.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    group: Hashable | None = None
+
+
+@dataclass(slots=True)
+class RolloutStats:
+    """What it took to produce one rollout.
+
+    Attributes:
+        steps: Target forwards that this sequence took part in after its prefill.
+        drafted: Draft tokens verified.
+        accepted: Draft tokens that were accepted.
+        seconds: Wall time from admission to finish.
+    """
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class DistillationTrace:
+    """What verification saw of one rollout, for training a drafter; ``n = len(prompt) + len(completion)``.
+
+    Attributes:
+        token_ids: int64 [n], prompt and completion.
+        num_prompt: Length of the prompt.
+        taps: [n - 1, taps * hidden], the target's tapped hidden states at positions ``0 .. n-2``.
+        final: [n - 1, hidden], what the target's output head read. Only rows ``num_prompt - 1 ..`` are filled
+            (those whose next token was generated); earlier rows are zero.
+    """
+
+    token_ids: torch.Tensor
+    num_prompt: int
+    taps: torch.Tensor
+    final: torch.Tensor
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One finished completion.
+
+    Attributes:
+        request: The request it answers.
+        token_ids: The completion's token ids, a final stop token included.
+        logprobs: Natural log-probability of each token under the processed distribution (after temperature, top-k and
+            top-p). At temperature 0 that distribution is a point mass, so the unscaled (temperature 1) one is used.
+        finish_reason: Why it ended.
+        stats: Steps, drafted and accepted tokens.
+        error: One line, when ``finish_reason`` is FAILED.
+        trace: Training data for a drafter, when the engine was asked to collect it.
+    """
+
+    request: Request
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    stats: RolloutStats
+    error: str | None = None
+    trace: DistillationTrace | None = None

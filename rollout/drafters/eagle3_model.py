@@ -1,0 +1,167 @@
+"""The EAGLE-3 draft model: one decoder layer over token embedding and fused target features.
+
+EAGLE-3: "Scaling up Inference Acceleration of Large Language Models via Training-Time Test" (arXiv 2503.01840), section 3.1.
+Parameter names are those of the checkpoints that vLLM and SGLang load (``LlamaForCausalLMEagle3``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: Sequence[int]) -> LlamaConfig:
+    """Configuration of a drafter for ``target``, in the format of the exported checkpoint.
+
+    Args:
+        target: The policy's config.
+        draft_vocab_size: Size of the trimmed vocabulary.
+        tap_layers: Layers whose inputs the drafter reads; three.
+
+    Raises:
+        ValueError: when the draft vocabulary is larger than the target's.
+    """
+    text = target.get_text_config()
+    if not 0 < draft_vocab_size <= text.vocab_size:
+        raise ValueError(
+            f"drafter.draft_vocab_size is {draft_vocab_size}, the target has {text.vocab_size} tokens: write at most that"
+        )
+    extra: dict[str, Any] = {"draft_vocab_size": draft_vocab_size, "eagle_aux_hidden_state_layer_ids": list(tap_layers)}
+    return LlamaConfig(
+        architectures=[ARCHITECTURE],
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(text)},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        **extra,
+    )
+
+
+def _rope_theta(config: PretrainedConfig) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta", 10000.0))
+
+
+def attention_shape(config: LlamaConfig) -> tuple[int, int, int]:
+    """(heads, key/value heads, head dimension) of a drafter's config."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
+    return config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        heads, kv_heads, dim = attention_shape(config)
+        width = 2 * config.hidden_size
+        self.head_dim = dim
+        self.q_proj = nn.Linear(width, heads * dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+        batch, length, _ = x.shape
+        query, key, value = (
+            projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        return self.o_proj(attend(query, key, value).reshape(batch, length, -1))
+
+
+class _Midlayer(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self, embeds: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    ) -> torch.Tensor:
+        x = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+        hidden = hidden + self.self_attn(x, rotary, attend)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Eagle3Model(nn.Module):
+    """Predicts token i + 2 from token i + 1 and the target's features at position i.
+
+    Args:
+        config: From `eagle3_config`.
+        vocabulary: int64 [draft vocabulary], the target ids it can draft, increasing.
+
+    Attributes:
+        d2t: int64 [draft vocabulary], offset from draft id to target id.
+        t2d: bool [vocabulary], which target ids can be drafted.
+    """
+
+    d2t: torch.Tensor
+    t2d: torch.Tensor
+
+    def __init__(self, config: LlamaConfig, vocabulary: torch.Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(len(config.eagle_aux_hidden_state_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = _Midlayer(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(config)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.set_vocabulary(vocabulary)
+
+    def set_vocabulary(self, vocabulary: torch.Tensor) -> None:
+        """Sets which target ids can be drafted. int64 [draft vocabulary], strictly increasing."""
+        if len(vocabulary) != self.config.draft_vocab_size or not bool((vocabulary.diff() > 0).all()):
+            raise ValueError(f"the draft vocabulary must be {self.config.draft_vocab_size} increasing target ids")
+        self.d2t.copy_(vocabulary - torch.arange(len(vocabulary)))
+        self.t2d.zero_()
+        self.t2d[vocabulary] = True
+
+    @property
+    def vocabulary(self) -> torch.Tensor:
+        """int64 [draft vocabulary], the target id of each draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def rotary_at(self, reference: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, L, head_dim] at int64 positions [B, L], in the dtype of ``reference``."""
+        return self.rotary(reference, positions)
+
+    def step(self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """One pass of the layer.
+
+        Args:
+            embeds: [B, L, hidden], the target's embedding of the tokens.
+            hidden: [B, L, hidden], ``fc`` of the target's features, or this model's own previous output.
+            positions: int64 [B, L].
+            attend: Maps query [B, H, L, d], key and value [B, KV, L, d] to [B, L, H, d]; the caller keeps the cache.
+
+        Returns:
+            [B, L, hidden]: read by `logits`, and fed back as ``hidden`` at the next draft position.
+        """
+        return self.midlayer(embeds, hidden, self.rotary_at(hidden, positions), attend)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] → [..., draft vocabulary]."""
+        return self.lm_head(self.norm(hidden))

@@ -1,0 +1,90 @@
+"""Logits to the one processed distribution that sampling, verification and log-probs all use."""
+
+from __future__ import annotations
+
+import torch
+
+from rollout.api import SamplingParams
+
+_BLOCK = 256
+
+
+def processed_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The distribution tokens are drawn from: temperature, then top-k, then top-p, renormalised.
+
+    Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``; top-p keeps the smallest prefix of the sorted
+    tokens whose mass reaches ``top_p`` (Holtzman et al., "The Curious Case of Neural Text Degeneration", section 3.1).
+
+    Args:
+        logits: [B, Q, V], any float dtype.
+        params: One for each of the B rows. Temperature 0 gives a point mass on the first largest logit.
+
+    Returns:
+        float32 [B, Q, V]; a row of non-finite logits gives NaN, which the caller must check.
+    """
+    scaled = logits.float()
+    temperatures = [p.temperature if not p.greedy else 1.0 for p in params]
+    if any(t != 1.0 for t in temperatures):
+        scaled = scaled / torch.tensor(temperatures, device=logits.device).view(-1, 1, 1)
+    probs = torch.softmax(scaled, dim=-1)
+    for row, p in enumerate(params):
+        if p.greedy:
+            probs[row] = _point_mass(logits[row], probs[row])
+        elif p.truncated:
+            probs[row] = _truncate(probs[row], p.top_k, p.top_p)
+    return probs
+
+
+def _point_mass(logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    best = logits.argmax(dim=-1, keepdim=True)
+    mass = torch.zeros_like(probs).scatter_(-1, best, 1.0)
+    return torch.where(probs.isnan(), probs, mass)
+
+
+def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    vocab = probs.shape[-1]
+    if 0 < top_k < vocab:
+        kth = probs.topk(top_k, dim=-1).values[..., -1:]
+        probs = probs.masked_fill(probs < kth, 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    if top_p < 1:
+        values, order = probs.sort(dim=-1, descending=True, stable=True)
+        before = values.cumsum(-1) - values
+        values = values.masked_fill(before >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, values)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draws one index a row in proportion to ``weights`` by inverting the cumulative sum.
+
+    The sum is taken in two levels (blocks of 256, then within the chosen block), in float64 at the first, so that
+    no full-vocabulary scan is needed and small probabilities are not lost to rounding.
+
+    Args:
+        weights: float32 [R, V], non-negative, not necessarily normalised, each row's sum positive.
+        uniform: float64 [R] in [0, 1).
+
+    Returns:
+        int64 [R]. A token of weight zero is never returned.
+    """
+    rows, vocab = weights.shape
+    padding = -vocab % _BLOCK
+    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
+    blocks = padded.view(rows, -1, _BLOCK)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    goal = uniform.to(ends)[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, goal, right=True).clamp_(max=ends.shape[-1] - 1)
+    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), torch.zeros_like(goal))
+    inside = blocks[torch.arange(rows, device=weights.device), block[:, 0]]
+    index = torch.searchsorted(inside.double().cumsum(-1), goal - start, right=True).clamp_(max=_BLOCK - 1)
+    token = block * _BLOCK + index
+    return _nearest_positive(weights, token)
+
+
+def _nearest_positive(weights: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Rounding can carry the search just past the last positive weight; then take the likeliest token instead."""
+    token = token.clamp(max=weights.shape[-1] - 1)
+    chosen = weights.gather(1, token)
+    return torch.where(chosen > 0, token, weights.argmax(-1, keepdim=True))[:, 0]

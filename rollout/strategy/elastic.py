@@ -1,0 +1,161 @@
+"""Whether to speculate and how deep, from measured times: the expected tokens a second of every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_DECAY = 0.95
+_PROBE_EVERY = 48
+_PRIOR_ACCEPT = 0.6
+_PRIOR_WEIGHT = 4.0
+
+
+def batch_bucket(active: int) -> int:
+    """The bucket of a batch size: the smallest power of two that holds it."""
+    return next((b for b in _BATCHES if active <= b), _BATCHES[-1])
+
+
+class _Mean:
+    """Exponentially weighted mean, started from the first value."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, x: float, decay: float = 0.8) -> None:
+        self.value = x if self.value is None else decay * self.value + (1 - decay) * x
+
+
+class _Acceptance:
+    """Estimate of P(draft token i is kept | those before it were), with a prior that fades.
+
+    A sequence that was offered fewer tokens than asked counts as a miss at the first one missing: an empty proposal costs
+    the same forward as a wrong one.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.kept = [_PRIOR_ACCEPT * _PRIOR_WEIGHT] * depth
+        self.tried = [_PRIOR_WEIGHT] * depth
+
+    def add(self, accepted: Sequence[int], depth: int) -> None:
+        for i in range(depth):
+            reached = sum(a >= i for a in accepted)
+            if reached:
+                fade = _DECAY ** min(reached, 8)
+                self.kept[i] = fade * self.kept[i] + sum(a > i for a in accepted)
+                self.tried[i] = fade * self.tried[i] + reached
+
+    def soften(self) -> None:
+        """Shrinks the weight of what was seen to that of the prior, and mixes the prior in by half."""
+        for i, (kept, tried) in enumerate(zip(self.kept, self.tried, strict=True)):
+            self.kept[i] = _PRIOR_WEIGHT / 2 * (kept / tried + _PRIOR_ACCEPT)
+            self.tried[i] = _PRIOR_WEIGHT
+
+    def expected_tokens(self, depth: int) -> float:
+        """Tokens one step commits for each sequence: 1 + Σ_i Π_{j≤i} P(keep j) (Leviathan et al., arXiv 2211.17192, eq. 1,
+        with a probability for each position)."""
+        total, running = 1.0, 1.0
+        for i in range(depth):
+            running *= self.kept[i] / self.tried[i]
+            total += running
+        return total
+
+
+class ElasticSelector:
+    """Picks the depth and drafter with the most expected tokens a second at this batch size.
+
+    Time of a choice = measured forward time at (batch bucket, tokens of each sequence) + drafting time + overhead; tokens =
+    `_Acceptance.expected_tokens`. Forward times start from a calibration run and are corrected by every step. Where
+    plain decoding is chosen, the best speculative choice is tried once in 48 steps, if it could pay at all, so that a drafter that
+    has become better is noticed.
+
+    Args:
+        drafters: Names to choose from.
+        max_depth: Deepest chain.
+        forward_seconds: Calibrated seconds of a forward of (batch bucket, tokens of each sequence).
+        draft_seconds: First guess of the seconds to propose one token of one drafter: (name, batch bucket) → seconds.
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[str],
+        max_depth: int,
+        forward_seconds: Callable[[int, int], float],
+        draft_seconds: Callable[[str, int], float],
+    ) -> None:
+        self.max_depth = max_depth
+        self._forward_guess = forward_seconds
+        self._draft_guess = draft_seconds
+        self._forward: dict[tuple[int, int], _Mean] = {}
+        self._draft: dict[tuple[str, int], _Mean] = {}
+        self._overhead: dict[int, _Mean] = {}
+        self._acceptance = {name: _Acceptance(max_depth) for name in drafters}
+        self._plain_run = 0
+
+    def choose(self, active: int, context: int) -> Strategy:
+        bucket = batch_bucket(active)
+        plain = 1.0 / self._seconds(PLAIN, bucket)
+        ranked = [(self._rate(s, bucket), s) for s in self._speculative()]
+        if not ranked:
+            return PLAIN
+        best_rate, best = max(ranked, key=lambda pair: pair[0])
+        if best_rate > plain:
+            self._plain_run = 0
+            return best
+        self._plain_run += 1
+        if self._plain_run % _PROBE_EVERY == 0 and self._could_pay(bucket, plain):
+            return Strategy(best.drafter, min(2, self.max_depth))
+        return PLAIN
+
+    def _speculative(self) -> list[Strategy]:
+        return [Strategy(name, depth) for name in self._acceptance for depth in range(1, self.max_depth + 1)]
+
+    def _rate(self, strategy: Strategy, bucket: int) -> float:
+        assert strategy.drafter is not None
+        return self._acceptance[strategy.drafter].expected_tokens(strategy.depth) / self._seconds(strategy, bucket)
+
+    def _could_pay(self, bucket: int, plain: float) -> bool:
+        """Whether some depth would beat plain decoding if three of four draft tokens were kept."""
+        return any(sum(0.75**i for i in range(s.depth + 1)) / self._seconds(s, bucket) > plain for s in self._speculative())
+
+    def _seconds(self, strategy: Strategy, bucket: int) -> float:
+        return (
+            self._forward_time(bucket, strategy.depth + 1)
+            + self._draft_time(strategy.drafter, bucket) * strategy.depth
+            + (self._overhead[bucket].value or 0.0 if bucket in self._overhead else 0.0)
+        )
+
+    def _forward_time(self, bucket: int, width: int) -> float:
+        """Measured where it was; else the calibrated ratio of this width to plain decoding times what plain decoding takes now."""
+        measured = self._forward.get((bucket, width))
+        if measured is not None and measured.value is not None:
+            return measured.value
+        plain = self._forward.get((bucket, 1))
+        scale = plain.value / self._forward_guess(bucket, 1) if plain is not None and plain.value is not None else 1.0
+        return self._forward_guess(bucket, width) * scale
+
+    def _draft_time(self, drafter: str | None, bucket: int) -> float:
+        if drafter is None:
+            return 0.0
+        measured = self._draft.get((drafter, bucket))
+        return measured.value if measured is not None and measured.value is not None else self._draft_guess(drafter, bucket)
+
+    def record(self, feedback: StepFeedback) -> None:
+        bucket = batch_bucket(feedback.active)
+        self._forward.setdefault((bucket, feedback.width), _Mean()).add(feedback.forward_seconds)
+        rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
+        self._overhead.setdefault(bucket, _Mean()).add(rest)
+        strategy = feedback.strategy
+        if strategy.drafter is not None:
+            self._draft.setdefault((strategy.drafter, bucket), _Mean()).add(feedback.draft_seconds / strategy.depth)
+            self._acceptance[strategy.drafter].add(feedback.accepted, strategy.depth)
+
+    def drafter_changed(self, name: str) -> None:
+        """A new drafter starts from the prior; new weights of a known one leave what was learned as a weaker prior."""
+        known = self._acceptance.get(name)
+        if known is None:
+            self._acceptance[name] = _Acceptance(self.max_depth)
+        else:
+            known.soften()

@@ -1,0 +1,32 @@
+"""The draft tree, and its simplest shape: a chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def chain_parents(batch: int, depth: int) -> torch.Tensor:
+    """Parent index of each node of a chain: int64 [batch, depth], ``-1`` (the last committed token), 0, 1, …"""
+    return torch.arange(-1, depth - 1).expand(batch, depth)
+
+
+@dataclass(slots=True)
+class DraftTree:
+    """Draft tokens of a batch, ragged by ``lengths``.
+
+    Attributes:
+        tokens: int64 [B, N], target token ids; entries past ``lengths`` are arbitrary valid ids.
+        parents: int64 [B, N], index of each node's parent, ``-1`` for the last committed token.
+        lengths: int64 [B], how many of the N nodes of each row are real.
+        probs: float32 [B, N, W], the distribution node i was *drawn from*, over the drafter's W tokens; or None when the
+            tokens are deterministic, that is, a function of what is already committed.
+        vocabulary: int64 [W], target ids of the drafter's tokens; None when W is the target's vocabulary.
+    """
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    lengths: torch.Tensor
+    probs: torch.Tensor | None = None
+    vocabulary: torch.Tensor | None = None
