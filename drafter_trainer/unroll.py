@@ -12,6 +12,8 @@ from drafter_trainer.losses import soft_cross_entropy
 from rollout.api import DistillationTrace
 from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
+_CHUNK = 256
+
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
@@ -56,11 +58,15 @@ def make_batch(
         taps[row, : count - 1] = trace.taps
         trained[row, trace.num_prompt - 1 : count - 1] = True
         finals.append(trace.final[trace.num_prompt - 1 :])
-    logits = head(torch.cat(finals)).float() / temperature
-    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     teacher = torch.zeros(batch, width, len(vocabulary))
-    teacher[trained] = torch.exp(logits[:, vocabulary] - normaliser)
+    teacher[trained] = torch.cat([_teacher(head, f, vocabulary, temperature) for f in torch.cat(finals).split(_CHUNK)])
     return DraftBatch(tokens, taps, teacher, trained)
+
+
+def _teacher(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens."""
+    logits = head(final).float() / temperature
+    return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))
 
 
 def unrolled_loss(
@@ -69,8 +75,8 @@ def unrolled_loss(
     """Loss over ``unroll`` draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2,
     figure 6).
 
-    At step m, anchor a attends to the real features of anchors ≤ a and to its own steps 1 … m, as a draft started at a does. Only
-    anchors count from the prompt's last token on, where drafting can start.
+    At step m, anchor a attends to the real features of anchors ≤ a and to its own steps 1 … m, as a draft started at a does. Only anchors
+    from the prompt's last token on count, where drafting can start.
 
     Args:
         model: The drafter.

@@ -14,7 +14,7 @@ from rl.packing import PackedBatch
 from rollout.attention import grouped_attention
 
 PACKED_ATTENTION = "paceline_packed"
-_CHUNK = 512
+_CHUNK = 256
 
 
 class _ToRows(torch.autograd.Function):

@@ -18,7 +18,7 @@ from rollout.sampling import draw
 from rollout.sequence import SequenceState
 from rollout.trees.chain import DraftTree, chain_parents
 
-_BATCHED_CATCH_UP = 8
+_EXACT_WIDTH, _WIDTH_STEP = 8, 32
 
 
 class Eagle3Drafter:
@@ -102,39 +102,40 @@ class Eagle3Drafter:
             probs.append(q)
             if offset + 1 < depth:
                 positions = (lengths - 1 + offset)[:, None]
-                hidden = self._run(slice(0, len(sequences)), token[:, None], hidden[:, None], positions)[:, 0]
+                hidden = self._run(token[:, None], hidden[:, None], positions)[:, 0]
         drafted = torch.full((len(sequences),), depth)
         parents = chain_parents(len(sequences), depth)
         stacked = torch.stack([q for q in probs if q is not None], 1) if self.sample else None
         return DraftTree(torch.stack(tokens, 1), parents, drafted, stacked, self.vocabulary if self.sample else None)
 
     def _catch_up(self, sequences: Sequence[SequenceState], taps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Reads the features of tokens committed since the last draft. Returns the newest output of each slot [B, hidden]."""
-        for slot, sequence in enumerate(sequences):
-            pending = len(sequence.tokens) - 1 - self._seen[slot]
-            if pending > _BATCHED_CATCH_UP:
-                self._read(slice(slot, slot + 1), [sequence], taps, pending - 1)
-                self._seen[slot] += pending - 1
+        """Reads the features of tokens committed since the last draft. Returns the newest output of each slot [B, hidden].
+
+        One forward, padded to the slot that is furthest behind: in a step where all were decoded plainly until now, and in the
+        steady state, they are about equally far.
+        """
         most = max(len(s.tokens) - 1 - self._seen[slot] for slot, s in enumerate(sequences))
-        out = self._read(slice(0, len(sequences)), sequences, taps, most)
+        if most > _EXACT_WIDTH:  # few distinct shapes: a new one costs the kernel library a compilation
+            most = -(-most // _WIDTH_STEP) * _WIDTH_STEP
+        out = self._read(sequences, taps, most)
         last = torch.tensor([len(s.tokens) - 2 - self._seen[slot] for slot, s in enumerate(sequences)], device=out.device)
         for slot, sequence in enumerate(sequences):
             self._seen[slot] = len(sequence.tokens) - 1
         return out[torch.arange(len(sequences), device=out.device), last]
 
-    def _read(self, rows: slice, sequences: Sequence[SequenceState], taps: torch.Tensor, count: int) -> torch.Tensor:
-        """Runs ``count`` positions from each slot's first unread one. Those past the end are overwritten later."""
-        first = self._seen[rows]
+    def _read(self, sequences: Sequence[SequenceState], taps: torch.Tensor, count: int) -> torch.Tensor:
+        """Runs ``count`` positions from each slot's first unread one. Those past a slot's end are overwritten later."""
+        device = self.cache.device
+        first = self._seen[: len(sequences)]
         padded = [s.tokens[at + 1 : at + 1 + count] for s, at in zip(sequences, first, strict=True)]
-        tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=self.cache.device)
-        positions = torch.tensor(first, device=self.cache.device)[:, None] + torch.arange(count, device=self.cache.device)
+        tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
+        positions = torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)
         positions = positions.clamp(max=self.cache.span - 1)
-        slots = torch.arange(rows.start, rows.stop, device=self.cache.device)[:, None]
-        features = taps[slots, positions][..., :-1, :].flatten(-2)
-        return self._run(rows, tokens, self.model.fc(features), positions)
+        features = taps[torch.arange(len(sequences), device=device)[:, None], positions][..., :-1, :].flatten(-2)
+        return self._run(tokens, self.model.fc(features), positions)
 
-    def _run(self, rows: slice, tokens: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        batch = ForwardBatch(rows, positions, span=self.cache.span, prefill=False)
+    def _run(self, tokens: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        batch = ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span, prefill=False)
         self.cache.begin(batch)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,98 @@
+"""Small models and engines for tests."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rollout import RolloutEngine, default_tap_layers
+from rollout.drafters import Eagle3Drafter, SuffixDrafter
+from rollout.drafters.base import DraftContext
+from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from rollout.sequence import SequenceState
+from rollout.trees.chain import DraftTree, chain_parents
+
+
+def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0) -> LlamaForCausalLM:
+    """A random float32 Llama in eval mode; ``sharpness`` scales its output head, so that its distributions are not all flat."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    return model
+
+
+def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, seed: int = 1) -> Eagle3Model:
+    """A random drafter over every second token of the target's vocabulary (or the first ``draft_vocab_size`` of those)."""
+    torch.manual_seed(seed)
+    vocab = model.config.vocab_size
+    vocabulary = torch.arange(0, vocab, 2)[: draft_vocab_size or vocab]
+    config = eagle3_config(model.config, len(vocabulary), default_tap_layers(model.config.num_hidden_layers))
+    drafter = Eagle3Model(config, vocabulary)
+    with torch.no_grad():
+        drafter.lm_head.weight.mul_(20)
+    return drafter
+
+
+class AdversarialDrafter:
+    """Random tokens from a random distribution that has nothing to do with the target's."""
+
+    name = "adversarial"
+    needs_taps = False
+
+    def __init__(self, vocab_size: int, sampled: bool, seed: int = 0) -> None:
+        self._vocab, self._sampled = vocab_size, sampled
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def propose(self, context: DraftContext, depth: int) -> DraftTree:
+        batch = len(context.sequences)
+        q = torch.rand(batch, depth, self._vocab, generator=self._generator).pow(4)
+        q /= q.sum(-1, keepdim=True)
+        tokens = torch.multinomial(q.flatten(0, 1), 1, generator=self._generator).view(batch, depth)
+        lengths = torch.randint(0, depth + 1, (batch,), generator=self._generator)
+        return DraftTree(tokens, chain_parents(batch, depth), lengths, q if self._sampled else None)
+
+    def observe(self, sequence: SequenceState, count: int) -> None: ...
+
+    def move(self, source: int, target: int) -> None: ...
+
+    def release(self, slot: int) -> None: ...
+
+
+def engine_for(
+    model: LlamaForCausalLM, *, slots: int = 5, context: int = 200, eagle3_sampling: bool = False, **options
+) -> RolloutEngine:
+    """A float32 engine with every drafter."""
+    engine = RolloutEngine(
+        model,
+        dtype=torch.float32,
+        max_slots=slots,
+        max_context=context,
+        tap_layers=default_tap_layers(model.config.num_hidden_layers),
+        **options,
+    )
+    engine.add_drafter(SuffixDrafter())
+    engine.add_drafter(
+        Eagle3Drafter(
+            tiny_eagle3(model),
+            engine.runner.view.module.get_input_embeddings(),
+            slots=slots,
+            capacity=engine.capacity_for(context, engine.max_depth),
+            dtype=torch.float32,
+            sample=eagle3_sampling,
+        )
+    )
+    engine.add_drafter(AdversarialDrafter(model.config.vocab_size, sampled=True))
+    return engine
