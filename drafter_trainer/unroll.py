@@ -75,8 +75,8 @@ def unrolled_loss(
     """Loss over ``unroll`` draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2,
     figure 6).
 
-    At step m, anchor a attends to the real features of anchors ≤ a and to its own steps 1 … m, as a draft started at a does. Only anchors
-    from the prompt's last token on count, where drafting can start.
+    At step m, anchor a attends to the real features of anchors ≤ a and to its own steps 1 … m, as a draft started at a does. Only
+    anchors from the prompt's last token on count, where drafting can start.
 
     Args:
         model: The drafter.

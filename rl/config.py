@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from rl.errors import UserError
+from rollout.drafters import DRAFTERS
 
 T = TypeVar("T")
 
@@ -77,6 +78,7 @@ class TaskConfig:
         path: JSONL file.
         instruction: Appended to each question.
         system: System message, for policies with a chat template; null leaves the template's own.
+        reward: ``module:function`` in TRL's reward signature; null takes each problem's own scorer.
     """
 
     source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
@@ -85,6 +87,7 @@ class TaskConfig:
     path: str | None = None
     instruction: str = ""
     system: str | None = None
+    reward: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class RolloutConfig:
         stop_strings: Completions also end with these.
         dtype: The engine's arithmetic.
         strategy: ``adaptive``, ``plain``, or ``<drafter>:<depth>``.
-        drafters: Which are built: ``suffix``, ``eagle3``.
+        drafters: Which are built; names of `rollout.drafters.DRAFTERS`.
         max_depth: Longest draft.
         eagle3_sampling: Draw EAGLE-3 drafts from its distribution instead of taking the likeliest token.
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
@@ -326,10 +329,9 @@ def check(config: RunConfig) -> None:
     for holds, message in rules:
         if not holds:
             raise UserError(message)
-    known = {"suffix", "eagle3"}
     for name in r.drafters:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        if name not in DRAFTERS:
+            close = difflib.get_close_matches(name, DRAFTERS, n=1, cutoff=0.0)[0]
             raise UserError(f"rollout.drafters has {name!r}; did you mean {close}?")
 
 

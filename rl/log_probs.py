@@ -76,13 +76,15 @@ def packed_attention(
     if sliding_window is not None:
         near = packed.pad_positions[:, None, :] > packed.pad_positions[:, :, None] - sliding_window
         visible = visible & near
-    q, k, v = (_ToRows.apply(x[0].transpose(0, 1), packed).transpose(1, 2) for x in (query, key, value))
-    if query.device.type == "cpu" or softcap is not None:
-        bias = torch.zeros((), dtype=q.dtype).expand(visible.shape).masked_fill(~visible, float("-inf"))[:, None, None]
-        out = grouped_attention(q, k.contiguous(), v.contiguous(), bias.to(q.device), scaling, softcap)
-    else:
-        attend = nn.functional.scaled_dot_product_attention
-        out = attend(q, k, v, attn_mask=visible[:, None], scale=scaling, enable_gqa=True).transpose(1, 2)
+    # Rotary embedding leaves float32 under autocast, and softmax would: here all keep the value's precision: a quarter less memory.
+    q, k, v = (_ToRows.apply(x[0].transpose(0, 1).to(value.dtype), packed).transpose(1, 2) for x in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        if query.device.type == "cpu" or softcap is not None:
+            bias = torch.zeros((), dtype=q.dtype, device=q.device).expand(visible.shape).masked_fill(~visible, float("-inf"))
+            out = grouped_attention(q, k.contiguous(), v.contiguous(), bias[:, None, None], scaling, softcap)
+        else:
+            attend = nn.functional.scaled_dot_product_attention
+            out = attend(q, k, v, attn_mask=visible[:, None], scale=scaling, enable_gqa=True).transpose(1, 2)
     return _ToLine.apply(out, packed)[None], None
 
 

@@ -44,6 +44,7 @@ def rank_record(
             counts["committed"] += record.committed
             counts["draft_ms"] += round(f.draft_seconds * 1e3)
     return {
+        "problems": [p.key for p in done.problems],
         "rewards": list(rewards),
         "advantages": [float(a) for a in advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
@@ -81,12 +82,14 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
     rewards = np.array([x for r in ranks for x in r["rewards"]])
     lengths = np.array([x for r in ranks for x in r["lengths"]])
     groups = rewards.reshape(-1, group_size)
+    keys = [key for r in ranks for key in r["problems"][::group_size]]
     rollout = max(r["rollout_seconds"] for r in ranks)
     steps = sum(r["sequence_steps"] for r in ranks)
     metrics: dict[str, Any] = {
         "reward/mean": float(rewards.mean()),
         "reward/exact": float((rewards >= 1).mean()),
         "reward/std_error": float(groups.mean(1).std(ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else 0.0,
+        "reward/by_problem": {key: float(mean) for key, mean in zip(keys, groups.mean(1), strict=True)},
         "reward/uniform_groups": float((groups.std(1) < 1e-6).mean()),
         "length/mean": float(lengths.mean()),
         "length/p50": float(np.quantile(lengths, 0.5)),

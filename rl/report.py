@@ -53,6 +53,23 @@ def write_report(run: Path) -> Path:
     return out
 
 
+def write_picture(run: Path, out: Path) -> Path:
+    """Four of the report's plots in one PNG."""
+    metrics = read_metrics(run)
+    timeline = [json.loads(line) for line in (run / "timeline.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(13, 7), dpi=90)
+    plot_reward(axes[0, 0], metrics)
+    plot_acceptance(axes[0, 1], metrics)
+    plot_tail(axes[1, 0], timeline[-1])
+    plot_timeline(axes[1, 1], timeline[-1])
+    for ax, title in zip(axes.flat, ("reward", "acceptance length", "the tail of the last rollout", "the last step"), strict=True):
+        ax.set_title(title)
+    figure.tight_layout()
+    figure.savefig(out)
+    plt.close(figure)
+    return out
+
+
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Paceline: {title}</title>
 <style>body{{font:15px sans-serif;max-width:900px;margin:2em auto;padding:0 1em}}img{{max-width:100%}}
 td{{padding:.15em 1em .15em 0;border-bottom:1px solid #ddd}}</style>

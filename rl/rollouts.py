@@ -28,7 +28,7 @@ from rollout import (
     Strategy,
     default_tap_layers,
 )
-from rollout.drafters import Eagle3Drafter, SuffixDrafter
+from rollout.drafters import DRAFTERS, Eagle3Drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 
 
@@ -95,8 +95,9 @@ class RolloutWorker:
             decode_text=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
         )
-        if "suffix" in r.drafters:
-            self.engine.add_drafter(SuffixDrafter())
+        for name in r.drafters:
+            if name != "eagle3":  # it comes with its weights, see create_drafter
+                self.engine.add_drafter(DRAFTERS[name]())
         self.params = SamplingParams(
             temperature=r.temperature,
             top_k=r.top_k,

@@ -20,14 +20,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its steps."""
     quarter = max(len(metrics) // 4, 1)
-    rewards = np.array([m["reward/mean"] for m in metrics])
-    before, after = rewards[:quarter], rewards[-quarter:]
+    first, last = metrics[:quarter], metrics[-quarter:]
     measured = [m for m in metrics if "measure/rollout_speedup" in m]
     summary: dict[str, Any] = {
         "steps": len(metrics),
-        "reward_before": float(before.mean()),
-        "reward_after": float(after.mean()),
-        "reward_rise_std_error": float(np.sqrt(_variance_of_mean(before) + _variance_of_mean(after))),
+        "reward_before": float(np.mean([m["reward/mean"] for m in first])),
+        "reward_after": float(np.mean([m["reward/mean"] for m in last])),
+        "reward_rise_std_error": rise_std_error(first, last),
         "acceptance_length": float(np.mean([m["rollout/acceptance_length"] for m in metrics])),
         "length_mean": float(np.mean([m["length/mean"] for m in metrics])),
         "length_p50": float(np.median([m["length/p50"] for m in metrics])),
@@ -62,6 +61,27 @@ def _step_seconds(m: dict[str, Any]) -> float:
     """A step without what was only measured: rollouts, the drafter's training on the critical path, scoring, update, sync."""
     phases = ("score", "update", "sync")
     return m["rollout/seconds"] + m["drafter/seconds_on_path"] + sum(m.get(f"time/{p}", 0.0) for p in phases)
+
+
+def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:
+    """Standard error of the rise in mean reward between two spans of steps.
+
+    Where both saw the same problems (an epoch each), problems are paired: their difficulty, most of the variance, cancels.
+    Otherwise it is that of two independent sets of problems.
+    """
+    a, b = _by_problem(first), _by_problem(last)
+    if a.keys() == b.keys():
+        differences = np.array([b[k] - a[k] for k in a])
+        return float(np.sqrt(_variance_of_mean(differences)))
+    return float(np.sqrt(_variance_of_mean(np.array([*a.values()])) + _variance_of_mean(np.array([*b.values()]))))
+
+
+def _by_problem(steps: list[dict[str, Any]]) -> dict[str, float]:
+    rewards: dict[str, list[float]] = {}
+    for m in steps:
+        for key, reward in m["reward/by_problem"].items():
+            rewards.setdefault(key, []).append(reward)
+    return {key: float(np.mean(values)) for key, values in sorted(rewards.items())}
 
 
 def _variance_of_mean(x: np.ndarray) -> float:

@@ -72,7 +72,7 @@ class Tracker:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def say(self, text: str) -> None:
         """A line for the user."""

@@ -21,9 +21,10 @@ from rl.algorithms.grpo import group_advantages
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
 from rl.log_probs import PolicyLogProbs
+from rl.machine import release_freed_memory
 from rl.metrics import Span, rank_record, step_metrics
 from rl.policies import fetch_policy
-from rl.rewards.verifiable import verifiable_reward
+from rl.rewards.verifiable import load_reward, verifiable_reward
 from rl.rollouts import RankRollouts, RolloutWorker
 from rl.run_state import Checkpoint, keep_first_lines, load_checkpoint_drafter, load_optimizer, save_checkpoint
 from rl.tasks import load_task
@@ -50,6 +51,7 @@ class Trainer:
                 f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
             )
         self.task = load_task(config.task, config.seed)
+        self.reward = verifiable_reward if config.task.reward is None else load_reward(config.task.reward)
         self.source = starting_policy(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         weights = self.source if checkpoint is None else checkpoint.path / "policy"
@@ -122,6 +124,7 @@ class Trainer:
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self._share_drafter(done, learner, tracker)
+            release_freed_memory()
         record = rank_record(done, rewards, advantages.tolist(), learner, update, clock.spans)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
@@ -129,7 +132,8 @@ class Trainer:
 
     def _score(self, done: RankRollouts) -> list[float]:
         texts = [str(self.tokenizer.decode(r.token_ids, skip_special_tokens=True)) for r in done.rollouts]
-        scores = verifiable_reward([], texts, problem=done.problems)
+        questions = [p.question for p in done.problems]
+        scores = self.reward(prompts=questions, completions=texts, problem=done.problems, answer=[p.answer for p in done.problems])
         return [0.0 if r.finish_reason is FinishReason.FAILED else s for r, s in zip(done.rollouts, scores, strict=True)]
 
     def _share_drafter(self, done: RankRollouts, learner: LearnerReport, tracker: Tracker) -> None:

@@ -175,6 +175,8 @@ class RolloutEngine:
     def _admit(self) -> Iterator[tuple[int, Rollout]]:
         """Prefills what fits. The samples of one prompt admitted together share a forward."""
         shared: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        admitted: list[SequenceState] = []
+        first_logits: list[torch.Tensor] = []
         cache = self.runner.cache
         for slot, sequence in self.scheduler.admit():
             prompt = tuple(sequence.tokens)
@@ -186,12 +188,13 @@ class RolloutEngine:
                 logits = self.runner.prefill(torch.tensor(prompt, device=self._device), slot)
                 shared[prompt] = (slot, logits)
             self._observe(sequence, sequence.num_prompt)
-            self._sample_first(sequence, logits)
-        yield from self._retire()
-
-    def _sample_first(self, sequence: SequenceState, logits: torch.Tensor) -> None:
-        self._verify([sequence], logits[None, None], _no_draft(1))
-        sequence.stats.steps = 0
+            admitted.append(sequence)
+            first_logits.append(logits)
+        if admitted:
+            self._verify(admitted, torch.stack(first_logits)[:, None], _no_draft(len(admitted)))
+            for sequence in admitted:
+                sequence.stats.steps = 0
+            yield from self._retire()
 
     def _step(self) -> tuple[StepFeedback, int]:
         """One decode step of every active sequence: the strategy's feedback and how many tokens were committed."""

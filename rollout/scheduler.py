@@ -32,19 +32,21 @@ class Scheduler:
             yield len(self.active) - 1, sequence
 
     def retire(self) -> Iterator[tuple[int, int]]:
-        """Drops finished sequences; the last one fills each hole. Yields (slot that ends, slot whose sequence moves into it).
+        """Drops finished sequences; the last unfinished one fills each hole.
 
-        The two are equal when the ended sequence was the last one.
+        Yields (slot that ends, slot whose sequence moves into it); the two are equal when nothing moves.
         """
         slot = 0
         while slot < len(self.active):
-            if self.active[slot].finish is None:
-                slot += 1
-                continue
             last = len(self.active) - 1
-            self.active[slot] = self.active[last]
-            self.active.pop()
-            yield slot, last
+            if self.active[last].finish is not None:
+                self.active.pop()
+                yield last, last
+            elif self.active[slot].finish is not None:
+                self.active[slot] = self.active.pop()
+                yield slot, last
+            else:
+                slot += 1
 
     def clear(self) -> None:
         """Forgets everything: the caller stopped listening."""

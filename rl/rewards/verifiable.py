@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from rl.errors import UserError
 
 _ANSWER = re.compile(r"Answer:[ \t]*(.*)")
 
@@ -37,6 +42,24 @@ def math_score(gold: str) -> Callable[[str], float]:
         return float(verify(parsed, parse(completion if answer is None else f"${answer}$")))
 
     return score
+
+
+def load_reward(path: str) -> Callable[..., list[float]]:
+    """A reward function of the user's, ``module:function``, looked up from the current directory too.
+
+    It is called with ``prompts``, ``completions``, ``problem`` and ``answer``, lists of one length, by keyword, and returns as many
+    numbers: TRL's reward signature.
+
+    Raises:
+        UserError: when there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"task.reward is {path!r}: {error}; write module:function") from None
 
 
 def verifiable_reward(prompts: list[Any], completions: list[str], problem: list[Any], **_: Any) -> list[float]:

@@ -93,6 +93,7 @@ class ElasticSelector:
         self._overhead: dict[int, _Mean] = {}
         self._acceptance = {name: _Acceptance(max_depth) for name in drafters}
         self._plain_run = 0
+        self._last_drafter: str | None = None
 
     def choose(self, active: int, context: int) -> Strategy:
         bucket = batch_bucket(active)
@@ -149,8 +150,11 @@ class ElasticSelector:
         self._overhead.setdefault(bucket, _Mean()).add(rest)
         strategy = feedback.strategy
         if strategy.drafter is not None:
-            self._draft.setdefault((strategy.drafter, bucket), _Mean()).add(feedback.draft_seconds / strategy.depth)
+            # The first draft after a pause also reads what was committed meanwhile: no measure of those that follow.
+            if strategy.drafter == self._last_drafter:
+                self._draft.setdefault((strategy.drafter, bucket), _Mean()).add(feedback.draft_seconds / strategy.depth)
             self._acceptance[strategy.drafter].add(feedback.accepted, strategy.depth)
+        self._last_drafter = strategy.drafter
 
     def drafter_changed(self, name: str) -> None:
         """A new drafter starts from the prior; new weights of a known one leave what was learned as a weaker prior."""

@@ -1,0 +1,65 @@
+"""Benchmarks: ``python launch/bench.py rollout --config configs/quickstart.yaml --run runs/quickstart``.
+
+``rollout`` measures decoding at 1, 4, 16 and 32 concurrent sequences and on a GRPO batch; it prints a table and writes
+``OUT.json`` and ``OUT.png``. ``seeds RUN…`` compares finished runs of one recipe.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rl.bench import RolloutBench, results_table, write
+from rl.cli import user_errors
+from rl.config import load_config
+from rl.machine import fit_process
+from rl.summary import read_metrics, summarise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    rollout = commands.add_parser("rollout", help="decoding speed against transformers' generate")
+    rollout.add_argument("--config", required=True)
+    rollout.add_argument("--run", type=Path, help="a finished run: use its policy and drafter")
+    rollout.add_argument("--repeats", type=int, default=2)
+    rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
+    seeds = commands.add_parser("seeds", help="reward rise of several runs")
+    seeds.add_argument("runs", nargs="+", type=Path)
+    seeds.add_argument("--out", type=Path, default=Path("benchmarks/seeds.json"))
+    args = parser.parse_args()
+    if args.command == "seeds":
+        compare_runs(args.runs, args.out)
+    else:
+        measure_rollout(args)
+
+
+def measure_rollout(args: argparse.Namespace) -> None:
+    """Decoding speed of one policy."""
+    fit_process(local_world_size=1)
+    console = Console()
+    results = RolloutBench(load_config(args.config), args.run, args.repeats).run(lambda line: console.print(line, highlight=False))
+    console.print(results_table(results))
+    write(results, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_runs(runs: list[Path], out: Path) -> None:
+    """Reward, rise and speed of finished runs, as a table and as JSON."""
+    table = Table("run", "seed", "first quarter", "last quarter", "rise ÷ its standard error", "rollout ÷ plain", "peak GB")
+    records = []
+    for run in runs:
+        s = {"seed": json.loads((run / "config.json").read_text())["seed"], **summarise(read_metrics(run))}
+        records.append(s)
+        ratio = (s["reward_after"] - s["reward_before"]) / s["reward_rise_std_error"]
+        row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
+        table.add_row(run.name, str(s["seed"]), *(f"{x:.3f}" for x in row))
+    Console().print(table)
+    out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": records}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main()

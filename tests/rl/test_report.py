@@ -1,0 +1,98 @@
+"""Aggregation, summary and report, from hand-made records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rl.errors import UserError
+from rl.metrics import step_metrics
+from rl.report import write_picture, write_report
+from rl.summary import rise_std_error, summarise
+
+
+def rank(step: int, number: int, plain: float | None = None) -> dict:
+    begin = 0.1 * number
+    end = 2.0 + number
+    return {
+        "problems": [f"{number}"] * 4,
+        "rewards": [0.0, 1.0, 1.0, float(step > 1)],
+        "advantages": [0.0] * 4,
+        "lengths": [5, 10, 15, 20 + number],
+        "truncated": 1,
+        "failed": 0,
+        "sequence_steps": 25,
+        "drafted": 30,
+        "accepted": 20,
+        "strategies": {"plain": 3},
+        "by_drafter": {"suffix": {"sequence_steps": 10, "committed": 25, "draft_ms": 7}},
+        "rollout_seconds": end - begin,
+        "plain_seconds": plain,
+        "plain_identical": None if plain is None else 1.0,
+        "tail": [(0.5, 4, "plain"), (1.0, 2, "suffix:3"), (2.0, 1, "suffix:6")],
+        "peak_bytes": 10**9,
+        "spans": [("rollout", begin, end), ("drafter", end, end + 1.5), ("update", 4.6, 6.6)],
+        "drafter": {"updates": 2, "tokens": 100, "loss": 1.0 + number, "acceptance": [0.5, 0.25], "skipped": 0},
+        "update": {
+            "tokens": 50,
+            "loss": 5.0,
+            "entropy": 25.0,
+            "clipped": 0.0,
+            "kl": 0.0,
+            "engine_gap": 0.5,
+            "engine_gap_max": 0.1,
+            "grad_norm": 1.0,
+            "skipped": 0,
+        },
+    }
+
+
+def test_step_metrics_by_hand():
+    m = step_metrics([rank(0, 0, plain=4.0), rank(0, 1, plain=5.8)], group_size=4)
+    assert m["reward/mean"] == 0.5
+    assert m["reward/by_problem"] == {"0": 0.5, "1": 0.5}
+    assert m["length/max"] == 21
+    assert m["rollout/seconds"] == pytest.approx(2.9)
+    assert m["measure/rollout_speedup"] == pytest.approx(5.8 / 2.9)
+    assert m["rollout/acceptance_length"] == pytest.approx((101 - 8) / 50)
+    assert m["rollout/acceptance_length_suffix"] == pytest.approx(2.5)
+    assert m["update/entropy"] == 0.5
+    assert m["drafter/acceptance"] == [0.5, 0.25]
+
+
+def test_drafter_time_on_and_off_the_critical_path():
+    """Rank 0 trains from 2.0 to 3.5, rank 1 from 3.0 to 4.5; the last rollout ends at 3.0.
+
+    So rank 0's first second is free, and the step waits from 3.0 to 4.5.
+    """
+    m = step_metrics([rank(0, 0), rank(0, 1)], group_size=4)
+    assert m["drafter/seconds"] == pytest.approx(3.0)
+    assert m["drafter/seconds_off_path"] == pytest.approx(1.0)
+    assert m["drafter/seconds_on_path"] == pytest.approx(1.5)
+
+
+def test_paired_standard_error():
+    """Differences 0.1, 0.3: mean 0.2, sample std 0.1414, over √2 is 0.1, though the problems differ by 0.8."""
+    first = [{"reward/by_problem": {"a": 0.0, "b": 0.8}}]
+    last = [{"reward/by_problem": {"b": 1.1, "a": 0.1}}]
+    assert rise_std_error(first, last) == pytest.approx(0.1)
+    assert rise_std_error(first, [{"reward/by_problem": {"c": 0.0, "d": 0.8}}]) == pytest.approx(np.sqrt(2 * 0.32 / 2))
+
+
+def test_report_holds_every_plot_and_summary_the_bound(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        write_report(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("w") as a, (tmp_path / "timeline.jsonl").open("w") as b:
+        for step in range(4):
+            ranks = [rank(step, n, plain=6.0 if step == 3 else None) for n in range(2)]
+            a.write(json.dumps({"step": step, **step_metrics(ranks, 4)}) + "\n")
+            b.write(json.dumps({"step": step, "ranks": ranks}) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page
+    assert write_picture(tmp_path, tmp_path / "p.png").stat().st_size > 20_000
+    summary = summarise([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()])
+    assert summary["rollout_speedup"] == pytest.approx(6.0 / 2.9)
+    # a step is rollout 2.9 + drafter on path 1.5 + update 2.0 = 6.4; plainly 9.5, of which rollouts take 6
+    assert summary["step_speedup"] == pytest.approx(9.5 / 6.4)
+    assert summary["step_speedup_bound"] == pytest.approx(9.5 / 3.5)

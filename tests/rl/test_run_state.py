@@ -1,0 +1,108 @@
+"""A run's files: optimizers without pickle, checkpoints swapped whole, metrics cut back to the checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from rl.errors import UserError
+from rl.run_state import find_checkpoint, keep_first_lines, load_optimizer, save_checkpoint, save_optimizer
+from tests.support import tiny_eagle3, tiny_llama
+
+
+def stepped(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for i in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([[1, 2, 3 + i]])).logits.square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_optimizer_round_trip(tmp_path):
+    a = tiny_llama()
+    optimizer = stepped(a)
+    save_optimizer(optimizer, tmp_path / "optimizer")
+    b = tiny_llama()
+    b.load_state_dict(a.state_dict())
+    again = torch.optim.AdamW(b.parameters(), lr=1.0)
+    load_optimizer(again, tmp_path / "optimizer")
+    for model, opt in ((a, optimizer), (b, again)):
+        opt.zero_grad()
+        model(torch.tensor([[4, 5]])).logits.square().mean().backward()
+        opt.step()
+    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_truncated_optimizer_is_named(tmp_path):
+    save_optimizer(stepped(tiny_llama()), tmp_path / "optimizer")
+    data = (tmp_path / "optimizer.safetensors").read_bytes()
+    (tmp_path / "optimizer.safetensors").write_bytes(data[:1000])
+    with pytest.raises(UserError, match="optimizer: truncated"):
+        load_optimizer(torch.optim.AdamW(tiny_llama().parameters()), tmp_path / "optimizer")
+
+
+def save(run, steps_done, tokenizer):
+    model = tiny_llama()
+    drafter = tiny_eagle3(model)
+    save_checkpoint(
+        run,
+        steps_done=steps_done,
+        policy=model,
+        tokenizer_from=tokenizer,
+        optimizer=stepped(model),
+        drafter=drafter,
+        drafter_optimizer=torch.optim.AdamW(drafter.parameters()),
+    )
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "source"
+    path.mkdir()
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def test_checkpoints_replace_each_other_whole(tmp_path, tokenizer):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no checkpoint there"):
+        find_checkpoint(run)
+    for steps in (1, 2):
+        save(run, steps, tokenizer)
+        assert find_checkpoint(run).steps_done == steps
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint"]
+    assert (run / "checkpoint" / "policy" / "tokenizer.json").is_file()
+
+
+def test_a_kill_between_the_two_renames_leaves_the_old_one(tmp_path, tokenizer):
+    run = tmp_path / "run"
+    save(run, 3, tokenizer)
+    (run / "checkpoint").rename(run / "checkpoint.old")
+    (run / "checkpoint.new").mkdir()
+    assert find_checkpoint(run).steps_done == 3
+    save(run, 4, tokenizer)
+    assert find_checkpoint(run).steps_done == 4
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch):
+    run = tmp_path / "run"
+    save(run, 1, tokenizer)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rl.run_state.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(run, 2, tokenizer)
+    assert find_checkpoint(run).steps_done == 1
+    assert not (run / "checkpoint.new").exists()
+
+
+def test_metrics_are_cut_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(5)) + '{"step": 5, "rew')
+    keep_first_lines(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+    keep_first_lines(tmp_path / "absent.jsonl", 3)

@@ -1,0 +1,122 @@
+"""The launch scripts on two ranks: a run killed midway goes on and ends like one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from drafter_trainer.checkpoint import load_drafter
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+
+
+def train(*arguments, **options):
+    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "launch/train.py", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+    )
+
+
+def finish(process, seconds=200) -> str:
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output
+    return output
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    os.environ["PACELINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return os.environ["PACELINE_CACHE"]
+
+
+def test_a_killed_run_resumes(tmp_path, cache):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output = finish(train("configs/tiny.yaml", f"out={whole}"))
+    assert "reward, first" in output and "drafter" in output
+
+    process = train("configs/tiny.yaml", f"out={killed}", "steps=200")
+    deadline = time.time() + 120
+    while not (killed / "metrics.jsonl").exists() or len(steps_of(killed)) < 2:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    config = json.loads((killed / "config.json").read_text())
+    (killed / "config.json").write_text(json.dumps({**config, "steps": 4 + (before := last_saved(killed))}))
+    finish(train("--resume", str(killed)))
+
+    resumed, reference = steps_of(killed), steps_of(whole)
+    assert [m["step"] for m in resumed] == list(range(4 + before))
+    keys = {frozenset(m) for m in reference if "measure/rollout_speedup" not in m and m["step"] > 0}
+    assert {frozenset(m) for m in resumed if "measure/rollout_speedup" not in m and m["step"] > 0} <= keys | without_eagle3(keys)
+    for run in (whole, killed):
+        load_drafter(run / "drafter", 98, 64)
+        assert (run / "report.html").stat().st_size > 50_000
+        assert (run / "summary.json").is_file()
+
+
+def last_saved(run: Path) -> int:
+    for name in ("checkpoint", "checkpoint.old"):
+        state = run / name / "state.json"
+        if state.is_file():
+            return int(json.loads(state.read_text())["steps_done"])
+    raise AssertionError("no checkpoint was saved before the kill")
+
+
+def without_eagle3(keys):
+    """Which drafter a step uses depends on measured times; its own two numbers may be absent or present."""
+    names = ("eagle3", "suffix")
+    optional = {f"rollout/{what}_{name}" for what in ("acceptance_length", "draft_seconds") for name in names}
+    union = frozenset().union(*keys) | optional
+    out = set()
+    for mask in range(4):
+        dropped = {k for i, n in enumerate(names) if mask >> i & 1 for k in optional if k.endswith(n)}
+        out.add(frozenset(union - dropped))
+    return out
+
+
+def test_same_seed_same_run_after_resume(tmp_path, cache):
+    """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    plain = ["rollout.strategy=plain", "rollout.drafters=[]"]
+    finish(train("configs/tiny.yaml", f"out={whole}", *plain))
+    finish(train("configs/tiny.yaml", f"out={cut}", "steps=2", *plain))
+    config = json.loads((cut / "config.json").read_text())
+    (cut / "config.json").write_text(json.dumps({**config, "steps": 4}))
+    finish(train("--resume", str(cut)))
+    exact = ("reward/mean", "length/mean", "update/tokens", "update/entropy", "update/kl")
+    for a, b in zip(steps_of(whole), steps_of(cut), strict=True):
+        assert {k: a[k] for k in exact} == {k: b[k] for k in exact}
+
+
+def test_user_errors_are_one_line(tmp_path, cache):
+    for arguments, says in [
+        (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
+        (["--resume", str(tmp_path / "nothing")], "no config.json"),
+        (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
+    ]:
+        done = subprocess.run(
+            [sys.executable, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_export_and_report_scripts_name_what_is_missing(tmp_path):
+    for script, arguments in (("export_drafter.py", [str(tmp_path), str(tmp_path / "out")]), ("report.py", [str(tmp_path)])):
+        done = subprocess.run(
+            [sys.executable, f"launch/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2
+        assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr
