@@ -1,7 +1,8 @@
 """Benchmarks: ``python launch/bench.py rollout --config configs/quickstart.yaml --run runs/quickstart``.
 
 ``rollout`` measures decoding at 1, 4, 16 and 32 concurrent sequences and on a GRPO batch; it prints a table and writes
-``OUT.json`` and ``OUT.png``. ``seeds RUN…`` compares finished runs of one recipe.
+``OUT.json`` and ``OUT.png``. ``update`` measures the update's forward and backward against
+padding. ``seeds RUN…`` compares finished runs of one recipe.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rl.bench import RolloutBench, results_table, write
+from rl.bench_update import measure_update
 from rl.cli import user_errors
 from rl.config import load_config
 from rl.machine import fit_process
@@ -27,12 +29,17 @@ def main() -> None:
     rollout.add_argument("--run", type=Path, help="a finished run: use its policy and drafter")
     rollout.add_argument("--repeats", type=int, default=2)
     rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
+    update = commands.add_parser("update", help="speed of the update phase against padding")
+    update.add_argument("--config", required=True)
+    update.add_argument("--untuned", action="store_true", help="leave the allocator as glibc has it")
     seeds = commands.add_parser("seeds", help="reward rise of several runs")
     seeds.add_argument("runs", nargs="+", type=Path)
     seeds.add_argument("--out", type=Path, default=Path("benchmarks/seeds.json"))
     args = parser.parse_args()
     if args.command == "seeds":
         compare_runs(args.runs, args.out)
+    elif args.command == "update":
+        compare_updates(args)
     else:
         measure_rollout(args)
 
@@ -44,6 +51,17 @@ def measure_rollout(args: argparse.Namespace) -> None:
     results = RolloutBench(load_config(args.config), args.run, args.repeats).run(lambda line: console.print(line, highlight=False))
     console.print(results_table(results))
     write(results, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_updates(args: argparse.Namespace) -> None:
+    """Tokens a second of the update, by method."""
+    if not args.untuned:
+        fit_process(local_world_size=1)
+    results = measure_update(load_config(args.config))
+    table = Table("method", "tokens/s", "÷ padded")
+    for m in results:
+        table.add_row(m.method, f"{m.tokens / m.seconds:.0f}", f"{results[0].seconds / m.seconds:.2f}")
+    Console().print(table)
 
 
 def compare_runs(runs: list[Path], out: Path) -> None:

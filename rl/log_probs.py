@@ -61,8 +61,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over a packed line: a token sees its prompt and its own sample, nothing else.
 
-    Only attention itself works on a padded layout; every linear layer sees the T real tokens. On a CPU two batched products
-    beat SDPA, whose backward was 5 times slower at 128 tokens.
+    Only attention itself works on a padded layout; linear layers see the T real tokens. On a CPU it is two batched products: the
+    backward of SDPA there is the slower one at the lengths of a micro-batch.
 
     Args:
         query: [1, H, T, d]; key and value [1, KV, T, d].

@@ -15,8 +15,11 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rl.errors import UserError
 
@@ -116,8 +119,6 @@ def convert_gguf(gguf: Path, target: Path) -> None:
         raise UserError(
             f"{gguf.name} has {gguf.stat().st_size} bytes and SHA-256 {digest[:12]}…, not those of {_WHEEL}: fetch it again"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config
@@ -160,6 +161,22 @@ def _make_tiny_llama(target: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(target)
     fast.save_pretrained(target)
+
+
+def load_policy(path: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A causal LM in float32.
+
+    Raises:
+        UserError: when its weights or config are missing, truncated or of another model.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return model.to(device)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"policy {path}: cannot be loaded ({reason}); name a directory that save_pretrained wrote, or fetch it again"
+        ) from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -84,17 +84,7 @@ class RolloutWorker:
         r = config.rollout
         self.tap_layers = default_tap_layers(policy.config.get_text_config().num_hidden_layers)
         self.dtype = getattr(torch, r.dtype)
-        self.engine = RolloutEngine(
-            policy,
-            dtype=self.dtype,
-            max_slots=r.max_slots,
-            max_context=r.max_context,
-            max_depth=r.max_depth,
-            tap_layers=self.tap_layers if self._wants_eagle3 else (),
-            collect_traces=self._wants_eagle3,
-            decode_text=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-            kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
-        )
+        self.engine = self._build_engine()
         for name in r.drafters:
             if name != "eagle3":  # it comes with its weights, see create_drafter
                 self.engine.add_drafter(DRAFTERS[name]())
@@ -111,6 +101,23 @@ class RolloutWorker:
         self._drafter: Eagle3Drafter | None = None
         self._strategy = parse_strategy(r.strategy)
         self._use_strategy()
+
+    def _build_engine(self) -> RolloutEngine:
+        r = self.config.rollout
+        try:
+            return RolloutEngine(
+                self._policy,
+                dtype=self.dtype,
+                max_slots=r.max_slots,
+                max_context=r.max_context,
+                max_depth=r.max_depth,
+                tap_layers=self.tap_layers if self._wants_eagle3 else (),
+                collect_traces=self._wants_eagle3,
+                decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
+                kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
+            )
+        except MemoryError as error:
+            raise UserError(str(error)) from None
 
     def _use_strategy(self) -> None:
         wanted = self._strategy

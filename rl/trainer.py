@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from drafter_trainer.learner import LearnerReport
 from drafter_trainer.vocabulary import choose_vocabulary
@@ -23,7 +23,7 @@ from rl.errors import UserError
 from rl.log_probs import PolicyLogProbs
 from rl.machine import release_freed_memory
 from rl.metrics import Span, rank_record, step_metrics
-from rl.policies import fetch_policy
+from rl.policies import fetch_policy, load_policy
 from rl.rewards.verifiable import load_reward, verifiable_reward
 from rl.rollouts import RankRollouts, RolloutWorker
 from rl.run_state import Checkpoint, keep_first_lines, load_checkpoint_drafter, load_optimizer, save_checkpoint
@@ -55,7 +55,7 @@ class Trainer:
         self.source = starting_policy(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         weights = self.source if checkpoint is None else checkpoint.path / "policy"
-        self.policy = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).to(accelerator.device)
+        self.policy = load_policy(weights, accelerator.device)
         self.worker = RolloutWorker(config, self.policy, self.tokenizer)
         self.updater, self.optimizer = self._build_updater()
         self.first_step = 0
@@ -66,7 +66,7 @@ class Trainer:
         update = self.config.update
         reference = None
         if update.kl_coef > 0:
-            start = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).to(self.accelerator.device)
+            start = load_policy(self.source, self.accelerator.device)
             reference = PolicyLogProbs(start).requires_grad_(False).eval()
         if self.config.policy.gradient_checkpointing:
             self.policy.activation_checkpointing_enable()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
-from rl.policies import cache_dir, copy_tokenizer, fetch_policy
+from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
 from rl.prompts import encode_prompt
 from rl.tasks import reasoning_gym_problems
 from rl.worked_solutions import worked_solution
@@ -48,7 +48,7 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
         return final
     source = fetch_policy(config.policy.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    policy = load_policy(source)
     started = time.perf_counter()
     losses = _fine_tune(config, policy, tokenizer, on_step)
     final.parent.mkdir(parents=True, exist_ok=True)

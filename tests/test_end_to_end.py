@@ -41,7 +41,8 @@ def cache(tmp_path_factory):
 
 def test_a_killed_run_resumes(tmp_path, cache):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = finish(train("configs/tiny.yaml", f"out={whole}"))
+    output = finish(train("configs/tiny.yaml", f"out={whole}", "tracking.wandb=offline", "tracking.tensorboard=true"))
+    assert list(whole.glob("wandb/offline-run-*")) and list(whole.glob("tensorboard/events*"))
     assert "reward, first" in output and "drafter" in output
 
     process = train("configs/tiny.yaml", f"out={killed}", "steps=200")
@@ -88,7 +89,7 @@ def without_eagle3(keys):
 def test_same_seed_same_run_after_resume(tmp_path, cache):
     """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    plain = ["rollout.strategy=plain", "rollout.drafters=[]"]
+    plain = ["rollout.strategy=plain", "rollout.drafters=[]", "update.kl_coef=0"]  # without KL uniform groups are skipped
     finish(train("configs/tiny.yaml", f"out={whole}", *plain))
     finish(train("configs/tiny.yaml", f"out={cut}", "steps=2", *plain))
     config = json.loads((cut / "config.json").read_text())
@@ -102,6 +103,7 @@ def test_same_seed_same_run_after_resume(tmp_path, cache):
 def test_user_errors_are_one_line(tmp_path, cache):
     for arguments, says in [
         (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
+        (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.001"], "the KV cache needs"),
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
         (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
     ]:

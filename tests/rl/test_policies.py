@@ -1,5 +1,7 @@
 """Where policies come from."""
 
+import shutil
+
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,6 +32,19 @@ def test_bad_ids(tmp_path, monkeypatch):
         policies.fetch_policy("nobody/nothing")
     with pytest.raises(UserError, match=r"no config\.json"):
         policies.fetch_policy(str(tmp_path))
+
+
+def test_truncated_weights_are_one_line(tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(policies.fetch_policy("tiny-llama"), path)
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        policies.load_policy(path)
+    assert "\n" not in str(error.value)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        policies.load_policy(path)
 
 
 def test_a_broken_download_is_refused(tmp_path):

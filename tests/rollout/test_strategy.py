@@ -26,7 +26,9 @@ def feed(selector, strategy, active, accept, *, forward, draft=0.0, steps=30):
 
 def selector_with(flat: bool) -> ElasticSelector:
     """Forwards that cost nearly the same at any width (memory-bound), or in proportion to it (compute-bound)."""
-    return ElasticSelector(("suffix",), 6, lambda b, w: 0.03 * (1 + 0.05 * (w - 1)) if flat else 0.03 * b * w, lambda name, b: 0.0005)
+    return ElasticSelector(
+        ("suffix",), 6, lambda b, w: 0.03 * (1 + 0.05 * (w - 1)) if flat else 0.03 * b * w, lambda name, b: 0.0005
+    )
 
 
 def test_speculates_when_width_is_cheap():

@@ -1,0 +1,81 @@
+"""Speed of the update's forward and backward: packed with shared prompts, against packed alone and against padding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rl.config import RunConfig
+from rl.log_probs import PolicyLogProbs
+from rl.packing import PromptRow, Sample, pack, plan
+from rl.trainer import starting_policy
+
+_PROMPT = 60
+_LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as the quickstart's are
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMeasurement:
+    """``tokens`` counts prompt and completion of every sample, however often the method computes them."""
+
+    method: str
+    tokens: int
+    seconds: float
+
+
+def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list[UpdateMeasurement]:
+    """Best of ``repeats`` passes over ``groups`` groups of eight samples of random tokens, gradients included."""
+    path = starting_policy(config)
+    vocab = 1000
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, vocab, (count,), generator=generator).tolist()
+
+    rows = [PromptRow(tokens(_PROMPT), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS))) for _ in range(groups)]
+    alone = [PromptRow(row.prompt, (sample,)) for row in rows for sample in row.samples]
+    total = sum(row.length for row in alone)
+    padded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    packed = PolicyLogProbs(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    budget = config.update.tokens_per_microbatch
+    methods: dict[str, Callable[[], None]] = {
+        "padded (transformers, SDPA)": lambda: _padded_pass(padded, alone),
+        "packed": lambda: _packed_pass(packed, alone, budget),
+        "packed, prompts shared": lambda: _packed_pass(packed, rows, budget),
+    }
+    results = []
+    for name, run in methods.items():
+        run()
+        best = min(_timed(run) for _ in range(repeats))
+        results.append(UpdateMeasurement(name, total, best))
+    return results
+
+
+def _timed(run: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _packed_pass(model: PolicyLogProbs, rows: list[PromptRow], budget: int) -> None:
+    for part in plan(rows, budget):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logprobs, _ = model(pack(part), 1.0)
+        logprobs.sum().backward()
+
+
+def _padded_pass(model: PreTrainedModel, rows: list[PromptRow]) -> None:
+    for start in range(0, len(rows), len(_LENGTHS)):
+        part = rows[start : start + len(_LENGTHS)]
+        longest = max(row.length for row in part)
+        sequences = [[*row.prompt, *row.samples[0].tokens] for row in part]
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
+        (logprobs * mask[:, 1:]).sum().backward()
