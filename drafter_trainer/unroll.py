@@ -47,10 +47,10 @@ def make_batch(
     """
     longest = max(len(t.token_ids) for t in traces) - 1
     batch, width = len(traces), longest + unroll
-    first = traces[0]
-    tokens = torch.zeros(batch, width + 1, dtype=torch.long)
-    taps = torch.zeros(batch, longest, first.taps.shape[-1])
-    trained = torch.zeros(batch, width, dtype=torch.bool)
+    device = traces[0].taps.device
+    tokens = torch.zeros(batch, width + 1, dtype=torch.long, device=device)
+    taps = torch.zeros(batch, longest, traces[0].taps.shape[-1], device=device)
+    trained = torch.zeros(batch, width, dtype=torch.bool, device=device)
     finals = []
     for row, trace in enumerate(traces):
         count = len(trace.token_ids)
@@ -58,7 +58,7 @@ def make_batch(
         taps[row, : count - 1] = trace.taps
         trained[row, trace.num_prompt - 1 : count - 1] = True
         finals.append(trace.final[trace.num_prompt - 1 :])
-    teacher = torch.zeros(batch, width, len(vocabulary))
+    teacher = torch.zeros(batch, width, len(vocabulary), device=device)
     teacher[trained] = torch.cat([_teacher(head, f, vocabulary, temperature) for f in torch.cat(finals).split(_CHUNK)])
     return DraftBatch(tokens, taps, teacher, trained)
 
@@ -89,9 +89,9 @@ def unrolled_loss(
         The mean loss of a trained position, and for each step the expected acceptance Σ_y min(p, q) over trained positions.
     """
     anchors = batch.taps.shape[1]
-    positions = torch.arange(anchors).expand(len(batch.tokens), anchors)
+    positions = torch.arange(anchors, device=batch.tokens.device).expand(len(batch.tokens), anchors)
     hidden = model.fc(batch.taps)
-    attention = _UnrolledAttention(anchors, attention_shape(model.config)[2] ** -0.5)
+    attention = _UnrolledAttention(positions, attention_shape(model.config)[2] ** -0.5)
     total = hidden.new_zeros(())
     weights = 0.0
     acceptance = []
@@ -113,11 +113,11 @@ def unrolled_loss(
 class _UnrolledAttention:
     """Keeps step 0's keys (the real features, attended causally) and, for each later step, one key for each anchor."""
 
-    def __init__(self, anchors: int, scaling: float) -> None:
+    def __init__(self, positions: torch.Tensor, scaling: float) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._scaling = scaling
-        self._future = torch.ones(anchors, anchors, dtype=torch.bool).triu(1)
+        self._future = positions[0] > positions[0, :, None]
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         repeat = query.shape[1] // key.shape[1]

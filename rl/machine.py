@@ -20,9 +20,9 @@ def _libc() -> ctypes.CDLL | None:
 def fit_process(local_world_size: int) -> None:
     """Shares the cores between the ranks of this machine and keeps freed memory for reuse within a step.
 
-    glibc hands large freed blocks back to the kernel at once, and each micro-batch then faults them in again page by page; blocks of
-    up to 32 MB are kept instead (``launch/bench.py update``, with and without ``--untuned``, shows the worth). Without glibc only
-    the threads are set.
+    glibc hands large freed blocks back to the kernel at once, and each micro-batch then faults them in again page by page; blocks
+    of up to 32 MB are kept instead (``launch/bench.py update``, with and without ``--untuned``, shows the worth). Without glibc
+    only the threads are set.
     """
     torch.set_num_threads(max((os.cpu_count() or 1) // max(local_world_size, 1), 1))
     libc = _libc()

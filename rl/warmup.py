@@ -48,7 +48,7 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
         return final
     source = fetch_policy(config.policy.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
-    policy = load_policy(source)
+    policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     losses = _fine_tune(config, policy, tokenizer, on_step)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def _fine_tune(
         rows = [PromptRow(prompts[i], (Sample(i, solutions[i]),)) for i in chosen]
         total, count = 0.0, sum(len(solutions[i]) for i in chosen)
         for members in plan(rows, config.update.tokens_per_microbatch):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"):
-                logprobs, _ = model(pack(members), 1.0)
+            with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"):
+                logprobs, _ = model(pack(members).to(policy.device), 1.0)
             loss = -logprobs.sum() / count
             loss.backward()
             total += float(loss.detach())

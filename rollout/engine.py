@@ -191,7 +191,7 @@ class RolloutEngine:
             admitted.append(sequence)
             first_logits.append(logits)
         if admitted:
-            self._verify(admitted, torch.stack(first_logits)[:, None], _no_draft(len(admitted)))
+            self._verify(admitted, torch.stack(first_logits)[:, None], _no_draft(len(admitted), self._device))
             for sequence in admitted:
                 sequence.stats.steps = 0
             yield from self._retire()
@@ -226,20 +226,20 @@ class RolloutEngine:
     def _propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
         depth = min(strategy.depth, max(s.remaining for s in active) - 1)
         if strategy.drafter is None or depth <= 0:
-            return _no_draft(len(active))
+            return _no_draft(len(active), self._device)
         taps = None
         if self.runner.tap_layers:
             cache = self.runner.cache
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self.runner.hidden_size)
-        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), depth)
-        room = torch.tensor([s.remaining - 1 for s in active], device=draft.lengths.device)
+        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), depth).to(self._device)
+        room = torch.tensor([s.remaining - 1 for s in active], device=self._device)
         draft.lengths = torch.minimum(draft.lengths, room)
         return _narrow(draft, int(draft.lengths.max()))
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
         first = torch.tensor([[len(s.tokens) - 1] for s in active], device=self._device)
-        tokens = torch.cat([last, draft.tokens.to(self._device)], dim=1)
+        tokens = torch.cat([last, draft.tokens], dim=1)
         positions = first + torch.arange(tokens.shape[1], device=self._device)
         self.runner.cache.reserve(max(len(s.tokens) for s in active) + tokens.shape[1], active=len(active))
         return self.runner.decode(tokens, positions)
@@ -359,8 +359,9 @@ class RolloutEngine:
         self.scheduler.clear()
 
 
-def _no_draft(batch: int) -> DraftTree:
-    return DraftTree(torch.zeros(batch, 0, dtype=torch.long), chain_parents(batch, 0), torch.zeros(batch, dtype=torch.long))
+def _no_draft(batch: int, device: torch.device) -> DraftTree:
+    nothing = torch.zeros(batch, 0, dtype=torch.long)
+    return DraftTree(nothing, chain_parents(batch, 0), torch.zeros(batch, dtype=torch.long)).to(device)
 
 
 def _narrow(draft: DraftTree, depth: int) -> DraftTree:

@@ -30,3 +30,9 @@ class DraftTree:
     lengths: torch.Tensor
     probs: torch.Tensor | None = None
     vocabulary: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> DraftTree:
+        """The same draft on ``device``."""
+        probs = None if self.probs is None else self.probs.to(device)
+        vocabulary = None if self.vocabulary is None else self.vocabulary.to(device)
+        return DraftTree(self.tokens.to(device), self.parents.to(device), self.lengths.to(device), probs, vocabulary)
