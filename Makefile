@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 
-.PHONY: quickstart test test-all lint setup clean
+.PHONY: quickstart test lint setup clean
 
 setup: .venv/installed
 
@@ -26,9 +26,6 @@ quickstart: setup
 	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/pytest -q -m "not slow"
-
-test-all: setup
 	$(BIN)/pytest -q
 
 lint: setup

@@ -33,7 +33,7 @@ def fit_process(local_world_size: int) -> None:
 
 
 def release_freed_memory() -> None:
-    """Gives what `fit_process` keeps back to the kernel: once a step, so that fragments of many shapes do not add up."""
+    """Gives what `fit_process` keeps back to the kernel: between phases, so that fragments of many shapes do not add up."""
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)

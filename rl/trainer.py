@@ -120,11 +120,11 @@ class Trainer:
                 self.worker.measure_plain(done)
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
+            release_freed_memory()  # what rollouts and drafter left in pieces
             update = self.updater.run(_scored(done, advantages.tolist()), step)
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self._share_drafter(done, learner, tracker)
-            release_freed_memory()
         record = rank_record(done, rewards, advantages.tolist(), learner, update, clock.spans)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)

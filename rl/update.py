@@ -133,7 +133,8 @@ class PolicyUpdater:
             self._optimizer.step()
         else:
             report.skipped += 1
-        self._optimizer.zero_grad()
+        # Kept, not dropped: the gradients are views of DDP's buckets, and fresh ones beside those would be a second copy.
+        self._optimizer.zero_grad(set_to_none=False)
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._accelerator.no_sync(self._model)

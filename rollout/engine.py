@@ -174,22 +174,22 @@ class RolloutEngine:
 
     def _admit(self) -> Iterator[tuple[int, Rollout]]:
         """Prefills what fits. The samples of one prompt admitted together share a forward."""
-        shared: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        prefilled: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        siblings: dict[tuple[int, ...], list[int]] = {}
         admitted: list[SequenceState] = []
-        first_logits: list[torch.Tensor] = []
         cache = self.runner.cache
         for slot, sequence in self.scheduler.admit():
             prompt = tuple(sequence.tokens)
             cache.reserve(len(prompt) + self.max_depth + 1, active=slot)
-            if prompt in shared:
-                source, logits = shared[prompt]
-                cache.copy_slot(source, slot, len(prompt))
+            if prompt in prefilled:
+                siblings.setdefault(prompt, []).append(slot)
             else:
-                logits = self.runner.prefill(torch.tensor(prompt, device=self._device), slot)
-                shared[prompt] = (slot, logits)
+                prefilled[prompt] = (slot, self.runner.prefill(torch.tensor(prompt, device=self._device), slot))
             self._observe(sequence, sequence.num_prompt)
             admitted.append(sequence)
-            first_logits.append(logits)
+        for prompt, slots in siblings.items():
+            cache.copy_slot(prefilled[prompt][0], slots, len(prompt))
+        first_logits = [prefilled[tuple(sequence.tokens)][1] for sequence in admitted]
         if admitted:
             self._verify(admitted, torch.stack(first_logits)[:, None], _no_draft(len(admitted), self._device))
             for sequence in admitted:
@@ -322,7 +322,7 @@ class RolloutEngine:
                     drafter.move(last, slot)
                     drafter.release(last)
             if slot != last:
-                cache.copy_slot(last, slot, min(len(self.scheduler.active[slot].tokens), cache.span))
+                cache.copy_slot(last, [slot], min(len(self.scheduler.active[slot].tokens), cache.span))
         yield from rollouts
 
     def _finished(self, sequence: SequenceState, slot: int | None, error: str | None) -> Rollout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +129,11 @@ class SlotCache(Cache):
         rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)[:, None]
         self.taps[rows, batch.positions] = taps
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copies the first ``length`` tokens of one slot to another."""
+    def copy_slot(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copies the first ``length`` tokens of one slot to others."""
         for view in self._views:
-            view[:, target, :, :length] = view[:, source, :, :length]
-        self.taps[target, :length] = self.taps[source, :length]
+            view[:, targets, :, :length] = view[:, source : source + 1, :, :length]
+        self.taps[targets, :length] = self.taps[source : source + 1, :length]
 
     def clear_slot(self, slot: int) -> None:
         """Zeroes a slot. Needed after a sequence with NaN: a masked key of weight 0 times NaN is NaN."""

@@ -164,7 +164,7 @@ class Eagle3Drafter:
         """Features are read from the taps when the next draft is wanted: nothing to do."""
 
     def move(self, source: int, target: int) -> None:
-        self.cache.copy_slot(source, target, min(self._seen[source], self.cache.span))
+        self.cache.copy_slot(source, [target], min(self._seen[source], self.cache.span))
         self._seen[target] = self._seen[source]
 
     def release(self, slot: int) -> None:
