@@ -9,7 +9,8 @@ setup: .venv/installed
 
 # The CPU build of torch where there is no GPU: from the configured sources, else PyTorch's own index, else whatever PyPI has.
 .venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
+	@echo "setting up .venv (about a minute)"
+	@$(PYTHON) -m venv .venv
 	@if command -v nvidia-smi >/dev/null 2>&1; then \
 		$(BIN)/pip install --quiet torch==$(TORCH); \
 	else \
@@ -17,10 +18,11 @@ setup: .venv/installed
 		|| $(BIN)/pip install --quiet --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2>/dev/null \
 		|| $(BIN)/pip install --quiet torch==$(TORCH); \
 	fi
-	$(BIN)/pip install --quiet -e ".[dev]"
+	@$(BIN)/pip install --quiet -e ".[dev]"
 	@touch $@
 
 quickstart: setup
+	@echo "fetching the policy"
 	$(BIN)/python launch/fetch_model.py
 	$(BIN)/python launch/warmup_policy.py configs/quickstart.yaml
 	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)

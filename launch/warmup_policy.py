@@ -2,6 +2,7 @@
 
 import argparse
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rl.cli import user_errors
@@ -20,6 +21,7 @@ def main() -> None:
     if config.policy.warmup is None:
         raise UserError(f"{args.config}: policy.warmup is null: there is nothing to do")
     fit_process(local_world_size=1)
+    console = Console()
     columns = (
         TextColumn("warm-up"),
         BarColumn(),
@@ -27,9 +29,15 @@ def main() -> None:
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=None, loss=float("nan"))
-        path = warm_up(config, lambda step, steps, loss: progress.update(bar, completed=step, total=steps, loss=loss))
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update(bar, completed=step, total=steps, loss=loss)
+            if not console.is_terminal and (step % 8 == 0 or step == steps):
+                console.print(f"warm-up step {step}/{steps}  loss {loss:.3f}", highlight=False)
+
+        path = warm_up(config, show)
     print(path)
 
 

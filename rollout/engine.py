@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -14,14 +13,12 @@ from rollout.api import DistillationTrace, FinishReason, Request, Rollout
 from rollout.calibration import calibrate_forward
 from rollout.drafters.base import DraftContext, Drafter
 from rollout.model_runner import ModelRunner
-from rollout.randomness import Stream, uniforms
-from rollout.sampling import processed_probs
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
 from rollout.stopping import StopCondition, TextDecoder
 from rollout.strategy import PLAIN, ElasticSelector, FixedSelector, Selector, StepFeedback, Strategy
-from rollout.trees.chain import DraftTree, chain_parents
-from rollout.verify import ChainUniforms, Verification, verify_chain, verify_greedy
+from rollout.trees.chain import DraftTree, no_draft
+from rollout.verification import verify_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +188,7 @@ class RolloutEngine:
             cache.copy_slot(prefilled[prompt][0], slots, len(prompt))
         first_logits = [prefilled[tuple(sequence.tokens)][1] for sequence in admitted]
         if admitted:
-            self._verify(admitted, torch.stack(first_logits)[:, None], _no_draft(len(admitted), self._device))
+            self._verify(admitted, torch.stack(first_logits)[:, None], no_draft(len(admitted), self._device))
             for sequence in admitted:
                 sequence.stats.steps = 0
             yield from self._retire()
@@ -226,7 +223,7 @@ class RolloutEngine:
     def _propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
         depth = min(strategy.depth, max(s.remaining for s in active) - 1)
         if strategy.drafter is None or depth <= 0:
-            return _no_draft(len(active), self._device)
+            return no_draft(len(active), self._device)
         taps = None
         if self.runner.tap_layers:
             cache = self.runner.cache
@@ -234,7 +231,7 @@ class RolloutEngine:
         draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), depth).to(self._device)
         room = torch.tensor([s.remaining - 1 for s in active], device=self._device)
         draft.lengths = torch.minimum(draft.lengths, room)
-        return _narrow(draft, int(draft.lengths.max()))
+        return draft.narrow(int(draft.lengths.max()))
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
@@ -245,51 +242,18 @@ class RolloutEngine:
         return self.runner.decode(tokens, positions)
 
     def _verify(self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree) -> tuple[list[int], int]:
-        """Accepts, draws and commits; a sequence whose logits are not finite fails alone."""
-        params = [s.request.params for s in active]
-        finite = torch.isfinite(logits.amax(-1)).all(-1).tolist()
-        if all(p.greedy for p in params):
-            probs = torch.softmax(logits.float(), dim=-1)
-            outcome = verify_greedy(logits, draft)
-        else:
-            probs = processed_probs(logits, params)
-            outcome = verify_chain(probs, draft, self._uniforms(active, draft))
-        accepted = outcome.accepted.tolist()
-        rows = _committed_tokens(draft, outcome)
-        logprobs = self._logprobs(probs, logits, active, rows)
+        """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
+        outcome = verify_batch(active, logits, draft)
         committed = 0
-        for slot, sequence in enumerate(active):
-            sequence.stats.drafted += int(draft.lengths[slot])
-            sequence.stats.accepted += accepted[slot]
+        for row, sequence in enumerate(active):
+            sequence.stats.drafted += int(draft.lengths[row])
+            sequence.stats.accepted += outcome.accepted[row]
             sequence.stats.steps += 1
-            if finite[slot]:
-                committed += self._commit(sequence, rows[slot], logprobs[slot])
+            if outcome.finite[row]:
+                committed += self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
             else:
                 sequence.finish = FinishReason.FAILED
-        return accepted, committed
-
-    def _uniforms(self, active: list[SequenceState], draft: DraftTree) -> ChainUniforms:
-        seeds = np.array([s.request.seed for s in active])
-        first = np.array([[len(s.tokens)] for s in active])
-        depth = draft.tokens.shape[1]
-        positions = first + np.arange(depth + 1)
-        return ChainUniforms(
-            uniforms(seeds, positions, Stream.TARGET).to(self._device),
-            uniforms(seeds, positions[:, :depth], Stream.ACCEPT).to(self._device),
-        )
-
-    @staticmethod
-    def _logprobs(
-        probs: torch.Tensor, logits: torch.Tensor, active: list[SequenceState], rows: list[list[int]]
-    ) -> list[list[float]]:
-        width = max(len(row) for row in rows)
-        index = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=probs.device)
-        chosen = probs[:, :width].gather(-1, index[..., None])[..., 0].log()
-        greedy = [slot for slot, s in enumerate(active) if s.request.params.greedy]
-        if greedy and len(greedy) < len(active):  # in a mixed batch a greedy row's processed distribution is a point mass
-            full = torch.log_softmax(logits[greedy, :width].float(), dim=-1)
-            chosen[greedy] = full.gather(-1, index[greedy][..., None])[..., 0]
-        return chosen.tolist()
+        return outcome.accepted, committed
 
     def _commit(self, sequence: SequenceState, tokens: list[int], logprobs: list[float]) -> int:
         """Appends tokens up to the one that ends the sequence. Returns how many."""
@@ -357,25 +321,6 @@ class RolloutEngine:
             for drafter in self.drafters.values():
                 drafter.release(slot)
         self.scheduler.clear()
-
-
-def _no_draft(batch: int, device: torch.device) -> DraftTree:
-    nothing = torch.zeros(batch, 0, dtype=torch.long)
-    return DraftTree(nothing, chain_parents(batch, 0), torch.zeros(batch, dtype=torch.long)).to(device)
-
-
-def _narrow(draft: DraftTree, depth: int) -> DraftTree:
-    """Drops trailing nodes that no row uses."""
-    if depth == draft.tokens.shape[1]:
-        return draft
-    probs = None if draft.probs is None else draft.probs[:, :depth]
-    return replace(draft, tokens=draft.tokens[:, :depth], parents=draft.parents[:, :depth], probs=probs)
-
-
-def _committed_tokens(draft: DraftTree, outcome: Verification) -> list[list[int]]:
-    """Accepted draft tokens and the token after them, for each row."""
-    drafted, accepted, following = draft.tokens.tolist(), outcome.accepted.tolist(), outcome.next_token.tolist()
-    return [[*row[:count], token] for row, count, token in zip(drafted, accepted, following, strict=True)]
 
 
 def mean_acceptance_length(rollouts: Iterable[Rollout]) -> float:

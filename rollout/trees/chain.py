@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,8 +31,21 @@ class DraftTree:
     probs: torch.Tensor | None = None
     vocabulary: torch.Tensor | None = None
 
+    def narrow(self, depth: int) -> DraftTree:
+        """The first ``depth`` nodes, which must include every real one."""
+        if depth == self.tokens.shape[1]:
+            return self
+        probs = None if self.probs is None else self.probs[:, :depth]
+        return replace(self, tokens=self.tokens[:, :depth], parents=self.parents[:, :depth], probs=probs)
+
     def to(self, device: torch.device) -> DraftTree:
         """The same draft on ``device``."""
         probs = None if self.probs is None else self.probs.to(device)
         vocabulary = None if self.vocabulary is None else self.vocabulary.to(device)
         return DraftTree(self.tokens.to(device), self.parents.to(device), self.lengths.to(device), probs, vocabulary)
+
+
+def no_draft(batch: int, device: torch.device) -> DraftTree:
+    """A draft of no tokens."""
+    nothing = torch.zeros(batch, 0, dtype=torch.long)
+    return DraftTree(nothing, chain_parents(batch, 0), torch.zeros(batch, dtype=torch.long)).to(device)
