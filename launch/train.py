@@ -14,11 +14,12 @@ import torch.distributed
 from drafter_trainer.checkpoint import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import user_errors
-from rl.config import RunConfig, check, load_config, parse
+from rl.config import RunConfig, check, load_config
 from rl.errors import UserError
 from rl.machine import fit_process
 from rl.report import write_report
 from rl.run_state import Checkpoint, find_checkpoint
+from rl.strict import parse
 from rl.summary import read_metrics, summarise, table
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator, write_config

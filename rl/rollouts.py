@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from drafter_trainer.buffer import TraceBuffer
 from drafter_trainer.initial import initial_drafter
@@ -84,6 +84,7 @@ class RolloutWorker:
         r = config.rollout
         self.tap_layers = default_tap_layers(policy.config.get_text_config().num_hidden_layers)
         self.dtype = getattr(torch, r.dtype)
+        self._drafter_config = self._check_drafter() if self._wants_eagle3 else None
         self.engine = self._build_engine()
         for name in r.drafters:
             if name != "eagle3":  # it comes with its weights, see create_drafter
@@ -101,6 +102,12 @@ class RolloutWorker:
         self._drafter: Eagle3Drafter | None = None
         self._strategy = parse_strategy(r.strategy)
         self._use_strategy()
+
+    def _check_drafter(self) -> LlamaConfig:
+        try:
+            return eagle3_config(self._policy.config, self.config.drafter.draft_vocab_size, self.tap_layers)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def _build_engine(self) -> RolloutEngine:
         r = self.config.rollout
@@ -176,9 +183,8 @@ class RolloutWorker:
         """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``, with its learner."""
         d, r = self.config.drafter, self.config.rollout
         if model is None:
-            assert vocabulary is not None
-            shape = eagle3_config(self._policy.config, d.draft_vocab_size, self.tap_layers)
-            model = initial_drafter(shape, vocabulary, self._policy, self.config.seed)
+            assert vocabulary is not None and self._drafter_config is not None
+            model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
         enabled = self.config.policy.mixed_precision == "bf16"
         device = self._policy.device.type
         self.learner = DrafterLearner(

@@ -141,8 +141,8 @@ class Trainer:
         if self.worker.needs_drafter:
             texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
             everywhere = gather_object(texts)
-            size = min(self.config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size)
-            self.worker.create_drafter(choose_vocabulary(everywhere, size, self.worker.engine.runner.vocab_size))
+            size, vocab_size = self.config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size
+            self.worker.create_drafter(choose_vocabulary(everywhere, size, vocab_size))
             return
         if self.worker.learner is None:
             return

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from rl.config import RunConfig, load_config, parse, to_dict
+from rl.config import RunConfig, load_config, to_dict
 from rl.errors import UserError
+from rl.strict import parse
 
 TINY = "configs/tiny.yaml"
 

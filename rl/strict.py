@@ -1,0 +1,81 @@
+"""Mappings to dataclasses, strictly.
+
+An unknown key or a value of the wrong type is a one-line `UserError` that names the key, its file and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from rl.errors import UserError
+
+T = TypeVar("T")
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets ``key.sub=value`` in nested mappings; the value is read as YAML."""
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: write key=value, for example update.lr=1e-6")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+    data[last] = yaml.safe_load(value)
+
+
+def parse(kind: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:
+    """Builds a dataclass from a mapping, checking every key and type."""
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"valid keys: {', '.join(sorted(names))}"
+            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
+    return kind(**{key: _convert(hints[key], value, where, prefix + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
+    if origin is Literal:
+        if value not in arguments:
+            close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.3)
+            hint_text = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{where}: {key} is {value!r}; write one of {', '.join(map(str, arguments))}{hint_text}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {key} is {value!r}; write a section with keys of its own")
+        return parse(hint, value, where, key + ".")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: {key} is {value!r}; write a list")
+        return tuple(_convert(arguments[0], item, where, f"{key}[{i}]") for i, item in enumerate(value))
+    return _scalar(hint, origin, value, where, key)
+
+
+def _scalar(hint: Any, origin: Any, value: Any, where: str, key: str) -> Any:
+    wanted = origin or hint
+    if wanted is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise UserError(f"{where}: {key} is {value!r}; write a value of type {wanted.__name__}")
+    return value
