@@ -22,7 +22,7 @@ from rl.run_state import Checkpoint, find_checkpoint
 from rl.strict import parse
 from rl.summary import read_metrics, summarise, table
 from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator, write_config
+from rl.trainer import Trainer, make_accelerator, starting_policy, write_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,6 +56,7 @@ def main() -> None:
     args = parse_arguments()
     config, run, checkpoint = prepare(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    starting_policy(config)  # before there is a process group: once there is one, transformers writes models on rank 0 only
     accelerator = make_accelerator(config, timeout=timedelta(minutes=30))
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)

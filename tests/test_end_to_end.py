@@ -60,7 +60,7 @@ def test_a_killed_run_resumes(tmp_path, cache):
     assert [m["step"] for m in resumed] == list(range(4 + before))
     assert {shape(m) for m in resumed[1:]} == {shape(m) for m in reference[1:]}
     for run in (whole, killed):
-        load_drafter(run / "drafter", 98, 64)
+        load_drafter(run / "drafter", 99, 64)
         assert (run / "report.html").stat().st_size > 50_000
         assert (run / "summary.json").is_file()
 
@@ -97,7 +97,7 @@ def test_user_errors_are_one_line(tmp_path, cache):
     for arguments, says in [
         (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
         (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.001"], "the KV cache needs"),
-        (["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"], "the target has 98 tokens"),
+        (["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"], "the target has 99 tokens"),
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
         (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
     ]:
