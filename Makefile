@@ -28,7 +28,7 @@ quickstart: setup
 	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
-	$(BIN)/pytest -q -n auto
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -85,7 +85,9 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
             paths["drafter"] = str(export_drafter(run, out))
         except DrafterError as error:
             tracker.say(f"drafter: {error}")
-    tracker.console.print(table(summary, paths))
+    tracker.console.print(table(summary))
+    for name, path in paths.items():  # outside the table, which would cut them short
+        tracker.console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _variance_of_mean(x: np.ndarray) -> float:
     return float(x.var(ddof=1) / len(x)) if len(x) > 1 else 0.0
 
 
-def table(summary: dict[str, Any], paths: dict[str, str]) -> Table:
+def table(summary: dict[str, Any]) -> Table:
     """The summary as the user sees it."""
     t = Table(title="Paceline", show_header=False)
     t.add_column()
@@ -118,6 +118,4 @@ def table(summary: dict[str, Any], paths: dict[str, str]) -> Table:
         f"{summary['drafter_seconds_on_path']:.1f} s on the critical path",
     )
     t.add_row("peak memory, all ranks", f"{summary['peak_memory_gb']:.1f} GB")
-    for name, path in paths.items():
-        t.add_row(name, path)
     return t
