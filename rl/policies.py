@@ -180,10 +180,8 @@ def load_policy(path: Path, device: torch.device | str = "cpu") -> PreTrainedMod
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies everything but weights and configs, so that a saved policy is complete."""
+    """Copies everything but weights and the model's own configs, so that a saved policy is complete."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json", "config.json")):
+        weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        if file.is_file() and not weights and file.name not in ("config.json", "generation_config.json"):
             shutil.copy2(file, target / file.name)
-    for name in ("tokenizer_config.json",):
-        if (source / name).is_file():
-            shutil.copy2(source / name, target / name)
