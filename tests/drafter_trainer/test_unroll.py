@@ -23,6 +23,19 @@ def traces_of(model, count=6, tokens=20, **options):
     return engine, engine.generate(requests)
 
 
+def learner_for(drafter, model, *, lr, unroll) -> DrafterLearner:
+    return DrafterLearner(
+        drafter,
+        model.model.embed_tokens,
+        model.lm_head,
+        lr=lr,
+        temperature=1.0,
+        unroll=unroll,
+        decay=0.8,
+        autocast=lambda: torch.autocast("cpu", enabled=False),
+    )
+
+
 def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
     """From each anchor, the greedy tokens of the unrolled model are what the inference drafter proposes, when the text continues as
     the drafter drafts: checked by drafting from every prefix and comparing step 0, and step 1 where the draft was right."""
@@ -110,16 +123,7 @@ def test_learning_raises_acceptance_length():
     engine, rollouts = traces_of(model, count=16, tokens=40, slots=8)
     config = eagle3_config(model.config, 97, engine.runner.tap_layers)
     drafter = initial_drafter(config, torch.arange(97), model, seed=0)
-    learner = DrafterLearner(
-        drafter,
-        model.model.embed_tokens,
-        model.lm_head,
-        lr=3e-3,
-        temperature=1.0,
-        unroll=3,
-        decay=0.8,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-    )
+    learner = learner_for(drafter, model, lr=3e-3, unroll=3)
     buffer = TraceBuffer()
     buffer.begin_step()
     buffer.add(rollouts)
@@ -148,16 +152,7 @@ def test_a_nan_trace_is_skipped_and_leaves_the_weights():
     rollouts[0].trace.taps[:] = float("nan")
     rollouts[1].trace.taps[:] = float("nan")
     eagle = tiny_eagle3(model)
-    learner = DrafterLearner(
-        eagle,
-        model.model.embed_tokens,
-        model.lm_head,
-        lr=1e-3,
-        temperature=1.0,
-        unroll=2,
-        decay=0.8,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-    )
+    learner = learner_for(eagle, model, lr=1e-3, unroll=2)
     buffer = TraceBuffer()
     buffer.begin_step()
     buffer.add(rollouts)
