@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 SLOT_ATTENTION = "paceline_slots"
+_FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
 
 
 @dataclass(slots=True)
@@ -20,20 +21,34 @@ class ForwardBatch:
         rows: Slots that take part, contiguous.
         positions: int64 [B, Q], absolute position of each token.
         span: Keys that attention reads: positions ``0 .. span-1`` of each slot.
-        prefill: Whether the tokens are whole prompts from position 0, so that fresh keys are all there is to read.
+        from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain triangle.
     """
 
     rows: slice
     positions: torch.Tensor
     span: int
-    prefill: bool
+    from_start: bool = False
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _rotations: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [B, 1, 1, Q, span]: 0 where the key is at most the query's position and inside the window."""
         if window not in self._bias:
             self._bias[window] = causal_bias(self.positions, self.span, window, dtype)[:, None, None]
         return self._bias[window]
+
+    def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, Q, d] for heads [B, Q, heads, d], as ``x * cos + x.roll(d / 2) * sin`` wants them.
+
+        Rotating halves, ``(x1, x2) → (−x2, x1)``, is a roll whose first half changes sign: the sign goes into sin, once for
+        all layers.
+        """
+        made = self._rotations.get(id(cos))
+        if made is None or made[0] is not cos:
+            half = sin.shape[-1] // 2
+            signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+            made = self._rotations[id(cos)] = cos, cos.unsqueeze(2), signed.unsqueeze(2)
+        return made[1], made[2]
 
 
 def causal_bias(positions: torch.Tensor, span: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -100,11 +115,15 @@ def slot_attention(
     if s_aux is not None:
         raise NotImplementedError("this model uses attention sinks, which the engine does not support")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if forward_batch.prefill and sliding_window is None and softcap is None:
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2), None
-    bias = forward_batch.bias(sliding_window, query.dtype)
-    return grouped_attention(query, key, value, bias, scaling, softcap), None
+    if query.shape[2] <= _FEW_QUERIES or softcap is not None:
+        bias = forward_batch.bias(sliding_window, query.dtype)
+        return grouped_attention(query, key, value, bias, scaling, softcap), None
+    triangle = forward_batch.from_start and sliding_window is None
+    mask = None if triangle else forward_batch.bias(sliding_window, query.dtype)[:, :, 0]
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=triangle, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(SLOT_ATTENTION, slot_attention)

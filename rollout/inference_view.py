@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.attention import SLOT_ATTENTION
+from rollout.layer_probe import fuse_layers
 from rollout.packed_linear import can_pack, pack_linears
 
 
@@ -17,14 +18,23 @@ class InferenceView:
 
     The copy has its own modules and config, so that the attention function, hooks and packed layers plugged into it never
     show in the trainer. Its parameters *are* the trainer's where the dtype agrees; elsewhere they are casts (linears packed
-    where the machine has a kernel) that `refresh` renews in place after each weight update.
+    where the machine has a kernel) that `refresh` renews in place after each weight update. Decoder layers run as a
+    `FusedLayer` where that computes the same.
 
     Args:
         model: The trainer's unwrapped causal LM.
         dtype: What the engine computes in.
+
+    Raises:
+        ValueError: for a model whose attention cannot be replaced.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        if not getattr(model, "_supports_attention_backend", False):
+            raise ValueError(
+                f"{type(model).__name__} does not let its attention be replaced (transformers' _supports_attention_backend is "
+                "not set): choose a model that does, as Llama, Qwen, Mistral and Gemma do"
+            )
         self.dtype = dtype
         device = model.device
         self._casts: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -38,6 +48,7 @@ class InferenceView:
         self.module: PreTrainedModel = copy.deepcopy(model, memo)
         self.module.eval()
         self.module.set_attn_implementation(SLOT_ATTENTION)
+        self.fused = fuse_layers(self.module, model, dtype, pack)
         self._packed = pack_linears(self.module, model) if pack else []
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
@@ -52,8 +63,10 @@ class InferenceView:
         """Renews casts and packed weights from the trainer's parameters. Shared parameters need nothing."""
         for cast, source in self._casts:
             cast.copy_(source)
-        for layer in self._packed:
-            layer.refresh()
+        for fused in self.fused:
+            fused.refresh()
+        for linear in self._packed:
+            linear.refresh()
 
 
 def _weights_read_by_linears_only(model: nn.Module) -> set[int]:

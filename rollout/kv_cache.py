@@ -77,7 +77,7 @@ class SlotCache(Cache):
         self.device = device
         self.span = SPAN_STEP
         numel = shape.slots * shape.kv_heads * shape.capacity * shape.head_dim
-        self._buffers = [torch.zeros(2, numel, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._buffers = [torch.zeros(2 * numel, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
         self._layout()
         self.taps = torch.zeros(shape.slots, shape.capacity, shape.taps, dtype=shape.dtype, device=device)
         self.batch: ForwardBatch | None = None
@@ -88,7 +88,7 @@ class SlotCache(Cache):
         self.span = min(self.span, s.capacity)
         shape = (2, s.slots, s.kv_heads, self.span, s.head_dim)
         numel = s.slots * s.kv_heads * self.span * s.head_dim
-        self._views = [buffer[:, :numel].view(shape) for buffer in self._buffers]
+        self._views = [buffer[: 2 * numel].view(shape) for buffer in self._buffers]
 
     def reserve(self, length: int, active: int) -> None:
         """Makes ``span`` at least ``length``, keeping the first ``active`` slots' contents; shrinks when none is active."""
@@ -106,23 +106,31 @@ class SlotCache(Cache):
     def begin(self, batch: ForwardBatch) -> None:
         """Declares where the next forward's tokens go. Called once a forward, before the model."""
         self.batch = batch
+        self._write_index = None
+
+    def _lines_written(self, batch: ForwardBatch) -> torch.Tensor:
+        """int64 [B · KV · Q], where each key goes in a layer's keys seen as [slots · KV · span, d]."""
         rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)
         heads = torch.arange(self.shape.kv_heads, device=self.device)
         lines = (rows[:, None] * self.shape.kv_heads + heads)[:, :, None] * self.span
-        self._write_index = (lines + batch.positions[:, None, :]).reshape(-1)
+        return (lines + batch.positions[:, None, :]).reshape(-1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores [B, KV, Q, d] keys and values; returns what attention reads: the fresh ones in a prefill, else the slots'."""
-        assert self.batch is not None and self._write_index is not None, "SlotCache.begin was not called"
+        """Stores [B, KV, Q, d] keys and values; returns those that attention reads, [B, KV, span, d]."""
+        assert self.batch is not None, "SlotCache.begin was not called"
+        if self._write_index is None:
+            self._write_index = self._lines_written(self.batch)
         keys, values = self._views[layer_idx]
         dim = self.shape.head_dim
         keys.view(-1, dim).index_copy_(0, self._write_index, key_states.reshape(-1, dim))
         values.view(-1, dim).index_copy_(0, self._write_index, value_states.reshape(-1, dim))
-        if self.batch.prefill:
-            return key_states, value_states
-        return keys[self.batch.rows], values[self.batch.rows]
+        return keys[self.batch.rows, :, : self.batch.span], values[self.batch.rows, :, : self.batch.span]
+
+    def lines(self, layer_idx: int) -> torch.Tensor:
+        """A layer's keys and values, [2, slots, KV, span, d] and contiguous, for kernels that write and read in place."""
+        return self._views[layer_idx]
 
     def write_taps(self, batch: ForwardBatch, taps: torch.Tensor) -> None:
         """Stores features [B, Q, taps] of the batch's tokens."""

@@ -12,25 +12,13 @@ from transformers import PreTrainedModel
 from rollout.attention import ForwardBatch
 from rollout.inference_view import InferenceView
 from rollout.kv_cache import CacheShape, SlotCache
+from rollout.layer_probe import decoder_layers
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L − 3."""
     low, middle, high = sorted((min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)))
     return low, middle, high
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers, in order.
-
-    Raises:
-        ValueError: when the model has no list of ``num_hidden_layers`` layers.
-    """
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of {wanted} decoder layers: the engine cannot tap its hidden states")
 
 
 class ModelRunner:
@@ -93,13 +81,13 @@ class ModelRunner:
     def prefill(self, prompt: torch.Tensor, slot: int) -> torch.Tensor:
         """Reads a prompt into a slot. prompt: int64 [P]. Returns the logits [V] after its last token."""
         positions = torch.arange(len(prompt), device=self.cache.device)[None]
-        batch = ForwardBatch(slice(slot, slot + 1), positions, span=len(prompt), prefill=True)
+        batch = ForwardBatch(slice(slot, slot + 1), positions, span=len(prompt), from_start=True)
         return self._forward(prompt[None], batch, logits_to_keep=1)[0, 0]
 
     @torch.no_grad()
     def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Runs Q tokens of each of the first B slots. int64 [B, Q] twice → logits [B, Q, V]."""
-        batch = ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span, prefill=False)
+        batch = ForwardBatch(slice(0, len(tokens)), positions.contiguous(), span=self.cache.span)
         return self._forward(tokens, batch, logits_to_keep=0)
 
     def _forward(self, tokens: torch.Tensor, batch: ForwardBatch, logits_to_keep: int) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""Linear layers whose weight is stored once in the layout that oneDNN reads fastest (CPU, bfloat16)."""
+"""Linear layers for decoding: those that read one input joined, and packed for oneDNN where it has kernels (CPU, bfloat16)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,40 +19,77 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-class PackedLinear(nn.Module):
-    """Inference-only copy of an `nn.Linear`, packed in bfloat16.
+class Projection(Protocol):
+    """One or more linear layers of one input, their outputs side by side."""
 
-    The source layer keeps the (trainable, possibly float32) weight; `refresh` reads it again after an update.
+    def refresh(self) -> None:
+        """Reads the sources' weights again."""
+        ...
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [B, Q, in] → [B, Q, sum of out], plus ``residual`` of that shape where given."""
+        ...
+
+
+class PackedLinear(nn.Module):
+    """Inference-only copy of one or more `nn.Linear` of one input, packed in bfloat16 as one matrix.
+
+    The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an update.
 
     Args:
-        source: The layer to copy. It is referenced, not registered, so it does not appear in this module's parameters.
+        sources: Layers to copy; all with a bias, or none. They are referenced, not registered, so they do not appear in this
+            module's parameters.
     """
 
-    def __init__(self, source: nn.Linear) -> None:
+    def __init__(self, *sources: nn.Linear) -> None:
         super().__init__()
-        self._source = [source]
-        self.out_features = source.out_features
+        self._sources = sources
         self.refresh()
 
     def refresh(self) -> None:
-        """Packs the source's present weight."""
-        source = self._source[0]
-        weight = source.weight.detach().to(torch.bfloat16).contiguous()
+        """Packs the sources' present weights."""
+        weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self._bias = None if source.bias is None else source.bias.detach().to(torch.bfloat16)
+        biases = [layer.bias for layer in self._sources if layer.bias is not None]
+        self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: bfloat16 [..., in] → bfloat16 [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x: bfloat16 [..., in] → bfloat16 [..., out], plus ``residual`` where given."""
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
+
+
+class JoinedLinear:
+    """The same over the layers' own weights, for where nothing is packed: no copy, nothing to refresh."""
+
+    def __init__(self, *sources: nn.Linear) -> None:
+        self._sources = sources
+
+    def refresh(self) -> None:
+        """The weights are the sources' own."""
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return out if residual is None else out + residual
+
+
+def joinable(layers: Sequence[nn.Module]) -> bool:
+    """Whether the layers are plain `nn.Linear`, all with a bias or all without."""
+    return all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
 
 
 def pack_linears(view: nn.Module, source: nn.Module) -> list[PackedLinear]:
-    """Replaces every `nn.Linear` of ``view`` by a packed copy of the layer of the same name in ``source``; returns them."""
+    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of the same name in ``source``; returns them."""
     packed = []
-    for name, layer in source.named_modules():
+    sources = dict(source.named_modules())
+    for name, layer in list(view.named_modules()):
         if type(layer) is nn.Linear:
             parent_name, _, attribute = name.rpartition(".")
-            replacement = PackedLinear(layer)
+            layer_source = sources[name]
+            assert isinstance(layer_source, nn.Linear)
+            replacement = PackedLinear(layer_source)
             setattr(view.get_submodule(parent_name), attribute, replacement)
             packed.append(replacement)
     return packed

@@ -135,7 +135,7 @@ class Eagle3Drafter:
         return self._run(tokens, self.model.fc(features), positions)
 
     def _run(self, tokens: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        batch = ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span, prefill=False)
+        batch = ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span)
         self.cache.begin(batch)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

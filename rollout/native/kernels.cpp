@@ -1,0 +1,318 @@
+// Decode kernels for the CPU: what is between two matrix products of a decoder layer, each in one pass.
+//
+// float32 or bfloat16 in memory, float32 in registers. GCC/Clang vector extensions, so that one source serves every instruction
+// set that -march=native offers. Every function is called with the interpreter's lock released and forks the OpenMP team that torch uses.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kChunk = 256;        // keys that one work item attends to
+constexpr int64_t kMaxDim = 256;       // of a head
+constexpr int64_t kSerialWork = 8192;  // elements below which forking the team costs more than it saves
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+inline Floats load(const bfloat16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  const Words w = __builtin_convertvector(h, Words) << 16;
+  Floats x;
+  std::memcpy(&x, &w, sizeof x);
+  return x;
+}
+
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
+
+// Rounds to nearest, ties to even; a NaN stays one.
+inline void store(bfloat16* p, Floats x) {
+  Words w;
+  std::memcpy(&w, &x, sizeof w);
+  const Words rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
+  const Ints nan = x != x;
+  Words mask;
+  std::memcpy(&mask, &nan, sizeof mask);
+  const Halves h = __builtin_convertvector((mask & 0x7fc0) | (~mask & rounded), Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
+
+inline float sum(Floats x) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof lanes);
+  for (int64_t step = kLanes / 2; step > 0; step /= 2)
+    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+// e^x to float32 rounding: 2^n times a polynomial in the rest (Cephes' coefficients). NaN stays NaN, −inf gives 0.
+inline Floats exponential(Floats x) {
+  const Floats clamped = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.0f), splat(88.0f), x));
+  const Floats shifted = clamped * 1.44269504f + select(clamped < splat(0.0f), splat(-0.5f), splat(0.5f));
+  const Ints n = __builtin_convertvector(select(shifted != shifted, splat(0.0f), shifted), Ints);
+  const Floats whole = __builtin_convertvector(n, Floats);
+  const Floats rest = (clamped - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats y = splat(1.9875691500e-4f);
+  y = y * rest + 1.3981999507e-3f;
+  y = y * rest + 8.3334519073e-3f;
+  y = y * rest + 4.1665795894e-2f;
+  y = y * rest + 1.6666665459e-1f;
+  y = y * rest + 5.0000001201e-1f;
+  y = y * rest * rest + rest + 1.0f;
+  const Ints power = (n + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return select(x < splat(-87.3f), splat(0.0f), y * scale);
+}
+
+template <typename T>
+void rms_norm_row(const T* x, const T* gain, T* out, int64_t width, float eps) {
+  Floats squares = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Floats v = load(x + i);
+    squares += v * v;
+  }
+  const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+  for (int64_t i = 0; i < width; i += kLanes) store(out + i, load(x + i) * scale * load(gain + i));
+}
+
+template <typename T>
+void rms_norm(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for if (rows * width > kSerialWork)
+  for (int64_t r = 0; r < rows; ++r) rms_norm_row(x + r * width, gain, out + r * width, width, eps);
+}
+
+template <typename T>
+void silu_gate(const T* x, T* out, int64_t rows, int64_t width) {
+#pragma omp parallel for if (rows * width > kSerialWork)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* gate = x + r * 2 * width;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Floats g = load(gate + i);
+      store(out + r * width + i, g / (exponential(-g) + 1.0f) * load(gate + width + i));
+    }
+  }
+}
+
+// One head: norm where there is a gain, then rotation of halves by the position's angle.
+template <typename T>
+void rotate_head(const T* head, const T* gain, float eps, const T* cosines, const T* sines, T* out, int64_t dim) {
+  alignas(64) float x[kMaxDim], c[kMaxDim], s[kMaxDim];
+  Floats squares = {};
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const Floats v = load(head + i);
+    squares += v * v;
+    store(x + i, v);
+    store(c + i, load(cosines + i));
+    store(s + i, load(sines + i));
+  }
+  if (gain != nullptr) {
+    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(dim) + eps);
+    for (int64_t i = 0; i < dim; i += kLanes) store(x + i, load(x + i) * scale * load(gain + i));
+  }
+  const int64_t half = dim / 2;
+  alignas(64) float y[kMaxDim];
+  for (int64_t i = 0; i < half; ++i) {
+    y[i] = x[i] * c[i] - x[i + half] * s[i];
+    y[i + half] = x[i + half] * c[i + half] + x[i] * s[i + half];
+  }
+  for (int64_t i = 0; i < dim; i += kLanes) store(out + i, load(y + i));
+}
+
+struct Shape {
+  int64_t batch, queries, heads, kv_heads, dim;
+  int64_t slots, span, first_slot;
+};
+
+template <typename T>
+void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps,
+                      const int64_t* positions, T* query, T* cache, const Shape& s) {
+  const int64_t tokens = s.batch * s.queries, all = s.heads + 2 * s.kv_heads;
+#pragma omp parallel for if (tokens * all * s.dim > kSerialWork)
+  for (int64_t n = 0; n < tokens; ++n) {
+    const T* row = joined + n * all * s.dim;
+    const T *c = cosines + n * s.dim, *sn = sines + n * s.dim;
+    const int64_t slot = s.first_slot + n / s.queries;
+    for (int64_t h = 0; h < s.heads; ++h)
+      rotate_head(row + h * s.dim, query_gain, eps, c, sn, query + (n * s.heads + h) * s.dim, s.dim);
+    for (int64_t h = 0; h < s.kv_heads; ++h) {
+      T* key = cache + ((slot * s.kv_heads + h) * s.span + positions[n]) * s.dim;
+      T* value = key + s.slots * s.kv_heads * s.span * s.dim;
+      rotate_head(row + (s.heads + h) * s.dim, key_gain, eps, c, sn, key, s.dim);
+      std::memcpy(value, row + (s.heads + s.kv_heads + h) * s.dim, s.dim * sizeof(T));
+    }
+  }
+}
+
+struct AttentionRule {
+  float scale;
+  float softcap;   // 0 for none
+  int64_t window;  // 0 for none
+};
+
+// What one work item found: for every row the largest score, the sum of exponentials and the weighted sum of values.
+struct Partial {
+  float *largest, *total, *weighted;
+};
+
+// Attends `rows` query rows (heads of one group × queries) to `count` keys from position `start` of one slot and head.
+template <typename T, int kVectors>
+void attend_chunk(const float* query, const T* keys, const T* values, const int64_t* positions, int64_t queries, int64_t rows,
+                  int64_t start, int64_t count, const AttentionRule& rule, float* scores, const Partial& out) {
+  constexpr int64_t dim = kVectors * kLanes;
+  for (int64_t j = 0; j < count; ++j) {
+    Floats key[kVectors];
+    for (int i = 0; i < kVectors; ++i) key[i] = load(keys + j * dim + i * kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      Floats product = key[0] * load(query + r * dim);
+      for (int i = 1; i < kVectors; ++i) product += key[i] * load(query + r * dim + i * kLanes);
+      scores[r * kChunk + j] = sum(product);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * kChunk;
+    const int64_t position = positions[r % queries] - start;
+    const int64_t end = std::min(position + 1, count);
+    const int64_t begin = rule.window > 0 ? std::max<int64_t>(position - rule.window + 1, 0) : 0;
+    if (rule.softcap > 0)
+      for (int64_t j = begin; j < end; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t j = begin; j < end; ++j) largest = std::max(largest, row[j]);
+    for (int64_t j = 0; j < begin && j < kChunk; ++j) row[j] = -std::numeric_limits<float>::infinity();
+    for (int64_t j = std::max<int64_t>(end, 0); j < kChunk; ++j) row[j] = -std::numeric_limits<float>::infinity();
+    Floats total = {};
+    const float shift = std::isinf(largest) ? 0.0f : largest;
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+      const Floats weight = exponential(load(row + j) - shift);
+      total += weight;
+      store(row + j, weight);
+    }
+    out.largest[r] = largest;
+    out.total[r] = sum(total);
+  }
+  std::memset(out.weighted, 0, rows * dim * sizeof(float));
+  for (int64_t j = 0; j < count; ++j) {
+    Floats value[kVectors];
+    for (int i = 0; i < kVectors; ++i) value[i] = load(values + j * dim + i * kLanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float weight = scores[r * kChunk + j];
+      float* sums = out.weighted + r * dim;
+      for (int i = 0; i < kVectors; ++i) store(sums + i * kLanes, load(sums + i * kLanes) + weight * value[i]);
+    }
+  }
+}
+
+// Keys are cut into chunks so that one long sequence occupies every core; the partial results are joined afterwards
+// (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost follows its own length, not the longest.
+template <typename T, int kVectors>
+void attend(const T* query, const T* cache, const int64_t* positions, T* out, const Shape& s, const AttentionRule& rule) {
+  constexpr int64_t dim = kVectors * kLanes;
+  const int64_t group = s.heads / s.kv_heads, rows = group * s.queries;
+  std::vector<int64_t> lengths(s.batch);
+  for (int64_t b = 0; b < s.batch; ++b)
+    lengths[b] = *std::max_element(positions + b * s.queries, positions + (b + 1) * s.queries) + 1;
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  const int64_t chunks = (longest + kChunk - 1) / kChunk;
+  const int64_t items = s.batch * s.kv_heads * chunks, per_item = rows * (dim + 2);
+  static thread_local std::vector<float> partials;
+  partials.resize(items * per_item);
+  float* base = partials.data();
+  const auto partial = [base, per_item, rows](int64_t item) {
+    float* p = base + item * per_item;
+    return Partial{p, p + rows, p + 2 * rows};
+  };
+  const int64_t work = s.batch * s.kv_heads * longest * dim;
+#pragma omp parallel if (work > kSerialWork)
+  {
+    std::vector<float> rotated(rows * dim), scores(rows * kChunk);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t b = item / (s.kv_heads * chunks), kv = item / chunks % s.kv_heads, start = item % chunks * kChunk;
+      const int64_t count = std::min(lengths[b] - start, kChunk);
+      if (count <= 0) continue;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* source = query + ((b * s.queries + r % s.queries) * s.heads + kv * group + r / s.queries) * dim;
+        for (int64_t i = 0; i < dim; i += kLanes) store(rotated.data() + r * dim + i, load(source + i) * rule.scale);
+      }
+      const T* keys = cache + (((s.first_slot + b) * s.kv_heads + kv) * s.span + start) * dim;
+      const T* values = keys + s.slots * s.kv_heads * s.span * dim;
+      attend_chunk<T, kVectors>(rotated.data(), keys, values, positions + b * s.queries, s.queries, rows, start, count, rule,
+                                scores.data(), partial(item));
+    }
+#pragma omp for
+    for (int64_t pair = 0; pair < s.batch * s.kv_heads; ++pair) {
+      const int64_t b = pair / s.kv_heads, kv = pair % s.kv_heads, used = (lengths[b] + kChunk - 1) / kChunk;
+      for (int64_t r = 0; r < rows; ++r) {
+        float largest = -std::numeric_limits<float>::infinity(), total = 0;
+        for (int64_t c = 0; c < used; ++c) largest = std::max(largest, partial(pair * chunks + c).largest[r]);
+        Floats sums[kVectors] = {};
+        for (int64_t c = 0; c < used; ++c) {
+          const Partial p = partial(pair * chunks + c);
+          // a chunk wholly outside the window has a total of 0; NaN must stay NaN
+          const float weight = p.total[r] == 0 ? 0 : std::exp(std::isinf(p.largest[r]) ? 0 : p.largest[r] - largest);
+          total += weight * p.total[r];
+          for (int i = 0; i < kVectors; ++i) sums[i] += weight * load(p.weighted + r * dim + i * kLanes);
+        }
+        T* target = out + ((b * s.queries + r % s.queries) * s.heads + kv * group + r / s.queries) * dim;
+        for (int i = 0; i < kVectors; ++i) store(target + i * kLanes, sums[i] / total);
+      }
+    }
+  }
+}
+
+template <typename T>
+void attend_any(const T* query, const T* cache, const int64_t* positions, T* out, const Shape& s, const AttentionRule& rule) {
+  switch (s.dim / kLanes) {
+    case 1: return attend<T, 1>(query, cache, positions, out, s, rule);
+    case 2: return attend<T, 2>(query, cache, positions, out, s, rule);
+    case 4: return attend<T, 4>(query, cache, positions, out, s, rule);
+    case 5: return attend<T, 5>(query, cache, positions, out, s, rule);
+    case 6: return attend<T, 6>(query, cache, positions, out, s, rule);
+    case 8: return attend<T, 8>(query, cache, positions, out, s, rule);
+    case 16: return attend<T, 16>(query, cache, positions, out, s, rule);
+  }
+}
+
+}  // namespace
+
+#define PACELINE_KERNELS(T, SUFFIX)                                                                                                \
+  void paceline_rms_norm_##SUFFIX(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {                     \
+    rms_norm(x, gain, out, rows, width, eps);                                                                                      \
+  }                                                                                                                                \
+  void paceline_silu_gate_##SUFFIX(const T* x, T* out, int64_t rows, int64_t width) { silu_gate(x, out, rows, width); }            \
+  void paceline_rotate_and_store_##SUFFIX(const T* joined, const T* cosines, const T* sines, const T* query_gain,                  \
+                                          const T* key_gain, float eps, const int64_t* positions, T* query, T* cache,              \
+                                          const Shape* shape) {                                                                    \
+    rotate_and_store(joined, cosines, sines, query_gain, key_gain, eps, positions, query, cache, *shape);                          \
+  }                                                                                                                                \
+  void paceline_attend_##SUFFIX(const T* query, const T* cache, const int64_t* positions, T* out, const Shape* shape, float scale, \
+                                float softcap, int64_t window) {                                                                   \
+    attend_any(query, cache, positions, out, *shape, AttentionRule{scale, softcap, window});                                       \
+  }
+
+extern "C" {
+PACELINE_KERNELS(float, float32)
+PACELINE_KERNELS(bfloat16, bfloat16)
+}
