@@ -15,6 +15,8 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"  # a stop token or a stop string was produced
     LENGTH = "length"  # max_tokens, or the model's context, was reached
+    PAUSED = "paused"  # the call's token budget was spent; pass the rollout as `Request.resume` to go on
+    CANCELLED = "cancelled"  # `RolloutEngine.cancel` was called for it; what it had is returned
     FAILED = "failed"  # this request could not be served; `Rollout.error` says why
 
 
@@ -74,12 +76,15 @@ class Request:
             which other requests are decoded beside it (up to the rounding of batched matrix products).
         group: Requests with an equal group are samples of one prompt. They share a prefill and model-free drafts,
             also with earlier requests of the same group. ``None`` shares nothing.
+        resume: A paused rollout of the same prompt to go on from. With unchanged weights the result is the one that was paused
+            without the pause; with new weights its earlier tokens keep the log-probs and version they were drawn under.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     group: Hashable | None = None
+    resume: Rollout | None = None
 
 
 @dataclass(slots=True)
@@ -90,12 +95,14 @@ class RolloutStats:
         steps: Target forwards that this sequence took part in after its prefill.
         drafted: Draft tokens verified.
         accepted: Draft tokens that were accepted.
-        seconds: Wall time from admission to finish.
+        preempted: Times that its cache was given up for others and read again.
+        seconds: Wall time from submission to finish, of the last call.
     """
 
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    preempted: int = 0
     seconds: float = 0.0
 
 
@@ -128,6 +135,8 @@ class Rollout:
             top-p). At temperature 0 that distribution is a point mass, so the unscaled (temperature 1) one is used.
         finish_reason: Why it ended.
         stats: Steps, drafted and accepted tokens.
+        segments: (policy version, tokens drawn under it), oldest first: more than one where the rollout was paused and resumed
+            after `RolloutEngine.refresh_weights`, which counts the version up.
         error: One line, when ``finish_reason`` is FAILED.
         trace: Training data for a drafter, when the engine was asked to collect it.
     """
@@ -137,5 +146,6 @@ class Rollout:
     logprobs: list[float]
     finish_reason: FinishReason
     stats: RolloutStats
+    segments: list[tuple[int, int]] = field(default_factory=list)
     error: str | None = None
     trace: DistillationTrace | None = None

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from rollout.native import RaggedTokens
+
 SLOT_ATTENTION = "paceline_slots"
 _FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
 
@@ -18,16 +20,18 @@ class ForwardBatch:
     """Where one forward's tokens stand; handed through the model's keyword arguments to cache and attention.
 
     Attributes:
-        rows: Slots that take part, contiguous.
-        positions: int64 [B, Q], absolute position of each token.
+        rows: Slots that take part, contiguous. Not used where ``ragged`` is given.
+        positions: int64 [B, Q], absolute position of each token; [1, N] where ``ragged`` is given.
         span: Keys that attention reads: positions ``0 .. span-1`` of each slot.
         from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain triangle.
+        ragged: The tokens without padding, for native kernels; None for a rectangle, for torch's operators.
     """
 
     rows: slice
     positions: torch.Tensor
     span: int
     from_start: bool = False
+    ragged: RaggedTokens | None = None
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _rotations: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

@@ -26,7 +26,8 @@ def calibrate_forward(runner: ModelRunner, slots: int, max_width: int) -> Callab
     """
     points: list[tuple[int, float]] = []
     batch = 1
-    runner.cache.reserve(runner.cache.span, active=0)
+    slots = min(slots, runner.cache.slots_at(runner.cache.span))
+    runner.cache.reserve(runner.cache.span, active=0, slots=slots)
     while batch <= slots:
         points += [(batch * width, _time_forward(runner, batch, width)) for width in _WIDTHS if width <= max_width]
         batch *= 4
@@ -36,11 +37,10 @@ def calibrate_forward(runner: ModelRunner, slots: int, max_width: int) -> Callab
 
 def _time_forward(runner: ModelRunner, batch: int, width: int) -> float:
     tokens = torch.zeros(batch, width, dtype=torch.long, device=runner.cache.device)
-    positions = torch.arange(width, device=runner.cache.device).expand(batch, width)
     best = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
-        runner.decode(tokens, positions)
+        runner.decode(tokens, [width] * batch, [0] * batch)
         if runner.cache.device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from rollout.api import DistillationTrace, FinishReason, Request, Rollout
+from rollout.api import FinishReason, Request, Rollout
 from rollout.calibration import calibrate_forward
 from rollout.drafters.base import DraftContext, Drafter
+from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
+from rollout.prefill import prefill
+from rollout.requests import problem_with
+from rollout.results import finished_rollout
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
 from rollout.stopping import StopCondition, TextDecoder
@@ -44,10 +48,17 @@ class RolloutEngine:
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
         decode_text: Token ids → text, needed for stop strings only.
-        kv_memory_bytes: Limit of the cache; None for the free memory.
+        kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` × ``max_context`` needs,
+            sequences are admitted by it, and preempted when they grow past it.
+        prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
+        lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
+
+    Attributes:
+        policy_version: Counted up by `refresh_weights`.
 
     Raises:
-        MemoryError: when the cache does not fit, with numbers.
+        MemoryError: when the cache cannot hold one sequence of ``max_context``, with numbers.
+        ValueError: for a model whose attention cannot be replaced.
     """
 
     def __init__(
@@ -62,6 +73,8 @@ class RolloutEngine:
         collect_traces: bool = False,
         decode_text: TextDecoder | None = None,
         kv_memory_bytes: int | None = None,
+        prefill_tokens: int = 512,
+        lengths: LengthEstimate | None = None,
     ) -> None:
         if collect_traces and not tap_layers:
             raise ValueError("collect_traces needs tap_layers: pass default_tap_layers(num_layers)")
@@ -76,11 +89,14 @@ class RolloutEngine:
             tap_layers=tap_layers,
             limit_bytes=kv_memory_bytes,
         )
-        self.scheduler = Scheduler(max_slots)
+        self.scheduler = Scheduler(max_slots, lengths)
+        self.prefill_tokens = prefill_tokens
+        self.policy_version = 0
         self.drafters: dict[str, Drafter] = {}
         self.selector: Selector = FixedSelector()
         self.records: list[StepRecord] = []
         self._decode_text = decode_text
+        self._cancelled: set[int] = set()
         self._device = model.device
 
     @staticmethod
@@ -115,28 +131,58 @@ class RolloutEngine:
     def refresh_weights(self) -> None:
         """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
         self.runner.refresh_weights()
+        self.policy_version += 1
 
-    def generate(self, requests: Sequence[Request], on_step: Callable[[StepRecord], None] | None = None) -> list[Rollout]:
-        """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None = None,
+        token_budget: int | None = None,
+    ) -> list[Rollout]:
+        """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
+
+        Args:
+            requests: What to produce.
+            on_step: Called after each decode step. An exception it raises ends the call and leaves the engine usable.
+            token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes back PAUSED.
+        """
         done: list[Rollout | None] = [None] * len(requests)
-        for index, rollout in self._run(requests, on_step):
+        for index, rollout in self._run(requests, on_step, token_budget):
             done[index] = rollout
         return [rollout for rollout in done if rollout is not None]
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Rollout]:
+    def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
         """Each rollout as it finishes."""
-        for _, rollout in self._run(requests, None):
+        for _, rollout in self._run(requests, None, token_budget):
             yield rollout
 
-    def _run(self, requests: Sequence[Request], on_step: Callable[[StepRecord], None] | None) -> Iterator[tuple[int, Rollout]]:
+    def cancel(self, request: Request) -> None:
+        """Ends a request in flight before its next step, from a callback, the consumer of `stream`, or another thread.
+
+        What it has comes back with finish reason CANCELLED. Does nothing for a request that has ended.
+        """
+        self._cancelled.add(id(request))
+
+    def _run(
+        self, requests: Sequence[Request], on_step: Callable[[StepRecord], None] | None, token_budget: int | None
+    ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
+        self._cancelled.clear()
         started = time.perf_counter()
+        left = float("inf") if token_budget is None else token_budget
         try:
             yield from self._submit(requests)
             while self.scheduler.has_work:
-                yield from self._admit()
+                if left <= 0:
+                    yield from self._pause()
+                    return
+                yield from self._drop_cancelled()
+                self._make_room()
+                left -= self._admit()
+                yield from self._retire()
                 if self.scheduler.active:
                     feedback, committed = self._step()
+                    left -= committed
                     yield from self._retire()
                     at = time.perf_counter() - started
                     record = StepRecord(at, feedback.active, str(feedback.strategy), committed, feedback)
@@ -147,51 +193,50 @@ class RolloutEngine:
             self._abandon()
 
     def _submit(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
+        accepted = []
         for index, request in enumerate(requests):
-            problem = self._problem(request)
+            problem = problem_with(request, self.max_context, self.runner.vocab_size, self._decode_text is not None)
             limit = min(self.max_context, len(request.prompt_ids) + request.params.max_tokens)
             sequence = SequenceState(request, index, limit)
             if problem is None:
-                self.scheduler.waiting.append(sequence)
+                accepted.append(sequence)
             else:
                 yield index, self._finished(sequence, slot=None, error=problem)
+        self.scheduler.submit(accepted)
 
-    def _problem(self, request: Request) -> str | None:
-        """Why a request cannot be served, or None."""
-        prompt = request.prompt_ids
-        if len(prompt) == 0:
-            return "the prompt is empty: give at least one token"
-        if len(prompt) >= self.max_context:
-            return f"the prompt has {len(prompt)} tokens, the context {self.max_context}: shorten it or raise rollout.max_context"
-        if min(prompt) < 0 or max(prompt) >= self.runner.vocab_size:
-            return f"the prompt has a token outside 0..{self.runner.vocab_size - 1}: was it made by another tokenizer?"
-        if request.params.stop_strings and self._decode_text is None:
-            return "stop_strings need an engine built with decode_text (the tokenizer's decode)"
-        return None
+    def _admit(self) -> int:
+        """Prefills what fits and draws each one's next token. Returns how many tokens that committed."""
+        before = len(self.scheduler.active)
+        margin = self.max_depth + 2
+        admitted = list(self.scheduler.admit(lambda length: self.runner.cache.slots_at(length + margin)))
+        if not admitted:
+            return 0
+        longest = max(len(s.tokens) for s in self.scheduler.active)
+        self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
+        logits = prefill(self.runner, admitted, self.prefill_tokens)
+        for _, sequence in admitted:
+            if len(sequence.tokens) == sequence.num_prompt:
+                self._observe(sequence, sequence.num_prompt)
+        sequences = [sequence for _, sequence in admitted]
+        steps = [s.stats.steps for s in sequences]
+        _, committed = self._verify(sequences, logits, no_draft(len(sequences), self._device))
+        for sequence, count in zip(sequences, steps, strict=True):
+            sequence.stats.steps = count
+        return committed
 
-    def _admit(self) -> Iterator[tuple[int, Rollout]]:
-        """Prefills what fits. The samples of one prompt admitted together share a forward."""
-        prefilled: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
-        siblings: dict[tuple[int, ...], list[int]] = {}
-        admitted: list[SequenceState] = []
-        cache = self.runner.cache
-        for slot, sequence in self.scheduler.admit():
-            prompt = tuple(sequence.tokens)
-            cache.reserve(len(prompt) + self.max_depth + 1, active=slot)
-            if prompt in prefilled:
-                siblings.setdefault(prompt, []).append(slot)
-            else:
-                prefilled[prompt] = (slot, self.runner.prefill(torch.tensor(prompt, device=self._device), slot))
-            self._observe(sequence, sequence.num_prompt)
-            admitted.append(sequence)
-        for prompt, slots in siblings.items():
-            cache.copy_slot(prefilled[prompt][0], slots, len(prompt))
-        first_logits = [prefilled[tuple(sequence.tokens)][1] for sequence in admitted]
-        if admitted:
-            self._verify(admitted, torch.stack(first_logits)[:, None], no_draft(len(admitted), self._device))
-            for sequence in admitted:
-                sequence.stats.steps = 0
-            yield from self._retire()
+    def _make_room(self) -> None:
+        """Puts sequences back where the longest one's next step leaves no room for all."""
+        active = self.scheduler.active
+        if not active:
+            return
+        keep = self.runner.cache.slots_at(max(len(s.tokens) for s in active) + self.max_depth + 2)
+        if keep >= len(active):
+            return
+        back = {id(s): s for s in self.scheduler.preempt(keep)}
+        self._vacate(lambda s: id(s) in back)
+        for sequence in back.values():
+            sequence.stats.preempted += 1
+        self.scheduler.submit(back.values())
 
     def _step(self) -> tuple[StepFeedback, int]:
         """One decode step of every active sequence: the strategy's feedback and how many tokens were committed."""
@@ -210,7 +255,7 @@ class RolloutEngine:
             strategy=strategy,
             active=len(active),
             context=context,
-            width=logits.shape[1],
+            width=draft.tokens.shape[1] + 1,
             drafted=draft.lengths.tolist(),
             accepted=accepted,
             draft_seconds=proposed - begin,
@@ -229,17 +274,15 @@ class RolloutEngine:
             cache = self.runner.cache
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self.runner.hidden_size)
         draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), depth).to(self._device)
-        room = torch.tensor([s.remaining - 1 for s in active], device=self._device)
+        room = torch.tensor([s.remaining - 1 for s in active])
         draft.lengths = torch.minimum(draft.lengths, room)
         return draft.narrow(int(draft.lengths.max()))
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
-        first = torch.tensor([[len(s.tokens) - 1] for s in active], device=self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
-        positions = first + torch.arange(tokens.shape[1], device=self._device)
-        self.runner.cache.reserve(max(len(s.tokens) for s in active) + tokens.shape[1], active=len(active))
-        return self.runner.decode(tokens, positions)
+        self.runner.cache.reserve(max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active))
+        return self.runner.decode(tokens, (draft.lengths + 1).tolist(), [len(s.tokens) - 1 for s in active])
 
     def _verify(self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree) -> tuple[list[int], int]:
         """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
@@ -259,9 +302,8 @@ class RolloutEngine:
         """Appends tokens up to the one that ends the sequence. Returns how many."""
         stop = StopCondition(sequence, self._decode_text)
         count = 0
-        for token, logprob in zip(tokens, logprobs, strict=False):  # log-probs are padded to the longest row
-            sequence.tokens.append(token)
-            sequence.logprobs.append(logprob)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            sequence.append(token, logprob, self.policy_version)
             count += 1
             sequence.finish = stop.reason()
             if sequence.finish is not None:
@@ -275,11 +317,20 @@ class RolloutEngine:
 
     def _retire(self) -> Iterator[tuple[int, Rollout]]:
         """Hands out finished sequences and closes the holes they leave."""
-        ended = {id(s): s for s in self.scheduler.active if s.finish is not None}
-        slots = {id(s): slot for slot, s in enumerate(self.scheduler.active)}
-        rollouts = [(s.index, self._finished(s, slots[key], error=None)) for key, s in ended.items()]
+        ended = [(slot, s) for slot, s in enumerate(self.scheduler.active) if s.finish is not None]
+        if not ended:
+            return
+        rollouts = [(s.index, self._finished(s, slot, error=None)) for slot, s in ended]
+        for _, sequence in ended:
+            if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
+                self.scheduler.lengths.observe(sequence.request, len(sequence.tokens) - sequence.num_prompt)
+        self._vacate(lambda s: s.finish is not None)
+        yield from rollouts
+
+    def _vacate(self, ended: Callable[[SequenceState], bool]) -> None:
+        """Takes sequences out of their slots; the last ones move into the holes."""
         cache = self.runner.cache
-        for slot, last in self.scheduler.retire():
+        for slot, last in self.scheduler.retire(ended):
             for drafter in self.drafters.values():
                 drafter.release(slot)
                 if slot != last:
@@ -287,33 +338,39 @@ class RolloutEngine:
                     drafter.release(last)
             if slot != last:
                 cache.copy_slot(last, [slot], min(len(self.scheduler.active[slot].tokens), cache.span))
-        yield from rollouts
+
+    def _drop_cancelled(self) -> Iterator[tuple[int, Rollout]]:
+        """Ends what `cancel` named, in a slot or waiting."""
+        if not self._cancelled:
+            return
+        named = self._cancelled.copy()
+        for sequence in (*self.scheduler.active, *self.scheduler.waiting):
+            if id(sequence.request) in named:
+                sequence.finish = FinishReason.CANCELLED
+        self._cancelled -= named
+        gone = [s for s in self.scheduler.waiting if s.finish is FinishReason.CANCELLED]
+        for sequence in gone:
+            self.scheduler.waiting.remove(sequence)
+            yield sequence.index, self._finished(sequence, slot=None, error=None)
+        yield from self._retire()
+
+    def _pause(self) -> Iterator[tuple[int, Rollout]]:
+        """Hands out everything unfinished, resumable."""
+        for sequence in (*self.scheduler.active, *self.scheduler.waiting):
+            sequence.finish = FinishReason.PAUSED
+        waiting = list(self.scheduler.waiting)
+        self.scheduler.waiting.clear()
+        for sequence in waiting:
+            yield sequence.index, self._finished(sequence, slot=None, error=None)
+        yield from self._retire()
 
     def _finished(self, sequence: SequenceState, slot: int | None, error: str | None) -> Rollout:
         if sequence.finish is FinishReason.FAILED and slot is not None:
             error = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
             self.runner.cache.clear_slot(slot)
-        sequence.stats.seconds = time.perf_counter() - sequence.started
-        trace = self._trace(sequence, slot) if self.collect_traces and error is None and slot is not None else None
-        return Rollout(
-            request=sequence.request,
-            token_ids=sequence.tokens[sequence.num_prompt :],
-            logprobs=sequence.logprobs,
-            finish_reason=FinishReason.FAILED if error else sequence.finish or FinishReason.FAILED,
-            stats=sequence.stats,
-            error=error,
-            trace=trace,
-        )
-
-    def _trace(self, sequence: SequenceState, slot: int) -> DistillationTrace:
-        features = self.runner.cache.taps[slot, : len(sequence.tokens) - 1]
-        hidden = self.runner.hidden_size
-        return DistillationTrace(
-            token_ids=torch.tensor(sequence.tokens),
-            num_prompt=sequence.num_prompt,
-            taps=features[:, :-hidden].clone(),
-            final=features[:, -hidden:].clone(),
-        )
+        whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
+        traced = self.collect_traces and whole and slot is not None
+        return finished_rollout(sequence, error, self.runner.trace(sequence, slot) if traced and slot is not None else None)
 
     def _abandon(self) -> None:
         """Frees every slot: nothing of one call is left for the next, also when its consumer stopped early."""
@@ -321,12 +378,3 @@ class RolloutEngine:
             for drafter in self.drafters.values():
                 drafter.release(slot)
         self.scheduler.clear()
-
-
-def mean_acceptance_length(rollouts: Iterable[Rollout]) -> float:
-    """Committed tokens of one sequence in one target forward, prefills left out: 1 for plain decoding."""
-    tokens = steps = 0
-    for rollout in rollouts:
-        tokens += max(len(rollout.token_ids) - 1, 0)
-        steps += rollout.stats.steps
-    return tokens / steps if steps else 1.0

@@ -26,7 +26,6 @@ _LAYER_PARTS = {
 }  # fmt: skip
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_NATIVE_QUERIES = 16  # longer chunks are matrix products, which a library does better than the attention kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +205,21 @@ class FusedLayer(nn.Module):
         self, joined: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
     ) -> torch.Tensor:
         """Stores keys and values; returns [B, Q, H · d]."""
-        if self._kernels is None:
-            query, key, value = self._rotated_heads(joined, batch.rotation(*rotary))
-            key, value = cache.update(key, value, self.index)
-        else:
+        if batch.ragged is not None and self._kernels is not None and self._rule is not None:
             lines = cache.lines(self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
-            positions = batch.positions
-            heads = self._kernels.rotate_and_store(joined, rotary, gains, eps, positions, lines, batch.rows.start)
-            if positions.shape[1] <= _NATIVE_QUERIES and self._rule is not None:
-                return self._kernels.attend(heads, lines, positions, batch.rows.start, self._rule)
-            query = heads.transpose(1, 2)
-            key, value = lines[:, batch.rows, :, : batch.span]
+            heads = self._kernels.rotate_and_store(joined, rotary, gains, eps, batch.ragged, lines)
+            return self._kernels.attend(heads, lines, batch.ragged, self._rule)
+        query, key, value = self._rotated_heads(joined, batch.rotation(*rotary))
+        key, value = cache.update(key, value, self.index)
         out, _ = slot_attention(self, query, key, value, None, forward_batch=batch, **self._attention)
         return out.flatten(2)
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether a forward may hold tokens without padding."""
+        return self._kernels is not None and self._rule is not None
 
     def _rotated_heads(
         self, joined: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]

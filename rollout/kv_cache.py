@@ -35,10 +35,9 @@ class CacheShape:
     dtype: torch.dtype
 
     @property
-    def bytes(self) -> int:
-        """Bytes of keys, values and taps when full."""
-        per_token = 2 * self.layers * self.kv_heads * self.head_dim + self.taps
-        return self.slots * self.capacity * per_token * self.dtype.itemsize
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys, values and taps."""
+        return (2 * self.layers * self.kv_heads * self.head_dim + self.taps) * self.dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:
@@ -53,55 +52,85 @@ def available_bytes(device: torch.device) -> int:
 
 
 class SlotCache(Cache):
-    """KV cache of fixed slots, through transformers' cache interface.
+    """KV cache of slots, through transformers' cache interface.
 
-    Each layer's keys are one buffer seen as [slots, kv_heads, span, head_dim]. ``span`` is the longest sequence now decoded,
-    rounded up to 128, so that the first B slots are one contiguous operand for a batched matrix product and short sequences
-    do not pay for long ones' room; the buffer is laid out anew when the span grows. Rows past the written length are
+    Each layer's keys and values are one buffer seen as [2, slots, kv_heads, span, head_dim]. ``span`` is the longest sequence now
+    decoded, rounded up to 128, so that the first B slots are one contiguous operand for a batched matrix product and short
+    sequences do not pay for long ones' room; the buffer is laid out anew when the span grows. Rows past the written length are
     finite, and attention masks them.
 
+    The buffers hold ``tokens`` tokens: all slots at full capacity where memory allows, else fewer, and then the number of slots
+    depends on the span (`slots_at`). Many short sequences fit, or few long ones, as a batch with a long tail has them.
+
+    Args:
+        shape: What is held.
+        device: Where.
+        limit_bytes: Memory allowed; None for what is free.
+
     Raises:
-        MemoryError: with the numbers, before anything is allocated, when the full size exceeds ``limit_bytes`` (or the free
-            memory, when no limit is given).
+        MemoryError: with the numbers, before anything is allocated, when not even one sequence of full length fits.
     """
 
     def __init__(self, shape: CacheShape, device: torch.device, limit_bytes: int | None = None) -> None:
         super().__init__(layers=[])
         limit = available_bytes(device) if limit_bytes is None else limit_bytes
-        if shape.bytes > limit:
+        least = shape.capacity * shape.token_bytes
+        if least > limit:
             raise MemoryError(
-                f"the KV cache needs {shape.bytes / 1e9:.2f} GB ({shape.slots} slots x {shape.capacity} tokens), "
-                f"{limit / 1e9:.2f} GB are allowed: lower rollout.max_slots or rollout.max_context"
+                f"the KV cache needs {least / 1e9:.3g} GB for one sequence of {shape.capacity} tokens, "
+                f"{limit / 1e9:.3g} GB are allowed: lower rollout.max_context or raise rollout.kv_memory_gb"
             )
         self.shape = shape
         self.device = device
+        self.tokens = min(shape.slots * shape.capacity, limit // shape.token_bytes)
         self.span = SPAN_STEP
-        numel = shape.slots * shape.kv_heads * shape.capacity * shape.head_dim
-        self._buffers = [torch.zeros(2 * numel, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        numel = 2 * self.tokens * shape.kv_heads * shape.head_dim
+        self._buffers = [torch.zeros(numel, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._taps_buffer = torch.zeros(self.tokens * shape.taps, dtype=shape.dtype, device=device)
         self._layout()
-        self.taps = torch.zeros(shape.slots, shape.capacity, shape.taps, dtype=shape.dtype, device=device)
         self.batch: ForwardBatch | None = None
         self._write_index: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What the buffers take."""
+        return self.tokens * self.shape.token_bytes
+
+    def slots_at(self, length: int) -> int:
+        """How many sequences fit when the longest holds ``length`` tokens; at least one."""
+        return max(min(self.shape.slots, self.tokens // self._span_for(length)), 1)
+
+    def _span_for(self, length: int) -> int:
+        return min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
 
     def _layout(self) -> None:
         s = self.shape
         self.span = min(self.span, s.capacity)
-        shape = (2, s.slots, s.kv_heads, self.span, s.head_dim)
-        numel = s.slots * s.kv_heads * self.span * s.head_dim
-        self._views = [buffer[: 2 * numel].view(shape) for buffer in self._buffers]
+        slots = self.slots_at(self.span)
+        shape = (2, slots, s.kv_heads, self.span, s.head_dim)
+        numel = 2 * slots * s.kv_heads * self.span * s.head_dim
+        self._views = [buffer[:numel].view(shape) for buffer in self._buffers]
+        self.taps = self._taps_buffer[: slots * self.span * s.taps].view(slots, self.span, s.taps)
 
-    def reserve(self, length: int, active: int) -> None:
-        """Makes ``span`` at least ``length``, keeping the first ``active`` slots' contents; shrinks when none is active."""
-        wanted = min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
-        if wanted == self.span or (active and wanted < self.span):
+    def reserve(self, length: int, active: int, slots: int) -> None:
+        """Makes room for ``slots`` sequences, the longest of ``length`` tokens, keeping the first ``active`` slots' contents.
+
+        The span shrinks only where none is active or where the slots are wanted: every change copies. ``slots`` must be at
+        most `slots_at` of that length.
+        """
+        wanted = self._span_for(length)
+        enough = len(self.taps) >= slots
+        if wanted == self.span or (wanted < self.span and active and enough):
             return
-        old_span, old_views = self.span, self._views
+        old_views, old_taps = self._views, self.taps
         self.span = wanted
         self._layout()
-        for old, new in zip(old_views, self._views, strict=True):
-            kept = old[:, :active].clone()
+        for old, new in zip([*old_views, old_taps], [*self._views, self.taps], strict=True):
+            where = (slice(None), slice(0, active)) if old.ndim == 5 else (slice(0, active),)
+            common = min(old.shape[-2], wanted)
+            kept = old[where][..., :common, :].clone()
             new.zero_()
-            new[:, :active, :, : min(old_span, wanted)] = kept[..., : min(old_span, wanted), :]
+            new[where][..., :common, :] = kept
 
     def begin(self, batch: ForwardBatch) -> None:
         """Declares where the next forward's tokens go. Called once a forward, before the model."""
@@ -134,7 +163,10 @@ class SlotCache(Cache):
 
     def write_taps(self, batch: ForwardBatch, taps: torch.Tensor) -> None:
         """Stores features [B, Q, taps] of the batch's tokens."""
-        rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)[:, None]
+        if batch.ragged is None:
+            rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)[:, None]
+        else:
+            rows = batch.ragged.token_slots[None]
         self.taps[rows, batch.positions] = taps
 
     def copy_slot(self, source: int, targets: Sequence[int], length: int) -> None:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from rollout.attention import SLOT_ATTENTION, ForwardBatch, slot_attention
 from rollout.fused_layer import FusedLayer, LayerParts
 from rollout.kv_cache import CacheShape, SlotCache
-from rollout.native import Kernels, load_kernels
+from rollout.native import Kernels, RaggedTokens, load_kernels
 
 _PROBE_ATTENTION = "paceline_probe"
 _RULES = ("scaling", "sliding_window", "softcap", "s_aux")
@@ -99,14 +99,14 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
     hidden = torch.randn(1, _TOKENS, parts.down.out_features, generator=generator).to(call.rotary[0].device)
     try:
         fused = FusedLayer(parts, 0, call.attention, torch.float32, packed=False, kernels=kernels_for(parts, call, torch.float32))
-        wanted = _in_two_forwards(original, parts, call, hidden)
-        got = _in_two_forwards(fused, parts, call, hidden)
+        wanted = _in_two_forwards(original, parts, call, hidden, ragged=False)
+        got = _in_two_forwards(fused, parts, call, hidden, ragged=fused.takes_ragged)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     return got.shape == wanted.shape and bool((got - wanted).norm() <= _TOLERANCE * wanted.norm())
 
 
-def _in_two_forwards(layer: nn.Module, parts: LayerParts, call: LayerCall, hidden: torch.Tensor) -> torch.Tensor:
+def _in_two_forwards(layer: nn.Module, parts: LayerParts, call: LayerCall, hidden: torch.Tensor, ragged: bool) -> torch.Tensor:
     """[1, Q, hidden] of the layer over a cache of its own: all tokens but two, then those."""
     dim = call.rotary[0].shape[-1]
     device = hidden.device
@@ -114,7 +114,9 @@ def _in_two_forwards(layer: nn.Module, parts: LayerParts, call: LayerCall, hidde
     positions = torch.arange(_TOKENS, device=device)[None]
     outputs = []
     for part in (slice(0, _TOKENS - 2), slice(_TOKENS - 2, _TOKENS)):
-        batch = ForwardBatch(slice(0, 1), positions[:, part].contiguous(), span=_TOKENS)
+        start, count = part.start, part.stop - part.start
+        tokens = RaggedTokens([0], [start], [count]) if ragged else None
+        batch = ForwardBatch(slice(0, 1), positions[:, part].contiguous(), span=_TOKENS, ragged=tokens)
         cache.begin(batch)
         cos, sin = (x.float()[:, part].contiguous() for x in call.rotary)
         out = layer(

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from rollout.api import DistillationTrace
 from rollout.attention import ForwardBatch
 from rollout.inference_view import InferenceView
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import decoder_layers
+from rollout.native import RaggedTokens
+from rollout.sequence import SequenceState
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L − 3."""
     low, middle, high = sorted((min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)))
     return low, middle, high
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive known tokens that one forward reads.
+
+    Attributes:
+        slot: Where to.
+        tokens: The tokens.
+        start: Position of the first one.
+        head_from: Position from which on the output head's inputs are kept among the taps; the last token's always is.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    head_from: int
+
+    @property
+    def heads(self) -> range:
+        """Which of the tokens the output head reads."""
+        return range(min(max(self.head_from - self.start, 0), len(self.tokens) - 1), len(self.tokens))
 
 
 class ModelRunner:
@@ -59,6 +85,8 @@ class ModelRunner:
         )
         self.cache = SlotCache(shape, model.device, limit_bytes)
         self.view = InferenceView(model, dtype)
+        fused = self.view.fused
+        self._ragged = len(fused) == shape.layers and all(layer.takes_ragged for layer in fused)
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -77,39 +105,87 @@ class ModelRunner:
 
         return hook
 
-    @torch.no_grad()
-    def prefill(self, prompt: torch.Tensor, slot: int) -> torch.Tensor:
-        """Reads a prompt into a slot. prompt: int64 [P]. Returns the logits [V] after its last token."""
-        positions = torch.arange(len(prompt), device=self.cache.device)[None]
-        batch = ForwardBatch(slice(slot, slot + 1), positions, span=len(prompt), from_start=True)
-        return self._forward(prompt[None], batch, logits_to_keep=1)[0, 0]
+    @property
+    def ragged(self) -> bool:
+        """Whether forwards hold tokens without padding: every layer runs on native kernels."""
+        return self._ragged
 
     @torch.no_grad()
-    def decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Runs Q tokens of each of the first B slots. int64 [B, Q] twice → logits [B, Q, V]."""
-        batch = ForwardBatch(slice(0, len(tokens)), positions.contiguous(), span=self.cache.span)
-        return self._forward(tokens, batch, logits_to_keep=0)
+    def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Reads (pieces of) known tokens into their slots. Returns the logits [len(chunks), V] after the last token of each."""
+        if not self._ragged:
+            return torch.cat([self._prefill_alone(chunk) for chunk in chunks])
+        tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens])
+        ragged = RaggedTokens([c.slot for c in chunks], [c.start for c in chunks], [len(c.tokens) for c in chunks])
+        first = ragged.offsets[:-1].tolist()
+        keep = torch.tensor([at + i for at, chunk in zip(first, chunks, strict=True) for i in chunk.heads])
+        last = torch.tensor([len(chunk.heads) for chunk in chunks]).cumsum(0) - 1
+        return self._forward(tokens[None], self._ragged_batch(ragged), keep)[0, last]
 
-    def _forward(self, tokens: torch.Tensor, batch: ForwardBatch, logits_to_keep: int) -> torch.Tensor:
+    def _prefill_alone(self, chunk: Chunk) -> torch.Tensor:
+        device, end = self.cache.device, chunk.start + len(chunk.tokens)
+        positions = torch.arange(chunk.start, end, device=device)[None]
+        batch = ForwardBatch(slice(chunk.slot, chunk.slot + 1), positions, span=end, from_start=chunk.start == 0)
+        keep = torch.tensor(list(chunk.heads), device=device)
+        return self._forward(torch.tensor([list(chunk.tokens)], device=device), batch, keep)[0, -1:]
+
+    @torch.no_grad()
+    def decode(self, tokens: torch.Tensor, counts: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
+        """Runs the first ``counts[b]`` of the Q tokens of each of the first B slots.
+
+        Args:
+            tokens: int64 [B, Q].
+            counts: Tokens of each row that count.
+            starts: Position of each row's first token.
+
+        Returns:
+            Logits [R, V], R the sum of ``counts``, row after row.
+        """
+        width = tokens.shape[1]
+        real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
+        if self._ragged:
+            flat = tokens.flatten() if real is None else tokens[real]
+            return self._forward(flat[None], self._ragged_batch(RaggedTokens(range(len(counts)), starts, counts)))[0]
+        device = self.cache.device
+        first = torch.tensor(starts).to(device, non_blocking=True)[:, None]
+        positions = first + torch.arange(width, device=device)
+        logits = self._forward(tokens, ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span))
+        if real is None:
+            return logits.flatten(0, 1)
+        rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        return logits.flatten(0, 1).index_select(0, rows)
+
+    def _ragged_batch(self, ragged: RaggedTokens) -> ForwardBatch:
+        return ForwardBatch(slice(0, 0), ragged.positions[None], span=self.cache.span, ragged=ragged)
+
+    def _forward(self, tokens: torch.Tensor, batch: ForwardBatch, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
         out = self.view.module(
             input_ids=tokens,
             position_ids=batch.positions,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=0 if keep is None else keep,
             forward_batch=batch,
         )
         if self.tap_layers:
-            self._store_taps(batch)
+            self._store_taps(batch, keep)
         return out.logits
 
-    def _store_taps(self, batch: ForwardBatch) -> None:
+    def _store_taps(self, batch: ForwardBatch, keep: torch.Tensor | None) -> None:
         taps = [self._captured.pop(i) for i in range(len(self.tap_layers) + 1)]
-        if taps[-1].shape[1] < taps[0].shape[1]:  # a prefill computes the head's input at the last position alone
-            missing = taps[0].shape[1] - taps[-1].shape[1]
-            taps[-1] = nn.functional.pad(taps[-1], (0, 0, missing, 0))
+        if keep is not None:  # the head's input is there for the tokens whose logits were wanted
+            head_input = torch.zeros_like(taps[0])
+            head_input[:, keep] = taps[-1]
+            taps[-1] = head_input
         self.cache.write_taps(batch, torch.cat(taps, dim=-1))
+
+    def trace(self, sequence: SequenceState, slot: int) -> DistillationTrace:
+        """A copy of what the forwards saw of the sequence in ``slot``."""
+        features = self.cache.taps[slot, : len(sequence.tokens) - 1]
+        taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
+        return DistillationTrace(torch.tensor(sequence.tokens), sequence.num_prompt, taps.clone(), final.clone())
 
     def refresh_weights(self) -> None:
         """Makes the next forward use the trainer's present parameters."""

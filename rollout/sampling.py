@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from rollout.api import SamplingParams
+from rollout.native import load_kernels
 
 _BLOCK = 256
 
 
-def processed_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """The distribution tokens are drawn from: temperature, then top-k, then top-p, renormalised.
 
     Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``; top-p keeps the smallest prefix of the sorted
@@ -27,11 +30,14 @@ def processed_probs(logits: torch.Tensor, params: list[SamplingParams]) -> torch
     if any(t != 1.0 for t in temperatures):
         scaled = scaled / torch.tensor(temperatures, device=logits.device).view(-1, 1, 1)
     probs = torch.softmax(scaled, dim=-1)
+    cuts: dict[tuple[int, float], list[int]] = {}
     for row, p in enumerate(params):
         if p.greedy:
             probs[row] = _point_mass(logits[row], probs[row])
         elif p.truncated:
-            probs[row] = _truncate(probs[row], p.top_k, p.top_p)
+            cuts.setdefault((p.top_k, p.top_p), []).append(row)
+    for (top_k, top_p), rows in cuts.items():
+        probs[rows] = _truncate(probs[rows].flatten(0, 1), top_k, top_p).view(len(rows), *probs.shape[1:])
     return probs
 
 
@@ -42,18 +48,61 @@ def _point_mass(logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    vocab = probs.shape[-1]
-    if 0 < top_k < vocab:
+    """probs: float32 [R, V]."""
+    if 0 < top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[..., -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
-        values, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = values.cumsum(-1) - values
-        values = values.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, values)
+        probs = _keep_nucleus(probs, top_p)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
+
+
+def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zeroes what is outside the smallest set of likeliest tokens whose mass reaches ``top_p``; of equals the first stay.
+
+    The set is found among the few likeliest tokens, and only where their mass falls short among more: no sort of the whole.
+    """
+    vocab, count = probs.shape[-1], 64
+    while True:
+        values = probs.topk(min(count, vocab), dim=-1).values
+        reached = values.double().cumsum(-1)
+        if count >= vocab or bool((reached[:, -1] >= top_p).all()):
+            break
+        count *= 8
+    last = (reached < top_p).sum(-1, keepdim=True).clamp_(max=values.shape[-1] - 1)
+    threshold = values.gather(-1, last)
+    wanted_equals = last + 1 - (values > threshold).sum(-1, keepdim=True)
+    equal = probs == threshold
+    keep = (probs > threshold) | (equal & (equal.cumsum(-1) <= wanted_equals))
+    return probs.masked_fill(~keep, 0.0)
+
+
+def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row from the processed distribution.
+
+    Args:
+        logits: [R, V], any float dtype.
+        params: One for each row. At temperature 0 the token is the first of the largest logits.
+        uniform: float64 [R] in [0, 1), on the CPU.
+
+    Returns:
+        int64 [R] tokens and float32 [R] log-probs under the processed distribution (under the one at temperature 1 where the
+        temperature is 0). A row of unusable logits has log-prob NaN.
+    """
+    kernels = load_kernels(logits.device.type, logits.dtype)
+    if kernels is not None and not any(p.truncated for p in params):
+        return kernels.draw(logits, torch.tensor([p.temperature for p in params], dtype=torch.float32), uniform)
+    probs = processed_probs(logits[:, None], params)[:, 0]
+    tokens = draw(probs, uniform.to(logits.device))
+    greedy = torch.tensor([p.greedy for p in params], device=logits.device)
+    logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
+    if any(p.greedy for p in params):
+        scores = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        logprobs = torch.where(greedy, scores, logprobs)
+    finite = torch.isfinite(logits.amax(-1))
+    return tokens, torch.where(finite, logprobs, torch.nan)
 
 
 def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

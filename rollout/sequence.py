@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rollout.api import FinishReason, Request, RolloutStats
 
@@ -21,6 +21,8 @@ class SequenceState:
         logprobs: One for each committed token.
         stats: Filled as it goes.
         finish: Why it ended, once it has.
+        predicted: Expected completion tokens, where something is known.
+        segments: (policy version, tokens committed under it), oldest first.
     """
 
     request: Request
@@ -31,13 +33,30 @@ class SequenceState:
     logprobs: list[float] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
     finish: FinishReason | None = None
+    predicted: float | None = None
+    segments: list[tuple[int, int]] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
         self.num_prompt = len(self.tokens)
+        earlier = self.request.resume
+        if earlier is not None:
+            self.tokens += earlier.token_ids
+            self.logprobs += earlier.logprobs
+            self.segments += earlier.segments
+            self.stats = replace(earlier.stats)
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be produced."""
         return self.limit - len(self.tokens)
+
+    def append(self, token: int, logprob: float, version: int) -> None:
+        """Commits one token, drawn under policy ``version``."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.segments and self.segments[-1][0] == version:
+            self.segments[-1] = version, self.segments[-1][1] + 1
+        else:
+            self.segments.append((version, 1))

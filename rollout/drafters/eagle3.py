@@ -91,9 +91,10 @@ class Eagle3Drafter:
     def propose(self, context: DraftContext, depth: int) -> DraftTree:
         assert context.taps is not None, "the EAGLE-3 drafter needs an engine that keeps taps"
         sequences = context.sequences
+        longest = max(len(s.tokens) for s in sequences)
         lengths = torch.tensor([len(s.tokens) for s in sequences], device=self.cache.device)
         held = len(sequences) if any(self._seen) else 0
-        self.cache.reserve(int(lengths.max()) + depth, active=held)
+        self.cache.reserve(longest + depth, active=held, slots=len(sequences))
         hidden = self._catch_up(sequences, context.taps, lengths)
         tokens, probs = [], []
         for offset in range(depth):
@@ -130,7 +131,7 @@ class Eagle3Drafter:
         padded = [s.tokens[at + 1 : at + 1 + count] for s, at in zip(sequences, first, strict=True)]
         tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
         positions = torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)
-        positions = positions.clamp(max=self.cache.span - 1)
+        positions = positions.clamp(max=min(self.cache.span, taps.shape[1]) - 1)
         features = taps[torch.arange(len(sequences), device=device)[:, None], positions][..., :-1, :].flatten(-2)
         return self._run(tokens, self.model.fc(features), positions)
 

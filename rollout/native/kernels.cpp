@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kChunk = 256;        // keys that one work item attends to
+constexpr int64_t kTile = 8;           // tokens of one sequence that it attends for
 constexpr int64_t kMaxDim = 256;       // of a head
 constexpr int64_t kSerialWork = 8192;  // elements below which forking the team costs more than it saves
 
@@ -141,24 +142,24 @@ void rotate_head(const T* head, const T* gain, float eps, const T* cosines, cons
   for (int64_t i = 0; i < dim; i += kLanes) store(out + i, load(y + i));
 }
 
-struct Shape {
-  int64_t batch, queries, heads, kv_heads, dim;
-  int64_t slots, span, first_slot;
+// One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
+struct Layout {
+  int64_t tokens, sequences, heads, kv_heads, dim, slots, span;
+  const int64_t *token_slots, *positions, *offsets;  // offsets: [sequences + 1], of each sequence's first token
 };
 
 template <typename T>
-void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps,
-                      const int64_t* positions, T* query, T* cache, const Shape& s) {
-  const int64_t tokens = s.batch * s.queries, all = s.heads + 2 * s.kv_heads;
-#pragma omp parallel for if (tokens * all * s.dim > kSerialWork)
-  for (int64_t n = 0; n < tokens; ++n) {
+void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps, T* query,
+                      T* cache, const Layout& s) {
+  const int64_t all = s.heads + 2 * s.kv_heads;
+#pragma omp parallel for if (s.tokens * all * s.dim > kSerialWork)
+  for (int64_t n = 0; n < s.tokens; ++n) {
     const T* row = joined + n * all * s.dim;
     const T *c = cosines + n * s.dim, *sn = sines + n * s.dim;
-    const int64_t slot = s.first_slot + n / s.queries;
     for (int64_t h = 0; h < s.heads; ++h)
       rotate_head(row + h * s.dim, query_gain, eps, c, sn, query + (n * s.heads + h) * s.dim, s.dim);
     for (int64_t h = 0; h < s.kv_heads; ++h) {
-      T* key = cache + ((slot * s.kv_heads + h) * s.span + positions[n]) * s.dim;
+      T* key = cache + ((s.token_slots[n] * s.kv_heads + h) * s.span + s.positions[n]) * s.dim;
       T* value = key + s.slots * s.kv_heads * s.span * s.dim;
       rotate_head(row + (s.heads + h) * s.dim, key_gain, eps, c, sn, key, s.dim);
       std::memcpy(value, row + (s.heads + s.kv_heads + h) * s.dim, s.dim * sizeof(T));
@@ -224,58 +225,79 @@ void attend_chunk(const float* query, const T* keys, const T* values, const int6
   }
 }
 
+// Up to kTile consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
+struct Item {
+  int64_t first, queries, kv, start, count;
+};
+
+// The items of a forward; those of one tile and head are adjacent. `groups` holds the first item of each such run.
+void list_items(const Layout& s, std::vector<Item>* items, std::vector<int64_t>* groups) {
+  items->clear();
+  groups->clear();
+  for (int64_t sequence = 0; sequence < s.sequences; ++sequence)
+    for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += kTile) {
+      const int64_t queries = std::min(kTile, s.offsets[sequence + 1] - first);
+      const int64_t length = *std::max_element(s.positions + first, s.positions + first + queries) + 1;
+      for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
+        groups->push_back(items->size());
+        for (int64_t start = 0; start < length; start += kChunk)
+          items->push_back({first, queries, kv, start, std::min(length - start, kChunk)});
+      }
+    }
+  groups->push_back(items->size());
+}
+
 // Keys are cut into chunks so that one long sequence occupies every core; the partial results are joined afterwards
 // (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost follows its own length, not the longest.
 template <typename T, int kVectors>
-void attend(const T* query, const T* cache, const int64_t* positions, T* out, const Shape& s, const AttentionRule& rule) {
+void attend(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
   constexpr int64_t dim = kVectors * kLanes;
-  const int64_t group = s.heads / s.kv_heads, rows = group * s.queries;
-  std::vector<int64_t> lengths(s.batch);
-  for (int64_t b = 0; b < s.batch; ++b)
-    lengths[b] = *std::max_element(positions + b * s.queries, positions + (b + 1) * s.queries) + 1;
-  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
-  const int64_t chunks = (longest + kChunk - 1) / kChunk;
-  const int64_t items = s.batch * s.kv_heads * chunks, per_item = rows * (dim + 2);
+  const int64_t group = s.heads / s.kv_heads, most_rows = group * kTile, per_item = most_rows * (dim + 2);
+  static thread_local std::vector<Item> items_of_thread;
+  static thread_local std::vector<int64_t> groups_of_thread;
   static thread_local std::vector<float> partials;
-  partials.resize(items * per_item);
+  list_items(s, &items_of_thread, &groups_of_thread);
+  const std::vector<Item>& items = items_of_thread;
+  const std::vector<int64_t>& groups = groups_of_thread;
+  if (static_cast<int64_t>(partials.size()) < static_cast<int64_t>(items.size()) * per_item) partials.resize(items.size() * per_item);
   float* base = partials.data();
-  const auto partial = [base, per_item, rows](int64_t item) {
+  const auto partial = [base, per_item, most_rows](int64_t item) {
     float* p = base + item * per_item;
-    return Partial{p, p + rows, p + 2 * rows};
+    return Partial{p, p + most_rows, p + 2 * most_rows};
   };
-  const int64_t work = s.batch * s.kv_heads * longest * dim;
+  int64_t work = 0;
+  for (const Item& item : items) work += item.count * item.queries * group * dim;
 #pragma omp parallel if (work > kSerialWork)
   {
-    std::vector<float> rotated(rows * dim), scores(rows * kChunk);
+    std::vector<float> scaled(most_rows * dim), scores(most_rows * kChunk);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t b = item / (s.kv_heads * chunks), kv = item / chunks % s.kv_heads, start = item % chunks * kChunk;
-      const int64_t count = std::min(lengths[b] - start, kChunk);
-      if (count <= 0) continue;
+    for (int64_t n = 0; n < static_cast<int64_t>(items.size()); ++n) {
+      const Item& item = items[n];
+      const int64_t rows = group * item.queries;
       for (int64_t r = 0; r < rows; ++r) {
-        const T* source = query + ((b * s.queries + r % s.queries) * s.heads + kv * group + r / s.queries) * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store(rotated.data() + r * dim + i, load(source + i) * rule.scale);
+        const T* source = query + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
+        for (int64_t i = 0; i < dim; i += kLanes) store(scaled.data() + r * dim + i, load(source + i) * rule.scale);
       }
-      const T* keys = cache + (((s.first_slot + b) * s.kv_heads + kv) * s.span + start) * dim;
+      const T* keys = cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
       const T* values = keys + s.slots * s.kv_heads * s.span * dim;
-      attend_chunk<T, kVectors>(rotated.data(), keys, values, positions + b * s.queries, s.queries, rows, start, count, rule,
-                                scores.data(), partial(item));
+      attend_chunk<T, kVectors>(scaled.data(), keys, values, s.positions + item.first, item.queries, rows, item.start, item.count,
+                                rule, scores.data(), partial(n));
     }
 #pragma omp for
-    for (int64_t pair = 0; pair < s.batch * s.kv_heads; ++pair) {
-      const int64_t b = pair / s.kv_heads, kv = pair % s.kv_heads, used = (lengths[b] + kChunk - 1) / kChunk;
-      for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t g = 0; g < static_cast<int64_t>(groups.size()) - 1; ++g) {
+      const Item& item = items[groups[g]];
+      for (int64_t r = 0; r < group * item.queries; ++r) {
         float largest = -std::numeric_limits<float>::infinity(), total = 0;
-        for (int64_t c = 0; c < used; ++c) largest = std::max(largest, partial(pair * chunks + c).largest[r]);
+        for (int64_t n = groups[g]; n < groups[g + 1]; ++n) largest = std::max(largest, partial(n).largest[r]);
         Floats sums[kVectors] = {};
-        for (int64_t c = 0; c < used; ++c) {
-          const Partial p = partial(pair * chunks + c);
+        for (int64_t n = groups[g]; n < groups[g + 1]; ++n) {
+          const Partial p = partial(n);
           // a chunk wholly outside the window has a total of 0; NaN must stay NaN
           const float weight = p.total[r] == 0 ? 0 : std::exp(std::isinf(p.largest[r]) ? 0 : p.largest[r] - largest);
           total += weight * p.total[r];
           for (int i = 0; i < kVectors; ++i) sums[i] += weight * load(p.weighted + r * dim + i * kLanes);
         }
-        T* target = out + ((b * s.queries + r % s.queries) * s.heads + kv * group + r / s.queries) * dim;
+        T* target = out + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
         for (int i = 0; i < kVectors; ++i) store(target + i * kLanes, sums[i] / total);
       }
     }
@@ -283,33 +305,119 @@ void attend(const T* query, const T* cache, const int64_t* positions, T* out, co
 }
 
 template <typename T>
-void attend_any(const T* query, const T* cache, const int64_t* positions, T* out, const Shape& s, const AttentionRule& rule) {
+void attend_any(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
   switch (s.dim / kLanes) {
-    case 1: return attend<T, 1>(query, cache, positions, out, s, rule);
-    case 2: return attend<T, 2>(query, cache, positions, out, s, rule);
-    case 4: return attend<T, 4>(query, cache, positions, out, s, rule);
-    case 5: return attend<T, 5>(query, cache, positions, out, s, rule);
-    case 6: return attend<T, 6>(query, cache, positions, out, s, rule);
-    case 8: return attend<T, 8>(query, cache, positions, out, s, rule);
-    case 16: return attend<T, 16>(query, cache, positions, out, s, rule);
+    case 1: return attend<T, 1>(query, cache, out, s, rule);
+    case 2: return attend<T, 2>(query, cache, out, s, rule);
+    case 4: return attend<T, 4>(query, cache, out, s, rule);
+    case 5: return attend<T, 5>(query, cache, out, s, rule);
+    case 6: return attend<T, 6>(query, cache, out, s, rule);
+    case 8: return attend<T, 8>(query, cache, out, s, rule);
+    case 16: return attend<T, 16>(query, cache, out, s, rule);
   }
+}
+
+// Draws one token a row from softmax(logits / temperature) by inverting its cumulative sum in vocabulary order, or takes the first
+// largest at temperature 0. The log-probability is that of the drawn token, at temperature 1 where the temperature is 0; NaN where
+// the row has a logit that is NaN or +inf, or none that is finite.
+template <typename T>
+void draw_row(const T* logits, int64_t vocab, float temperature, double uniform, int64_t* token, float* logprob) {
+  alignas(64) float lanes[kLanes];
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t whole = vocab / kLanes * kLanes;
+  Floats largest_lanes = splat(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Floats x = load(logits + i);
+    largest_lanes = select(x > largest_lanes, x, largest_lanes);
+  }
+  store(lanes, largest_lanes);
+  float largest = *std::max_element(lanes, lanes + kLanes);
+  const auto tail = [&](int64_t i) {  // the last lanes of a vocabulary that is no multiple of them
+    alignas(64) T rest[kLanes];
+    Floats x = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t k = 0; k < kLanes; ++k) rest[k] = logits[std::min(i + k, vocab - 1)];
+    store(lanes, load(rest));
+    for (int64_t k = vocab - i; k < kLanes; ++k) lanes[k] = -std::numeric_limits<float>::infinity();
+    x = load(lanes);
+    return x;
+  };
+  const auto at = [&](int64_t i) { return i < whole ? load(logits + i) : tail(i); };
+  if (whole < vocab) {
+    store(lanes, tail(whole));
+    largest = std::max(largest, *std::max_element(lanes, lanes + kLanes));
+  }
+  const float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
+  const auto weights = [&](int64_t i) { return exponential((at(i) - largest) * inverse); };
+  static thread_local std::vector<double> ends;
+  ends.clear();
+  double total = 0;
+  for (int64_t block = 0; block < vocab; block += kChunk) {
+    Floats sums = {};
+    for (int64_t i = block; i < std::min(block + kChunk, vocab); i += kLanes) sums += weights(i);
+    total += sum(sums);
+    ends.push_back(total);
+  }
+  *token = 0;
+  *logprob = nan;
+  if (!std::isfinite(total) || !std::isfinite(largest) || total <= 0) return;
+  const auto score = [&](int64_t i) {
+    store(lanes, at(i / kLanes * kLanes));
+    return lanes[i % kLanes];
+  };
+  if (temperature <= 0) {
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+      store(lanes, at(i));
+      const float* found = std::find(lanes, lanes + kLanes, largest);
+      if (found != lanes + kLanes) {
+        *token = i + (found - lanes);
+        break;
+      }
+    }
+  } else {
+    const double goal = uniform * total;
+    const int64_t block = std::min<int64_t>(std::upper_bound(ends.begin(), ends.end(), goal) - ends.begin(), ends.size() - 1);
+    double reached = block > 0 ? ends[block - 1] : 0;
+    int64_t chosen = -1;
+    for (int64_t i = block * kChunk; i < std::min((block + 1) * kChunk, vocab); i += kLanes) {
+      store(lanes, weights(i));
+      for (int64_t k = 0; k < kLanes && reached <= goal; ++k) {
+        reached += lanes[k];
+        if (lanes[k] > 0) chosen = i + k;  // rounding may leave the goal just past the block's end: then its last token
+      }
+      if (reached > goal) break;
+    }
+    if (chosen < 0)  // a block of weight zero, reached by rounding alone: the likeliest token
+      for (chosen = 0; score(chosen) != largest;) ++chosen;
+    *token = chosen;
+  }
+  *logprob = (score(*token) - largest) * inverse - static_cast<float>(std::log(total));
+}
+
+template <typename T>
+void draw(const T* logits, int64_t rows, int64_t vocab, const float* temperatures, const double* uniforms, int64_t* tokens,
+          float* logprobs) {
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+  for (int64_t r = 0; r < rows; ++r) draw_row(logits + r * vocab, vocab, temperatures[r], uniforms[r], tokens + r, logprobs + r);
 }
 
 }  // namespace
 
-#define PACELINE_KERNELS(T, SUFFIX)                                                                                                \
-  void paceline_rms_norm_##SUFFIX(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {                     \
-    rms_norm(x, gain, out, rows, width, eps);                                                                                      \
-  }                                                                                                                                \
-  void paceline_silu_gate_##SUFFIX(const T* x, T* out, int64_t rows, int64_t width) { silu_gate(x, out, rows, width); }            \
-  void paceline_rotate_and_store_##SUFFIX(const T* joined, const T* cosines, const T* sines, const T* query_gain,                  \
-                                          const T* key_gain, float eps, const int64_t* positions, T* query, T* cache,              \
-                                          const Shape* shape) {                                                                    \
-    rotate_and_store(joined, cosines, sines, query_gain, key_gain, eps, positions, query, cache, *shape);                          \
-  }                                                                                                                                \
-  void paceline_attend_##SUFFIX(const T* query, const T* cache, const int64_t* positions, T* out, const Shape* shape, float scale, \
-                                float softcap, int64_t window) {                                                                   \
-    attend_any(query, cache, positions, out, *shape, AttentionRule{scale, softcap, window});                                       \
+#define PACELINE_KERNELS(T, SUFFIX)                                                                                              \
+  void paceline_rms_norm_##SUFFIX(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {                   \
+    rms_norm(x, gain, out, rows, width, eps);                                                                                    \
+  }                                                                                                                              \
+  void paceline_silu_gate_##SUFFIX(const T* x, T* out, int64_t rows, int64_t width) { silu_gate(x, out, rows, width); }          \
+  void paceline_rotate_and_store_##SUFFIX(const T* joined, const T* cosines, const T* sines, const T* query_gain,                \
+                                          const T* key_gain, float eps, T* query, T* cache, const Layout* layout) {              \
+    rotate_and_store(joined, cosines, sines, query_gain, key_gain, eps, query, cache, *layout);                                  \
+  }                                                                                                                              \
+  void paceline_attend_##SUFFIX(const T* query, const T* cache, T* out, const Layout* layout, float scale, float softcap,        \
+                                int64_t window) {                                                                                \
+    attend_any(query, cache, out, *layout, AttentionRule{scale, softcap, window});                                               \
+  }                                                                                                                              \
+  void paceline_draw_##SUFFIX(const T* logits, int64_t rows, int64_t vocab, const float* temperatures, const double* uniforms,   \
+                              int64_t* tokens, float* logprobs) {                                                                \
+    draw(logits, rows, vocab, temperatures, uniforms, tokens, logprobs);                                                         \
   }
 
 extern "C" {

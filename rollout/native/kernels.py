@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rollout.native.build import NativeUnavailable, build_library
@@ -18,8 +20,44 @@ _log = logging.getLogger(__name__)
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Shape(ctypes.Structure):
-    _fields_ = [(name, _int) for name in ("batch", "queries", "heads", "kv_heads", "dim", "slots", "span", "first_slot")]
+class _Layout(ctypes.Structure):
+    _fields_ = [(name, _int) for name in ("tokens", "sequences", "heads", "kv_heads", "dim", "slots", "span")] + [
+        (name, _pointer) for name in ("token_slots", "positions", "offsets")
+    ]
+
+
+class RaggedTokens:
+    """The tokens of a forward, sequence after sequence, without padding.
+
+    Args:
+        slots: Slot of each of the S sequences.
+        starts: Position of its first token here.
+        counts: How many tokens it has here, at least 1.
+
+    Attributes:
+        token_slots: int64 [N].
+        positions: int64 [N].
+        offsets: int64 [S + 1], index of each sequence's first token.
+    """
+
+    def __init__(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+        number = np.asarray(counts, dtype=np.int64)
+        offsets = np.concatenate([[0], number.cumsum()])
+        self.offsets = torch.from_numpy(offsets)
+        self.token_slots = torch.from_numpy(np.repeat(np.asarray(slots, dtype=np.int64), number))
+        shift = np.repeat(np.asarray(starts, dtype=np.int64) - offsets[:-1], number)
+        self.positions = torch.from_numpy(np.arange(offsets[-1]) + shift)
+        self._layouts: dict[tuple[int, torch.Size], _Layout] = {}
+
+    def layout(self, heads: int, cache: torch.Size) -> ctypes.Structure:
+        """The kernels' description of these tokens over a cache of shape [2, slots, KV, span, d]; made once for all layers."""
+        key = heads, cache
+        if key not in self._layouts:
+            _, slots, kv_heads, span, dim = cache
+            sizes = len(self.positions), len(self.offsets) - 1, heads, kv_heads, dim, slots, span
+            arrays = (self.token_slots, self.positions, self.offsets)
+            self._layouts[key] = _Layout(*sizes, *(x.data_ptr() for x in arrays))
+        return self._layouts[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +85,11 @@ class Kernels:
         self._silu_gate = getattr(library, f"paceline_silu_gate_{suffix}")
         self._silu_gate.argtypes = [_pointer, _pointer, _int, _int]
         self._rotate_and_store = getattr(library, f"paceline_rotate_and_store_{suffix}")
-        self._rotate_and_store.argtypes = [_pointer] * 5 + [_float] + [_pointer] * 4
+        self._rotate_and_store.argtypes = [_pointer] * 5 + [_float] + [_pointer] * 3
         self._attend = getattr(library, f"paceline_attend_{suffix}")
-        self._attend.argtypes = [_pointer] * 5 + [_float, _float, _int]
+        self._attend.argtypes = [_pointer] * 4 + [_float, _float, _int]
+        self._draw = getattr(library, f"paceline_draw_{suffix}")
+        self._draw.argtypes = [_pointer, _int, _int] + [_pointer] * 4
 
     @staticmethod
     def serve(head_dim: int, *widths: int) -> bool:
@@ -78,27 +118,26 @@ class Kernels:
         rotary: tuple[torch.Tensor, torch.Tensor],
         gains: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
-        positions: torch.Tensor,
+        tokens: RaggedTokens,
         cache: torch.Tensor,
-        first_slot: int,
     ) -> torch.Tensor:
         """Norms and rotates the heads of queries and keys; writes keys and values to their places.
 
         Args:
-            joined: [B, Q, (H + 2 KV) · d], queries, keys and values side by side.
-            rotary: cos and sin [B, Q, d].
+            joined: [1, N, (H + 2 KV) · d], queries, keys and values side by side.
+            rotary: cos and sin [1, N, d].
             gains: Of the query and key norms [d], or None.
             eps: Of those norms.
-            positions: int64 [B, Q].
+            tokens: Where the N tokens stand.
             cache: [2, slots, KV, span, d].
-            first_slot: Slot of row 0.
 
         Returns:
-            Queries [B, Q, H, d].
+            Queries [1, N, H, d].
         """
         joined = joined.contiguous()
-        shape = self._shape(joined, cache, first_slot)
-        query = joined.new_empty((shape.batch, shape.queries, shape.heads, shape.dim))
+        kv_heads, dim = cache.shape[2], cache.shape[4]
+        heads = joined.shape[-1] // dim - 2 * kv_heads
+        query = joined.new_empty((1, joined.shape[1], heads, dim))
         cos, sin = rotary
         query_gain, key_gain = (None, None) if gains is None else (gains[0].data_ptr(), gains[1].data_ptr())
         self._rotate_and_store(
@@ -108,49 +147,48 @@ class Kernels:
             query_gain,
             key_gain,
             eps,
-            positions.data_ptr(),
             query.data_ptr(),
             cache.data_ptr(),
-            ctypes.addressof(shape),
+            ctypes.addressof(tokens.layout(heads, cache.shape)),
         )
         return query
 
-    def attend(
-        self, query: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor, first_slot: int, rule: AttentionRule
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, cache: torch.Tensor, tokens: RaggedTokens, rule: AttentionRule) -> torch.Tensor:
         """Each query attends to the keys of its slot at positions up to its own.
 
         Args:
-            query: [B, Q, H, d].
+            query: [1, N, H, d].
             cache: [2, slots, KV, span, d].
-            positions: int64 [B, Q].
-            first_slot: Slot of row 0.
+            tokens: Where the N tokens stand.
             rule: Scale, softcap and window.
 
         Returns:
-            [B, Q, H · d].
+            [1, N, H · d].
         """
-        batch, queries, heads, dim = query.shape
-        _, slots, kv_heads, span, _ = cache.shape
-        shape = _Shape(batch, queries, heads, kv_heads, dim, slots, span, first_slot)
-        out = query.new_empty((batch, queries, heads * dim))
-        self._attend(
-            query.data_ptr(),
-            cache.data_ptr(),
-            positions.data_ptr(),
-            out.data_ptr(),
-            ctypes.addressof(shape),
-            rule.scale,
-            rule.softcap,
-            rule.window,
-        )
+        _, count, heads, dim = query.shape
+        out = query.new_empty((1, count, heads * dim))
+        layout = ctypes.addressof(tokens.layout(heads, cache.shape))
+        self._attend(query.data_ptr(), cache.data_ptr(), out.data_ptr(), layout, rule.scale, rule.softcap, rule.window)
         return out
 
-    @staticmethod
-    def _shape(joined: torch.Tensor, cache: torch.Tensor, first_slot: int) -> _Shape:
-        batch, queries, width = joined.shape
-        _, slots, kv_heads, span, dim = cache.shape
-        return _Shape(batch, queries, width // dim - 2 * kv_heads, kv_heads, dim, slots, span, first_slot)
+    def draw(self, logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws one token a row from softmax(logits / temperature) in one pass; at temperature 0 the first of the largest.
+
+        Args:
+            logits: [R, V].
+            temperatures: float32 [R].
+            uniforms: float64 [R] in [0, 1).
+
+        Returns:
+            int64 [R] tokens and float32 [R] log-probs (at temperature 1 where the temperature is 0); NaN for a row that has
+            a NaN or infinite logit.
+        """
+        logits = logits.contiguous()
+        rows, vocab = logits.shape
+        tokens, logprobs = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+        arrays = (temperatures, uniforms, tokens, logprobs)
+        self._draw(logits.data_ptr(), rows, vocab, *(x.data_ptr() for x in arrays))
+        return tokens, logprobs
 
 
 @functools.cache

@@ -19,7 +19,8 @@ class DraftTree:
     Attributes:
         tokens: int64 [B, N], target token ids; entries past ``lengths`` are arbitrary valid ids.
         parents: int64 [B, N], index of each node's parent, ``-1`` for the last committed token.
-        lengths: int64 [B], how many of the N nodes of each row are real.
+        lengths: int64 [B] on the CPU, how many of the N nodes of each row are real: what shapes the next forward must not wait for
+            a GPU.
         probs: float32 [B, N, W], the distribution node i was *drawn from*, over the drafter's W tokens; or None when the
             tokens are deterministic, that is, a function of what is already committed.
         vocabulary: int64 [W], target ids of the drafter's tokens; None when W is the target's vocabulary.
@@ -42,7 +43,7 @@ class DraftTree:
         """The same draft on ``device``."""
         probs = None if self.probs is None else self.probs.to(device)
         vocabulary = None if self.vocabulary is None else self.vocabulary.to(device)
-        return DraftTree(self.tokens.to(device), self.parents.to(device), self.lengths.to(device), probs, vocabulary)
+        return DraftTree(self.tokens.to(device), self.parents.to(device), self.lengths, probs, vocabulary)
 
 
 def no_draft(batch: int, device: torch.device) -> DraftTree:

@@ -8,6 +8,7 @@ import torch
 
 from rollout.sampling import draw
 from rollout.trees.chain import DraftTree
+from rollout.verify.deterministic import Verification, leading_run, verify_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,19 +17,6 @@ class ChainUniforms:
 
     target: torch.Tensor
     accept: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """Outcome for each row.
-
-    Attributes:
-        accepted: int64 [B], how many leading draft tokens are kept.
-        next_token: int64 [B], the token that follows them.
-    """
-
-    accepted: torch.Tensor
-    next_token: torch.Tensor
 
 
 def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: ChainUniforms) -> Verification:
@@ -42,10 +30,7 @@ def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: ChainUn
 
     since 1 − Σ min(p, q) = Σ max(0, p − q) is just what normalises r. When every draft token is kept, one more is drawn from p.
 
-    Deterministic drafts are the case q = δ_x. There "draw y from p, keep the draft while y equals it" is the same law:
-    the draft is kept with probability p(x), and given y ≠ x, y has distribution p without x, which is the residual.
-    That form uses the uniform that plain decoding would use at the position, so *with deterministic drafts the committed
-    tokens are those of plain decoding with the same seed*, not only equal in distribution.
+    Deterministic drafts are the case q = δ_x, see `verify_deterministic`.
 
     Args:
         target_probs: float32 [B, N + 1, V], the processed distribution after the root and after each draft token.
@@ -55,34 +40,25 @@ def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: ChainUn
     Returns:
         Accepted counts and next tokens.
     """
-    if draft.probs is None:
-        return _verify_deterministic(target_probs, draft, uniforms)
-    return _verify_sampled(target_probs, draft, uniforms)
-
-
-def leading_run(kept: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Length of each row's leading run of True within its first ``lengths`` entries. bool [B, N], int64 [B] → int64 [B]."""
-    inside = torch.arange(kept.shape[1], device=kept.device) < lengths[:, None]
-    return (kept & inside).long().cumprod(-1).sum(-1)
-
-
-def _verify_deterministic(target_probs: torch.Tensor, draft: DraftTree, uniforms: ChainUniforms) -> Verification:
     batch, nodes, vocab = target_probs.shape
-    drawn = draw(target_probs.reshape(-1, vocab), uniforms.target.reshape(-1)).view(batch, nodes)
-    accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths)
-    return Verification(accepted, drawn.gather(1, accepted[:, None])[:, 0])
+    if draft.probs is None or draft.tokens.shape[1] == 0:
+        drawn = draw(target_probs.reshape(-1, vocab), uniforms.target.reshape(-1)).view(batch, nodes)
+        return verify_deterministic(drawn, draft)
+    return _verify_sampled(target_probs, draft, uniforms)
 
 
 def _verify_sampled(target_probs: torch.Tensor, draft: DraftTree, uniforms: ChainUniforms) -> Verification:
     assert draft.probs is not None
     p = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
     q = _draft_mass(draft).double()
-    accepted = leading_run(uniforms.accept.to(p) * q < p, draft.lengths)
+    lengths = draft.lengths.to(p.device)
+    accepted = leading_run(uniforms.accept.to(p) * q < p, lengths)
     rows = torch.arange(len(accepted), device=accepted.device)
-    weights = target_probs[rows, accepted].clone()
-    rejected = (accepted < draft.lengths).nonzero()[:, 0]
-    if len(rejected):
-        weights[rejected] = residual(weights[rejected], draft.probs[rejected, accepted[rejected]], draft.vocabulary)
+    weights = target_probs[rows, accepted]
+    at = accepted.clamp(max=draft.tokens.shape[1] - 1)
+    # of every row: picking out the rejected ones would wait for a GPU
+    rest = residual(weights, draft.probs[rows, at], draft.vocabulary)
+    weights = torch.where((accepted < lengths)[:, None], rest, weights)
     return Verification(accepted, draw(weights, uniforms.target.gather(1, accepted[:, None])[:, 0]))
 
 

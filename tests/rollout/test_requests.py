@@ -115,8 +115,8 @@ def test_stop_string_never_met_runs_to_max_tokens(model):
 
 
 def test_cache_size_is_checked_before_it_is_allocated(model):
-    with pytest.raises(MemoryError, match=r"needs 0\.\d+ GB \(64 slots x 208 tokens\), 0\.00 GB are allowed"):
-        RolloutEngine(model, dtype=torch.float32, max_slots=64, max_context=200, kv_memory_bytes=1_000_000)
+    with pytest.raises(MemoryError, match=r"needs 0\.000213 GB for one sequence of 208 tokens, 0\.0001 GB are allowed"):
+        RolloutEngine(model, dtype=torch.float32, max_slots=64, max_context=200, kv_memory_bytes=100_000)
 
 
 def test_strategies_are_checked(model):

@@ -12,12 +12,12 @@ from rollout.sequence import SequenceState
 def test_slots_have_no_gaps_and_nobody_is_lost(slots, lifetimes):
     scheduler = Scheduler(slots)
     sequences = [SequenceState(Request([1]), i, 10) for i in range(len(lifetimes))]
-    scheduler.waiting.extend(sequences)
+    scheduler.submit(sequences)
     where: list[SequenceState | None] = [None] * slots
     left = dict(enumerate(lifetimes))
     ended = []
     while scheduler.has_work:
-        for slot, sequence in scheduler.admit():
+        for slot, sequence in scheduler.admit(lambda length: slots):
             assert where[slot] is None
             where[slot] = sequence
         for sequence in scheduler.active:
@@ -25,7 +25,7 @@ def test_slots_have_no_gaps_and_nobody_is_lost(slots, lifetimes):
             if left[sequence.index] == 0:
                 sequence.finish = FinishReason.STOP
                 ended.append(sequence.index)
-        for slot, source in scheduler.retire():
+        for slot, source in scheduler.retire(lambda s: s.finish is not None):
             where[slot] = where[source] if source != slot else None
             if source != slot:
                 where[source] = None

@@ -1,0 +1,33 @@
+"""From finished sequences to rollouts, and what rollouts tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from rollout.api import DistillationTrace, FinishReason, Rollout
+from rollout.sequence import SequenceState
+
+
+def finished_rollout(sequence: SequenceState, error: str | None, trace: DistillationTrace | None) -> Rollout:
+    """What the user gets for a sequence; ``error`` makes it a failed one."""
+    sequence.stats.seconds = time.perf_counter() - sequence.started
+    return Rollout(
+        request=sequence.request,
+        token_ids=sequence.tokens[sequence.num_prompt :],
+        logprobs=sequence.logprobs,
+        finish_reason=FinishReason.FAILED if error else sequence.finish or FinishReason.FAILED,
+        stats=sequence.stats,
+        segments=sequence.segments,
+        error=error,
+        trace=trace,
+    )
+
+
+def mean_acceptance_length(rollouts: Iterable[Rollout]) -> float:
+    """Committed tokens of one sequence in one target forward, prefills left out: 1 for plain decoding."""
+    tokens = steps = 0
+    for rollout in rollouts:
+        tokens += max(len(rollout.token_ids) - 1, 0)
+        steps += rollout.stats.steps
+    return tokens / steps if steps else 1.0
