@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from rollout.api import FinishReason, Request, Rollout
 from rollout.calibration import calibrate_forward
 from rollout.drafters.base import DraftContext, Drafter
+from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
 from rollout.prefill import prefill
@@ -21,6 +22,7 @@ from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
 from rollout.stopping import StopCondition, TextDecoder
 from rollout.strategy import PLAIN, ElasticSelector, FixedSelector, Selector, StepFeedback, Strategy
+from rollout.timing import StepClock
 from rollout.trees.chain import DraftTree, no_draft
 from rollout.verification import verify_batch
 
@@ -52,6 +54,8 @@ class RolloutEngine:
             sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
+        graphs: Decode through captured graphs (`rollout.graph_pool`); None does so on CUDA. Elsewhere nothing is captured and the
+            same buckets run as they are.
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
@@ -75,6 +79,7 @@ class RolloutEngine:
         kv_memory_bytes: int | None = None,
         prefill_tokens: int = 512,
         lengths: LengthEstimate | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if collect_traces and not tap_layers:
             raise ValueError("collect_traces needs tap_layers: pass default_tap_layers(num_layers)")
@@ -92,6 +97,9 @@ class RolloutEngine:
         self.scheduler = Scheduler(max_slots, lengths)
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
+        if model.device.type == "cuda" if graphs is None else graphs:
+            capturer = CudaCapturer() if model.device.type == "cuda" else PlainCapturer()
+            self.runner.capture_graphs(max_depth + 1, capturer, precapture=model.device.type == "cuda")
         self.drafters: dict[str, Drafter] = {}
         self.selector: Selector = FixedSelector()
         self.records: list[StepRecord] = []
@@ -243,14 +251,14 @@ class RolloutEngine:
         active = list(self.scheduler.active)
         context = max(len(s.tokens) for s in active)
         strategy = self.selector.choose(len(active), context)
-        begin = time.perf_counter()
+        clock = StepClock(self._device)
         draft = self._propose(strategy, active)
-        proposed = time.perf_counter()
+        clock.mark()
         logits = self._forward(active, draft)
-        if self._device.type == "cuda":  # the forward's own time is what the selector needs
-            torch.cuda.synchronize()
-        forwarded = time.perf_counter()
+        clock.mark()
         accepted, committed = self._verify(active, logits, draft)
+        clock.mark()
+        drafting, forward, rest = clock.seconds()
         feedback = StepFeedback(
             strategy=strategy,
             active=len(active),
@@ -258,9 +266,9 @@ class RolloutEngine:
             width=draft.tokens.shape[1] + 1,
             drafted=draft.lengths.tolist(),
             accepted=accepted,
-            draft_seconds=proposed - begin,
-            forward_seconds=forwarded - proposed,
-            total_seconds=time.perf_counter() - begin,
+            draft_seconds=drafting,
+            forward_seconds=forward,
+            total_seconds=drafting + forward + rest,
         )
         self.selector.record(feedback)
         return feedback, committed
@@ -368,6 +376,8 @@ class RolloutEngine:
         if sequence.finish is FinishReason.FAILED and slot is not None:
             error = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
             self.runner.cache.clear_slot(slot)
+        for drafter in self.drafters.values():
+            drafter.forget(sequence)
         whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
         traced = self.collect_traces and whole and slot is not None
         return finished_rollout(sequence, error, self.runner.trace(sequence, slot) if traced and slot is not None else None)

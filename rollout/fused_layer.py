@@ -109,6 +109,8 @@ class RootMeanSquareNorm:
         self._weight, self._dtype, self._kernels = weight, dtype, kernels
         self._shape = tuple(weight.shape)
         self._offset = self._ask(norm)
+        self._shared = weight.detach() if self._offset == 0 and weight.dtype == dtype else None
+        self.gain = torch.empty_like(weight, dtype=dtype).detach() if self._shared is None else self._shared
         self.refresh()
 
     def _ask(self, norm: nn.Module) -> float:
@@ -122,9 +124,9 @@ class RootMeanSquareNorm:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Reads the gain again."""
-        weight = self._weight.detach()
-        self.gain = weight.to(self._dtype) if self._offset == 0 else (weight.float() + self._offset).to(self._dtype)
+        """Reads the gain again, in place: a captured graph knows its address."""
+        if self._shared is None:
+            self.gain.copy_(self._weight.float() + self._offset)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., width]."""

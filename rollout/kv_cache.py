@@ -100,8 +100,17 @@ class SlotCache(Cache):
         """How many sequences fit when the longest holds ``length`` tokens; at least one."""
         return max(min(self.shape.slots, self.tokens // self._span_for(length)), 1)
 
+    @property
+    def slots(self) -> int:
+        """How many sequences the present layout holds."""
+        return len(self.taps)
+
     def _span_for(self, length: int) -> int:
-        return min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
+        """The bucket of a length: multiples of 128 up to 512, then steps of a third or a half, so that there are few."""
+        if length <= 4 * SPAN_STEP:
+            return min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
+        power = 1 << (length - 1).bit_length()
+        return min(power * 3 // 4 if length <= power * 3 // 4 else power, self.shape.capacity)
 
     def _layout(self) -> None:
         s = self.shape
@@ -119,7 +128,7 @@ class SlotCache(Cache):
         most `slots_at` of that length.
         """
         wanted = self._span_for(length)
-        enough = len(self.taps) >= slots
+        enough = self.slots >= slots
         if wanted == self.span or (wanted < self.span and active and enough):
             return
         old_views, old_taps = self._views, self.taps

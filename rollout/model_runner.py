@@ -12,11 +12,15 @@ from transformers import PreTrainedModel
 
 from rollout.api import DistillationTrace
 from rollout.attention import ForwardBatch
+from rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
+from rollout.graph_pool import Capturer, GraphPool
 from rollout.inference_view import InferenceView
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import decoder_layers
 from rollout.native import RaggedTokens
 from rollout.sequence import SequenceState
+
+MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
@@ -85,6 +89,17 @@ class ModelRunner:
         )
         self.cache = SlotCache(shape, model.device, limit_bytes)
         self.view = InferenceView(model, dtype)
+        self.graphs: GraphPool | None = None
+        self.shape = ModelShape(
+            layers=shape.layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocab=config.vocab_size,
+            bytes_per_value=dtype.itemsize,
+        )
         fused = self.view.fused
         self._ragged = len(fused) == shape.layers and all(layer.takes_ragged for layer in fused)
         self._captured: dict[int, torch.Tensor] = {}
@@ -109,6 +124,36 @@ class ModelRunner:
     def ragged(self) -> bool:
         """Whether forwards hold tokens without padding: every layer runs on native kernels."""
         return self._ragged
+
+    def capture_graphs(self, max_tokens: int, capturer: Capturer, precapture: bool = True) -> GraphPool:
+        """Decodes through captured graphs from now on.
+
+        Args:
+            max_tokens: Most tokens of one sequence in a forward.
+            capturer: How to capture.
+            precapture: Capture the plan now; otherwise each graph when it is first wanted.
+        """
+        plan = self.plan_graphs(max_tokens)
+        self.graphs = GraphPool(
+            lambda tokens, positions, _, span: (self._decode_rectangle(tokens, positions, span), None),
+            plan,
+            vocab=self.vocab_size,
+            dtype=self.view.dtype,
+            device=self.cache.device,
+            capturer=capturer,
+        )
+        if precapture:
+            self.graphs.capture_planned()
+        return self.graphs
+
+    def plan_graphs(self, max_tokens: int) -> GraphPlan:
+        """What would be captured for decoding at the cache's present span, and its bytes."""
+        batches = powers_of_two(self.cache.slots_at(self.cache.span))
+        widths = powers_of_two(1 << (max_tokens - 1).bit_length())
+        return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
+
+    def _decode_rectangle(self, tokens: torch.Tensor, positions: torch.Tensor, span: int) -> torch.Tensor:
+        return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), positions, span=span))
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -146,10 +191,13 @@ class ModelRunner:
         if self._ragged:
             flat = tokens.flatten() if real is None else tokens[real]
             return self._forward(flat[None], self._ragged_batch(RaggedTokens(range(len(counts)), starts, counts)))[0]
-        device = self.cache.device
-        first = torch.tensor(starts).to(device, non_blocking=True)[:, None]
-        positions = first + torch.arange(width, device=device)
-        logits = self._forward(tokens, ForwardBatch(slice(0, len(tokens)), positions, span=self.cache.span))
+        device, span = self.cache.device, self.cache.span
+        replayed = None if self.graphs is None else self.graphs.run(tokens, starts, span, self.cache.slots)
+        if replayed is not None:
+            logits = replayed[0]
+        else:
+            first = torch.tensor(starts).to(device, non_blocking=True)[:, None]
+            logits = self._decode_rectangle(tokens, first + torch.arange(width, device=device), span)
         if real is None:
             return logits.flatten(0, 1)
         rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)

@@ -70,6 +70,8 @@ class AdversarialDrafter:
 
     def release(self, slot: int) -> None: ...
 
+    def forget(self, sequence: SequenceState) -> None: ...
+
 
 def engine_for(
     model: LlamaForCausalLM, *, slots: int = 5, context: int = 200, eagle3_sampling: bool = False, **options

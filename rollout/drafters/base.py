@@ -50,5 +50,9 @@ class Drafter(Protocol):
         ...
 
     def release(self, slot: int) -> None:
-        """The sequence in ``slot`` has ended."""
+        """The slot is free."""
+        ...
+
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence was handed out: nothing more of it will be drafted."""
         ...

@@ -111,4 +111,10 @@ class SuffixDrafter:
         """State is by prompt, not by slot: nothing to do."""
 
     def release(self, slot: int) -> None:
-        """A finished sample stays useful to its siblings and to later epochs: nothing to do."""
+        """State is by prompt, not by slot: nothing to do."""
+
+    def forget(self, sequence: SequenceState) -> None:
+        """A finished sample stays useful to its siblings and to later epochs; one without a group has neither."""
+        if sequence.request.group is None:
+            index = self._groups.pop(sequence, None)
+            self._entries -= 0 if index is None else index.entries

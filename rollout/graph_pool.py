@@ -1,0 +1,170 @@
+"""Captured forwards by shape bucket: CUDA graphs on a GPU, in one memory pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from rollout.graph_plan import GraphKey, GraphPlan, smallest_bucket
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Capturer(Protocol):
+    """Turns a function of fixed tensors into a replay that reads and writes the same memory each time."""
+
+    def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """``forward`` reads its inputs from and writes its outputs to tensors that stay where they are."""
+        ...
+
+
+class CudaCapturer:
+    """CUDA graphs that share one memory pool: only one replays at a time, and outputs are copied out inside the graph."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries choose their kernels and allocate workspaces outside the capture
+                forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            forward()
+        return graph.replay
+
+
+class PlainCapturer:
+    """Runs the function itself: what a capture would do, on a device that has none."""
+
+    def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
+        return forward
+
+
+@dataclass(slots=True)
+class _Captured:
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    replay: Callable[[], None]
+
+
+class GraphPool:
+    """Runs decode forwards through captures of their bucket.
+
+    What is planned is captured by `capture_planned`; another shape is captured when it is first met, if its rows fit in the
+    output buffer; what fits no bucket, or fails to be captured, runs as it is, and `fallbacks` counts why.
+
+    Weights are read where they lie: after an update in place nothing is captured again.
+
+    Args:
+        forward: (tokens [B, Q], positions [B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and what is
+            carried to the next forward, for whole buckets.
+        plan: What to capture.
+        vocab: Size of the logits.
+        carry: Width of a hidden state that goes in and comes out (a drafter's); 0 for none.
+        dtype, device: Of the logits.
+        capturer: How.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        plan: GraphPlan,
+        *,
+        vocab: int,
+        carry: int = 0,
+        dtype: torch.dtype,
+        device: torch.device,
+        capturer: Capturer,
+    ) -> None:
+        self.plan = plan
+        self.fallbacks: Counter[str] = Counter()
+        self.replays: Counter[GraphKey] = Counter()
+        self._forward, self._capturer, self._device = forward, capturer, device
+        self._batches = sorted({k.batch for k in plan.keys})
+        self._tokens = sorted({k.tokens for k in plan.keys})
+        rows = max((k.rows for k in plan.keys), default=0)
+        self._phase = next((k.phase for k in plan.keys), "")
+        self._logits = torch.zeros(rows, vocab, dtype=dtype, device=device)
+        self._carried = torch.zeros(rows, carry, dtype=dtype, device=device)
+        self._captured: dict[GraphKey, _Captured] = {}
+
+    def capture_planned(self) -> None:
+        """Captures the plan, largest first."""
+        for key in self.plan.keys:
+            self._get(key)
+
+    def key_for(self, batch: int, tokens: int, span: int) -> GraphKey | None:
+        """The bucket of a shape, or None."""
+        batch_bucket, token_bucket = smallest_bucket(batch, self._batches), smallest_bucket(tokens, self._tokens)
+        if batch_bucket is None or token_bucket is None:
+            return None
+        return GraphKey(self._phase, batch_bucket, token_bucket, span)
+
+    def run(
+        self, tokens: torch.Tensor, starts: Sequence[int], span: int, slots: int, carried: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where the caller must run
+        the forward itself.
+
+        Args:
+            tokens: int64 [B, Q] of the first B slots.
+            starts: Position of each row's first token.
+            span: Of the cache.
+            slots: Of the cache at this span; rows of a bucket past B write to free slots.
+            carried: [B, Q, carry], where there is such a state.
+        """
+        batch, width = tokens.shape
+        key = self.key_for(batch, width, span)
+        if key is None or key.rows > len(self._logits):
+            self.fallbacks["more sequences or tokens than any captured shape"] += 1
+            return None
+        if key.batch > slots:
+            self.fallbacks["the bucket is wider than the cache has slots"] += 1
+            return None
+        captured = self._get(key)
+        if captured is None:
+            return None
+        positions = torch.zeros(key.batch, key.tokens, dtype=torch.long)
+        positions[:batch] = torch.tensor(starts)[:, None] + torch.arange(key.tokens)
+        positions[:, width:] = span - 1  # padding writes where no sequence reads
+        positions[batch:] = span - 1
+        captured.positions.copy_(positions, non_blocking=True)
+        captured.tokens[:batch, :width].copy_(tokens, non_blocking=True)
+        state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])[:batch, :width]
+        if carried is not None:
+            state.copy_(carried)
+        captured.replay()
+        self.replays[key] += 1
+        return self._logits[: key.rows].view(key.batch, key.tokens, -1)[:batch, :width], state
+
+    def _get(self, key: GraphKey) -> _Captured | None:
+        if key not in self._captured:
+            try:
+                self._captured[key] = self._capture(key)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self.fallbacks[f"capture failed: {str(error).splitlines()[0]}"] += 1
+                return None
+        return self._captured[key]
+
+    def _capture(self, key: GraphKey) -> _Captured:
+        tokens = torch.zeros(key.batch, key.tokens, dtype=torch.long, device=self._device)
+        positions = torch.full_like(tokens, key.span - 1)
+        out = self._logits[: key.rows].view(key.batch, key.tokens, -1)
+        state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])
+        carries = state.shape[-1] > 0
+
+        def forward() -> None:
+            logits, carried = self._forward(tokens, positions, state if carries else None, key.span)
+            out.copy_(logits)
+            if carried is not None:
+                state.copy_(carried)
+
+        return _Captured(tokens, positions, self._capturer.capture(forward))

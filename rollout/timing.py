@@ -1,0 +1,37 @@
+"""Times of the parts of a step, without waiting for a GPU inside it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import torch
+
+
+class StepClock:
+    """Marks between the parts of a step: CUDA events on a GPU, read once the step's results have been fetched.
+
+    Args:
+        device: Where the parts run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """Ends one part and begins the next."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        self._times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds of each part. On a GPU only after something that waited for it."""
+        if self._on_gpu:
+            self._events[-1].synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._events)]
+        return [b - a for a, b in itertools.pairwise(self._times)]
