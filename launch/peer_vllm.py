@@ -1,6 +1,6 @@
 """Decodes a JSON file of requests with vLLM and times it; run by the peers' own interpreter, which has no Paceline.
 
-``.venv-peers/bin/python launch/peer_vllm.py MODEL WORKLOADS.json OUT.json``, after ``make peers``. Of a workload:
+``.venv-peers/bin/python launch/peer_vllm.py MODEL WORKLOAD.json OUT.json``, after ``make peers``. The workload has
 
 - ``slots``: requests in flight together; ``repeats``: timed passes, of which the fastest counts;
 - ``warm``, ``timed``: lists of ``{"prompt": [ids], "tokens": n, "seed": s}``; every completion has exactly its number of tokens;
@@ -31,28 +31,19 @@ def decode(llm: LLM, requests: list[dict], sampling: dict) -> tuple[float, int]:
 
 def main() -> None:
     model, source, target = sys.argv[1:4]
-    workloads = json.loads(Path(source).read_text())
-    results = []
-    kinds = sorted({(json.dumps(w["speculative"]), w["slots"]) for w in workloads.values()})
-    for kind, slots in kinds:
-        llm = LLM(
-            model,
-            dtype="bfloat16",
-            enforce_eager=True,  # on a CPU compilation takes minutes and its result decodes no faster here
-            max_model_len=2048,
-            max_num_seqs=slots,
-            speculative_config=json.loads(kind),
-            disable_log_stats=True,
-        )
-        for name, w in workloads.items():
-            if (json.dumps(w["speculative"]), w["slots"]) != (kind, slots):
-                continue
-            decode(llm, w["warm"], w["sampling"])
-            seconds, tokens = min(decode(llm, w["timed"], w["sampling"]) for _ in range(w["repeats"]))
-            results.append({"workload": name, "seconds": seconds, "tokens": tokens})
-            print(name, f"{tokens / seconds:.1f} tokens/s", flush=True)
-            Path(target).write_text(json.dumps(results))
-        del llm
+    work = json.loads(Path(source).read_text())
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        enforce_eager=True,  # on a CPU compilation takes minutes
+        max_model_len=4096,
+        max_num_seqs=work["slots"],
+        speculative_config=work["speculative"],
+        disable_log_stats=True,
+    )
+    decode(llm, work["warm"], work["sampling"])
+    seconds, tokens = min(decode(llm, work["timed"], work["sampling"]) for _ in range(work["repeats"]))
+    Path(target).write_text(json.dumps({"seconds": seconds, "tokens": tokens}))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,65 @@
-"""Decoding speed on a recipe's own prompts: transformers' generate, the engine plain, with each drafter, and adaptive."""
+"""Decoding speed on a recipe's own prompts: the engine plain, with each drafter and adaptive, beside its peers."""
 
 from __future__ import annotations
 
-import json
-import platform
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drafter_trainer.checkpoint import load_drafter
-from rl.config import RunConfig
+from rl.bench_peers import Peers
+from rl.config import DatasetConfig, RunConfig
 from rl.prompts import encode_prompt, stop_token_ids
 from rl.rollouts import stable_seed
-from rl.tasks import load_task
+from rl.tasks import Problem, load_task
 from rl.trainer import starting_policy
 from rollout import PLAIN, Request, Rollout, RolloutEngine, SamplingParams, Strategy, default_tap_layers, mean_acceptance_length
 from rollout.drafters import Eagle3Drafter, SuffixDrafter
 
-WORKLOADS = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 96, 8), "GRPO batch": (32, 64, 8)}
-"""Name → (sequences decoded together, requests, samples of each prompt)."""
+_TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests whose lengths are fixed beforehand, so that every method produces the same number of tokens for each.
+
+    Attributes:
+        name: In tables.
+        slots: Sequences decoded together.
+        timed, warm: Requests; the warm ones have other prompts.
+    """
+
+    name: str
+    slots: int
+    timed: list[Request]
+    warm: list[Request]
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One method on one workload: best of the repeats.
+    """One method on one workload: the fastest of the repeats.
 
     Attributes:
         workload, method: Names.
         tokens: Completion tokens produced.
         seconds: Wall time, drafting and prefill included.
-        acceptance_length: Tokens a target forward.
+        acceptance_length: Tokens of a sequence a target forward, where known.
         draft_ms_per_token: Time spent drafting, for each committed token.
+        outside_forwards: Share of the wall time in neither a target forward nor the drafter; only of the engine.
     """
 
     workload: str
     method: str
     tokens: int
     seconds: float
-    acceptance_length: float
-    draft_ms_per_token: float
+    acceptance_length: float | None = None
+    draft_ms_per_token: float = 0.0
+    outside_forwards: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,20 +73,22 @@ class RolloutBench:
         config: A recipe.
         run: A finished run, for its trained policy and drafter; None takes the recipe's starting policy and no EAGLE-3.
         repeats: Timed passes; the fastest counts.
+        tail_cap: Most tokens of a completion in the long-tailed batch.
     """
 
-    def __init__(self, config: RunConfig, run: Path | None, repeats: int) -> None:
-        self.config, self.repeats = config, repeats
-        path = starting_policy(config) if run is None else run / "checkpoint" / "policy"
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    def __init__(self, config: RunConfig, run: Path | None, repeats: int, tail_cap: int = 1024) -> None:
+        self.config, self.repeats, self.tail_cap = config, repeats, tail_cap
+        self.path = starting_policy(config) if run is None else run / "checkpoint" / "policy"
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.policy = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval()
         text = self.policy.config.get_text_config()
         self.taps = default_tap_layers(text.num_hidden_layers)
         self.drafter = None if run is None else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
         r = config.rollout
-        stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
-        self.params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, stops)
-        self.problems = load_task(replace(config.task, size=64), seed=987).problems  # not the ones trained on
+        self.stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
+        self.params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, self.stops)
+        problems = load_task(replace(config.task, size=64), seed=987).problems  # not the ones trained on
+        self.problems = random.Random(0).sample(problems, len(problems))  # sizes mixed
 
     def methods(self) -> dict[str, Strategy | str]:
         """Engine strategies by name."""
@@ -84,139 +97,102 @@ class RolloutBench:
             named["eagle3:3"] = Strategy("eagle3", 3)
         return {**named, "adaptive": "adaptive"}
 
-    def requests(self, count: int, samples: int, offset: int) -> list[Request]:
-        """``count`` requests, ``samples`` of each prompt; ``offset`` chooses other prompts."""
+    def workloads(self) -> list[Workload]:
+        """1 to 64 sequences on the recipe's mixture, then a long-tailed GRPO batch."""
+        shapes = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 96, 8), "64": (64, 128, 8)}
+        made = []
+        for name, (slots, count, samples) in shapes.items():
+            timed = self._requests(self.problems[:40], count, samples, self.params)
+            warm = self._requests(self.problems[40:], slots, samples, self.params)
+            made.append(Workload(name, slots, self._with_natural_lengths(timed), self._with_natural_lengths(warm)))
+        params = replace(self.params, max_tokens=self.tail_cap)
+        tail = self._with_natural_lengths(self._requests(self._tail_problems(), 64, 8, params))
+        return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, tail, made[-1].warm[:64])]
+
+    def _tail_problems(self) -> list[Problem]:
+        """One sum of each of eight sizes: completions from a dozen tokens to the cap."""
+        problems = []
+        for i, terms in enumerate(_TAIL_TERMS):
+            dataset = DatasetConfig("chain_sum", 1, {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1})
+            problems += load_task(replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i).problems
+        return [replace(p, key=f"tail {i}") for i, p in enumerate(problems)]
+
+    def _requests(self, problems: Sequence[Problem], count: int, samples: int, params: SamplingParams) -> list[Request]:
         made = []
         for i in range(count):
-            problem = self.problems[(offset + i // samples) % len(self.problems)]
+            problem = problems[i // samples % len(problems)]
             prompt = encode_prompt(self.tokenizer, problem.question, self.config.task.system)
-            made.append(Request(prompt, self.params, stable_seed(1, 0, problem.key, i), group=problem.key))
+            made.append(Request(prompt, params, stable_seed(1, 0, problem.key, i), group=problem.key))
         return made
 
-    def engine(self, slots: int) -> RolloutEngine:
-        """A warm-able engine with this policy's drafters."""
-        r = self.config.rollout
+    def _with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
+        """The same requests, each to be cut after as many tokens as plain decoding gave it before it stopped by itself."""
+        engine = self.engine(64, max(r.params.max_tokens for r in requests))
+        return [
+            replace(r.request, params=replace(r.request.params, max_tokens=len(r.token_ids), stop_token_ids=()))
+            for r in engine.generate(requests)
+        ]
+
+    def engine(self, slots: int, max_tokens: int) -> RolloutEngine:
+        """An engine with this policy's drafters."""
+        depth = self.config.rollout.max_depth
+        context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
         engine = RolloutEngine(
-            self.policy,
-            max_slots=slots,
-            max_context=r.max_context,
-            max_depth=r.max_depth,
-            tap_layers=self.taps if self.drafter else (),
+            self.policy, max_slots=slots, max_context=context, max_depth=depth, tap_layers=self.taps if self.drafter else ()
         )
         engine.add_drafter(SuffixDrafter())
         if self.drafter is not None:
             embed = engine.runner.view.module.get_input_embeddings()
-            capacity = engine.capacity_for(r.max_context, r.max_depth)
+            capacity = engine.capacity_for(context, depth)
             engine.add_drafter(Eagle3Drafter(self.drafter, embed, slots=slots, capacity=capacity, dtype=torch.bfloat16))
         return engine
 
-    def run(self, say: Callable[[str], None]) -> list[Measurement]:
+    def run(self, peers: Peers, say: Callable[[str], None]) -> list[Measurement]:
         """Every method on every workload."""
+        workloads = self.workloads()
+        for w in workloads:
+            lengths = sorted(r.params.max_tokens for r in w.timed)
+            middle = lengths[len(lengths) // 2]
+            say(f"{w.name}: {len(lengths)} completions, {sum(lengths)} tokens, median {middle}, longest {lengths[-1]}")
         results = []
-        for name, (slots, count, samples) in WORKLOADS.items():
-            timed, warm = self.requests(count, samples, 0), self.requests(max(count // 2, slots), samples, 40)
-            results.append(self._generate(name, slots, timed, warm))
+        for w in workloads:
+            for method, tokens, seconds in peers.generate(w.slots, w.timed, w.warm, self.repeats):
+                results.append(Measurement(w.name, method, tokens, seconds))
+            engine = self.engine(w.slots, max(r.params.max_tokens for r in w.timed))
+            results += [self._engine(w, method, strategy, engine) for method, strategy in self.methods().items()]
+            for m in results[-len(self.methods()) - 1 :]:
+                say(_line(m))
+        for name, method, tokens, seconds in peers.vllm({w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats):
+            results.append(Measurement(name, method, tokens, seconds))
             say(_line(results[-1]))
-            engine = self.engine(slots)
-            for method, strategy in self.methods().items():
-                results.append(self._engine(name, method, strategy, engine, timed, warm))
-                say(_line(results[-1]))
-        return results
+        order = [w.name for w in workloads]
+        return sorted(results, key=lambda m: order.index(m.workload))
 
-    def _engine(
-        self, workload: str, method: str, strategy: Strategy | str, engine: RolloutEngine, timed: list[Request], warm: list[Request]
-    ) -> Measurement:
+    def _engine(self, w: Workload, method: str, strategy: Strategy | str, engine: RolloutEngine) -> Measurement:
         engine.use_strategy(strategy)
-        engine.generate(warm)
-        best: tuple[float, list[Rollout], float] | None = None
+        engine.generate(w.warm)
+        best: Measurement | None = None
         for _ in range(self.repeats):
-            engine.add_drafter(SuffixDrafter())  # one that has seen these requests' answers would be a cheat
+            engine.drafters["suffix"] = SuffixDrafter()  # one that has seen these requests' answers would be a cheat
             begin = time.perf_counter()
-            rollouts = engine.generate(timed)
-            seconds = time.perf_counter() - begin
-            if best is None or seconds < best[0]:
-                best = seconds, rollouts, sum(r.feedback.draft_seconds for r in engine.records)
+            rollouts = engine.generate(w.timed)
+            measured = _measurement(w.name, method, engine, rollouts, time.perf_counter() - begin)
+            best = measured if best is None or measured.seconds < best.seconds else best
         assert best is not None
-        seconds, rollouts, drafting = best
-        tokens = sum(len(r.token_ids) for r in rollouts)
-        return Measurement(workload, method, tokens, seconds, mean_acceptance_length(rollouts), drafting / tokens * 1e3)
+        return best
 
-    @torch.no_grad()
-    def _generate(self, workload: str, slots: int, timed: list[Request], warm: list[Request]) -> Measurement:
-        """transformers' generate on batches of ``slots``, left-padded, with its default (SDPA) attention."""
-        self._generate_batch(warm[:slots])
-        best, tokens = float("inf"), 0
-        for _ in range(self.repeats):
-            torch.manual_seed(0)
-            begin, produced = time.perf_counter(), 0
-            for start in range(0, len(timed), slots):
-                produced += self._generate_batch(timed[start : start + slots])
-            seconds = time.perf_counter() - begin
-            if produced / seconds > tokens / best:
-                best, tokens = seconds, produced
-        return Measurement(workload, "generate", tokens, best, 1.0, 0.0)
 
-    def _generate_batch(self, requests: Sequence[Request]) -> int:
-        longest = max(len(r.prompt_ids) for r in requests)
-        ids = torch.tensor([[0] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
-        mask = torch.tensor([[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        stops = self.params.stop_token_ids
-        out = self.policy.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=self.params.temperature,
-            top_k=self.params.top_k,
-            top_p=self.params.top_p,
-            max_new_tokens=self.params.max_tokens,
-            eos_token_id=list(stops) or None,
-            pad_token_id=stops[0] if stops else 0,
-        )[:, longest:]
-        ended = torch.isin(out, torch.tensor(stops)).long().cumsum(-1)
-        return int(((ended == 0) | ((ended == 1) & torch.isin(out, torch.tensor(stops)))).sum())
+def _measurement(workload: str, method: str, engine: RolloutEngine, rollouts: Sequence[Rollout], seconds: float) -> Measurement:
+    tokens = sum(len(r.token_ids) for r in rollouts)
+    drafting = sum(r.feedback.draft_seconds for r in engine.records)
+    inside = sum(r.feedback.forward_seconds for r in engine.records) + drafting + engine.prefill_seconds
+    acceptance = mean_acceptance_length(rollouts)
+    return Measurement(workload, method, tokens, seconds, acceptance, drafting / tokens * 1e3, 1 - inside / seconds)
 
 
 def _line(m: Measurement) -> str:
-    return (
-        f"{m.workload:>10}  {m.method:<9} {m.tokens_per_second:7.1f} tokens/s  accepted length {m.acceptance_length:.2f}  "
-        f"drafting {m.draft_ms_per_token:.2f} ms/token"
-    )
-
-
-def results_table(results: Sequence[Measurement]) -> Table:
-    """Tokens a second, and ratios to generate and to plain."""
-    t = Table("sequences", "method", "tokens/s", "÷ generate", "÷ plain", "accepted length", "drafting ms/token")
-    by_key = {(m.workload, m.method): m for m in results}
-    for m in results:
-        generate, plain = by_key[m.workload, "generate"], by_key[m.workload, "plain"]
-        t.add_row(
-            m.workload,
-            m.method,
-            f"{m.tokens_per_second:.1f}",
-            f"{m.tokens_per_second / generate.tokens_per_second:.2f}",
-            f"{m.tokens_per_second / plain.tokens_per_second:.2f}",
-            f"{m.acceptance_length:.2f}",
-            f"{m.draft_ms_per_token:.2f}",
-        )
-    return t
-
-
-def write(results: Sequence[Measurement], out: Path, command: str) -> None:
-    """``out``.json with every number and the command, and ``out``.png."""
-    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    data = {"command": command, "machine": machine, "torch": torch.__version__, "results": [asdict(m) for m in results]}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n")
-    methods = list(dict.fromkeys(m.method for m in results))
-    workloads = list(dict.fromkeys(m.workload for m in results))
-    figure, ax = plt.subplots(figsize=(9, 4), dpi=110)
-    width = 0.8 / len(methods)
-    plain = {m.workload: m.tokens_per_second for m in results if m.method == "plain"}
-    for i, method in enumerate(methods):
-        heights = [m.tokens_per_second / plain[m.workload] for m in results if m.method == method]
-        ax.bar([x + (i - (len(methods) - 1) / 2) * width for x in range(len(workloads))], heights, width, label=method)
-    ax.axhline(1, color="grey", lw=0.8)
-    ax.set(xticks=range(len(workloads)), xticklabels=workloads, xlabel="concurrent sequences", ylabel="tokens/s ÷ engine plain")
-    ax.legend(ncol=len(methods), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out.with_suffix(".png"))
-    plt.close(figure)
+    text = f"{m.workload:>20}  {m.method:<12} {m.tokens_per_second:7.1f} tokens/s"
+    if m.acceptance_length is None or m.outside_forwards is None:
+        return text
+    drafting = f"accepted length {m.acceptance_length:.2f}  drafting {m.draft_ms_per_token:.2f} ms/token"
+    return f"{text}  {drafting}  outside forwards {m.outside_forwards:.1%}"

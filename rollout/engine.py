@@ -59,6 +59,8 @@ class RolloutEngine:
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
+        records: The decode steps of the last call.
+        prefill_seconds: What reading prompts took in the last call.
 
     Raises:
         MemoryError: when the cache cannot hold one sequence of ``max_context``, with numbers.
@@ -103,6 +105,7 @@ class RolloutEngine:
         self.drafters: dict[str, Drafter] = {}
         self.selector: Selector = FixedSelector()
         self.records: list[StepRecord] = []
+        self.prefill_seconds = 0.0
         self._decode_text = decode_text
         self._cancelled: set[int] = set()
         self._device = model.device
@@ -175,6 +178,7 @@ class RolloutEngine:
         self, requests: Sequence[Request], on_step: Callable[[StepRecord], None] | None, token_budget: int | None
     ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
+        self.prefill_seconds = 0.0
         self._cancelled.clear()
         started = time.perf_counter()
         left = float("inf") if token_budget is None else token_budget
@@ -221,7 +225,10 @@ class RolloutEngine:
             return 0
         longest = max(len(s.tokens) for s in self.scheduler.active)
         self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
+        clock = StepClock(self._device)
         logits = prefill(self.runner, admitted, self.prefill_tokens)
+        clock.mark()
+        self.prefill_seconds += sum(clock.seconds())
         for _, sequence in admitted:
             if len(sequence.tokens) == sequence.num_prompt:
                 self._observe(sequence, sequence.num_prompt)

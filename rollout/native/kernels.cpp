@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kChunk = 256;        // keys that one work item attends to
 constexpr int64_t kTile = 8;           // tokens of one sequence that it attends for
+constexpr int64_t kAhead = 12;         // keys fetched before they are needed
 constexpr int64_t kMaxDim = 256;       // of a head
 constexpr int64_t kSerialWork = 8192;  // elements below which forking the team costs more than it saves
 
@@ -61,11 +63,18 @@ inline Floats splat(float x) { return Floats{} + x; }
 inline Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
 
 inline float sum(Floats x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof lanes);
-  for (int64_t step = kLanes / 2; step > 0; step /= 2)
-    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  const Eight eight = halves[0] + halves[1];
+  Four quarters[2];
+  std::memcpy(quarters, &eight, sizeof eight);
+  Four four = quarters[0] + quarters[1];
+  typedef int Index __attribute__((vector_size(16)));
+  four += __builtin_shuffle(four, Index{2, 3, 0, 1});
+  four += __builtin_shuffle(four, Index{1, 0, 3, 2});
+  return four[0];
 }
 
 // e^x to float32 rounding: 2^n times a polynomial in the rest (Cephes' coefficients). NaN stays NaN, −inf gives 0.
@@ -178,51 +187,101 @@ struct Partial {
   float *largest, *total, *weighted;
 };
 
+// Scores of kRows query rows against `count` keys; the rows stay in registers while the keys pass.
+//
+// Each key is seen once and its value soon after: both are fetched ahead, further than the hardware looks across pages.
+template <typename T, int kVectors, int kRows>
+void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
+  constexpr int64_t dim = kVectors * kLanes;
+  Floats rows[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVectors; ++i) rows[r][i] = load(query + r * dim + i * kLanes);
+  for (int64_t j = 0; j < count; ++j) {
+    const char* ahead = reinterpret_cast<const char*>(keys + (j + kAhead) * dim);
+    const char* value = reinterpret_cast<const char*>(values + j * dim);
+    for (size_t line = 0; line < dim * sizeof(T); line += 64) {
+      __builtin_prefetch(ahead + line, 0, 3);
+      __builtin_prefetch(value + line, 0, 2);
+    }
+    Floats key[kVectors];
+    for (int i = 0; i < kVectors; ++i) key[i] = load(keys + j * dim + i * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      Floats product = key[0] * rows[r][0];
+      for (int i = 1; i < kVectors; ++i) product += key[i] * rows[r][i];
+      scores[r * kChunk + j] = sum(product);
+    }
+  }
+}
+
+// Sums of `count` values weighted by kRows rows of weights.
+template <typename T, int kVectors, int kRows>
+void weigh_rows(const float* weights, const T* values, int64_t count, float* out) {
+  constexpr int64_t dim = kVectors * kLanes;
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    Floats value[kVectors];
+    for (int i = 0; i < kVectors; ++i) value[i] = load(values + j * dim + i * kLanes);
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < kVectors; ++i) sums[r][i] += weights[r * kChunk + j] * value[i];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVectors; ++i) store(out + r * dim + i * kLanes, sums[r][i]);
+}
+
+// Calls `block` for `rows` rows in blocks that fit the registers.
+template <int kVectors, typename Block>
+void for_row_blocks(int64_t rows, Block block) {
+  int64_t r = 0;
+  if constexpr (kVectors <= 4)
+    for (; r + 4 <= rows; r += 4) block(r, std::integral_constant<int, 4>{});
+  if constexpr (kVectors <= 4)
+    for (; r + 3 <= rows; r += 3) block(r, std::integral_constant<int, 3>{});
+  if constexpr (kVectors <= 8)
+    for (; r + 2 <= rows; r += 2) block(r, std::integral_constant<int, 2>{});
+  for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});
+}
+
+// Scores to weights e^(score − largest) of one row, zero outside what the rule and the position let it see.
+inline void weigh_scores(float* row, int64_t position, const AttentionRule& rule, int64_t count, float* largest, float* total) {
+  const int64_t end = std::clamp<int64_t>(position + 1, 0, count);
+  const int64_t begin = rule.window > 0 ? std::clamp<int64_t>(position - rule.window + 1, 0, end) : 0;
+  if (rule.softcap > 0)
+    for (int64_t j = begin; j < end; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
+  const float none = -std::numeric_limits<float>::infinity();
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  std::fill(row, row + begin, none);
+  std::fill(row + end, row + padded, none);
+  Floats most = splat(none);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Floats x = load(row + j);
+    most = select(x > most, x, most);
+  }
+  float lanes[kLanes];
+  store(lanes, most);
+  *largest = *std::max_element(lanes, lanes + kLanes);
+  const float shift = std::isinf(*largest) ? 0.0f : *largest;
+  Floats sums = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Floats weight = exponential(load(row + j) - shift);
+    sums += weight;
+    store(row + j, weight);
+  }
+  *total = sum(sums);
+}
+
 // Attends `rows` query rows (heads of one group × queries) to `count` keys from position `start` of one slot and head.
 template <typename T, int kVectors>
 void attend_chunk(const float* query, const T* keys, const T* values, const int64_t* positions, int64_t queries, int64_t rows,
                   int64_t start, int64_t count, const AttentionRule& rule, float* scores, const Partial& out) {
   constexpr int64_t dim = kVectors * kLanes;
-  for (int64_t j = 0; j < count; ++j) {
-    Floats key[kVectors];
-    for (int i = 0; i < kVectors; ++i) key[i] = load(keys + j * dim + i * kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      Floats product = key[0] * load(query + r * dim);
-      for (int i = 1; i < kVectors; ++i) product += key[i] * load(query + r * dim + i * kLanes);
-      scores[r * kChunk + j] = sum(product);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = scores + r * kChunk;
-    const int64_t position = positions[r % queries] - start;
-    const int64_t end = std::min(position + 1, count);
-    const int64_t begin = rule.window > 0 ? std::max<int64_t>(position - rule.window + 1, 0) : 0;
-    if (rule.softcap > 0)
-      for (int64_t j = begin; j < end; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t j = begin; j < end; ++j) largest = std::max(largest, row[j]);
-    for (int64_t j = 0; j < begin && j < kChunk; ++j) row[j] = -std::numeric_limits<float>::infinity();
-    for (int64_t j = std::max<int64_t>(end, 0); j < kChunk; ++j) row[j] = -std::numeric_limits<float>::infinity();
-    Floats total = {};
-    const float shift = std::isinf(largest) ? 0.0f : largest;
-    for (int64_t j = 0; j < kChunk; j += kLanes) {
-      const Floats weight = exponential(load(row + j) - shift);
-      total += weight;
-      store(row + j, weight);
-    }
-    out.largest[r] = largest;
-    out.total[r] = sum(total);
-  }
-  std::memset(out.weighted, 0, rows * dim * sizeof(float));
-  for (int64_t j = 0; j < count; ++j) {
-    Floats value[kVectors];
-    for (int i = 0; i < kVectors; ++i) value[i] = load(values + j * dim + i * kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float weight = scores[r * kChunk + j];
-      float* sums = out.weighted + r * dim;
-      for (int i = 0; i < kVectors; ++i) store(sums + i * kLanes, load(sums + i * kLanes) + weight * value[i]);
-    }
-  }
+  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    score_rows<T, kVectors, block.value>(query + r * dim, keys, values, count, scores + r * kChunk);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    weigh_scores(scores + r * kChunk, positions[r % queries] - start, rule, count, out.largest + r, out.total + r);
+  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    weigh_rows<T, kVectors, block.value>(scores + r * kChunk, values, count, out.weighted + r * dim);
+  });
 }
 
 // Up to kTile consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.

@@ -88,7 +88,7 @@ class ElasticSelector:
         self.max_depth = max_depth
         self._forward_guess = forward_seconds
         self._draft_guess = draft_seconds
-        self._forward: dict[tuple[int, int], _Mean] = {}
+        self._forward: dict[tuple[int, Strategy], _Mean] = {}
         self._draft: dict[tuple[str, int], _Mean] = {}
         self._overhead: dict[int, _Mean] = {}
         self._acceptance = {name: _Acceptance(max_depth) for name in drafters}
@@ -123,19 +123,22 @@ class ElasticSelector:
 
     def _seconds(self, strategy: Strategy, bucket: int) -> float:
         return (
-            self._forward_time(bucket, strategy.depth + 1)
+            self._forward_time(bucket, strategy)
             + self._draft_time(strategy.drafter, bucket) * strategy.depth
             + (self._overhead[bucket].value or 0.0 if bucket in self._overhead else 0.0)
         )
 
-    def _forward_time(self, bucket: int, width: int) -> float:
-        """Measured where it was; else the calibrated ratio of this width to plain decoding times what plain decoding takes now."""
-        measured = self._forward.get((bucket, width))
+    def _forward_time(self, bucket: int, strategy: Strategy) -> float:
+        """Measured where it was; else the calibrated ratio of this width to plain decoding times what plain decoding takes now.
+
+        By strategy and not by width alone: a drafter that proposes nothing for some sequences makes a smaller forward.
+        """
+        measured = self._forward.get((bucket, strategy))
         if measured is not None and measured.value is not None:
             return measured.value
-        plain = self._forward.get((bucket, 1))
+        plain = self._forward.get((bucket, PLAIN))
         scale = plain.value / self._forward_guess(bucket, 1) if plain is not None and plain.value is not None else 1.0
-        return self._forward_guess(bucket, width) * scale
+        return self._forward_guess(bucket, strategy.depth + 1) * scale
 
     def _draft_time(self, drafter: str | None, bucket: int) -> float:
         if drafter is None:
@@ -145,7 +148,8 @@ class ElasticSelector:
 
     def record(self, feedback: StepFeedback) -> None:
         bucket = batch_bucket(feedback.active)
-        self._forward.setdefault((bucket, feedback.width), _Mean()).add(feedback.forward_seconds)
+        ran = feedback.strategy if feedback.width > 1 else PLAIN
+        self._forward.setdefault((bucket, ran), _Mean()).add(feedback.forward_seconds)
         rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
         self._overhead.setdefault(bucket, _Mean()).add(rest)
         strategy = feedback.strategy
