@@ -4,25 +4,22 @@
   (after ``make peers``) vLLM, and a decode step item by item; tables, ``OUT.json`` and ``OUT.png``.
 - ``update``: the update's forward and backward against padding.
 - ``seeds RUN…``: finished runs of one recipe side by side.
+- ``gpu``: graph memory naive and bucketed, step times with graphs and without, the price of verifying and of drafting, for a
+  1.5B and an 8B shape of random weights on one GPU; torch and transformers suffice.
+- ``plan``: the memory that graphs of those shapes would take, naive and bucketed; needs no GPU.
+- ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
+  adaptively: the ratio end to end.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from rl.bench import RolloutBench
-from rl.bench_peers import Peers
-from rl.bench_report import profile_table, results_table, write
-from rl.bench_step import logprob_gap, profile_step, refresh_seconds
-from rl.bench_update import measure_update
 from rl.cli import user_errors
-from rl.config import load_config
-from rl.machine import fit_process
-from rl.summary import read_metrics, summarise
+
+# Each command imports what it needs: `gpu` must run where only torch and transformers are.
 
 
 def main() -> None:
@@ -43,17 +40,38 @@ def main() -> None:
     seeds = commands.add_parser("seeds", help="reward rise of several runs")
     seeds.add_argument("runs", nargs="+", type=Path)
     seeds.add_argument("--out", type=Path, default=Path("benchmarks/seeds.json"))
+    gpu = commands.add_parser("gpu", help="graphs, step times and drafting on one GPU")
+    gpu.add_argument("--shapes", nargs="+", default=["1.5B", "8B"], choices=["1.5B", "8B"])
+    gpu.add_argument("--out", type=Path, default=Path("benchmarks/gpu"))
+    commands.add_parser("plan", help="memory of graphs, planned")
+    gpu_rl = commands.add_parser("gpu-rl", help="GRPO from scratch on one GPU, with speculation and without")
+    gpu_rl.add_argument("--config", type=Path, default=Path("configs/gpu_rl.yaml"))
+    gpu_rl.add_argument("--runs", type=Path, default=Path("runs/gpu-rl"), help="where the two runs go")
+    gpu_rl.add_argument("--out", type=Path, default=Path("benchmarks/gpu_rl.json"))
+    gpu_rl.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_args()
-    if args.command == "seeds":
-        compare_runs(args.runs, args.out)
-    elif args.command == "update":
-        compare_updates(args)
-    else:
-        measure_rollout(args)
+    run: dict[str, Callable[[argparse.Namespace], None]] = {
+        "rollout": measure_rollout,
+        "update": compare_updates,
+        "seeds": compare_runs,
+        "gpu": measure_gpu,
+        "plan": print_plans,
+        "gpu-rl": compare_speculation_end_to_end,
+    }
+    run[args.command](args)
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
     """Decoding speed of one policy, its peers', and where a step's time goes."""
+    from rich.console import Console
+
+    from rl.bench import RolloutBench
+    from rl.bench_peers import Peers
+    from rl.bench_report import profile_table, results_table, write
+    from rl.bench_step import logprob_gap, profile_step, refresh_seconds
+    from rl.config import load_config
+    from rl.machine import fit_process
+
     fit_process(local_world_size=1)
     console = Console(width=160)
     bench = RolloutBench(load_config(args.config), args.run, args.repeats, args.tail_cap)
@@ -70,6 +88,13 @@ def measure_rollout(args: argparse.Namespace) -> None:
 
 def compare_updates(args: argparse.Namespace) -> None:
     """Tokens a second of the update, by method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rl.bench_update import measure_update
+    from rl.config import load_config
+    from rl.machine import fit_process
+
     if not args.untuned:
         fit_process(local_world_size=1)
     results = measure_update(load_config(args.config))
@@ -79,18 +104,77 @@ def compare_updates(args: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def compare_runs(runs: list[Path], out: Path) -> None:
+def compare_runs(args: argparse.Namespace) -> None:
     """Reward, rise and speed of finished runs, as a table and as JSON."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rl.summary import read_metrics, summarise
+
     table = Table("run", "seed", "first quarter", "last quarter", "rise ÷ its standard error", "rollout ÷ plain", "peak GB")
     records = []
-    for run in runs:
+    for run in args.runs:
         s = {"seed": json.loads((run / "config.json").read_text())["seed"], **summarise(read_metrics(run))}
         records.append(s)
         ratio = (s["reward_after"] - s["reward_before"]) / s["reward_rise_std_error"]
         row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
         table.add_row(run.name, str(s["seed"]), *(f"{x:.3f}" for x in row))
     Console().print(table)
-    out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": records}, indent=2) + "\n")
+    args.out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": records}, indent=2) + "\n")
+
+
+def measure_gpu(args: argparse.Namespace) -> None:
+    """One GPU: graphs, steps, verification and drafting."""
+    import torch
+
+    from rl.bench_gpu import measure, write_gpu
+    from rl.errors import UserError
+
+    if not torch.cuda.is_available():
+        raise UserError("bench.py gpu: no CUDA device is visible; run it on a machine with one")
+    reports = []
+    for shape in args.shapes:
+        reports.append(measure(shape, lambda line: print(line, flush=True)))
+        for name, value in reports[-1].graph_memory.items():
+            print(f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}", flush=True)
+        for batch, milliseconds, share in reports[-1].drafter:
+            print(f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step", flush=True)
+        write_gpu(reports, args.out, " ".join(["python", *sys.argv]))
+
+
+def print_plans(args: argparse.Namespace) -> None:
+    """Planned bytes of graphs."""
+    from rl.bench_gpu import SHAPES, planned
+
+    for shape in SHAPES:
+        count, bucketed, naive = planned(shape)
+        print(f"{shape}: {count} graphs, {bucketed / 1e6:.0f} MB bucketed, {naive / 1e6:.0f} MB naive: {bucketed / naive:.2f}")
+
+
+def compare_speculation_end_to_end(args: argparse.Namespace) -> None:
+    """The recipe plainly and adaptively."""
+    from dataclasses import asdict
+
+    from rl.bench_speculation import compare_speculation
+    from rl.config import load_config
+    from rl.warmup import warm_up
+
+    config = load_config(args.config, args.overrides)
+    if config.policy.warmup is not None:
+        warm_up(config)
+    plain, adaptive = compare_speculation(args.config, args.overrides, args.runs)
+    ratios = {"rollout": plain.rollout / adaptive.rollout, "step": plain.step / adaptive.step}
+    bound = plain.step / (plain.step - plain.rollout)
+    for times in (plain, adaptive):
+        print(times)
+    print(f"rollout {ratios['rollout']:.2f}x, whole step {ratios['step']:.2f}x of at most {bound:.2f}x (Amdahl)")
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "runs": [asdict(plain), asdict(adaptive)],
+        "ratios": ratios,
+        "bound": bound,
+    }
+    args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

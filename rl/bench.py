@@ -99,7 +99,7 @@ class RolloutBench:
 
     def workloads(self) -> list[Workload]:
         """1 to 64 sequences on the recipe's mixture, then a long-tailed GRPO batch."""
-        shapes = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 96, 8), "64": (64, 128, 8)}
+        shapes = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
         made = []
         for name, (slots, count, samples) in shapes.items():
             timed = self._requests(self.problems[:40], count, samples, self.params)

@@ -38,7 +38,7 @@ class PolicyConfig:
     """The policy.
 
     Attributes:
-        model: A local directory, a Hugging Face id, or ``tiny-llama`` (made on the spot).
+        model: A local directory, a Hugging Face id, or ``tiny-llama`` or ``small-llama`` (made on the spot).
         warmup: Warm the policy up first; null trains it as it is.
         gradient_checkpointing: Recompute activations in the backward pass.
         mixed_precision: ``bf16`` or ``no``; parameters are float32 either way.

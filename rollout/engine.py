@@ -54,8 +54,8 @@ class RolloutEngine:
             sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
-        graphs: Decode through captured graphs (`rollout.graph_pool`); None does so on CUDA. Elsewhere nothing is captured and the
-            same buckets run as they are.
+        graphs: Decode through captured graphs (`rollout.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
+            buckets and runs them as they are, for tests.
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
@@ -391,7 +391,8 @@ class RolloutEngine:
 
     def _abandon(self) -> None:
         """Frees every slot: nothing of one call is left for the next, also when its consumer stopped early."""
-        for slot in range(len(self.scheduler.active)):
-            for drafter in self.drafters.values():
+        for drafter in self.drafters.values():
+            for slot, sequence in enumerate(self.scheduler.active):
                 drafter.release(slot)
+                drafter.forget(sequence)
         self.scheduler.clear()

@@ -135,7 +135,7 @@ class ModelRunner:
         """
         plan = self.plan_graphs(max_tokens)
         self.graphs = GraphPool(
-            lambda tokens, positions, _, span: (self._decode_rectangle(tokens, positions, span), None),
+            lambda tokens, positions, _, span: (self.decode_rectangle(tokens, positions, span), None),
             plan,
             vocab=self.vocab_size,
             dtype=self.view.dtype,
@@ -152,7 +152,8 @@ class ModelRunner:
         widths = powers_of_two(1 << (max_tokens - 1).bit_length())
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
-    def _decode_rectangle(self, tokens: torch.Tensor, positions: torch.Tensor, span: int) -> torch.Tensor:
+    def decode_rectangle(self, tokens: torch.Tensor, positions: torch.Tensor, span: int) -> torch.Tensor:
+        """Logits [B, Q, V] of tokens int64 [B, Q] at positions int64 [B, Q] of the first B slots: what a graph captures."""
         return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), positions, span=span))
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class ModelRunner:
             logits = replayed[0]
         else:
             first = torch.tensor(starts).to(device, non_blocking=True)[:, None]
-            logits = self._decode_rectangle(tokens, first + torch.arange(width, device=device), span)
+            logits = self.decode_rectangle(tokens, first + torch.arange(width, device=device), span)
         if real is None:
             return logits.flatten(0, 1)
         rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)

@@ -8,7 +8,7 @@ from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _DECAY = 0.95
-_PROBE_EVERY = 48
+_PROBE_EVERY, _PROBE_STEPS, _PROBE_DEPTH = 48, 4, 3
 _PRIOR_ACCEPT = 0.6
 _PRIOR_WEIGHT = 4.0
 
@@ -47,6 +47,12 @@ class _Acceptance:
                 self.kept[i] = fade * self.kept[i] + sum(a > i for a in accepted)
                 self.tried[i] = fade * self.tried[i] + reached
 
+    def doubt(self) -> None:
+        """Keeps what was learned but gives it no more weight than the prior: it may be out of date."""
+        for i, tried in enumerate(self.tried):
+            self.kept[i] *= min(_PRIOR_WEIGHT / tried, 1.0)
+            self.tried[i] = min(tried, _PRIOR_WEIGHT)
+
     def soften(self) -> None:
         """Shrinks the weight of what was seen to that of the prior, and mixes the prior in by half."""
         for i, (kept, tried) in enumerate(zip(self.kept, self.tried, strict=True)):
@@ -67,9 +73,9 @@ class ElasticSelector:
     """Picks the depth and drafter with the most expected tokens a second at this batch size.
 
     Time of a choice = measured forward time at (batch bucket, tokens of each sequence) + drafting time + overhead; tokens =
-    `_Acceptance.expected_tokens`. Forward times start from a calibration run and are corrected by every step. Where
-    plain decoding is chosen, the best speculative choice is tried once in 48 steps, if it could pay at all, so that a drafter that
-    has become better is noticed.
+    `_Acceptance.expected_tokens`. Forward times start from a calibration run and are corrected by every step. A
+    drafter that was not chosen for 48 steps is tried for four, if it could pay at all, so that one that has become better, or text
+    that suits another one, is noticed.
 
     Args:
         drafters: Names to choose from.
@@ -92,23 +98,34 @@ class ElasticSelector:
         self._draft: dict[tuple[str, int], _Mean] = {}
         self._overhead: dict[int, _Mean] = {}
         self._acceptance = {name: _Acceptance(max_depth) for name in drafters}
-        self._plain_run = 0
+        self._idle: dict[str, int] = {}
         self._last_drafter: str | None = None
 
     def choose(self, active: int, context: int) -> Strategy:
         bucket = batch_bucket(active)
         plain = 1.0 / self._seconds(PLAIN, bucket)
-        ranked = [(self._rate(s, bucket), s) for s in self._speculative()]
-        if not ranked:
-            return PLAIN
-        best_rate, best = max(ranked, key=lambda pair: pair[0])
-        if best_rate > plain:
-            self._plain_run = 0
-            return best
-        self._plain_run += 1
-        if self._plain_run % _PROBE_EVERY == 0 and self._could_pay(bucket, plain):
-            return Strategy(best.drafter, min(2, self.max_depth))
-        return PLAIN
+        best, rate = PLAIN, plain
+        for strategy in self._speculative():
+            candidate = self._rate(strategy, bucket)
+            if candidate > rate:
+                best, rate = strategy, candidate
+        return self._probe(best, bucket, plain) or best
+
+    def _probe(self, best: Strategy, bucket: int, plain: float) -> Strategy | None:
+        """A few steps of a drafter that has not run for long, where it could pay: text and drafters change."""
+        for name, acceptance in self._acceptance.items():
+            if name == best.drafter:
+                self._idle[name] = 0
+                continue
+            self._idle[name] = self._idle.get(name, 0) + 1
+            if self._idle[name] <= _PROBE_EVERY or not self._could_pay(name, bucket, plain):
+                continue
+            if self._idle[name] == _PROBE_EVERY + 1:
+                acceptance.doubt()
+            if self._idle[name] == _PROBE_EVERY + _PROBE_STEPS:
+                self._idle[name] = 0
+            return Strategy(name, min(_PROBE_DEPTH, self.max_depth))
+        return None
 
     def _speculative(self) -> list[Strategy]:
         return [Strategy(name, depth) for name in self._acceptance for depth in range(1, self.max_depth + 1)]
@@ -117,9 +134,10 @@ class ElasticSelector:
         assert strategy.drafter is not None
         return self._acceptance[strategy.drafter].expected_tokens(strategy.depth) / self._seconds(strategy, bucket)
 
-    def _could_pay(self, bucket: int, plain: float) -> bool:
+    def _could_pay(self, name: str, bucket: int, plain: float) -> bool:
         """Whether some depth would beat plain decoding if three of four draft tokens were kept."""
-        return any(sum(0.75**i for i in range(s.depth + 1)) / self._seconds(s, bucket) > plain for s in self._speculative())
+        depths = (Strategy(name, depth) for depth in range(1, self.max_depth + 1))
+        return any(sum(0.75**i for i in range(s.depth + 1)) / self._seconds(s, bucket) > plain for s in depths)
 
     def _seconds(self, strategy: Strategy, bucket: int) -> float:
         return (

@@ -46,7 +46,23 @@ def test_stops_when_nothing_is_accepted_and_probes_again():
     choices = [selector.choose(1, 50) for _ in range(100)]
     assert choices[0] == PLAIN
     probes = [i for i, c in enumerate(choices) if c != PLAIN]
-    assert len(probes) == 2, "two probes in a hundred plain steps"
+    assert probes == [48, 49, 50, 51], "a few steps of a probe in a hundred plain steps"
+
+
+def test_a_drafter_left_behind_is_tried_again_and_taken_up():
+    """suffix is chosen; eagle3, bad at first, has become better: the text it drafts for may have changed."""
+    selector = ElasticSelector(("suffix", "eagle3"), 6, lambda b, w: 0.03 * (1 + 0.02 * (w - 1)), lambda name, b: 0.0005)
+    feed(selector, Strategy("eagle3", 6), 1, accept=0, forward=0.033, draft=0.003)
+    feed(selector, Strategy("suffix", 3), 1, accept=1, forward=0.032, draft=0.001)
+    chosen = []
+    for _ in range(300):
+        strategy = selector.choose(1, 50)
+        chosen.append(strategy.drafter)
+        feed(
+            selector, strategy, 1, accept=strategy.depth if strategy.drafter == "eagle3" else 1, forward=0.032, draft=0.001, steps=1
+        )
+    assert chosen[0] == "suffix"
+    assert chosen[-50:].count("eagle3") >= 45
 
 
 def test_recovers_when_the_drafter_gets_better():

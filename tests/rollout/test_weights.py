@@ -56,12 +56,3 @@ def test_slots_are_relaid_when_sequences_outgrow_the_span():
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.params.max_tokens, do_sample=False
         )
         assert rollout.token_ids == made[0, 3:].tolist()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_greedy_on_a_gpu():
-    model = tiny_llama().cuda()
-    engine = RolloutEngine(model, dtype=torch.float32, max_slots=2, max_context=64)
-    made = model.generate(torch.tensor([[1, 2, 3]]).cuda(), max_new_tokens=20, do_sample=False)
-    assert engine.generate([GREEDY])[0].token_ids == made[0, 3:].tolist()

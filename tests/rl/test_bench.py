@@ -1,0 +1,68 @@
+"""The benchmarks run, and compare like with like."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rl.bench_gpu import SHAPES, planned
+from rl.bench_peers import Peers
+from rl.bench_step import logprob_gap, profile_step, refresh_seconds
+from rollout import Request, SamplingParams
+from tests.support import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_generate_makes_as_many_tokens_of_each_as_asked():
+    requests = [Request([1 + i, 2], SamplingParams(max_tokens=3 + 4 * i), seed=i) for i in range(5)]
+    ((method, tokens, seconds),) = Peers(tiny_llama(), Path("unused"), None).generate(2, requests, requests, repeats=1)
+    assert (method, tokens) == ("generate", sum(r.params.max_tokens for r in requests))
+    assert seconds > 0
+    assert list(Peers(tiny_llama(), Path("unused"), None).vllm({"1": (1, requests, requests)}, 1)) == []
+
+
+def test_the_parts_of_a_step_add_up():
+    profile = profile_step(tiny_llama(), batch=2)
+    assert sum(profile.parts_ms.values()) == pytest.approx(profile.forward_ms, rel=1e-6)
+    assert all(ms > 0 for ms in profile.parts_ms.values())
+    assert profile.step_ms >= profile.forward_ms
+
+
+def test_refresh_and_gap():
+    model = tiny_llama(sharpness=4.0)
+    assert refresh_seconds(model) > 0
+    mean, largest = logprob_gap(model, [Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)])
+    assert 0 < mean <= largest < 0.2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planned_graphs(shape):
+    count, bucketed, naive = planned(shape)
+    assert count < 6 * 6
+    assert bucketed <= 0.35 * naive
+
+
+def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):
+    out = tmp_path / "gpu_rl.json"
+    command = [sys.executable, "launch/bench.py", "gpu-rl", "--config", "configs/tiny.yaml", "--runs", str(tmp_path / "runs")]
+    subprocess.run([*command, "--out", str(out), "steps=2"], cwd=ROOT, check=True, capture_output=True, timeout=240)
+    record = json.loads(out.read_text())
+    assert [r["strategy"] for r in record["runs"]] == ["plain", "adaptive"]
+    assert record["runs"][0]["acceptance_length"] == 1
+    assert record["ratios"]["rollout"] > 0
+
+
+def test_the_gpu_benchmark_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, "launch/bench.py", "gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr

@@ -1,0 +1,180 @@
+"""The native kernels against float64 references, and what happens where they cannot be built."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import rollout.native.build as build
+import rollout.native.kernels as native
+from rollout import SamplingParams
+from rollout.native import AttentionRule, RaggedTokens, load_kernels
+from rollout.sampling import draw_tokens, processed_probs
+
+pytestmark = pytest.mark.skipif(load_kernels("cpu", torch.float32) is None, reason="no C++ compiler")
+RULES = [AttentionRule(0.1), AttentionRule(0.2, softcap=5.0), AttentionRule(0.1, window=7), AttentionRule(0.1, window=300)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return load_kernels("cpu", torch.float32)
+
+
+def reference_attention(query, cache, tokens: RaggedTokens, rule: AttentionRule) -> torch.Tensor:
+    """[N, H, d] in float64, one token at a time."""
+    heads, kv_heads = query.shape[2], cache.shape[2]
+    rows = []
+    for n in range(query.shape[1]):
+        slot, position = int(tokens.token_slots[n]), int(tokens.positions[n])
+        first = max(position - rule.window + 1, 0) if rule.window else 0
+        keys, values = cache[:, slot, :, first : position + 1].double().repeat_interleave(heads // kv_heads, dim=1)
+        scores = torch.einsum("hd,htd->ht", query[0, n].double(), keys) * rule.scale
+        if rule.softcap:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_ragged_attention(kernels, dim, rule):
+    """One token far past a chunk of keys, a long piece of a prompt, a first token, and a slot out of order."""
+    torch.manual_seed(0)
+    tokens = RaggedTokens(slots=[3, 0, 1, 2], starts=[700, 250, 0, 30], counts=[1, 21, 1, 5])
+    cache = torch.randn(2, 4, 2, 768, dim)
+    query = torch.randn(1, 28, 6, dim)
+    got = kernels.attend(query, cache, tokens, rule).view(28, 6, dim)
+    torch.testing.assert_close(got.double(), reference_attention(query, cache, tokens, rule), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_never_reads_past_a_sequence(kernels):
+    """What an earlier sequence left behind, NaN included, does not matter."""
+    torch.manual_seed(0)
+    tokens = RaggedTokens(slots=[0, 1], starts=[4, 9], counts=[2, 1])
+    cache, query = torch.randn(2, 2, 1, 128, 32), torch.randn(1, 3, 2, 32)
+    clean = kernels.attend(query, cache, tokens, AttentionRule(0.2))
+    cache[:, 0, :, 6:], cache[:, 1, :, 10:] = math.nan, math.inf
+    assert torch.equal(kernels.attend(query, cache, tokens, AttentionRule(0.2)), clean)
+
+
+def test_a_nan_stays_in_its_sequence(kernels):
+    tokens = RaggedTokens(slots=[0, 1], starts=[4, 9], counts=[1, 1])
+    cache, query = torch.randn(2, 2, 1, 128, 32), torch.randn(1, 2, 2, 32)
+    cache[0, 0, :, 2] = math.nan
+    out = kernels.attend(query, cache, tokens, AttentionRule(0.2))
+    assert out[0, 0].isnan().all()
+    assert out[0, 1].isfinite().all()
+
+
+def test_norm_gate_and_bfloat16_rounding(kernels):
+    torch.manual_seed(0)
+    x, gain = torch.randn(5, 64) * 3, torch.randn(64)
+    double = x.double()
+    wanted = double * (double.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
+    torch.testing.assert_close(kernels.rms_norm(x, gain, 1e-5).double(), wanted, rtol=1e-5, atol=1e-6)
+    gate, up = (x * 20).double().chunk(2, -1)
+    torch.testing.assert_close(kernels.silu_gate(x * 20).double(), gate * gate.sigmoid() * up, rtol=1e-5, atol=1e-6)
+    half = load_kernels("cpu", torch.bfloat16)
+    ones = torch.ones(64, dtype=torch.bfloat16)
+    y = x.bfloat16()
+    exact = y.double() * (y.double().pow(2).mean(-1, keepdim=True)).rsqrt()
+    # the nearest bfloat16 is at most half a unit in the last place away
+    assert ((half.rms_norm(y, ones, 0.0).double() - exact).abs() <= exact.abs() * 2**-8).all()
+    assert half.rms_norm(torch.full((1, 64), math.nan).bfloat16(), ones, 0.0).isnan().all()
+
+
+@pytest.mark.parametrize("vocab", [6, 97, 1000, 4099])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draw_inverts_the_cumulative_sum(vocab, dtype):
+    rng = np.random.default_rng(0)
+    rows = 400
+    logits = torch.from_numpy(rng.normal(size=(rows, vocab)) * 3).to(dtype)
+    logits[::5, ::3] = -math.inf
+    temperatures = torch.from_numpy(rng.choice([0.0, 0.6, 1.0, 1.7], size=rows)).float()
+    uniform = torch.from_numpy(rng.random(rows))
+    tokens, logprobs = load_kernels("cpu", dtype).draw(logits, temperatures, uniform)
+    scores = logits.double().numpy()
+    for row in range(rows):
+        t = float(temperatures[row]) or 1.0
+        p = np.exp((scores[row] - scores[row].max()) / t)
+        p /= p.sum()
+        ends = p.cumsum()
+        token = int(tokens[row])
+        if temperatures[row] == 0:
+            assert token == int(scores[row].argmax())
+        else:  # the token whose stretch of [0, 1) holds the uniform, up to rounding at its ends
+            assert ends[token] - p[token] - 1e-6 <= float(uniform[row]) <= ends[token] + 1e-6
+        assert p[token] > 0
+        assert float(logprobs[row]) == pytest.approx(math.log(p[token]), abs=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_draw_reports_unusable_rows(kernels, bad):
+    logits = torch.randn(3, 40)
+    logits[1, 17] = bad
+    _, logprobs = kernels.draw(logits, torch.tensor([1.0, 1.0, 0.0]), torch.rand(3, dtype=torch.float64))
+    assert logprobs.isnan().tolist() == [False, True, False]
+    assert kernels.draw(torch.full((1, 40), -math.inf), torch.ones(1), torch.zeros(1, dtype=torch.float64))[1].isnan().all()
+
+
+def test_draw_at_the_ends_of_the_interval(kernels):
+    logits = torch.full((2, 600), -math.inf)
+    logits[:, [3, 300, 595]] = 0.0
+    tokens, _ = kernels.draw(logits, torch.ones(2), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64))
+    assert tokens.tolist() == [3, 595]
+
+
+def test_both_ways_of_drawing_agree(monkeypatch):
+    """A truncated row sends its batch to torch's operators: the neighbours' tokens must not change by that."""
+    torch.manual_seed(0)
+    logits, uniform = torch.randn(300, 500) * 2, torch.rand(300, dtype=torch.float64)
+    params = [SamplingParams(temperature=t) for t in (0.0, 0.7, 1.0)] * 100
+    fast = draw_tokens(logits, params, uniform)
+    slow = draw_tokens(logits, [*params[:-1], SamplingParams(top_k=5)], uniform)
+    assert (fast[0][:-1] == slow[0][:-1]).all()
+    torch.testing.assert_close(fast[1][:-1], slow[1][:-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.9999])
+def test_nucleus_without_a_sort_is_the_one_with(scale, top_p):
+    """Also flat distributions, where the few likeliest tokens do not reach the mass, and ties, of which the first stay."""
+    torch.manual_seed(0)
+    logits = (torch.randn(20, 1500) * scale * 4).round() / 4
+    mine = processed_probs(logits[:, None], [SamplingParams(top_p=top_p)] * 20)[:, 0]
+    probs = logits.softmax(-1)
+    values, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = values.double().cumsum(-1) - values.double()
+    kept = torch.zeros_like(probs).scatter_(-1, order, values.masked_fill(before >= top_p - 1e-9, 0.0))
+    differing = ((mine > 0) != (kept > 0)).sum(-1)
+    assert (differing <= 1).all(), "more than the token at the threshold's own rounding differs"
+    same = differing == 0
+    assert same.float().mean() > 0.5
+    torch.testing.assert_close(mine[same], (kept / kept.sum(-1, keepdim=True))[same], rtol=1e-4, atol=1e-7)
+
+
+def test_without_a_compiler_a_line_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.load_kernels.__wrapped__("cpu", torch.float32) is None
+    assert "install g++" in caplog.text
+
+
+def test_a_failing_compiler_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'kernels.cpp:1: error: no such instruction' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.NativeUnavailable, match="no such instruction"):
+        build.build_library()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_the_library_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = build.build_library()
+    stamp = first.stat().st_mtime_ns
+    assert build.build_library() == first
+    assert first.stat().st_mtime_ns == stamp
