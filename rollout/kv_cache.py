@@ -180,9 +180,10 @@ class SlotCache(Cache):
 
     def copy_slot(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first ``length`` tokens of one slot to others."""
-        for view in self._views:
-            view[:, targets, :, :length] = view[:, source : source + 1, :, :length]
-        self.taps[targets, :length] = self.taps[source : source + 1, :length]
+        for target in targets:
+            for view in self._views:
+                view[:, target, :, :length] = view[:, source, :, :length]
+            self.taps[target, :length] = self.taps[source, :length]
 
     def clear_slot(self, slot: int) -> None:
         """Zeroes a slot. Needed after a sequence with NaN: a masked key of weight 0 times NaN is NaN."""

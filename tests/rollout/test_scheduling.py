@@ -132,6 +132,20 @@ def test_a_failing_callback_leaves_a_usable_engine(model, requests, expected):
     assert [r.token_ids for r in engine.generate(requests[:4])] == expected[:4]
 
 
+@pytest.mark.parametrize("length", [100, 128])
+def test_a_slot_is_copied_also_where_it_is_full(model, length):
+    """A whole span from slot 0 to one other slot: the shape that once met torch's check for overlapping memory."""
+    engine = engine_for(model, slots=3, context=400)
+    cache = engine.runner.cache
+    for slot in range(3):
+        cache.taps[slot] = slot + 1
+        cache.lines(0)[:, slot] = slot + 1
+    cache.copy_slot(0, [2], length)
+    assert (cache.taps[2, :length] == 1).all()
+    assert (cache.lines(0)[:, 2, :, :length] == 1).all()
+    assert (cache.lines(0)[:, 1] == 2).all()
+
+
 def test_the_longest_predicted_come_first():
     lengths = ObservedLengths()
     for tokens in (10, 12):
