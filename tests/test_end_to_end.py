@@ -96,7 +96,7 @@ def test_same_seed_same_run_after_resume(tmp_path, cache):
 def test_user_errors_are_one_line(tmp_path, cache):
     for arguments, says in [
         (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
-        (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.001"], "the KV cache needs"),
+        (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.0001"], "the KV cache needs"),
         (["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"], "the target has 99 tokens"),
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
         (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
