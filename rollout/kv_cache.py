@@ -91,11 +91,6 @@ class SlotCache(Cache):
         self.batch: ForwardBatch | None = None
         self._write_index: torch.Tensor | None = None
 
-    @property
-    def bytes(self) -> int:
-        """What the buffers take."""
-        return self.tokens * self.shape.token_bytes
-
     def slots_at(self, length: int) -> int:
         """How many sequences fit when the longest holds ``length`` tokens; at least one."""
         return max(min(self.shape.slots, self.tokens // self._span_for(length)), 1)

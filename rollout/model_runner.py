@@ -100,7 +100,7 @@ class ModelRunner:
             vocab=config.vocab_size,
             bytes_per_value=dtype.itemsize,
         )
-        fused = self.view.fused
+        fused = self.view.fused  # forwards hold tokens without padding where every layer runs on native kernels
         self._ragged = len(fused) == shape.layers and all(layer.takes_ragged for layer in fused)
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
@@ -119,11 +119,6 @@ class ModelRunner:
             self._captured[order] = args[0] if args else kwargs["hidden_states"]
 
         return hook
-
-    @property
-    def ragged(self) -> bool:
-        """Whether forwards hold tokens without padding: every layer runs on native kernels."""
-        return self._ragged
 
     def capture_graphs(self, max_tokens: int, capturer: Capturer, precapture: bool = True) -> GraphPool:
         """Decodes through captured graphs from now on.
