@@ -55,7 +55,7 @@ class SlotCache(Cache):
     """KV cache of slots, through transformers' cache interface.
 
     Each layer's keys and values are one buffer seen as [2, slots, kv_heads, span, head_dim]. ``span`` is the longest sequence now
-    decoded, rounded up to 128, so that the first B slots are one contiguous operand for a batched matrix product and short
+    decoded, rounded up to a bucket, so that the first B slots are one contiguous operand for a batched matrix product and short
     sequences do not pay for long ones' room; the buffer is laid out anew when the span grows. Rows past the written length are
     finite, and attention masks them.
 

@@ -118,7 +118,10 @@ class ElasticSelector:
                 self._idle[name] = 0
                 continue
             self._idle[name] = self._idle.get(name, 0) + 1
-            if self._idle[name] <= _PROBE_EVERY or not self._could_pay(name, bucket, plain):
+            if self._idle[name] <= _PROBE_EVERY:
+                continue
+            if not self._could_pay(name, bucket, plain):
+                self._idle[name] = _PROBE_EVERY  # its turn comes at the first batch where it could
                 continue
             if self._idle[name] == _PROBE_EVERY + 1:
                 acceptance.doubt()

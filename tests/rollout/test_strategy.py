@@ -65,6 +65,16 @@ def test_a_drafter_left_behind_is_tried_again_and_taken_up():
     assert chosen[-50:].count("eagle3") >= 45
 
 
+def test_a_probe_that_waited_for_a_smaller_batch_ends():
+    """At 64 sequences no probe could pay; when few are left, there is one probe, not one without end."""
+    selector = ElasticSelector(("suffix",), 6, lambda b, w: 0.03 * (b * w if b > 8 else 1 + 0.05 * (w - 1)), lambda name, b: 0.0005)
+    feed(selector, Strategy("suffix", 6), 1, accept=0, forward=0.04, draft=0.002)
+    feed(selector, PLAIN, 1, accept=0, forward=0.03)
+    assert [selector.choose(64, 50) for _ in range(120)] == [PLAIN] * 120
+    choices = [selector.choose(1, 50) for _ in range(40)]
+    assert [i for i, c in enumerate(choices) if c != PLAIN] == [0, 1, 2, 3]
+
+
 def test_recovers_when_the_drafter_gets_better():
     selector = selector_with(flat=True)
     feed(selector, Strategy("suffix", 6), 1, accept=0, forward=0.035, draft=0.002)
