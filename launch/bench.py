@@ -7,6 +7,11 @@
 - ``gpu``: graph memory naive and bucketed, step times with graphs and without, the price of verifying and of drafting, for a
   1.5B and an 8B shape of random weights on one GPU; torch and transformers suffice.
 - ``plan``: the memory that graphs of those shapes would take, naive and bucketed; needs no GPU.
+- ``drafters``: every drafter at several temperatures and batches; what sharing within a group brings (``--sharing``); acceptance by
+  position in long texts (``--positions 8000``).
+- ``verifiers``: every verifier on the policy's own distributions, with its theory and the best that is possible.
+- ``selection``: the bandit against every fixed strategy, and whole batches against Amdahl's bound.
+- ``plots``: draws the pictures of the three anew from benchmarks/*.json.
 - ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
   adaptively: the ratio end to end.
 """
@@ -33,7 +38,9 @@ def main() -> None:
     rollout.add_argument(
         "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter that has vLLM (make peers)"
     )
+    rollout.add_argument("--alone", action="store_true", help="only this engine, no peers")
     rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
+    rollout.add_argument("overrides", nargs="*", help="key=value")
     update = commands.add_parser("update", help="speed of the update phase against padding")
     update.add_argument("--config", required=True)
     update.add_argument("--untuned", action="store_true", help="leave the allocator as glibc has it")
@@ -49,6 +56,20 @@ def main() -> None:
     gpu_rl.add_argument("--runs", type=Path, default=Path("runs/gpu-rl"), help="where the two runs go")
     gpu_rl.add_argument("--out", type=Path, default=Path("benchmarks/gpu_rl.json"))
     gpu_rl.add_argument("overrides", nargs="*", help="key=value")
+    for name, what in (("drafters", "drafters side by side"), ("verifiers", "verifiers"), ("selection", "the bandit")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--config", required=True)
+        command.add_argument("--run", type=Path, required=True, help="a finished run: its policy and drafter are used")
+        command.add_argument("--batches", nargs="+", default=["1", "4", "16"], help="concurrent sequences")
+        command.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
+        command.add_argument("--out", type=Path, default=Path("benchmarks") / name)
+        if name == "drafters":
+            command.add_argument("--sharing", action="store_true", help="measure sharing within groups instead")
+            command.add_argument("--positions", type=int, help="measure acceptance by position up to here instead")
+        if name == "selection":
+            command.add_argument("--whole-batch", action="store_true", help="also plain and adaptive on the long-tailed GRPO batch")
+            command.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+    commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args()
     run: dict[str, Callable[[argparse.Namespace], None]] = {
         "rollout": measure_rollout,
@@ -56,6 +77,10 @@ def main() -> None:
         "seeds": compare_runs,
         "gpu": measure_gpu,
         "plan": print_plans,
+        "drafters": compare_drafters,
+        "verifiers": compare_verifiers,
+        "selection": compare_selection,
+        "plots": draw_plots,
         "gpu-rl": compare_speculation_end_to_end,
     }
     run[args.command](args)
@@ -74,12 +99,12 @@ def measure_rollout(args: argparse.Namespace) -> None:
 
     fit_process(local_world_size=1)
     console = Console(width=160)
-    bench = RolloutBench(load_config(args.config), args.run, args.repeats, args.tail_cap)
+    bench = RolloutBench(load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap)
     profiles = [profile_step(bench.policy, batch) for batch in (1, 4, 16, 32)]
     console.print(profile_table(profiles))
     refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads()[2].timed[:32])
     console.print(f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}")
-    peers = Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
+    peers = None if args.alone else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
     results = bench.run(peers, lambda line: console.print(line, highlight=False))
     console.print(results_table(results))
     extra = {"refresh_seconds": refresh, "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
@@ -149,6 +174,78 @@ def print_plans(args: argparse.Namespace) -> None:
     for shape in SHAPES:
         count, bucketed, naive = planned(shape)
         print(f"{shape}: {count} graphs, {bucketed / 1e6:.0f} MB bucketed, {naive / 1e6:.0f} MB naive: {bucketed / naive:.2f}")
+
+
+def compare_drafters(args: argparse.Namespace) -> None:
+    """Drafters by temperature and batch, by sharing, or by position."""
+    from rl.bench import RolloutBench
+    from rl.bench_drafting import compare_drafters, compare_sharing, measure_positions
+    from rl.bench_report import write_rows
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    config = load_config(args.config)
+    if args.sharing:
+        rows: list = compare_sharing(RolloutBench(config, args.run, 1, 64), epochs=3, samples=8, strategy="suffix:4")
+    elif args.positions:
+        rows = measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024,))
+    else:
+        rows = compare_drafters(config, args.run, args.temperatures, args.batches, print)
+    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_verifiers(args: argparse.Namespace) -> None:
+    """Verifiers in the engine, their theory and their bounds."""
+    from dataclasses import replace
+
+    from rl.bench import RolloutBench
+    from rl.bench_report import write_rows
+    from rl.bench_verifiers import measure_verifiers
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    config = load_config(args.config)
+    tables: dict[str, list] = {}
+    for temperature in args.temperatures:
+        bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
+        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=12, candidates=(1, 2, 3, 4), say=print)
+        tables |= {f"verifiers, T = {temperature}": rows, f"bounds, T = {temperature}": bounds}
+    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_selection(args: argparse.Namespace) -> None:
+    """The bandit against exhaustive search, and on whole batches."""
+    from dataclasses import replace
+
+    from rl.bench import RolloutBench
+    from rl.bench_report import write_rows
+    from rl.bench_selection import compare_selection, measure_whole_batch
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    config = load_config(args.config)
+    tables: dict[str, list] = {}
+    for temperature in args.temperatures:
+        warm = replace(config, rollout=replace(config.rollout, temperature=temperature))
+        bench = RolloutBench(warm, args.run, 1, args.tail_cap)
+        tables[f"selection, T = {temperature}"] = compare_selection(bench, args.batches, print)
+        if not args.whole_batch:
+            continue
+        whole = measure_whole_batch(bench, bench.workloads(("tail",))[0])
+        print(f"{whole.workload}: {whole.ratio:.2f} x plain of at most {whole.bound:.2f}")
+        tables[f"whole batch, T = {temperature}"] = [whole]
+    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+
+
+def draw_plots(args: argparse.Namespace) -> None:
+    """Pictures beside the JSON files."""
+    from rl.bench_plots import draw_all
+
+    for path in draw_all(Path("benchmarks")):
+        print(path)
 
 
 def compare_speculation_end_to_end(args: argparse.Namespace) -> None:

@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from drafter_trainer.checkpoint import load_drafter
 from rl.bench_peers import Peers
-from rl.config import DatasetConfig, RunConfig
+from rl.config import DatasetConfig, RunConfig, draft_rules
 from rl.prompts import encode_prompt, stop_token_ids
 from rl.rollouts import stable_seed
 from rl.tasks import Problem, load_task
 from rl.trainer import starting_policy
 from rollout import PLAIN, Request, Rollout, RolloutEngine, SamplingParams, Strategy, default_tap_layers, mean_acceptance_length
-from rollout.drafters import Eagle3Drafter, SuffixDrafter
+from rollout.drafters import DraftRules
+from rollout.drafters.build import DrafterParts, build_drafter
 
 _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
 
@@ -50,6 +51,7 @@ class Measurement:
         seconds: Wall time, drafting and prefill included.
         acceptance_length: Tokens of a sequence a target forward, where known.
         draft_ms_per_token: Time spent drafting, for each committed token.
+        prefill_seconds: Of that time, reading prompts: what no speculation shortens.
         outside_forwards: Share of the wall time in neither a target forward nor the drafter; only of the engine.
     """
 
@@ -60,6 +62,7 @@ class Measurement:
     acceptance_length: float | None = None
     draft_ms_per_token: float = 0.0
     outside_forwards: float | None = None
+    prefill_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,6 +87,8 @@ class RolloutBench:
         text = self.policy.config.get_text_config()
         self.taps = default_tap_layers(text.num_hidden_layers)
         self.drafter = None if run is None else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
+        self._parts = DrafterParts(eagle3=self.drafter, composite_match=config.speculation.composite_match)
+        self._parts.clasp_skipped = config.speculation.clasp_skipped
         r = config.rollout
         self.stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
         self.params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, self.stops)
@@ -94,20 +99,25 @@ class RolloutBench:
         """Engine strategies by name."""
         named: dict[str, Strategy | str] = {"plain": PLAIN, "suffix:4": Strategy("suffix", 4)}
         if self.drafter is not None:
-            named["eagle3:3"] = Strategy("eagle3", 3)
+            named |= {"eagle3:3": Strategy("eagle3", 3), "eagle3:4x4/7": Strategy("eagle3", 4, 4, 7)}
         return {**named, "adaptive": "adaptive"}
 
-    def workloads(self) -> list[Workload]:
-        """1 to 64 sequences on the recipe's mixture, then a long-tailed GRPO batch."""
+    def workloads(self, only: Sequence[str] | None = None) -> list[Workload]:
+        """1 to 64 sequences on the recipe's mixture, by number, then a long-tailed GRPO batch, ``tail``; all, or those named."""
         shapes = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
         made = []
         for name, (slots, count, samples) in shapes.items():
-            timed = self._requests(self.problems[:40], count, samples, self.params)
-            warm = self._requests(self.problems[40:], slots, samples, self.params)
+            if only is not None and name not in only:
+                continue
+            timed = self.requests(self.problems[:40], count, samples, self.params)
+            warm = self.requests(self.problems[40:], slots, samples, self.params)
             made.append(Workload(name, slots, self._with_natural_lengths(timed), self._with_natural_lengths(warm)))
+        if only is not None and "tail" not in only:
+            return made
         params = replace(self.params, max_tokens=self.tail_cap)
-        tail = self._with_natural_lengths(self._requests(self._tail_problems(), 64, 8, params))
-        return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, tail, made[-1].warm[:64])]
+        timed = self._with_natural_lengths(self.requests(self._tail_problems(), 64, 8, params))
+        warm = self._with_natural_lengths(self.requests(self.problems[40:], 64, 8, self.params))
+        return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
 
     def _tail_problems(self) -> list[Problem]:
         """One sum of each of eight sizes: completions from a dozen tokens to the cap."""
@@ -117,12 +127,15 @@ class RolloutBench:
             problems += load_task(replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i).problems
         return [replace(p, key=f"tail {i}") for i, p in enumerate(problems)]
 
-    def _requests(self, problems: Sequence[Problem], count: int, samples: int, params: SamplingParams) -> list[Request]:
+    def requests(
+        self, problems: Sequence[Problem], count: int, samples: int, params: SamplingParams | None = None
+    ) -> list[Request]:
+        """``count`` requests, ``samples`` of each problem; ``params`` of None are the recipe's."""
         made = []
         for i in range(count):
             problem = problems[i // samples % len(problems)]
             prompt = encode_prompt(self.tokenizer, problem.question, self.config.task.system)
-            made.append(Request(prompt, params, stable_seed(1, 0, problem.key, i), group=problem.key))
+            made.append(Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key))
         return made
 
     def _with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
@@ -133,22 +146,32 @@ class RolloutBench:
             for r in engine.generate(requests)
         ]
 
-    def engine(self, slots: int, max_tokens: int) -> RolloutEngine:
-        """An engine with this policy's drafters."""
-        depth = self.config.rollout.max_depth
+    def give_draft_model(self, model: PreTrainedModel) -> None:
+        """Engines made from now on can have a ``draft_model`` drafter."""
+        self._parts.draft_model = model
+
+    def engine(
+        self, slots: int, max_tokens: int, rules: DraftRules | None = None, drafters: Sequence[str] | None = None
+    ) -> RolloutEngine:
+        """An engine with this policy's drafters, or those named."""
+        s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
         engine = RolloutEngine(
-            self.policy, max_slots=slots, max_context=context, max_depth=depth, tap_layers=self.taps if self.drafter else ()
+            self.policy, max_slots=slots, max_context=context, max_nodes=s.max_nodes, tap_layers=self.taps if self.drafter else ()
         )
-        engine.add_drafter(SuffixDrafter())
-        if self.drafter is not None:
-            embed = engine.runner.view.module.get_input_embeddings()
-            capacity = engine.capacity_for(context, depth)
-            engine.add_drafter(Eagle3Drafter(self.drafter, embed, slots=slots, capacity=capacity, dtype=torch.bfloat16))
+        self._parts.rules = draft_rules(s) if rules is None else rules
+        for name in s.drafters if drafters is None else drafters:
+            if self.drafter is not None or name not in ("eagle3", "composite"):
+                engine.add_drafter(build_drafter(name, engine, self._parts))
         return engine
 
-    def run(self, peers: Peers, say: Callable[[str], None]) -> list[Measurement]:
-        """Every method on every workload."""
+    def forget(self, engine: RolloutEngine) -> None:
+        """New model-free drafters: ones that have seen a request's answer would be a cheat."""
+        for name in [name for name in engine.drafters if name not in ("eagle3", "clasp", "draft_model")]:
+            engine.drafters[name] = build_drafter(name, engine, self._parts)
+
+    def run(self, peers: Peers | None, say: Callable[[str], None]) -> list[Measurement]:
+        """Every method on every workload, beside peers where there are any."""
         workloads = self.workloads()
         for w in workloads:
             lengths = sorted(r.params.max_tokens for r in w.timed)
@@ -156,24 +179,28 @@ class RolloutBench:
             say(f"{w.name}: {len(lengths)} completions, {sum(lengths)} tokens, median {middle}, longest {lengths[-1]}")
         results = []
         for w in workloads:
-            for method, tokens, seconds in peers.generate(w.slots, w.timed, w.warm, self.repeats):
-                results.append(Measurement(w.name, method, tokens, seconds))
+            if peers is not None:
+                for method, tokens, seconds in peers.generate(w.slots, w.timed, w.warm, self.repeats):
+                    results.append(Measurement(w.name, method, tokens, seconds))
             engine = self.engine(w.slots, max(r.params.max_tokens for r in w.timed))
-            results += [self._engine(w, method, strategy, engine) for method, strategy in self.methods().items()]
+            results += [self.measure(w, method, strategy, engine) for method, strategy in self.methods().items()]
             for m in results[-len(self.methods()) - 1 :]:
                 say(_line(m))
-        for name, method, tokens, seconds in peers.vllm({w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats):
-            results.append(Measurement(name, method, tokens, seconds))
-            say(_line(results[-1]))
+        if peers is not None:
+            for name, method, tokens, seconds in peers.vllm({w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats):
+                results.append(Measurement(name, method, tokens, seconds))
+                say(_line(results[-1]))
         order = [w.name for w in workloads]
         return sorted(results, key=lambda m: order.index(m.workload))
 
-    def _engine(self, w: Workload, method: str, strategy: Strategy | str, engine: RolloutEngine) -> Measurement:
-        engine.use_strategy(strategy)
+    def measure(self, w: Workload, method: str, strategy: Strategy | str | None, engine: RolloutEngine) -> Measurement:
+        """One method on one workload, after a warm pass: the fastest of the repeats. No strategy: the one the engine has."""
+        if strategy is not None:
+            engine.use_strategy(strategy)
         engine.generate(w.warm)
         best: Measurement | None = None
         for _ in range(self.repeats):
-            engine.drafters["suffix"] = SuffixDrafter()  # one that has seen these requests' answers would be a cheat
+            self.forget(engine)
             begin = time.perf_counter()
             rollouts = engine.generate(w.timed)
             measured = _measurement(w.name, method, engine, rollouts, time.perf_counter() - begin)
@@ -187,7 +214,9 @@ def _measurement(workload: str, method: str, engine: RolloutEngine, rollouts: Se
     drafting = sum(r.feedback.draft_seconds for r in engine.records)
     inside = sum(r.feedback.forward_seconds for r in engine.records) + drafting + engine.prefill_seconds
     acceptance = mean_acceptance_length(rollouts)
-    return Measurement(workload, method, tokens, seconds, acceptance, drafting / tokens * 1e3, 1 - inside / seconds)
+    return Measurement(
+        workload, method, tokens, seconds, acceptance, drafting / tokens * 1e3, 1 - inside / seconds, engine.prefill_seconds
+    )
 
 
 def _line(m: Measurement) -> str:

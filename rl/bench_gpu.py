@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from rollout.attention import chain_seats
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from rollout.drafters.eagle3_network import PaddedNetwork
 from rollout.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
@@ -144,7 +145,7 @@ def _used() -> int:
 def _pool(runner: ModelRunner, widths: tuple[int, ...], max_rows: int) -> GraphPool:
     keys = plan_keys("target", BATCHES, widths, (runner.cache.span,), max_rows)
     return GraphPool(
-        lambda tokens, positions, _, span: (runner.decode_rectangle(tokens, positions, span), None),
+        lambda tokens, seats, _, span: (runner.decode_rectangle(tokens, seats, span), None),
         plan_graphs(runner.shape, keys),
         vocab=runner.vocab_size,
         dtype=torch.bfloat16,
@@ -192,9 +193,10 @@ def _drafter(
     network = PaddedNetwork(weights, model.get_input_embeddings(), cache)
     network.capture_graphs(CudaCapturer(), precapture=True)
     for batch in BATCHES:
-        tokens = torch.zeros(batch, dtype=torch.long, device="cuda")
-        hidden = torch.zeros(batch, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
-        seconds = _seconds(functools.partial(network.step, tokens, hidden, [_CONTEXT] * batch))
+        tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+        hidden = torch.zeros(batch, 1, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        seats = chain_seats(torch.full_like(tokens, _CONTEXT))
+        seconds = _seconds(functools.partial(network.step, tokens, hidden, seats, [0] * batch))
         report.drafter.append((batch, seconds * 1e3, seconds / graphs[batch, 1]))
 
 

@@ -79,6 +79,13 @@ def write(results: Sequence[Measurement], profiles: Sequence[StepProfile], extra
     _plot(results, out.with_suffix(".png"))
 
 
+def write_rows(tables: dict[str, list[Any]], out: Path, command: str) -> None:
+    """``out``.json: tables of dataclass rows, the machine and the command."""
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    data = {"command": command, "machine": machine} | {name: [asdict(row) for row in rows] for name, rows in tables.items()}
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
 def _plot(results: Sequence[Measurement], path: Path) -> None:
     methods = list(dict.fromkeys(m.method for m in results))
     workloads = list(dict.fromkeys(m.workload for m in results))

@@ -19,7 +19,7 @@ class RunTimes:
     """Mean seconds of one run's steps, the first left out, and its reward.
 
     Attributes:
-        strategy: ``rollout.strategy``.
+        strategy: ``speculation.strategy``.
         rollout: The slowest rank's rollouts.
         step: The whole step.
         reward: Mean of the last quarter.
@@ -48,7 +48,14 @@ def _train(config: Path, overrides: Sequence[str], strategy: str, out: Path) -> 
     ranks = max(torch.cuda.device_count(), 1)
     root = Path(__file__).parents[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, str(root / "launch" / "train.py"), str(config), *overrides, f"rollout.strategy={strategy}", f"out={out}"]
+    command = [
+        *launcher,
+        str(root / "launch" / "train.py"),
+        str(config),
+        *overrides,
+        f"speculation.strategy={strategy}",
+        f"out={out}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise UserError(f"the {strategy} run failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")

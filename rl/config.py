@@ -13,7 +13,9 @@ import yaml
 
 from rl.errors import UserError
 from rl.strict import apply_override, parse
-from rollout.drafters import DRAFTERS
+from rollout import Strategy
+from rollout.drafters import DRAFTERS, DraftRules
+from rollout.trees import MOST_NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,6 @@ class RolloutConfig:
         temperature, top_k, top_p: Sampling; training uses the temperature, so RL wants top_k 0 and top_p 1.
         stop_strings: Completions also end with these.
         dtype: The engine's arithmetic.
-        strategy: ``adaptive``, ``plain``, or ``<drafter>:<depth>``.
-        drafters: Which are built; names of `rollout.drafters.DRAFTERS`.
-        max_depth: Longest draft.
-        eagle3_sampling: Draw EAGLE-3 drafts from its distribution instead of taking the likeliest token.
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
     """
 
@@ -112,11 +110,52 @@ class RolloutConfig:
     top_p: float = 1.0
     stop_strings: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    strategy: str = "adaptive"
-    drafters: tuple[str, ...] = ("suffix", "eagle3")
-    max_depth: int = 6
-    eagle3_sampling: bool = False
     kv_memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """How rollouts are speculated; every choice is lossless.
+
+    Attributes:
+        strategy: ``adaptive``, ``plain``, or one strategy for all steps: ``<drafter>:<depth>`` drafts chains,
+            ``<drafter>:<depth>x<width>/<nodes>`` trees of that many nodes, for example ``eagle3:5x4/12``.
+        drafters: Which are built; names of `rollout.drafters.DRAFTERS`.
+        arms: Strategies that ``adaptive`` chooses from; empty takes chains and trees of every drafter.
+        selection: How it chooses: ``beg`` (ε-greedy) or ``thompson``.
+        epsilon: Share of the time that explorations of ``beg`` may lose.
+        max_nodes: Most draft tokens of a sequence in a verification.
+        tree: Shape of trees: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or ``static``.
+        draw: Draft the ``likeliest`` tokens, or draw them, siblings with ``replacement`` or ``without_replacement``.
+        verifier: Of drawn drafts: ``chain``, ``block``, ``recursive`` or ``spectr``; null takes chain for chains and recursive
+            for trees.
+        stop: When chains of model-based drafters end: ``fixed`` (at their depth), ``svip`` or ``specdec``.
+        stop_threshold: Of that rule.
+        tree_gain: Least expected tokens that another level of an ``opt_tree`` must bring.
+        budgets: Draft tokens of the sequences in a batch: ``uniform``, or ``length_aware`` for more where more is left to decode.
+        eagle3_window: Tokens that the EAGLE-3 drafter attends to at least; null for all.
+        composite_match: Tokens of a suffix match from which the composite drafter trusts it.
+        clasp_skipped: Layers that CLaSp leaves out, as a share.
+        draft_model: Directory or id of the ``draft_model`` drafter's model.
+    """
+
+    strategy: str = "adaptive"
+    drafters: tuple[str, ...] = ("suffix", "eagle3", "composite")
+    arms: tuple[str, ...] = ()
+    selection: Literal["beg", "thompson"] = "beg"
+    epsilon: float = 0.02
+    max_nodes: int = 16
+    tree: Literal["dynamic", "opt_tree", "dyspec", "static"] = "dynamic"
+    draw: Literal["likeliest", "replacement", "without_replacement"] = "likeliest"
+    verifier: Literal["chain", "block", "recursive", "spectr"] | None = None
+    stop: Literal["fixed", "svip", "specdec"] = "fixed"
+    stop_threshold: float = 0.7
+    tree_gain: float = 0.05
+    budgets: Literal["uniform", "length_aware"] = "uniform"
+    eagle3_window: int | None = None
+    composite_match: int = 5
+    clasp_skipped: float = 0.4
+    draft_model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +240,7 @@ class RunConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -238,14 +278,43 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: for the first one found.
     """
-    r, u, d = config.rollout, config.update, config.drafter
+    r, u, d, s = config.rollout, config.update, config.drafter, config.speculation
     rules = [
         (r.group_size >= 2, "rollout.group_size is 1: group-relative advantages need at least 2 samples of each prompt"),
         (r.max_tokens >= 1, f"rollout.max_tokens is {r.max_tokens}: write at least 1"),
         (r.max_tokens < r.max_context, "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too"),
         (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
-        (r.max_depth >= 1, f"rollout.max_depth is {r.max_depth}: write at least 1"),
+        (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
+        (0 <= s.epsilon < 1, f"speculation.epsilon is {s.epsilon}: write a number in [0, 1)"),
+        (
+            s.eagle3_window is None or s.eagle3_window >= 1,
+            f"speculation.eagle3_window is {s.eagle3_window}: write at least 1, or null",
+        ),
+        (
+            "draft_model" not in s.drafters or s.draft_model is not None,
+            "speculation.drafters has draft_model: name the model in speculation.draft_model",
+        ),
+        (
+            "composite" not in s.drafters or {"suffix", "eagle3"} <= set(s.drafters),
+            "speculation.drafters has composite, which joins suffix and eagle3: list those too",
+        ),
+        (
+            s.verifier is None or s.draw != "likeliest",
+            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another speculation.draw",
+        ),
+        (
+            s.verifier != "spectr" or s.draw == "replacement",
+            "speculation.verifier spectr wants siblings drawn independently: write speculation.draw: replacement",
+        ),
+        (
+            s.verifier not in ("chain", "block") or _only_chains(s),
+            f"speculation.verifier {s.verifier} reads chains: name only such in speculation.strategy or arms, and no stand drafter",
+        ),
+        (
+            s.draw == "likeliest" or "composite" not in s.drafters,
+            "speculation.drafters has composite, which joins drafts of likeliest tokens: leave it out, or write draw: likeliest",
+        ),
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
@@ -260,10 +329,30 @@ def check(config: RunConfig) -> None:
     for holds, message in rules:
         if not holds:
             raise UserError(message)
-    for name in r.drafters:
+    for name in s.drafters:
         if name not in DRAFTERS:
             close = difflib.get_close_matches(name, DRAFTERS, n=1, cutoff=0.0)[0]
-            raise UserError(f"rollout.drafters has {name!r}; did you mean {close}?")
+            raise UserError(f"speculation.drafters has {name!r}; did you mean {close}?")
+    try:
+        draft_rules(s)
+        for text in s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy):
+            Strategy.parse(text)
+    except ValueError as error:
+        raise UserError(f"speculation: {error}") from None
+
+
+def _only_chains(s: SpeculationConfig) -> bool:
+    named = s.arms if s.strategy == "adaptive" else (s.strategy,)
+    return bool(named) and not any("x" in text for text in named) and "stand" not in s.drafters
+
+
+def draft_rules(s: SpeculationConfig) -> DraftRules:
+    """How model-based drafters make their drafts.
+
+    Raises:
+        ValueError: for choices that do not fit each other.
+    """
+    return DraftRules(s.tree, s.draw, s.stop, s.stop_threshold, s.tree_gain)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

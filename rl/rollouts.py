@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from drafter_trainer.buffer import TraceBuffer
 from drafter_trainer.initial import initial_drafter
 from drafter_trainer.learner import DrafterLearner, LearnerReport
-from rl.config import RunConfig
+from rl.config import RunConfig, draft_rules
 from rl.errors import UserError
+from rl.policies import fetch_policy, load_policy
 from rl.prompts import encode_prompt, stop_token_ids
 from rl.tasks import Problem
 from rollout import (
@@ -28,8 +29,11 @@ from rollout import (
     Strategy,
     default_tap_layers,
 )
-from rollout.drafters import DRAFTERS, Eagle3Drafter
+from rollout.drafters import Eagle3Drafter
+from rollout.drafters.build import DrafterParts, build_drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+
+_WITH_WEIGHTS = {"eagle3", "composite"}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
 
 
 @dataclass(slots=True)
@@ -53,20 +57,6 @@ class RankRollouts:
     plain_identical: float | None = None
 
 
-def parse_strategy(text: str) -> Strategy | str:
-    """``adaptive``, ``plain`` or ``<drafter>:<depth>``.
-
-    Raises:
-        UserError: for anything else.
-    """
-    if text in ("adaptive", "plain"):
-        return text
-    name, _, depth = text.partition(":")
-    if not depth.isdigit() or int(depth) < 1:
-        raise UserError(f"rollout.strategy is {text!r}; write adaptive, plain or <drafter>:<depth>, for example suffix:4")
-    return Strategy(name, int(depth))
-
-
 class RolloutWorker:
     """Owns the rank's engine and drafters.
 
@@ -80,15 +70,14 @@ class RolloutWorker:
         self.config = config
         self._policy = policy
         self._tokenizer = tokenizer
-        self._wants_eagle3 = "eagle3" in config.rollout.drafters
+        self._wants_eagle3 = "eagle3" in config.speculation.drafters
         r = config.rollout
         self.tap_layers = default_tap_layers(policy.config.get_text_config().num_hidden_layers)
         self.dtype = getattr(torch, r.dtype)
         self._drafter_config = self._check_drafter() if self._wants_eagle3 else None
         self.engine = self._build_engine()
-        for name in r.drafters:
-            if name != "eagle3":  # it comes with its weights, see create_drafter
-                self.engine.add_drafter(DRAFTERS[name]())
+        self._parts = self._drafter_parts()
+        self._add_drafters(name for name in config.speculation.drafters if name not in _WITH_WEIGHTS)
         self.params = SamplingParams(
             temperature=r.temperature,
             top_k=r.top_k,
@@ -100,7 +89,6 @@ class RolloutWorker:
         self.buffer = TraceBuffer()
         self.learner: DrafterLearner | None = None
         self._drafter: Eagle3Drafter | None = None
-        self._strategy = parse_strategy(r.strategy)
         self._use_strategy()
 
     def _check_drafter(self) -> LlamaConfig:
@@ -117,22 +105,41 @@ class RolloutWorker:
                 dtype=self.dtype,
                 max_slots=r.max_slots,
                 max_context=r.max_context,
-                max_depth=r.max_depth,
+                max_nodes=self.config.speculation.max_nodes,
                 tap_layers=self.tap_layers if self._wants_eagle3 else (),
                 collect_traces=self._wants_eagle3,
                 decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
                 kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
+                budgets=self.config.speculation.budgets,
             )
         except MemoryError as error:
             raise UserError(str(error)) from None
 
+    def _drafter_parts(self) -> DrafterParts:
+        s = self.config.speculation
+        draft_model = load_policy(fetch_policy(s.draft_model), self._policy.device) if s.draft_model is not None else None
+        return DrafterParts(draft_rules(s), None, s.eagle3_window, draft_model, s.composite_match, s.clasp_skipped)
+
+    def _add_drafters(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                self.engine.add_drafter(build_drafter(name, self.engine, self._parts))
+            except ValueError as error:
+                raise UserError(f"speculation.drafters: {error}") from None
+
     def _use_strategy(self) -> None:
-        wanted = self._strategy
-        waiting = isinstance(wanted, Strategy) and wanted.drafter == "eagle3" and self._drafter is None and self._wants_eagle3
+        s = self.config.speculation
         try:
+            self.engine.verify_with(s.verifier)
+            if s.strategy == "adaptive":
+                arms = [Strategy.parse(text) for text in s.arms]
+                self.engine.adapt(arms, epsilon=s.epsilon, thompson=s.selection == "thompson", seed=self.config.seed)
+                return
+            wanted = Strategy.parse(s.strategy)
+            waiting = wanted.drafter in _WITH_WEIGHTS and self._drafter is None and wanted.drafter in s.drafters
             self.engine.use_strategy(PLAIN if waiting else wanted)
         except ValueError as error:
-            raise UserError(f"rollout.strategy: {error}") from None
+            raise UserError(f"speculation.strategy: {error}") from None
 
     @property
     def needs_drafter(self) -> bool:
@@ -197,13 +204,12 @@ class RolloutWorker:
             decay=d.decay,
             autocast=lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=enabled),
         )
-        embed = self.engine.runner.view.module.get_input_embeddings()
-        capacity = RolloutEngine.capacity_for(r.max_context, r.max_depth)
-        self._drafter = Eagle3Drafter(
-            model, embed, slots=r.max_slots, capacity=capacity, dtype=self.dtype, sample=r.eagle3_sampling
-        )
-        self.engine.add_drafter(self._drafter)
-        if isinstance(self._strategy, Strategy):
+        self._parts.eagle3 = model
+        self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
+        drafter = self.engine.drafters["eagle3"]
+        assert isinstance(drafter, Eagle3Drafter)
+        self._drafter = drafter
+        if self.config.speculation.strategy != "adaptive":
             self._use_strategy()
 
     def train_drafter(self, step: int) -> LearnerReport:
@@ -222,7 +228,8 @@ class RolloutWorker:
             self._drafter.load_weights(self.learner.model)
         except ValueError as error:
             return str(error)
-        self.engine.selector.drafter_changed("eagle3")
+        for name in _WITH_WEIGHTS & self.engine.drafters.keys():
+            self.engine.selector.drafter_changed(name)
         return None
 
 

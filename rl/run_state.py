@@ -36,6 +36,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     drafter: Eagle3Model | None,
     drafter_optimizer: torch.optim.Optimizer | None,
+    selector: dict[str, Any] | None,
 ) -> None:
     """Writes ``checkpoint/`` of a run beside the old one, then swaps them by renaming: at every instant one whole one exists.
 
@@ -52,6 +53,8 @@ def save_checkpoint(
         if drafter is not None and drafter_optimizer is not None:
             save_drafter(drafter, building / "drafter", torch.float32)
             save_optimizer(drafter_optimizer, building / "drafter_optimizer")
+        if selector is not None:
+            (building / "selector.json").write_text(json.dumps(selector))
         # Random numbers are functions of (seed, step): the step is all the state they have.
         (building / "state.json").write_text(json.dumps({"steps_done": steps_done}))
     except (OSError, SafetensorError) as error:
@@ -127,6 +130,21 @@ def load_checkpoint_drafter(checkpoint: Checkpoint, vocab_size: int, hidden_size
         return load_drafter(path, vocab_size, hidden_size)
     except DrafterError as error:
         raise UserError(str(error)) from None
+
+
+def load_selector_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What the checkpoint's strategy selector had learned, or None.
+
+    Raises:
+        UserError: when it is there but broken.
+    """
+    path = checkpoint.path / "selector.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: truncated ({error}); delete it to learn anew") from None
 
 
 def keep_first_lines(path: Path, steps_done: int) -> None:

@@ -26,7 +26,14 @@ from rl.metrics import Span, rank_record, step_metrics
 from rl.policies import fetch_policy, load_policy
 from rl.rewards.verifiable import load_reward, verifiable_reward
 from rl.rollouts import RankRollouts, RolloutWorker
-from rl.run_state import Checkpoint, keep_first_lines, load_checkpoint_drafter, load_optimizer, save_checkpoint
+from rl.run_state import (
+    Checkpoint,
+    keep_first_lines,
+    load_checkpoint_drafter,
+    load_optimizer,
+    load_selector_state,
+    save_checkpoint,
+)
 from rl.tasks import load_task
 from rl.tracking import Tracker
 from rl.update import PolicyUpdater, Scored
@@ -83,6 +90,12 @@ class Trainer:
             self.worker.create_drafter(None, drafter)
             assert self.worker.learner is not None
             load_optimizer(self.worker.learner.optimizer, checkpoint.path / "drafter_optimizer")
+        state = load_selector_state(checkpoint)
+        if state is not None:
+            try:
+                self.worker.engine.selector.load_state(state)
+            except ValueError as error:
+                raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
         self.first_step = checkpoint.steps_done
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
@@ -174,6 +187,7 @@ class Trainer:
                 optimizer=self.optimizer,
                 drafter=learner.model if learner else None,
                 drafter_optimizer=learner.optimizer if learner else None,
+                selector=self.worker.engine.selector.state(),
             )
         self.accelerator.wait_for_everyone()
 

@@ -50,7 +50,7 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
-    losses = _fine_tune(config, policy, tokenizer, on_step)
+    losses = fine_tune(config, policy, tokenizer, on_step)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
         building = Path(scratch) / "model"
@@ -62,9 +62,10 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
     return final
 
 
-def _fine_tune(
+def fine_tune(
     config: RunConfig, policy: PreTrainedModel, tokenizer: Any, on_step: Callable[[int, int, float], None] | None
 ) -> list[float]:
+    """Trains a model on worked solutions of the recipe's problems. Returns the loss of each step."""
     warmup = config.policy.warmup
     assert warmup is not None
     prompts, solutions = _examples(config, tokenizer)

@@ -21,24 +21,34 @@ class ForwardBatch:
 
     Attributes:
         rows: Slots that take part, contiguous. Not used where ``ragged`` is given.
-        positions: int64 [B, Q], absolute position of each token; [1, N] where ``ragged`` is given.
-        span: Keys that attention reads: positions ``0 .. span-1`` of each slot.
+        seats: int64 [4, B, Q], see `chain_seats` and `tree_seats`; [4, 1, N] where ``ragged`` is given.
+        span: Keys that attention reads: places ``0 .. span-1`` of each slot.
         from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain triangle.
         ragged: The tokens without padding, for native kernels; None for a rectangle, for torch's operators.
     """
 
     rows: slice
-    positions: torch.Tensor
+    seats: torch.Tensor
     span: int
     from_start: bool = False
     ragged: RaggedTokens | None = None
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _rotations: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 [B, Q], position of each token in its text."""
+        return self.seats[0]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """int64 [B, Q], where in its slot each token's keys go."""
+        return self.seats[1]
+
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [B, 1, 1, Q, span]: 0 where the key is at most the query's position and inside the window."""
+        """Additive mask [B, 1, 1, Q, span]: 0 where the token sees the key."""
         if window not in self._bias:
-            self._bias[window] = causal_bias(self.positions, self.span, window, dtype)[:, None, None]
+            self._bias[window] = seat_bias(self.seats, self.span, window, dtype)[:, None, None]
         return self._bias[window]
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,13 +65,36 @@ class ForwardBatch:
         return made[1], made[2]
 
 
-def causal_bias(positions: torch.Tensor, span: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[B, Q, span]: 0 for keys in ``(position - window, position]``, −inf elsewhere. positions: int64 [B, Q]."""
-    keys = torch.arange(span, device=positions.device)
-    hidden = keys > positions[..., None]
+def chain_seats(positions: torch.Tensor) -> torch.Tensor:
+    """Seats int64 [4, B, Q] of consecutive tokens at int64 positions [B, Q]: position, place, trunk and ancestors.
+
+    A token sees the places before its trunk's end, and those from there on that are its ancestors' (bits); see `RaggedTokens`.
+    """
+    return torch.stack([positions, positions, positions + 1, torch.zeros_like(positions)])
+
+
+def tree_seats(starts: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
+    """Seats int64 [4, B, N + 1] of the last committed token at ``starts`` int64 [B] and the N nodes of a draft tree after it.
+
+    Args:
+        starts: Position of the last committed token.
+        depth: int64 [B, N], of `tree_shape`.
+        ancestors: int64 [B, N], of `tree_shape`.
+    """
+    depth, ancestors = (torch.nn.functional.pad(x, (1, 0)) for x in (depth, ancestors))
+    places = starts[:, None] + torch.arange(depth.shape[1], device=starts.device)
+    return torch.stack([starts[:, None] + depth, places, (starts[:, None] + 1).expand_as(depth), ancestors])
+
+
+def seat_bias(seats: torch.Tensor, span: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[B, Q, span]: 0 for keys that a token sees, −inf elsewhere. seats: int64 [4, B, Q]; window: keys, its own included."""
+    positions, _, trunks, ancestors = (x[..., None] for x in seats)
+    keys = torch.arange(span, device=seats.device)
+    beyond = (keys - trunks).clamp(0, 63)
+    hidden = (keys >= trunks) & ((ancestors >> beyond & 1 == 0) | (keys - trunks > 62))
     if window is not None:
-        hidden |= keys <= positions[..., None] - window
-    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))
+        hidden |= (keys <= positions - window) & (keys < trunks)
+    return torch.zeros(hidden.shape, dtype=dtype, device=seats.device).masked_fill_(hidden, float("-inf"))
 
 
 def grouped_attention(

@@ -1,53 +1,87 @@
-"""Seconds of a target forward by batch and tokens a sequence, measured once at start."""
+"""Seconds of a target forward by batch, tokens a sequence and context, measured at start."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rollout.model_runner import ModelRunner
 
 _WIDTHS = (1, 2, 4, 8, 16)
+_FAR = 1024
 
 
-def calibrate_forward(runner: ModelRunner, slots: int, max_width: int) -> Callable[[int, int], float]:
-    """Times forwards over the (empty) cache.
+@dataclass(frozen=True, slots=True)
+class ForwardTable:
+    """Calibrated seconds of a forward.
+
+    Attributes:
+        points: (tokens of the whole forward, seconds) at the start of texts, both increasing.
+        by_batch: Seconds for each sequence and token of context: keys are read once a sequence where memory is the limit.
+        by_token: Seconds for each token read and token of context: they are multiplied with each where arithmetic is.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    by_batch: float = 0.0
+    by_token: float = 0.0
+
+    def seconds(self, batch: int, width: int, context: int) -> float:
+        """Of ``batch`` sequences with ``width`` tokens each, after ``context`` tokens."""
+        near = _interpolate(self.points, batch * width)
+        return near + batch * context * (self.by_batch + width * self.by_token)
+
+
+def calibrate_forward(runner: ModelRunner, slots: int, max_width: int) -> ForwardTable:
+    """Times forwards over the (empty) cache, at its start and far from it.
 
     Args:
         runner: Holds no sequence; what is written to its slots is overwritten by the next prefill.
         slots: Largest batch.
         max_width: Most tokens of one sequence in a forward.
-
-    Returns:
-        (batch, tokens of each sequence) → seconds, linear in the number of tokens between the measured points.
     """
-    points: list[tuple[int, float]] = []
-    batch = 1
-    slots = min(slots, runner.cache.slots_at(runner.cache.span))
-    runner.cache.reserve(runner.cache.span, active=0, slots=slots)
-    while batch <= slots:
-        points += [(batch * width, _time_forward(runner, batch, width)) for width in _WIDTHS if width <= max_width]
-        batch *= 4
-    table = _monotone(points)
-    return lambda b, width: _interpolate(table, b * width)
+    widths = [width for width in _WIDTHS if width <= max_width]
+    near = {shape: _time_forward(runner, *shape, 0) for shape in _shapes(runner, slots, widths, 0)}
+    table = ForwardTable(_monotone([(batch * width, seconds) for (batch, width), seconds in near.items()]))
+    far = min(_FAR, runner.cache.shape.capacity - max_width - 1)
+    if far < _FAR // 8:
+        return table
+    rows, rest = [], []
+    for batch, width in _shapes(runner, slots, widths[::2], far):
+        rows.append([batch * far, batch * far * width])
+        rest.append(_time_forward(runner, batch, width, far) - table.seconds(batch, width, 0))
+    # relative errors count: a large batch must not drown out a small one
+    weights = 1 / np.array([row[1] for row in rows], dtype=float)
+    fitted = np.linalg.lstsq(np.array(rows) * weights[:, None], np.array(rest) * weights, rcond=None)[0]
+    by_batch, by_token = (max(float(x), 0.0) for x in fitted)
+    return ForwardTable(table.points, by_batch, by_token)
 
 
-def _time_forward(runner: ModelRunner, batch: int, width: int) -> float:
+def _shapes(runner: ModelRunner, slots: int, widths: list[int], context: int) -> list[tuple[int, int]]:
+    """(batch, width) to measure, with room made for them."""
+    end = context + max(widths) + 1
+    slots = min(slots, runner.cache.slots_at(end))
+    runner.cache.reserve(end, active=0, slots=slots)
+    batches = itertools.takewhile(lambda batch: batch <= slots, (4**i for i in range(8)))
+    return list(itertools.product(batches, widths))
+
+
+def _time_forward(runner: ModelRunner, batch: int, width: int, context: int) -> float:
     tokens = torch.zeros(batch, width, dtype=torch.long, device=runner.cache.device)
     best = float("inf")
-    for _ in range(3):
+    for _ in range(3 if context == 0 else 2):
         begin = time.perf_counter()
-        runner.decode(tokens, [width] * batch, [0] * batch)
+        runner.decode(tokens, [width] * batch, [context] * batch)
         if runner.cache.device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begin)
     return best
 
 
-def _monotone(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _monotone(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     """The fastest time of each token count, made non-decreasing."""
     fastest: dict[int, float] = {}
     for tokens, seconds in points:
@@ -56,12 +90,12 @@ def _monotone(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     for tokens in sorted(fastest):
         floor = max(floor, fastest[tokens])
         table.append((tokens, floor))
-    return table
+    return tuple(table)
 
 
-def _interpolate(table: list[tuple[int, float]], tokens: int) -> float:
-    for (x0, y0), (x1, y1) in itertools.pairwise(table):
+def _interpolate(points: tuple[tuple[int, float], ...], tokens: int) -> float:
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if tokens <= x1:
             return y0 + (y1 - y0) * max(tokens - x0, 0) / (x1 - x0)
-    last_tokens, last_seconds = table[-1]
+    last_tokens, last_seconds = points[-1]
     return last_seconds * max(tokens / last_tokens, 1.0)

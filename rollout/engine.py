@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from rollout.api import FinishReason, Request, Rollout
 from rollout.calibration import calibrate_forward
-from rollout.drafters.base import DraftContext, Drafter
+from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
 from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
@@ -21,10 +22,21 @@ from rollout.results import finished_rollout
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
 from rollout.stopping import StopCondition, TextDecoder
-from rollout.strategy import PLAIN, ElasticSelector, FixedSelector, Selector, StepFeedback, Strategy
+from rollout.strategy import (
+    BUDGETS,
+    PLAIN,
+    BanditSelector,
+    CostModel,
+    FixedSelector,
+    Selector,
+    StepFeedback,
+    Strategy,
+    default_arms,
+)
 from rollout.timing import StepClock
-from rollout.trees.chain import DraftTree, no_draft
+from rollout.trees import MOST_NODES, DraftTree, no_draft
 from rollout.verification import verify_batch
+from rollout.verify import VERIFIERS, Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +58,7 @@ class RolloutEngine:
         dtype: What to compute in; parameters are shared with the trainer where this is their dtype.
         max_slots: Sequences decoded together.
         max_context: Most tokens of prompt and completion together.
-        max_depth: Longest draft.
+        max_nodes: Most draft tokens of a sequence that one forward verifies.
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
         decode_text: Token ids → text, needed for stop strings only.
@@ -56,6 +68,8 @@ class RolloutEngine:
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
         graphs: Decode through captured graphs (`rollout.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
             buckets and runs them as they are, for tests.
+        budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware`` for more where more
+            is left to decode.
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
@@ -74,7 +88,7 @@ class RolloutEngine:
         dtype: torch.dtype = torch.bfloat16,
         max_slots: int = 32,
         max_context: int = 1024,
-        max_depth: int = 6,
+        max_nodes: int = 8,
         tap_layers: Sequence[int] = (),
         collect_traces: bool = False,
         decode_text: TextDecoder | None = None,
@@ -82,17 +96,20 @@ class RolloutEngine:
         prefill_tokens: int = 512,
         lengths: LengthEstimate | None = None,
         graphs: bool | None = None,
+        budgets: str = "uniform",
     ) -> None:
         if collect_traces and not tap_layers:
             raise ValueError("collect_traces needs tap_layers: pass default_tap_layers(num_layers)")
         self.max_context = max_context
-        self.max_depth = max_depth
+        if not 1 <= max_nodes <= MOST_NODES:
+            raise ValueError(f"max_nodes is {max_nodes}: write 1 to {MOST_NODES}")
+        self.max_nodes = max_nodes
         self.collect_traces = collect_traces
         self.runner = ModelRunner(
             model,
             dtype=dtype,
             slots=max_slots,
-            capacity=self.capacity_for(max_context, max_depth),
+            capacity=self.capacity_for(max_context, max_nodes),
             tap_layers=tap_layers,
             limit_bytes=kv_memory_bytes,
         )
@@ -101,9 +118,11 @@ class RolloutEngine:
         self.policy_version = 0
         if model.device.type == "cuda" if graphs is None else graphs:
             capturer = CudaCapturer() if model.device.type == "cuda" else PlainCapturer()
-            self.runner.capture_graphs(max_depth + 1, capturer, precapture=model.device.type == "cuda")
+            self.runner.capture_graphs(max_nodes + 1, capturer, precapture=model.device.type == "cuda")
         self.drafters: dict[str, Drafter] = {}
         self.selector: Selector = FixedSelector()
+        self.budgets = BUDGETS[budgets]
+        self._verifier: Verifier | None = None
         self.records: list[StepRecord] = []
         self.prefill_seconds = 0.0
         self._decode_text = decode_text
@@ -111,9 +130,9 @@ class RolloutEngine:
         self._device = model.device
 
     @staticmethod
-    def capacity_for(max_context: int, max_depth: int) -> int:
-        """Tokens a slot must hold: the context, a whole draft past its end, and one position that padding may overwrite."""
-        return max_context + max_depth + 2
+    def capacity_for(max_context: int, max_nodes: int) -> int:
+        """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may overwrite."""
+        return max_context + max_nodes + 2
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Makes a drafter available to strategies, under its name."""
@@ -123,21 +142,62 @@ class RolloutEngine:
         self.selector.drafter_changed(drafter.name)
 
     def use_strategy(self, strategy: Strategy | str) -> None:
-        """Fixes what every step runs, or ``"adaptive"`` to decide from measured times (a calibration takes a few seconds)."""
+        """Fixes what every step runs: a `Strategy`, or what its ``str`` gives; ``"adaptive"`` is `adapt`.
+
+        Raises:
+            ValueError: for a strategy that cannot run.
+        """
         if strategy == "adaptive":
-            forward = calibrate_forward(self.runner, self.scheduler.slots, self.max_depth + 1)
-            self.selector = ElasticSelector(
-                tuple(self.drafters), self.max_depth, forward, lambda name, bucket: forward(bucket, 1) / 20
-            )
+            self.adapt()
             return
-        fixed = PLAIN if strategy == "plain" else strategy
-        if not isinstance(fixed, Strategy):
-            raise ValueError(f"strategy {strategy!r} is unknown: write 'adaptive', 'plain' or a Strategy")
-        if fixed.drafter is not None and fixed.drafter not in self.drafters:
-            raise ValueError(f"strategy {fixed} names a drafter that was not added; there are: {sorted(self.drafters)}")
-        if fixed.depth > self.max_depth:
-            raise ValueError(f"strategy {fixed} is deeper than the engine's max_depth of {self.max_depth}")
+        fixed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+        self._check(fixed)
         self.selector = FixedSelector(fixed)
+
+    def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
+        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few seconds.
+
+        Args:
+            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later count from then on.
+                None at all takes chains and trees of every drafter.
+            **options: Of `BanditSelector`.
+
+        Raises:
+            ValueError: for a strategy that verifies more tokens than the engine can.
+        """
+        for arm in arms:
+            self._check_size(arm)
+
+        def arms_of(name: str) -> list[Strategy]:
+            if arms:
+                return [arm for arm in arms if arm.drafter == name]
+            return default_arms(name, self.max_nodes, getattr(self.drafters[name], "chains_only", False))
+
+        forward = calibrate_forward(self.runner, self.scheduler.slots, self.max_nodes + 1)
+        cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
+        self.selector = BanditSelector(arms_of, tuple(self.drafters), cost, **options)
+
+    def _check(self, strategy: Strategy) -> None:
+        if strategy.drafter is not None and strategy.drafter not in self.drafters:
+            raise ValueError(f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}")
+        self._check_size(strategy)
+
+    def _check_size(self, strategy: Strategy) -> None:
+        if strategy.nodes > self.max_nodes:
+            raise ValueError(f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}")
+
+    def verify_with(self, verifier: Verifier | str | None) -> None:
+        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes token-by-token verification
+        for chains and recursive for trees.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if isinstance(verifier, str):
+            if verifier not in VERIFIERS:
+                raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
+            verifier = VERIFIERS[verifier]
+        self._verifier = verifier
 
     def refresh_weights(self) -> None:
         """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
@@ -219,7 +279,7 @@ class RolloutEngine:
     def _admit(self) -> int:
         """Prefills what fits and draws each one's next token. Returns how many tokens that committed."""
         before = len(self.scheduler.active)
-        margin = self.max_depth + 2
+        margin = self.max_nodes + 2
         admitted = list(self.scheduler.admit(lambda length: self.runner.cache.slots_at(length + margin)))
         if not admitted:
             return 0
@@ -244,7 +304,7 @@ class RolloutEngine:
         active = self.scheduler.active
         if not active:
             return
-        keep = self.runner.cache.slots_at(max(len(s.tokens) for s in active) + self.max_depth + 2)
+        keep = self.runner.cache.slots_at(max(len(s.tokens) for s in active) + self.max_nodes + 2)
         if keep >= len(active):
             return
         back = {id(s): s for s in self.scheduler.preempt(keep)}
@@ -263,16 +323,16 @@ class RolloutEngine:
         clock.mark()
         logits = self._forward(active, draft)
         clock.mark()
-        accepted, committed = self._verify(active, logits, draft)
+        accepted, committed = self._verify(active, logits, draft, strategy)
         clock.mark()
         drafting, forward, rest = clock.seconds()
         feedback = StepFeedback(
             strategy=strategy,
             active=len(active),
             context=context,
-            width=draft.tokens.shape[1] + 1,
             drafted=draft.lengths.tolist(),
             accepted=accepted,
+            committed=committed,
             draft_seconds=drafting,
             forward_seconds=forward,
             total_seconds=drafting + forward + rest,
@@ -281,37 +341,47 @@ class RolloutEngine:
         return feedback, committed
 
     def _propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
-        depth = min(strategy.depth, max(s.remaining for s in active) - 1)
-        if strategy.drafter is None or depth <= 0:
+        room = [s.remaining - 1 for s in active]
+        if strategy.drafter is None or max(room) <= 0:
             return no_draft(len(active), self._device)
+        budgets = [min(n, self.max_nodes) for n in self.budgets(strategy.nodes, [s.expected_left for s in active])]
         taps = None
         if self.runner.tap_layers:
             cache = self.runner.cache
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self.runner.hidden_size)
-        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), depth).to(self._device)
-        room = torch.tensor([s.remaining - 1 for s in active])
-        draft.lengths = torch.minimum(draft.lengths, room)
-        return draft.narrow(int(draft.lengths.max()))
+        asked = strategy.with_nodes(max(budgets), max(room))
+        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), asked).to(self._device)
+        # by each row's own room: what a request commits must not depend on how much room its neighbours have
+        chains = draft.parents is None
+        return draft.cut(torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)]))
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
         self.runner.cache.reserve(max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active))
-        return self.runner.decode(tokens, (draft.lengths + 1).tolist(), [len(s.tokens) - 1 for s in active])
+        starts = [len(s.tokens) - 1 for s in active]
+        return self.runner.decode(tokens, (draft.lengths + 1).tolist(), starts, draft.parents)
 
-    def _verify(self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree) -> tuple[list[int], int]:
+    def _verify(
+        self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree, strategy: Strategy = PLAIN
+    ) -> tuple[list[int], int]:
         """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
-        outcome = verify_batch(active, logits, draft)
+        outcome = verify_batch(active, logits, draft, self._verifier)
+        if draft.parents is not None:
+            self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
+        step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
+        for drafter in self.drafters.values():
+            drafter.verified(step)
         committed = 0
         for row, sequence in enumerate(active):
             sequence.stats.drafted += int(draft.lengths[row])
-            sequence.stats.accepted += outcome.accepted[row]
+            sequence.stats.accepted += len(outcome.paths[row])
             sequence.stats.steps += 1
             if outcome.finite[row]:
                 committed += self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
             else:
                 sequence.finish = FinishReason.FAILED
-        return outcome.accepted, committed
+        return [len(path) for path in outcome.paths], committed
 
     def _commit(self, sequence: SequenceState, tokens: list[int], logprobs: list[float]) -> int:
         """Appends tokens up to the one that ends the sequence. Returns how many."""

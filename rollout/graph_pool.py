@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class PlainCapturer:
 @dataclass(slots=True)
 class _Captured:
     tokens: torch.Tensor
-    positions: torch.Tensor
+    seats: torch.Tensor
     replay: Callable[[], None]
 
 
@@ -64,7 +64,7 @@ class GraphPool:
     Weights are read where they lie: after an update in place nothing is captured again.
 
     Args:
-        forward: (tokens [B, Q], positions [B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and what is
+        forward: (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and what is
             carried to the next forward, for whole buckets.
         plan: What to capture.
         vocab: Size of the logits.
@@ -109,14 +109,14 @@ class GraphPool:
         return GraphKey(self._phase, batch_bucket, token_bucket, span)
 
     def run(
-        self, tokens: torch.Tensor, starts: Sequence[int], span: int, slots: int, carried: torch.Tensor | None = None
+        self, tokens: torch.Tensor, seats: torch.Tensor, span: int, slots: int, carried: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where the caller must run
         the forward itself.
 
         Args:
             tokens: int64 [B, Q] of the first B slots.
-            starts: Position of each row's first token.
+            seats: int64 [4, B, Q], as in `ForwardBatch`.
             span: Of the cache.
             slots: Of the cache at this span; rows of a bucket past B write to free slots.
             carried: [B, Q, carry], where there is such a state.
@@ -132,11 +132,10 @@ class GraphPool:
         captured = self._get(key)
         if captured is None:
             return None
-        positions = torch.zeros(key.batch, key.tokens, dtype=torch.long)
-        positions[:batch] = torch.tensor(starts)[:, None] + torch.arange(key.tokens)
-        positions[:, width:] = span - 1  # padding writes where no sequence reads
-        positions[batch:] = span - 1
-        captured.positions.copy_(positions, non_blocking=True)
+        padding = _padding_seats(span).to(self._device, non_blocking=True)
+        captured.seats[:, batch:] = padding
+        captured.seats[:, :batch, width:] = padding
+        captured.seats[:, :batch, :width].copy_(seats, non_blocking=True)
         captured.tokens[:batch, :width].copy_(tokens, non_blocking=True)
         state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])[:batch, :width]
         if carried is not None:
@@ -156,15 +155,20 @@ class GraphPool:
 
     def _capture(self, key: GraphKey) -> _Captured:
         tokens = torch.zeros(key.batch, key.tokens, dtype=torch.long, device=self._device)
-        positions = torch.full_like(tokens, key.span - 1)
+        seats = _padding_seats(key.span).expand(4, *tokens.shape).to(self._device, copy=True).contiguous()
         out = self._logits[: key.rows].view(key.batch, key.tokens, -1)
         state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])
         carries = state.shape[-1] > 0
 
         def forward() -> None:
-            logits, carried = self._forward(tokens, positions, state if carries else None, key.span)
+            logits, carried = self._forward(tokens, seats, state if carries else None, key.span)
             out.copy_(logits)
             if carried is not None:
                 state.copy_(carried)
 
-        return _Captured(tokens, positions, self._capturer.capture(forward))
+        return _Captured(tokens, seats, self._capturer.capture(forward))
+
+
+def _padding_seats(span: int) -> torch.Tensor:
+    """int64 [4, 1, 1]: padding writes to the last place, where no sequence reads."""
+    return torch.tensor([span - 1, span - 1, span, 0]).view(4, 1, 1)

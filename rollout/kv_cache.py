@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Cache
 
 from rollout.attention import ForwardBatch
+from rollout.native import load_kernels
 
 SPAN_STEP = 128
 
@@ -146,7 +148,7 @@ class SlotCache(Cache):
         rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)
         heads = torch.arange(self.shape.kv_heads, device=self.device)
         lines = (rows[:, None] * self.shape.kv_heads + heads)[:, :, None] * self.span
-        return (lines + batch.positions[:, None, :]).reshape(-1)
+        return (lines + batch.places[:, None, :]).reshape(-1)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -171,7 +173,33 @@ class SlotCache(Cache):
             rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)[:, None]
         else:
             rows = batch.ragged.token_slots[None]
-        self.taps[rows, batch.positions] = taps
+        self.taps[rows, batch.places] = taps
+
+    def keep_paths(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """Makes the accepted nodes of draft trees consecutive, so that nothing of them is computed again.
+
+        Args:
+            starts: Place of node 0 of the tree of each of the first B slots.
+            paths: Indices of its accepted nodes, root first.
+        """
+        moves = [
+            (slot, start + node, start + order)
+            for slot, (start, path) in enumerate(zip(starts, paths, strict=True))
+            for order, node in enumerate(path)
+            if node != order
+        ]
+        if not moves:
+            return
+        slots, sources, targets = np.array(moves, dtype=np.int64).T
+        kernels = load_kernels(self.device.type, self.shape.dtype)
+        if kernels is not None:
+            kernels.move_lines(self._views, slots, sources, targets)
+        slot, source, target = (torch.from_numpy(np.ascontiguousarray(x)).to(self.device) for x in (slots, sources, targets))
+        if kernels is None:
+            for view in self._views:
+                view[:, slot, :, target] = view[:, slot, :, source]
+        if self.shape.taps:
+            self.taps[slot, target] = self.taps[slot, source]
 
     def copy_slot(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first ``length`` tokens of one slot to others."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
-from rollout.attention import SLOT_ATTENTION, ForwardBatch, slot_attention
+from rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, slot_attention
 from rollout.fused_layer import FusedLayer, LayerParts
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.native import Kernels, RaggedTokens, load_kernels
@@ -69,7 +69,7 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
                 past_key_values=DynamicCache(),
                 use_cache=True,
                 logits_to_keep=1,
-                forward_batch=ForwardBatch(slice(0, 1), positions, span=_TOKENS, from_start=True),
+                forward_batch=ForwardBatch(slice(0, 1), chain_seats(positions), span=_TOKENS, from_start=True),
                 seen_attention=attention,
             )
     finally:
@@ -116,7 +116,7 @@ def _in_two_forwards(layer: nn.Module, parts: LayerParts, call: LayerCall, hidde
     for part in (slice(0, _TOKENS - 2), slice(_TOKENS - 2, _TOKENS)):
         start, count = part.start, part.stop - part.start
         tokens = RaggedTokens([0], [start], [count]) if ragged else None
-        batch = ForwardBatch(slice(0, 1), positions[:, part].contiguous(), span=_TOKENS, ragged=tokens)
+        batch = ForwardBatch(slice(0, 1), chain_seats(positions[:, part]), span=_TOKENS, ragged=tokens)
         cache.begin(batch)
         cos, sin = (x.float()[:, part].contiguous() for x in call.rotary)
         out = layer(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from rollout.api import DistillationTrace
-from rollout.attention import ForwardBatch
+from rollout.attention import ForwardBatch, chain_seats, tree_seats
 from rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
 from rollout.graph_pool import Capturer, GraphPool
 from rollout.inference_view import InferenceView
@@ -19,6 +21,7 @@ from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import decoder_layers
 from rollout.native import RaggedTokens
 from rollout.sequence import SequenceState
+from rollout.trees import tree_shape
 
 MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
 
@@ -130,7 +133,7 @@ class ModelRunner:
         """
         plan = self.plan_graphs(max_tokens)
         self.graphs = GraphPool(
-            lambda tokens, positions, _, span: (self.decode_rectangle(tokens, positions, span), None),
+            lambda tokens, seats, _, span: (self.decode_rectangle(tokens, seats, span), None),
             plan,
             vocab=self.vocab_size,
             dtype=self.view.dtype,
@@ -147,9 +150,9 @@ class ModelRunner:
         widths = powers_of_two(1 << (max_tokens - 1).bit_length())
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
-    def decode_rectangle(self, tokens: torch.Tensor, positions: torch.Tensor, span: int) -> torch.Tensor:
-        """Logits [B, Q, V] of tokens int64 [B, Q] at positions int64 [B, Q] of the first B slots: what a graph captures."""
-        return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), positions, span=span))
+    def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
+        """Logits [B, Q, V] of tokens int64 [B, Q] at seats int64 [4, B, Q] of the first B slots: what a graph captures."""
+        return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), seats, span=span))
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -166,43 +169,80 @@ class ModelRunner:
     def _prefill_alone(self, chunk: Chunk) -> torch.Tensor:
         device, end = self.cache.device, chunk.start + len(chunk.tokens)
         positions = torch.arange(chunk.start, end, device=device)[None]
-        batch = ForwardBatch(slice(chunk.slot, chunk.slot + 1), positions, span=end, from_start=chunk.start == 0)
+        rows = slice(chunk.slot, chunk.slot + 1)
+        batch = ForwardBatch(rows, chain_seats(positions), span=end, from_start=chunk.start == 0)
         keep = torch.tensor(list(chunk.heads), device=device)
         return self._forward(torch.tensor([list(chunk.tokens)], device=device), batch, keep)[0, -1:]
 
     @torch.no_grad()
-    def decode(self, tokens: torch.Tensor, counts: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
+    def decode(
+        self, tokens: torch.Tensor, counts: Sequence[int], starts: Sequence[int], parents: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Runs the first ``counts[b]`` of the Q tokens of each of the first B slots.
 
         Args:
             tokens: int64 [B, Q].
             counts: Tokens of each row that count.
             starts: Position of each row's first token.
+            parents: int64 [B, Q - 1], where the tokens after the first are the nodes of a draft tree; None for a chain.
 
         Returns:
             Logits [R, V], R the sum of ``counts``, row after row.
         """
         width = tokens.shape[1]
         real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
+        shape = None if parents is None else tree_shape(parents)
         if self._ragged:
             flat = tokens.flatten() if real is None else tokens[real]
-            return self._forward(flat[None], self._ragged_batch(RaggedTokens(range(len(counts)), starts, counts)))[0]
+            return self._forward(flat[None], self._ragged_batch(_ragged_tokens(counts, starts, shape, real)))[0]
         device, span = self.cache.device, self.cache.span
-        replayed = None if self.graphs is None else self.graphs.run(tokens, starts, span, self.cache.slots)
-        if replayed is not None:
-            logits = replayed[0]
-        else:
-            first = torch.tensor(starts).to(device, non_blocking=True)[:, None]
-            logits = self.decode_rectangle(tokens, first + torch.arange(width, device=device), span)
+        first = torch.tensor(starts).to(device, non_blocking=True)
+        chain = first[:, None] + torch.arange(width, device=device)
+        seats = chain_seats(chain) if shape is None else tree_seats(first, *shape)
+        replayed = None if self.graphs is None else self.graphs.run(tokens, seats, span, self.cache.slots)
+        logits = self.decode_rectangle(tokens, seats, span) if replayed is None else replayed[0]
         if real is None:
             return logits.flatten(0, 1)
         rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
         return logits.flatten(0, 1).index_select(0, rows)
 
-    def _ragged_batch(self, ragged: RaggedTokens) -> ForwardBatch:
-        return ForwardBatch(slice(0, 0), ragged.positions[None], span=self.cache.span, ragged=ragged)
+    @torch.no_grad()
+    def branch(self, tokens: torch.Tensor, seats: torch.Tensor) -> torch.Tensor:
+        """Logits [B, E, V] of E more nodes of a draft tree in each of the first B slots, for drafting: taps stay as they are.
 
-    def _forward(self, tokens: torch.Tensor, batch: ForwardBatch, keep: torch.Tensor | None = None) -> torch.Tensor:
+        Args:
+            tokens: int64 [B, E].
+            seats: int64 [4, B, E], as in `ForwardBatch`; adjacent places a row.
+        """
+        if not self._ragged:
+            batch = ForwardBatch(slice(0, len(tokens)), seats, span=self.cache.span)
+            return self._forward(tokens, batch, store_taps=False)
+        batch = self._ragged_batch(RaggedTokens.from_seats(seats))
+        return self._forward(tokens.reshape(1, -1), batch, store_taps=False).view(*tokens.shape, -1)
+
+    @contextmanager
+    def layers_replaced(self, replaced: Mapping[int, Callable[[nn.Module], nn.Module]]) -> Iterator[None]:
+        """Runs other modules in place of some decoder layers; what they take and give is what transformers' layers do.
+
+        Args:
+            replaced: Index of a layer → its replacement, made from it.
+        """
+        layers = decoder_layers(self.view.module)
+        originals = {index: layers[index] for index in replaced}
+        try:
+            for index, make in replaced.items():
+                layers[index] = make(originals[index])
+            yield
+        finally:
+            for index, layer in originals.items():
+                layers[index] = layer
+
+    def _ragged_batch(self, ragged: RaggedTokens) -> ForwardBatch:
+        return ForwardBatch(slice(0, 0), ragged.seats, span=self.cache.span, ragged=ragged)
+
+    def _forward(
+        self, tokens: torch.Tensor, batch: ForwardBatch, keep: torch.Tensor | None = None, store_taps: bool = True
+    ) -> torch.Tensor:
         """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
         out = self.view.module(
@@ -213,8 +253,9 @@ class ModelRunner:
             logits_to_keep=0 if keep is None else keep,
             forward_batch=batch,
         )
-        if self.tap_layers:
+        if self.tap_layers and store_taps:
             self._store_taps(batch, keep)
+        self._captured.clear()
         return out.logits
 
     def _store_taps(self, batch: ForwardBatch, keep: torch.Tensor | None) -> None:
@@ -234,3 +275,14 @@ class ModelRunner:
     def refresh_weights(self) -> None:
         """Makes the next forward use the trainer's present parameters."""
         self.view.refresh()
+
+
+def _ragged_tokens(
+    counts: Sequence[int], starts: Sequence[int], shape: tuple[torch.Tensor, torch.Tensor] | None, real: torch.Tensor | None
+) -> RaggedTokens:
+    if shape is None:
+        return RaggedTokens(range(len(counts)), starts, counts)
+    depth, ancestors = (torch.nn.functional.pad(x, (1, 0)) for x in shape)
+    trunks = (torch.tensor(starts)[:, None] + 1).expand_as(depth)
+    nodes = [x.flatten() if real is None else x[real] for x in (trunks, depth, ancestors)]
+    return RaggedTokens(range(len(counts)), starts, counts, nodes=tuple(np.ascontiguousarray(x.numpy()) for x in nodes))

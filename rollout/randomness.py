@@ -24,6 +24,9 @@ class Stream(enum.IntEnum):
     DRAFT = 2  # draws a token from the drafter's distribution
 
 
+_STEP_NUMBERS = 1 << 24  # more than one step of one request uses
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -46,3 +49,18 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> torch.
         keys = _mix(_mix(seeds.astype(np.uint64)) + np.uint64(stream))[:, None]
         bits = _mix(keys ^ _mix(positions.astype(np.uint64)))
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def step_uniforms(seeds: np.ndarray, roots: np.ndarray, first: int, count: int, stream: Stream) -> torch.Tensor:
+    """Uniform numbers of one decode step, used at no other: a step that decided something with them must not lend them to the next.
+
+    Args:
+        seeds: int64 [B], one a request.
+        roots: int64 [B], tokens committed before the step, which no other step of the request shares.
+        first, count: Numbers ``first .. first + count - 1`` of the step.
+        stream: Which of the request's sequences.
+
+    Returns:
+        float64 [B, count] on the CPU.
+    """
+    return uniforms(seeds, roots[:, None] * _STEP_NUMBERS + np.arange(first, first + count), stream)

@@ -52,6 +52,13 @@ class SequenceState:
         """Tokens that may still be produced."""
         return self.limit - len(self.tokens)
 
+    @property
+    def expected_left(self) -> float:
+        """Tokens that are still expected, as far as anything is known."""
+        if self.predicted is None:
+            return float(self.remaining)
+        return min(max(self.predicted - (len(self.tokens) - self.num_prompt), 0.0), self.remaining)
+
     def append(self, token: int, logprob: float, version: int) -> None:
         """Commits one token, drawn under policy ``version``."""
         self.tokens.append(token)

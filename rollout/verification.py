@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rollout.randomness import Stream, uniforms
+from rollout.api import SamplingParams
+from rollout.native import Kernels, load_kernels
+from rollout.randomness import Stream, step_uniforms, uniforms
 from rollout.sampling import draw_tokens, processed_probs
 from rollout.sequence import SequenceState
-from rollout.trees.chain import DraftTree
-from rollout.verify import ChainUniforms, verify_chain, verify_deterministic
+from rollout.trees import DraftTree, chain_parents, tree_shape
+from rollout.verify import Uniforms, Verifier, verify_chain, verify_deterministic, verify_recursive
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,55 +23,102 @@ class BatchOutcome:
     """What one target forward decided, one entry a sequence.
 
     Attributes:
-        accepted: Draft tokens kept.
+        paths: Draft nodes kept, root first.
         tokens: Kept draft tokens and the token after them.
         logprobs: Of those tokens.
         finite: Whether the logits were all usable; where not, the other entries mean nothing.
     """
 
-    accepted: list[int]
+    paths: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finite: list[bool]
 
 
-def verify_batch(sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree) -> BatchOutcome:
+def verify_batch(
+    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, verifier: Verifier | None = None
+) -> BatchOutcome:
     """Accepts or rejects each sequence's draft.
 
     Args:
         sequences: B sequences.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft tokens.
-        draft: A chain of N nodes.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        draft: Chains or trees of up to N nodes.
+        verifier: For drawn drafts; None takes token-by-token verification for chains and recursive for trees. Deterministic
+            drafts need none: nothing accepts more of them than following the target's own draws.
+
+    Raises:
+        ValueError: when the verifier does not take such a draft.
     """
-    lengths = draft.lengths.numpy()
+    counts = draft.lengths.numpy() + 1
     first = np.array([len(s.tokens) for s in sequences])
-    if draft.probs is None or draft.tokens.shape[1] == 0:
-        return _deterministic(sequences, logits, draft, lengths, first)
-    return _sampled(sequences, logits, draft, lengths, first)
+    if draft.probs is None or draft.nodes == 0:
+        kernels = load_kernels(logits.device.type, logits.dtype)
+        if kernels is not None and not any(s.request.params.truncated for s in sequences):
+            return _followed(kernels, sequences, logits, draft, counts, first)
+        return _deterministic(sequences, logits, draft, counts, first)
+    if verifier is None:
+        verifier = verify_chain if draft.parents is None else verify_recursive
+    return _sampled(sequences, logits, draft, counts, first, verifier)
+
+
+def _followed(
+    kernels: Kernels,
+    sequences: Sequence[SequenceState],
+    logits: torch.Tensor,
+    draft: DraftTree,
+    counts: np.ndarray,
+    first: np.ndarray,
+) -> BatchOutcome:
+    """The same as `_deterministic`, drawing on the way down only."""
+    rows, nodes = torch.from_numpy(counts.cumsum() - counts), draft.lengths
+    parents = chain_parents(*draft.tokens.shape) if draft.parents is None else draft.parents
+    seeds = np.array([s.request.seed for s in sequences])
+    numbers = uniforms(seeds, first[:, None] + np.arange(draft.nodes + 1), Stream.TARGET)
+    temperatures = torch.tensor([s.request.params.temperature for s in sequences], dtype=torch.float32)
+    path, kept, drawn, logprobs = kernels.follow(logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers))
+    lengths, values = kept.tolist(), logprobs.tolist()
+    return BatchOutcome(
+        [row[:n] for row, n in zip(path.tolist(), lengths, strict=True)],
+        [row[: n + 1] for row, n in zip(drawn.tolist(), lengths, strict=True)],
+        [row[: n + 1] for row, n in zip(values, lengths, strict=True)],
+        [all(map(math.isfinite, row[: n + 1])) for row, n in zip(values, lengths, strict=True)],
+    )
 
 
 def _deterministic(
-    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, lengths: np.ndarray, first: np.ndarray
+    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, counts: np.ndarray, first: np.ndarray
 ) -> BatchOutcome:
-    counts = lengths + 1
     ends = counts.cumsum()
+    starts = ends - counts
     params = [p for s, count in zip(sequences, counts, strict=True) for p in [s.request.params] * int(count)]
     seeds = np.repeat([s.request.seed for s in sequences], counts)
-    positions = np.arange(ends[-1]) + np.repeat(first - (ends - counts), counts)
+    parents = None if draft.parents is None else draft.parents.cpu()
+    positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
     drawn, drawn_logprobs, drafted = _to_host(tokens, logprobs, draft.tokens)
-    starts = torch.from_numpy(ends - counts)[:, None]
-    rows = (starts + torch.arange(draft.tokens.shape[1] + 1)).clamp_(max=len(drawn) - 1)
-    host_draft = DraftTree(drafted.long(), draft.parents, draft.lengths)
-    accepted = verify_deterministic(drawn.long()[rows], host_draft).accepted.tolist()
+    rows = (torch.from_numpy(starts)[:, None] + torch.arange(draft.nodes + 1)).clamp_(max=len(drawn) - 1)
+    outcome = verify_deterministic(drawn.long()[rows], DraftTree(drafted.long(), draft.lengths, parents))
     finite = torch.isfinite(drawn_logprobs)
-    kept = [slice(int(start), int(start) + a + 1) for start, a in zip(starts[:, 0], accepted, strict=True)]
+    paths = [path[:a] for path, a in zip(outcome.path.tolist(), outcome.accepted.tolist(), strict=True)]
+    # the token drawn after the last committed one, and after each accepted node
+    kept = [[int(start), *(int(start) + 1 + node for node in path)] for start, path in zip(starts, paths, strict=True)]
+    flat = torch.tensor([row for rows in kept for row in rows])
+    sizes = [len(rows) for rows in kept]
     return BatchOutcome(
-        accepted,
-        [drawn[s].long().tolist() for s in kept],
-        [drawn_logprobs[s].tolist() for s in kept],
-        [bool(finite[int(end) - int(count) : int(end)].all()) for end, count in zip(ends, counts, strict=True)],
+        paths,
+        [part.tolist() for part in drawn.long()[flat].split(sizes)],
+        [part.tolist() for part in drawn_logprobs[flat].split(sizes)],
+        [bool(part.all()) for part in finite.split(counts.tolist())],
     )
+
+
+def _depths(parents: torch.Tensor | None, counts: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 [R], depth of each row's token below the last committed one."""
+    if parents is None:
+        return np.arange(counts.sum()) - np.repeat(starts, counts)
+    depth = torch.nn.functional.pad(tree_shape(parents)[0], (1, 0)).numpy()
+    return depth[np.arange(depth.shape[1]) < counts[:, None]]
 
 
 def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -81,40 +131,51 @@ def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _sampled(
-    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, lengths: np.ndarray, first: np.ndarray
+    sequences: Sequence[SequenceState],
+    logits: torch.Tensor,
+    draft: DraftTree,
+    counts: np.ndarray,
+    first: np.ndarray,
+    verifier: Verifier,
 ) -> BatchOutcome:
-    device, depth = logits.device, draft.tokens.shape[1]
+    device, nodes = logits.device, draft.nodes
     params = [s.request.params for s in sequences]
-    starts = np.concatenate([[0], (lengths + 1).cumsum()[:-1]])
-    nodes = np.minimum(np.arange(depth + 1), lengths[:, None])  # past a sequence's end its last row stands in
-    padded = logits[torch.from_numpy(starts[:, None] + nodes).to(device)]
+    at = np.minimum(np.arange(nodes + 1), counts[:, None] - 1)  # past a sequence's end its last row stands in
+    padded = logits[torch.from_numpy((counts.cumsum() - counts)[:, None] + at).to(device)]
     probs = processed_probs(padded, params)
     seeds = np.array([s.request.seed for s in sequences])
-    positions = first[:, None] + np.arange(depth + 1)
-    numbers = ChainUniforms(
-        uniforms(seeds, positions, Stream.TARGET).to(device), uniforms(seeds, positions[:, :depth], Stream.ACCEPT).to(device)
+    numbers = Uniforms(
+        uniforms(seeds, first[:, None] + np.arange(nodes + 1), Stream.TARGET).to(device),
+        step_uniforms(seeds, first, 0, nodes, Stream.ACCEPT).to(device),
     )
-    outcome = verify_chain(probs, draft.to(device), numbers)
-    index = torch.arange(depth + 1, device=device)
-    chosen = torch.cat([draft.tokens.to(device), outcome.next_token[:, None]], dim=1)
+    draft = draft.to(device)
+    outcome = verifier(probs, draft, numbers)
+    index = torch.arange(nodes + 1, device=device)
+    path = torch.nn.functional.pad(outcome.path.clamp(min=0), (0, 1))
+    chosen = draft.tokens.gather(1, path.clamp(max=nodes - 1))
     chosen = torch.where(index == outcome.accepted[:, None], outcome.next_token[:, None], chosen)
-    logprobs = _logprobs(probs, padded, params, chosen)
+    after = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))  # the row whose distribution each chosen token came from
+    logprobs = _logprobs(probs, padded, params, after, chosen)
     finite = torch.isfinite(padded.amax(-1)).all(-1)
-    accepted, tokens, values, usable = _to_host(outcome.accepted, chosen, logprobs, finite)
-    kept = [int(a) for a in accepted.tolist()]
+    accepted, kept, tokens, values, usable = _to_host(outcome.accepted, path, chosen, logprobs, finite)
+    sizes = [int(a) for a in accepted.tolist()]
     return BatchOutcome(
-        kept,
-        [[int(t) for t in row[: a + 1]] for row, a in zip(tokens.tolist(), kept, strict=True)],
-        [row[: a + 1] for row, a in zip(values.tolist(), kept, strict=True)],
+        [[int(n) for n in row[:a]] for row, a in zip(kept.tolist(), sizes, strict=True)],
+        [[int(t) for t in row[: a + 1]] for row, a in zip(tokens.tolist(), sizes, strict=True)],
+        [row[: a + 1] for row, a in zip(values.tolist(), sizes, strict=True)],
         [bool(f) for f in usable.tolist()],
     )
 
 
-def _logprobs(probs: torch.Tensor, logits: torch.Tensor, params: Sequence, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [B, N + 1] log-probs of ``tokens``; at temperature 0 those of the unscaled distribution."""
-    chosen = probs.gather(-1, tokens[..., None])[..., 0].log()
+def _logprobs(
+    probs: torch.Tensor, logits: torch.Tensor, params: Sequence[SamplingParams], rows: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those of the unscaled
+    distribution."""
+    batch = torch.arange(len(rows), device=rows.device)[:, None]
+    chosen = probs[batch, rows, tokens].log()
     greedy = [row for row, p in enumerate(params) if p.greedy]
     if greedy:
         full = torch.log_softmax(logits[greedy].float(), dim=-1)
-        chosen[greedy] = full.gather(-1, tokens[greedy][..., None])[..., 0]
+        chosen[greedy] = full[torch.arange(len(greedy), device=rows.device)[:, None], rows[greedy], tokens[greedy]]
     return chosen

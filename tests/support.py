@@ -6,11 +6,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout import RolloutEngine, default_tap_layers
-from rollout.drafters import Eagle3Drafter, SuffixDrafter
-from rollout.drafters.base import DraftContext
+from rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
+from rollout.drafters.base import DraftContext, StatelessSlots
+from rollout.drafters.build import DrafterParts, build_drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from rollout.sequence import SequenceState
-from rollout.trees.chain import DraftTree, chain_parents
+from rollout.strategy import Strategy
+from rollout.trees import DraftTree
 
 
 def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0) -> LlamaForCausalLM:
@@ -46,35 +47,26 @@ def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, se
     return drafter
 
 
-class AdversarialDrafter:
+class AdversarialDrafter(StatelessSlots):
     """Random tokens from a random distribution that has nothing to do with the target's."""
 
     name = "adversarial"
-    needs_taps = False
 
     def __init__(self, vocab_size: int, sampled: bool, seed: int = 0) -> None:
         self._vocab, self._sampled = vocab_size, sampled
         self._generator = torch.Generator().manual_seed(seed)
 
-    def propose(self, context: DraftContext, depth: int) -> DraftTree:
-        batch = len(context.sequences)
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        batch, depth = len(context.sequences), strategy.depth
         q = torch.rand(batch, depth, self._vocab, generator=self._generator).pow(4)
         q /= q.sum(-1, keepdim=True)
         tokens = torch.multinomial(q.flatten(0, 1), 1, generator=self._generator).view(batch, depth)
         lengths = torch.randint(0, depth + 1, (batch,), generator=self._generator)
-        return DraftTree(tokens, chain_parents(batch, depth), lengths, q if self._sampled else None)
-
-    def observe(self, sequence: SequenceState, count: int) -> None: ...
-
-    def move(self, source: int, target: int) -> None: ...
-
-    def release(self, slot: int) -> None: ...
-
-    def forget(self, sequence: SequenceState) -> None: ...
+        return DraftTree(tokens, lengths, None, q if self._sampled else None)
 
 
 def engine_for(
-    model: LlamaForCausalLM, *, slots: int = 5, context: int = 200, eagle3_sampling: bool = False, **options
+    model: LlamaForCausalLM, *, slots: int = 5, context: int = 200, rules: DraftRules | None = None, **options
 ) -> RolloutEngine:
     """A float32 engine with every drafter."""
     engine = RolloutEngine(
@@ -91,10 +83,23 @@ def engine_for(
             tiny_eagle3(model),
             engine.runner.view.module.get_input_embeddings(),
             slots=slots,
-            capacity=engine.capacity_for(context, engine.max_depth),
+            capacity=engine.capacity_for(context, engine.max_nodes),
             dtype=torch.float32,
-            sample=eagle3_sampling,
+            rules=rules,
         )
     )
     engine.add_drafter(AdversarialDrafter(model.config.vocab_size, sampled=True))
+    return engine
+
+
+def full_engine(
+    model: LlamaForCausalLM, *, rules: DraftRules | None = None, slots: int = 5, context: int = 200, **options
+) -> RolloutEngine:
+    """A float32 engine with every drafter that there is, by name."""
+    engine = engine_for(model, slots=slots, context=context, rules=rules, **options)
+    small = tiny_llama(model.config.vocab_size, seed=3, layers=2, sharpness=6.0)
+    parts = DrafterParts(rules or DraftRules(), tiny_eagle3(model), draft_model=small, composite_match=3, clasp_skipped=0.5)
+    for name in DRAFTERS:
+        if name not in engine.drafters and (name != "composite" or rules is None or rules.draw == "likeliest"):
+            engine.add_drafter(build_drafter(name, engine, parts))
     return engine

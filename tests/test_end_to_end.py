@@ -82,7 +82,7 @@ def shape(metrics: dict) -> frozenset[str]:
 def test_same_seed_same_run_after_resume(tmp_path, cache):
     """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    plain = ["rollout.strategy=plain", "rollout.drafters=[]", "update.kl_coef=0"]  # without KL uniform groups are skipped
+    plain = ["speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0"]  # without KL uniform groups are skipped
     finish(train("configs/tiny.yaml", f"out={whole}", *plain))
     finish(train("configs/tiny.yaml", f"out={cut}", "steps=2", *plain))
     config = json.loads((cut / "config.json").read_text())

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from rollout.sequence import SequenceState
-from rollout.trees.chain import DraftTree
+from rollout.strategy.strategy import Strategy
+from rollout.trees import DraftTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +28,41 @@ class DraftContext:
     taps: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class VerifiedStep:
+    """What a verification saw, before its tokens are committed.
+
+    Attributes:
+        sequences: Sequence i sits in slot i.
+        strategy: What was asked for.
+        draft: What was verified.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        paths: The accepted nodes of each sequence, root first.
+    """
+
+    sequences: Sequence[SequenceState]
+    strategy: Strategy
+    draft: DraftTree
+    logits: torch.Tensor
+    paths: Sequence[Sequence[int]]
+
+
 class Drafter(Protocol):
     """Proposes tokens. Holds state for slots (and for prompts) only; it may be wrong, never unfaithful.
 
-    The contract that losslessness needs: a draft token is either a function of what is committed (``DraftTree.probs`` is None)
-    or was drawn from the very distribution reported in ``DraftTree.probs``.
+    The contract that losslessness needs: draft tokens are either a function of what is committed (``DraftTree.probs`` is None)
+    or were drawn from the very distributions reported in ``DraftTree.probs``.
     """
 
     name: str
     needs_taps: bool
 
-    def propose(self, context: DraftContext, depth: int) -> DraftTree:
-        """Up to ``depth`` draft tokens for every sequence of the batch."""
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """A draft of at most the strategy's depth and nodes for every sequence of the batch."""
+        ...
+
+    def verified(self, step: VerifiedStep) -> None:
+        """A step was verified, of this drafter's draft or another's."""
         ...
 
     def observe(self, sequence: SequenceState, count: int) -> None:
@@ -56,3 +80,24 @@ class Drafter(Protocol):
     def forget(self, sequence: SequenceState) -> None:
         """The sequence was handed out: nothing more of it will be drafted."""
         ...
+
+
+class StatelessSlots:
+    """Answers of a drafter that keeps nothing by slot."""
+
+    needs_taps = False
+
+    def verified(self, step: VerifiedStep) -> None:
+        """Nothing to learn from it."""
+
+    def observe(self, sequence: SequenceState, count: int) -> None:
+        """Nothing to learn from it."""
+
+    def move(self, source: int, target: int) -> None:
+        """Nothing is kept by slot."""
+
+    def release(self, slot: int) -> None:
+        """Nothing is kept by slot."""
+
+    def forget(self, sequence: SequenceState) -> None:
+        """Nothing is kept by sequence."""

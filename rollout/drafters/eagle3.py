@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import nn
 
-from rollout.drafters.base import DraftContext
+from rollout.drafters.base import DraftContext, VerifiedStep
 from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from rollout.drafters.eagle3_network import network_for
+from rollout.drafters.eagle3_network import Network, Reading, network_for
+from rollout.drafters.growing import DraftRules, request_temperatures
 from rollout.kv_cache import CacheShape, SlotCache
-from rollout.randomness import Stream, uniforms
-from rollout.sampling import draw
 from rollout.sequence import SequenceState
-from rollout.trees.chain import DraftTree, chain_parents
+from rollout.strategy.strategy import Strategy
+from rollout.trees import MOST_NODES, DraftTree
 
 
 class Eagle3Drafter:
-    """Chain drafting with an `Eagle3Model`.
+    """Drafts chains and trees with an `Eagle3Model`.
 
     The features of committed tokens are read from the engine's taps when a draft is wanted, not before, so that a batch
     decoded plainly pays nothing for the drafter.
@@ -28,10 +27,12 @@ class Eagle3Drafter:
         model: Weights to start from; they are copied (and packed on a CPU in bfloat16).
         embed_tokens: The target's input embedding, shared.
         slots: Sequences decoded together.
-        capacity: Tokens a slot holds.
+        capacity: Tokens a slot of the engine holds.
         dtype: What to compute in.
-        sample: Draw draft tokens from the drafter's distribution at the request's temperature. Otherwise take the most likely
-            one, which is deterministic: tokens are then those of plain decoding with the same seed.
+        rules: How drafts are made; None for chains and dynamic trees of the likeliest tokens.
+        window: Tokens of a sequence that the drafter attends to, at least; None for all. The cache then keeps its size however long
+            sequences grow, and reading a long prompt starts that far before its end (LongSpec, arXiv 2502.17421, section 3.1,
+            bounds the drafter's memory to the same end by a sliding window).
     """
 
     name = "eagle3"
@@ -45,18 +46,22 @@ class Eagle3Drafter:
         slots: int,
         capacity: int,
         dtype: torch.dtype,
-        sample: bool = False,
+        rules: DraftRules | None = None,
+        window: int | None = None,
     ) -> None:
         device = next(embed_tokens.parameters()).device
         config = model.config
         _, kv_heads, head_dim = attention_shape(config)
-        self.sample = sample
+        self.rules = DraftRules() if rules is None else rules
         with torch.device(device):
             self._weights = Eagle3Model(config, model.vocabulary).to(dtype=dtype).requires_grad_(False).eval()
         self._weights.load_state_dict(model.state_dict())
-        self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, capacity, 0, dtype), device)
-        self._network = network_for(self._weights, embed_tokens, self.cache, capacity)
-        self._seen = [0] * slots
+        # a bounded cache is moved on when twice the window is full, so that a token is moved once for each it attends to
+        self._window = window
+        self._room = capacity + MOST_NODES if window is None else min(2 * window, capacity) + MOST_NODES
+        self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype), device)
+        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MOST_NODES)
+        self._seen, self._shift = [0] * slots, [0] * slots
         self.load_weights(model)
 
     @torch.no_grad()
@@ -74,53 +79,91 @@ class Eagle3Drafter:
         self.vocabulary = self._weights.vocabulary.clone()
 
     @torch.no_grad()
-    def propose(self, context: DraftContext, depth: int) -> DraftTree:
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         assert context.taps is not None, "the EAGLE-3 drafter needs an engine that keeps taps"
         sequences = context.sequences
-        held = len(sequences) if any(self._seen) else 0
-        self.cache.reserve(max(len(s.tokens) for s in sequences) + depth, active=held, slots=len(sequences))
-        hidden = self._network.read(sequences, self._seen[: len(sequences)], context.taps)
-        self._seen[: len(sequences)] = [len(s.tokens) - 1 for s in sequences]
-        logits = self._network.logits(hidden)
-        tokens, probs = [], []
-        for offset in range(depth):
-            token, q = self._pick(logits, sequences, offset)
-            tokens.append(token)
-            probs.append(q)
-            if offset + 1 < depth:
-                hidden, logits = self._network.step(token, hidden, [len(s.tokens) - 1 + offset for s in sequences])
-        drafted = torch.full((len(sequences),), depth)
-        parents = chain_parents(len(sequences), depth)
-        stacked = torch.stack([q for q in probs if q is not None], 1) if self.sample else None
-        return DraftTree(torch.stack(tokens, 1), parents, drafted, stacked, self.vocabulary if self.sample else None)
+        self._make_room(sequences)
+        batch = len(sequences)
+        reading = Reading(sequences, self._seen[:batch], self._shift[:batch], context.taps)
+        newest = self._network.read(reading)
+        self._seen[:batch] = [len(s.tokens) - 1 for s in sequences]
+        return self.rules.grow(
+            _Brancher(self._network, newest, sequences, self._shift[:batch], self.vocabulary), strategy, sequences
+        )
 
-    def _pick(
-        self, logits: torch.Tensor, sequences: Sequence[SequenceState], offset: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Next draft token (target ids) int64 [B] and, when sampling, the distribution it was drawn from [B, draft vocabulary]."""
-        if not self.sample:
-            return self.vocabulary[logits.argmax(-1)], None
-        params = [s.request.params for s in sequences]
-        temperatures = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
-        q = torch.softmax(logits.float() / temperatures[:, None], dim=-1)
-        greedy = torch.tensor([p.greedy for p in params], device=logits.device)[:, None]
-        best = q.argmax(-1, keepdim=True)
-        q = torch.where(greedy, torch.zeros_like(q).scatter_(-1, best, 1.0), q)
-        seeds = np.array([s.request.seed for s in sequences])
-        positions = np.array([[len(s.tokens) + offset] for s in sequences])
-        return self.vocabulary[draw(q, uniforms(seeds, positions, Stream.DRAFT)[:, 0])], q
+    def _make_room(self, sequences: Sequence[SequenceState]) -> None:
+        """Moves bounded slots on that are full; then places for all that is read and drafted."""
+        held = len(sequences) if any(self._seen) else 0
+        for slot, sequence in enumerate(sequences):
+            end = len(sequence.tokens) - 1
+            if self._window is not None and end - self._shift[slot] > self._room - MOST_NODES:
+                self._move_on(slot, end - self._window)
+        longest = max(len(s.tokens) - shift for s, shift in zip(sequences, self._shift, strict=False))
+        self.cache.reserve(min(longest + MOST_NODES, self._room), active=held, slots=len(sequences))
+
+    def _move_on(self, slot: int, shift: int) -> None:
+        """Position ``shift`` becomes place 0 of the slot."""
+        kept = self._seen[slot] - shift
+        if kept > 0:
+            lines = self.cache.lines(0)
+            start = shift - self._shift[slot]
+            lines[:, slot, :, :kept] = lines[:, slot, :, start : start + kept].clone()
+        self._shift[slot] = shift
+        self._seen[slot] = max(self._seen[slot], shift)
+
+    def verified(self, step: VerifiedStep) -> None:
+        if step.strategy.drafter == self.name:
+            self.rules.learn(step)
 
     def observe(self, sequence: SequenceState, count: int) -> None:
         """Features are read from the taps when the next draft is wanted: nothing to do."""
 
     def move(self, source: int, target: int) -> None:
-        self.cache.copy_slot(source, [target], min(self._seen[source], self.cache.span))
-        self._seen[target] = self._seen[source]
+        self.cache.copy_slot(source, [target], min(self._seen[source] - self._shift[source], self.cache.span))
+        self._seen[target], self._shift[target] = self._seen[source], self._shift[source]
 
     def release(self, slot: int) -> None:
         if self._seen[slot]:
-            self._seen[slot] = 0
+            self._seen[slot] = self._shift[slot] = 0
             self.cache.clear_slot(slot)
 
     def forget(self, sequence: SequenceState) -> None:
         """State is by slot, not by sequence: nothing to do."""
+
+
+class _Brancher:
+    """Expands nodes of a draft tree with the network, each beside the others in the draft cache."""
+
+    def __init__(
+        self,
+        network: Network,
+        newest: tuple[torch.Tensor, torch.Tensor],
+        sequences: Sequence[SequenceState],
+        shift: Sequence[int],
+        vocabulary: torch.Tensor,
+    ) -> None:
+        hidden, self._logits = newest
+        device = hidden.device
+        self._network, self._shift = network, shift
+        self._hidden = hidden[:, None]  # of the root and every expanded node
+        self._trunks = torch.tensor([[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device=device)
+        self._ancestors = torch.zeros(len(sequences), 1, dtype=torch.long, device=device)
+        self._depth = torch.zeros_like(self._ancestors)
+        self.vocabulary: torch.Tensor | None = vocabulary
+        self.temperatures = request_temperatures(sequences, device)
+
+    def root(self) -> torch.Tensor:
+        return self._logits
+
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        above = parents + 1
+        index = torch.arange(self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device)
+        depth = self._depth.gather(1, above) + 1
+        ancestors = self._ancestors.gather(1, above) | (1 << index)
+        trunks = self._trunks.expand_as(depth)
+        seats = torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors])
+        carried = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
+        hidden, logits = self._network.step(tokens, carried, seats, self._shift)
+        self._hidden = torch.cat([self._hidden, hidden], dim=1)
+        self._ancestors, self._depth = torch.cat([self._ancestors, ancestors], 1), torch.cat([self._depth, depth], 1)
+        return logits

@@ -3,118 +3,143 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 
-import torch
-
-from rollout.drafters.base import DraftContext
+from rollout.drafters.base import DraftContext, StatelessSlots
+from rollout.drafters.best_first import Row, best_first, pack
+from rollout.drafters.suffix_automaton import SuffixAutomaton
 from rollout.sequence import SequenceState
-from rollout.trees.chain import DraftTree, chain_parents
+from rollout.strategy.strategy import Strategy
+from rollout.trees import DraftTree
 
-_CONTEXT_LENGTHS = (8, 4, 2)
-
-
-class _GroupIndex:
-    """Next-token counts after every context of 8, 4 and 2 tokens seen in one prompt's samples."""
-
-    def __init__(self) -> None:
-        self.counts: dict[tuple[int, ...], dict[int, int]] = {}
-        self.entries = 0
-
-    def add(self, tokens: list[int], count: int) -> None:
-        for end in range(len(tokens) - count, len(tokens)):
-            for length in _CONTEXT_LENGTHS:
-                if end >= length:
-                    self._count(tuple(tokens[end - length : end]), tokens[end])
-
-    def _count(self, context: tuple[int, ...], token: int) -> None:
-        following = self.counts.get(context)
-        if following is None:
-            following = self.counts[context] = {}
-        if token not in following:
-            self.entries += 1
-        following[token] = following.get(token, 0) + 1
-
-    def next_token(self, tokens: list[int]) -> int | None:
-        """The most frequent continuation of the longest context that was seen before."""
-        for length in _CONTEXT_LENGTHS:
-            following = self.counts.get(tuple(tokens[-length:])) if len(tokens) >= length else None
-            if following:
-                return max(following, key=following.__getitem__)
-        return None
+_UNSEEN = 0.5  # weight of what has not been seen, against one occurrence of what has
 
 
-class SuffixDrafter:
+@dataclass(slots=True)
+class _Live:
+    """A sample being decoded: its own state in the automaton, and its longest suffix that occurred earlier, with its length."""
+
+    last: int = 0
+    match: int = 0
+    matched: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """One prompt's automaton. ``prompt`` is the prompt's state, ``weight`` that of the next sample's occurrences."""
+
+    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+    prompt: _Live | None = None
+    weight: float = 1.0
+    live: dict[SequenceState, _Live] = field(default_factory=dict)
+
+
+class SuffixDrafter(StatelessSlots):
     """Drafts by longest suffix match in the samples of the same group, live ones and those of earlier epochs alike.
 
-    The samples of a prompt repeat each other (Multi-Sample SD, arXiv 2503.05330; SAM-Decoding, arXiv 2411.10666), so no model is
-    needed and it works from the first step. Here a suffix is matched at 8, 4, then 2 tokens and extended greedily by
-    the most frequent next token; the prompt's own tokens count as one more sample. Deterministic: ``probs`` is None.
+    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666, section 3; Multi-Sample SD, arXiv 2503.05330), so
+    no model is needed and it works from the first step. A suffix automaton per group follows each sample's longest suffix that
+    occurred before, in any of them; a draft continues it by what followed then, in proportion to the weights of the occurrences,
+    and falls back to shorter suffixes where nothing did. The prompt's own tokens count. Deterministic: ``probs`` is None.
 
     Args:
-        max_entries: (context, token) pairs kept over all groups, about 200 bytes each; the least recently used groups go first.
+        max_states: Automaton states kept over all groups, about 300 bytes each; the least recently used groups go first.
+        decay: Weight of an occurrence against the same one in the next sample of the group: the policy moves on.
+        shared: Whether samples of a group share; otherwise each is alone with its own text.
     """
 
     name = "suffix"
-    needs_taps = False
 
-    def __init__(self, max_entries: int = 1_000_000) -> None:
-        self.max_entries = max_entries
-        self._groups: OrderedDict[Hashable, _GroupIndex] = OrderedDict()
-        self._entries = 0
+    def __init__(self, max_states: int = 1_000_000, decay: float = 0.98, shared: bool = True) -> None:
+        self.max_states, self.decay, self.shared = max_states, decay, shared
+        self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
+        self._states = 0
 
-    def propose(self, context: DraftContext, depth: int) -> DraftTree:
-        rows = [self._extend(sequence, depth) for sequence in context.sequences]
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.tensor([row + [0] * (depth - len(row)) for row in rows]).view(len(rows), depth)
-        return DraftTree(tokens, chain_parents(len(rows), depth), lengths)
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        rows: list[Row] = []
+        for sequence in context.sequences:
+            group = self._groups.get(self._key(sequence))
+            live = None if group is None else group.live.get(sequence)
+            if group is None or live is None or live.matched == 0:
+                rows.append([])
+                continue
+            automaton = group.automaton
+            start = automaton.settle(live.match, live.matched), live.matched
+            rows.append(best_first(start, partial(_following, automaton), strategy))
+        return pack(rows, strategy.width)
 
-    def _extend(self, sequence: SequenceState, depth: int) -> list[int]:
-        index = self._groups.get(self._key(sequence))
-        if index is None:
-            return []
-        tail = sequence.tokens[-max(_CONTEXT_LENGTHS) :]
-        drafted: list[int] = []
-        while len(drafted) < depth:
-            token = index.next_token(tail)
-            if token is None:
-                break
-            drafted.append(token)
-            tail.append(token)
-        return drafted
+    def matched(self, sequence: SequenceState) -> int:
+        """Tokens of the sequence's longest suffix that occurred before, with something after it."""
+        group = self._groups.get(self._key(sequence))
+        live = None if group is None else group.live.get(sequence)
+        return 0 if live is None else live.matched
 
     def observe(self, sequence: SequenceState, count: int) -> None:
         key = self._key(sequence)
-        index = self._groups.get(key)
-        if index is None:
-            index = self._groups[key] = _GroupIndex()
-        elif count == sequence.num_prompt == len(sequence.tokens):
-            return  # the prompt is already there, from another sample
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
+            self._states += 1
         self._groups.move_to_end(key)
-        before = index.entries
-        index.add(sequence.tokens, count)
-        self._entries += index.entries - before
+        before = len(group.automaton)
+        live = group.live.get(sequence)
+        if live is None:
+            live = group.live[sequence] = self._begin(group, sequence)
+        for token in sequence.tokens[live.tokens :]:
+            live.match, live.matched = group.automaton.step(live.match, live.matched, token)
+            live.last = group.automaton.extend(live.last, token, group.weight)
+        live.tokens = len(sequence.tokens)
+        self._states += len(group.automaton) - before
         self._evict(keep=key)
 
+    def _begin(self, group: _Group, sequence: SequenceState) -> _Live:
+        """A new sample starts at the end of the prompt, which is in the automaton once."""
+        group.weight /= self.decay
+        prompt = sequence.tokens[: sequence.num_prompt]
+        if group.prompt is None:
+            start = _Live()
+            for token in prompt:
+                start.match, start.matched = group.automaton.step(start.match, start.matched, token)
+                start.last = group.automaton.extend(start.last, token, group.weight)
+            group.prompt = _Live(start.last, start.last, len(prompt), len(prompt))
+            return _Live(start.last, start.match, start.matched, len(prompt))
+        known = group.prompt
+        return _Live(known.last, known.match, known.matched, known.tokens)
+
     def _evict(self, keep: Hashable) -> None:
-        while self._entries > self.max_entries and next(iter(self._groups)) != keep:
+        while self._states > self.max_states and next(iter(self._groups)) != keep:
             _, oldest = self._groups.popitem(last=False)
-            self._entries -= oldest.entries
+            self._states -= len(oldest.automaton)
 
-    @staticmethod
-    def _key(sequence: SequenceState) -> Hashable:
-        """Ungrouped requests share nothing: the sequence object itself is their key."""
+    def _key(self, sequence: SequenceState) -> Hashable:
+        """What shares nothing has the sequence object itself as its key."""
         group = sequence.request.group
-        return sequence if group is None else group
-
-    def move(self, source: int, target: int) -> None:
-        """State is by prompt, not by slot: nothing to do."""
-
-    def release(self, slot: int) -> None:
-        """State is by prompt, not by slot: nothing to do."""
+        return sequence if group is None or not self.shared else group
 
     def forget(self, sequence: SequenceState) -> None:
-        """A finished sample stays useful to its siblings and to later epochs; one without a group has neither."""
-        if sequence.request.group is None:
-            index = self._groups.pop(sequence, None)
-            self._entries -= 0 if index is None else index.entries
+        """A finished sample stays useful to its siblings and to later epochs; one that shares nothing has neither."""
+        key = self._key(sequence)
+        group = self._groups.get(key)
+        if group is None:
+            return
+        group.live.pop(sequence, None)
+        if key is sequence or (not group.live and len(group.automaton) > self.max_states):
+            self._states -= len(self._groups.pop(key).automaton)
+
+
+def _following(automaton: SuffixAutomaton, at: tuple[int, int]) -> Iterator[tuple[float, int, tuple[int, int]]]:
+    """What followed the suffix, heaviest first; where nothing did, what followed shorter ones. ``at``: state and matched tokens."""
+    state, matched = automaton.settle(*at), at[1]
+    while state and not automaton.following[state]:
+        state = automaton.link[state]
+        matched = automaton.length[state]
+    if state == 0:
+        return
+    after = [(automaton.weight[to], token, to) for token, to in automaton.following[state].items()]
+    after.sort(reverse=True)
+    total = sum(weight for weight, _, _ in after) + _UNSEEN * after[0][0]
+    for weight, token, to in after:
+        yield weight / total, token, (to, matched + 1)

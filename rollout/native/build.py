@@ -1,4 +1,4 @@
-"""Compiles ``kernels.cpp`` once for each machine type, into the user's cache.
+"""Compiles ``kernels.cpp`` and the headers beside it once for each machine type, into the user's cache.
 
 Plain C symbols called through ctypes: two seconds to build, no torch headers, no ABI to match.
 """
@@ -34,7 +34,15 @@ def build_library() -> Path:
     if compiler is None:
         raise NativeUnavailable("no C++ compiler was found: install g++ (or set CXX) for the native decode kernels")
     runtime = _openmp_runtime()
-    text = "\0".join((SOURCE.read_text(), *_FLAGS, compiler, str(runtime), _instruction_sets()))
+    text = "\0".join(
+        (
+            *(path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]),
+            *_FLAGS,
+            compiler,
+            str(runtime),
+            _instruction_sets(),
+        )
+    )
     target = _cache_directory() / f"kernels-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         _compile(compiler, runtime, target)

@@ -17,37 +17,151 @@ _LANES = 16
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 _log = logging.getLogger(__name__)
 
+DrawNumbers = tuple[torch.Tensor, torch.Tensor]
+
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class _Layout(ctypes.Structure):
     _fields_ = [(name, _int) for name in ("tokens", "sequences", "heads", "kv_heads", "dim", "slots", "span")] + [
-        (name, _pointer) for name in ("token_slots", "positions", "offsets")
+        (name, _pointer) for name in ("token_slots", "seats", "places", "trunks", "ancestors", "offsets")
     ]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [("weights", _pointer), ("scales", _pointer), ("outputs", _int), ("inputs", _int)]
+
+
+class _DraftLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in ("hidden", "intermediate", "vocab")),
+        *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "head")),
+        *((name, _pointer) for name in ("embeddings", "of_embedding", "of_hidden", "of_mlp", "of_head", "cosines", "sines")),
+        *((name, _float) for name in ("eps", "scale")),
+    ]
+
+
+class Int8Rows:
+    """A matrix in 8 bits, each row with a scale of its own; for drafters, whose rounding costs acceptance at most.
+
+    Args:
+        weight: [outputs, inputs], any float dtype; outputs a multiple of 4, inputs of 64.
+
+    Attributes:
+        weights: uint8 [outputs, inputs], each weight over its row's scale, plus 128.
+        scales: float32 [outputs].
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        weight = weight.detach().float()
+        self.scales = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        self.weights = ((weight / self.scales[:, None]).round() + 128).to(torch.uint8).contiguous()
+
+    @staticmethod
+    def serves(*shapes: tuple[int, int]) -> bool:
+        """Whether matrices of these (outputs, inputs) are whole numbers of blocks."""
+        return all(outputs % 4 == 0 and inputs % 64 == 0 for outputs, inputs in shapes)
+
+    @property
+    def address(self) -> _Matrix:
+        """As the kernels take it."""
+        outputs, inputs = self.weights.shape
+        return _Matrix(self.weights.data_ptr(), self.scales.data_ptr(), outputs, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLayer:
+    """A drafter's whole layer, for `Kernels.draft_step`. What is not a matrix is in the kernels' dtype, contiguous.
+
+    Attributes:
+        qkv, o, gate_up, down, head: Matrices.
+        embeddings: [vocabulary of the target, hidden].
+        gains: [hidden] each, of the norms of the embedding, the hidden state, before the MLP and before the head.
+        cosines, sines: [positions, d].
+        eps: Of the norms.
+        scale: Of the attention scores.
+    """
+
+    qkv: Int8Rows
+    o: Int8Rows
+    gate_up: Int8Rows
+    down: Int8Rows
+    head: Int8Rows
+    embeddings: torch.Tensor
+    gains: tuple[torch.Tensor, ...]
+    cosines: torch.Tensor
+    sines: torch.Tensor
+    eps: float
+    scale: float
+
+    def address(self) -> ctypes.Structure:
+        """As the kernels take it; valid as long as this object."""
+        matrices = [m.address for m in (self.qkv, self.o, self.gate_up, self.down, self.head)]
+        vectors = [x.data_ptr() for x in (self.embeddings, *self.gains, self.cosines, self.sines)]
+        sizes = self.o.weights.shape[0], self.down.weights.shape[1], self.head.weights.shape[0]
+        return _DraftLayer(*sizes, *matrices, *vectors, self.eps, self.scale)
 
 
 class RaggedTokens:
     """The tokens of a forward, sequence after sequence, without padding.
 
+    A chain's token stands at its position in the cache and sees all before it. A draft tree's nodes lie side by side after the
+    token they hang on, and see that token, what is before it, and their own ancestors.
+
     Args:
         slots: Slot of each of the S sequences.
-        starts: Position of its first token here.
+        starts: Place of its first token here.
         counts: How many tokens it has here, at least 1.
+        nodes: For draft trees, int64 [N] each: how many places the token sees all of, its depth below the last of these (0 for a
+            token that is no node), and its ancestors as bits.
+        shift: Position of place 0 of each sequence, where a cache holds its last tokens only; None for 0.
 
     Attributes:
         token_slots: int64 [N].
-        positions: int64 [N].
+        positions: int64 [N], position of each token in its text.
+        places: int64 [N], where its keys are written.
+        trunks: int64 [N], places that it sees all of.
+        ancestors: int64 [N], bit j says that it sees place ``trunk + j``.
         offsets: int64 [S + 1], index of each sequence's first token.
     """
 
-    def __init__(self, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        nodes: tuple[np.ndarray, ...] | None = None,
+        shift: Sequence[int] | None = None,
+    ) -> None:
         number = np.asarray(counts, dtype=np.int64)
         offsets = np.concatenate([[0], number.cumsum()])
         self.offsets = torch.from_numpy(offsets)
         self.token_slots = torch.from_numpy(np.repeat(np.asarray(slots, dtype=np.int64), number))
-        shift = np.repeat(np.asarray(starts, dtype=np.int64) - offsets[:-1], number)
-        self.positions = torch.from_numpy(np.arange(offsets[-1]) + shift)
+        places = np.arange(offsets[-1]) + np.repeat(np.asarray(starts, dtype=np.int64) - offsets[:-1], number)
+        self.places = torch.from_numpy(places)
+        if nodes is None:
+            seats, trunks, ancestors = places, places + 1, np.zeros_like(places)
+        else:
+            trunks, depth, ancestors = nodes
+            seats = trunks - 1 + depth
+        positions = seats if shift is None else seats + np.repeat(np.asarray(shift, dtype=np.int64), number)
+        self._seats = torch.from_numpy(seats)  # positions counted from place 0, which is what a window is measured in
+        self.positions, self.trunks = torch.from_numpy(positions), torch.from_numpy(trunks)
+        self.ancestors = torch.from_numpy(ancestors)
         self._layouts: dict[tuple[int, torch.Size], _Layout] = {}
+
+    @classmethod
+    def from_seats(cls, seats: torch.Tensor, shift: Sequence[int] | None = None) -> RaggedTokens:
+        """E tokens of each of the first B slots, from seats int64 [4, B, E] counted from place 0; adjacent places a row."""
+        position, place, trunk, ancestors = seats.numpy()
+        nodes = tuple(np.ascontiguousarray(x).reshape(-1) for x in (trunk, position - trunk + 1, ancestors))
+        batch, count = place.shape
+        return cls(range(batch), place[:, 0], [count] * batch, nodes=nodes, shift=shift)
+
+    @property
+    def seats(self) -> torch.Tensor:
+        """int64 [4, 1, N]: position, place, trunk and ancestors of each token."""
+        return torch.stack([self.positions, self.places, self.trunks, self.ancestors])[:, None]
 
     def layout(self, heads: int, cache: torch.Size) -> ctypes.Structure:
         """The kernels' description of these tokens over a cache of shape [2, slots, KV, span, d]; made once for all layers."""
@@ -55,7 +169,7 @@ class RaggedTokens:
         if key not in self._layouts:
             _, slots, kv_heads, span, dim = cache
             sizes = len(self.positions), len(self.offsets) - 1, heads, kv_heads, dim, slots, span
-            arrays = (self.token_slots, self.positions, self.offsets)
+            arrays = (self.token_slots, self._seats, self.places, self.trunks, self.ancestors, self.offsets)
             self._layouts[key] = _Layout(*sizes, *(x.data_ptr() for x in arrays))
         return self._layouts[key]
 
@@ -88,6 +202,14 @@ class Kernels:
         self._rotate_and_store.argtypes = [_pointer] * 5 + [_float] + [_pointer] * 3
         self._attend = getattr(library, f"paceline_attend_{suffix}")
         self._attend.argtypes = [_pointer] * 4 + [_float, _float, _int]
+        self._draft_step = getattr(library, f"paceline_draft_step_{suffix}")
+        self._draft_step.argtypes = [_pointer] * 8
+        self._multiply = getattr(library, f"paceline_multiply_{suffix}")
+        self._multiply.argtypes = [_pointer, _int, _pointer, _pointer]
+        self._follow = getattr(library, f"paceline_follow_{suffix}")
+        self._follow.argtypes = [_pointer] + [_int] * 3 + [_pointer] * 10
+        self._move_lines = getattr(library, f"paceline_move_lines_{suffix}")
+        self._move_lines.argtypes = [_pointer, _int] + [_pointer] * 3 + [_int, _pointer]
         self._draw = getattr(library, f"paceline_draw_{suffix}")
         self._draw.argtypes = [_pointer, _int, _int] + [_pointer] * 4
 
@@ -154,7 +276,7 @@ class Kernels:
         return query
 
     def attend(self, query: torch.Tensor, cache: torch.Tensor, tokens: RaggedTokens, rule: AttentionRule) -> torch.Tensor:
-        """Each query attends to the keys of its slot at positions up to its own.
+        """Each query attends to the keys of its slot that its `RaggedTokens` let it see.
 
         Args:
             query: [1, N, H, d].
@@ -170,6 +292,91 @@ class Kernels:
         layout = ctypes.addressof(tokens.layout(heads, cache.shape))
         self._attend(query.data_ptr(), cache.data_ptr(), out.data_ptr(), layout, rule.scale, rule.softcap, rule.window)
         return out
+
+    def multiply(self, x: torch.Tensor, matrix: Int8Rows) -> torch.Tensor:
+        """x: [N, inputs] → [N, outputs]."""
+        x = x.contiguous()
+        out = x.new_empty(len(x), len(matrix.scales))
+        described = matrix.address  # must outlive the call
+        self._multiply(x.data_ptr(), len(x), ctypes.addressof(described), out.data_ptr())
+        return out
+
+    def draft_step(
+        self,
+        layer: ctypes.Structure,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        cache: torch.Tensor,
+        ragged: RaggedTokens,
+        vocab: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A drafter's step over N tokens.
+
+        Args:
+            layer: Address of a `DraftLayer`.
+            tokens: int64 [N].
+            hidden: [N, hidden].
+            cache: [2, slots, KV, span, d] of the drafter.
+            ragged: Where the tokens stand.
+            vocab: Of the drafter.
+
+        Returns:
+            Outputs [N, hidden] and their logits [N, vocab].
+        """
+        tokens, hidden = tokens.contiguous(), hidden.contiguous()
+        out, logits = torch.empty_like(hidden), hidden.new_empty(len(hidden), vocab)
+        heads = ctypes.cast(ctypes.addressof(layer), ctypes.POINTER(_DraftLayer)).contents.o.inputs // cache.shape[-1]
+        layout = ragged.layout(heads, cache.shape)
+        arrays = (tokens, ragged.positions, hidden, cache)
+        addresses = [x.data_ptr() for x in arrays]
+        self._draft_step(ctypes.addressof(layer), *addresses, ctypes.addressof(layout), out.data_ptr(), logits.data_ptr())
+        return out, logits
+
+    def follow(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        nodes: torch.Tensor,
+        tree: tuple[torch.Tensor, torch.Tensor],
+        draw: DrawNumbers,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Goes down draft trees along what is drawn, drawing from rows on the way only.
+
+        Args:
+            logits: [R, V].
+            rows: int64 [S], each sequence's first row: after its last committed token; those after its nodes follow.
+            nodes: int64 [S], nodes of each tree.
+            tree: Tokens and parents of the nodes, int64 [S, N] each.
+            draw: Temperatures float32 [S], and uniforms float64 [S, N + 1], by depth.
+
+        Returns:
+            Path int64 [S, N] and how many of it were kept int64 [S]; tokens int64 [S, N + 1] drawn along it, one more than kept,
+            and their log-probs float32 [S, N + 1] as `draw` gives them.
+        """
+        logits = logits.contiguous()
+        tokens, parents = (x.contiguous() for x in tree)
+        count, width = tokens.shape
+        temperatures, uniforms = (x.contiguous() for x in draw)
+        path, drawn = torch.zeros(count, width, dtype=torch.long), torch.zeros(count, width + 1, dtype=torch.long)
+        logprobs, lengths = torch.zeros(count, width + 1), torch.zeros(count, dtype=torch.long)
+        arrays = (rows, nodes, tokens, parents, temperatures, uniforms, path, drawn, logprobs, lengths)
+        self._follow(logits.data_ptr(), logits.shape[1], count, width, *(x.data_ptr() for x in arrays))
+        return path, lengths, drawn, logprobs
+
+    def move_lines(self, layers: Sequence[torch.Tensor], slots: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Moves keys and values within their slots, in every layer.
+
+        Args:
+            layers: [2, slots, KV, span, d] each.
+            slots, sources, targets: int64 [M], a slot, the place a line is at, and where it goes; within a slot in increasing
+                order, no target after its source.
+        """
+        _, count, kv_heads, span, dim = layers[0].shape
+        layout = _Layout(0, 0, kv_heads, kv_heads, dim, count, span)
+        addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
+        arrays = (np.ascontiguousarray(x, dtype=np.int64) for x in (slots, sources, targets))
+        held = list(arrays)
+        self._move_lines(addresses, len(layers), *(x.ctypes.data for x in held), len(held[0]), ctypes.addressof(layout))
 
     def draw(self, logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draws one token a row from softmax(logits / temperature) in one pass; at temperature 0 the first of the largest.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rollout.trees.draft_tree import MOST_NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,18 +16,56 @@ class Strategy:
 
     Attributes:
         drafter: Name of the drafter, or None for plain decoding.
-        depth: Draft tokens proposed for each sequence; 0 exactly when ``drafter`` is None.
+        depth: Levels of the draft; 0 exactly when ``drafter`` is None.
+        width: Branches of a level; 1 for a chain.
+        nodes: Draft tokens of each sequence to verify; ``depth`` for a chain, which is what 0 stands for.
     """
 
     drafter: str | None = None
     depth: int = 0
+    width: int = 1
+    nodes: int = 0
 
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.depth == 0) or self.depth < 0:
             raise ValueError(f"strategy {self.drafter}:{self.depth}: name a drafter with a depth of at least 1, or neither")
+        if self.width < 1:
+            raise ValueError(f"strategy {self.drafter}: width is {self.width}, write at least 1")
+        if self.width == 1 or self.nodes == 0:
+            object.__setattr__(self, "nodes", self.depth * self.width)
+        if self.depth and self.nodes < self.depth:
+            raise ValueError(f"strategy {self}: {self.nodes} nodes cannot be {self.depth} deep")
+        if self.width * self.depth > MOST_NODES or self.nodes > MOST_NODES:
+            raise ValueError(f"strategy {self}: width × depth and nodes are at most {MOST_NODES}")
 
     def __str__(self) -> str:
-        return "plain" if self.drafter is None else f"{self.drafter}:{self.depth}"
+        if self.drafter is None:
+            return "plain"
+        return f"{self.drafter}:{self.depth}" + (f"x{self.width}/{self.nodes}" if self.width > 1 else "")
+
+    def with_nodes(self, nodes: int, depth: int) -> Strategy:
+        """The same kind of draft with that many nodes; a chain is as deep, and no deeper than ``depth``."""
+        if self.width == 1:
+            return Strategy(self.drafter, min(nodes, depth))
+        return replace(self, nodes=max(nodes, self.depth))
+
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """Reads what ``str`` writes: ``plain``, ``<drafter>:<depth>`` for a chain, ``<drafter>:<depth>x<width>/<nodes>`` for a
+        tree.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if text == "plain":
+            return cls()
+        match = re.fullmatch(r"([a-z0-9_]+):(\d+)(?:x(\d+)/(\d+))?", text)
+        if match is None:
+            raise ValueError(
+                f"strategy {text!r}: write plain, <drafter>:<depth> or <drafter>:<depth>x<width>/<nodes>, for example eagle3:5x4/12"
+            )
+        name, depth, width, nodes = match.groups()
+        return cls(name, int(depth), int(width or 1), int(nodes or 0))
 
 
 PLAIN = Strategy()
@@ -38,9 +79,9 @@ class StepFeedback:
         strategy: What was asked for.
         active: Sequences in the batch.
         context: Longest sequence.
-        width: Tokens of each sequence in the target's forward: 1 + the longest draft.
         drafted: Draft tokens of each sequence.
         accepted: How many of them were kept.
+        committed: Tokens of the step, all sequences.
         draft_seconds: Time to propose.
         forward_seconds: Time of the target's forward.
         total_seconds: Time of the whole step.
@@ -49,9 +90,9 @@ class StepFeedback:
     strategy: Strategy
     active: int
     context: int
-    width: int
     drafted: Sequence[int]
     accepted: Sequence[int]
+    committed: int
     draft_seconds: float
     forward_seconds: float
     total_seconds: float
@@ -76,6 +117,14 @@ class Selector(Protocol):
         """The drafter ``name`` was added, or has new weights."""
         ...
 
+    def state(self) -> dict[str, Any] | None:
+        """All that was learned, as JSON; None where nothing is."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` gave; ValueError for something else."""
+        ...
+
 
 class FixedSelector:
     """Always the same strategy."""
@@ -91,3 +140,10 @@ class FixedSelector:
 
     def drafter_changed(self, name: str) -> None:
         """Nothing to forget."""
+
+    def state(self) -> dict[str, Any] | None:
+        """Nothing was learned."""
+        return None
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What another selector had learned is of no use here."""

@@ -1,52 +1,80 @@
-"""The draft tree, and its simplest shape: a chain."""
+"""Draft chains: one token after another, for as long as a stop policy wants."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
+from rollout.sampling import draw
+from rollout.trees.draft_tree import DraftTree
+from rollout.trees.growth import Brancher, Uniform, log_probs, target_ids
 
-def chain_parents(batch: int, depth: int) -> torch.Tensor:
-    """Parent index of each node of a chain: int64 [batch, depth], ``-1`` (the last committed token), 0, 1, …"""
-    return torch.arange(-1, depth - 1).expand(batch, depth)
 
+class StopPolicy(Protocol):
+    """Decides before each draft token but the first whether it is drawn.
 
-@dataclass(slots=True)
-class DraftTree:
-    """Draft tokens of a batch, ragged by ``lengths``.
-
-    Attributes:
-        tokens: int64 [B, N], target token ids; entries past ``lengths`` are arbitrary valid ids.
-        parents: int64 [B, N], index of each node's parent, ``-1`` for the last committed token.
-        lengths: int64 [B] on the CPU, how many of the N nodes of each row are real: what shapes the next forward must not wait for
-            a GPU.
-        probs: float32 [B, N, W], the distribution node i was *drawn from*, over the drafter's W tokens; or None when the
-            tokens are deterministic, that is, a function of what is already committed.
-        vocabulary: int64 [W], target ids of the drafter's tokens; None when W is the target's vocabulary.
+    It may look at the drafter's distribution for it, and at the tokens before it; never at the token itself, which would leave
+    those that are kept with another distribution than was reported.
     """
 
-    tokens: torch.Tensor
-    parents: torch.Tensor
-    lengths: torch.Tensor
-    probs: torch.Tensor | None = None
-    vocabulary: torch.Tensor | None = None
+    def begin(self, batch: int) -> None:
+        """A new draft of ``batch`` rows."""
+        ...
 
-    def narrow(self, depth: int) -> DraftTree:
-        """The first ``depth`` nodes, which must include every real one."""
-        if depth == self.tokens.shape[1]:
-            return self
-        probs = None if self.probs is None else self.probs[:, :depth]
-        return replace(self, tokens=self.tokens[:, :depth], parents=self.parents[:, :depth], probs=probs)
+    def go_on(self, log_q: torch.Tensor) -> torch.Tensor:
+        """bool [B]: which rows draw their next token, given its log-probs float32 [B, W]."""
+        ...
 
-    def to(self, device: torch.device) -> DraftTree:
-        """The same draft on ``device``."""
-        probs = None if self.probs is None else self.probs.to(device)
-        vocabulary = None if self.vocabulary is None else self.vocabulary.to(device)
-        return DraftTree(self.tokens.to(device), self.parents.to(device), self.lengths, probs, vocabulary)
+    def drawn(self, log_q: torch.Tensor, columns: torch.Tensor) -> None:
+        """The tokens int64 [B] that were drawn from it."""
+        ...
 
 
-def no_draft(batch: int, device: torch.device) -> DraftTree:
-    """A draft of no tokens."""
-    nothing = torch.zeros(batch, 0, dtype=torch.long)
-    return DraftTree(nothing, chain_parents(batch, 0), torch.zeros(batch, dtype=torch.long)).to(device)
+def grow_chain(
+    brancher: Brancher,
+    depth: int,
+    uniform: Uniform | None = None,
+    greedy: torch.Tensor | None = None,
+    stop: StopPolicy | None = None,
+) -> DraftTree:
+    """A chain of up to ``depth`` tokens for each row.
+
+    Args:
+        brancher: The drafter.
+        depth: Most tokens.
+        uniform: The step's numbers, to draw from the drafter's distribution; None takes the likeliest token each time, a
+            function of what is committed.
+        greedy: bool [B], rows that take the likeliest token even so (it is then all of the distribution it was drawn from).
+        stop: When to end earlier; None never does.
+    """
+    logits = brancher.root()
+    batch = len(logits)
+    alive = torch.ones(batch, dtype=torch.bool, device=logits.device)
+    lengths = torch.zeros(batch, dtype=torch.long)
+    tokens, probs = [], []
+    if stop is not None:
+        stop.begin(batch)
+    for level in range(depth):
+        log_q = log_probs(logits, brancher.temperatures) if stop is not None or uniform is not None else logits
+        if stop is not None and level > 0:
+            alive = alive & stop.go_on(log_q)
+            if not bool(alive.any()):
+                break
+        columns = log_q.argmax(-1)
+        if uniform is not None:
+            q = log_q.exp()
+            if greedy is not None:
+                q = torch.where(greedy[:, None], torch.zeros_like(q).scatter_(-1, columns[:, None], 1.0), q)
+            columns = draw(q, uniform(level, 1)[:, 0])
+            probs.append(q)
+        if stop is not None:
+            stop.drawn(log_q, columns)
+        lengths += 1 if stop is None else alive.cpu().long()
+        tokens.append(target_ids(columns, brancher.vocabulary))
+        if level + 1 < depth:
+            above = torch.full((batch, 1), level - 1, device=logits.device)
+            logits = brancher.expand(tokens[-1][:, None], above)[:, 0]
+    if uniform is None:
+        return DraftTree(torch.stack(tokens, 1), lengths)
+    return DraftTree(torch.stack(tokens, 1), lengths, None, torch.stack(probs, 1), brancher.vocabulary)

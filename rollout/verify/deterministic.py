@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from rollout.trees.chain import DraftTree
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """Outcome for each row.
-
-    Attributes:
-        accepted: int64 [B], how many leading draft tokens are kept.
-        next_token: int64 [B], the token that follows them.
-    """
-
-    accepted: torch.Tensor
-    next_token: torch.Tensor
+from rollout.trees import DraftTree, child_table
+from rollout.verify.outcome import Verification, chain_path, leading_run
 
 
 def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:
-    """Keeps the draft while it equals what the target itself draws.
+    """Walks down the tree while what the target itself draws is there.
 
-    Theorem (Leviathan et al., arXiv 2211.17192, Algorithm 1 with q = δ_x). Let y be drawn from the target's distribution p at
-    a node. Keep the draft token x exactly when y = x: it is kept with probability p(x) = min(1, p(x)/q(x)), and given y ≠ x the
-    token y has distribution p without x, which is the residual max(0, p − q) normalised. So the committed token has
-    distribution p. It is moreover *the token that plain decoding draws with the same random number*: by induction the
+    Theorem (Leviathan et al., arXiv 2211.17192, Algorithm 1 with q = δ_x, for each child in turn). Let y be drawn from the
+    target's distribution p at a node with children S. Go on to the child y where y ∈ S: that has probability p(S), and y is the
+    committed token either way, so it has distribution p. No verifier accepts more often than p(S) when S is fixed, because an
+    accepted token lies in S. It is moreover *the token that plain decoding draws with the same random number*: by induction the
     committed tokens are those of plain decoding with the same seed, not only equal in law. At temperature 0, y is the argmax,
-    and they are those of greedy decoding.
+    and they are those of greedy decoding (Stern et al., arXiv 1811.03115, section 3).
 
     Args:
-        drawn: int64 [B, N + 1], the target's draw after the root and after each draft token.
-        draft: A chain of N nodes; its ``probs`` must be None.
+        drawn: int64 [B, N + 1], the target's draw after the last committed token and after each node; nodes of one depth share
+            their random number.
+        draft: A chain or tree of N nodes, siblings distinct; its ``probs`` must be None.
     """
-    accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths.to(drawn.device))
-    return Verification(accepted, drawn.gather(1, accepted[:, None])[:, 0])
-
-
-def leading_run(kept: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Length of each row's leading run of True within its first ``lengths`` entries. bool [B, N], int64 [B] → int64 [B]."""
-    inside = torch.arange(kept.shape[1], device=kept.device) < lengths[:, None]
-    return (kept & inside).long().cumprod(-1).sum(-1)
+    if draft.parents is None:
+        accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths)
+        return Verification(chain_path(draft), accepted, drawn.gather(1, accepted[:, None])[:, 0])
+    table = child_table(draft)
+    rows = torch.arange(len(drawn), device=drawn.device)
+    node, alive = torch.full_like(rows, -1), torch.ones_like(rows, dtype=torch.bool)
+    accepted, path = torch.zeros_like(rows), torch.zeros_like(draft.tokens)
+    for level in range(draft.nodes):
+        children = table[rows, node + 1]
+        hit = (children >= 0) & (draft.tokens.gather(1, children.clamp(min=0)) == drawn[rows, node + 1, None])
+        alive = alive & hit.any(-1)
+        node = torch.where(alive, torch.where(hit, children, 0).sum(-1), node)
+        path[:, level] = node
+        accepted = accepted + alive
+        if drawn.device.type == "cpu" and not bool(alive.any()):
+            break
+    return Verification(path, accepted, drawn[rows, node + 1])

@@ -59,7 +59,7 @@ def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
     right = 0
     for anchor in range(anchors - 2):
         sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
-        tokens = drafter.propose(DraftContext([sequence], taps), 2).tokens[0]
+        tokens = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 2)).tokens[0]
         drafter.release(0)
         assert tokens[0] == eagle.vocabulary[step0[anchor].argmax()]
         if tokens[0] == trace.token_ids[anchor + 2]:
@@ -79,7 +79,7 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     taps = torch.zeros(1, 64, 4, 64)
     taps[0, : len(trace.taps), :3] = trace.taps.view(-1, 3, 64)
     sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
-    drafted = drafter.propose(DraftContext([sequence], taps), 3).tokens[0]
+    drafted = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 3)).tokens[0]
     text = torch.cat([trace.token_ids[: anchor + 2], drafted])
     followed = DistillationTrace(text, 3, trace.taps[: len(text) - 1], trace.final[: len(text) - 1])
     seen = []

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from rl.errors import UserError
-from rl.run_state import find_checkpoint, keep_first_lines, load_optimizer, save_checkpoint, save_optimizer
+from rl.run_state import (
+    Checkpoint,
+    find_checkpoint,
+    keep_first_lines,
+    load_optimizer,
+    load_selector_state,
+    save_checkpoint,
+    save_optimizer,
+)
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -54,6 +62,7 @@ def save(run, steps_done, tokenizer):
         optimizer=stepped(model),
         drafter=drafter,
         drafter_optimizer=torch.optim.AdamW(drafter.parameters()),
+        selector={"cost": {}},
     )
 
 
@@ -106,3 +115,11 @@ def test_metrics_are_cut_back(tmp_path):
     keep_first_lines(path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     keep_first_lines(tmp_path / "absent.jsonl", 3)
+
+
+def test_a_broken_selector_state_is_named_and_a_missing_one_is_none(tmp_path):
+    checkpoint = Checkpoint(tmp_path, 1)
+    assert load_selector_state(checkpoint) is None
+    (tmp_path / "selector.json").write_text('{"cost": ')
+    with pytest.raises(UserError, match="truncated"):
+        load_selector_state(checkpoint)

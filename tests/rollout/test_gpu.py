@@ -13,7 +13,9 @@ def greedy_requests() -> list[Request]:
     return [Request([1 + i, 2, 3], SamplingParams(temperature=0, max_tokens=10 + 3 * i), group=i % 2) for i in range(12)]
 
 
-@pytest.mark.parametrize("strategy", ["plain", Strategy("suffix", 4), Strategy("eagle3", 3), "adaptive"], ids=str)
+@pytest.mark.parametrize(
+    "strategy", ["plain", Strategy("suffix", 4), Strategy("eagle3", 3), "eagle3:4x3/8", "suffix:4x2/6", "adaptive"], ids=str
+)
 def test_graphs_give_the_tokens_of_generate(strategy):
     model = tiny_llama().cuda()
     engine = engine_for(model)

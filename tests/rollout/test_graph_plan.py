@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rollout import Request, RolloutEngine, SamplingParams, Strategy
+from rollout.attention import chain_seats
 from rollout.drafters import SuffixDrafter
 from rollout.graph_plan import NODE_BYTES, GraphKey, ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
 from rollout.graph_pool import GraphPool, PlainCapturer
@@ -50,7 +51,7 @@ def requests() -> list[Request]:
     return [Request([1 + i % 7, 2, 3 + i], SamplingParams(max_tokens=20 + 9 * i), seed=i, group=i % 3) for i in range(12)]
 
 
-@pytest.mark.parametrize("strategy", ["plain", Strategy("suffix", 4), Strategy("suffix", 5)], ids=str)
+@pytest.mark.parametrize("strategy", ["suffix:3x2/5", "plain", Strategy("suffix", 4), Strategy("suffix", 5)], ids=str)
 def test_bucketed_decoding_gives_the_same_tokens(strategy, monkeypatch):
     """Padding to buckets of sequences and of tokens, over several spans, changes nothing."""
     import rollout.layer_probe as layer_probe
@@ -112,21 +113,24 @@ def test_what_is_not_captured_falls_back_and_is_counted():
     keys = plan_keys("target", (1, 2), (1, 2), (16,), max_rows=4)
     plan = plan_graphs(LLAMA_8B, keys)
 
-    def forward(tokens, positions, carried, span):
+    def seats(batch, width):
+        return chain_seats(torch.arange(width).expand(batch, width))
+
+    def forward(tokens, seats, carried, span):
         return torch.nn.functional.one_hot(tokens, 10).float(), None
 
     pool = GraphPool(forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=PlainCapturer())
-    assert pool.run(torch.tensor([[1], [2], [3]]), [0, 0, 0], 16, 4) is None
-    assert pool.run(torch.tensor([[1, 2, 3]]), [0], 16, 4) is None
-    assert pool.run(torch.tensor([[1], [2]]), [0, 0], 16, 1) is None
-    assert pool.run(torch.tensor([[7]]), [3], 32, 4)[0].argmax().item() == 7, "a span met late is captured then"
+    assert pool.run(torch.tensor([[1], [2], [3]]), seats(3, 1), 16, 4) is None
+    assert pool.run(torch.tensor([[1, 2, 3]]), seats(1, 3), 16, 4) is None
+    assert pool.run(torch.tensor([[1], [2]]), seats(2, 1), 16, 1) is None
+    assert pool.run(torch.tensor([[7]]), seats(1, 1), 32, 4)[0].argmax().item() == 7, "a span met late is captured then"
 
     class Failing:
         def capture(self, run):
             raise RuntimeError("no memory\nand more")
 
     failing = GraphPool(forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=Failing())
-    assert failing.run(torch.tensor([[7]]), [3], 32, 4) is None
+    assert failing.run(torch.tensor([[7]]), seats(1, 1), 32, 4) is None
     assert dict(failing.fallbacks) == {"capture failed: no memory": 1}
     assert sum(pool.fallbacks.values()) == 3
     assert len(pool.fallbacks) == 2

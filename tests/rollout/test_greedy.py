@@ -6,7 +6,15 @@ import torch
 from rollout import PLAIN, FinishReason, Request, SamplingParams, Strategy
 from tests.support import engine_for, tiny_llama
 
-STRATEGIES = [PLAIN, Strategy("suffix", 4), Strategy("eagle3", 3), Strategy("adversarial", 3), "adaptive"]
+STRATEGIES = [
+    PLAIN,
+    Strategy("suffix", 4),
+    Strategy("eagle3", 3),
+    Strategy("adversarial", 3),
+    Strategy("eagle3", 4, 3, 9),
+    Strategy("suffix", 4, 2, 6),
+    "adaptive",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def test_equals_generate(model, requests_and_references, strategy, reverse):
     requests, references = requests_and_references
     if reverse:
         requests, references = requests[::-1], references[::-1]
-    engine = engine_for(model)
+    engine = engine_for(model, max_nodes=9)
     engine.use_strategy(strategy)
     rollouts = engine.generate(requests)
     assert [r.token_ids for r in rollouts] == references

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rollout import PLAIN, Request, SamplingParams, Strategy
+from rollout.drafters import DraftRules
 from rollout.sampling import processed_probs
 from tests.support import engine_for, tiny_llama
 
@@ -11,10 +12,14 @@ PARAMS = [SamplingParams(max_tokens=25), SamplingParams(temperature=0.7, top_k=3
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=["T=1", "T=0.7 top-k top-p"])
-@pytest.mark.parametrize("strategy", [PLAIN, Strategy("suffix", 4), Strategy("eagle3", 3), Strategy("adversarial", 3)], ids=str)
+@pytest.mark.parametrize(
+    "strategy",
+    [PLAIN, Strategy("suffix", 4), Strategy("eagle3", 3), Strategy("eagle3", 3, 2, 5), Strategy("adversarial", 3)],
+    ids=str,
+)
 def test_equal_a_full_forward(strategy, params):
     model = tiny_llama(97, sharpness=4.0)
-    engine = engine_for(model, eagle3_sampling=True)
+    engine = engine_for(model, rules=DraftRules("static", "replacement"))
     engine.use_strategy(strategy)
     for rollout in engine.generate([Request([3, 1, 4, 1, 5, i], params, seed=i, group=0) for i in range(12)]):
         ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])

@@ -9,10 +9,9 @@ from scipy import stats
 
 import rollout.verify.chain as chain
 from rollout import Request, SamplingParams, Strategy
+from rollout.drafters import DraftRules
 from rollout.sampling import draw, processed_probs
-from rollout.trees.chain import DraftTree, chain_parents
-from rollout.verify import ChainUniforms, verify_chain
-from tests.support import AdversarialDrafter, engine_for, tiny_llama
+from tests.support import AdversarialDrafter, engine_for, full_engine, tiny_llama
 
 VOCAB = 6
 PROMPT = [1, 4, 2, 4]
@@ -69,99 +68,122 @@ def model():
     return tiny_llama(VOCAB, layers=2, sharpness=12.0)
 
 
-DRAFTERS = [("suffix", {}), ("eagle3", {"eagle3_sampling": True}), ("adversarial", {})]
+DRAWN = DraftRules("static", "without_replacement")
+CASES = [
+    ("suffix:2", {}),
+    ("suffix:2x2/4", {}),
+    ("ngram:2", {}),
+    ("consensus:2x2/4", {}),
+    ("recycling:2x3/5", {}),
+    ("stand:2x3/6", {}),
+    ("clasp:2", {"rules": DRAWN}),
+    ("draft_model:2x3/6", {"rules": DRAWN}),
+    ("composite:2x2/4", {}),
+    ("eagle3:2", {"rules": DRAWN}),
+    ("eagle3:2", {"rules": DRAWN, "verifier": "block"}),
+    ("eagle3:2x3/6", {}),
+    ("eagle3:2x3/6", {"rules": DraftRules("opt_tree")}),
+    ("eagle3:2x3/6", {"rules": DRAWN}),
+    ("eagle3:2x3/6", {"rules": DraftRules("static", "replacement"), "verifier": "spectr"}),
+    ("eagle3:2x3/6", {"rules": DraftRules("dyspec", "without_replacement")}),
+    ("eagle3:3", {"rules": DraftRules("static", "replacement", "svip", 1.2)}),
+    ("eagle3:3", {"rules": DraftRules("static", "replacement", "specdec", 0.6)}),
+    ("adversarial:2", {}),
+    ("adversarial:2", {"verifier": "block"}),
+]
+NAMES = [f"{i} {strategy}" for i, (strategy, _) in enumerate(CASES)]
 CUTS = [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}]
 
 
+@pytest.mark.parametrize(("case", "cut"), [(case, CUTS[i % 4]) for i, case in enumerate(CASES)], ids=NAMES)
+def test_engine_joint_distribution(model, case, cut):
+    """Every drafter, tree, verifier and stop policy, and every sampling setting with some of them; all pairs on demand."""
+    check_case(model, case, cut, samples=60_000)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize(("drafter", "options"), DRAFTERS, ids=lambda x: str(x))
-def test_engine_joint_distribution(model, drafter, options, cut):
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_engine_joint_distribution_of_every_pair(model, case, cut):
+    check_case(model, case, cut, samples=200_000)
+
+
+def check_case(model, case, cut, samples) -> None:
+    strategy, options = case
     params = SamplingParams(max_tokens=3, **cut)
-    engine = engine_for(model, slots=1000, context=16, max_depth=2, **options)
-    counts = joint_counts(engine, Strategy(drafter, 2), params, samples=200_000)
+    engine = full_engine(model, slots=1000, context=16, max_nodes=6, rules=options.get("rules"))
+    engine.verify_with(options.get("verifier"))
+    counts = joint_counts(engine, strategy, params, samples)
     assert chi_square_p(counts, exact_joint(model, params)) > ALPHA
 
 
-def pure_counts(samples: int, sampled: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The verifier alone on a fixed two-step process: counts of (t1, t2), and their exact joint."""
-    g = torch.Generator().manual_seed(seed)
-    p = torch.softmax(torch.randn(1 + VOCAB, VOCAB, generator=g) * 1.5, -1)  # row 0: first token; row 1 + t: after t
-    q = torch.softmax(torch.randn(VOCAB, generator=g) * 1.5, -1).expand(samples, 1, VOCAB)
-    token = torch.multinomial(q[0, 0], samples, replacement=True, generator=g)
-    draft = DraftTree(token[:, None], chain_parents(samples, 1), torch.ones(samples, dtype=torch.long), q if sampled else None)
-    target = torch.stack([p[0].expand(samples, VOCAB), p[1 + token]], 1)
-    u = ChainUniforms(
-        torch.rand(samples, 2, dtype=torch.float64, generator=g), torch.rand(samples, 1, dtype=torch.float64, generator=g)
-    )
-    out = verify_chain(target, draft, u)
-    first = torch.where(out.accepted > 0, token, out.next_token)
-    fresh = draw(p[1 + first], torch.rand(samples, dtype=torch.float64, generator=g))
-    second = torch.where(out.accepted > 0, out.next_token, fresh)
-    counts = np.zeros((VOCAB, VOCAB))
-    np.add.at(counts, (first.numpy(), second.numpy()), 1)
-    return counts, (p[0][:, None] * p[1:]).double().numpy()
+class Restless:
+    """A selector that jumps between strategies by chance and by how much of the last draft was accepted."""
+
+    def __init__(self, strategies) -> None:
+        self._strategies = [Strategy.parse(s) for s in strategies]
+        self._random, self._last = np.random.default_rng(0), 0
+
+    def choose(self, active, context):
+        return self._strategies[(self._last + self._random.integers(2)) % len(self._strategies)]
+
+    def record(self, feedback) -> None:
+        self._last = sum(feedback.accepted) % len(self._strategies)
+
+    def drafter_changed(self, name) -> None: ...
 
 
-@pytest.mark.parametrize("sampled", [True, False])
-def test_verifier_alone(sampled):
-    counts, joint = pure_counts(1_000_000, sampled)
-    assert chi_square_p(counts, joint / joint.sum()) > ALPHA
-
-
-def test_the_test_sees_a_wrong_residual(monkeypatch):
-    """Drawing from p instead of the residual after a rejection is the classic mistake: the tests above must notice it."""
-    monkeypatch.setattr(chain, "residual", lambda p, q, vocabulary: p)
-    counts, joint = pure_counts(1_000_000, sampled=True)
-    assert chi_square_p(counts, joint / joint.sum()) < 1e-6
+def test_switching_strategies_on_past_acceptance_keeps_the_law(model):
+    params = SamplingParams(max_tokens=3)
+    engine = full_engine(model, slots=50, context=16, max_nodes=6, rules=DRAWN)
+    counts = np.zeros((VOCAB,) * 3)
+    engine.selector = Restless(["plain", "suffix:2", "eagle3:2x3/6", "eagle3:2", "adversarial:1"])
+    for start in range(0, 60_000, 20_000):
+        for rollout in engine.stream([Request(PROMPT, params, seed=start + i, group="g") for i in range(20_000)]):
+            counts[tuple(rollout.token_ids)] += 1
+    assert chi_square_p(counts, exact_joint(model, params)) > ALPHA
 
 
 def test_the_engine_test_sees_a_wrong_residual(model, monkeypatch):
-    monkeypatch.setattr(chain, "residual", lambda p, q, vocabulary: p)
+    monkeypatch.setattr(chain, "residual", lambda p, q, ids: p)
     params = SamplingParams(max_tokens=3)
-    engine = engine_for(model, slots=1000, context=16, max_depth=2)
+    engine = engine_for(model, slots=1000, context=16, max_nodes=2)
     counts = joint_counts(engine, Strategy("adversarial", 2), params, samples=40_000)
     assert chi_square_p(counts, exact_joint(model, params)) < 1e-6
 
 
-def test_the_test_sees_a_wrong_acceptance(monkeypatch):
-    """Accepting with probability p(x) instead of min(1, p(x)/q(x)) must be noticed too."""
-    monkeypatch.setattr(chain, "_draft_mass", lambda draft: torch.ones(draft.tokens.shape))
-    counts, joint = pure_counts(1_000_000, sampled=True)
-    assert chi_square_p(counts, joint / joint.sum()) < 1e-6
-
-
-def test_acceptance_rate_is_the_overlap():
-    """P(accept) = Σ min(p, q) (Leviathan et al., theorem 3.5)."""
-    g = torch.Generator().manual_seed(3)
-    p, q = torch.softmax(torch.randn(2, VOCAB, generator=g), -1)
-    n = 400_000
-    token = torch.multinomial(q, n, replacement=True, generator=g)
-    draft = DraftTree(token[:, None], chain_parents(n, 1), torch.ones(n, dtype=torch.long), q.expand(n, 1, VOCAB))
-    u = ChainUniforms(torch.rand(n, 2, dtype=torch.float64, generator=g), torch.rand(n, 1, dtype=torch.float64, generator=g))
-    rate = verify_chain(p.expand(n, 2, VOCAB), draft, u).accepted.double().mean()
-    assert abs(float(rate) - float(torch.minimum(p, q).sum())) < 4 * 0.5 / n**0.5
+DETERMINISTIC = (
+    "suffix:5",
+    "suffix:4x3/10",
+    "ngram:4",
+    "consensus:4x2/6",
+    "recycling:4x4/12",
+    "eagle3:4",
+    "eagle3:4x3/9",
+    "composite:4x3/9",
+    "clasp:3",
+    "draft_model:4x3/10",
+)
 
 
 def test_deterministic_drafts_give_the_tokens_of_plain_decoding():
     """Stronger than equal in law: with the same seeds, suffix and greedy EAGLE-3 drafts change no token."""
     model = tiny_llama(97, sharpness=6.0)
-    engine = engine_for(model, slots=6)
+    engine = full_engine(model, slots=6, max_nodes=12)
     requests = [Request([5, 6, 7, i % 3], SamplingParams(max_tokens=50), seed=i, group=i % 3) for i in range(18)]
     plain = [r.token_ids for r in engine.generate(requests)]
-    for strategy in (Strategy("suffix", 5), Strategy("eagle3", 4)):
+    for strategy in DETERMINISTIC:
         engine.use_strategy(strategy)
         assert [r.token_ids for r in engine.generate(requests)] == plain
 
 
-@pytest.mark.parametrize("strategy", ["plain", Strategy("suffix", 4), Strategy("eagle3", 3), Strategy("adversarial", 3)], ids=str)
+@pytest.mark.parametrize("strategy", ["plain", "suffix:4", "eagle3:3", "eagle3:3x3/7", "draft_model:2x2/4", "adversarial:3"])
 def test_a_result_does_not_depend_on_its_neighbours(strategy):
     model = tiny_llama(97, sharpness=6.0)
     requests = [Request([5, 6, i], SamplingParams(max_tokens=20), seed=i) for i in range(10)]
-    together, alone = engine_for(model, slots=4, eagle3_sampling=True), engine_for(model, slots=1, eagle3_sampling=True)
-    if strategy == Strategy(
-        "adversarial", 3
-    ):  # its own randomness is a stream over calls; only deterministic-by-seed drafters qualify
-        together.drafters["adversarial"] = alone.drafters["adversarial"] = AdversarialDrafter(97, sampled=False)
+    together, alone = (full_engine(model, slots=slots, rules=DRAWN) for slots in (4, 1))
+    # its own randomness is a stream over calls; only drafters that are deterministic by seed qualify
+    together.drafters["adversarial"] = alone.drafters["adversarial"] = AdversarialDrafter(97, sampled=False)
     for engine in (together, alone):
         engine.use_strategy(strategy)
     expected = [alone.generate([r])[0].token_ids for r in requests]

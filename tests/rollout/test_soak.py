@@ -55,7 +55,7 @@ def alone(model):
 
 def test_ten_thousand_requests(model, alone):
     rng = random.Random(1)
-    engine = engine_for(model, slots=16, context=160, max_depth=3, kv_memory_bytes=2_000_000, prefill_tokens=64)
+    engine = engine_for(model, slots=16, context=160, max_nodes=8, kv_memory_bytes=2_000_000, prefill_tokens=64)
     engine.use_strategy("adaptive")
     prompts = list(alone)
     served = cancelled = broken = preempted = 0

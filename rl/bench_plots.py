@@ -1,0 +1,116 @@
+"""Pictures of the speculation benchmarks, from their JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Rows = list[dict[str, Any]]
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """A picture beside each of the drafters, sharing, positions, verifiers and selection files that is there."""
+    drawers = {
+        "drafters": _drafters,
+        "sharing": _sharing,
+        "positions": _positions,
+        "verifiers": _verifiers,
+        "selection": _selection,
+    }
+    drawn = []
+    for name, drawer in drawers.items():
+        source = folder / f"{name}.json"
+        if source.is_file():
+            data = json.loads(source.read_text(encoding="utf-8"))
+            tables = {key: value for key, value in data.items() if isinstance(value, list)}
+            figure = drawer(tables)
+            figure.tight_layout()
+            figure.savefig(source.with_suffix(".png"))
+            plt.close(figure)
+            drawn.append(source.with_suffix(".png"))
+    return drawn
+
+
+def _drafters(tables: dict[str, Rows]) -> plt.Figure:
+    cells: dict[tuple[float, str], Rows] = defaultdict(list)
+    for row in tables["rows"]:
+        cells[row["temperature"], row["batch"]].append(row)
+    figure, axes = plt.subplots(1, len(cells), figsize=(4.2 * len(cells), 6), dpi=90, squeeze=False)
+    for ax, ((temperature, batch), rows) in zip(axes[0], cells.items(), strict=True):
+        rows = sorted(rows, key=lambda r: r["ratio"])
+        names = [r["strategy"] + (f"  {r['rules']}" if r["rules"] else "") for r in rows]
+        ax.barh(names, [r["ratio"] for r in rows], color="#4878d0")
+        for y, r in enumerate(rows):
+            ax.text(r["ratio"], y, f" {r['acceptance_length']:.2f}", va="center", fontsize=6)
+        ax.axvline(1, color="grey", lw=0.8)
+        ax.tick_params(labelsize=6)
+        ax.set_title(f"T = {temperature}, {batch} sequences: ÷ plain\n(accepted length at the bars)", fontsize=8)
+    return figure
+
+
+def _sharing(tables: dict[str, Rows]) -> plt.Figure:
+    figure, ax = plt.subplots(figsize=(6, 3.5), dpi=90)
+    lines: dict[tuple[bool, int], Rows] = defaultdict(list)
+    for row in tables["rows"]:
+        lines[row["shared"], row["epoch"]].append(row)
+    for (shared, epoch), rows in lines.items():
+        style = "o-" if shared else "o:"
+        label = f"epoch {epoch + 1}, {'shared' if shared else 'alone'}"
+        ax.plot(
+            [r["sample"] + 1 for r in rows], [r["acceptance_length"] for r in rows], style, color=f"C{epoch}", ms=3, label=label
+        )
+    ax.set(xlabel="sample of the group", ylabel="acceptance length, suffix:4")
+    ax.legend(fontsize=7, ncol=2)
+    return figure
+
+
+def _positions(tables: dict[str, Rows]) -> plt.Figure:
+    figure, ax = plt.subplots(figsize=(6, 3.5), dpi=90)
+    lines: dict[tuple[str, int | None], Rows] = defaultdict(list)
+    for row in tables["rows"]:
+        lines[row["drafter"], row["window"]].append(row)
+    for (drafter, window), rows in lines.items():
+        label = drafter if drafter == "suffix" else f"{drafter}, " + ("all tokens" if window is None else f"window {window}")
+        ax.plot([r["until"] for r in rows], [r["tokens_per_step"] for r in rows], marker="o", ms=3, label=label)
+    ax.set(xlabel="position in the text", ylabel="acceptance length, chains of 3")
+    ax.legend(fontsize=8)
+    return figure
+
+
+def _verifiers(tables: dict[str, Rows]) -> plt.Figure:
+    bounds = {name: rows for name, rows in tables.items() if name.startswith("bounds")}
+    figure, axes = plt.subplots(1, len(bounds), figsize=(5 * len(bounds), 3.6), dpi=90, squeeze=False)
+    for ax, (name, rows) in zip(axes[0], bounds.items(), strict=True):
+        k = [r["candidates"] for r in rows]
+        for key, style in (
+            ("bound_without", "k--"),
+            ("without_replacement", "C0o-"),
+            ("bound_with", "k:"),
+            ("spectr", "C1o-"),
+            ("with_replacement", "C2o-"),
+            ("deterministic", "C3o-"),
+        ):
+            ax.plot(k, [r[key] for r in rows], style, ms=3, label=key.replace("_", " "))
+        ax.set(xlabel="candidates", ylabel="P(one is accepted)", title=name.removeprefix("bounds, "), xticks=k)
+        ax.legend(fontsize=7)
+    return figure
+
+
+def _selection(tables: dict[str, Rows]) -> plt.Figure:
+    rows = [row for name, table in tables.items() if name.startswith("selection") for row in table]
+    figure, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 6), dpi=90, squeeze=False)
+    for ax, row in zip(axes[0], rows, strict=True):
+        fixed = sorted(row["fixed"].items(), key=lambda item: item[1])
+        ax.barh([name for name, _ in fixed], [speed for _, speed in fixed], color="#b0b0b0")
+        ax.axvline(row["adaptive"], color="C3", lw=1.2, label="bandit")
+        ax.tick_params(labelsize=6)
+        ax.set_title(f"{row['batch']} sequences: tokens/s", fontsize=9)
+        ax.legend(fontsize=7)
+    return figure

@@ -1,0 +1,110 @@
+"""The bandit against every fixed strategy, and what speculation can give on a whole batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from rl.bench import RolloutBench, Workload
+from rollout import PLAIN, RolloutEngine
+from rollout.strategy import default_arms
+
+_LEAST_STEPS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRow:
+    """One batch size: tokens a second of every fixed strategy, and of the bandit once it has seen 200 steps.
+
+    Attributes:
+        batch: Concurrent sequences.
+        fixed: Tokens a second by strategy.
+        adaptive: Tokens a second of the bandit, after 200 steps of other requests of the same size.
+        chosen: How often it chose what, in the measured pass.
+    """
+
+    batch: str
+    fixed: dict[str, float]
+    adaptive: float
+    chosen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def best(self) -> str:
+        """The fastest fixed strategy."""
+        return max(self.fixed, key=self.fixed.__getitem__)
+
+    @property
+    def share_of_best(self) -> float:
+        """The bandit's speed over the best fixed strategy's."""
+        return self.adaptive / self.fixed[self.best]
+
+    @property
+    def over_plain(self) -> float:
+        """The bandit's speed over plain decoding's."""
+        return self.adaptive / self.fixed["plain"]
+
+
+def compare_selection(bench: RolloutBench, batches: list[str], say: Callable[[str], None]) -> list[SelectionRow]:
+    """Exhaustive search over the default arms at each batch size, then the bandit."""
+    rows = []
+    for w in bench.workloads(batches):
+        engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
+        arms = [PLAIN, *(arm for name in engine.drafters for arm in default_arms(name, engine.max_nodes))]
+        fixed = {str(arm): bench.measure(w, str(arm), arm, engine).tokens_per_second for arm in arms}
+        row = _adaptive(bench, w, engine, fixed)
+        say(
+            f"{w.name:>3}: best {row.best} {row.fixed[row.best]:.1f} tokens/s, bandit {row.adaptive:.1f} "
+            f"({row.share_of_best:.1%} of it, {row.over_plain:.2f} x plain)"
+        )
+        rows.append(row)
+    return rows
+
+
+def _adaptive(bench: RolloutBench, w: Workload, engine: RolloutEngine, fixed: dict[str, float]) -> SelectionRow:
+    engine.use_strategy("adaptive")
+    seen = passes = 0
+    while seen < _LEAST_STEPS:  # a text that drafters have seen before would teach it that they are always right
+        bench.forget(engine)
+        engine.generate([replace(r, seed=r.seed + passes) for r in w.warm])
+        seen, passes = seen + len(engine.records), passes + 1
+    measured = bench.measure(w, "adaptive", None, engine)
+    return SelectionRow(w.name, fixed, measured.tokens_per_second, dict(Counter(r.strategy for r in engine.records)))
+
+
+@dataclass(frozen=True, slots=True)
+class AmdahlRow:
+    """A whole batch, and the most that speculation could give on it.
+
+    Attributes:
+        workload: Its name.
+        plain_seconds, adaptive_seconds: Wall time.
+        ratio: Of the two.
+        bound: Plain time over what would be left if every decode forward committed a whole draft of ``max_nodes`` tokens at the
+            price of a plain one: prefill and 1 / (max_nodes + 1) of the decoding.
+        tail_ratio: Of the time with at most four sequences active; None where plain decoding never had so few.
+    """
+
+    workload: str
+    plain_seconds: float
+    adaptive_seconds: float
+    ratio: float
+    bound: float
+    tail_ratio: float | None
+
+
+def measure_whole_batch(bench: RolloutBench, w: Workload) -> AmdahlRow:
+    """Plain and adaptive on a batch whose sequences end at different times."""
+    engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
+    plain = bench.measure(w, "plain", PLAIN, engine)
+    tail_plain = _tail_seconds(engine)
+    adaptive = bench.measure(w, "adaptive", "adaptive", engine)
+    assert plain.prefill_seconds is not None
+    least = plain.prefill_seconds + (plain.seconds - plain.prefill_seconds) / (engine.max_nodes + 1)
+    tail = _tail_seconds(engine)
+    tail_ratio = tail_plain / tail if tail_plain > 0 and tail > 0 else None
+    return AmdahlRow(w.name, plain.seconds, adaptive.seconds, plain.seconds / adaptive.seconds, plain.seconds / least, tail_ratio)
+
+
+def _tail_seconds(engine: RolloutEngine) -> float:
+    return sum(r.feedback.total_seconds for r in engine.records if r.active <= 4)

@@ -1,0 +1,55 @@
+"""Deterministic drafts from whatever says what may follow."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from rollout.strategy.strategy import Strategy
+from rollout.trees import DraftTree
+
+State = TypeVar("State")
+Following = Callable[[State], Iterable[tuple[float, int, State]]]
+Row = list[tuple[int, int]]  # (token, parent) of each node
+
+
+def best_first(start: State, following: Following[State], strategy: Strategy) -> Row:
+    """The nodes of largest value, largest first, each after its parent.
+
+    Args:
+        start: State at the last committed token.
+        following: State → (estimated probability, token, state after it), likeliest first; distinct tokens. At most the strategy's
+            width of them become children.
+        strategy: Bounds depth, width and nodes.
+    """
+    row: Row = []
+    heap: list[tuple[float, int, int, int, int, State]] = []
+    order = 0
+
+    def push(value: float, parent: int, depth: int, state: State) -> None:
+        nonlocal order
+        for children, (chance, token, after) in enumerate(following(state)):
+            if children == strategy.width:
+                break
+            heapq.heappush(heap, (-value * chance, order, token, parent, depth, after))
+            order += 1
+
+    push(1.0, -1, 1, start)
+    while heap and len(row) < strategy.nodes:
+        negative, _, token, parent, depth, after = heapq.heappop(heap)
+        row.append((token, parent))
+        if depth < strategy.depth:
+            push(-negative, len(row) - 1, depth + 1, after)
+    return row
+
+
+def pack(rows: Sequence[Row], width: int) -> DraftTree:
+    """The rows as one draft; of chains where ``width`` is 1."""
+    nodes = max((len(row) for row in rows), default=0)
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = [row + [(0, len(row) - 1 + i) for i in range(nodes - len(row))] for row in rows]
+    both = torch.tensor(padded, dtype=torch.long).view(len(rows), nodes, 2)
+    return DraftTree(both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous())

@@ -1,0 +1,59 @@
+"""Expanding draft trees with a whole language model over a slot cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rollout.drafters.growing import request_temperatures
+from rollout.sequence import SequenceState
+
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens [B, E], seats [4, B, E]) → logits [B, E, V]
+
+
+class ModelBrancher:
+    """A `Brancher` over a model whose cache holds the first ``trunks`` tokens of each sequence.
+
+    Args:
+        forward: Runs nodes.
+        root: Logits [B, V] after the last committed token; None has them computed from that token, as the first node.
+        sequences: Sequence i sits in slot i.
+        trunks: Tokens of each that the cache holds.
+        device: Of the model.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        root: torch.Tensor | None,
+        sequences: Sequence[SequenceState],
+        trunks: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._forward = forward
+        self.vocabulary: torch.Tensor | None = None
+        last = torch.tensor([[s.tokens[-1]] for s in sequences], device=device)
+        self._trunks = torch.tensor(trunks, device=device)[:, None]
+        self._ancestors = torch.zeros_like(self._trunks)
+        self._depth = torch.zeros_like(self._trunks)
+        self._used = 0
+        if root is None:
+            root = self.expand(last, torch.full_like(last, -1))[:, 0]
+            self._ancestors, self._depth = self._ancestors[:, 1:], self._depth[:, 1:]  # what hangs on the root hangs on that node
+        self._root = root
+        self.temperatures = request_temperatures(sequences, root.device)
+
+    def root(self) -> torch.Tensor:
+        return self._root
+
+    def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        above = parents + 1
+        index = torch.arange(self._used, self._used + tokens.shape[1], device=tokens.device)
+        depth = self._depth.gather(1, above) + 1
+        ancestors = self._ancestors.gather(1, above) | (1 << index)
+        trunks = self._trunks.expand_as(depth)
+        logits = self._forward(tokens, torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors]))
+        self._used += tokens.shape[1]
+        self._ancestors, self._depth = torch.cat([self._ancestors, ancestors], 1), torch.cat([self._depth, depth], 1)
+        return logits

@@ -1,0 +1,149 @@
+"""Self-speculation: the policy drafts with some of its own layers left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from rollout.drafters.branching import ModelBrancher
+from rollout.drafters.growing import DraftRules
+from rollout.model_runner import ModelRunner
+from rollout.sequence import SequenceState
+from rollout.strategy.strategy import Strategy
+from rollout.trees import DraftTree
+
+
+class ClaspDrafter(StatelessSlots):
+    """Drafts chains with the policy's own weights, so that it is always as fresh as they are and needs no training.
+
+    CLaSp (Chen et al., "CLaSp: In-Context Layer Skip for Self-Speculative Decoding", arXiv 2505.24196, section 3.3 and algorithm
+    1): dynamic programming over the layers finds which ones to leave out so that the last token's hidden state stays closest, by
+    cosine, to that of the whole model. State (i, j) is the best hidden state after i layers of which j were left out::
+
+        g(i + 1, j) = the closer of  layer_i(g(i, j))  and  g(i, j − 1)  to  layer_i applied to the whole model's state
+
+    All j of a layer are evaluated side by side, so that the search costs about one forward of ``skipped`` + 1 tokens. The paper
+    searches after every verification; here every ``every`` ones, of the first sequence in the batch.
+
+    The draft's keys lie in the policy's cache where verification writes its own over them.
+
+    Args:
+        runner: The engine's.
+        skipped: Layers left out.
+        every: Drafts between searches.
+        rules: How chains are drawn and ended; None takes the likeliest tokens.
+    """
+
+    name = "clasp"
+    chains_only = True
+
+    def __init__(self, runner: ModelRunner, skipped: int, *, every: int = 32, rules: DraftRules | None = None) -> None:
+        layers = runner.shape.layers
+        if not 0 < skipped < layers:
+            raise ValueError(f"clasp leaves out {skipped} of {layers} layers: write 1 to {layers - 1}")
+        self.runner, self.skipped, self.every = runner, skipped, every
+        self.rules = DraftRules() if rules is None else rules
+        first = (layers - skipped) // 2  # until the first search: the middle
+        self.left_out: tuple[int, ...] = tuple(range(first, first + skipped))
+        self._drafts = 0
+
+    @torch.no_grad()
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        sequences = context.sequences
+        room = max(strategy.depth, self.skipped + 1) + 2
+        self.runner.cache.reserve(max(len(s.tokens) for s in sequences) + room, len(sequences), len(sequences))
+        fits = len(sequences[0].tokens) + self.skipped + 1 <= self.runner.cache.shape.capacity
+        if self._drafts % self.every == 0 and fits:
+            self.left_out = self._choose(sequences)
+        self._drafts += 1
+        with self.runner.layers_replaced(dict.fromkeys(self.left_out, _Identity)):
+            brancher = ModelBrancher(
+                self.runner.branch, None, sequences, [len(s.tokens) - 1 for s in sequences], self.runner.cache.device
+            )
+            return self.rules.grow(brancher, Strategy(self.name, strategy.depth), sequences)
+
+    def _choose(self, sequences: Sequence[SequenceState]) -> tuple[int, ...]:
+        """The layers to leave out, from the hidden state of the first sequence's last token."""
+        first = sequences[0]
+        states = self.skipped + 1
+        device = self.runner.cache.device
+        search = _Search(states, device)
+        layers = range(self.runner.shape.layers)
+        # as many copies of the token as states, side by side: each sees what is before it and itself
+        place = torch.arange(states, device=device)[None] + len(first.tokens) - 1
+        trunk = torch.full_like(place, len(first.tokens) - 1)
+        seats = torch.stack([trunk, place, trunk, 1 << torch.arange(states, device=device)[None]])
+        with self.runner.layers_replaced(dict.fromkeys(layers, search.watch)):
+            self.runner.branch(torch.full((1, states), first.tokens[-1], device=device), seats)
+        return search.left_out()
+
+    def verified(self, step: VerifiedStep) -> None:
+        if step.strategy.drafter == self.name:
+            self.rules.learn(step)
+
+
+class _Identity(nn.Module):
+    """A layer that is left out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _Search:
+    """The dynamic program; row j of the hidden states has left out j layers, row 0 is the whole model."""
+
+    def __init__(self, states: int, device: torch.device) -> None:
+        self._possible = torch.zeros(states, dtype=torch.bool, device=device)
+        self._possible[0] = True
+        self._skips: list[torch.Tensor] = []
+
+    def watch(self, layer: nn.Module) -> nn.Module:
+        """The layer, with a step of the program after it."""
+        return _Watched(layer, self)
+
+    def step(self, before: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Hidden states [states, hidden] before a layer and after it → the better of keeping and leaving it out."""
+        skipped = before.roll(1, dims=0)
+        goal = kept[:1].float()
+        possible = self._possible.roll(1)
+        possible[0] = False
+        by_keeping = torch.cosine_similarity(kept.float(), goal, dim=-1).masked_fill(~self._possible, -2.0)
+        by_skipping = torch.cosine_similarity(skipped.float(), goal, dim=-1).masked_fill(~possible, -2.0)
+        skip = by_skipping > by_keeping
+        self._skips.append(skip)
+        self._possible = self._possible | possible
+        return torch.where(skip[:, None], skipped, kept)
+
+    def left_out(self) -> tuple[int, ...]:
+        """The layers that the last state left out, found from the end."""
+        state, layers = len(self._possible) - 1, []
+        for index in range(len(self._skips) - 1, -1, -1):
+            if bool(self._skips[index][state]):
+                layers.append(index)
+                state -= 1
+        return tuple(sorted(layers))
+
+
+class _Watched(nn.Module):
+    def __init__(self, layer: nn.Module, search: _Search) -> None:
+        super().__init__()
+        self._layer, self._search = layer, search
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the model asks of its layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        out = self._layer(hidden_states, **arguments)
+        kept = out[0] if isinstance(out, tuple) else out
+        return self._search.step(hidden_states[0], kept[0])[None]

@@ -1,0 +1,112 @@
+"""Model-free drafting that draws from probabilities the target gave before."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+
+from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from rollout.randomness import Stream, step_uniforms
+from rollout.sequence import SequenceState
+from rollout.strategy.strategy import Strategy
+from rollout.trees import DraftTree
+from rollout.trees.growth import draw_without_replacement
+
+_KEPT = 8
+_LONGEST = 3
+
+
+class StandDrafter(StatelessSlots):
+    """An n-gram table that keeps the target's likeliest tokens *with their logits*, and draws from them.
+
+    STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv 2506.04708, section 3):
+    reasoning traces repeat each other, and at high temperature a drawn draft with probabilities is accepted more often than a
+    repeated token. For each context of up to 3 tokens the 8 likeliest next tokens' logits of its last verification are kept; a
+    draft takes the longest known context and draws siblings without replacement by Gumbel-top-k, halving the branching each
+    level. Verified recursively.
+
+    The paper optimises the tree's shape on data beforehand; here depth, width and nodes come from the strategy, which the selector
+    chooses from measured times.
+
+    Args:
+        max_contexts: Contexts kept, about 300 bytes each; the least recently seen go first.
+    """
+
+    name = "stand"
+
+    def __init__(self, max_contexts: int = 500_000) -> None:
+        self.max_contexts = max_contexts
+        self._table: OrderedDict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        rows = [self._draw_row(s, strategy) for s in context.sequences]
+        nodes = max(len(row) for row in rows)
+        batch = len(rows)
+        tokens = np.zeros((batch, nodes), np.int64)
+        parents = np.full((batch, nodes), -1, np.int64)
+        kept = max((len(known) for row in rows for _, _, known, _ in row), default=1)
+        probs = np.zeros((batch, nodes, kept), np.float32)
+        ids = np.broadcast_to(np.arange(kept, dtype=np.int64), probs.shape).copy()
+        for i, row in enumerate(rows):
+            for j, (token, parent, known, q) in enumerate(row):
+                tokens[i, j], parents[i, j], ids[i, j], probs[i, j] = token, parent, known, q
+        lengths = torch.tensor([len(row) for row in rows])
+        arrays = [torch.from_numpy(x) for x in (tokens, parents, probs, ids)]
+        return DraftTree(arrays[0], lengths, arrays[1], arrays[2], arrays[3])
+
+    def _draw_row(self, sequence: SequenceState, strategy: Strategy) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of drawing."""
+        row: list[tuple[int, int, np.ndarray, np.ndarray]] = []
+        temperature = sequence.request.params.temperature or 1.0
+        seed, root = np.array([sequence.request.seed]), np.array([len(sequence.tokens)])
+        level: list[tuple[int, tuple[int, ...]]] = [(-1, tuple(sequence.tokens[-_LONGEST:]))]
+        width, used = strategy.width, 0
+        for _ in range(strategy.depth):
+            below: list[tuple[int, tuple[int, ...]]] = []
+            for parent, text in level:
+                known = self._lookup(text)
+                count = min(width, strategy.nodes - len(row))
+                if known is None or count <= 0:
+                    continue
+                scaled = known[1] / temperature
+                q = torch.from_numpy(np.exp(scaled - scaled.max())).float()
+                noise = step_uniforms(seed, root, used, len(q), Stream.DRAFT)[0]
+                used += len(q)
+                columns, drawn_from = draw_without_replacement(q / q.sum(), noise, min(count, len(q)))
+                for column, probs in zip(columns.tolist(), drawn_from.numpy(), strict=True):
+                    token = int(known[0][column])
+                    below.append((len(row), (*text, token)[-_LONGEST:]))
+                    row.append((token, parent, known[0], probs))
+            level, width = below, max(width // 2, 1)
+        return row
+
+    def _lookup(self, text: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+        for n in range(len(text), 0, -1):
+            known = self._table.get(text[-n:])
+            if known is not None:
+                return known
+        return None
+
+    def verified(self, step: VerifiedStep) -> None:
+        values, ids = step.logits.topk(min(_KEPT, step.logits.shape[-1]), dim=-1)
+        ids, order = ids.cpu().sort(dim=-1)  # in increasing order, as a draft's vocabulary is
+        logits = values.float().cpu().gather(-1, order).numpy()
+        tokens = ids.numpy()
+        start = 0
+        drafted = step.draft.tokens.cpu().tolist()
+        for row, (sequence, path) in enumerate(zip(step.sequences, step.paths, strict=True)):
+            text = tuple(sequence.tokens[-_LONGEST:])
+            self._keep(text, tokens[start], logits[start])
+            for node in path:
+                text = (*text, drafted[row][node])[-_LONGEST:]
+                self._keep(text, tokens[start + 1 + node], logits[start + 1 + node])
+            start += int(step.draft.lengths[row]) + 1
+        while len(self._table) > self.max_contexts:
+            self._table.popitem(last=False)
+
+    def _keep(self, text: tuple[int, ...], ids: np.ndarray, logits: np.ndarray) -> None:
+        for n in range(1, len(text) + 1):
+            self._table[text[-n:]] = ids, logits
+            self._table.move_to_end(text[-n:])

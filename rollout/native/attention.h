@@ -1,0 +1,296 @@
+// Attention over slots: where tokens stand, writing their keys, and attending to those they see.
+#pragma once
+
+#include "elementwise.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;        // keys that one work item attends to
+constexpr int64_t kTile = 8;           // tokens of one sequence that it attends for
+constexpr int64_t kAhead = 12;         // keys fetched before they are needed
+
+// One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
+//
+// A token's keys are written to its place. It sees the places before its trunk's end, and of the 64 from there on those whose bit is
+// set among its ancestors: a draft tree's nodes lie side by side, though their positions in the text coincide.
+struct Layout {
+  int64_t tokens, sequences, heads, kv_heads, dim, slots, span;
+  const int64_t *token_slots, *seats, *places, *trunks;  // seats: positions counted from place 0
+  const uint64_t* ancestors;
+  const int64_t* offsets;  // [sequences + 1], of each sequence's first token
+
+  // One past the last place that token n sees.
+  int64_t end(int64_t n) const { return trunks[n] + (ancestors[n] == 0 ? 0 : 64 - __builtin_clzll(ancestors[n])); }
+};
+
+template <typename T>
+void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps, T* query,
+                      T* cache, const Layout& s) {
+  const int64_t all = s.heads + 2 * s.kv_heads;
+#pragma omp parallel for if (s.tokens * all * s.dim > kSerialWork)
+  for (int64_t n = 0; n < s.tokens; ++n) {
+    const T* row = joined + n * all * s.dim;
+    const T *c = cosines + n * s.dim, *sn = sines + n * s.dim;
+    for (int64_t h = 0; h < s.heads; ++h)
+      rotate_head(row + h * s.dim, query_gain, eps, c, sn, query + (n * s.heads + h) * s.dim, s.dim);
+    for (int64_t h = 0; h < s.kv_heads; ++h) {
+      T* key = cache + ((s.token_slots[n] * s.kv_heads + h) * s.span + s.places[n]) * s.dim;
+      T* value = key + s.slots * s.kv_heads * s.span * s.dim;
+      rotate_head(row + (s.heads + h) * s.dim, key_gain, eps, c, sn, key, s.dim);
+      std::memcpy(value, row + (s.heads + s.kv_heads + h) * s.dim, s.dim * sizeof(T));
+    }
+  }
+}
+
+struct AttentionRule {
+  float scale;
+  float softcap;   // 0 for none
+  int64_t window;  // 0 for none
+};
+
+// What one work item found: for every row the largest score, the sum of exponentials and the weighted sum of values.
+struct Partial {
+  float *largest, *total, *weighted;
+};
+
+// The sums of 16 vectors, in their order: two halves are folded into one vector at a time, which takes a third of 16 sums' work.
+inline Floats sum_each(const Floats* v) {
+  Floats eight[8], four[4], two[2];
+  for (int i = 0; i < 8; ++i)
+    eight[i] = __builtin_shuffle(v[i], v[i + 8], Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+               __builtin_shuffle(v[i], v[i + 8], Ints{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+  for (int i = 0; i < 4; ++i)
+    four[i] = __builtin_shuffle(eight[i], eight[i + 4], Ints{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}) +
+              __builtin_shuffle(eight[i], eight[i + 4], Ints{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+  for (int i = 0; i < 2; ++i)
+    two[i] = __builtin_shuffle(four[i], four[i + 2], Ints{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}) +
+             __builtin_shuffle(four[i], four[i + 2], Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+  return __builtin_shuffle(two[0], two[1], Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
+         __builtin_shuffle(two[0], two[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+}
+
+// Scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.
+//
+// Each key is seen once and its value soon after: both are fetched ahead, further than the hardware looks across pages.
+template <typename T, int kVectors, int kRows>
+void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
+  constexpr int64_t dim = kVectors * kLanes;
+  constexpr int kKeys = kLanes / kRows;
+  Floats rows[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVectors; ++i) rows[r][i] = load(query + r * dim + i * kLanes);
+  const auto products = [&](int64_t j, Floats* out, int stride) {
+    const char* ahead = reinterpret_cast<const char*>(keys + (j + kAhead) * dim);
+    const char* value = reinterpret_cast<const char*>(values + j * dim);
+    for (size_t line = 0; line < dim * sizeof(T); line += 64) {
+      __builtin_prefetch(ahead + line, 0, 3);
+      __builtin_prefetch(value + line, 0, 2);
+    }
+    for (int r = 0; r < kRows; ++r) out[r * stride] = Floats{};
+    for (int i = 0; i < kVectors; ++i) {
+      const Floats key = load(keys + j * dim + i * kLanes);
+      for (int r = 0; r < kRows; ++r) out[r * stride] += key * rows[r][i];
+    }
+  };
+  int64_t j = 0;
+  for (; j + kKeys <= count; j += kKeys) {
+    Floats sums[kLanes] = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < kKeys; ++k) products(j + k, sums + k, kKeys);
+    alignas(64) float lanes[kLanes];
+    store(lanes, sum_each(sums));
+    for (int r = 0; r < kRows; ++r) std::memcpy(scores + r * kChunk + j, lanes + r * kKeys, kKeys * sizeof(float));
+  }
+  for (; j < count; ++j) {
+    Floats sums[kRows];
+    products(j, sums, 1);
+    for (int r = 0; r < kRows; ++r) scores[r * kChunk + j] = sum(sums[r]);
+  }
+}
+
+// Sums of `count` values weighted by kRows rows of weights.
+template <typename T, int kVectors, int kRows>
+void weigh_rows(const float* weights, const T* values, int64_t count, float* out) {
+  constexpr int64_t dim = kVectors * kLanes;
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    Floats value[kVectors];
+    for (int i = 0; i < kVectors; ++i) value[i] = load(values + j * dim + i * kLanes);
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < kVectors; ++i) sums[r][i] += weights[r * kChunk + j] * value[i];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kVectors; ++i) store(out + r * dim + i * kLanes, sums[r][i]);
+}
+
+// Calls `block` for `rows` rows in blocks that fit the registers.
+template <int kVectors, typename Block>
+void for_row_blocks(int64_t rows, Block block) {
+  int64_t r = 0;
+  if constexpr (kVectors <= 4)
+    for (; r + 4 <= rows; r += 4) block(r, std::integral_constant<int, 4>{});
+  if constexpr (kVectors <= 4)
+    for (; r + 3 <= rows; r += 3) block(r, std::integral_constant<int, 3>{});
+  if constexpr (kVectors <= 8)
+    for (; r + 2 <= rows; r += 2) block(r, std::integral_constant<int, 2>{});
+  for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});
+}
+
+// Scores to weights e^(score − largest) of one row of keys from place `start` on, zero outside what the rule and token n's layout let
+// it see.
+inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, const AttentionRule& rule, int64_t count,
+                         float* largest, float* total) {
+  const float none = -std::numeric_limits<float>::infinity();
+  const int64_t trunk = s.trunks[n] - start, padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int64_t end = std::clamp<int64_t>(trunk, 0, count);
+  const int64_t begin = rule.window > 0 ? std::clamp<int64_t>(s.seats[n] - rule.window + 1 - start, 0, end) : 0;
+  if (rule.softcap > 0)
+    for (int64_t j = begin; j < count; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
+  std::fill(row, row + begin, none);
+  for (int64_t j = end; j < count; ++j)
+    if (j - trunk >= 64 || !(s.ancestors[n] >> (j - trunk) & 1)) row[j] = none;
+  std::fill(row + count, row + padded, none);
+  Floats most = splat(none);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Floats x = load(row + j);
+    most = select(x > most, x, most);
+  }
+  float lanes[kLanes];
+  store(lanes, most);
+  *largest = *std::max_element(lanes, lanes + kLanes);
+  const float shift = std::isinf(*largest) ? 0.0f : *largest;
+  Floats sums = {};
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Floats weight = exponential(load(row + j) - shift);
+    sums += weight;
+    store(row + j, weight);
+  }
+  *total = sum(sums);
+}
+
+// Attends `rows` query rows (heads of one group × queries) to `count` keys from position `start` of one slot and head.
+template <typename T, int kVectors>
+void attend_chunk(const float* query, const T* keys, const T* values, const Layout& s, int64_t first, int64_t queries, int64_t rows,
+                  int64_t start, int64_t count, const AttentionRule& rule, float* scores, const Partial& out) {
+  constexpr int64_t dim = kVectors * kLanes;
+  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    score_rows<T, kVectors, block.value>(query + r * dim, keys, values, count, scores + r * kChunk);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    weigh_scores(scores + r * kChunk, s, first + r % queries, start, rule, count, out.largest + r, out.total + r);
+  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    weigh_rows<T, kVectors, block.value>(scores + r * kChunk, values, count, out.weighted + r * dim);
+  });
+}
+
+// Up to kTile consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
+struct Item {
+  int64_t first, queries, kv, start, count;
+};
+
+// The items of a forward; those of one tile and head are adjacent. `groups` holds the first item of each such run.
+void list_items(const Layout& s, std::vector<Item>* items, std::vector<int64_t>* groups) {
+  items->clear();
+  groups->clear();
+  for (int64_t sequence = 0; sequence < s.sequences; ++sequence)
+    for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += kTile) {
+      const int64_t queries = std::min(kTile, s.offsets[sequence + 1] - first);
+      int64_t length = 0;
+      for (int64_t n = first; n < first + queries; ++n) length = std::max(length, s.end(n));
+      for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
+        groups->push_back(items->size());
+        for (int64_t start = 0; start < length; start += kChunk)
+          items->push_back({first, queries, kv, start, std::min(length - start, kChunk)});
+      }
+    }
+  groups->push_back(items->size());
+}
+
+// Keys are cut into chunks so that one long sequence occupies every core; the partial results are joined afterwards
+// (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost follows its own length, not the longest.
+template <typename T, int kVectors>
+void attend(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
+  constexpr int64_t dim = kVectors * kLanes;
+  const int64_t group = s.heads / s.kv_heads, most_rows = group * kTile, per_item = most_rows * (dim + 2);
+  static thread_local std::vector<Item> items_of_thread;
+  static thread_local std::vector<int64_t> groups_of_thread;
+  static thread_local std::vector<float> partials;
+  list_items(s, &items_of_thread, &groups_of_thread);
+  const std::vector<Item>& items = items_of_thread;
+  const std::vector<int64_t>& groups = groups_of_thread;
+  if (static_cast<int64_t>(partials.size()) < static_cast<int64_t>(items.size()) * per_item) partials.resize(items.size() * per_item);
+  float* base = partials.data();
+  const auto partial = [base, per_item, most_rows](int64_t item) {
+    float* p = base + item * per_item;
+    return Partial{p, p + most_rows, p + 2 * most_rows};
+  };
+  int64_t work = 0;
+  for (const Item& item : items) work += item.count * item.queries * group * dim;
+#pragma omp parallel if (work > kSerialWork)
+  {
+    static thread_local std::vector<float> scaled_of_thread, scores_of_thread;
+    scaled_of_thread.resize(most_rows * dim), scores_of_thread.resize(most_rows * kChunk);
+    float *scaled = scaled_of_thread.data(), *scores = scores_of_thread.data();
+#pragma omp for schedule(dynamic)
+    for (int64_t n = 0; n < static_cast<int64_t>(items.size()); ++n) {
+      const Item& item = items[n];
+      const int64_t rows = group * item.queries;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* source = query + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
+        for (int64_t i = 0; i < dim; i += kLanes) store(scaled + r * dim + i, load(source + i) * rule.scale);
+      }
+      const T* keys = cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
+      const T* values = keys + s.slots * s.kv_heads * s.span * dim;
+      attend_chunk<T, kVectors>(scaled, keys, values, s, item.first, item.queries, rows, item.start, item.count, rule,
+                                scores, partial(n));
+    }
+#pragma omp for
+    for (int64_t g = 0; g < static_cast<int64_t>(groups.size()) - 1; ++g) {
+      const Item& item = items[groups[g]];
+      for (int64_t r = 0; r < group * item.queries; ++r) {
+        float largest = -std::numeric_limits<float>::infinity(), total = 0;
+        for (int64_t n = groups[g]; n < groups[g + 1]; ++n) largest = std::max(largest, partial(n).largest[r]);
+        Floats sums[kVectors] = {};
+        for (int64_t n = groups[g]; n < groups[g + 1]; ++n) {
+          const Partial p = partial(n);
+          // a chunk wholly outside the window has a total of 0; NaN must stay NaN
+          const float weight = p.total[r] == 0 ? 0 : std::exp(std::isinf(p.largest[r]) ? 0 : p.largest[r] - largest);
+          total += weight * p.total[r];
+          for (int i = 0; i < kVectors; ++i) sums[i] += weight * load(p.weighted + r * dim + i * kLanes);
+        }
+        T* target = out + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
+        for (int i = 0; i < kVectors; ++i) store(target + i * kLanes, sums[i] / total);
+      }
+    }
+  }
+}
+
+// Moves keys and values of every layer's slot from `sources` to `targets`, places in increasing order with targets ≤ sources, so
+// that no line is overwritten before it was moved.
+template <typename T>
+void move_lines(T* const* layers, int64_t count_layers, const int64_t* slots, const int64_t* sources, const int64_t* targets,
+                int64_t moves, const Layout& s) {
+#pragma omp parallel for if (count_layers * moves * s.kv_heads * s.dim > kSerialWork)
+  for (int64_t layer = 0; layer < count_layers; ++layer)
+    for (int64_t part = 0; part < 2; ++part)
+      for (int64_t m = 0; m < moves; ++m)
+        for (int64_t h = 0; h < s.kv_heads; ++h) {
+          T* line = layers[layer] + ((part * s.slots + slots[m]) * s.kv_heads + h) * s.span * s.dim;
+          std::memcpy(line + targets[m] * s.dim, line + sources[m] * s.dim, s.dim * sizeof(T));
+        }
+}
+
+template <typename T>
+void attend_any(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
+  switch (s.dim / kLanes) {
+    case 1: return attend<T, 1>(query, cache, out, s, rule);
+    case 2: return attend<T, 2>(query, cache, out, s, rule);
+    case 4: return attend<T, 4>(query, cache, out, s, rule);
+    case 5: return attend<T, 5>(query, cache, out, s, rule);
+    case 6: return attend<T, 6>(query, cache, out, s, rule);
+    case 8: return attend<T, 8>(query, cache, out, s, rule);
+    case 16: return attend<T, 16>(query, cache, out, s, rule);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,163 @@
+// One step of a one-layer drafter over a few tokens, in 8 bits: such a step only reads weights, so half the bytes is half the time. What
+// it drafts is verified, so rounding costs acceptance at most.
+#pragma once
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t kGroup = 64;  // inputs that share a scale, and bytes of a vector
+
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef int8_t Signed __attribute__((vector_size(64)));
+typedef uint8_t Unsigned __attribute__((vector_size(64)));
+
+// Rows of a matrix [outputs, inputs], each with its own scale; 128 is added to every weight.
+struct Quantized {
+  const uint8_t* weights;
+  const float* scales;
+  int64_t outputs, inputs;
+};
+
+// Sums of products of four neighbours each.
+inline Ints dot_fours(Unsigned w, Signed x) {
+  Ints sums = {};
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+#else
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 4 * lane; i < 4 * lane + 4; ++i) sums[lane] += static_cast<int32_t>(w[i]) * x[i];
+  return sums;
+#endif
+}
+
+// Inputs in 8 bits, with a scale for every 64; `shift` is what the 128 in the weights adds to each row's products.
+struct Activations {
+  std::vector<int8_t> values;
+  std::vector<float> scales, shift;
+
+  template <typename T>
+  void read(const T* x, int64_t rows, int64_t inputs) {
+    values.resize(rows * inputs), scales.resize(rows * inputs / kGroup), shift.assign(rows, 0.0f);
+    for (int64_t g = 0; g < rows * inputs / kGroup; ++g) {
+      alignas(64) float group[kGroup];
+      Floats most = {};
+      for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Floats v = load(x + g * kGroup + i);
+        const Floats size = select(v < splat(0.0f), -v, v);
+        most = select(size > most, size, most);
+        store(group + i, v);
+      }
+      float largest = 0;
+      for (int64_t i = 0; i < kLanes; ++i) largest = std::max(largest, most[i]);
+      const float scale = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      Ints totals = {};
+      for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Floats v = load(group + i) * inverse;
+        const Ints q = __builtin_convertvector(v + select(v < splat(0.0f), splat(-0.5f), splat(0.5f)), Ints);
+        totals += q;
+        const Bytes bytes = __builtin_convertvector(q, Bytes);
+        std::memcpy(values.data() + g * kGroup + i, &bytes, sizeof bytes);
+      }
+      int32_t total = 0;
+      for (int64_t i = 0; i < kLanes; ++i) total += totals[i];
+      scales[g] = scale;
+      shift[g * kGroup / inputs] += 128.0f * scale * static_cast<float>(total);
+    }
+  }
+};
+
+// kRows inputs from row `row` on against kOutputs rows of weights.
+template <int kRows, int kOutputs, typename T>
+void dot_block(const Activations& x, int64_t row, const Quantized& w, int64_t first, const T* residual, T* out) {
+  const int64_t groups = w.inputs / kGroup;
+  Floats sums[kRows][kOutputs] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Signed rows[kRows];
+    Floats scales[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(&rows[r], x.values.data() + (row + r) * w.inputs + g * kGroup, kGroup);
+      scales[r] = splat(x.scales[(row + r) * groups + g]);
+    }
+#pragma GCC unroll 4
+    for (int o = 0; o < kOutputs; ++o) {
+      Unsigned weight;
+      std::memcpy(&weight, w.weights + (first + o) * w.inputs + g * kGroup, kGroup);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r][o] += __builtin_convertvector(dot_fours(weight, rows[r]), Floats) * scales[r];
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int o = 0; o < kOutputs; ++o) {
+      const int64_t at = (row + r) * w.outputs + first + o;
+      const float value = (sum(sums[r][o]) - x.shift[row + r]) * w.scales[first + o];
+      out[at] = from_float<T>(value + (residual != nullptr ? to_float(residual[at]) : 0.0f));
+    }
+}
+
+// x [rows, inputs] times the matrix, plus the residual where there is one: [rows, outputs].
+template <typename T>
+void multiply(const T* x, int64_t rows, const Quantized& w, const T* residual, T* out) {
+  static thread_local Activations activations_of_thread;
+  Activations& activations = activations_of_thread;
+  activations.read(x, rows, w.inputs);
+  constexpr int kOutputs = 4;
+#pragma omp parallel for
+  for (int64_t first = 0; first < w.outputs; first += kOutputs) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) dot_block<4, kOutputs>(activations, r, w, first, residual, out);
+    if (rows - r == 3) dot_block<3, kOutputs>(activations, r, w, first, residual, out);
+    if (rows - r == 2) dot_block<2, kOutputs>(activations, r, w, first, residual, out);
+    if (rows - r == 1) dot_block<1, kOutputs>(activations, r, w, first, residual, out);
+  }
+}
+
+// EAGLE-3's layer: (norm of the token's embedding, norm of its parent's hidden state) → attention → gated MLP → head.
+template <typename T>
+struct DraftLayer {
+  int64_t hidden, intermediate, vocab;
+  Quantized qkv, o, gate_up, down, head;
+  const T *embeddings, *of_embedding, *of_hidden, *of_mlp, *of_head, *cosines, *sines;
+  float eps, scale;
+};
+
+// Tokens [N] with hidden states [N, hidden] at the layout's places → their outputs [N, hidden] and logits [N, vocab].
+template <typename T>
+void draft_step(const DraftLayer<T>& d, const int64_t* tokens, const int64_t* positions, const T* hidden, T* cache, const Layout& s,
+                T* out, T* logits) {
+  const int64_t n = s.tokens, all = (s.heads + 2 * s.kv_heads) * s.dim, inner = s.heads * s.dim;
+  static thread_local std::vector<T> memory;
+  memory.resize(n * (2 * d.hidden + all + 2 * inner + 2 * d.hidden + 3 * d.intermediate + 2 * s.dim));
+  T* joined = memory.data();
+  T* heads = joined + n * 2 * d.hidden;
+  T* query = heads + n * all;
+  T* attended = query + n * inner;
+  T* middle = attended + n * inner;
+  T* normed = middle + n * d.hidden;
+  T* gates = normed + n * d.hidden;
+  T* gated = gates + n * 2 * d.intermediate;
+  T* angles = gated + n * d.intermediate;
+  for (int64_t i = 0; i < n; ++i) {
+    rms_norm_row(d.embeddings + tokens[i] * d.hidden, d.of_embedding, joined + i * 2 * d.hidden, d.hidden, d.eps);
+    rms_norm_row(hidden + i * d.hidden, d.of_hidden, joined + (2 * i + 1) * d.hidden, d.hidden, d.eps);
+    std::memcpy(angles + i * s.dim, d.cosines + positions[i] * s.dim, s.dim * sizeof(T));
+    std::memcpy(angles + (n + i) * s.dim, d.sines + positions[i] * s.dim, s.dim * sizeof(T));
+  }
+  multiply(joined, n, d.qkv, static_cast<const T*>(nullptr), heads);
+  rotate_and_store(heads, angles, angles + n * s.dim, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr), 0.0f, query, cache, s);
+  attend_any(query, cache, attended, s, AttentionRule{d.scale, 0.0f, 0});
+  multiply(attended, n, d.o, hidden, middle);
+  for (int64_t i = 0; i < n; ++i) rms_norm_row(middle + i * d.hidden, d.of_mlp, normed + i * d.hidden, d.hidden, d.eps);
+  multiply(normed, n, d.gate_up, static_cast<const T*>(nullptr), gates);
+  silu_gate(gates, gated, n, d.intermediate);
+  multiply(gated, n, d.down, middle, out);
+  for (int64_t i = 0; i < n; ++i) rms_norm_row(out + i * d.hidden, d.of_head, normed + i * d.hidden, d.hidden, d.eps);
+  multiply(normed, n, d.head, static_cast<const T*>(nullptr), logits);
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+// Drawing tokens from logits.
+#pragma once
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t kBlock = 256;  // tokens whose weights are summed together
+
+// Draws one token a row from softmax(logits / temperature) by inverting its cumulative sum in vocabulary order, or takes the first
+// largest at temperature 0. The log-probability is that of the drawn token, at temperature 1 where the temperature is 0; NaN where
+// the row has a logit that is NaN or +inf, or none that is finite.
+template <typename T>
+void draw_row(const T* logits, int64_t vocab, float temperature, double uniform, int64_t* token, float* logprob) {
+  alignas(64) float lanes[kLanes];
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t whole = vocab / kLanes * kLanes;
+  Floats largest_lanes = splat(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Floats x = load(logits + i);
+    largest_lanes = select(x > largest_lanes, x, largest_lanes);
+  }
+  store(lanes, largest_lanes);
+  float largest = *std::max_element(lanes, lanes + kLanes);
+  const auto tail = [&](int64_t i) {  // the last lanes of a vocabulary that is no multiple of them
+    alignas(64) T rest[kLanes];
+    Floats x = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t k = 0; k < kLanes; ++k) rest[k] = logits[std::min(i + k, vocab - 1)];
+    store(lanes, load(rest));
+    for (int64_t k = vocab - i; k < kLanes; ++k) lanes[k] = -std::numeric_limits<float>::infinity();
+    x = load(lanes);
+    return x;
+  };
+  const auto at = [&](int64_t i) { return i < whole ? load(logits + i) : tail(i); };
+  if (whole < vocab) {
+    store(lanes, tail(whole));
+    largest = std::max(largest, *std::max_element(lanes, lanes + kLanes));
+  }
+  const float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
+  const auto weights = [&](int64_t i) { return exponential((at(i) - largest) * inverse); };
+  static thread_local std::vector<double> ends;
+  ends.clear();
+  double total = 0;
+  for (int64_t block = 0; block < vocab; block += kBlock) {
+    Floats sums = {};
+    for (int64_t i = block; i < std::min(block + kBlock, vocab); i += kLanes) sums += weights(i);
+    total += sum(sums);
+    ends.push_back(total);
+  }
+  *token = 0;
+  *logprob = nan;
+  if (!std::isfinite(total) || !std::isfinite(largest) || total <= 0) return;
+  const auto score = [&](int64_t i) {
+    store(lanes, at(i / kLanes * kLanes));
+    return lanes[i % kLanes];
+  };
+  if (temperature <= 0) {
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+      store(lanes, at(i));
+      const float* found = std::find(lanes, lanes + kLanes, largest);
+      if (found != lanes + kLanes) {
+        *token = i + (found - lanes);
+        break;
+      }
+    }
+  } else {
+    const double goal = uniform * total;
+    const int64_t block = std::min<int64_t>(std::upper_bound(ends.begin(), ends.end(), goal) - ends.begin(), ends.size() - 1);
+    double reached = block > 0 ? ends[block - 1] : 0;
+    int64_t chosen = -1;
+    for (int64_t i = block * kBlock; i < std::min((block + 1) * kBlock, vocab); i += kLanes) {
+      store(lanes, weights(i));
+      for (int64_t k = 0; k < kLanes && reached <= goal; ++k) {
+        reached += lanes[k];
+        if (lanes[k] > 0) chosen = i + k;  // rounding may leave the goal just past the block's end: then its last token
+      }
+      if (reached > goal) break;
+    }
+    if (chosen < 0)  // a block of weight zero, reached by rounding alone: the likeliest token
+      for (chosen = 0; score(chosen) != largest;) ++chosen;
+    *token = chosen;
+  }
+  *logprob = (score(*token) - largest) * inverse - static_cast<float>(std::log(total));
+}
+
+template <typename T>
+void draw(const T* logits, int64_t rows, int64_t vocab, const float* temperatures, const double* uniforms, int64_t* tokens,
+          float* logprobs) {
+#pragma omp parallel for schedule(dynamic) if (rows > 1)
+  for (int64_t r = 0; r < rows; ++r) draw_row(logits + r * vocab, vocab, temperatures[r], uniforms[r], tokens + r, logprobs + r);
+}
+
+// Goes down each sequence's draft tree while the token drawn after a node is one of its children. Only rows on the way are drawn from.
+//
+// rows [S]: the first of each sequence's 1 + nodes rows of logits; nodes [S]; tokens and parents [S, width]; depth d draws with
+// uniforms[s, d]. Out: path [S, width] and the tokens and log-probabilities drawn along it [S, width + 1]; lengths [S], nodes kept.
+template <typename T>
+void follow(const T* logits, int64_t vocab, int64_t sequences, int64_t width, const int64_t* rows, const int64_t* nodes,
+            const int64_t* tokens, const int64_t* parents, const float* temperatures, const double* uniforms, int64_t* path,
+            int64_t* drawn, float* logprobs, int64_t* lengths) {
+#pragma omp parallel for schedule(dynamic) if (sequences > 1)
+  for (int64_t s = 0; s < sequences; ++s) {
+    int64_t node = -1, depth = 0;
+    for (;; ++depth) {
+      int64_t* token = drawn + s * (width + 1) + depth;
+      draw_row(logits + (rows[s] + 1 + node) * vocab, vocab, temperatures[s], uniforms[s * (width + 1) + depth], token,
+               logprobs + s * (width + 1) + depth);
+      int64_t next = -1;
+      for (int64_t i = node + 1; i < nodes[s] && next < 0; ++i)
+        if (parents[s * width + i] == node && tokens[s * width + i] == *token) next = i;
+      if (next < 0) break;
+      path[s * width + depth] = node = next;
+    }
+    lengths[s] = depth;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,153 @@
+"""Trees of tokens drawn from the drafter's distributions: fixed shapes, and DySpec's greedy expansion."""
+
+from __future__ import annotations
+
+import torch
+
+from rollout.sampling import draw
+from rollout.trees.draft_tree import MOST_NODES, DraftTree
+from rollout.trees.growth import Brancher, TreeLimits, Uniform, draw_without_replacement, log_probs, target_ids
+
+
+def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
+    """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many as of the one above.
+
+    The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706, section 4.1) and the constant branching of
+    Recursive SD (Jeon et al., arXiv 2402.14160, section 3.2.1). The shape is known before anything is drawn; nodes are in order
+    of levels.
+
+    Args:
+        brancher: The drafter.
+        limits: Levels whose nodes no longer fit into ``nodes`` are left out.
+        uniform: The step's numbers.
+        replacement: Draw siblings independently; otherwise without replacement.
+    """
+    tree = _Drawn(brancher, uniform)
+    children, level, parents = limits.width, 1, [-1]
+    while level <= limits.depth and tree.nodes + len(parents) * children <= limits.nodes:
+        parents = tree.add_level(parents, children, replacement)
+        children, level = max(children // 2, 1), level + 1
+    return tree.finish()
+
+
+def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> DraftTree:
+    """Greedy expansion by estimated acceptance, a level at a time.
+
+    DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv 2410.11744, algorithm 1
+    and the threshold variant of section 4.3): a node that may get its next child has the value v, the product of the drafter's
+    probabilities on its path times the mass its earlier children left. The next child, drawn without replacement from what is
+    left, gets v · r(x), and the node keeps v · (1 − r(x)). Nodes go on getting children while v is at least the threshold, here
+    one over the budget.
+
+    Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
+    """
+    tree = _Drawn(brancher, uniform)
+    batch = len(brancher.temperatures)
+    values = torch.ones(batch, 1, dtype=torch.float64)
+    left = torch.full((batch,), limits.nodes)
+    parents, least = [-1], 1 / limits.nodes
+    for _ in range(limits.depth):
+        if not parents:
+            break
+        if tree.expanded + len(parents) > MOST_NODES:
+            break
+        width = min(limits.width, max(limits.nodes // len(parents), 1))
+        first = tree.nodes
+        parents = tree.add_level(parents, width, replacement=False)
+        drawn = tree.drawn_mass(first).view(batch, -1, width)  # r(x) of each child, in order
+        kept = torch.cat([torch.ones_like(drawn[..., :1]), (1 - drawn).cumprod(-1)[..., :-1]], -1)
+        before = values[..., None] * kept
+        wanted = (before >= least).flatten(1)
+        wanted &= wanted.long().cumsum(-1) <= left[:, None]
+        left -= wanted.sum(-1)
+        tree.keep(first, wanted)
+        alive = wanted.any(0)
+        if not bool((left > 0).any()):
+            break
+        values = torch.where(wanted, (before * drawn).flatten(1), 0.0)[:, alive]
+        parents = [node for node, real in zip(parents, alive.tolist(), strict=True) if real]
+    return tree.finish()
+
+
+class _Drawn:
+    """Nodes in order of levels, with what each was drawn from. All rows have the same shape; `keep` says which nodes are real."""
+
+    def __init__(self, brancher: Brancher, uniform: Uniform) -> None:
+        self._brancher, self._uniform = brancher, uniform
+        self._used = 0
+        self._columns: list[torch.Tensor] = []
+        self._probs: list[torch.Tensor] = []
+        self._parents: list[int] = []
+        self._kept: dict[int, torch.Tensor] = {}
+        self._level = log_probs(brancher.root(), brancher.temperatures).exp()[:, None]
+        self._expanded: list[int] = []
+
+    @property
+    def nodes(self) -> int:
+        """How many there are."""
+        return len(self._parents)
+
+    @property
+    def expanded(self) -> int:
+        """How many of them were expanded."""
+        return len(self._expanded)
+
+    def add_level(self, parents: list[int], children: int, replacement: bool) -> list[int]:
+        """``children`` of each of the newest level's nodes (``[-1]``: of the root). Returns the new nodes."""
+        if parents != [-1]:
+            self._expand(parents)
+        batch, count, width = self._level.shape
+        children = min(children, width)
+        if replacement:
+            noise = self._numbers(count * children).view(batch, count, children)
+            q = self._level[:, :, None].expand(-1, -1, children, -1)
+            columns = draw(q.reshape(-1, width), noise.flatten()).view(batch, count, children)
+        else:
+            noise = self._numbers(count * width).view(batch, count, width)
+            columns, q = draw_without_replacement(self._level, noise, children)
+        first = self.nodes
+        self._columns.append(columns.flatten(1))
+        self._probs.append(q.flatten(1, 2))
+        self._parents += [p for p in parents for _ in range(children)]
+        return list(range(first, self.nodes))
+
+    def _numbers(self, count: int) -> torch.Tensor:
+        self._used += count
+        return self._uniform(self._used - count, count).to(self._level.device)
+
+    def _expand(self, nodes: list[int]) -> None:
+        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._brancher.vocabulary)
+        place = {node: order for order, node in enumerate(self._expanded)}
+        above = torch.tensor([place.get(self._parents[n], -1) for n in nodes], device=tokens.device)
+        logits = self._brancher.expand(tokens, above.expand(len(tokens), -1))
+        self._expanded += nodes
+        self._level = log_probs(logits, self._brancher.temperatures).exp()
+
+    def drawn_mass(self, first: int) -> torch.Tensor:
+        """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on the CPU."""
+        columns, probs = torch.cat(self._columns, 1)[:, first:], torch.cat(self._probs, 1)[:, first:]
+        return probs.gather(-1, columns[..., None])[..., 0].double().cpu()
+
+    def keep(self, first: int, wanted: torch.Tensor) -> None:
+        """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent is."""
+        self._kept[first] = wanted
+
+    def finish(self) -> DraftTree:
+        """The draft: the real nodes of each row, in order of levels."""
+        columns, probs = torch.cat(self._columns, 1), torch.cat(self._probs, 1)
+        batch, nodes = columns.shape
+        vocabulary = self._brancher.vocabulary
+        parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
+        if not self._kept:
+            lengths = torch.full((batch,), nodes)
+            return DraftTree(target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary)
+        real = torch.cat([self._kept[first] for first in sorted(self._kept)], 1).to(columns.device)
+        order = (~real).long().sort(dim=-1, stable=True).indices
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(nodes, device=order.device).expand_as(order))
+        above = parents.gather(1, order)
+        parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
+        lengths = real.sum(-1).cpu()
+        most = int(lengths.max())
+        picked = order[:, :most]
+        picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))
+        return DraftTree(target_ids(columns.gather(1, picked), vocabulary), lengths, parents[:, :most], picked_probs, vocabulary)

@@ -1,0 +1,72 @@
+"""Lossless verification of drawn trees: siblings as k candidates of one transport problem."""
+
+from __future__ import annotations
+
+import torch
+
+from rollout.trees import DraftTree, child_table
+from rollout.verify.outcome import Uniforms, Verification, draft_mass, drawn_from
+from rollout.verify.recursive import descend
+
+_HALVINGS = 40
+
+
+def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
+    """k-sequential selection (Sun et al., "SpecTr", arXiv 2310.15141, Algorithm 2, K-SEQ).
+
+    Theorem (Sun et al., theorem 2). Let x_1 … x_k be drawn independently from q, and for ρ in [1, k] let
+    β = Σ_x min(q(x), p(x)/ρ). Accept the first x_i whose uniform is below p(x_i)/(ρ q(x_i)): some one is with probability
+    a = 1 − (1 − β)^k, and it then has distribution min(q, p/ρ)/β. Where none is, draw from
+    (p − min(q, p/ρ) · a/β) / (1 − a), which is a distribution as long as a ≤ ρβ. So the committed token has distribution p. The
+    least such ρ, where a = ρβ, is found by bisection; acceptance is then within a factor 1 − 1/e of the best possible.
+
+    Args:
+        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and after each node.
+        draft: Trees of up to N nodes with ``probs``, siblings drawn independently.
+        uniforms: The random numbers.
+    """
+    mass = draft_mass(draft).double()
+    table = child_table(draft)
+    rows = torch.arange(len(mass), device=mass.device)
+
+    def siblings(weights: torch.Tensor, node: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        children = table[rows, node + 1]
+        count = (children >= 0).sum(-1)
+        q, ids = drawn_from(draft, children[:, 0].clamp(min=0))
+        over = weights.double() if ids is None else weights.gather(-1, ids.expand_as(q)).double()
+        rho, accept = select_rho(over, q.double(), count.clamp(min=1))
+        moved = torch.full_like(node, -1)
+        for child in children.T:
+            at = child.clamp(min=0)
+            p = weights.gather(-1, draft.tokens[rows, at, None])[:, 0].double()
+            keep = alive & (moved < 0) & (child >= 0) & (uniforms.accept[rows, at].to(p) * rho * mass[rows, at] < p)
+            moved = torch.where(keep, child, moved)
+        shared = torch.minimum(q.double(), over / rho[:, None])
+        taken = shared * (accept / shared.sum(-1).clamp(min=1e-300))[:, None]
+        rest = (over - taken).clamp_(min=0).to(weights)
+        rest = rest if ids is None else weights.scatter(-1, ids.expand_as(q), rest)
+        refused = alive & (moved < 0) & (count > 0) & (rest.sum(-1) > 0)
+        return moved, torch.where(refused[:, None], rest, weights)
+
+    return descend(target_probs, draft, uniforms, siblings)
+
+
+def select_rho(p: torch.Tensor, q: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The division factor ρ of K-SEQ and the probability that it accepts one of the candidates.
+
+    Args:
+        p: float64 [B, W], the target's probabilities of the drafter's tokens.
+        q: float64 [B, W].
+        count: int64 [B], candidates k ≥ 1.
+
+    Returns:
+        float64 [B] each.
+    """
+    low, high = torch.ones_like(p[:, 0]), count.double()
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        beta = torch.minimum(q, p / middle[:, None]).sum(-1)
+        valid = 1 - (1 - beta).pow(count) <= middle * beta
+        low, high = torch.where(valid, low, middle), torch.where(valid, middle, high)
+    beta = torch.minimum(q, p / high[:, None]).sum(-1)
+    return high, 1 - (1 - beta).pow(count)

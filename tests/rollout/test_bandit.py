@@ -1,0 +1,191 @@
+"""The bandit finds what pays in every bucket, costs little where nothing does, recovers, and goes on from its state."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rollout.strategy import PLAIN, BanditSelector, CostModel, FixedSelector, StepFeedback, Strategy, default_arms
+from rollout.strategy.buckets import bucket_of
+from rollout.strategy.budgets import length_aware_budgets, uniform_budgets
+
+
+class World:
+    """Seconds and accepted levels of any strategy, drawn; rows of a forward past ``cheap`` cost in full."""
+
+    def __init__(self, accept: dict[str, float], cheap: int = 16, level: float = 0.05, seed: int = 0) -> None:
+        self.accept, self.cheap, self.level = dict(accept), cheap, level
+        self.random = np.random.default_rng(seed)
+
+    def forward(self, batch: int, width: int) -> float:
+        rows = batch * width
+        return 1.0 + 0.01 * min(rows, self.cheap) + 0.06 * max(rows - self.cheap, 0)
+
+    def rate_of_level(self, strategy: Strategy) -> float:
+        rate = self.accept[strategy.drafter]
+        return rate if strategy.width == 1 else 1 - (1 - rate) ** 1.5
+
+    def expected_rate(self, strategy: Strategy, batch: int) -> float:
+        """Tokens of a sequence per second, exactly."""
+        tokens = 1.0
+        if strategy.drafter is not None:
+            tokens = sum(self.rate_of_level(strategy) ** i for i in range(strategy.depth + 1))
+        return tokens / (self.forward(batch, strategy.nodes + 1) + self.level * strategy.depth)
+
+    def step(self, strategy: Strategy, batch: int, context: int = 100) -> StepFeedback:
+        accepted = [0] * batch
+        if strategy.drafter is not None:
+            kept = self.random.random((batch, strategy.depth)) < self.rate_of_level(strategy)
+            accepted = kept.cumprod(1).sum(1).tolist()
+        forward = self.forward(batch, strategy.nodes + 1) * self.random.lognormal(0, 0.05)
+        draft = self.level * strategy.depth
+        return StepFeedback(
+            strategy=strategy,
+            active=batch,
+            context=context,
+            drafted=[strategy.nodes] * batch,
+            accepted=accepted,
+            committed=sum(accepted) + batch,
+            draft_seconds=draft,
+            forward_seconds=forward,
+            total_seconds=forward + draft,
+        )
+
+
+def selector_for(world: World, names=("suffix", "eagle3"), **options) -> BanditSelector:
+    cost = CostModel(lambda batch, width, context: world.forward(batch, width), lambda name, batch: world.level)
+    return BanditSelector(lambda name: default_arms(name, 16), names, cost, **options)
+
+
+def play(selector, world, batch, steps, context=100) -> float:
+    """Tokens of a sequence per second over ``steps``, by the world's exact rates of what was chosen (so that luck is no skill)."""
+    tokens = seconds = 0.0
+    for _ in range(steps):
+        strategy = selector.choose(batch, context)
+        feedback = world.step(strategy, batch, context)
+        selector.record(feedback)
+        rate = world.expected_rate(strategy, batch)
+        seconds += feedback.total_seconds
+        tokens += rate * feedback.total_seconds
+    return tokens / seconds
+
+
+def best_fixed(selector, world, batch) -> float:
+    return max(world.expected_rate(arm, batch) for arms in selector.arms.values() for arm in arms)
+
+
+@pytest.mark.parametrize("thompson", [False, True], ids=["beg", "thompson"])
+@pytest.mark.parametrize("accept", [{"suffix": 0.3, "eagle3": 0.7}, {"suffix": 0.8, "eagle3": 0.5}, {"suffix": 0.1, "eagle3": 0.2}])
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+def test_95_percent_of_the_best_fixed_strategy_after_200_steps(batch, accept, thompson):
+    shares = []
+    for seed in range(5):
+        world = World(accept, seed=seed)
+        selector = selector_for(world, thompson=thompson, seed=seed)
+        play(selector, world, batch, 200)
+        shares.append(play(selector, world, batch, 300) / best_fixed(selector, world, batch))
+    assert np.median(shares) >= 0.95
+    assert np.mean(shares) >= 0.92  # at one sequence a seed in five may still be on the second-best drafter
+
+
+def test_within_2_percent_of_plain_where_speculation_cannot_pay():
+    for seed in range(5):
+        world = World({"suffix": 0.5, "eagle3": 0.5}, cheap=0, seed=seed)
+        selector = selector_for(world, seed=seed)
+        share = play(selector, world, 64, 300) / world.expected_rate(PLAIN, 64)
+        assert share >= 0.98
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_recovers_within_100_steps_of_a_collapse(batch):
+    """At one sequence a step says so little that arms within a tenth of the best are still confused: 93 % of it."""
+    shares, over_plain = [], []
+    for seed in range(10):
+        world = World({"suffix": 0.2, "eagle3": 0.8}, seed=seed)
+        selector = selector_for(world, seed=seed)
+        play(selector, world, batch, 300)
+        world.accept = {"suffix": 0.2, "eagle3": 0.0}
+        play(selector, world, batch, 100)
+        rate = play(selector, world, batch, 100)
+        shares.append(rate / best_fixed(selector, world, batch))
+        over_plain.append(rate / world.expected_rate(PLAIN, batch))
+    assert np.mean(shares) >= (0.95 if batch > 1 else 0.91)
+    assert np.mean(over_plain) >= 0.98
+
+
+def test_a_drafter_that_became_better_is_found():
+    world = World({"suffix": 0.5, "eagle3": 0.0})
+    selector = selector_for(world, epsilon=0.1)
+    play(selector, world, 1, 200)
+    world.accept["eagle3"] = 0.9
+    play(selector, world, 1, 400)
+    assert play(selector, world, 1, 200) >= 0.8 * best_fixed(selector, world, 1)
+
+
+def test_buckets_keep_batch_and_context_apart():
+    assert bucket_of(5, 100) == bucket_of(6, 512) != bucket_of(6, 513)
+    world = World({"suffix": 0.2, "eagle3": 0.7})
+    selector = selector_for(world)
+    play(selector, world, 1, 200, context=100)
+    far = World({"suffix": 0.2, "eagle3": 0.7}, cheap=0)
+    far.forward = lambda batch, width: 1.0 + 3.0 * (width - 1)  # verifying is dear at long contexts
+    play(selector, far, 1, 200, context=5000)
+    assert selector.choose(1, 5000) == PLAIN or selector.epsilon > 0
+    chosen = [selector.choose(1, 5000) for _ in range(50)]
+    assert chosen.count(PLAIN) > 40
+    assert sum(selector.choose(1, 100).drafter == "eagle3" for _ in range(50)) > 40
+
+
+def test_state_survives_json():
+    world = World({"suffix": 0.3, "eagle3": 0.7})
+    selector = selector_for(world)
+    play(selector, world, 1, 200)
+    fresh = selector_for(world)
+    fresh.load_state(json.loads(json.dumps(selector.state())))
+    bucket = bucket_of(1, 100)
+    for arms in selector.arms.values():
+        for arm in arms:
+            assert fresh.rate(arm, bucket) == pytest.approx(selector.rate(arm, bucket), rel=1e-9)
+    with pytest.raises(ValueError, match="not a selector's state"):
+        selector_for(world).load_state({"cost": {}})
+
+
+def test_new_weights_weaken_what_was_learned_and_new_drafters_join():
+    world = World({"suffix": 0.3, "eagle3": 0.9})
+    selector = selector_for(world, names=("suffix",))
+    play(selector, world, 1, 100)
+    assert "eagle3" not in selector.arms
+    selector.drafter_changed("eagle3")
+    play(selector, world, 1, 200)
+    arm = Strategy("eagle3", 4)
+    before = selector.cost.tokens(arm)
+    selector.drafter_changed("eagle3")
+    assert selector.cost.tokens(arm) == pytest.approx(before, rel=0.05)
+    world.accept["eagle3"] = 0.0
+    play(selector, world, 1, 30)
+    assert selector.cost.tokens(arm) < 2
+
+
+def test_an_unmeasured_bucket_starts_from_the_cost_model():
+    """What was learned at one batch size is known at another: no exploration is needed to speculate there."""
+    world = World({"suffix": 0.1, "eagle3": 0.8})
+    selector = selector_for(world, epsilon=0.0)
+    play(selector, world, 1, 150)
+    assert selector.choose(2, 100).drafter == "eagle3"
+
+
+def test_fixed_and_strategy_names():
+    assert FixedSelector(PLAIN).choose(3, 10) == PLAIN
+    for text in ("plain", "suffix:4", "eagle3:5x4/12"):
+        assert str(Strategy.parse(text)) == text
+    for text in ("", "eagle3", "eagle3:0", "eagle3:4x0/3", "eagle3:5x4/3", "eagle3:20x10/40"):
+        with pytest.raises(ValueError, match="strategy"):
+            Strategy.parse(text)
+
+
+def test_length_aware_budgets_move_tokens_to_the_longest():
+    assert uniform_budgets(6, [1, 2, 3]) == [6, 6, 6]
+    budgets = length_aware_budgets(6, [10, 500, 20, 30, 40, 600, 50, 60])
+    assert [i for i, b in enumerate(budgets) if b == 12] == [1, 5]
+    assert sum(budgets) == 6 * 8
+    assert length_aware_budgets(6, [7.0] * 8) == [6] * 8

@@ -1,0 +1,348 @@
+"""What each drafter proposes, against brute force; what it keeps, and what it forgets."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
+from rollout.drafters import (
+    ClaspDrafter,
+    CompositeDrafter,
+    ConsensusDrafter,
+    DraftContext,
+    DraftModelDrafter,
+    DraftRules,
+    Eagle3Drafter,
+    NgramDrafter,
+    StandDrafter,
+    SuffixDrafter,
+    TokenRecyclingDrafter,
+    VerifiedStep,
+)
+from rollout.drafters.clasp import _Search
+from rollout.drafters.suffix_automaton import SuffixAutomaton
+from rollout.sequence import SequenceState
+from rollout.strategy.stop_policy import EntropyThreshold, LearnedThreshold
+from rollout.trees import DraftTree
+from tests.support import engine_for, full_engine, tiny_eagle3, tiny_llama
+
+
+def begin(drafter, tokens, group="g", prompt=2):
+    """A sample whose tokens the drafter has observed as they were committed."""
+    s = SequenceState(Request(tokens[:prompt], group=group), 0, 100)
+    drafter.observe(s, prompt)
+    for token in tokens[prompt:]:
+        s.append(token, -0.1, 0)
+        drafter.observe(s, 1)
+    return s
+
+
+def draft(drafter, s, text="suffix:4"):
+    tree = drafter.propose(DraftContext([s], None), Strategy.parse(text))
+    return tree.tokens[0, : tree.lengths[0]].tolist()
+
+
+# The suffix automaton
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_automaton_knows_every_substring_and_how_often_it_occurs(texts, random):
+    """Texts grow in turns, as samples do; occurrences of every substring against counting."""
+    automaton = SuffixAutomaton()
+    last, grown = [0] * len(texts), [0] * len(texts)
+    turns = [i for i, text in enumerate(texts) for _ in text]
+    random.shuffle(turns)
+    for i in turns:
+        last[i] = automaton.extend(last[i], texts[i][grown[i]], 1.0)
+        grown[i] += 1
+    for text in texts:
+        for a, b in itertools.combinations(range(len(text) + 1), 2):
+            state = 0
+            for token in text[a:b]:
+                state = automaton.following[state][token]
+            count = sum(other[i : i + b - a] == text[a:b] for other in texts for i in range(len(other) - (b - a) + 1))
+            assert automaton.weight[state] == count
+    assert len(automaton) <= 2 * sum(map(len, texts)) + 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30))
+def test_the_match_is_the_longest_suffix_that_occurred_before(text):
+    drafter = SuffixDrafter()
+    s = begin(drafter, text, prompt=1)
+    expected = max(
+        n for n in range(len(text)) if any(text[i : i + n] == text[len(text) - n :] for i in range(len(text) - n)) or n == 0
+    )
+    assert drafter.matched(s) == expected
+
+
+# Drafters that need no model
+
+
+def test_suffix_continues_a_siblings_text():
+    drafter = SuffixDrafter()
+    begin(drafter, [1, 2, 3, 4, 5, 6, 7])
+    assert draft(drafter, begin(drafter, [1, 2, 9, 3, 4])) == [5, 6, 7]
+    assert draft(drafter, begin(drafter, [1, 2, 9, 3, 4], "other")) == []
+    assert draft(drafter, begin(drafter, [1, 2, 9, 3, 4], None)) == []
+    alone = SuffixDrafter()
+    assert draft(alone, begin(alone, [1, 2, 3, 1, 2])) == [3, 1, 2, 3], "its own text counts"
+
+
+def test_suffix_starts_with_what_siblings_said_after_the_prompt():
+    drafter = SuffixDrafter()
+    begin(drafter, [1, 2, 3, 4])
+    assert draft(drafter, begin(drafter, [1, 2])) == [3, 4]
+
+
+def test_longest_match_wins_then_the_most_frequent_and_recent():
+    drafter = SuffixDrafter()
+    for text in ([0, 0, 8, 5, 6, 1], [0, 0, 8, 5, 6, 1], [0, 0, 7, 4, 5, 6, 2]):
+        begin(drafter, text)
+    assert draft(drafter, begin(drafter, [0, 0, 3, 5, 6]), "suffix:1") == [1]
+    assert draft(drafter, begin(drafter, [0, 0, 7, 4, 5, 6]), "suffix:1") == [2]
+    assert draft(drafter, begin(drafter, [0, 0, 3, 3, 5, 6]), "suffix:1x2/2") == [1, 2], "a tree takes both, likelier first"
+    fading = SuffixDrafter(decay=0.3)
+    for text in ([0, 0, 8, 5, 1], [0, 0, 8, 5, 1], [0, 0, 8, 5, 2]):
+        begin(fading, text)
+    assert draft(fading, begin(fading, [0, 0, 9, 8, 5]), "suffix:1") == [2], "the newest outweighs two older ones"
+
+
+def test_suffix_without_sharing_knows_its_own_text_only():
+    drafter = SuffixDrafter(shared=False)
+    begin(drafter, [1, 2, 3, 4, 5])
+    assert draft(drafter, begin(drafter, [1, 2, 9, 3, 4])) == []
+
+
+def test_suffix_memory_is_bounded_by_dropping_the_oldest_prompt():
+    drafter = SuffixDrafter(max_states=60)
+    for group in range(10):
+        drafter.forget(begin(drafter, [group * 20 + i for i in range(15)], group))
+    assert drafter._states <= 60
+    assert draft(drafter, begin(drafter, [180, 181], 9)) == [182, 183, 184, 185]
+    assert draft(drafter, begin(drafter, [0, 1], 0)) == []
+    alone = SuffixDrafter()
+    alone.forget(begin(alone, [1, 2, 3], None))
+    assert alone._states == 0 and not alone._groups
+
+
+def test_ngram_copies_after_the_most_recent_occurrence():
+    drafter = NgramDrafter()
+    assert draft(drafter, begin(drafter, [5, 6, 1, 2, 5, 6, 3, 4, 5, 6])) == [3, 4, 5, 6]
+    drafter = NgramDrafter()
+    s = begin(drafter, [5, 6, 7])
+    assert draft(drafter, s) == []
+    drafter.forget(s)
+    assert not drafter._seen
+
+
+def test_consensus_follows_the_other_samples_votes():
+    drafter = ConsensusDrafter()
+    samples = [begin(drafter, [1, 2, *text]) for text in ([7, 8, 3], [7, 8, 3], [7, 9, 4])]
+    s = begin(drafter, [1, 2, 5, 7])
+    assert draft(drafter, s, "consensus:2") == [8, 3]
+    assert draft(drafter, s, "consensus:2x2/4") == [8, 3, 9, 4]
+    assert draft(drafter, begin(drafter, [1, 2, 5, 7], "other")) == []
+    for sample in (*samples, s):
+        drafter.forget(sample)
+    assert "g" not in drafter._index, "the index goes with the last live sample"
+
+
+def logits_of(*rows, vocab=12):
+    """A row of logits whose largest are the given tokens, in that order."""
+    out = torch.zeros(len(rows), vocab)
+    for i, row in enumerate(rows):
+        for rank, token in enumerate(row):
+            out[i, token] = 10.0 - rank
+    return out
+
+
+def test_recycling_drafts_the_candidates_that_were_seen():
+    drafter = TokenRecyclingDrafter(12)
+    s = begin(drafter, [1, 2])
+    step = VerifiedStep(
+        [s], Strategy(), DraftTree(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1).long()), logits_of([3, 4]), [[]]
+    )
+    drafter.verified(step)
+    assert draft(drafter, s, "recycling:1x2/2") == [3, 4]
+    tried = DraftTree(torch.tensor([[3]]), torch.tensor([1]))
+    drafter.verified(VerifiedStep([s], Strategy(), tried, logits_of([3, 4], [5, 6]), [[]]))
+    assert draft(drafter, s, "recycling:2") == [3, 5], "rejected nodes' candidates are kept too"
+
+
+def test_stand_draws_from_what_the_target_gave_after_the_longest_context():
+    drafter = StandDrafter()
+    s = begin(drafter, [1, 2, 3], prompt=3)
+    nothing = DraftTree(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1).long())
+    drafter.verified(VerifiedStep([s], Strategy(), nothing, logits_of([5, 6]), [[]]))
+    tree = drafter.propose(DraftContext([s], None), Strategy("stand", 1, 2, 2))
+    assert tree.lengths.tolist() == [2]
+    expected = torch.softmax(logits_of([5, 6])[0].topk(8).values, -1)
+    assert tree.probs[0, 0].sort(descending=True).values.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    first = (tree.vocabulary[0, 0] == tree.tokens[0, 0]).nonzero().item()
+    assert tree.probs[0, 1, first] == 0 and tree.probs[0, 1].sum() == pytest.approx(1), "the second is drawn without the first"
+    small = StandDrafter(max_contexts=2)
+    small.verified(VerifiedStep([s], Strategy(), nothing, logits_of([5]), [[]]))
+    assert len(small._table) == 2
+
+
+# Drafters with models
+
+
+def test_composite_takes_the_long_match_and_the_model_elsewhere():
+    class Model:
+        needs_taps, calls = False, 0
+
+        def propose(self, context, strategy):
+            Model.calls += 1
+            return DraftTree(torch.full((len(context.sequences), 2), 99), torch.full((len(context.sequences),), 2))
+
+    suffix = SuffixDrafter()
+    composite = CompositeDrafter(suffix, Model(), threshold=3)
+    begin(suffix, [1, 2, 3, 4, 5, 6, 7])
+    long, short = begin(suffix, [1, 2, 9, 3, 4, 5]), begin(suffix, [1, 2, 8, 3])
+    tree = composite.propose(DraftContext([long, short], None), Strategy("composite", 3))
+    assert tree.tokens[0, : tree.lengths[0]].tolist() == [6, 7]
+    assert tree.tokens[1, : tree.lengths[1]].tolist() == [99, 99]
+    composite.propose(DraftContext([long], None), Strategy("composite", 3))
+    assert Model.calls == 1, "the model does not run where every sequence has a long match"
+
+
+@pytest.mark.parametrize("strategy", ["eagle3:4", "eagle3:4x3/9"])
+def test_a_window_that_holds_everything_changes_nothing_and_a_small_one_stays_bounded(strategy):
+    model = tiny_llama(97, sharpness=6.0)
+    requests = [Request([5, 6, 7, i], SamplingParams(max_tokens=180), seed=i) for i in range(4)]
+    results = []
+    for window in (None, 400, 16):
+        engine = engine_for(model, slots=4, context=200, max_nodes=9)
+        capacity = engine.capacity_for(200, 9)
+        embed = engine.runner.view.module.get_input_embeddings()
+        drafter = Eagle3Drafter(tiny_eagle3(model), embed, slots=4, capacity=capacity, dtype=torch.float32, window=window)
+        engine.drafters["eagle3"] = drafter
+        engine.use_strategy(strategy)
+        results.append([(r.token_ids, r.stats.accepted) for r in engine.generate(requests)])
+    assert results[0] == results[1]
+    assert [tokens for tokens, _ in results[2]] == [tokens for tokens, _ in results[0]], "the window is no matter of correctness"
+    assert drafter.cache.span <= 2 * 16 + 64, "the cache keeps its size however long the sequences"
+
+
+def test_a_draft_model_that_is_the_target_is_always_right_at_temperature_0():
+    model = tiny_llama(97, sharpness=6.0)
+    engine = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=100, max_nodes=6)
+    engine.add_drafter(DraftModelDrafter(model, 97, slots=3, capacity=engine.capacity_for(100, 6), dtype=torch.float32))
+    engine.use_strategy("draft_model:4")
+    rollouts = engine.generate([Request([3, i], SamplingParams(temperature=0, max_tokens=51), seed=i) for i in range(7)])
+    assert mean_acceptance_length(rollouts) == 5.0
+    with pytest.raises(ValueError, match="97 tokens, the policy 50"):
+        DraftModelDrafter(model, 50, slots=1, capacity=10, dtype=torch.float32)
+
+
+def test_clasp_that_leaves_out_useless_layers_is_always_right():
+    """Layers whose outputs are zero: the search must find them, and drafts without them are the target's own tokens."""
+    model = tiny_llama(97, sharpness=6.0, layers=6)
+    with torch.no_grad():
+        for useless in (1, 4):
+            model.model.layers[useless].self_attn.o_proj.weight.zero_()
+            model.model.layers[useless].mlp.down_proj.weight.zero_()
+    engine = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=100, max_nodes=6)
+    clasp = ClaspDrafter(engine.runner, 2)
+    engine.add_drafter(clasp)
+    engine.use_strategy("clasp:3")
+    rollouts = engine.generate([Request([3, i], SamplingParams(temperature=0, max_tokens=41), seed=i) for i in range(5)])
+    assert clasp.left_out == (1, 4)
+    assert mean_acceptance_length(rollouts) == 4.0
+    with pytest.raises(ValueError, match="leaves out 6 of 6"):
+        ClaspDrafter(engine.runner, 6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3))
+def test_the_search_is_the_dynamic_program(seed, skipped):
+    """Against the recurrence written out over dictionaries."""
+    g = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(8, 8, generator=g) * 0.5 for _ in range(5)]
+    start = torch.randn(8, generator=g)
+    search = _Search(skipped + 1, torch.device("cpu"))
+    states = start.expand(skipped + 1, -1)
+    for w in layers:
+        states = search.step(states, states + torch.tanh(states @ w))
+    best = {0: (start, ())}
+    for i, w in enumerate(layers):
+        goal = best[0][0] + torch.tanh(best[0][0] @ w)
+        following = {}
+        for j in range(min(i + 1, skipped) + 1):
+            options = []
+            if j in best:
+                options.append((best[j][0] + torch.tanh(best[j][0] @ w), best[j][1]))
+            if j - 1 in best and j > 0:
+                options.append((best[j - 1][0], (*best[j - 1][1], i)))
+            following[j] = max(options, key=lambda o: float(torch.cosine_similarity(o[0], goal, dim=0)))
+        best = following
+    assert search.left_out() == best[skipped][1]
+
+
+# Stop policies
+
+
+def test_svip_stops_where_the_entropy_is_high():
+    policy = EntropyThreshold(1.0)
+    sure, unsure = torch.tensor([0.97, 0.01, 0.01, 0.01]).log(), torch.full((16,), 1 / 16).log()
+    assert policy.go_on(sure[None]).tolist() == [True]
+    assert policy.go_on(unsure[None]).tolist() == [False]  # √(ln 16) = 1.67
+
+
+def test_specdec_learns_when_drafts_are_rejected():
+    """Tokens the drafter is unsure of are rejected: after some verifications it stops after them and goes on after sure ones."""
+    policy = LearnedThreshold(0.5)
+    sure, unsure = torch.tensor([[0.95, 0.03, 0.02]]).log(), torch.tensor([[0.4, 0.3, 0.3]]).log()
+    token = torch.zeros(1, dtype=torch.long)
+    for _ in range(300):
+        for log_q, accepted in ((sure, 1), (unsure, 0)):
+            policy.begin(1)
+            policy.drawn(log_q, token)
+            policy.learn([1], [accepted])
+    for log_q, expected in ((sure, True), (unsure, False)):
+        policy.begin(1)
+        policy.drawn(log_q, token)
+        assert policy.go_on(sure).tolist() == [expected]
+
+
+@pytest.mark.parametrize("rules", [DraftRules(stop="svip", stop_threshold=0.0), DraftRules(stop="svip", stop_threshold=9.0)])
+def test_the_policy_decides_how_much_is_drafted(rules):
+    model = tiny_llama(97, sharpness=6.0)
+    engine = engine_for(model, rules=rules, max_nodes=6)
+    engine.use_strategy("eagle3:5")
+    rollouts = engine.generate([Request([5, 6, i], SamplingParams(max_tokens=30), seed=i) for i in range(5)])
+    mean = np.mean([r.stats.drafted / r.stats.steps for r in rollouts])
+    assert mean <= 1 if rules.stop_threshold == 0 else mean > 4
+
+
+def test_rules_that_do_not_fit_are_refused():
+    for options in ({"tree": "dynamic", "draw": "replacement"}, {"tree": "dyspec", "draw": "replacement"}, {"tree": "static"}):
+        with pytest.raises(ValueError, match="write"):
+            DraftRules(**options)
+    with pytest.raises(ValueError, match="write one of"):
+        DraftRules(tree="bonsai")
+
+
+def test_length_aware_budgets_draft_more_for_the_longest_and_change_no_token():
+    class Lengths:
+        def predict(self, request):
+            return 60.0 if request.seed == 0 else 20.0
+
+        def observe(self, request, tokens): ...
+
+    model = tiny_llama(97, sharpness=6.0)
+    requests = [Request([5, 6, i], SamplingParams(max_tokens=60), seed=i) for i in range(8)]
+    plain = [r.token_ids for r in engine_for(model, slots=8).generate(requests)]
+    engine = full_engine(model, slots=8, max_nodes=12, budgets="length_aware", lengths=Lengths())
+    engine.use_strategy("eagle3:5x3/6")
+    rollouts = engine.generate(requests)
+    assert [r.token_ids for r in rollouts] == plain
+    drafted = [r.stats.drafted / r.stats.steps for r in rollouts]
+    assert drafted[0] > 1.5 * np.mean(drafted[1:])
