@@ -141,7 +141,7 @@ class BanditSelector:
     def _spread(self, arm: Strategy, bucket: Bucket) -> float:
         """Standard deviation of the estimate: a step's tokens spread about as far as their mean exceeds one."""
         measured = self._measured.get((bucket, arm))
-        steps = _PRIOR_STEPS / 2 + (len(measured.steps) if measured is not None else 0)
+        steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
 
     def _hope(self, arm: Strategy, bucket: Bucket) -> float:

@@ -148,7 +148,7 @@ class CostModel:
         return 1.0 if strategy.drafter is None else expected_tokens(self.accepted(strategy).rates(strategy.depth))
 
     def hoped_tokens(self, strategy: Strategy) -> float:
-        """What they may turn out to be: one and a half standard errors more, which grow with the time since the drafter last ran."""
+        """What they may turn out to be: 1.5 standard errors more, which grow with the time since the drafter last ran."""
         if strategy.drafter is None:
             return 1.0
         idle = self._steps - self._last_seen.get((strategy.drafter, strategy.width > 1), 0)
