@@ -20,9 +20,9 @@ from rollout.trees import DraftTree
 class ClaspDrafter(StatelessSlots):
     """Drafts chains with the policy's own weights, so that it is always as fresh as they are and needs no training.
 
-    CLaSp (Chen et al., "CLaSp: In-Context Layer Skip for Self-Speculative Decoding", arXiv 2505.24196, section 3.3 and algorithm
-    1): dynamic programming over the layers finds which ones to leave out so that the last token's hidden state stays closest, by
-    cosine, to that of the whole model. State (i, j) is the best hidden state after i layers of which j were left out::
+    CLaSp (Chen et al., "CLaSp: In-Context Layer Skip for Self-Speculative Decoding", arXiv 2505.24196): dynamic programming over
+    the layers finds which ones to leave out so that the last token's hidden state stays closest, by cosine, to that of the whole
+    model. State (i, j) is the best hidden state after i layers of which j were left out::
 
         g(i + 1, j) = the closer of  layer_i(g(i, j))  and  g(i, j − 1)  to  layer_i applied to the whole model's state
 

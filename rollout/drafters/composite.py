@@ -13,7 +13,7 @@ from rollout.trees import DraftTree, chain_parents
 class CompositeDrafter(StatelessSlots):
     """Takes the suffix drafter's proposal for sequences with a long match, the other's for the rest.
 
-    SAM-Decoding (Hu et al., arXiv 2411.10666, section 3.3): where the longest suffix match is at least a threshold the retrieved
+    SAM-Decoding (Hu et al., arXiv 2411.10666): where the longest suffix match is at least a threshold the retrieved
     continuation is likelier to be accepted than the model's, and free. The model does not run at all where every sequence has one.
 
     Args:

@@ -20,7 +20,7 @@ Place = tuple[SequenceState, int]
 class ConsensusDrafter(StatelessSlots):
     """Votes of the other samples that are being, or were, decoded in the same call.
 
-    Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference", arXiv 2503.05330, section 3):
+    Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference", arXiv 2503.05330):
     the last tokens are looked up in the other samples of the group; what follows there is merged into a graph whose edges weigh
     how many samples and how surely they took them; the draft follows the heaviest. Here paths merge where they share a prefix, a
     vote is the probability that the policy gave the token, and a tree keeps what the vote does not decide. Deterministic.

@@ -31,7 +31,7 @@ class Eagle3Drafter:
         dtype: What to compute in.
         rules: How drafts are made; None for chains and dynamic trees of the likeliest tokens.
         window: Tokens of a sequence that the drafter attends to, at least; None for all. The cache then keeps its size however long
-            sequences grow, and reading a long prompt starts that far before its end (LongSpec, arXiv 2502.17421, section 3.1,
+            sequences grow, and reading a long prompt starts that far before its end (LongSpec, arXiv 2502.17421,
             bounds the drafter's memory to the same end by a sliding window).
     """
 

@@ -21,7 +21,7 @@ _LONGEST = 3
 class StandDrafter(StatelessSlots):
     """An n-gram table that keeps the target's likeliest tokens *with their logits*, and draws from them.
 
-    STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv 2506.04708, section 3):
+    STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv 2506.04708):
     reasoning traces repeat each other, and at high temperature a drawn draft with probabilities is accepted more often than a
     repeated token. For each context of up to 3 tokens the 8 likeliest next tokens' logits of its last verification are kept; a
     draft takes the longest known context and draws siblings without replacement by Gumbel-top-k, halving the branching each

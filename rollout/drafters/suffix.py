@@ -40,7 +40,7 @@ class _Group:
 class SuffixDrafter(StatelessSlots):
     """Drafts by longest suffix match in the samples of the same group, live ones and those of earlier epochs alike.
 
-    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666, section 3; Multi-Sample SD, arXiv 2503.05330), so
+    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666; Multi-Sample SD, arXiv 2503.05330), so
     no model is needed and it works from the first step. A suffix automaton per group follows each sample's longest suffix that
     occurred before, in any of them; a draft continues it by what followed then, in proportion to the weights of the occurrences,
     and falls back to shorter suffixes where nothing did. The prompt's own tokens count. Deterministic: ``probs`` is None.

@@ -18,7 +18,7 @@ _PRIOR = (8.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5)
 class TokenRecyclingDrafter(StatelessSlots):
     """For every token the target's last likeliest successors; a draft is a tree over these.
 
-    Token Recycling (Luo et al., "Turning Trash into Treasure", arXiv 2408.08696, section 3): an adjacency matrix of 8 successors
+    Token Recycling (Luo et al., "Turning Trash into Treasure", arXiv 2408.08696): an adjacency matrix of 8 successors
     per token is overwritten with the top 8 of every verified row of logits, rejected nodes' included, and a static tree over
     successor ranks is drafted breadth first. The paper fixes that tree beforehand; here the chance of each rank is what
     acceptance has shown, and the tree follows from those. Deterministic.

@@ -53,7 +53,7 @@ class _Bucket:
 class BanditSelector:
     """BEG-MAB: bucketed ε-greedy over a sliding window.
 
-    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665, section 5.2): strategies are arms, buckets of the batch size keep
+    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665): strategies are arms, buckets of the batch size keep
     statistics apart, and a window of recent steps follows a moving policy and drafter. Here a bucket is (batch, context), plain
     decoding is one of the arms, and the reward is what a step gave over what it took: tokens committed per sequence and second of
     measured time, drafting included, as the ratio of the window's sums. Two things keep exploration cheap: an arm starts from
@@ -62,7 +62,7 @@ class BanditSelector:
     the bucket, from which each is expected to lose.
 
     With ``thompson`` the arm is drawn from the posterior of its rate instead (Thompson sampling, as EESD does for the draft
-    length, arXiv 2406.03853, section 3.3): a normal with the estimate's mean and the spread that so many steps leave.
+    length, arXiv 2406.03853): a normal with the estimate's mean and the spread that so many steps leave.
 
     Losslessness: the choice is a function of counts and times of *earlier* steps and of numbers of its own, never of this step's
     draft or random numbers. Given the past, each step's tokens have the target's distribution whatever was chosen; that the past's

@@ -12,8 +12,8 @@ from rollout.trees.growth import Brancher, TreeLimits, Uniform, draw_without_rep
 def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
     """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many as of the one above.
 
-    The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706, section 4.1) and the constant branching of
-    Recursive SD (Jeon et al., arXiv 2402.14160, section 3.2.1). The shape is known before anything is drawn; nodes are in order
+    The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706) and the constant branching of
+    Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known before anything is drawn; nodes are in order
     of levels.
 
     Args:
@@ -33,11 +33,10 @@ def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replac
 def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> DraftTree:
     """Greedy expansion by estimated acceptance, a level at a time.
 
-    DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv 2410.11744, algorithm 1
-    and the threshold variant of section 4.3): a node that may get its next child has the value v, the product of the drafter's
-    probabilities on its path times the mass its earlier children left. The next child, drawn without replacement from what is
-    left, gets v · r(x), and the node keeps v · (1 − r(x)). Nodes go on getting children while v is at least the threshold, here
-    one over the budget.
+    DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv 2410.11744, its threshold
+    variant): a node that may get its next child has the value v, the product of the drafter's probabilities on its path times the
+    mass its earlier children left. The next child, drawn without replacement from what is left, gets v · r(x), and the node keeps
+    v · (1 − r(x)). Nodes go on getting children while v is at least the threshold, here one over the budget.
 
     Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
     """
