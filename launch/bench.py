@@ -60,7 +60,7 @@ def main() -> None:
         command = commands.add_parser(name, help=what)
         command.add_argument("--config", required=True)
         command.add_argument("--run", type=Path, required=True, help="a finished run: its policy and drafter are used")
-        command.add_argument("--batches", nargs="+", default=["1", "4", "16"], help="concurrent sequences")
+        command.add_argument("--batches", nargs="*", default=["1", "4", "16"], help="concurrent sequences, or none")
         command.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
         command.add_argument("--out", type=Path, default=Path("benchmarks") / name)
         if name == "drafters":
@@ -189,7 +189,7 @@ def compare_drafters(args: argparse.Namespace) -> None:
     if args.sharing:
         rows: list = compare_sharing(RolloutBench(config, args.run, 1, 64), epochs=3, samples=8, strategy="suffix:4")
     elif args.positions:
-        rows = measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024,))
+        rows = measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None))
     else:
         rows = compare_drafters(config, args.run, args.temperatures, args.batches, print)
     write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
@@ -210,7 +210,7 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     tables: dict[str, list] = {}
     for temperature in args.temperatures:
         bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
-        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=12, candidates=(1, 2, 3, 4), say=print)
+        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=48, candidates=(1, 2, 3, 4), say=print)
         tables |= {f"verifiers, T = {temperature}": rows, f"bounds, T = {temperature}": bounds}
     write_rows(tables, args.out, " ".join(["python", *sys.argv]))
 

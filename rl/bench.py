@@ -104,7 +104,7 @@ class RolloutBench:
 
     def workloads(self, only: Sequence[str] | None = None) -> list[Workload]:
         """1 to 64 sequences on the recipe's mixture, by number, then a long-tailed GRPO batch, ``tail``; all, or those named."""
-        shapes = {"1": (1, 12, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
+        shapes = {"1": (1, 24, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
         made = []
         for name, (slots, count, samples) in shapes.items():
             if only is not None and name not in only:
@@ -120,9 +120,9 @@ class RolloutBench:
         return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
 
     def _tail_problems(self) -> list[Problem]:
-        """One sum of each of eight sizes: completions from a dozen tokens to the cap."""
+        """One sum of each of eight sizes: completions from a dozen tokens to the cap, which the two longest grow with."""
         problems = []
-        for i, terms in enumerate(_TAIL_TERMS):
+        for i, terms in enumerate((*_TAIL_TERMS[:-2], *(terms * self.tail_cap // 1024 for terms in _TAIL_TERMS[-2:]))):
             dataset = DatasetConfig("chain_sum", 1, {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1})
             problems += load_task(replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i).problems
         return [replace(p, key=f"tail {i}") for i, p in enumerate(problems)]
@@ -194,10 +194,10 @@ class RolloutBench:
         return sorted(results, key=lambda m: order.index(m.workload))
 
     def measure(self, w: Workload, method: str, strategy: Strategy | str | None, engine: RolloutEngine) -> Measurement:
-        """One method on one workload, after a warm pass: the fastest of the repeats. No strategy: the one the engine has."""
+        """One method on one workload, the fastest of the repeats, after a warm pass. No strategy: the engine as it is, warm."""
         if strategy is not None:
             engine.use_strategy(strategy)
-        engine.generate(w.warm)
+            engine.generate(w.warm)
         best: Measurement | None = None
         for _ in range(self.repeats):
             self.forget(engine)

@@ -107,9 +107,10 @@ def _selection(tables: dict[str, Rows]) -> plt.Figure:
     rows = [row for name, table in tables.items() if name.startswith("selection") for row in table]
     figure, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 6), dpi=90, squeeze=False)
     for ax, row in zip(axes[0], rows, strict=True):
-        fixed = sorted(row["fixed"].items(), key=lambda item: item[1])
+        fixed = sorted(row["search"].items(), key=lambda item: item[1])
         ax.barh([name for name, _ in fixed], [speed for _, speed in fixed], color="#b0b0b0")
-        ax.axvline(row["adaptive"], color="C3", lw=1.2, label="bandit")
+        for speed in row["finals"]["adaptive"]:
+            ax.axvline(speed, color="C3", lw=1, label="bandit" if speed == row["finals"]["adaptive"][0] else None)
         ax.tick_params(labelsize=6)
         ax.set_title(f"{row['batch']} sequences: tokens/s", fontsize=9)
         ax.legend(fontsize=7)

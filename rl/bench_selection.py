@@ -5,71 +5,88 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 from rl.bench import RolloutBench, Workload
-from rollout import PLAIN, RolloutEngine
-from rollout.strategy import default_arms
+from rollout import PLAIN, RolloutEngine, Strategy
+from rollout.strategy import FixedSelector, Selector, default_arms
 
 _LEAST_STEPS = 200
+_FINALISTS, _FINAL_PASSES = 3, 3
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionRow:
-    """One batch size: tokens a second of every fixed strategy, and of the bandit once it has seen 200 steps.
+    """One batch size: every fixed strategy once, then the best of them and the bandit in turn.
+
+    The fastest of many single passes is also the luckiest, so the first few are measured again, as often as the bandit and in
+    alternation with it.
 
     Attributes:
         batch: Concurrent sequences.
-        fixed: Tokens a second by strategy.
-        adaptive: Tokens a second of the bandit, after 200 steps of other requests of the same size.
-        chosen: How often it chose what, in the measured pass.
+        search: Tokens a second of every fixed strategy, one pass each.
+        finals: Tokens a second of plain decoding, of the search's best three and of the bandit (``adaptive``), three passes each.
+        chosen: How often the bandit chose what, in its last pass.
     """
 
     batch: str
-    fixed: dict[str, float]
-    adaptive: float
+    search: dict[str, float]
+    finals: dict[str, list[float]]
     chosen: dict[str, int] = field(default_factory=dict)
+
+    def speed(self, method: str) -> float:
+        """Mean tokens a second over the final passes."""
+        return fmean(self.finals[method])
 
     @property
     def best(self) -> str:
         """The fastest fixed strategy."""
-        return max(self.fixed, key=self.fixed.__getitem__)
+        return max((name for name in self.finals if name != "adaptive"), key=self.speed)
 
     @property
     def share_of_best(self) -> float:
         """The bandit's speed over the best fixed strategy's."""
-        return self.adaptive / self.fixed[self.best]
+        return self.speed("adaptive") / self.speed(self.best)
 
     @property
     def over_plain(self) -> float:
         """The bandit's speed over plain decoding's."""
-        return self.adaptive / self.fixed["plain"]
+        return self.speed("adaptive") / self.speed("plain")
 
 
 def compare_selection(bench: RolloutBench, batches: list[str], say: Callable[[str], None]) -> list[SelectionRow]:
-    """Exhaustive search over the default arms at each batch size, then the bandit."""
+    """Exhaustive search over the default arms at each batch size, then the bandit once it has seen 200 steps of other requests."""
     rows = []
     for w in bench.workloads(batches):
         engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
         arms = [PLAIN, *(arm for name in engine.drafters for arm in default_arms(name, engine.max_nodes))]
-        fixed = {str(arm): bench.measure(w, str(arm), arm, engine).tokens_per_second for arm in arms}
-        row = _adaptive(bench, w, engine, fixed)
+        search = {str(arm): bench.measure(w, str(arm), arm, engine).tokens_per_second for arm in arms}
+        best = sorted(search, key=search.__getitem__, reverse=True)[:_FINALISTS]
+        bandit = _taught(bench, w, engine)
+        finals: dict[str, list[float]] = {name: [] for name in dict.fromkeys(("plain", *best, "adaptive"))}
+        chosen: Counter[str] = Counter()
+        for _ in range(_FINAL_PASSES):
+            for name, speeds in finals.items():
+                engine.speculation.selector = bandit if name == "adaptive" else FixedSelector(Strategy.parse(name))
+                speeds.append(bench.measure(w, name, None, engine).tokens_per_second)
+            chosen = Counter(r.strategy for r in engine.records)
+        row = SelectionRow(w.name, search, finals, dict(chosen))
         say(
-            f"{w.name:>3}: best {row.best} {row.fixed[row.best]:.1f} tokens/s, bandit {row.adaptive:.1f} "
+            f"{w.name:>3}: best {row.best} {row.speed(row.best):.1f} tokens/s, bandit {row.speed('adaptive'):.1f} "
             f"({row.share_of_best:.1%} of it, {row.over_plain:.2f} x plain)"
         )
         rows.append(row)
     return rows
 
 
-def _adaptive(bench: RolloutBench, w: Workload, engine: RolloutEngine, fixed: dict[str, float]) -> SelectionRow:
+def _taught(bench: RolloutBench, w: Workload, engine: RolloutEngine) -> Selector:
     engine.use_strategy("adaptive")
     seen = passes = 0
     while seen < _LEAST_STEPS:  # a text that drafters have seen before would teach it that they are always right
         bench.forget(engine)
         engine.generate([replace(r, seed=r.seed + passes) for r in w.warm])
         seen, passes = seen + len(engine.records), passes + 1
-    measured = bench.measure(w, "adaptive", None, engine)
-    return SelectionRow(w.name, fixed, measured.tokens_per_second, dict(Counter(r.strategy for r in engine.records)))
+    return engine.speculation.selector
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,13 +176,13 @@ class RolloutWorker:
 
     def measure_plain(self, done: RankRollouts) -> None:
         """Decodes the same requests again without speculation and notes the time, for a paired ratio."""
-        selector, collect = self.engine.selector, self.engine.collect_traces
+        selector, collect = self.engine.speculation.selector, self.engine.collect_traces
         self.engine.use_strategy(PLAIN)
         self.engine.collect_traces = False
         begin = time.perf_counter()
         again = self.engine.generate([r.request for r in done.rollouts])
         done.plain_seconds = time.perf_counter() - begin
-        self.engine.selector, self.engine.collect_traces = selector, collect
+        self.engine.speculation.selector, self.engine.collect_traces = selector, collect
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
         done.plain_identical = sum(same) / len(same)
 
@@ -229,7 +229,7 @@ class RolloutWorker:
         except ValueError as error:
             return str(error)
         for name in _WITH_WEIGHTS & self.engine.drafters.keys():
-            self.engine.selector.drafter_changed(name)
+            self.engine.speculation.selector.drafter_changed(name)
         return None
 
 

@@ -93,7 +93,7 @@ class Trainer:
         state = load_selector_state(checkpoint)
         if state is not None:
             try:
-                self.worker.engine.selector.load_state(state)
+                self.worker.engine.speculation.selector.load_state(state)
             except ValueError as error:
                 raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
         self.first_step = checkpoint.steps_done
@@ -187,7 +187,7 @@ class Trainer:
                 optimizer=self.optimizer,
                 drafter=learner.model if learner else None,
                 drafter_optimizer=learner.optimizer if learner else None,
-                selector=self.worker.engine.selector.state(),
+                selector=self.worker.engine.speculation.selector.state(),
             )
         self.accelerator.wait_for_everyone()
 

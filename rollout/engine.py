@@ -11,8 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rollout.api import FinishReason, Request, Rollout
-from rollout.calibration import calibrate_forward
-from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
+from rollout.drafters.base import Drafter, VerifiedStep
 from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
@@ -21,22 +20,13 @@ from rollout.requests import problem_with
 from rollout.results import finished_rollout
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
+from rollout.speculation import Speculation
 from rollout.stopping import StopCondition, TextDecoder
-from rollout.strategy import (
-    BUDGETS,
-    PLAIN,
-    BanditSelector,
-    CostModel,
-    FixedSelector,
-    Selector,
-    StepFeedback,
-    Strategy,
-    default_arms,
-)
+from rollout.strategy import PLAIN, StepFeedback, Strategy
 from rollout.timing import StepClock
 from rollout.trees import MOST_NODES, DraftTree, no_draft
 from rollout.verification import verify_batch
-from rollout.verify import VERIFIERS, Verifier
+from rollout.verify import Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +109,7 @@ class RolloutEngine:
         if model.device.type == "cuda" if graphs is None else graphs:
             capturer = CudaCapturer() if model.device.type == "cuda" else PlainCapturer()
             self.runner.capture_graphs(max_nodes + 1, capturer, precapture=model.device.type == "cuda")
-        self.drafters: dict[str, Drafter] = {}
-        self.selector: Selector = FixedSelector()
-        self.budgets = BUDGETS[budgets]
-        self._verifier: Verifier | None = None
+        self.speculation = Speculation(self.runner, max_slots, max_nodes, budgets)
         self.records: list[StepRecord] = []
         self.prefill_seconds = 0.0
         self._decode_text = decode_text
@@ -134,70 +121,26 @@ class RolloutEngine:
         """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may overwrite."""
         return max_context + max_nodes + 2
 
+    @property
+    def drafters(self) -> dict[str, Drafter]:
+        """Those there are, by name."""
+        return self.speculation.drafters
+
     def add_drafter(self, drafter: Drafter) -> None:
         """Makes a drafter available to strategies, under its name."""
-        if drafter.needs_taps and not self.runner.tap_layers:
-            raise ValueError(f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers")
-        self.drafters[drafter.name] = drafter
-        self.selector.drafter_changed(drafter.name)
+        self.speculation.add_drafter(drafter)
 
     def use_strategy(self, strategy: Strategy | str) -> None:
-        """Fixes what every step runs: a `Strategy`, or what its ``str`` gives; ``"adaptive"`` is `adapt`.
-
-        Raises:
-            ValueError: for a strategy that cannot run.
-        """
-        if strategy == "adaptive":
-            self.adapt()
-            return
-        fixed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-        self._check(fixed)
-        self.selector = FixedSelector(fixed)
+        """Fixes what every step runs, or ``"adaptive"``: see `Speculation.use_strategy`."""
+        self.speculation.use_strategy(strategy)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
-        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few seconds.
-
-        Args:
-            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later count from then on.
-                None at all takes chains and trees of every drafter.
-            **options: Of `BanditSelector`.
-
-        Raises:
-            ValueError: for a strategy that verifies more tokens than the engine can.
-        """
-        for arm in arms:
-            self._check_size(arm)
-
-        def arms_of(name: str) -> list[Strategy]:
-            if arms:
-                return [arm for arm in arms if arm.drafter == name]
-            return default_arms(name, self.max_nodes, getattr(self.drafters[name], "chains_only", False))
-
-        forward = calibrate_forward(self.runner, self.scheduler.slots, self.max_nodes + 1)
-        cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
-        self.selector = BanditSelector(arms_of, tuple(self.drafters), cost, **options)
-
-    def _check(self, strategy: Strategy) -> None:
-        if strategy.drafter is not None and strategy.drafter not in self.drafters:
-            raise ValueError(f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}")
-        self._check_size(strategy)
-
-    def _check_size(self, strategy: Strategy) -> None:
-        if strategy.nodes > self.max_nodes:
-            raise ValueError(f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}")
+        """Chooses at each step from measured times: see `Speculation.adapt`."""
+        self.speculation.adapt(arms, **options)
 
     def verify_with(self, verifier: Verifier | str | None) -> None:
-        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes token-by-token verification
-        for chains and recursive for trees.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
-        if isinstance(verifier, str):
-            if verifier not in VERIFIERS:
-                raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
-            verifier = VERIFIERS[verifier]
-        self._verifier = verifier
+        """Verifies drawn drafts by this: see `Speculation.verify_with`."""
+        self.speculation.verify_with(verifier)
 
     def refresh_weights(self) -> None:
         """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
@@ -291,7 +234,7 @@ class RolloutEngine:
         self.prefill_seconds += sum(clock.seconds())
         for _, sequence in admitted:
             if len(sequence.tokens) == sequence.num_prompt:
-                self._observe(sequence, sequence.num_prompt)
+                self.speculation.observe(sequence, sequence.num_prompt)
         sequences = [sequence for _, sequence in admitted]
         steps = [s.stats.steps for s in sequences]
         _, committed = self._verify(sequences, logits, no_draft(len(sequences), self._device))
@@ -317,9 +260,9 @@ class RolloutEngine:
         """One decode step of every active sequence: the strategy's feedback and how many tokens were committed."""
         active = list(self.scheduler.active)
         context = max(len(s.tokens) for s in active)
-        strategy = self.selector.choose(len(active), context)
+        strategy = self.speculation.selector.choose(len(active), context)
         clock = StepClock(self._device)
-        draft = self._propose(strategy, active)
+        draft = self.speculation.propose(strategy, active)
         clock.mark()
         logits = self._forward(active, draft)
         clock.mark()
@@ -337,23 +280,8 @@ class RolloutEngine:
             forward_seconds=forward,
             total_seconds=drafting + forward + rest,
         )
-        self.selector.record(feedback)
+        self.speculation.selector.record(feedback)
         return feedback, committed
-
-    def _propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
-        room = [s.remaining - 1 for s in active]
-        if strategy.drafter is None or max(room) <= 0:
-            return no_draft(len(active), self._device)
-        budgets = [min(n, self.max_nodes) for n in self.budgets(strategy.nodes, [s.expected_left for s in active])]
-        taps = None
-        if self.runner.tap_layers:
-            cache = self.runner.cache
-            taps = cache.taps.view(*cache.taps.shape[:2], -1, self.runner.hidden_size)
-        asked = strategy.with_nodes(max(budgets), max(room))
-        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), asked).to(self._device)
-        # by each row's own room: what a request commits must not depend on how much room its neighbours have
-        chains = draft.parents is None
-        return draft.cut(torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)]))
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
@@ -366,12 +294,11 @@ class RolloutEngine:
         self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree, strategy: Strategy = PLAIN
     ) -> tuple[list[int], int]:
         """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
-        outcome = verify_batch(active, logits, draft, self._verifier)
+        outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if draft.parents is not None:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
-        for drafter in self.drafters.values():
-            drafter.verified(step)
+        self.speculation.verified(step)
         committed = 0
         for row, sequence in enumerate(active):
             sequence.stats.drafted += int(draft.lengths[row])
@@ -393,12 +320,8 @@ class RolloutEngine:
             sequence.finish = stop.reason()
             if sequence.finish is not None:
                 break
-        self._observe(sequence, count)
+        self.speculation.observe(sequence, count)
         return count
-
-    def _observe(self, sequence: SequenceState, count: int) -> None:
-        for drafter in self.drafters.values():
-            drafter.observe(sequence, count)
 
     def _retire(self) -> Iterator[tuple[int, Rollout]]:
         """Hands out finished sequences and closes the holes they leave."""
@@ -416,11 +339,7 @@ class RolloutEngine:
         """Takes sequences out of their slots; the last ones move into the holes."""
         cache = self.runner.cache
         for slot, last in self.scheduler.retire(ended):
-            for drafter in self.drafters.values():
-                drafter.release(slot)
-                if slot != last:
-                    drafter.move(last, slot)
-                    drafter.release(last)
+            self.speculation.vacate(slot, last)
             if slot != last:
                 cache.copy_slot(last, [slot], min(len(self.scheduler.active[slot].tokens), cache.span))
 
@@ -453,16 +372,14 @@ class RolloutEngine:
         if sequence.finish is FinishReason.FAILED and slot is not None:
             error = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
             self.runner.cache.clear_slot(slot)
-        for drafter in self.drafters.values():
-            drafter.forget(sequence)
+        self.speculation.forget(sequence)
         whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
         traced = self.collect_traces and whole and slot is not None
         return finished_rollout(sequence, error, self.runner.trace(sequence, slot) if traced and slot is not None else None)
 
     def _abandon(self) -> None:
         """Frees every slot: nothing of one call is left for the next, also when its consumer stopped early."""
-        for drafter in self.drafters.values():
-            for slot, sequence in enumerate(self.scheduler.active):
-                drafter.release(slot)
-                drafter.forget(sequence)
+        for slot, sequence in enumerate(self.scheduler.active):
+            self.speculation.vacate(slot, slot)
+            self.speculation.forget(sequence)
         self.scheduler.clear()

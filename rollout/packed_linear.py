@@ -1,4 +1,4 @@
-"""Linear layers for decoding: those that read one input joined, and packed for oneDNN where it has kernels (CPU, bfloat16)."""
+"""Linear layers for decoding: those that read one input joined, and packed where there are kernels for it (CPU, bfloat16)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 from torch import nn
+
+from rollout.native.products import load_products
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -34,6 +36,9 @@ class Projection(Protocol):
 class PackedLinear(nn.Module):
     """Inference-only copy of one or more `nn.Linear` of one input, packed in bfloat16 as one matrix.
 
+    On a CPU with AMX by `PackedProducts`, which make a row's result independent of how many rows there are; else by oneDNN, which
+    chooses its kernel, and with it the rounding, by their number.
+
     The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an update.
 
     Args:
@@ -49,12 +54,19 @@ class PackedLinear(nn.Module):
     def refresh(self) -> None:
         """Packs the sources' present weights."""
         weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        products = load_products()
+        self._products = products if products is not None and products.serves(*weight.shape) else None
+        if self._products is not None:
+            self._packed = self._products.pack(weight)
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         biases = [layer.bias for layer in self._sources if layer.bias is not None]
         self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x: bfloat16 [..., in] → bfloat16 [..., out], plus ``residual`` where given."""
+        if self._products is not None:
+            return self._products.multiply(x, self._packed, self._bias, residual)
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")

@@ -1,57 +1,12 @@
-// Attention over slots: where tokens stand, writing their keys, and attending to those they see.
+// Attention over slots, each token to what it sees: on vector units here, on matrix units in tiles.h.
 #pragma once
 
-#include "elementwise.h"
+#include "layout.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int64_t kChunk = 256;        // keys that one work item attends to
-constexpr int64_t kTile = 8;           // tokens of one sequence that it attends for
 constexpr int64_t kAhead = 12;         // keys fetched before they are needed
-
-// One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
-//
-// A token's keys are written to its place. It sees the places before its trunk's end, and of the 64 from there on those whose bit is
-// set among its ancestors: a draft tree's nodes lie side by side, though their positions in the text coincide.
-struct Layout {
-  int64_t tokens, sequences, heads, kv_heads, dim, slots, span;
-  const int64_t *token_slots, *seats, *places, *trunks;  // seats: positions counted from place 0
-  const uint64_t* ancestors;
-  const int64_t* offsets;  // [sequences + 1], of each sequence's first token
-
-  // One past the last place that token n sees.
-  int64_t end(int64_t n) const { return trunks[n] + (ancestors[n] == 0 ? 0 : 64 - __builtin_clzll(ancestors[n])); }
-};
-
-template <typename T>
-void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps, T* query,
-                      T* cache, const Layout& s) {
-  const int64_t all = s.heads + 2 * s.kv_heads;
-#pragma omp parallel for if (s.tokens * all * s.dim > kSerialWork)
-  for (int64_t n = 0; n < s.tokens; ++n) {
-    const T* row = joined + n * all * s.dim;
-    const T *c = cosines + n * s.dim, *sn = sines + n * s.dim;
-    for (int64_t h = 0; h < s.heads; ++h)
-      rotate_head(row + h * s.dim, query_gain, eps, c, sn, query + (n * s.heads + h) * s.dim, s.dim);
-    for (int64_t h = 0; h < s.kv_heads; ++h) {
-      T* key = cache + ((s.token_slots[n] * s.kv_heads + h) * s.span + s.places[n]) * s.dim;
-      T* value = key + s.slots * s.kv_heads * s.span * s.dim;
-      rotate_head(row + (s.heads + h) * s.dim, key_gain, eps, c, sn, key, s.dim);
-      std::memcpy(value, row + (s.heads + s.kv_heads + h) * s.dim, s.dim * sizeof(T));
-    }
-  }
-}
-
-struct AttentionRule {
-  float scale;
-  float softcap;   // 0 for none
-  int64_t window;  // 0 for none
-};
-
-// What one work item found: for every row the largest score, the sum of exponentials and the weighted sum of values.
-struct Partial {
-  float *largest, *total, *weighted;
-};
 
 // The sums of 16 vectors, in their order: two halves are folded into one vector at a time, which takes a third of 16 sums' work.
 inline Floats sum_each(const Floats* v) {
@@ -168,54 +123,50 @@ inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, 
   *total = sum(sums);
 }
 
-// Attends `rows` query rows (heads of one group × queries) to `count` keys from position `start` of one slot and head.
+// Attends an item's rows (heads of one group × its tokens) in float32.
 template <typename T, int kVectors>
-void attend_chunk(const float* query, const T* keys, const T* values, const Layout& s, int64_t first, int64_t queries, int64_t rows,
-                  int64_t start, int64_t count, const AttentionRule& rule, float* scores, const Partial& out) {
-  constexpr int64_t dim = kVectors * kLanes;
-  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
-    score_rows<T, kVectors, block.value>(query + r * dim, keys, values, count, scores + r * kChunk);
-  });
-  for (int64_t r = 0; r < rows; ++r)
-    weigh_scores(scores + r * kChunk, s, first + r % queries, start, rule, count, out.largest + r, out.total + r);
-  for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
-    weigh_rows<T, kVectors, block.value>(scores + r * kChunk, values, count, out.weighted + r * dim);
-  });
-}
+class VectorUnits {
+ public:
+  static constexpr int64_t kTokens = 8;
 
-// Up to kTile consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
-struct Item {
-  int64_t first, queries, kv, start, count;
-};
+  explicit VectorUnits(int64_t group) {
+    static thread_local std::vector<float> memory;
+    memory.resize(group * kTokens * (kDim + kChunk));
+    scaled_ = memory.data(), scores_ = scaled_ + group * kTokens * kDim;
+  }
 
-// The items of a forward; those of one tile and head are adjacent. `groups` holds the first item of each such run.
-void list_items(const Layout& s, std::vector<Item>* items, std::vector<int64_t>* groups) {
-  items->clear();
-  groups->clear();
-  for (int64_t sequence = 0; sequence < s.sequences; ++sequence)
-    for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += kTile) {
-      const int64_t queries = std::min(kTile, s.offsets[sequence + 1] - first);
-      int64_t length = 0;
-      for (int64_t n = first; n < first + queries; ++n) length = std::max(length, s.end(n));
-      for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
-        groups->push_back(items->size());
-        for (int64_t start = 0; start < length; start += kChunk)
-          items->push_back({first, queries, kv, start, std::min(length - start, kChunk)});
-      }
+  void attend(const T* query, const T* keys, const T* values, const Layout& s, const Item& item, const AttentionRule& rule,
+              const Partial& out) {
+    const int64_t group = s.heads / s.kv_heads, rows = group * item.queries;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* source = query + s.head_of(item, r) * kDim;
+      for (int64_t i = 0; i < kDim; i += kLanes) store(scaled_ + r * kDim + i, load(source + i) * rule.scale);
     }
-  groups->push_back(items->size());
-}
+    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+      score_rows<T, kVectors, block.value>(scaled_ + r * kDim, keys, values, item.count, scores_ + r * kChunk);
+    });
+    for (int64_t r = 0; r < rows; ++r)
+      weigh_scores(scores_ + r * kChunk, s, item.first + r % item.queries, item.start, rule, item.count, out.largest + r, out.total + r);
+    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+      weigh_rows<T, kVectors, block.value>(scores_ + r * kChunk, values, item.count, out.weighted + r * kDim);
+    });
+  }
+
+ private:
+  static constexpr int64_t kDim = kVectors * kLanes;
+  float *scaled_, *scores_;
+};
 
 // Keys are cut into chunks so that one long sequence occupies every core; the partial results are joined afterwards
 // (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost follows its own length, not the longest.
-template <typename T, int kVectors>
-void attend(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
+template <typename Units, typename T, int kVectors>
+void attend_by(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
   constexpr int64_t dim = kVectors * kLanes;
-  const int64_t group = s.heads / s.kv_heads, most_rows = group * kTile, per_item = most_rows * (dim + 2);
+  const int64_t group = s.heads / s.kv_heads, most_rows = group * Units::kTokens, per_item = most_rows * (dim + 2);
   static thread_local std::vector<Item> items_of_thread;
   static thread_local std::vector<int64_t> groups_of_thread;
   static thread_local std::vector<float> partials;
-  list_items(s, &items_of_thread, &groups_of_thread);
+  list_items(s, Units::kTokens, &items_of_thread, &groups_of_thread);
   const std::vector<Item>& items = items_of_thread;
   const std::vector<int64_t>& groups = groups_of_thread;
   if (static_cast<int64_t>(partials.size()) < static_cast<int64_t>(items.size()) * per_item) partials.resize(items.size() * per_item);
@@ -228,21 +179,13 @@ void attend(const T* query, const T* cache, T* out, const Layout& s, const Atten
   for (const Item& item : items) work += item.count * item.queries * group * dim;
 #pragma omp parallel if (work > kSerialWork)
   {
-    static thread_local std::vector<float> scaled_of_thread, scores_of_thread;
-    scaled_of_thread.resize(most_rows * dim), scores_of_thread.resize(most_rows * kChunk);
-    float *scaled = scaled_of_thread.data(), *scores = scores_of_thread.data();
+    Units units(group);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < static_cast<int64_t>(items.size()); ++n) {
       const Item& item = items[n];
-      const int64_t rows = group * item.queries;
-      for (int64_t r = 0; r < rows; ++r) {
-        const T* source = query + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
-        for (int64_t i = 0; i < dim; i += kLanes) store(scaled + r * dim + i, load(source + i) * rule.scale);
-      }
       const T* keys = cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
       const T* values = keys + s.slots * s.kv_heads * s.span * dim;
-      attend_chunk<T, kVectors>(scaled, keys, values, s, item.first, item.queries, rows, item.start, item.count, rule,
-                                scores, partial(n));
+      units.attend(query, keys, values, s, item, rule, partial(n));
     }
 #pragma omp for
     for (int64_t g = 0; g < static_cast<int64_t>(groups.size()) - 1; ++g) {
@@ -258,26 +201,21 @@ void attend(const T* query, const T* cache, T* out, const Layout& s, const Atten
           total += weight * p.total[r];
           for (int i = 0; i < kVectors; ++i) sums[i] += weight * load(p.weighted + r * dim + i * kLanes);
         }
-        T* target = out + ((item.first + r % item.queries) * s.heads + item.kv * group + r / item.queries) * dim;
+        T* target = out + s.head_of(item, r) * dim;
         for (int i = 0; i < kVectors; ++i) store(target + i * kLanes, sums[i] / total);
       }
     }
   }
 }
 
-// Moves keys and values of every layer's slot from `sources` to `targets`, places in increasing order with targets ≤ sources, so
-// that no line is overwritten before it was moved.
-template <typename T>
-void move_lines(T* const* layers, int64_t count_layers, const int64_t* slots, const int64_t* sources, const int64_t* targets,
-                int64_t moves, const Layout& s) {
-#pragma omp parallel for if (count_layers * moves * s.kv_heads * s.dim > kSerialWork)
-  for (int64_t layer = 0; layer < count_layers; ++layer)
-    for (int64_t part = 0; part < 2; ++part)
-      for (int64_t m = 0; m < moves; ++m)
-        for (int64_t h = 0; h < s.kv_heads; ++h) {
-          T* line = layers[layer] + ((part * s.slots + slots[m]) * s.kv_heads + h) * s.span * s.dim;
-          std::memcpy(line + targets[m] * s.dim, line + sources[m] * s.dim, s.dim * sizeof(T));
-        }
+template <typename T, int kVectors>
+void attend(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
+#ifdef PACELINE_TILES
+  if constexpr (std::is_same_v<T, bfloat16> && kVectors % 2 == 0) {
+    if (rule.softcap == 0 && tiles_granted()) return attend_by<MatrixUnits<kVectors>, T, kVectors>(query, cache, out, s, rule);
+  }
+#endif
+  attend_by<VectorUnits<T, kVectors>, T, kVectors>(query, cache, out, s, rule);
 }
 
 template <typename T>

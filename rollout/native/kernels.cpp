@@ -7,6 +7,7 @@
 #include "draw.h"
 #include "drafting.h"
 #include "lanes.h"
+#include "product.h"
 
 #define PACELINE_KERNELS(T, SUFFIX)                                                                                              \
   void paceline_rms_norm_##SUFFIX(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {                   \
@@ -45,4 +46,17 @@
 extern "C" {
 PACELINE_KERNELS(float, float32)
 PACELINE_KERNELS(bfloat16, bfloat16)
+
+#ifdef PACELINE_TILES
+int paceline_tiles() { return tiles_granted(); }
+void paceline_pack_weight(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
+  pack_weight(weight, outputs, inputs, packed);
+}
+void paceline_multiply_packed(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
+                              const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
+  multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
+}
+#else
+int paceline_tiles() { return 0; }
+#endif
 }

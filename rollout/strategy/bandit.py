@@ -12,7 +12,7 @@ from rollout.strategy.buckets import Bucket, bucket_of
 from rollout.strategy.cost_model import CostModel
 from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
-_PRIOR_STEPS = 24  # steps that the cost model's estimate counts for beside those measured
+_PRIOR_STEPS = 64  # steps that the cost model's estimate counts for beside those measured
 _TRIES = 0.1  # share of steps that look for something to explore
 _MOST_LOSS = 1.0  # best steps that one exploration may be expected to lose
 _BURST = 3  # steps of an exploration: the first also pays for what the drafter has missed
@@ -57,7 +57,7 @@ class BanditSelector:
     statistics apart, and a window of recent steps follows a moving policy and drafter. Here a bucket is (batch, context), plain
     decoding is one of the arms, and the reward is what a step gave over what it took: tokens committed per sequence and second of
     measured time, drafting included, as the ratio of the window's sums. Two things keep exploration cheap: an arm starts from
-    `CostModel`'s estimate, which counts as 24 steps; only arms are explored that could win for all that is known of their
+    `CostModel`'s estimate, which counts as 64 steps; only arms are explored that could win for all that is known of their
     drafter, which is the less the longer it has not run; and explorations live on an allowance, the share ε of the time spent in
     the bucket, from which each is expected to lose.
 
@@ -202,7 +202,7 @@ class BanditSelector:
 
 
 # A forward reads one token more than there are nodes: 8, 16 or 32 rows fill the tiles of matrix units, one more starts another.
-_CHAINS = (1, 2, 3, 5, 7)
+_CHAINS = (1, 2, 3, 4, 7)
 _TREES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
 
 

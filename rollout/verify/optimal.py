@@ -125,13 +125,19 @@ def _all_inside(q: np.ndarray, size: int, count: int) -> float:
     s = (nodes + 1) / 2
     u, jacobian = s**3, 3 * s**2 / 2 * weights
     times = -np.log(u) / outside
-    fewer = np.zeros((len(times), count))
-    fewer[:, 0] = 1.0
-    for rate in positive:
-        rings = -np.expm1(-rate * times)[:, None]
-        shifted = np.concatenate([np.zeros((len(times), 1)), fewer[:, :-1]], 1)
-        fewer = fewer * (1 - rings) + shifted * rings
-    return float((jacobian * (1 - fewer.sum(1))).sum())
+    rings = -np.expm1(-np.multiply.outer(times, positive))
+    # [times, clocks, count]: the chances that 0, 1, … of a clock's events happen, clocks joined pair by pair until one is left
+    chances = np.zeros((*rings.shape, count))
+    chances[..., 0] = 1 - rings
+    if count > 1:
+        chances[..., 1] = rings
+    while (clocks := chances.shape[1]) > 1:
+        left, right = chances[:, 0 : clocks - 1 : 2], chances[:, 1:clocks:2]
+        joined = np.zeros_like(left)
+        for i in range(count):
+            joined[..., i:] += left[..., i, None] * right[..., : count - i]
+        chances = np.concatenate([joined, chances[:, clocks - clocks % 2 :]], axis=1)
+    return float((jacobian * (1 - chances[:, 0].sum(1))).sum())
 
 
 def optimal_acceptance_lp(p: np.ndarray, q: np.ndarray, count: int, replacement: bool) -> float:

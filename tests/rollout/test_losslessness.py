@@ -137,7 +137,7 @@ def test_switching_strategies_on_past_acceptance_keeps_the_law(model):
     params = SamplingParams(max_tokens=3)
     engine = full_engine(model, slots=50, context=16, max_nodes=6, rules=DRAWN)
     counts = np.zeros((VOCAB,) * 3)
-    engine.selector = Restless(["plain", "suffix:2", "eagle3:2x3/6", "eagle3:2", "adversarial:1"])
+    engine.speculation.selector = Restless(["plain", "suffix:2", "eagle3:2x3/6", "eagle3:2", "adversarial:1"])
     for start in range(0, 60_000, 20_000):
         for rollout in engine.stream([Request(PROMPT, params, seed=start + i, group="g") for i in range(20_000)]):
             counts[tuple(rollout.token_ids)] += 1

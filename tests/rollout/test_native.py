@@ -36,31 +36,50 @@ def reference_attention(query, cache, tokens: RaggedTokens, rule: AttentionRule)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_ragged_attention(kernels, dim, rule):
+def test_ragged_attention(dim, rule, dtype):
     """One token far past a chunk of keys, a long piece of a prompt, a first token, and a slot out of order."""
     torch.manual_seed(0)
     tokens = RaggedTokens(slots=[3, 0, 1, 2], starts=[700, 250, 0, 30], counts=[1, 21, 1, 5])
-    cache = torch.randn(2, 4, 2, 768, dim)
-    query = torch.randn(1, 28, 6, dim)
-    got = kernels.attend(query, cache, tokens, rule).view(28, 6, dim)
-    torch.testing.assert_close(got.double(), reference_attention(query, cache, tokens, rule), rtol=1e-4, atol=1e-5)
+    cache = torch.randn(2, 4, 2, 768, dim).to(dtype)
+    query = torch.randn(1, 28, 6, dim).to(dtype)
+    got = load_kernels("cpu", dtype).attend(query, cache, tokens, rule).view(28, 6, dim)
+    # weights and results are rounded to bfloat16: 2^-9 of the largest that either can be
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2**-7, 2**-8)
+    torch.testing.assert_close(got.double(), reference_attention(query, cache, tokens, rule), rtol=rtol, atol=atol)
 
 
-def test_attention_never_reads_past_a_sequence(kernels):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_gets_the_same_whoever_is_beside_it(dtype):
+    """Bit for bit: or drafts would change what a sequence says by rounding."""
+    torch.manual_seed(0)
+    kernels = load_kernels("cpu", dtype)
+    cache, query = torch.randn(2, 2, 3, 768, 64).to(dtype), torch.randn(1, 20, 9, 64).to(dtype)
+    together = kernels.attend(query, cache, RaggedTokens([0, 1], [500, 290], [9, 11]), AttentionRule(0.125))
+    for n, (slot, place) in enumerate([(0, 500 + i) for i in range(9)] + [(1, 290 + i) for i in range(11)]):
+        alone = kernels.attend(query[:, n : n + 1], cache, RaggedTokens([slot], [place], [1]), AttentionRule(0.125))
+        assert torch.equal(alone[0, 0], together[0, n])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_never_reads_past_a_sequence(dtype):
     """What an earlier sequence left behind, NaN included, does not matter."""
     torch.manual_seed(0)
+    kernels = load_kernels("cpu", dtype)
     tokens = RaggedTokens(slots=[0, 1], starts=[4, 9], counts=[2, 1])
-    cache, query = torch.randn(2, 2, 1, 128, 32), torch.randn(1, 3, 2, 32)
+    cache, query = torch.randn(2, 2, 1, 128, 32).to(dtype), torch.randn(1, 3, 2, 32).to(dtype)
     clean = kernels.attend(query, cache, tokens, AttentionRule(0.2))
     cache[:, 0, :, 6:], cache[:, 1, :, 10:] = math.nan, math.inf
     assert torch.equal(kernels.attend(query, cache, tokens, AttentionRule(0.2)), clean)
 
 
-def test_a_nan_stays_in_its_sequence(kernels):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_stays_in_its_sequence(dtype):
+    kernels = load_kernels("cpu", dtype)
     tokens = RaggedTokens(slots=[0, 1], starts=[4, 9], counts=[1, 1])
-    cache, query = torch.randn(2, 2, 1, 128, 32), torch.randn(1, 2, 2, 32)
+    cache, query = torch.randn(2, 2, 1, 128, 32).to(dtype), torch.randn(1, 2, 2, 32).to(dtype)
     cache[0, 0, :, 2] = math.nan
     out = kernels.attend(query, cache, tokens, AttentionRule(0.2))
     assert out[0, 0].isnan().all()

@@ -1,0 +1,97 @@
+// Where a forward's tokens stand in the slot cache, writing and moving their keys and values, and what of them is attended to at once.
+#pragma once
+
+#include "elementwise.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;        // keys that one work item attends to
+
+// A few consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
+struct Item {
+  int64_t first, queries, kv, start, count;
+};
+
+// One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
+//
+// A token's keys are written to its place. It sees the places before its trunk's end, and of the 64 from there on those whose bit is
+// set among its ancestors: a draft tree's nodes lie side by side, though their positions in the text coincide.
+struct Layout {
+  int64_t tokens, sequences, heads, kv_heads, dim, slots, span;
+  const int64_t *token_slots, *seats, *places, *trunks;  // seats: positions counted from place 0
+  const uint64_t* ancestors;
+  const int64_t* offsets;  // [sequences + 1], of each sequence's first token
+
+  // Which of all tokens' heads is an item's row r: its rows are heads of one group × its tokens.
+  int64_t head_of(const Item& item, int64_t r) const {
+    return (item.first + r % item.queries) * heads + item.kv * (heads / kv_heads) + r / item.queries;
+  }
+
+  // One past the last place that token n sees.
+  int64_t end(int64_t n) const { return trunks[n] + (ancestors[n] == 0 ? 0 : 64 - __builtin_clzll(ancestors[n])); }
+};
+
+template <typename T>
+void rotate_and_store(const T* joined, const T* cosines, const T* sines, const T* query_gain, const T* key_gain, float eps, T* query,
+                      T* cache, const Layout& s) {
+  const int64_t all = s.heads + 2 * s.kv_heads;
+#pragma omp parallel for if (s.tokens * all * s.dim > kSerialWork)
+  for (int64_t n = 0; n < s.tokens; ++n) {
+    const T* row = joined + n * all * s.dim;
+    const T *c = cosines + n * s.dim, *sn = sines + n * s.dim;
+    for (int64_t h = 0; h < s.heads; ++h)
+      rotate_head(row + h * s.dim, query_gain, eps, c, sn, query + (n * s.heads + h) * s.dim, s.dim);
+    for (int64_t h = 0; h < s.kv_heads; ++h) {
+      T* key = cache + ((s.token_slots[n] * s.kv_heads + h) * s.span + s.places[n]) * s.dim;
+      T* value = key + s.slots * s.kv_heads * s.span * s.dim;
+      rotate_head(row + (s.heads + h) * s.dim, key_gain, eps, c, sn, key, s.dim);
+      std::memcpy(value, row + (s.heads + s.kv_heads + h) * s.dim, s.dim * sizeof(T));
+    }
+  }
+}
+
+struct AttentionRule {
+  float scale;
+  float softcap;   // 0 for none
+  int64_t window;  // 0 for none
+};
+
+// What one work item found: for every row the largest score, the sum of exponentials and the weighted sum of values.
+struct Partial {
+  float *largest, *total, *weighted;
+};
+
+// The items of a forward, of at most `most` tokens each; those of the same tokens and head are adjacent. `groups` holds the first item of each such run.
+void list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::vector<int64_t>* groups) {
+  items->clear();
+  groups->clear();
+  for (int64_t sequence = 0; sequence < s.sequences; ++sequence)
+    for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += most) {
+      const int64_t queries = std::min(most, s.offsets[sequence + 1] - first);
+      int64_t length = 0;
+      for (int64_t n = first; n < first + queries; ++n) length = std::max(length, s.end(n));
+      for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
+        groups->push_back(items->size());
+        for (int64_t start = 0; start < length; start += kChunk)
+          items->push_back({first, queries, kv, start, std::min(length - start, kChunk)});
+      }
+    }
+  groups->push_back(items->size());
+}
+
+// Moves keys and values of every layer's slot from `sources` to `targets`, places in increasing order with targets ≤ sources, so
+// that no line is overwritten before it was moved.
+template <typename T>
+void move_lines(T* const* layers, int64_t count_layers, const int64_t* slots, const int64_t* sources, const int64_t* targets,
+                int64_t moves, const Layout& s) {
+#pragma omp parallel for if (count_layers * moves * s.kv_heads * s.dim > kSerialWork)
+  for (int64_t layer = 0; layer < count_layers; ++layer)
+    for (int64_t part = 0; part < 2; ++part)
+      for (int64_t m = 0; m < moves; ++m)
+        for (int64_t h = 0; h < s.kv_heads; ++h) {
+          T* line = layers[layer] + ((part * s.slots + slots[m]) * s.kv_heads + h) * s.span * s.dim;
+          std::memcpy(line + targets[m] * s.dim, line + sources[m] * s.dim, s.dim * sizeof(T));
+        }
+}
+
+}  // namespace

@@ -1,0 +1,60 @@
+"""Products with packed weights on the CPU's matrix units."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from rollout.native.build import NativeUnavailable, build_library
+
+_PANEL, _STEP = 32, 32
+_pointer, _int = ctypes.c_void_p, ctypes.c_int64
+
+
+class PackedProducts:
+    """bfloat16 products whose weights lie in the order in which matrix units read them; needs AMX.
+
+    A row's result depends on that row alone, bit for bit: not on how many rows there are, nor on what they hold.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._pack = library.paceline_pack_weight
+        self._pack.argtypes = [_pointer, _int, _int, _pointer]
+        self._multiply = library.paceline_multiply_packed
+        self._multiply.argtypes = [_pointer, _int, _pointer, _int, _int, _pointer, _pointer, _pointer]
+
+    @staticmethod
+    def serves(outputs: int, inputs: int) -> bool:
+        """Whether a weight of this shape is whole panels."""
+        return outputs % _PANEL == 0 and inputs % _STEP == 0
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight: bfloat16 [outputs, inputs] → the same numbers in another order."""
+        weight = weight.contiguous()
+        packed = torch.empty_like(weight)
+        self._pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
+        return packed
+
+    def multiply(
+        self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """bfloat16 [..., inputs] → [..., outputs], plus ``bias`` [outputs] and ``residual`` [..., outputs]; rounded once."""
+        outputs, inputs = packed.shape
+        x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        out = x.new_empty((*x.shape[:-1], outputs))
+        extras = (None if extra is None else extra.data_ptr() for extra in (bias, residual))
+        self._multiply(x.data_ptr(), x.numel() // inputs, packed.data_ptr(), outputs, inputs, *extras, out.data_ptr())
+        return out
+
+
+@functools.cache
+def load_products() -> PackedProducts | None:
+    """The products, built on the first call; None on a machine without the units, or without a compiler."""
+    try:
+        library = ctypes.CDLL(str(build_library()))
+    except (NativeUnavailable, OSError):
+        return None
+    return PackedProducts(library) if library.paceline_tiles() else None

@@ -1,0 +1,152 @@
+"""What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rollout.calibration import calibrate_forward
+from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
+from rollout.model_runner import ModelRunner
+from rollout.sequence import SequenceState
+from rollout.strategy import (
+    BUDGETS,
+    BanditSelector,
+    CostModel,
+    FixedSelector,
+    Selector,
+    Strategy,
+    default_arms,
+)
+from rollout.trees import DraftTree, no_draft
+from rollout.verify import VERIFIERS, Verifier
+
+
+class Speculation:
+    """Drafters of one engine, and what they are asked for; every drafter is told of every token, whichever drafts.
+
+    Args:
+        runner: Of the policy.
+        slots: Sequences decoded together.
+        max_nodes: Most draft tokens of a sequence that one forward verifies.
+        budgets: Name in `BUDGETS`.
+
+    Attributes:
+        drafters: By name.
+        selector: Chooses each step's strategy.
+        verifier: Of drawn drafts; None for the default.
+    """
+
+    def __init__(self, runner: ModelRunner, slots: int, max_nodes: int, budgets: str) -> None:
+        self._runner, self._slots = runner, slots
+        self.max_nodes = max_nodes
+        self.drafters: dict[str, Drafter] = {}
+        self.selector: Selector = FixedSelector()
+        self.verifier: Verifier | None = None
+        self._budgets = BUDGETS[budgets]
+
+    def add_drafter(self, drafter: Drafter) -> None:
+        """Makes a drafter available to strategies, under its name."""
+        if drafter.needs_taps and not self._runner.tap_layers:
+            raise ValueError(f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers")
+        self.drafters[drafter.name] = drafter
+        self.selector.drafter_changed(drafter.name)
+
+    def use_strategy(self, strategy: Strategy | str) -> None:
+        """Fixes what every step runs: a `Strategy`, or what its ``str`` gives; ``"adaptive"`` is `adapt`.
+
+        Raises:
+            ValueError: for a strategy that cannot run.
+        """
+        if strategy == "adaptive":
+            self.adapt()
+            return
+        fixed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+        self._check(fixed)
+        self.selector = FixedSelector(fixed)
+
+    def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
+        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few seconds.
+
+        Args:
+            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later count from then on.
+                None at all takes chains and trees of every drafter.
+            **options: Of `BanditSelector`.
+
+        Raises:
+            ValueError: for a strategy that verifies more tokens than the engine can.
+        """
+        for arm in arms:
+            self._check_size(arm)
+
+        def arms_of(name: str) -> list[Strategy]:
+            if arms:
+                return [arm for arm in arms if arm.drafter == name]
+            return default_arms(name, self.max_nodes, getattr(self.drafters[name], "chains_only", False))
+
+        forward = calibrate_forward(self._runner, self._slots, self.max_nodes + 1)
+        cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
+        self.selector = BanditSelector(arms_of, tuple(self.drafters), cost, **options)
+
+    def _check(self, strategy: Strategy) -> None:
+        if strategy.drafter is not None and strategy.drafter not in self.drafters:
+            raise ValueError(f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}")
+        self._check_size(strategy)
+
+    def _check_size(self, strategy: Strategy) -> None:
+        if strategy.nodes > self.max_nodes:
+            raise ValueError(f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}")
+
+    def verify_with(self, verifier: Verifier | str | None) -> None:
+        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes token-by-token verification
+        for chains and recursive for trees.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if isinstance(verifier, str):
+            if verifier not in VERIFIERS:
+                raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
+            verifier = VERIFIERS[verifier]
+        self.verifier = verifier
+
+    def propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
+        """The drafts of active sequences, each cut to its budget and to what is left of its request."""
+        room = [s.remaining - 1 for s in active]
+        if strategy.drafter is None or max(room) <= 0:
+            return no_draft(len(active), self._runner.cache.device)
+        budgets = [min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])]
+        taps = None
+        if self._runner.tap_layers:
+            cache = self._runner.cache
+            taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
+        asked = strategy.with_nodes(max(budgets), max(room))
+        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), asked).to(self._runner.cache.device)
+        # by each row's own room: what a request commits must not depend on how much room its neighbours have
+        chains = draft.parents is None
+        return draft.cut(torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)]))
+
+    def observe(self, sequence: SequenceState, count: int) -> None:
+        """The sequence's last ``count`` tokens were committed."""
+        for drafter in self.drafters.values():
+            drafter.observe(sequence, count)
+
+    def verified(self, step: VerifiedStep) -> None:
+        """A step was verified; its tokens are not committed yet."""
+        for drafter in self.drafters.values():
+            drafter.verified(step)
+
+    def vacate(self, slot: int, last: int) -> None:
+        """The sequence in ``slot`` is gone and the one in ``last`` has moved there; the same slot twice where none moved."""
+        for drafter in self.drafters.values():
+            drafter.release(slot)
+            if slot != last:
+                drafter.move(last, slot)
+                drafter.release(last)
+
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence is over."""
+        for drafter in self.drafters.values():
+            drafter.forget(sequence)

@@ -1,0 +1,59 @@
+"""Products on matrix units against float64, and beside other users of the same registers."""
+
+import pytest
+import torch
+
+from rollout.native.products import load_products
+from rollout.packed_linear import PackedLinear
+
+pytestmark = pytest.mark.skipif(load_products() is None, reason="no AMX, or no C++ compiler")
+
+
+def layer(outputs: int, inputs: int, bias: bool) -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(inputs, outputs, bias=bias).bfloat16()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("outputs", "inputs", "bias"), [(64, 32, False), (96, 576, True), (4128, 64, False)])
+def test_products_match_float64(outputs, inputs, bias):
+    source = layer(outputs, inputs, bias)
+    packed = PackedLinear(source)
+    for rows in (1, 5, 16, 17, 33, 80):
+        x, residual = torch.randn(2, 1, rows, inputs).bfloat16(), torch.randn(1, rows, outputs).bfloat16()
+        exact = torch.nn.functional.linear(x[0].double(), source.weight.double(), source.bias.double() if bias else None)
+        # one rounding to bfloat16 of a sum that float32 has nearly exactly
+        torch.testing.assert_close(packed(x[0]).double(), exact, rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(packed(x[0], residual).double(), exact + residual.double(), rtol=2**-8, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_the_others():
+    """Bit for bit, or what is verified beside a sequence would change what it says."""
+    packed = PackedLinear(layer(96, 576, bias=False))
+    x = torch.randn(1, 70, 576).bfloat16()
+    together = packed(x)
+    for row in (0, 15, 16, 31, 32, 69):
+        assert torch.equal(packed(x[:, row : row + 1])[0, 0], together[0, row])
+    spoilt = x.clone()
+    spoilt[0, 3] = float("nan")
+    assert torch.equal(packed(spoilt)[0, 4:], together[0, 4:])
+
+
+@torch.no_grad()
+def test_other_libraries_keep_their_tiles():
+    """torch's own bfloat16 products use the same registers and may believe them set up from the call before."""
+    source = layer(128, 256, bias=False)
+    packed, x = PackedLinear(source), torch.randn(40, 256).bfloat16()
+    theirs = source(x)
+    for _ in range(3):
+        ours = packed(x[None])[0]
+        assert torch.equal(source(x), theirs)
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-3)
+
+
+@torch.no_grad()
+def test_shapes_that_are_not_whole_panels_go_another_way():
+    source = layer(40, 24, bias=True)
+    x = torch.randn(1, 3, 24).bfloat16()
+    torch.testing.assert_close(PackedLinear(source)(x), source(x), rtol=2**-7, atol=1e-2)
