@@ -1,68 +1,185 @@
-"""What the engine's forwards saw of recent rollouts."""
+"""What the engine's forwards saw of recent rollouts, and in which order the drafter learns from it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rollout.api import DistillationTrace, Rollout
+from drafter_trainer.store import StoredTrace
+from rollout.api import Rollout
+
+
+@dataclass(slots=True)
+class Entry:
+    """A trace in the buffer: ``age`` in RL steps, and how much it counts beside its age."""
+
+    trace: StoredTrace
+    weight: float = 1.0
+    age: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a trace, short enough for a micro-batch: anchors ``begin`` to ``end``."""
+
+    entry: Entry
+    begin: int
+    end: int
 
 
 class TraceBuffer:
-    """The traces of this step and of the one before, which came from the policy itself, verified.
+    """The traces of this step and the long ones of the step before; all came from the policy itself, verified.
 
-    One step is kept back so that a step of short completions does not leave the learner without long ones.
+    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping one step back the
+    sequences that were longer than their step's median makes up for it (TLT, arXiv 2511.16665, calls it one-step-off sampling).
 
     Args:
-        max_tokens: Traces beyond this many tokens a step are left out, the shortest first.
+        memory_tokens: Tokens of traces in memory; older ones go to ``spill`` beyond that.
+        disk_tokens: Tokens on disk; the shortest are left out beyond that.
+        spill: Directory for them; None leaves out what memory does not hold.
+        previous_share: Share of a micro-batch that comes from the step before.
+        age_decay: Weight of a trace for each step of its age.
+        held_out_every: Every so many-th trace is not trained on, but judges drafters; 0 keeps none back.
+        passes: Passes over a step's traces, at most.
+        seed: Of the order.
     """
 
-    def __init__(self, max_tokens: int = 65536) -> None:
-        self.max_tokens = max_tokens
-        self._current: list[DistillationTrace] = []
-        self._previous: list[DistillationTrace] = []
+    def __init__(
+        self,
+        *,
+        memory_tokens: int = 65536,
+        disk_tokens: int = 0,
+        spill: Path | None = None,
+        previous_share: float = 0.25,
+        age_decay: float = 0.5,
+        held_out_every: int = 8,
+        passes: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.memory_tokens, self.disk_tokens = memory_tokens, disk_tokens if spill is not None else 0
+        self._spill = spill
+        self.previous_share, self.age_decay = previous_share, age_decay
+        self.held_out_every, self.passes = held_out_every, passes
+        self._random = random.Random(seed)
+        self.current: list[Entry] = []
+        self.previous: list[Entry] = []
+        self.held_out: list[Entry] = []
+        self._queue: list[Piece] = []
+        self._older: list[Piece] = []
+        self._passes_left = 0
+        self._written = 0
 
     def begin_step(self) -> None:
-        """A new step: what is current becomes previous."""
-        self._previous, self._current = self._current, []
+        """A new step: what was current and long becomes previous; what was previous is dropped."""
+        for entry in self.previous:
+            entry.trace.drop()
+        middle = statistics.median([e.trace.length for e in self.current]) if self.current else 0
+        self.previous = [e for e in self.current if e.trace.length >= middle]
+        for entry in self.current:
+            if entry.trace.length < middle:
+                entry.trace.drop()
+        for entry in (*self.previous, *self.held_out):
+            entry.age += 1
+        self.held_out = [e for e in self.held_out if e.age <= 1]
+        self.current, self._queue, self._older = [], [], []
+        self._passes_left = self.passes
 
-    def add(self, rollouts: list[Rollout]) -> None:
-        """Keeps the traces of finished rollouts. Those with fewer than two completion tokens teach nothing and are skipped."""
-        fresh = [r.trace for r in rollouts if r.trace is not None and len(r.token_ids) >= 2]
-        fresh.sort(key=lambda trace: -len(trace.token_ids))
-        room = self.max_tokens
-        for trace in fresh:
-            room -= len(trace.token_ids)
-            if room >= 0:
-                self._current.append(trace)
+    def add(self, rollouts: Sequence[Rollout], weights: Iterable[float] | None = None) -> None:
+        """Keeps the traces of finished rollouts. Those with fewer than two completion tokens teach nothing and are skipped.
 
-    def batches(self, budget: int, seed: int) -> Iterator[list[DistillationTrace]]:
-        """One pass over the current traces in micro-batches of similar length, at most ``budget`` tokens each with padding.
-
-        Each micro-batch of this step is followed, one time in four, by one of the previous step.
+        Args:
+            rollouts: With traces.
+            weights: How much each counts; None for all alike.
         """
-        order = random.Random(seed)
-        current = _similar_lengths(self._current, budget)
-        previous = _similar_lengths(self._previous, budget)
-        order.shuffle(current)
-        order.shuffle(previous)
-        for number, batch in enumerate(current):
-            yield batch
-            if number % 4 == 3 and previous:
-                yield previous.pop()
+        given = [1.0] * len(rollouts) if weights is None else list(weights)
+        pairs = [(r.trace, w) for r, w in zip(rollouts, given, strict=True) if r.trace is not None and len(r.token_ids) >= 2]
+        fresh = [Entry(StoredTrace(trace), weight) for trace, weight in pairs]
+        for number, entry in enumerate(fresh):
+            held = self.held_out_every > 0 and number % self.held_out_every == self.held_out_every - 1
+            (self.held_out if held else self.current).append(entry)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Spills the oldest and longest, then leaves out the shortest."""
+        order = sorted((*self.previous, *self.current), key=lambda e: (e.age, -e.trace.length))
+        memory, disk = self.memory_tokens, self.disk_tokens
+        gone: set[int] = set()
+        for entry in order:
+            length = entry.trace.length
+            if not entry.trace.on_disk and length <= memory:
+                memory -= length
+            elif length <= disk and (entry.trace.on_disk or self._to_disk(entry)):
+                disk -= length
+            else:
+                gone.add(id(entry))
+                entry.trace.drop()
+        self.previous = [e for e in self.previous if id(e) not in gone]
+        self.current = [e for e in self.current if id(e) not in gone]
+
+    def _to_disk(self, entry: Entry) -> bool:
+        assert self._spill is not None
+        self._written += 1
+        try:
+            self._spill.mkdir(parents=True, exist_ok=True)
+            entry.trace.spill(self._spill / f"trace-{self._written}.safetensors")
+        except OSError:
+            return False
+        return True
+
+    def next_batch(self, budget: int) -> list[Piece] | None:
+        """Pieces of at most ``budget`` anchors together, the next of this step's passes; None when they are through.
+
+        The order goes on where the last call stopped, whatever happened in between.
+        """
+        if not self._queue:
+            if self._passes_left == 0 or not self.current:
+                return None
+            self._passes_left -= 1
+            self._queue = self._shuffled(self.current, budget)
+        older = int(budget * self.previous_share)
+        batch = _take(self._queue, budget - (older if self.previous else 0))
+        if self.previous:
+            if not self._older:
+                self._older = self._shuffled(self.previous, max(older, 1))
+            batch += _take(self._older, budget - sum(p.end - p.begin for p in batch), at_least_one=False)
+        return batch
+
+    def held_out_batch(self, budget: int) -> list[Piece]:
+        """The newest of what is kept back, up to ``budget`` anchors; the same pieces until something is added."""
+        pieces = [p for e in sorted(self.held_out, key=lambda e: -e.age) for p in pieces_of(e, budget)]
+        return _take(pieces, budget)
+
+    def _shuffled(self, entries: Sequence[Entry], budget: int) -> list[Piece]:
+        pieces = [piece for entry in entries for piece in pieces_of(entry, budget)]
+        self._random.shuffle(pieces)
+        return pieces
+
+    def weight(self, entry: Entry) -> float:
+        """How much an entry counts now."""
+        return entry.weight * self.age_decay**entry.age
 
     @property
     def tokens(self) -> int:
         """Tokens of the current step's traces."""
-        return sum(len(t.token_ids) for t in self._current)
+        return sum(e.trace.length for e in self.current)
 
 
-def _similar_lengths(traces: list[DistillationTrace], budget: int) -> list[list[DistillationTrace]]:
-    batches: list[list[DistillationTrace]] = []
-    longest = 0
-    for trace in sorted(traces, key=lambda t: -len(t.token_ids)):
-        if not batches or (len(batches[-1]) + 1) * longest > budget:
-            batches.append([])
-            longest = len(trace.token_ids)
-        batches[-1].append(trace)
-    return batches
+def pieces_of(entry: Entry, budget: int) -> list[Piece]:
+    """A trace cut into stretches of at most ``budget`` anchors, without those that lie in the prompt alone: they teach nothing."""
+    anchors = entry.trace.length - 1
+    cuts = range(0, anchors, budget)
+    return [Piece(entry, at, min(at + budget, anchors)) for at in cuts if min(at + budget, anchors) >= entry.trace.num_prompt]
+
+
+def _take(queue: list[Piece], budget: int, at_least_one: bool = True) -> list[Piece]:
+    """Removes pieces from the end of ``queue`` while they fit."""
+    taken: list[Piece] = []
+    room = budget
+    while queue and (queue[-1].end - queue[-1].begin <= room or (at_least_one and not taken)):
+        piece = queue.pop()
+        room -= piece.end - piece.begin
+        taken.append(piece)
+    return taken

@@ -1,38 +1,17 @@
-"""Online updates of the drafter from the engine's traces."""
+"""Updates of the drafter from packed traces."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from drafter_trainer.buffer import TraceBuffer
-from drafter_trainer.unroll import make_batch, unrolled_loss
+from drafter_trainer.buffer import Piece
+from drafter_trainer.optimistic import OptimisticAdamW
+from drafter_trainer.packing import DraftBatch, pack
+from drafter_trainer.unroll import Objective, Unrolled, unrolled_loss
 from rollout.drafters.eagle3_model import Eagle3Model
-
-
-@dataclass(slots=True)
-class LearnerReport:
-    """One call of `DrafterLearner.train`.
-
-    Attributes:
-        updates: Optimizer steps.
-        tokens: Trace tokens seen.
-        loss: Mean loss.
-        acceptance: Expected acceptance Σ min(p, q) at each draft position.
-        seconds: Wall time.
-        skipped: Micro-batches left out because their loss was not finite.
-    """
-
-    updates: int = 0
-    tokens: int = 0
-    loss: float = 0.0
-    acceptance: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    skipped: int = 0
 
 
 class DrafterLearner:
@@ -42,10 +21,10 @@ class DrafterLearner:
         model: float32 drafter.
         embed_tokens: The target's input embedding.
         head: The target's output head.
-        lr: AdamW's learning rate.
+        objective: What to train for.
+        lr: Of AdamW.
+        optimistic: Whether updates reuse the last gradient as a hint (`OptimisticAdamW`).
         temperature: Of the rollouts.
-        unroll: Draft positions trained on.
-        decay: Weight of each position relative to the one before.
         autocast: Context manager factory for mixed precision.
     """
 
@@ -54,56 +33,40 @@ class DrafterLearner:
         model: Eagle3Model,
         embed_tokens: nn.Module,
         head: nn.Module,
+        objective: Objective,
         *,
         lr: float,
         temperature: float,
-        unroll: int,
-        decay: float,
         autocast: Callable[[], torch.autocast],
+        optimistic: bool = False,
     ) -> None:
-        self.model = model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.model, self.objective = model, objective
+        optimizer = OptimisticAdamW if optimistic else torch.optim.AdamW
+        self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
         self._embed, self._head = embed_tokens, head
-        self._temperature, self._unroll, self._decay = temperature, unroll, decay
+        self._temperature = temperature
         self._autocast = autocast
 
-    def train(self, buffer: TraceBuffer, *, budget: int, passes: int, seed: int) -> LearnerReport:
-        """Passes over the buffer's current step.
+    def _pack(self, pieces: Sequence[Piece], weights: Sequence[float]) -> DraftBatch:
+        device = self.model.fc.weight.device
+        return pack(pieces, weights, self._head, self.model.vocabulary, self._temperature, self.objective.unroll, device)
 
-        Args:
-            buffer: Traces.
-            budget: Tokens of one update.
-            passes: Passes over the traces.
-            seed: Of the order.
-        """
-        report = LearnerReport()
-        started = time.perf_counter()
-        for number in range(passes):
-            for traces in buffer.batches(budget, seed + number):
-                loss, acceptance = self._update(traces)
-                if acceptance is None:
-                    report.skipped += 1
-                    continue
-                report.updates += 1
-                report.tokens += sum(len(t.token_ids) for t in traces)
-                report.loss += loss
-                report.acceptance = [a + b for a, b in zip(report.acceptance or [0.0] * len(acceptance), acceptance, strict=True)]
-        count = max(report.updates, 1)
-        report.loss /= count
-        report.acceptance = [a / count for a in report.acceptance]
-        report.seconds = time.perf_counter() - started
-        return report
-
-    def _update(self, traces: list) -> tuple[float, list[float] | None]:
+    def update(self, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled | None:
+        """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite."""
         with self._autocast():
-            batch = make_batch(traces, self._head, self.model.vocabulary, self._temperature, self._unroll)
-            loss, acceptance = unrolled_loss(self.model, self._embed, batch, self._unroll, self._decay)
-        if not bool(torch.isfinite(loss)):
-            return float("nan"), None
+            outcome = unrolled_loss(self.model, self._embed, self._pack(pieces, weights), self.objective)
+        if not bool(torch.isfinite(outcome.loss)):
+            return None
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        outcome.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not bool(torch.isfinite(norm)):
-            return float("nan"), None
+            return None
         self.optimizer.step()
-        return float(loss.detach()), acceptance
+        return outcome
+
+    @torch.no_grad()
+    def evaluate(self, pieces: Sequence[Piece], model: Eagle3Model | None = None) -> Unrolled:
+        """The present drafter, or ``model``, on pieces, each anchor alike."""
+        with self._autocast():
+            return unrolled_loss(model or self.model, self._embed, self._pack(pieces, [1.0] * len(pieces)), self.objective)

@@ -2,129 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from drafter_trainer.losses import soft_cross_entropy
-from rollout.api import DistillationTrace
+from drafter_trainer.losses import LOSSES
+from drafter_trainer.packing import DraftBatch
 from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
-_CHUNK = 256
+LENGTH_LOSS = "length"
 
 
 @dataclass(frozen=True, slots=True)
-class DraftBatch:
-    """Traces padded to L anchors. Anchor a reads the features at position a and token a + 1.
+class Objective:
+    """What the drafter is trained for.
 
     Attributes:
-        tokens: int64 [B, L + 1 + unroll], padded with 0.
-        taps: [B, L, taps * hidden].
-        teacher: float32 [B, L + unroll, W], the target's probabilities of the draft vocabulary *after* position a.
-        trained: bool [B, L + unroll], whether that distribution is known (it produced a completion token).
+        loss: A name in `LOSSES`, or ``length``: the expected acceptance length of the whole draft, over all positions at once.
+        unroll: Draft positions.
+        decay: Weight of each position relative to the one before; ``length`` has no use for it.
+        mask_top: A draft position whose likeliest token under the target is not among the drafter's so many likeliest is hopeless
+            for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing out.
     """
 
-    tokens: torch.Tensor
-    taps: torch.Tensor
-    teacher: torch.Tensor
-    trained: torch.Tensor
+    loss: str = "fkl"
+    unroll: int = 3
+    decay: float = 0.8
+    mask_top: int | None = None
 
 
-@torch.no_grad()
-def make_batch(
-    traces: Sequence[DistillationTrace], head: nn.Module, vocabulary: torch.Tensor, temperature: float, unroll: int
-) -> DraftBatch:
-    """Collates traces and computes the teacher's distribution from the stored head inputs: no forward of the target is run.
+@dataclass(frozen=True, slots=True)
+class Unrolled:
+    """One pass over a batch.
 
-    Args:
-        traces: Of one micro-batch.
-        head: The target's output head, as it was when the traces were made.
-        vocabulary: int64 [W], the draft vocabulary.
-        temperature: Of the rollouts.
-        unroll: Draft positions trained on.
+    Attributes:
+        loss: Scalar.
+        acceptance: For each draft position Σ_y min(p, q): how often a drawn token is accepted, mean over its anchors.
+        likeliest: For each draft position p(argmax q): how often the drafter's likeliest token is.
+        length: Tokens a verification of drawn drafts would commit, 1 + E[Σ_i Π_{j≤i} acceptance_j].
+        likeliest_length: The same of likeliest drafts.
     """
-    longest = max(len(t.token_ids) for t in traces) - 1
-    batch, width = len(traces), longest + unroll
-    device = traces[0].taps.device
-    tokens = torch.zeros(batch, width + 1, dtype=torch.long, device=device)
-    taps = torch.zeros(batch, longest, traces[0].taps.shape[-1], device=device)
-    trained = torch.zeros(batch, width, dtype=torch.bool, device=device)
-    finals = []
-    for row, trace in enumerate(traces):
-        count = len(trace.token_ids)
-        tokens[row, :count] = trace.token_ids
-        taps[row, : count - 1] = trace.taps
-        trained[row, trace.num_prompt - 1 : count - 1] = True
-        finals.append(trace.final[trace.num_prompt - 1 :])
-    teacher = torch.zeros(batch, width, len(vocabulary), device=device)
-    teacher[trained] = torch.cat([_teacher(head, f, vocabulary, temperature) for f in torch.cat(finals).split(_CHUNK)])
-    return DraftBatch(tokens, taps, teacher, trained)
+
+    loss: torch.Tensor
+    acceptance: list[float]
+    likeliest: list[float]
+    length: float
+    likeliest_length: float
 
 
-def _teacher(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens."""
-    logits = head(final).float() / temperature
-    return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))
+def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, objective: Objective) -> Unrolled:
+    """Loss over several draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2, figure
+    6).
 
-
-def unrolled_loss(
-    model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, unroll: int, decay: float
-) -> tuple[torch.Tensor, list[float]]:
-    """Loss over ``unroll`` draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2,
-    figure 6).
-
-    At step m, anchor a attends to the real features of anchors ≤ a and to its own steps 1 … m, as a draft started at a does. Only
-    anchors from the prompt's last token on count, where drafting can start.
+    At position m, an anchor attends to the real features of anchors up to its own and to its own positions 1 … m, as a draft
+    started there does. Only anchors from the prompt's last token on count, where drafting can start.
 
     Args:
         model: The drafter.
         embed_tokens: The target's input embedding, frozen.
-        batch: From `make_batch`.
-        unroll: Steps.
-        decay: Weight of step m is ``decay ** m``.
-
-    Returns:
-        The mean loss of a trained position, and for each step the expected acceptance Σ_y min(p, q) over trained positions.
+        batch: From `pack`.
+        objective: What to train for.
     """
-    anchors = batch.taps.shape[1]
-    positions = torch.arange(anchors, device=batch.tokens.device).expand(len(batch.tokens), anchors)
-    hidden = model.fc(batch.taps)
-    attention = _UnrolledAttention(positions, attention_shape(model.config)[2] ** -0.5)
-    total = hidden.new_zeros(())
-    weights = 0.0
-    acceptance = []
+    anchors = len(batch.at)
+    counted = batch.trained[batch.at]
+    anchor_weights = batch.weights / batch.weights[counted].sum().clamp(min=1e-8)
+    alive = counted.clone()
+    total = batch.taps.new_zeros(())
+    weighing = 0.0
+    running = torch.ones(2, anchors, device=batch.at.device)  # of drawn and of likeliest drafts
+    lengths = torch.zeros(2, device=batch.at.device)
+    surrogate = torch.ones(anchors, device=batch.at.device)
+    acceptance, likeliest = [], []
+    for step, logits_of in enumerate(_positions(model, embed_tokens, batch, objective.unroll)):
+        target = batch.at + 1 + step
+        counted = counted & batch.trained[target]
+        rows = counted.nonzero()[:, 0]
+        teacher, logits = batch.teacher[target[rows]], logits_of(rows)
+        q = torch.softmax(logits.float(), dim=-1)
+        kept = torch.minimum(q, teacher).sum(-1)
+        with torch.no_grad():
+            best = teacher.gather(1, q.argmax(-1, keepdim=True))[:, 0]
+            acceptance.append(float(kept.mean()) if len(rows) else 0.0)
+            likeliest.append(float(best.mean()) if len(rows) else 0.0)
+            running *= counted
+            running[:, rows] *= torch.stack([kept.detach(), best])
+            lengths += (running * anchor_weights).sum(-1)
+            if objective.mask_top is not None:
+                alive = _without_hopeless(alive, rows, logits, teacher, objective.mask_top)
+        used = alive[rows]
+        if objective.loss == LENGTH_LOSS:
+            surrogate = (surrogate * (alive & counted)).index_put((rows,), torch.where(used, surrogate[rows] * kept, 0.0))
+            total = total - (surrogate * anchor_weights).sum()
+            weighing = 1.0
+        else:
+            total = total + objective.decay**step * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
+            weighing += objective.decay**step
+    drawn, top = (1 + lengths).tolist()
+    return Unrolled(total / weighing, acceptance, likeliest, drawn, top)
+
+
+def _positions(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, unroll: int) -> Iterator:
+    """For each draft position, a function from anchors int64 [M] to their logits [M, W]."""
+    hidden = model.fc(batch.taps)[None]
+    attention = _UnrolledAttention(batch.attends(), attention_shape(model.config)[2] ** -0.5)
     for step in range(unroll):
         with torch.no_grad():
-            embeds = embed_tokens(batch.tokens[:, 1 + step : 1 + step + anchors]).to(hidden.dtype)
-        hidden = model.step(embeds, hidden, positions + step, attention)
-        counted = batch.trained[:, :anchors] & batch.trained[:, 1 + step : 1 + step + anchors]
-        teacher = batch.teacher[:, 1 + step : 1 + step + anchors][counted]
-        logits = model.logits(hidden[counted])
-        total = total + decay**step * soft_cross_entropy(logits, teacher).sum() / max(len(teacher), 1)
-        weights += decay**step
-        with torch.no_grad():
-            kept = torch.minimum(torch.softmax(logits.float(), -1), teacher).sum()
-            acceptance.append(float(kept) / max(len(teacher), 1))
-    return total / weights, acceptance
+            embeds = embed_tokens(batch.tokens[batch.at + 1 + step])[None].to(hidden.dtype)
+        hidden = model.step(embeds, hidden, (batch.positions + step)[None], attention)
+        yield lambda rows, hidden=hidden: model.logits(hidden[0, rows])
+
+
+def _without_hopeless(
+    alive: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor, teacher: torch.Tensor, top: int
+) -> torch.Tensor:
+    hopeful = (logits.topk(min(top, logits.shape[1])).indices == teacher.argmax(-1, keepdim=True)).any(-1)
+    kept = torch.zeros_like(alive)
+    kept[rows] = alive[rows] & hopeful
+    return kept
 
 
 class _UnrolledAttention:
-    """Keeps step 0's keys (the real features, attended causally) and, for each later step, one key for each anchor."""
+    """Keeps position 0's keys (the real features, attended causally within their piece) and, for each later position, one key for
+    each anchor."""
 
-    def __init__(self, positions: torch.Tensor, scaling: float) -> None:
+    def __init__(self, attends: torch.Tensor, scaling: float) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._scaling = scaling
-        self._future = positions[0] > positions[0, :, None]
+        self._hidden = ~attends
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         repeat = query.shape[1] // key.shape[1]
         self._keys.append(key.repeat_interleave(repeat, dim=1))
         self._values.append(value.repeat_interleave(repeat, dim=1))
         query = query * self._scaling
-        scores = (query @ self._keys[0].transpose(-1, -2)).masked_fill(self._future, float("-inf"))
+        scores = (query @ self._keys[0].transpose(-1, -2)).masked_fill(self._hidden, float("-inf"))
         own = [(query * k).sum(-1, keepdim=True) for k in self._keys[1:]]
         weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1)
         anchors = scores.shape[-1]

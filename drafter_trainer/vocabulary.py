@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import nn
+
+from rollout.drafters.eagle3_model import Eagle3Model
 
 
 def choose_vocabulary(texts: Iterable[Sequence[int]], size: int, vocab_size: int) -> torch.Tensor:
@@ -35,3 +38,28 @@ def coverage(texts: Iterable[Sequence[int]], vocabulary: torch.Tensor) -> float:
     known = set(vocabulary.tolist())
     counts = Counter(token for text in texts for token in text)
     return sum(n for token, n in counts.items() if token in known) / max(sum(counts.values()), 1)
+
+
+@torch.no_grad()
+def move_vocabulary(model: Eagle3Model, optimizer: torch.optim.Optimizer, vocabulary: torch.Tensor, head: nn.Module) -> None:
+    """Gives the drafter another vocabulary of the same size.
+
+    Rows of the output layer, and the optimizer's moments, go with their tokens; a new token's row is the target's.
+
+    Args:
+        model: The drafter.
+        optimizer: Over its parameters.
+        vocabulary: int64 [draft vocabulary], increasing.
+        head: The target's output head.
+    """
+    old, weight = model.vocabulary, model.lm_head.weight
+    place = torch.full((len(model.t2d),), -1, dtype=torch.long, device=old.device)
+    place[old] = torch.arange(len(old), device=old.device)
+    source = place[vocabulary.to(old.device)]
+    new = source < 0
+    target_rows: torch.Tensor = next(head.parameters())
+    for tensor in (weight, *(v for v in optimizer.state.get(weight, {}).values() if v.shape == weight.shape)):
+        moved = tensor[source.clamp(min=0)]
+        moved[new] = target_rows[vocabulary.to(old.device)[new]].to(moved) if tensor is weight else 0.0
+        tensor.copy_(moved)
+    model.set_vocabulary(vocabulary.to(old.device))

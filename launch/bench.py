@@ -69,6 +69,21 @@ def main() -> None:
         if name == "selection":
             command.add_argument("--whole-batch", action="store_true", help="also plain and adaptive on the long-tailed GRPO batch")
             command.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+    served = commands.add_parser("served", help="a run's drafter in vLLM, beside the engine")
+    served.add_argument("--config", required=True)
+    served.add_argument("--run", type=Path, required=True, help="a finished run")
+    served.add_argument(
+        "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter of an environment with vLLM"
+    )
+    served.add_argument("--prompts", type=int, default=64)
+    served.add_argument("--depth", type=int, default=4, help="draft tokens of a step")
+    served.add_argument("--out", type=Path, default=Path("benchmarks/served"))
+    losses = commands.add_parser("losses", help="distillation losses, and what collecting their data costs")
+    losses.add_argument("--config", required=True)
+    losses.add_argument("--run", type=Path, required=True, help="a finished run")
+    losses.add_argument("--seconds", type=float, default=45.0, help="of training each loss")
+    losses.add_argument("--sequences", type=int, default=192)
+    losses.add_argument("--out", type=Path, default=Path("benchmarks/losses"))
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args()
     run: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -81,6 +96,8 @@ def main() -> None:
         "verifiers": compare_verifiers,
         "selection": compare_selection,
         "plots": draw_plots,
+        "served": compare_served,
+        "losses": compare_losses,
         "gpu-rl": compare_speculation_end_to_end,
     }
     run[args.command](args)
@@ -210,7 +227,7 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     tables: dict[str, list] = {}
     for temperature in args.temperatures:
         bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
-        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=48, candidates=(1, 2, 3, 4), say=print)
+        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=96, candidates=(1, 2, 3, 4), say=print)
         tables |= {f"verifiers, T = {temperature}": rows, f"bounds, T = {temperature}": bounds}
     write_rows(tables, args.out, " ".join(["python", *sys.argv]))
 
@@ -238,6 +255,39 @@ def compare_selection(args: argparse.Namespace) -> None:
         print(f"{whole.workload}: {whole.ratio:.2f} x plain of at most {whole.bound:.2f}")
         tables[f"whole batch, T = {temperature}"] = [whole]
     write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_served(args: argparse.Namespace) -> None:
+    """The exported drafter in vLLM."""
+    from rl.bench import RolloutBench
+    from rl.bench_report import write_rows
+    from rl.bench_served import compare_served
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    row = compare_served(RolloutBench(load_config(args.config), args.run, 1, 64), args.peers, args.prompts, args.depth)
+    print(
+        f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine {row.engine:.3f}, vLLM {row.vllm:.3f}"
+    )
+    print(f"vLLM / engine {row.ratio:.3f}")
+    write_rows({"rows": [row]}, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_losses(args: argparse.Namespace) -> None:
+    """Distillation losses by second of training."""
+    from rl.bench import RolloutBench
+    from rl.bench_losses import collection_cost, compare_losses
+    from rl.bench_report import write_rows
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    bench = RolloutBench(load_config(args.config), args.run, 1, 64)
+    cost = collection_cost(bench, passes=3)
+    print(f"collecting traces: {cost.share:.1%} of rollout time")
+    rows = compare_losses(bench, args.seconds, args.sequences, print)
+    write_rows({"collection": [cost], "rows": rows}, args.out, " ".join(["python", *sys.argv]))
 
 
 def draw_plots(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@
 - ``slots``: requests in flight together; ``repeats``: timed passes, of which the fastest counts;
 - ``warm``, ``timed``: lists of ``{"prompt": [ids], "tokens": n, "seed": s}``; every completion has exactly its number of tokens;
 - ``sampling``: temperature, top_k, top_p; ``speculative``: vLLM's ``speculative_config``, or null.
+
+With a ``speculative_config`` the result has vLLM's own count of drafts and accepted tokens, over all passes.
 """
 
 import json
@@ -29,6 +31,12 @@ def decode(llm: LLM, requests: list[dict], sampling: dict) -> tuple[float, int]:
     return time.perf_counter() - begin, sum(len(o.outputs[0].token_ids) for o in outputs)
 
 
+def counters(llm: LLM) -> dict[str, float]:
+    """vLLM's totals of speculation so far."""
+    names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
+    return {names[m.name]: m.value for m in llm.get_metrics() if m.name in names}
+
+
 def main() -> None:
     model, source, target = sys.argv[1:4]
     work = json.loads(Path(source).read_text())
@@ -39,11 +47,12 @@ def main() -> None:
         max_model_len=4096,
         max_num_seqs=work["slots"],
         speculative_config=work["speculative"],
-        disable_log_stats=True,
+        disable_log_stats=work["speculative"] is None,
     )
     decode(llm, work["warm"], work["sampling"])
     seconds, tokens = min(decode(llm, work["timed"], work["sampling"]) for _ in range(work["repeats"]))
-    Path(target).write_text(json.dumps({"seconds": seconds, "tokens": tokens}))
+    result = {"seconds": seconds, "tokens": tokens}
+    Path(target).write_text(json.dumps(result if work["speculative"] is None else {**result, **counters(llm)}))
 
 
 if __name__ == "__main__":

@@ -111,12 +111,12 @@ class RolloutBench:
                 continue
             timed = self.requests(self.problems[:40], count, samples, self.params)
             warm = self.requests(self.problems[40:], slots, samples, self.params)
-            made.append(Workload(name, slots, self._with_natural_lengths(timed), self._with_natural_lengths(warm)))
+            made.append(Workload(name, slots, self.with_natural_lengths(timed), self.with_natural_lengths(warm)))
         if only is not None and "tail" not in only:
             return made
         params = replace(self.params, max_tokens=self.tail_cap)
-        timed = self._with_natural_lengths(self.requests(self._tail_problems(), 64, 8, params))
-        warm = self._with_natural_lengths(self.requests(self.problems[40:], 64, 8, self.params))
+        timed = self.with_natural_lengths(self.requests(self._tail_problems(), 64, 8, params))
+        warm = self.with_natural_lengths(self.requests(self.problems[40:], 64, 8, self.params))
         return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
 
     def _tail_problems(self) -> list[Problem]:
@@ -138,7 +138,7 @@ class RolloutBench:
             made.append(Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key))
         return made
 
-    def _with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
+    def with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
         """The same requests, each to be cut after as many tokens as plain decoding gave it before it stopped by itself."""
         engine = self.engine(64, max(r.params.max_tokens for r in requests))
         return [

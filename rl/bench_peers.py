@@ -94,12 +94,23 @@ class Peers:
             return
         for method, speculative in VLLM_METHODS.items():
             for name, (slots, timed, warm) in workloads.items():
-                job = _as_json(slots, timed, warm, repeats, speculative)
-                tokens, seconds = self._run_vllm(job)
-                yield name, method, tokens, seconds
+                record = self.run_vllm(slots, timed, warm, repeats, speculative)
+                yield name, method, record["tokens"], record["seconds"]
 
-    def _run_vllm(self, job: dict[str, Any]) -> tuple[int, float]:
-        """One workload in a process of its own, so that what vLLM reserves is given back."""
+    def run_vllm(
+        self,
+        slots: int,
+        timed: Sequence[Request],
+        warm: Sequence[Request],
+        repeats: int,
+        speculative: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """One workload in a process of its own, so that what vLLM reserves is given back: what launch/peer_vllm.py writes.
+
+        Raises:
+            UserError: when vLLM fails, with its last line.
+        """
+        job = _as_json(slots, timed, warm, repeats, speculative)
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "workload.json", Path(folder) / "result.json"
             source.write_text(json.dumps(job))
@@ -109,8 +120,7 @@ class Peers:
             if result.returncode != 0:
                 lines = result.stderr.strip().splitlines() or ["no message"]
                 raise UserError(f"vLLM failed in {self._python}: {lines[-1]}; make it anew with: make peers")
-            record = json.loads(target.read_text())
-            return record["tokens"], record["seconds"]
+            return json.loads(target.read_text())
 
 
 def _as_json(

@@ -69,12 +69,13 @@ class Watching:
     """A verifier that notes the first level's distributions and outcomes on its way."""
 
     def __init__(self, verifier: Verifier, keep: int) -> None:
-        self._verifier, self._keep = verifier, keep
+        self._verifier, self._keep, self._calls = verifier, keep, 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.overlap = self.accepted = self.seen = 0.0
 
     def __call__(self, probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
         outcome = self._verifier(probs, draft, uniforms)
+        self._calls += 1
         assert draft.probs is not None and draft.vocabulary is not None
         real = draft.lengths > 0
         p, q = probs[:, 0], draft.probs[:, 0]
@@ -82,7 +83,9 @@ class Watching:
         self.overlap += float(torch.minimum(p.gather(-1, ids), q)[real].sum(dtype=torch.float64))
         self.accepted += float((outcome.accepted[real] > 0).sum())
         self.seen += float(real.sum())
-        for row in real.nonzero()[: max(self._keep - len(self.pairs), 0), 0].tolist():
+        # one sequence of each step: the first tokens of all would be the easiest
+        candidates = real.nonzero()[:, 0].tolist() if len(self.pairs) < self._keep else []
+        for row in candidates[self._calls % max(len(candidates), 1) :][:1]:
             rest = 1 - float(p[row, ids[row]].sum(dtype=torch.float64))
             # what the drafter cannot draft is one token of no draft mass: neither verifiers nor bounds tell it apart
             target = np.append(p[row, ids[row]].double().numpy(), max(rest, 0.0))

@@ -189,20 +189,53 @@ class DrafterConfig:
     """The EAGLE-3 drafter and its training.
 
     Attributes:
+        start: Directory of a drafter to start from, as warmup_drafter.py and export_drafter.py write it; null makes one after the
+            first step.
         draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts.
+        vocabulary_every: RL steps after which they are chosen anew from the step's rollouts; 0 keeps them.
+        schedule: ``idle`` trains only while other ranks still decode, so that no step waits; ``always`` goes through the passes
+            after each rank's rollouts, whoever waits: for one rank alone, or where acceptance matters more than time; ``never``
+            keeps the drafter as it is.
+        least_idle_ranks: Idle ranks from which on those train.
         lr: AdamW's learning rate.
+        optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
+        loss: ``fkl``, ``rkl``, ``jsd``, ``tvd``, ``tvd++``, ``log_acceptance`` or ``length``.
         unroll: Draft positions trained on (training-time test).
         decay: Weight of each further position relative to the one before.
+        mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's so many likeliest
+            (GRIFFIN); null leaves none out.
         tokens_per_microbatch: Tokens of one drafter update.
-        passes: Passes over each step's rollouts.
+        passes: Passes over each step's rollouts, at most.
+        judge_every: Updates between two judgements on sequences kept back.
+        held_out_every: Every so many-th sequence is kept back; 0 keeps none and serves every update.
+        previous_share: Share of a micro-batch from the long sequences of the step before.
+        age_decay: Weight of those beside the present step's.
+        reward_weight: How much more the completions of high reward count (ReSpec): 0 all alike, 1 from 0 to 2 times.
+        snapshots: Drafters of past steps to keep in the run's ``drafters``; 0 writes none between checkpoints.
+        memory_tokens, disk_tokens: Tokens of traces that a rank holds in memory, and on disk beyond that.
     """
 
+    start: str | None = None
     draft_vocab_size: int = 4096
+    vocabulary_every: int = 0
+    schedule: Literal["idle", "always", "never"] = "idle"
+    least_idle_ranks: int = 1
     lr: float = 3e-4
+    optimistic: bool = False
+    loss: Literal["fkl", "rkl", "jsd", "tvd", "tvd++", "log_acceptance", "length"] = "fkl"
     unroll: int = 3
     decay: float = 0.8
-    tokens_per_microbatch: int = 1024
-    passes: int = 1
+    mask_top: int | None = None
+    tokens_per_microbatch: int = 256
+    passes: int = 2
+    judge_every: int = 4
+    held_out_every: int = 8
+    previous_share: float = 0.25
+    age_decay: float = 0.5
+    reward_weight: float = 0.0
+    snapshots: int = 2
+    memory_tokens: int = 65536
+    disk_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +352,16 @@ def check(config: RunConfig) -> None:
         (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
+        (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
+        (d.least_idle_ranks >= 1, f"drafter.least_idle_ranks is {d.least_idle_ranks}: write at least 1"),
+        (
+            d.tokens_per_microbatch >= 16 and d.passes >= 1 and d.judge_every >= 1,
+            "drafter.tokens_per_microbatch must be at least 16, passes and judge_every at least 1",
+        ),
+        (d.held_out_every != 1, "drafter.held_out_every is 1: nothing would be left to train on; write 0, or at least 2"),
+        (0 <= d.previous_share < 1, f"drafter.previous_share is {d.previous_share}: write a number in [0, 1)"),
+        (0 < d.age_decay <= 1, f"drafter.age_decay is {d.age_decay}: write a number in (0, 1]"),
+        (0 <= d.reward_weight <= 1, f"drafter.reward_weight is {d.reward_weight}: write a number in [0, 1]"),
         (config.task.source != "jsonl" or config.task.path is not None, "task.source is jsonl: name the file in task.path"),
         (config.task.source != "reasoning_gym" or bool(config.task.datasets), "task.datasets is empty: name at least one"),
         (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from drafter_trainer.learner import LearnerReport
+from drafter_trainer.spot import LearnerReport
 from rl.rollouts import RankRollouts
 from rl.update import UpdateReport
 from rollout import FinishReason
@@ -61,13 +61,7 @@ def rank_record(
         "tail": [(round(r.at, 4), r.active, r.strategy) for r in done.records],
         "peak_bytes": peak_memory_bytes(),
         "spans": [(s.phase, s.begin, s.end) for s in spans],
-        "drafter": {
-            "updates": learner.updates,
-            "tokens": learner.tokens,
-            "loss": learner.loss,
-            "acceptance": learner.acceptance,
-            "skipped": learner.skipped,
-        },
+        "drafter": asdict(learner),
         "update": {name: getattr(update, name) for name in update.__slots__},
     }
 
@@ -129,6 +123,11 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metrics["drafter/acceptance"] = np.mean([t["acceptance"] for t in trained], axis=0).tolist()
         metrics["drafter/updates"] = sum(t["updates"] for t in trained)
         metrics["drafter/tokens"] = sum(t["tokens"] for t in trained)
+        metrics["drafter/approved"] = sum(t["approved"] for t in trained)
+        judged = [t for t in trained if t["candidate_length"] > 0]
+        if judged:
+            metrics["drafter/serving_length"] = float(np.mean([t["serving_length"] for t in judged]))
+            metrics["drafter/candidate_length"] = float(np.mean([t["candidate_length"] for t in judged]))
     metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
     return metrics
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from drafter_trainer.buffer import TraceBuffer
 from drafter_trainer.initial import initial_drafter
-from drafter_trainer.learner import DrafterLearner, LearnerReport
+from drafter_trainer.learner import DrafterLearner
+from drafter_trainer.spot import LearnerReport, SpotTrainer
+from drafter_trainer.unroll import Objective
+from drafter_trainer.vocabulary import move_vocabulary
 from rl.config import RunConfig, draft_rules
 from rl.errors import UserError
 from rl.policies import fetch_policy, load_policy
@@ -64,9 +68,10 @@ class RolloutWorker:
         config: The recipe.
         policy: The trainer's unwrapped module.
         tokenizer: Its tokenizer.
+        rank: Of this process, for where it spills traces and in which order it trains on them.
     """
 
-    def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any) -> None:
+    def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0) -> None:
         self.config = config
         self._policy = policy
         self._tokenizer = tokenizer
@@ -86,8 +91,18 @@ class RolloutWorker:
             stop_token_ids=stop_token_ids(tokenizer, policy.generation_config),
             stop_strings=r.stop_strings,
         )
-        self.buffer = TraceBuffer()
-        self.learner: DrafterLearner | None = None
+        d = config.drafter
+        self.buffer = TraceBuffer(
+            memory_tokens=d.memory_tokens,
+            disk_tokens=d.disk_tokens,
+            spill=Path(config.out) / f"traces-{rank}",
+            previous_share=d.previous_share,
+            age_decay=d.age_decay,
+            held_out_every=d.held_out_every,
+            passes=d.passes,
+            seed=stable_seed(config.seed, 0, "drafter", rank),
+        )
+        self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
         self._use_strategy()
 
@@ -144,7 +159,7 @@ class RolloutWorker:
     @property
     def needs_drafter(self) -> bool:
         """Whether the EAGLE-3 drafter is wanted and not there yet: its vocabulary comes from the first rollouts."""
-        return self._wants_eagle3 and self.learner is None
+        return self._wants_eagle3 and self.spot is None
 
     def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
         """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
@@ -169,8 +184,6 @@ class RolloutWorker:
         failed = [r for r in rollouts if r.finish_reason is FinishReason.FAILED]
         if failed and len(failed) == len(rollouts):
             raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
-        self.buffer.begin_step()
-        self.buffer.add(rollouts)
         owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
         return RankRollouts(owners, rollouts, seconds, self.engine.records)
 
@@ -187,24 +200,27 @@ class RolloutWorker:
         done.plain_identical = sum(same) / len(same)
 
     def create_drafter(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> None:
-        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``, with its learner."""
-        d, r = self.config.drafter, self.config.rollout
+        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``, with its trainer."""
+        d = self.config.drafter
         if model is None:
             assert vocabulary is not None and self._drafter_config is not None
             model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
         enabled = self.config.policy.mixed_precision == "bf16"
         device = self._policy.device.type
-        self.learner = DrafterLearner(
+        learner = DrafterLearner(
             model.to(self._policy.device),
             self._policy.get_input_embeddings(),
             self._policy.get_output_embeddings(),
+            Objective(d.loss, d.unroll, d.decay, d.mask_top),
             lr=d.lr,
-            temperature=r.temperature,
-            unroll=d.unroll,
-            decay=d.decay,
+            optimistic=d.optimistic,
+            temperature=self.config.rollout.temperature,
             autocast=lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=enabled),
         )
-        self._parts.eagle3 = model
+        likeliest = self.config.speculation.draw == "likeliest"
+        budget = d.tokens_per_microbatch
+        self.spot = SpotTrainer(learner, self.buffer, budget=budget, judge_every=d.judge_every, likeliest=likeliest)
+        self._parts.eagle3 = self.spot.serving
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
         drafter = self.engine.drafters["eagle3"]
         assert isinstance(drafter, Eagle3Drafter)
@@ -212,25 +228,43 @@ class RolloutWorker:
         if self.config.speculation.strategy != "adaptive":
             self._use_strategy()
 
-    def train_drafter(self, step: int) -> LearnerReport:
-        """Passes over the traces of this step."""
-        if self.learner is None:
-            return LearnerReport()
-        d = self.config.drafter
-        seed = stable_seed(self.config.seed, step, "drafter", 0)
-        return self.learner.train(self.buffer, budget=d.tokens_per_microbatch, passes=d.passes, seed=seed)
+    def learn_from(self, done: RankRollouts, rewards: Sequence[float]) -> None:
+        """Hands the step's traces to the drafter's buffer."""
+        self.buffer.begin_step()
+        self.buffer.add(done.rollouts, _reward_weights(rewards, self.config.drafter.reward_weight))
+
+    def train_drafter(self, stop: Callable[[], bool]) -> LearnerReport:
+        """Trains on the traces of recent steps until ``stop()``, or until the step's passes are through."""
+        return LearnerReport() if self.spot is None else self.spot.run(stop)
+
+    def change_vocabulary(self, vocabulary: torch.Tensor) -> None:
+        """The drafter drafts other tokens from now on; what it knows of those that stay is kept."""
+        if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
+            return
+        learner = self.spot.learner
+        move_vocabulary(learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings())
+        self.spot.replace_model()
 
     def take_over_drafter(self) -> str | None:
-        """The engine drafts with the learner's present weights. Returns one line when they are unusable and the old ones stay."""
-        if self.learner is None or self._drafter is None:
+        """The engine drafts with the weights to be served. Returns one line when they are unusable and the old ones stay."""
+        if self.spot is None or self._drafter is None:
             return None
         try:
-            self._drafter.load_weights(self.learner.model)
+            self._drafter.load_weights(self.spot.serving)
         except ValueError as error:
             return str(error)
         for name in _WITH_WEIGHTS & self.engine.drafters.keys():
             self.engine.speculation.selector.drafter_changed(name)
         return None
+
+
+def _reward_weights(rewards: Sequence[float], strength: float) -> list[float]:
+    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to 2 times."""
+    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
+    if strength == 0 or high == low:
+        return [1.0] * len(rewards)
+    mean = sum(rewards) / len(rewards)
+    return [max(1 + 2 * strength * (reward - mean) / (high - low), 0.0) for reward in rewards]
 
 
 def stable_seed(run_seed: int, step: int, key: str, sample: int) -> int:

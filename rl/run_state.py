@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, save_optimizer
 from rl.errors import UserError
 from rl.policies import copy_tokenizer
 from rollout.drafters.eagle3_model import Eagle3Model
@@ -83,38 +83,16 @@ def find_checkpoint(run: Path) -> Checkpoint:
     raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Writes an optimizer's state as ``stem``.safetensors (tensors) and ``stem``.json (the rest)."""
-    state = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            key = f"{index}.{name}"
-            if isinstance(value, torch.Tensor):
-                tensors[key] = value.contiguous()
-            else:
-                scalars[key] = value
-    save_file(tensors, stem.with_suffix(".safetensors"))
-    stem.with_suffix(".json").write_text(json.dumps({"scalars": scalars, "param_groups": state["param_groups"]}))
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Restores what `save_optimizer` wrote.
+def restore_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    """Loads an optimizer's state.
 
     Raises:
         UserError: truncated or missing files.
     """
     try:
-        tensors = load_file(stem.with_suffix(".safetensors"))
-        rest = json.loads(stem.with_suffix(".json").read_text())
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{stem}: truncated or missing ({error}); resume from another checkpoint") from None
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["scalars"].items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        load_optimizer(optimizer, stem)
+    except OptimizerStateError as error:
+        raise UserError(str(error)) from None
 
 
 def load_checkpoint_drafter(checkpoint: Checkpoint, vocab_size: int, hidden_size: int) -> Eagle3Model | None:

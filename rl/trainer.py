@@ -15,7 +15,10 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoTokenizer
 
-from drafter_trainer.learner import LearnerReport
+from drafter_trainer.checkpoint import DrafterError, load_drafter
+from drafter_trainer.coordinator import Coordinator, connect_store
+from drafter_trainer.snapshots import DrafterSnapshots
+from drafter_trainer.spot import LearnerReport
 from drafter_trainer.vocabulary import choose_vocabulary
 from rl.algorithms.grpo import group_advantages
 from rl.config import RunConfig, to_dict
@@ -30,15 +33,16 @@ from rl.run_state import (
     Checkpoint,
     keep_first_lines,
     load_checkpoint_drafter,
-    load_optimizer,
     load_selector_state,
+    restore_optimizer,
     save_checkpoint,
 )
 from rl.tasks import load_task
 from rl.tracking import Tracker
 from rl.update import PolicyUpdater, Scored
 from rl.warmup import warmed_policy_path
-from rollout import FinishReason
+from rollout import FinishReason, StepRecord
+from rollout.drafters.eagle3_model import Eagle3Model
 
 
 class Trainer:
@@ -63,11 +67,17 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         weights = self.source if checkpoint is None else checkpoint.path / "policy"
         self.policy = load_policy(weights, accelerator.device)
-        self.worker = RolloutWorker(config, self.policy, self.tokenizer)
+        self.worker = RolloutWorker(config, self.policy, self.tokenizer, accelerator.process_index)
+        ranks = accelerator.num_processes
+        self.coordinator = Coordinator(connect_store(ranks), ranks, config.drafter.least_idle_ranks)
         self.updater, self.optimizer = self._build_updater()
         self.first_step = 0
+        self.snapshots = DrafterSnapshots(run / "drafters", config.drafter.snapshots)
+        self._problems: list[str] = []
         if checkpoint is not None:
             self._resume(checkpoint)
+        elif config.drafter.start is not None and self.worker.needs_drafter:
+            self.worker.create_drafter(None, self._given_drafter(Path(config.drafter.start)))
 
     def _build_updater(self) -> tuple[PolicyUpdater, torch.optim.Optimizer]:
         update = self.config.update
@@ -82,14 +92,17 @@ class Trainer:
         model, wrapped = self.accelerator.prepare(module, optimizer)
         return PolicyUpdater(self.accelerator, model, wrapped, update, self.config.rollout.temperature, reference), wrapped
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        load_optimizer(self.optimizer, checkpoint.path / "optimizer")
+    def _given_drafter(self, path: Path) -> Eagle3Model:
         text = self.policy.config.get_text_config()
-        drafter = load_checkpoint_drafter(checkpoint, text.vocab_size, text.hidden_size)
-        if drafter is not None and self.worker.needs_drafter:
-            self.worker.create_drafter(None, drafter)
-            assert self.worker.learner is not None
-            load_optimizer(self.worker.learner.optimizer, checkpoint.path / "drafter_optimizer")
+        try:
+            return load_drafter(path, text.vocab_size, text.hidden_size)
+        except DrafterError as error:
+            raise UserError(f"drafter.start: {error}") from None
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        restore_optimizer(self.optimizer, checkpoint.path / "optimizer")
+        if self.worker.needs_drafter:
+            self._resume_drafter(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
             try:
@@ -101,8 +114,26 @@ class Trainer:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)
 
+    def _resume_drafter(self, checkpoint: Checkpoint) -> None:
+        """The newest whole snapshot, also one made after the checkpoint: a drafter that is ahead costs acceptance at most."""
+        text = self.policy.config.get_text_config()
+        found, self._problems = self.snapshots.newest(text.vocab_size, text.hidden_size)
+        if found is not None and found[0] >= checkpoint.steps_done:
+            self.worker.create_drafter(None, found[2])
+            assert self.worker.spot is not None
+            problem = self.snapshots.restore_optimizer(self.worker.spot.learner.optimizer, found[1])
+            self._problems += [] if problem is None else [problem]
+            return
+        drafter = load_checkpoint_drafter(checkpoint, text.vocab_size, text.hidden_size)
+        if drafter is not None:
+            self.worker.create_drafter(None, drafter)
+            assert self.worker.spot is not None
+            restore_optimizer(self.worker.spot.learner.optimizer, checkpoint.path / "drafter_optimizer")
+
     def run(self, tracker: Tracker) -> None:
         """All remaining steps."""
+        for told in self._problems:
+            tracker.say(f"drafter: {told}")
         for step in range(self.first_step, self.config.steps):
             metrics, timeline = self.step(step, tracker)
             tracker.log(step, metrics, timeline)
@@ -110,6 +141,8 @@ class Trainer:
             last = step + 1 == self.config.steps
             if last or (step + 1) % self.config.save_every == 0:
                 self._save(step + 1)
+        if (problem := self.snapshots.wait()) is not None:
+            tracker.say(f"drafter: {problem}")
 
     def step(self, step: int, tracker: Tracker) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
@@ -117,15 +150,22 @@ class Trainer:
         mine = self.task.batch(step, self.config.rollout.prompts_per_step)[
             self.accelerator.process_index :: self.accelerator.num_processes
         ]
+        self.coordinator.begin(step)
         with clock.phase("rollout"):
             progress = tracker.rollout_progress(step, len(mine) * self.config.rollout.group_size)
-            done = self.worker.rollout(mine, step, progress)
+
+            def on_step(record: StepRecord) -> None:
+                self.coordinator.beat()
+                progress(record)
+
+            done = self.worker.rollout(mine, step, on_step)
             progress.close()
-        with clock.phase("drafter"):
-            learner = self.worker.train_drafter(step)
         with clock.phase("score"):
             rewards = self._score(done)
             advantages = group_advantages(torch.tensor(rewards), self.config.rollout.group_size, self.config.update.scale_by_std)
+            self.worker.learn_from(done, rewards)
+        with clock.phase("drafter"):
+            learner = self._train_drafter(tracker)
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
         if self.config.measure.plain_every and (step + 1) % self.config.measure.plain_every == 0:
@@ -137,7 +177,7 @@ class Trainer:
             update = self.updater.run(_scored(done, advantages.tolist()), step)
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
-            self._share_drafter(done, learner, tracker)
+            self._share_drafter(done, learner, step, tracker)
         record = rank_record(done, rewards, advantages.tolist(), learner, update, clock.spans)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
@@ -149,22 +189,49 @@ class Trainer:
         scores = self.reward(prompts=questions, completions=texts, problem=done.problems, answer=[p.answer for p in done.problems])
         return [0.0 if r.finish_reason is FinishReason.FAILED else s for r, s in zip(done.rollouts, scores, strict=True)]
 
-    def _share_drafter(self, done: RankRollouts, learner: LearnerReport, tracker: Tracker) -> None:
-        """Every rank drafts with the mean of all ranks' drafters. The first step's rollouts choose the vocabulary."""
-        if self.worker.needs_drafter:
-            texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
-            everywhere = gather_object(texts)
-            size, vocab_size = self.config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size
-            self.worker.create_drafter(choose_vocabulary(everywhere, size, vocab_size))
-            return
-        if self.worker.learner is None:
-            return
-        with torch.no_grad():
-            for parameter in self.worker.learner.model.parameters():
-                parameter.copy_(self.accelerator.reduce(parameter.detach().clone(), "mean"))
-        problem = self.worker.take_over_drafter()
-        if problem is not None:
+    def _train_drafter(self, tracker: Tracker) -> LearnerReport:
+        """While other ranks decode, or for whole passes, as the recipe has it."""
+        self.coordinator.idle()
+        if self.config.drafter.schedule == "never":
+            return LearnerReport()
+        if self.config.drafter.schedule == "always":
+            return self.worker.train_drafter(lambda: False)
+        self.coordinator.wait_until_training()
+        report = self.worker.train_drafter(lambda: not self.coordinator.may_train())
+        if (problem := self.coordinator.take_problem()) is not None:
             tracker.say(f"drafter: {problem}")
+        return report
+
+    def _share_drafter(self, done: RankRollouts, report: LearnerReport, step: int, tracker: Tracker) -> None:
+        """Every rank drafts with the mean of what ranks have approved, by their updates. The first step's rollouts choose the
+        vocabulary."""
+        if self.worker.needs_drafter:
+            self.worker.create_drafter(self._vocabulary_of(done))
+            return
+        if self.worker.spot is None:
+            return
+        updates = sum(gather_object([report.approved]))
+        if updates:
+            share = report.approved / updates
+            parameters = self.worker.spot.approved.parameters()
+            self.worker.spot.adopt([self.accelerator.reduce(p.detach() * share, "sum") for p in parameters])
+        every = self.config.drafter.vocabulary_every
+        anew = every > 0 and (step + 1) % every == 0
+        if anew:
+            self.worker.change_vocabulary(self._vocabulary_of(done))
+        if not updates and not anew:
+            return
+        problems = [self.worker.take_over_drafter()]
+        if self.accelerator.is_main_process and self.config.drafter.snapshots:
+            problems.append(self.snapshots.save(step + 1, self.worker.spot.serving, self.worker.spot.learner.optimizer))
+        for problem in problems:
+            if problem is not None:
+                tracker.say(f"drafter: {problem}")
+
+    def _vocabulary_of(self, done: RankRollouts) -> torch.Tensor:
+        """The draft vocabulary that serves all ranks' rollouts of this step best."""
+        everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts])
+        return choose_vocabulary(everywhere, self.config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size)
 
     def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
         """The first completion of each prompt of rank 0, to read what the policy does."""
@@ -178,15 +245,15 @@ class Trainer:
 
     def _save(self, steps_done: int) -> None:
         if self.accelerator.is_main_process:
-            learner = self.worker.learner
+            spot = self.worker.spot
             save_checkpoint(
                 self.run_dir,
                 steps_done=steps_done,
                 policy=self.policy,
                 tokenizer_from=self.source,
                 optimizer=self.optimizer,
-                drafter=learner.model if learner else None,
-                drafter_optimizer=learner.optimizer if learner else None,
+                drafter=spot.serving if spot else None,
+                drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
             )
         self.accelerator.wait_for_everyone()

@@ -1,14 +1,18 @@
 """Training-time test computes what drafting computes."""
 
+from functools import partial
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_trainer.buffer import TraceBuffer
+from drafter_trainer.buffer import Entry, Piece, TraceBuffer, pieces_of
 from drafter_trainer.initial import initial_drafter
 from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.losses import soft_cross_entropy
-from drafter_trainer.unroll import make_batch, unrolled_loss
+from drafter_trainer.packing import pack
+from drafter_trainer.spot import SpotTrainer
+from drafter_trainer.store import StoredTrace
+from drafter_trainer.unroll import Objective, unrolled_loss
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
 from rollout import DistillationTrace, Request, SamplingParams, Strategy, mean_acceptance_length
 from rollout.drafters import DraftContext, Eagle3Drafter
@@ -23,17 +27,22 @@ def traces_of(model, count=6, tokens=20, **options):
     return engine, engine.generate(requests)
 
 
-def learner_for(drafter, model, *, lr, unroll) -> DrafterLearner:
-    return DrafterLearner(
-        drafter,
-        model.model.embed_tokens,
-        model.lm_head,
-        lr=lr,
-        temperature=1.0,
-        unroll=unroll,
-        decay=0.8,
-        autocast=lambda: torch.autocast("cpu", enabled=False),
-    )
+def learner_for(drafter, model, *, lr, unroll=3, **options) -> DrafterLearner:
+    objective = Objective(unroll=unroll, **options)
+    autocast = partial(torch.autocast, "cpu", enabled=False)
+    return DrafterLearner(drafter, model.model.embed_tokens, model.lm_head, objective, lr=lr, temperature=1.0, autocast=autocast)
+
+
+def buffer_of(rollouts, **options) -> TraceBuffer:
+    buffer = TraceBuffer(**{"held_out_every": 0, **options})
+    buffer.begin_step()
+    buffer.add(rollouts)
+    return buffer
+
+
+def packed(traces, model, vocabulary, temperature=1.0, unroll=2):
+    pieces = [Piece(Entry(StoredTrace(t)), 0, len(t.token_ids) - 1) for t in traces]
+    return pack(pieces, [1.0] * len(pieces), model.lm_head, vocabulary, temperature, unroll, torch.device("cpu"))
 
 
 def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
@@ -46,11 +55,11 @@ def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
     outputs = []
     original = type(eagle).logits
     monkeypatch.setattr(type(eagle), "logits", lambda self, hidden: outputs.append(original(self, hidden)) or outputs[-1])
-    batch = make_batch([trace], model.lm_head, eagle.vocabulary, 1.0, unroll=2)
+    batch = packed([trace], model, eagle.vocabulary)
     batch.trained[:] = True
     with torch.no_grad():
-        unrolled_loss(eagle, model.model.embed_tokens, batch, unroll=2, decay=1.0)
-    anchors = batch.taps.shape[1]
+        unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2))
+    anchors = len(batch.at)
     step0, step1 = (o.view(anchors, -1) for o in outputs)
     monkeypatch.undo()
     drafter = Eagle3Drafter(eagle, model.model.embed_tokens, slots=1, capacity=64, dtype=torch.float32)
@@ -86,13 +95,13 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     original = type(eagle).logits
     type(eagle).logits = lambda self, hidden: seen.append(original(self, hidden)) or seen[-1]
     try:
-        batch = make_batch([followed], model.lm_head, eagle.vocabulary, 1.0, unroll=3)
+        batch = packed([followed], model, eagle.vocabulary, unroll=3)
         batch.trained[:] = True
         with torch.no_grad():
-            unrolled_loss(eagle, model.model.embed_tokens, batch, unroll=3, decay=1.0)
+            unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=3))
     finally:
         type(eagle).logits = original
-    anchors = batch.taps.shape[1]
+    anchors = len(batch.at)
     made = [eagle.vocabulary[step.view(anchors, -1)[anchor].argmax()] for step in seen]
     assert torch.stack(made).tolist() == drafted.tolist()
 
@@ -102,19 +111,47 @@ def test_teacher_is_the_targets_distribution():
     _, rollouts = traces_of(model, count=3)
     vocabulary = torch.arange(0, 97, 3)
     traces = [r.trace for r in rollouts]
-    batch = make_batch(traces, model.lm_head, vocabulary, 0.7, unroll=2)
-    for row, trace in enumerate(traces):
+    batch = packed(traces, model, vocabulary, temperature=0.7)
+    start = 0
+    for trace in traces:
         with torch.no_grad():
             p = torch.softmax(model(trace.token_ids[None]).logits[0] / 0.7, -1)
         inside = slice(trace.num_prompt - 1, len(trace.token_ids) - 1)
-        torch.testing.assert_close(batch.teacher[row, inside], p[inside][:, vocabulary], rtol=1e-3, atol=1e-5)
-        assert batch.trained[row].sum() == len(trace.token_ids) - trace.num_prompt
+        block = slice(start + inside.start, start + inside.stop)
+        torch.testing.assert_close(batch.teacher[block], p[inside][:, vocabulary], rtol=1e-3, atol=1e-5)
+        following = start + len(trace.token_ids) + 2
+        assert batch.trained[start:following].sum() == len(trace.token_ids) - trace.num_prompt
+        start = following
 
 
-def test_soft_cross_entropy_by_hand():
-    """p = (1/2, 1/2), q = (1/4, 3/4): −½ ln ¼ − ½ ln ¾ = 0.8370."""
-    q = torch.tensor([[0.25, 0.75]])
-    torch.testing.assert_close(soft_cross_entropy(q.log(), torch.tensor([[0.5, 0.5]])), torch.tensor([0.8370]), atol=1e-4, rtol=0)
+def test_packing_changes_nothing_but_the_shape():
+    """Pieces in one row give what each gives alone: no attention, and no draft, reaches across."""
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    _, rollouts = traces_of(model, count=3)
+    traces = [r.trace for r in rollouts]
+    embed = model.model.embed_tokens
+    with torch.no_grad():
+        together = unrolled_loss(eagle, embed, packed(traces, model, eagle.vocabulary), Objective(unroll=2))
+        alone = [unrolled_loss(eagle, embed, packed([t], model, eagle.vocabulary), Objective(unroll=2)) for t in traces]
+    counts = [len(t.token_ids) - t.num_prompt - 1 for t in traces]  # anchors whose first drafted token is known
+    mean = sum(a.acceptance[0] * n for a, n in zip(alone, counts, strict=True)) / sum(counts)
+    assert abs(together.acceptance[0] - mean) < 1e-5
+
+
+def test_a_long_trace_is_cut_at_its_own_positions():
+    """A piece from the middle keeps positions and teachers; its drafts may run past its end."""
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    _, rollouts = traces_of(model, count=1, tokens=40)
+    entry = Entry(StoredTrace(rollouts[0].trace))
+    pieces = pieces_of(entry, 16)
+    assert [(p.begin, p.end) for p in pieces] == [(0, 16), (16, 32), (32, 43)]
+    whole = pack([Piece(entry, 0, 43)], [1.0], model.lm_head, eagle.vocabulary, 1.0, 2, torch.device("cpu"))
+    middle = pack([pieces[1]], [1.0], model.lm_head, eagle.vocabulary, 1.0, 2, torch.device("cpu"))
+    assert middle.positions.tolist() == list(range(16, 32))
+    assert torch.equal(middle.tokens, whole.tokens[16:35])
+    torch.testing.assert_close(middle.teacher, whole.teacher[16:35])
 
 
 def test_learning_raises_acceptance_length():
@@ -123,16 +160,15 @@ def test_learning_raises_acceptance_length():
     engine, rollouts = traces_of(model, count=16, tokens=40, slots=8)
     config = eagle3_config(model.config, 97, engine.runner.tap_layers)
     drafter = initial_drafter(config, torch.arange(97), model, seed=0)
-    learner = learner_for(drafter, model, lr=3e-3, unroll=3)
-    buffer = TraceBuffer()
-    buffer.begin_step()
-    buffer.add(rollouts)
-    before = learner.train(buffer, budget=512, passes=1, seed=0)
-    after = learner.train(buffer, budget=512, passes=40, seed=1)
-    last = learner.train(buffer, budget=512, passes=1, seed=2)
-    assert last.loss < before.loss
-    assert last.acceptance[0] > before.acceptance[0] + 0.2
-    assert after.skipped == 0
+    learner = learner_for(drafter, model, lr=3e-3)
+    spot = SpotTrainer(learner, buffer_of(rollouts, passes=40), budget=512)
+    everything = [piece for r in rollouts for piece in pieces_of(Entry(StoredTrace(r.trace)), 512)]
+    before = learner.evaluate(everything)
+    report = spot.run(lambda: False)
+    after = learner.evaluate(everything)
+    assert report.skipped == 0 and report.updates >= 40
+    assert after.loss < before.loss
+    assert after.acceptance[0] > before.acceptance[0] + 0.2
     again = [r.request for r in rollouts]
     engine.use_strategy(Strategy("eagle3", 3))
     untrained = mean_acceptance_length(engine.generate(again))
@@ -143,7 +179,9 @@ def test_learning_raises_acceptance_length():
         capacity=engine.capacity_for(200, 6),
         dtype=torch.float32,
     )
-    assert mean_acceptance_length(engine.generate(again)) > untrained + 0.3
+    trained = mean_acceptance_length(engine.generate(again))
+    assert trained > untrained + 0.3
+    assert abs(trained - after.likeliest_length) < 0.35  # what training predicts is what decoding gets
 
 
 def test_a_nan_trace_is_skipped_and_leaves_the_weights():
@@ -152,27 +190,11 @@ def test_a_nan_trace_is_skipped_and_leaves_the_weights():
     rollouts[0].trace.taps[:] = float("nan")
     rollouts[1].trace.taps[:] = float("nan")
     eagle = tiny_eagle3(model)
-    learner = learner_for(eagle, model, lr=1e-3, unroll=2)
-    buffer = TraceBuffer()
-    buffer.begin_step()
-    buffer.add(rollouts)
+    learner = learner_for(eagle, model, lr=1e-3)
     weights = eagle.fc.weight.detach().clone()
-    report = learner.train(buffer, budget=512, passes=1, seed=0)
+    report = SpotTrainer(learner, buffer_of(rollouts), budget=512).run(lambda: False)
     assert (report.updates, report.skipped) == (0, 1)
     assert torch.equal(eagle.fc.weight, weights)
-
-
-def test_buffer_keeps_one_step_back_and_the_longest():
-    model = tiny_llama()
-    _, rollouts = traces_of(model, count=6)
-    buffer = TraceBuffer(max_tokens=50)
-    buffer.begin_step()
-    buffer.add(rollouts)
-    kept = [len(t.token_ids) for batch in buffer.batches(1000, 0) for t in batch]
-    assert kept == sorted((len(r.trace.token_ids) for r in rollouts), reverse=True)[: len(kept)]
-    assert sum(kept) <= 50 and buffer.tokens == sum(kept)
-    buffer.begin_step()
-    assert buffer.tokens == 0
 
 
 @settings(max_examples=40, deadline=None)

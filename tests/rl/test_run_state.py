@@ -5,15 +5,15 @@ import json
 import pytest
 import torch
 
+from drafter_trainer.optimizer_state import save_optimizer
 from rl.errors import UserError
 from rl.run_state import (
     Checkpoint,
     find_checkpoint,
     keep_first_lines,
-    load_optimizer,
     load_selector_state,
+    restore_optimizer,
     save_checkpoint,
-    save_optimizer,
 )
 from tests.support import tiny_eagle3, tiny_llama
 
@@ -34,7 +34,7 @@ def test_optimizer_round_trip(tmp_path):
     b = tiny_llama()
     b.load_state_dict(a.state_dict())
     again = torch.optim.AdamW(b.parameters(), lr=1.0)
-    load_optimizer(again, tmp_path / "optimizer")
+    restore_optimizer(again, tmp_path / "optimizer")
     for model, opt in ((a, optimizer), (b, again)):
         opt.zero_grad()
         model(torch.tensor([[4, 5]])).logits.square().mean().backward()
@@ -48,7 +48,7 @@ def test_truncated_optimizer_is_named(tmp_path):
     data = (tmp_path / "optimizer.safetensors").read_bytes()
     (tmp_path / "optimizer.safetensors").write_bytes(data[:1000])
     with pytest.raises(UserError, match="optimizer: truncated"):
-        load_optimizer(torch.optim.AdamW(tiny_llama().parameters()), tmp_path / "optimizer")
+        restore_optimizer(torch.optim.AdamW(tiny_llama().parameters()), tmp_path / "optimizer")
 
 
 def save(run, steps_done, tokenizer):
@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rl.run_state.save_file", full)
+    monkeypatch.setattr("rl.run_state.save_optimizer", full)
     with pytest.raises(UserError, match="No space left"):
         save(run, 2, tokenizer)
     assert find_checkpoint(run).steps_done == 1

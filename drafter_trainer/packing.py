@@ -1,0 +1,100 @@
+"""Pieces of traces side by side in one row, without padding between them and without attention across them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from drafter_trainer.buffer import Piece
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """N anchors of several pieces. The anchor at position a of a text reads the features there and token a + 1.
+
+    Every piece has a block of ``anchors + 1 + unroll`` tokens, padded with 0 past its text's end, in T tokens altogether.
+
+    Attributes:
+        tokens: int64 [T].
+        at: int64 [N], where each anchor's own token is among them.
+        positions: int64 [N], of the anchors in their texts.
+        pieces: int64 [N], which piece an anchor belongs to.
+        taps: float32 [N, taps * hidden].
+        weights: float32 [N].
+        teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
+        trained: bool [T], whether that distribution is known (it produced a completion token).
+    """
+
+    tokens: torch.Tensor
+    at: torch.Tensor
+    positions: torch.Tensor
+    pieces: torch.Tensor
+    taps: torch.Tensor
+    weights: torch.Tensor
+    teacher: torch.Tensor
+    trained: torch.Tensor
+
+    def attends(self) -> torch.Tensor:
+        """bool [N, N]: anchors attend to those of their own piece that are not after them."""
+        same = self.pieces[:, None] == self.pieces[None]
+        return same & (self.positions[:, None] >= self.positions[None])
+
+
+@torch.no_grad()
+def pack(
+    pieces: Sequence[Piece],
+    weights: Sequence[float],
+    head: nn.Module,
+    vocabulary: torch.Tensor,
+    temperature: float,
+    unroll: int,
+    device: torch.device,
+) -> DraftBatch:
+    """Lays pieces side by side and computes the teacher's distribution from the stored head inputs: no forward of the target is
+    run.
+
+    Args:
+        pieces: Of one micro-batch.
+        weights: How much the anchors of each count.
+        head: The target's output head, as it was when the traces were made.
+        vocabulary: int64 [W], the draft vocabulary.
+        temperature: Of the rollouts.
+        unroll: Draft positions trained on.
+        device: Of the drafter.
+    """
+    tokens, at, positions, owners, taps, counts, finals, trained = [], [], [], [], [], [], [], []
+    base = 0
+    for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
+        trace, length = piece.entry.trace.get(), piece.end - piece.begin
+        block, last = length + 1 + unroll, len(trace.token_ids) - 1
+        text = torch.zeros(block, dtype=torch.long)
+        inside = trace.token_ids[piece.begin : piece.begin + block].cpu()
+        text[: len(inside)] = inside
+        known = torch.zeros(block, dtype=torch.bool)
+        first, end = max(trace.num_prompt - 1, piece.begin), min(last, piece.begin + block)
+        known[first - piece.begin : max(end - piece.begin, 0)] = True
+        tokens.append(text)
+        trained.append(known)
+        finals.append(trace.final[first : max(end, first)].to(device))
+        at.append(base + torch.arange(length))
+        positions.append(torch.arange(piece.begin, piece.end))
+        owners.append(torch.full((length,), number))
+        taps.append(trace.taps[piece.begin : piece.end].to(device).float())
+        counts.append(torch.full((length,), weight))
+        base += block
+    known_rows = torch.cat(trained).to(device)
+    teacher = torch.zeros(base, len(vocabulary), device=device)
+    teacher[known_rows] = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in torch.cat(finals).split(_CHUNK)])
+    joined = [torch.cat(parts).to(device) for parts in (tokens, at, positions, owners, taps, counts)]
+    return DraftBatch(joined[0], joined[1], joined[2], joined[3], joined[4], joined[5], teacher, known_rows)
+
+
+def teacher_probs(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens."""
+    logits = head(final).float() / temperature
+    return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))

@@ -1,0 +1,108 @@
+"""A first drafter for a policy, from the policy's own samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from drafter_trainer.checkpoint import save_drafter
+from drafter_trainer.vocabulary import choose_vocabulary, coverage
+from rl.config import RunConfig
+from rl.errors import UserError
+from rl.policies import load_policy
+from rl.rollouts import RolloutWorker
+from rl.tasks import load_task
+from rl.trainer import starting_policy
+from rollout import Strategy, mean_acceptance_length
+
+_CHAIN = 4
+_PROBLEMS = 16
+_LEAST_LR = 0.1
+
+
+@dataclass(slots=True)
+class WarmupReport:
+    """What it took and what came of it.
+
+    Attributes:
+        sampling_seconds, training_seconds: Wall time.
+        rounds, updates, tokens: Rounds of sampling and training; optimizer steps; anchors trained on.
+        coverage: Share of the last round's tokens that can be drafted.
+        greedy: Acceptance length of greedy decoding with chains of four, on problems that were not sampled from.
+        sampled: The same at the recipe's temperature.
+        curve: (seconds, expected acceptance length on sequences kept back) after each round.
+    """
+
+    sampling_seconds: float = 0.0
+    training_seconds: float = 0.0
+    rounds: int = 0
+    updates: int = 0
+    tokens: int = 0
+    coverage: float = 0.0
+    greedy: float = 1.0
+    sampled: float = 1.0
+    curve: list[tuple[float, float]] = field(default_factory=list)
+
+
+def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[str], None]) -> WarmupReport:
+    """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter to ``out``.
+
+    The learning rate falls linearly with time to a tenth. Written is the last drafter that did better on sequences kept back.
+
+    Raises:
+        UserError: for a recipe without the eagle3 drafter.
+    """
+    if "eagle3" not in config.speculation.drafters:
+        raise UserError("speculation.drafters has no eagle3: there is no drafter to warm up")
+    source = starting_policy(config)
+    policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu").to(getattr(torch, config.rollout.dtype)).eval()
+    worker = RolloutWorker(config, policy.requires_grad_(False), AutoTokenizer.from_pretrained(source))
+    task = load_task(config.task, config.seed)
+    report, started = WarmupReport(), time.perf_counter()
+    size, vocab = config.drafter.draft_vocab_size, worker.engine.runner.vocab_size
+
+    def spent() -> float:
+        return (time.perf_counter() - started) / (60 * minutes)
+
+    def stop() -> bool:
+        assert worker.spot is not None
+        for group in worker.spot.learner.optimizer.param_groups:
+            group["lr"] = config.drafter.lr * max(1 - spent(), _LEAST_LR)
+        return spent() >= 1
+
+    while report.rounds == 0 or spent() < 1:
+        done = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
+        report.sampling_seconds += done.seconds
+        texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
+        if worker.needs_drafter:
+            worker.create_drafter(choose_vocabulary(texts, size, vocab))
+        assert worker.spot is not None
+        report.coverage = coverage(texts, worker.spot.learner.model.vocabulary)
+        worker.learn_from(done, [0.0] * len(done.rollouts))
+        trained = worker.train_drafter(stop)
+        report.rounds += 1
+        report.updates += trained.updates
+        report.tokens += trained.tokens
+        report.training_seconds += trained.seconds
+        if trained.approved:
+            worker.spot.adopt([p.detach().clone() for p in worker.spot.approved.parameters()])
+            worker.take_over_drafter()
+            report.curve.append((time.perf_counter() - started, trained.candidate_length))
+        say(f"{60 * minutes * spent():5.0f} s  {report.updates} updates  expected acceptance length {trained.candidate_length:.2f}")
+    assert worker.spot is not None
+    report.greedy, report.sampled = (_measure(worker, config, t) for t in (0.0, config.rollout.temperature))
+    save_drafter(worker.spot.serving, out, torch.float32)
+    return report
+
+
+def _measure(worker: RolloutWorker, config: RunConfig, temperature: float) -> float:
+    """Acceptance length of chains of four on other problems, decoded with the drafter as it is."""
+    problems = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems
+    worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
+    requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.requests(problems, step=0)]
+    return mean_acceptance_length(worker.engine.generate(requests[:: config.rollout.group_size]))

@@ -1,0 +1,93 @@
+"""What is kept, what is mixed in, and what goes to disk."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from drafter_trainer.buffer import TraceBuffer
+from rollout import DistillationTrace, FinishReason, Request, Rollout
+from rollout.api import RolloutStats
+
+
+def rollout(length: int, prompt: int = 3) -> Rollout:
+    trace = DistillationTrace(torch.arange(length), prompt, torch.full((length - 1, 6), float(length)), torch.zeros(length - 1, 2))
+    completion = list(range(prompt, length))
+    return Rollout(Request([1] * prompt), completion, [0.0] * len(completion), FinishReason.STOP, RolloutStats(), trace=trace)
+
+
+def through(buffer: TraceBuffer, budget: int) -> list[list]:
+    batches = []
+    while (batch := buffer.next_batch(budget)) is not None:
+        batches.append(batch)
+    return batches
+
+
+def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
+    buffer = TraceBuffer(held_out_every=0, passes=2)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in (10, 20, 30, 90)])
+    first = buffer.next_batch(32)  # a stop may come here: the next call goes on
+    batches = [first, *through(buffer, 32)]
+    seen = Counter((p.entry.trace.length, a) for batch in batches for p in batch for a in range(p.begin, p.end))
+    assert set(seen.values()) == {2}
+    assert len(seen) == 9 + 19 + 29 + 89
+    assert all(sum(p.end - p.begin for p in batch) <= 32 for batch in batches)
+
+
+def test_the_long_ones_of_the_step_before_are_mixed_in_and_count_less():
+    buffer = TraceBuffer(held_out_every=0, previous_share=0.5, age_decay=0.5)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in (10, 12, 40, 50)])
+    buffer.begin_step()
+    buffer.add([rollout(20) for _ in range(8)])
+    batches = through(buffer, 40)
+    old = [p for batch in batches for p in batch if p.entry.age == 1]
+    assert {p.entry.trace.length for p in old} == {40, 50}
+    assert {buffer.weight(p.entry) for p in old} == {0.5}
+    tokens = sum(p.end - p.begin for p in old) / sum(p.end - p.begin for batch in batches for p in batch)
+    assert 0.25 < tokens < 0.7
+    buffer.begin_step()
+    assert {e.age for e in buffer.previous} == {1}
+
+
+def test_what_is_kept_back_is_never_trained_on():
+    buffer = TraceBuffer(held_out_every=4)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in range(10, 18)])
+    kept = {p.entry.trace.length for p in buffer.held_out_batch(1000)}
+    assert kept == {13, 17}
+    assert not kept & {p.entry.trace.length for batch in through(buffer, 64) for p in batch}
+
+
+def test_memory_is_bounded_and_the_rest_goes_to_disk(tmp_path):
+    buffer = TraceBuffer(memory_tokens=100, disk_tokens=60, spill=tmp_path / "traces", held_out_every=0)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in (60, 50, 40, 30, 9)])
+    on_disk = {e.trace.length for e in buffer.current if e.trace.on_disk}
+    in_memory = {e.trace.length for e in buffer.current if not e.trace.on_disk}
+    assert sum(in_memory) <= 100 and sum(on_disk) <= 60 and on_disk
+    for entry in buffer.current:
+        trace = entry.trace.get()
+        assert len(trace.token_ids) == entry.trace.length and trace.taps[0, 0] == entry.trace.length
+    assert len(list((tmp_path / "traces").iterdir())) == len(on_disk)
+    buffer.begin_step()
+    buffer.begin_step()
+    assert not list((tmp_path / "traces").iterdir())
+
+
+def test_a_disk_that_cannot_be_written_leaves_traces_out_and_goes_on(tmp_path):
+    (tmp_path / "traces").write_text("a file where the directory should be")
+    buffer = TraceBuffer(memory_tokens=30, disk_tokens=1000, spill=tmp_path / "traces", held_out_every=0)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in (25, 24, 23)])
+    assert [e.trace.length for e in buffer.current] == [25]
+
+
+def test_weights_follow_rewards():
+    from rl.rollouts import _reward_weights
+
+    assert _reward_weights([0.0, 1.0], 0.0) == [1.0, 1.0]
+    assert _reward_weights([0.0, 1.0], 1.0) == [0.0, 2.0]
+    assert sum(_reward_weights([0.0, 0.5, 1.0], 0.5)) == pytest.approx(3.0)
+    assert _reward_weights([0.7, 0.7], 1.0) == [1.0, 1.0]

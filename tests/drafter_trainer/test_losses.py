@@ -1,0 +1,115 @@
+"""Losses by hand, by finite differences, and what each is smallest at."""
+
+import math
+
+import pytest
+import torch
+
+from drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
+from drafter_trainer.optimistic import OptimisticAdamW
+from drafter_trainer.unroll import LENGTH_LOSS, Objective, unrolled_loss
+from tests.drafter_trainer.test_unroll import packed, traces_of
+from tests.support import tiny_eagle3, tiny_llama
+
+HALF = torch.tensor([[0.5, 0.5]])
+QUARTER = torch.tensor([[0.25, 0.75]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fkl", -0.5 * math.log(0.25) - 0.5 * math.log(0.75)),
+        ("rkl", 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)),
+        (
+            "jsd",
+            0.5 * (0.5 * math.log(0.5 / 0.375) + 0.5 * math.log(0.5 / 0.625))
+            + 0.5 * (0.25 * math.log(0.25 / 0.375) + 0.75 * math.log(0.75 / 0.625)),
+        ),
+        ("tvd", 0.25),
+        ("log_acceptance", -math.log(0.75)),
+    ],
+)
+def test_values_by_hand(name, value):
+    """p = (1/2, 1/2), q = (1/4, 3/4)."""
+    assert LOSSES[name](QUARTER.log(), HALF).item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_descent_reaches_the_teacher(name):
+    """Every loss makes one free row of logits the teacher's distribution."""
+    torch.manual_seed(0)
+    teacher = torch.softmax(torch.randn(4, 12), -1)
+    logits = torch.zeros(4, 12, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.02)
+    for step in range(1500):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 1500)
+        optimizer.zero_grad()
+        LOSSES[name](logits, teacher).sum().backward()
+        optimizer.step()
+    assert total_variation(logits, teacher).max() < 0.06
+
+
+def test_tvd_plus_points_where_total_variation_does():
+    """Its gradient is total variation's, standardised: the same direction up to a positive factor when the batch is one row."""
+    teacher = torch.softmax(torch.randn(1, 9, generator=torch.Generator().manual_seed(1)), -1)
+    gradients = []
+    for loss in (total_variation, total_variation_plus):
+        logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        loss(logits, teacher).sum().backward()
+        gradients.append(logits.grad[0])
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_mass_outside_the_vocabulary_weighs_a_row():
+    thin = HALF * 0.1
+    assert soft_cross_entropy(QUARTER.log(), thin).item() == pytest.approx(0.1 * soft_cross_entropy(QUARTER.log(), HALF).item())
+
+
+def test_length_loss_is_minus_the_expected_acceptance_length():
+    """1 + E[Σ Π Σ min(p, q)], which the pass reports too; and it can be descended."""
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    _, rollouts = traces_of(model, count=4)
+    batch = packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=3)
+    objective = Objective(loss=LENGTH_LOSS, unroll=3)
+    optimizer = torch.optim.Adam(eagle.parameters(), lr=5e-4)
+    lengths = []
+    for _ in range(30):
+        outcome = unrolled_loss(eagle, model.model.embed_tokens, batch, objective)
+        assert -outcome.loss.item() == pytest.approx(outcome.length - 1, rel=1e-4)
+        lengths.append(outcome.length)
+        optimizer.zero_grad()
+        outcome.loss.backward()
+        optimizer.step()
+    assert lengths[-1] > lengths[0]
+
+
+def test_hopeless_positions_are_left_out():
+    """With a mask of all tokens nothing is hopeless; with one token only anchors whose likeliest is right keep their loss."""
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    _, rollouts = traces_of(model, count=4)
+    batch = packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=2)
+    losses = {}
+    for top in (None, len(eagle.vocabulary), 1):
+        with torch.no_grad():
+            losses[top] = float(unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, mask_top=top)).loss)
+    assert losses[len(eagle.vocabulary)] == pytest.approx(losses[None])
+    assert losses[1] < losses[None]
+
+
+def test_optimistic_updates_use_the_last_gradient_as_a_hint():
+    """The first step is AdamW's; the second is AdamW's with 2 g_2 − g_1."""
+    gradients = torch.tensor([[1.0, -2.0], [0.5, 1.0]])
+    optimistic, plain = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    ours, reference = OptimisticAdamW([optimistic], lr=0.1), torch.optim.AdamW([plain], lr=0.1)
+    for step, gradient in enumerate(gradients):
+        optimistic.grad = gradient.clone()
+        plain.grad = gradient.clone() if step == 0 else 2 * gradient - gradients[0]
+        ours.step()
+        reference.step()
+        torch.testing.assert_close(optimistic, plain)
+    restored = OptimisticAdamW([optimistic], lr=0.1)
+    restored.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(restored.state[optimistic]["hint"], gradients[1])

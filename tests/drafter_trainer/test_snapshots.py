@@ -1,0 +1,104 @@
+"""Snapshots are whole or absent, few, and cost the caller a copy."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafter_trainer.snapshots import DrafterSnapshots
+from tests.support import tiny_eagle3, tiny_llama
+
+
+def trained():
+    drafter = tiny_eagle3(tiny_llama())
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-3)
+    for parameter in drafter.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return drafter, optimizer
+
+
+def test_what_is_restored_is_what_was_saved_however_the_model_moved_on(tmp_path):
+    drafter, optimizer = trained()
+    snapshots = DrafterSnapshots(tmp_path / "drafters", keep=2)
+    for step in range(4):
+        with torch.no_grad():
+            drafter.fc.weight.fill_(float(step))
+        assert snapshots.save(step, drafter, optimizer) is None
+        with torch.no_grad():
+            drafter.fc.weight.fill_(99.0)  # while it is being written
+    assert snapshots.wait() is None
+    assert sorted(p.name for p in (tmp_path / "drafters").iterdir()) == ["step-2", "step-3"]
+    (step, path, again), problems = snapshots.newest(97, 64)
+    assert step == 3 and not problems and bool((again.fc.weight == 3).all())
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    assert snapshots.restore_optimizer(fresh, path) is None
+    torch.testing.assert_close(fresh.state[again.fc.weight]["exp_avg"], optimizer.state[drafter.fc.weight]["exp_avg"])
+
+
+def test_a_truncated_one_is_named_and_the_one_before_is_used(tmp_path):
+    drafter, optimizer = trained()
+    snapshots = DrafterSnapshots(tmp_path, keep=3)
+    for step in (1, 2):
+        snapshots.save(step, drafter, optimizer)
+    snapshots.wait()
+    weights = tmp_path / "step-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (step, _, _), problems = snapshots.newest(97, 64)
+    assert step == 1
+    assert len(problems) == 1 and "step-2" in problems[0] and "truncated" in problems[0]
+    (tmp_path / "step-1" / "optimizer.safetensors").write_bytes(b"")
+    assert "truncated" in snapshots.restore_optimizer(optimizer, tmp_path / "step-1")
+
+
+def test_a_failed_write_is_told_and_costs_nothing_else(tmp_path):
+    drafter, optimizer = trained()
+    (tmp_path / "drafters").write_text("a file where the directory should be")
+    snapshots = DrafterSnapshots(tmp_path / "drafters")
+    assert snapshots.save(1, drafter, optimizer) is None
+    assert "could not be written" in snapshots.save(2, drafter, optimizer)
+    assert "could not be written" in snapshots.wait()
+    assert snapshots.wait() is None
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from drafter_trainer.snapshots import DrafterSnapshots
+from tests.drafter_trainer.test_snapshots import trained
+torch.set_num_threads(1)
+drafter, optimizer = trained()
+snapshots = DrafterSnapshots(Path(sys.argv[1]), keep=2)
+print("ready", flush=True)
+for step in range(10**6):
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.fill_(float(step))
+    snapshots.save(step, drafter, optimizer)
+"""
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_point_what_loads_is_right(tmp_path, kills):
+    """kill -9 while snapshots are written as fast as they can be: each that loads is of one step only."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    pause = random.Random(0)
+    for attempt in range(kills):
+        folder = tmp_path / str(attempt % 4)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(pause.uniform(0.02, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        found, problems = DrafterSnapshots(folder).newest(97, 64)
+        assert not problems
+        if found is not None:
+            values = {float(x) for p in found[2].parameters() for x in p.detach().aminmax()}
+            assert values == {float(found[0])}

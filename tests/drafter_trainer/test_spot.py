@@ -1,0 +1,176 @@
+"""Training stops within a micro-batch, resumes, and serves only what does better."""
+
+import threading
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from drafter_trainer.coordinator import Coordinator
+from drafter_trainer.initial import initial_drafter
+from drafter_trainer.spot import SpotTrainer
+from drafter_trainer.vocabulary import move_vocabulary
+from rollout.drafters.eagle3_model import eagle3_config
+from tests.drafter_trainer.test_unroll import buffer_of, learner_for, traces_of
+from tests.support import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    model = tiny_llama(sharpness=40.0)
+    engine, made = traces_of(model, count=16, tokens=40, slots=8)
+    return model, engine, made
+
+
+def spot_for(setup, *, lr=3e-3, held_out_every=4, passes=8, **options) -> SpotTrainer:
+    model, engine, made = setup
+    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    buffer = buffer_of(made, held_out_every=held_out_every, passes=passes)
+    return SpotTrainer(learner_for(drafter, model, lr=lr), buffer, budget=64, **options)
+
+
+def after(calls: int):
+    left = [calls]
+
+    def stop() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    return stop
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_it_stops_within_a_microbatch_and_goes_on_where_it_stopped(rollouts):
+    cut, whole = spot_for(rollouts, judge_every=1000), spot_for(rollouts, judge_every=1000)
+    reports = [cut.run(after(4)) for _ in range(3)]
+    assert [r.updates for r in reports] == [3, 3, 3]  # the first answer is asked before anything is judged
+    whole.run(after(10))
+    torch.testing.assert_close(weights(cut.learner.model), weights(whole.learner.model))
+
+
+def test_only_what_does_better_is_served(rollouts):
+    good = spot_for(rollouts)
+    before = weights(good.serving).clone()
+    report = good.run(lambda: False)
+    assert report.approved > 0
+    assert report.candidate_length > report.serving_length
+    assert torch.equal(weights(good.serving), before)  # not before all ranks adopt it
+    good.adopt([p.detach().clone() for p in good.approved.parameters()])
+    assert torch.equal(weights(good.serving), weights(good.approved))
+    assert not torch.equal(weights(good.serving), before)
+
+    ruined = spot_for(rollouts, lr=10.0)
+    before = weights(ruined.approved).clone()
+    report = ruined.run(after(8))
+    assert report.updates > 0 and report.approved == 0
+    assert torch.equal(weights(ruined.approved), before)
+
+
+def test_adopting_keeps_newer_updates(rollouts):
+    """Where this rank has trained on since its approval, the others' mean comes in below that."""
+    spot = spot_for(rollouts, judge_every=2)
+    spot.run(after(6))
+    newest, approved = weights(spot.learner.model).clone(), weights(spot.approved).clone()
+    mean = [p.detach() + 0.5 for p in spot.approved.parameters()]
+    spot.adopt(mean)
+    torch.testing.assert_close(weights(spot.learner.model), newest + 0.5)
+    torch.testing.assert_close(weights(spot.serving), approved + 0.5)
+
+
+def test_ranks_train_while_others_are_busy_and_stop_when_all_are_idle():
+    store = HashStore()
+    a, b, c = (Coordinator(store, 3, least_idle=2) for _ in range(3))
+    for rank in (a, b, c):
+        rank.begin(5)
+    assert not a.may_train()
+    a.idle()
+    assert not a.may_train() and a.waits()  # two must be idle
+    b.idle()
+    assert a.may_train() and b.may_train()
+    c.idle()
+    assert not a.may_train() and not a.waits()
+    for rank in (a, b, c):
+        rank.begin(6)
+    a.idle()
+    assert a.waits()
+
+
+def test_a_silent_rank_ends_training():
+    """A rank that died while it was busy never becomes idle: those that wait for it stop, and the step's collectives report it."""
+    now = [0.0]
+    store = HashStore()
+    busy, idle = (Coordinator(store, 2, clock=lambda: now[0]) for _ in range(2))
+    busy.begin(0)
+    idle.begin(0)
+    idle.idle()
+    for _ in range(200):
+        now[0] += 1.5
+        busy.beat()
+        assert idle.may_train()
+    now[0] += 61
+    assert not idle.may_train()
+    idle.wait_until_training()  # returns
+
+
+def test_a_lost_store_means_no_training_and_says_so_once():
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise RuntimeError("Broken pipe\nstack")
+
+    coordinator = Coordinator(Gone(), 2)
+    coordinator.begin(0)
+    coordinator.idle()
+    assert not coordinator.may_train()
+    coordinator.wait_until_training()
+    assert "Broken pipe" in coordinator.take_problem()
+    coordinator.beat()
+    coordinator.idle()
+    assert coordinator.take_problem() is None
+
+
+def test_one_rank_alone_never_waits():
+    coordinator = Coordinator(None, 1)
+    coordinator.begin(0)
+    coordinator.idle()
+    coordinator.wait_until_training()
+    assert not coordinator.may_train()
+
+
+def test_training_stops_when_another_thread_becomes_idle(rollouts):
+    """The whole: a rank trains for as long as the other decodes, and stops soon after."""
+    store = HashStore()
+    mine, other = Coordinator(store, 2), Coordinator(store, 2)
+    mine.begin(0)
+    other.begin(0)
+    spot = spot_for(rollouts, passes=100_000)
+    threading.Timer(0.5, other.idle).start()
+    started = time.perf_counter()
+    mine.idle()
+    mine.wait_until_training()
+    report = spot.run(lambda: not mine.may_train())
+    assert report.updates > 0
+    assert 0.4 < time.perf_counter() - started < 5
+
+
+def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
+    model, engine, made = rollouts
+    old, new = torch.arange(0, 40), torch.arange(20, 60)
+    drafter = initial_drafter(eagle3_config(model.config, 40, engine.runner.tap_layers), old, model, seed=0)
+    learner = learner_for(drafter, model, lr=1e-3)
+    spot = SpotTrainer(learner, buffer_of(made), budget=64)
+    spot.run(after(4))
+    rows = drafter.lm_head.weight.detach().clone()
+    moments = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"].clone()
+    move_vocabulary(drafter, learner.optimizer, new, model.lm_head)
+    spot.replace_model()
+    assert torch.equal(drafter.vocabulary, new)
+    assert torch.equal(drafter.lm_head.weight[:20], rows[20:])
+    assert torch.equal(drafter.lm_head.weight[20:].detach(), model.lm_head.weight[40:60].detach())
+    state = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"]
+    assert torch.equal(state[:20], moments[20:]) and not state[20:].any()
+    assert partial(spot.run, after(3))().updates > 0
