@@ -28,6 +28,7 @@ class DraftBatch:
         weights: float32 [N].
         teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
         trained: bool [T], whether that distribution is known (it produced a completion token).
+        refused: bool [T], whether it produced a token where verification had refused a draft.
     """
 
     tokens: torch.Tensor
@@ -38,6 +39,7 @@ class DraftBatch:
     weights: torch.Tensor
     teacher: torch.Tensor
     trained: torch.Tensor
+    refused: torch.Tensor
 
     def attends(self) -> torch.Tensor:
         """bool [N, N]: anchors attend to those of their own piece that are not after them."""
@@ -67,31 +69,40 @@ def pack(
         unroll: Draft positions trained on.
         device: Of the drafter.
     """
-    tokens, at, positions, owners, taps, counts, finals, trained = [], [], [], [], [], [], [], []
-    base = 0
+    blocks, base = [], 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        trace, length = piece.entry.trace.get(), piece.end - piece.begin
-        block, last = length + 1 + unroll, len(trace.token_ids) - 1
-        text = torch.zeros(block, dtype=torch.long)
-        inside = trace.token_ids[piece.begin : piece.begin + block].cpu()
-        text[: len(inside)] = inside
-        known = torch.zeros(block, dtype=torch.bool)
-        first, end = max(trace.num_prompt - 1, piece.begin), min(last, piece.begin + block)
-        known[first - piece.begin : max(end - piece.begin, 0)] = True
-        tokens.append(text)
-        trained.append(known)
-        finals.append(trace.final[first : max(end, first)].to(device))
-        at.append(base + torch.arange(length))
-        positions.append(torch.arange(piece.begin, piece.end))
-        owners.append(torch.full((length,), number))
-        taps.append(trace.taps[piece.begin : piece.end].to(device).float())
-        counts.append(torch.full((length,), weight))
-        base += block
-    known_rows = torch.cat(trained).to(device)
+        blocks.append(_block(piece, number, weight, base, unroll))
+        base += len(blocks[-1]["tokens"])
+    joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
+    final = joined.pop("final")
     teacher = torch.zeros(base, len(vocabulary), device=device)
-    teacher[known_rows] = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in torch.cat(finals).split(_CHUNK)])
-    joined = [torch.cat(parts).to(device) for parts in (tokens, at, positions, owners, taps, counts)]
-    return DraftBatch(joined[0], joined[1], joined[2], joined[3], joined[4], joined[5], teacher, known_rows)
+    teacher[joined["trained"]] = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in final.split(_CHUNK)])
+    return DraftBatch(**joined, teacher=teacher)
+
+
+def _block(piece: Piece, number: int, weight: float, base: int, unroll: int) -> dict[str, torch.Tensor]:
+    """One piece's part of every field of a batch, and of the inputs of the target's head where the teacher is known."""
+    trace, length = piece.entry.trace.get(), piece.end - piece.begin
+    count = length + 1 + unroll
+    first, end = max(trace.num_prompt - 1, piece.begin), min(len(trace.token_ids) - 1, piece.begin + count)
+    trained = torch.zeros(count, dtype=torch.bool)
+    trained[first - piece.begin : max(end - piece.begin, 0)] = True
+    return {
+        "tokens": _padded(trace.token_ids[piece.begin :], count),
+        "at": base + torch.arange(length),
+        "positions": torch.arange(piece.begin, piece.end),
+        "pieces": torch.full((length,), number),
+        "taps": trace.taps[piece.begin : piece.end].float(),
+        "weights": torch.full((length,), weight),
+        "trained": trained,
+        "refused": _padded(trace.refused[piece.begin + 1 :], count) if trace.refused is not None else torch.zeros_like(trained),
+        "final": trace.final[first : max(end, first)],
+    }
+
+
+def _padded(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The first ``count`` values, then zeros."""
+    return torch.nn.functional.pad(values[:count], (0, count - len(values[:count])))
 
 
 def teacher_probs(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -35,6 +35,8 @@ class StoredTrace:
         """
         trace = self.get()
         tensors = {"token_ids": trace.token_ids, "taps": trace.taps, "final": trace.final}
+        if trace.refused is not None:
+            tensors["refused"] = trace.refused
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, path)
         except Exception as error:  # safetensors reports a full disk by an error of its own
@@ -48,7 +50,7 @@ class StoredTrace:
             return self._trace
         assert self._path is not None
         tensors = load_file(self._path)
-        return DistillationTrace(tensors["token_ids"], self.num_prompt, tensors["taps"], tensors["final"])
+        return DistillationTrace(tensors["token_ids"], self.num_prompt, tensors["taps"], tensors["final"], tensors.get("refused"))
 
     def drop(self) -> None:
         """Removes its file; it is not used again."""

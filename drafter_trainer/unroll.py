@@ -25,12 +25,15 @@ class Objective:
         decay: Weight of each position relative to the one before; ``length`` has no use for it.
         mask_top: A draft position whose likeliest token under the target is not among the drafter's so many likeliest is hopeless
             for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing out.
+        feedback_only: Learn only where verification refused a draft, from what it gave instead (online speculative decoding,
+            arXiv 2310.07177).
     """
 
     loss: str = "fkl"
     unroll: int = 3
     decay: float = 0.8
     mask_top: int | None = None
+    feedback_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
             lengths += (running * anchor_weights).sum(-1)
             if objective.mask_top is not None:
                 alive = _without_hopeless(alive, rows, logits, teacher, objective.mask_top)
-        used = alive[rows]
+        used = alive[rows] & batch.refused[target[rows]] if objective.feedback_only else alive[rows]
         if objective.loss == LENGTH_LOSS:
             surrogate = (surrogate * (alive & counted)).index_put((rows,), torch.where(used, surrogate[rows] * kept, 0.0))
             total = total - (surrogate * anchor_weights).sum()

@@ -84,6 +84,13 @@ def main() -> None:
     losses.add_argument("--seconds", type=float, default=45.0, help="of training each loss")
     losses.add_argument("--sequences", type=int, default=192)
     losses.add_argument("--out", type=Path, default=Path("benchmarks/losses"))
+    idle = commands.add_parser("idle", help="the drafter trained on idle ranks, beside a frozen one")
+    idle.add_argument("--config", type=Path, required=True)
+    idle.add_argument("--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py")
+    idle.add_argument("--ranks", type=int, default=2)
+    idle.add_argument("--runs", type=Path, default=Path("runs/idle"), help="where the runs go")
+    idle.add_argument("--out", type=Path, default=Path("benchmarks/idle"))
+    idle.add_argument("overrides", nargs="*", help="key=value")
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args()
     run: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -97,6 +104,7 @@ def main() -> None:
         "selection": compare_selection,
         "plots": draw_plots,
         "served": compare_served,
+        "idle": compare_idle,
         "losses": compare_losses,
         "gpu-rl": compare_speculation_end_to_end,
     }
@@ -288,6 +296,16 @@ def compare_losses(args: argparse.Namespace) -> None:
     print(f"collecting traces: {cost.share:.1%} of rollout time")
     rows = compare_losses(bench, args.seconds, args.sequences, print)
     write_rows({"collection": [cost], "rows": rows}, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_idle(args: argparse.Namespace) -> None:
+    """Training on idle ranks against a frozen drafter."""
+    from rl.bench_idle import compare_idle
+    from rl.bench_report import write_rows
+
+    frozen, trained = rows = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print)
+    print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
+    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
 
 
 def draw_plots(args: argparse.Namespace) -> None:

@@ -151,13 +151,23 @@ class RolloutBench:
         self._parts.draft_model = model
 
     def engine(
-        self, slots: int, max_tokens: int, rules: DraftRules | None = None, drafters: Sequence[str] | None = None
+        self,
+        slots: int,
+        max_tokens: int,
+        rules: DraftRules | None = None,
+        drafters: Sequence[str] | None = None,
+        collect_traces: bool = False,
     ) -> RolloutEngine:
-        """An engine with this policy's drafters, or those named."""
+        """An engine with this policy's drafters, or those named; traces are of use to a drafter's training."""
         s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
         engine = RolloutEngine(
-            self.policy, max_slots=slots, max_context=context, max_nodes=s.max_nodes, tap_layers=self.taps if self.drafter else ()
+            self.policy,
+            max_slots=slots,
+            max_context=context,
+            max_nodes=s.max_nodes,
+            tap_layers=self.taps if self.drafter or collect_traces else (),
+            collect_traces=collect_traces,
         )
         self._parts.rules = draft_rules(s) if rules is None else rules
         for name in s.drafters if drafters is None else drafters:

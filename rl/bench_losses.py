@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[Objective, bool]] = {
     "fkl, hopeless tokens left out (top 10)": (Objective("fkl", mask_top=10), False),
     "fkl, all positions alike": (Objective("fkl", decay=1.0), False),
     "fkl, one position": (Objective("fkl", unroll=1), False),
+    "fkl, only where drafts were refused": (Objective("fkl", feedback_only=True), False),
     "fkl, optimistic": (Objective("fkl"), True),
 }
 
@@ -94,7 +95,9 @@ def _is_over(end: float) -> bool:
 
 
 def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:
-    engine = _collecting(bench, bench.params.max_tokens, collects=True)
+    engine = bench.engine(32, bench.params.max_tokens, drafters=("eagle3",), collect_traces=True)
+    if "eagle3" in engine.drafters:  # so that there are drafts to refuse
+        engine.use_strategy("eagle3:3")
     return engine.generate(bench.requests(bench.problems, sequences, 4))
 
 

@@ -16,13 +16,14 @@ Rows = list[dict[str, Any]]
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """A picture beside each of the drafters, sharing, positions, verifiers and selection files that is there."""
+    """A picture beside each of the drafters, sharing, positions, verifiers, selection and idle files that is there."""
     drawers = {
         "drafters": _drafters,
         "sharing": _sharing,
         "positions": _positions,
         "verifiers": _verifiers,
         "selection": _selection,
+        "idle": _idle,
     }
     drawn = []
     for name, drawer in drawers.items():
@@ -114,4 +115,16 @@ def _selection(tables: dict[str, Rows]) -> plt.Figure:
         ax.tick_params(labelsize=6)
         ax.set_title(f"{row['batch']} sequences: tokens/s", fontsize=9)
         ax.legend(fontsize=7)
+    return figure
+
+
+def _idle(tables: dict[str, Rows]) -> plt.Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), dpi=90)
+    for row in tables["rows"]:
+        label = "frozen" if row["schedule"] == "never" else "trained in idle time"
+        for ax, key in zip(axes, ("acceptance", "reward"), strict=True):
+            ax.plot(range(1, len(row[key]) + 1), row[key], "o-", ms=4, label=label)
+    for ax, name in zip(axes, ("acceptance length", "reward"), strict=True):
+        ax.set(xlabel="quarter of the run", ylabel=name, xticks=range(1, 5))
+        ax.legend(fontsize=8)
     return figure

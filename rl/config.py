@@ -204,6 +204,7 @@ class DrafterConfig:
         decay: Weight of each further position relative to the one before.
         mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's so many likeliest
             (GRIFFIN); null leaves none out.
+        feedback_only: Learn only where verification refused a draft (online speculative decoding).
         tokens_per_microbatch: Tokens of one drafter update.
         passes: Passes over each step's rollouts, at most.
         judge_every: Updates between two judgements on sequences kept back.
@@ -226,6 +227,7 @@ class DrafterConfig:
     unroll: int = 3
     decay: float = 0.8
     mask_top: int | None = None
+    feedback_only: bool = False
     tokens_per_microbatch: int = 256
     passes: int = 2
     judge_every: int = 4
@@ -353,6 +355,10 @@ def check(config: RunConfig) -> None:
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
         (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
+        (
+            not d.feedback_only or d.loss != "length",
+            "drafter.feedback_only weighs single positions: drafter.loss length cannot",
+        ),
         (d.least_idle_ranks >= 1, f"drafter.least_idle_ranks is {d.least_idle_ranks}: write at least 1"),
         (
             d.tokens_per_microbatch >= 16 and d.passes >= 1 and d.judge_every >= 1,

@@ -116,12 +116,14 @@ class DistillationTrace:
         taps: [n - 1, taps * hidden], the target's tapped hidden states at positions ``0 .. n-2``.
         final: [n - 1, hidden], what the target's output head read. Only rows ``num_prompt - 1 ..`` are filled
             (those whose next token was generated); earlier rows are zero.
+        refused: bool [n], tokens that stand where verification refused a draft; None where that is not known.
     """
 
     token_ids: torch.Tensor
     num_prompt: int
     taps: torch.Tensor
     final: torch.Tensor
+    refused: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -304,6 +304,8 @@ class RolloutEngine:
             sequence.stats.drafted += int(draft.lengths[row])
             sequence.stats.accepted += len(outcome.paths[row])
             sequence.stats.steps += 1
+            if len(outcome.paths[row]) < int(draft.lengths[row]):
+                sequence.refused.append(len(sequence.tokens) + len(outcome.paths[row]))
             if outcome.finite[row]:
                 committed += self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
             else:

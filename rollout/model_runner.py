@@ -270,7 +270,9 @@ class ModelRunner:
         """A copy of what the forwards saw of the sequence in ``slot``."""
         features = self.cache.taps[slot, : len(sequence.tokens) - 1]
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
-        return DistillationTrace(torch.tensor(sequence.tokens), sequence.num_prompt, taps.clone(), final.clone())
+        refused = torch.zeros(len(sequence.tokens), dtype=torch.bool)
+        refused[[at for at in sequence.refused if at < len(refused)]] = True
+        return DistillationTrace(torch.tensor(sequence.tokens), sequence.num_prompt, taps.clone(), final.clone(), refused)
 
     def refresh_weights(self) -> None:
         """Makes the next forward use the trainer's present parameters."""

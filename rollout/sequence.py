@@ -23,6 +23,7 @@ class SequenceState:
         finish: Why it ended, once it has.
         predicted: Expected completion tokens, where something is known.
         segments: (policy version, tokens committed under it), oldest first.
+        refused: Where in ``tokens`` one stands because verification refused a draft.
     """
 
     request: Request
@@ -35,6 +36,7 @@ class SequenceState:
     finish: FinishReason | None = None
     predicted: float | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:

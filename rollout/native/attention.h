@@ -1,6 +1,8 @@
 // Attention over slots, each token to what it sees: on vector units here, on matrix units in tiles.h.
 #pragma once
 
+#include <omp.h>
+
 #include "layout.h"
 #include "tiles.h"
 
@@ -166,7 +168,7 @@ void attend_by(const T* query, const T* cache, T* out, const Layout& s, const At
   static thread_local std::vector<Item> items_of_thread;
   static thread_local std::vector<int64_t> groups_of_thread;
   static thread_local std::vector<float> partials;
-  list_items(s, Units::kTokens, &items_of_thread, &groups_of_thread);
+  const int64_t work = list_items(s, Units::kTokens, &items_of_thread, &groups_of_thread);
   const std::vector<Item>& items = items_of_thread;
   const std::vector<int64_t>& groups = groups_of_thread;
   if (static_cast<int64_t>(partials.size()) < static_cast<int64_t>(items.size()) * per_item) partials.resize(items.size() * per_item);
@@ -175,18 +177,24 @@ void attend_by(const T* query, const T* cache, T* out, const Layout& s, const At
     float* p = base + item * per_item;
     return Partial{p, p + most_rows, p + 2 * most_rows};
   };
-  int64_t work = 0;
-  for (const Item& item : items) work += item.count * item.queries * group * dim;
-#pragma omp parallel if (work > kSerialWork)
+#pragma omp parallel if (work * dim > kSerialWork)
   {
     Units units(group);
-#pragma omp for schedule(dynamic)
-    for (int64_t n = 0; n < static_cast<int64_t>(items.size()); ++n) {
-      const Item& item = items[n];
-      const T* keys = cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
+    const auto keys_of = [&](const Item& item) {
+      return cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
+    };
+    // each thread takes a run of items of about equal work, so that it reads the cache in order
+    const auto begin_of = [&](int64_t thread) {
+      const int64_t target = work * thread / omp_get_num_threads();
+      return std::partition_point(items.begin(), items.end(), [target](const Item& item) { return item.before < target; });
+    };
+    const auto end = begin_of(omp_get_thread_num() + 1);
+    for (auto item = begin_of(omp_get_thread_num()); item != end; ++item) {
+      const T* keys = keys_of(*item);
       const T* values = keys + s.slots * s.kv_heads * s.span * dim;
-      units.attend(query, keys, values, s, item, rule, partial(n));
+      units.attend(query, keys, values, s, *item, rule, partial(item - items.begin()));
     }
+#pragma omp barrier
 #pragma omp for
     for (int64_t g = 0; g < static_cast<int64_t>(groups.size()) - 1; ++g) {
       const Item& item = items[groups[g]];

@@ -10,6 +10,7 @@ constexpr int64_t kChunk = 256;        // keys that one work item attends to
 // A few consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
 struct Item {
   int64_t first, queries, kv, start, count;
+  int64_t before;  // work of the items before it
 };
 
 // One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
@@ -61,10 +62,12 @@ struct Partial {
   float *largest, *total, *weighted;
 };
 
-// The items of a forward, of at most `most` tokens each; those of the same tokens and head are adjacent. `groups` holds the first item of each such run.
-void list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::vector<int64_t>* groups) {
+// The items of a forward, of at most `most` tokens each; those of the same tokens and head are adjacent, and `groups` holds the first
+// item of each such run. Returns all their work, in keys: what an item costs beside its keys counts as 64, and tokens share most of it.
+int64_t list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::vector<int64_t>* groups) {
   items->clear();
   groups->clear();
+  int64_t work = 0;
   for (int64_t sequence = 0; sequence < s.sequences; ++sequence)
     for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += most) {
       const int64_t queries = std::min(most, s.offsets[sequence + 1] - first);
@@ -72,11 +75,14 @@ void list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::ve
       for (int64_t n = first; n < first + queries; ++n) length = std::max(length, s.end(n));
       for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
         groups->push_back(items->size());
-        for (int64_t start = 0; start < length; start += kChunk)
-          items->push_back({first, queries, kv, start, std::min(length - start, kChunk)});
+        for (int64_t start = 0; start < length; start += kChunk) {
+          items->push_back({first, queries, kv, start, std::min(length - start, kChunk), work});
+          work += (items->back().count + 64) * (8 + queries);
+        }
       }
     }
   groups->push_back(items->size());
+  return work;
 }
 
 // Moves keys and values of every layer's slot from `sources` to `targets`, places in increasing order with targets ≤ sources, so

@@ -17,9 +17,10 @@
 
 namespace {
 
-constexpr int64_t kTileRows = 16;   // of query rows, and of keys in one tile
-constexpr int64_t kKeyBlock = 32;      // keys that one product of weights and values takes
-constexpr float kHidden = -1e30f;   // the score of a key that a row does not see: finite, so that its exponential is 0 and not NaN
+constexpr int64_t kTileRows = 16;    // of query rows, and of keys in one tile
+constexpr int64_t kBlocksAhead = 1;  // fetched before they are needed
+constexpr int64_t kKeyBlock = 32;    // keys that one product of weights and values takes
+constexpr float kHidden = -1e30f;    // the score of a key that a row does not see: finite, so that its exponential is 0 and not NaN
 
 // Whether the kernel lets this process use tile registers: Linux wants to be asked, once a process.
 inline bool tiles_granted() {
@@ -128,26 +129,25 @@ struct TileKeys {
   }
 
   // Pairs of keys side by side. unpack works within 128 bits, so a tile's 16 columns are dimensions 8i + (0…3), or those + 4.
-  void pair_values() {
-    for (int64_t b = 0; b < blocks(); ++b) {
-      const bfloat16* block = block_of_values(b);
-      for (int64_t pair = 0; pair < kKeyBlock / 2; ++pair)
-        for (int64_t d = 0; d < kDim; d += 32) {
-          const __m512i even = _mm512_loadu_si512(block + 2 * pair * kDim + d), odd = _mm512_loadu_si512(block + (2 * pair + 1) * kDim + d);
-          _mm512_store_si512(scratch.values[b][d / 16][pair], _mm512_unpacklo_epi16(even, odd));
-          _mm512_store_si512(scratch.values[b][d / 16 + 1][pair], _mm512_unpackhi_epi16(even, odd));
-        }
-    }
+  void pair_values(int64_t b) {
+    const bfloat16* block = block_of_values(b);
+    for (int64_t pair = 0; pair < kKeyBlock / 2; ++pair)
+      for (int64_t d = 0; d < kDim; d += 32) {
+        const __m512i even = _mm512_loadu_si512(block + 2 * pair * kDim + d), odd = _mm512_loadu_si512(block + (2 * pair + 1) * kDim + d);
+        _mm512_store_si512(scratch.values[b][d / 16][pair], _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(scratch.values[b][d / 16 + 1][pair], _mm512_unpackhi_epi16(even, odd));
+      }
   }
 
-  // scores[key, row] of the queries in the scratch; the first time values and later keys are fetched ahead.
+  // scores[key, row] of the queries in the scratch. The first time values are paired on the way, and both are fetched ahead: further
+  // than the hardware looks across pages.
   void score(bool first) {
     for (int64_t b = 0; b < blocks(); ++b) {
       const bfloat16* block = block_of_keys(b);
       if (first && block != scratch.last_keys[0])
         for (int64_t line = 0; line < kKeyBlock * kDim; line += 32) {
-          __builtin_prefetch(block + kKeyBlock * kDim + line, 0, 3);
-          __builtin_prefetch(values + b * kKeyBlock * kDim + line, 0, 2);
+          __builtin_prefetch(block + kBlocksAhead * kKeyBlock * kDim + line, 0, 3);
+          __builtin_prefetch(values + (b + kBlocksAhead) * kKeyBlock * kDim + line, 0, 3);
         }
       _tile_zero(0);
       _tile_zero(1);
@@ -158,6 +158,7 @@ struct TileKeys {
         _tile_dpbf16ps(0, 3, 2);
         _tile_dpbf16ps(1, 4, 2);
       }
+      if (first) pair_values(b);
       _tile_stored(0, scratch.scores[b * kKeyBlock], 64);
       _tile_stored(1, scratch.scores[b * kKeyBlock + kTileRows], 64);
     }
@@ -260,7 +261,6 @@ void MatrixUnits<kVectors>::attend(const bfloat16* query, const bfloat16* keys, 
       for (int64_t pair = 0; pair < kTileRows; ++pair) _mm512_store_si512(scratch.queries[d][pair], lines[d][pair]);
     }
     seen.score(first == 0);
-    if (first == 0) seen.pair_values();
     weights_of(scratch, sight, item.count, rule.scale, out.largest + first, out.total + first);
     seen.weigh();
     for (int64_t r = 0; r < sight.rows; ++r)

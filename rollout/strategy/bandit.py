@@ -15,6 +15,7 @@ from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 _PRIOR_STEPS = 64  # steps that the cost model's estimate counts for beside those measured
 _TRIES = 0.1  # share of steps that look for something to explore
 _MOST_LOSS = 1.0  # best steps that one exploration may be expected to lose
+_TIME_DOUBT = 0.1  # how much less time a strategy may take than was calculated for it
 _BURST = 3  # steps of an exploration: the first also pays for what the drafter has missed
 
 
@@ -145,8 +146,9 @@ class BanditSelector:
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
 
     def _hope(self, arm: Strategy, bucket: Bucket) -> float:
-        """Tokens per sequence and second that the arm may turn out to give."""
-        return self.cost.hoped_tokens(arm) / self.cost.seconds(arm, bucket)
+        """Tokens per sequence and second that the arm may turn out to give; a time that was only calculated may be too long."""
+        seconds = self.cost.seconds(arm, bucket) * (1.0 if self.cost.has_timed(arm, bucket) else 1 - _TIME_DOUBT)
+        return self.cost.hoped_tokens(arm) / seconds
 
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""

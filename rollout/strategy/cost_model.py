@@ -158,6 +158,10 @@ class CostModel:
         """Expected seconds of a step."""
         return self._forward_seconds(strategy, bucket) + self._draft_seconds(strategy, bucket) + self._rest.get(bucket.batch, 0.0)
 
+    def has_timed(self, strategy: Strategy, bucket: Bucket) -> bool:
+        """Whether the strategy's forward was measured in the bucket."""
+        return (bucket, strategy) in self._forward
+
     def _forward_seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         measured = self._forward.get((bucket, strategy))
         if measured is not None:

@@ -1,6 +1,7 @@
 """Losses by hand, by finite differences, and what each is smallest at."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
 from drafter_trainer.optimistic import OptimisticAdamW
 from drafter_trainer.unroll import LENGTH_LOSS, Objective, unrolled_loss
+from rollout import Request, SamplingParams
 from tests.drafter_trainer.test_unroll import packed, traces_of
-from tests.support import tiny_eagle3, tiny_llama
+from tests.support import engine_for, tiny_eagle3, tiny_llama
 
 HALF = torch.tensor([[0.5, 0.5]])
 QUARTER = torch.tensor([[0.25, 0.75]])
@@ -113,3 +115,27 @@ def test_optimistic_updates_use_the_last_gradient_as_a_hint():
     restored = OptimisticAdamW([optimistic], lr=0.1)
     restored.load_state_dict(ours.state_dict())
     torch.testing.assert_close(restored.state[optimistic]["hint"], gradients[1])
+
+
+def test_feedback_alone_counts_where_drafts_were_refused():
+    """Of all positions, the loss is that of the rows whose token replaced a refused draft."""
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    engine = engine_for(model, collect_traces=True)
+    engine.use_strategy("suffix:3")
+    rollouts = engine.generate([Request([3, 1, 4, 1, 3, 1, 4], SamplingParams(max_tokens=60), seed=i) for i in range(4)])
+    for r in rollouts:
+        drafted = r.trace.refused.nonzero()[:, 0].tolist()
+        assert 0 < len(drafted) <= r.stats.steps
+        assert min(drafted) > r.trace.num_prompt
+    batch = packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=1)
+    with torch.no_grad():
+        loss = unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=1, feedback_only=True)).loss
+        everything = unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=1)).loss
+        clean = replace(batch, refused=torch.zeros_like(batch.refused))
+        assert unrolled_loss(eagle, model.model.embed_tokens, clean, Objective(unroll=1, feedback_only=True)).loss == 0
+        full = replace(batch, refused=torch.ones_like(batch.refused))
+        torch.testing.assert_close(
+            unrolled_loss(eagle, model.model.embed_tokens, full, Objective(unroll=1, feedback_only=True)).loss, everything
+        )
+    assert 0 < loss < everything

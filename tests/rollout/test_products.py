@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from rollout import Request, RolloutEngine, SamplingParams
+from rollout.drafters import SuffixDrafter
 from rollout.native.products import load_products
 from rollout.packed_linear import PackedLinear
 
@@ -57,3 +60,36 @@ def test_shapes_that_are_not_whole_panels_go_another_way():
     source = layer(40, 24, bias=True)
     x = torch.randn(1, 3, 24).bfloat16()
     torch.testing.assert_close(PackedLinear(source)(x), source(x), rtol=2**-7, atol=1e-2)
+
+
+def test_speculation_in_bfloat16_says_what_plain_decoding_says():
+    """Chains token for token and log-prob for log-prob: every row of a forward is computed the same way, whatever stands beside it.
+    In trees a node's ancestors lie elsewhere among the keys, so that sums are rounded in another order."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)
+    requests = [Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(max_tokens=120), seed=i, group=i % 3) for i in range(12)]
+    spoken = {}
+    for strategy in ("plain", "suffix:3", "suffix:5x3/11"):
+        engine = RolloutEngine(model, max_slots=5, max_context=160, max_nodes=11)
+        engine.add_drafter(SuffixDrafter())
+        engine.use_strategy(strategy)
+        rollouts = engine.generate(requests)
+        spoken[strategy] = [(r.token_ids, r.logprobs) for r in rollouts]
+        assert strategy == "plain" or sum(r.stats.accepted for r in rollouts) > 0
+    assert spoken["suffix:3"] == spoken["plain"]
+    for (tree, tree_logprobs), (plain, plain_logprobs) in zip(spoken["suffix:5x3/11"], spoken["plain"], strict=True):
+        assert tree == plain
+        assert tree_logprobs == pytest.approx(plain_logprobs, abs=1e-3)

@@ -1,0 +1,44 @@
+"""Runs of the main job for benchmarks, each a process group of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rl.errors import UserError
+from rl.summary import PHASES, read_metrics
+
+
+def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) -> list[dict[str, Any]]:
+    """Trains a recipe with ``launch/train.py`` and returns the metrics of its steps.
+
+    Raises:
+        UserError: when the run fails, with its last line.
+    """
+    script = Path(__file__).parents[1] / "launch" / "train.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    result = subprocess.run(
+        [*launcher, str(script), str(config), *overrides, f"out={out}"], capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise UserError(f"the run {out} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return read_metrics(out)
+
+
+def step_seconds(metrics: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each step, what is measured beside it left out."""
+    return [sum(m.get(f"time/{phase}", 0.0) for phase in PHASES if phase != "measure") for m in metrics]
+
+
+def quarters(values: Sequence[float]) -> list[float]:
+    """Means of four equal parts."""
+    size = max(len(values) // 4, 1)
+    return [mean(values[at : at + size]) for at in range(0, 4 * size, size) if values[at : at + size]]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
