@@ -119,7 +119,7 @@ class BanditSelector:
         allowance = min(self.epsilon * known.seconds - known.lost, _MOST_LOSS * self.cost.seconds(best, bucket))
         hopeful = []
         for arm in rates:
-            if arm == best or self._hope(arm, bucket) <= rates[best]:
+            if arm == best or self._hope(arm, bucket, best) <= rates[best]:
                 continue
             loss = _BURST * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
             if loss <= allowance:
@@ -145,9 +145,14 @@ class BanditSelector:
         steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
 
-    def _hope(self, arm: Strategy, bucket: Bucket) -> float:
-        """Tokens per sequence and second that the arm may turn out to give; a time that was only calculated may be too long."""
-        seconds = self.cost.seconds(arm, bucket) * (1.0 if self.cost.has_timed(arm, bucket) else 1 - _TIME_DOUBT)
+    def _hope(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
+        """Tokens per sequence and second that the arm may turn out to give.
+
+        Of the best arm's drafter the tokens are known well: there it is the time that was only calculated which may be wrong.
+        """
+        seconds = self.cost.seconds(arm, bucket)
+        if arm.drafter == best.drafter and not self.cost.has_timed(arm, bucket):
+            seconds *= 1 - _TIME_DOUBT
         return self.cost.hoped_tokens(arm) / seconds
 
     def record(self, feedback: StepFeedback) -> None:

@@ -115,15 +115,15 @@ def test_recovers_within_100_steps_of_a_collapse(batch):
 
 def test_a_drafter_that_became_better_is_found():
     """Within 400 steps by most seeds: tries are few by design, since they are paid for."""
-    shares = []
-    for seed in range(6):
+    found = 0
+    for seed in range(10):
         world = World({"suffix": 0.5, "eagle3": 0.0}, seed=seed)
         selector = selector_for(world, seed=seed)
         play(selector, world, 1, 200)
         world.accept["eagle3"] = 0.9
         play(selector, world, 1, 400)
-        shares.append(play(selector, world, 1, 200) / best_fixed(selector, world, 1))
-    assert np.median(shares) >= 0.8
+        found += play(selector, world, 1, 200) >= 0.8 * best_fixed(selector, world, 1)
+    assert found >= 6
 
 
 def test_buckets_keep_batch_and_context_apart():
