@@ -15,7 +15,7 @@ from rollout.drafters.base import Drafter, VerifiedStep
 from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
-from rollout.prefill import prefill
+from rollout.prefill import PromptLogits, prefill
 from rollout.requests import problem_with
 from rollout.results import finished_rollout
 from rollout.scheduler import Scheduler
@@ -112,6 +112,7 @@ class RolloutEngine:
         self.speculation = Speculation(self.runner, max_slots, max_nodes, budgets)
         self.records: list[StepRecord] = []
         self.prefill_seconds = 0.0
+        self._prompts = PromptLogits()
         self._decode_text = decode_text
         self._cancelled: set[int] = set()
         self._device = model.device
@@ -229,7 +230,9 @@ class RolloutEngine:
         longest = max(len(s.tokens) for s in self.scheduler.active)
         self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
         clock = StepClock(self._device)
-        logits = prefill(self.runner, admitted, self.prefill_tokens)
+        held = self._prompts.held(self.scheduler.active[:before])
+        logits = prefill(self.runner, admitted, self.prefill_tokens, held)
+        self._prompts.keep(admitted, logits)
         clock.mark()
         self.prefill_seconds += sum(clock.seconds())
         for _, sequence in admitted:
@@ -385,3 +388,4 @@ class RolloutEngine:
             self.speculation.vacate(slot, slot)
             self.speculation.forget(sequence)
         self.scheduler.clear()
+        self._prompts.clear()

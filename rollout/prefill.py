@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -10,13 +10,43 @@ from rollout.model_runner import Chunk, ModelRunner
 from rollout.sequence import SequenceState
 
 
-def prefill(runner: ModelRunner, admitted: Sequence[tuple[int, SequenceState]], most: int) -> torch.Tensor:
-    """Reads each one's tokens into its slot; the samples of one prompt share a reading.
+class PromptLogits:
+    """Logits after the prompts that sequences in flight have read. A sample that is admitted later than its siblings need not read
+    again: its keys are in their slots."""
+
+    def __init__(self) -> None:
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def held(self, active: Sequence[SequenceState]) -> dict[tuple[int, ...], tuple[int, torch.Tensor]]:
+        """Prompts of active sequences that are known: a slot that has their keys, and the logits [V]. Forgets all others."""
+        slots = {tuple(s.tokens[: s.num_prompt]): slot for slot, s in enumerate(active)}
+        self._logits = {tokens: row for tokens, row in self._logits.items() if tokens in slots}
+        return {tokens: (slots[tokens], row) for tokens, row in self._logits.items()}
+
+    def keep(self, admitted: Sequence[tuple[int, SequenceState]], logits: torch.Tensor) -> None:
+        """Remembers what `prefill` gave for those that had read nothing but their prompts."""
+        for (_, sequence), row in zip(admitted, logits, strict=True):
+            if len(sequence.tokens) == sequence.num_prompt:
+                self._logits.setdefault(tuple(sequence.tokens), row.clone())
+
+    def clear(self) -> None:
+        """No sequence is in flight any more."""
+        self._logits.clear()
+
+
+def prefill(
+    runner: ModelRunner,
+    admitted: Sequence[tuple[int, SequenceState]],
+    most: int,
+    held: Mapping[tuple[int, ...], tuple[int, torch.Tensor]],
+) -> torch.Tensor:
+    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those admitted before.
 
     Args:
         runner: Its cache has room.
         admitted: (slot, sequence).
         most: Tokens that one forward reads.
+        held: From `PromptLogits.held`.
 
     Returns:
         Logits [len(admitted), V] after each one's last token.
@@ -27,12 +57,15 @@ def prefill(runner: ModelRunner, admitted: Sequence[tuple[int, SequenceState]], 
         readers.setdefault(tuple(sequence.tokens), []).append(slot)
         first_kept[slot] = sequence.num_prompt - 1
     last: dict[int, torch.Tensor] = {}
-    chunks = [Chunk(slots[0], tokens, 0, first_kept[slots[0]]) for tokens, slots in readers.items()]
+    chunks = [Chunk(slots[0], tokens, 0, first_kept[slots[0]]) for tokens, slots in readers.items() if tokens not in held]
     for pieces in split_prefill(chunks, most):
         last.update({piece.slot: row for piece, row in zip(pieces, runner.prefill(pieces), strict=True)})
     for tokens, slots in readers.items():
-        if len(slots) > 1:
-            runner.cache.copy_slot(slots[0], slots[1:], len(tokens))
+        source, copies = (held[tokens][0], slots) if tokens in held else (slots[0], slots[1:])
+        if copies:
+            runner.cache.copy_slot(source, copies, len(tokens))
+        if tokens in held:
+            last[slots[0]] = held[tokens][1]
     return torch.stack([last[readers[tuple(sequence.tokens)][0]] for _, sequence in admitted])
 
 

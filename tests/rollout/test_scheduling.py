@@ -179,3 +179,27 @@ def test_a_group_learned_from_one_call_orders_the_next(model):
     engine.generate(requests)
     started = [r.request.group for r in engine.stream(requests)]
     assert started.index(5) < started.index(0), "the longest of the last call should be among the first to start"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_a_prompt_is_read_once_while_its_samples_follow_each_other(model, strategy, monkeypatch):
+    """Samples admitted when a slot becomes free take their prompt's keys from a sibling's slot."""
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    asked = [Request(prompts[i // 8], SamplingParams(max_tokens=10 + 7 * (i % 3)), seed=i, group=i // 8) for i in range(16)]
+    alone = [engine_for(model, slots=1, context=64).generate([r])[0] for r in asked]
+    engine = engine_for(model, slots=3, context=64, collect_traces=True)
+    engine.use_strategy(strategy)
+    read = []
+    original = engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda pieces: read.extend(pieces) or original(pieces))
+    rollouts = engine.generate(asked)
+    assert [list(piece.tokens) for piece in read] == prompts
+    assert [r.token_ids for r in rollouts] == [r.token_ids for r in alone]
+    for rollout in rollouts:
+        with torch.no_grad():
+            final = model.model(rollout.trace.token_ids[None, :-1]).last_hidden_state[0]
+        torch.testing.assert_close(rollout.trace.final[rollout.trace.num_prompt - 1 :], final[rollout.trace.num_prompt - 1 :])
+    read.clear()
+    engine.refresh_weights()
+    engine.generate(asked[:2])
+    assert len(read) == 1  # a new call reads anew: the weights may be others
