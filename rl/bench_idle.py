@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.bench_runs import mean, quarters, step_seconds, train_recipe
+from rl.bench_runs import mean, quarters, train_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def compare_idle(
         training = sum(m["drafter/seconds"] for m in metrics)
         row = IdleRow(
             schedule=schedule,
-            step=mean(step_seconds(timed)),
+            step=mean([m["time/step"] for m in timed]),
             rollout=mean([m["rollout/seconds"] for m in timed]),
             training=training,
             inside=sum(m["drafter/seconds_off_path"] for m in metrics) / training if training else 1.0,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.errors import UserError
-from rl.summary import PHASES, read_metrics
+from rl.summary import read_metrics
 
 
 def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) -> list[dict[str, Any]]:
@@ -26,11 +26,6 @@ def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) 
     if result.returncode != 0:
         raise UserError(f"the run {out} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
     return read_metrics(out)
-
-
-def step_seconds(metrics: Sequence[dict[str, Any]]) -> list[float]:
-    """Of each step, what is measured beside it left out."""
-    return [sum(m.get(f"time/{phase}", 0.0) for phase in PHASES if phase != "measure") for m in metrics]
 
 
 def quarters(values: Sequence[float]) -> list[float]:

@@ -150,7 +150,8 @@ def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of each phase (the slowest rank's), and the drafter's training on and off the step's critical path.
+    """Seconds of each phase (the slowest rank's), of the whole step without what was only measured, and of the drafter's training
+    on and off its critical path.
 
     Training that ends before the last rank has finished its rollouts costs the step nothing; the rest delays it.
     """
@@ -158,6 +159,9 @@ def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for rank in ranks:
         for phase, begin, end in rank["spans"]:
             phases[f"time/{phase}"] = max(phases.get(f"time/{phase}", 0.0), end - begin)
+    spans = [(phase, begin, end) for rank in ranks for phase, begin, end in rank["spans"]]
+    whole = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
+    phases["time/step"] = whole - phases.get("time/measure", 0.0)
     last_rollout = max(end for r in ranks for phase, _, end in r["spans"] if phase == "rollout")
     training = [(begin, end) for r in ranks for phase, begin, end in r["spans"] if phase == "drafter"]
     phases["drafter/seconds"] = sum(end - begin for begin, end in training)

@@ -43,7 +43,7 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         summary["rollout_speedup"] = plain / adaptive
         summary["identical_to_plain"] = float(np.mean([m["measure/identical"] for m in measured]))
         saved = sum(m["measure/plain_seconds"] - m["measure/adaptive_seconds"] for m in measured)
-        seconds = sum(_step_seconds(m) for m in measured)
+        seconds = sum(m["time/step"] for m in measured)
         summary["step_speedup"] = (seconds + saved) / seconds
         summary["step_speedup_bound"] = 1 / (1 - _plain_share(measured))
         summary["measured_steps"] = len(measured)
@@ -53,14 +53,8 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 def _plain_share(measured: list[dict[str, Any]]) -> float:
     """Share of a plain step that rollouts take: what an infinitely fast rollout would save (Amdahl)."""
     plain = sum(m["measure/plain_seconds"] for m in measured)
-    rest = sum(_step_seconds(m) - m["measure/adaptive_seconds"] for m in measured)
+    rest = sum(m["time/step"] - m["measure/adaptive_seconds"] for m in measured)
     return plain / (plain + rest)
-
-
-def _step_seconds(m: dict[str, Any]) -> float:
-    """A step without what was only measured: rollouts, the drafter's training on the critical path, scoring, update, sync."""
-    phases = ("score", "update", "sync")
-    return m["rollout/seconds"] + m["drafter/seconds_on_path"] + sum(m.get(f"time/{p}", 0.0) for p in phases)
 
 
 def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:

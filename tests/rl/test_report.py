@@ -1,10 +1,12 @@
 """Aggregation, summary and report, from hand-made records."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
+from drafter_trainer.spot import LearnerReport
 from rl.errors import UserError
 from rl.metrics import step_metrics
 from rl.report import write_picture, write_report
@@ -32,7 +34,7 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
         "tail": [(0.5, 4, "plain"), (1.0, 2, "suffix:3"), (2.0, 1, "suffix:6")],
         "peak_bytes": 10**9,
         "spans": [("rollout", begin, end), ("drafter", end, end + 1.5), ("update", 4.6, 6.6)],
-        "drafter": {"updates": 2, "tokens": 100, "loss": 1.0 + number, "acceptance": [0.5, 0.25], "skipped": 0},
+        "drafter": asdict(LearnerReport(updates=2, tokens=100, loss=1.0 + number, acceptance=[0.5, 0.25], approved=2 * number)),
         "update": {
             "tokens": 50,
             "loss": 5.0,
@@ -58,6 +60,8 @@ def test_step_metrics_by_hand():
     assert m["rollout/acceptance_length_suffix"] == pytest.approx(2.5)
     assert m["update/entropy"] == 0.5
     assert m["drafter/acceptance"] == [0.5, 0.25]
+    assert m["drafter/approved"] == 2
+    assert m["time/step"] == pytest.approx(6.6)
 
 
 def test_drafter_time_on_and_off_the_critical_path():
@@ -93,6 +97,6 @@ def test_report_holds_every_plot_and_summary_the_bound(tmp_path):
     assert write_picture(tmp_path, tmp_path / "p.png").stat().st_size > 20_000
     summary = summarise([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()])
     assert summary["rollout_speedup"] == pytest.approx(6.0 / 2.9)
-    # a step is rollout 2.9 + drafter on path 1.5 + update 2.0 = 6.4; plainly 9.5, of which rollouts take 6
-    assert summary["step_speedup"] == pytest.approx(9.5 / 6.4)
-    assert summary["step_speedup_bound"] == pytest.approx(9.5 / 3.5)
+    # a step lasts from 0 to 6.6; plainly 3.1 more, of which rollouts take 6
+    assert summary["step_speedup"] == pytest.approx(9.7 / 6.6)
+    assert summary["step_speedup_bound"] == pytest.approx(9.7 / 3.7)
