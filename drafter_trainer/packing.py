@@ -29,6 +29,8 @@ class DraftBatch:
         teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
         trained: bool [T], whether that distribution is known (it produced a completion token).
         refused: bool [T], whether it produced a token where verification had refused a draft.
+        aside: int64 [D, 2], for each refused token an anchor whose first drafted token it would be, and that token.
+        aside_teacher: float32 [D, W], the target's probabilities after it.
     """
 
     tokens: torch.Tensor
@@ -40,6 +42,8 @@ class DraftBatch:
     teacher: torch.Tensor
     trained: torch.Tensor
     refused: torch.Tensor
+    aside: torch.Tensor
+    aside_teacher: torch.Tensor
 
     def attends(self) -> torch.Tensor:
         """bool [N, N]: anchors attend to those of their own piece that are not after them."""
@@ -69,24 +73,32 @@ def pack(
         unroll: Draft positions trained on.
         device: Of the drafter.
     """
-    blocks, base = [], 0
+    blocks: list[dict[str, torch.Tensor]] = []
+    base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        blocks.append(_block(piece, number, weight, base, unroll))
-        base += len(blocks[-1]["tokens"])
+        blocks.append(_block(piece, number, weight, base, anchors, unroll))
+        base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["at"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
-    final = joined.pop("final")
+    finals = torch.cat([joined.pop("final"), joined.pop("aside_final")])
+    known = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_CHUNK)])
     teacher = torch.zeros(base, len(vocabulary), device=device)
-    teacher[joined["trained"]] = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in final.split(_CHUNK)])
-    return DraftBatch(**joined, teacher=teacher)
+    of_path = len(known) - len(joined["aside"])
+    teacher[joined["trained"]] = known[:of_path]
+    return DraftBatch(**joined, teacher=teacher, aside_teacher=known[of_path:])
 
 
-def _block(piece: Piece, number: int, weight: float, base: int, unroll: int) -> dict[str, torch.Tensor]:
+def _block(piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int) -> dict[str, torch.Tensor]:
     """One piece's part of every field of a batch, and of the inputs of the target's head where the teacher is known."""
     trace, length = piece.entry.trace.get(), piece.end - piece.begin
     count = length + 1 + unroll
     first, end = max(trace.num_prompt - 1, piece.begin), min(len(trace.token_ids) - 1, piece.begin + count)
     trained = torch.zeros(count, dtype=torch.bool)
     trained[first - piece.begin : max(end - piece.begin, 0)] = True
+    # an anchor drafts the token two after it; the one at block index i produces the token at i + 1
+    drafted_by = trace.refused[:, 0] - 2 - piece.begin
+    inside = (drafted_by >= 0) & (drafted_by < length)
+    refused = torch.zeros(count, dtype=torch.bool)
+    refused[drafted_by[inside] + 1] = True
     return {
         "tokens": _padded(trace.token_ids[piece.begin :], count),
         "at": base + torch.arange(length),
@@ -95,8 +107,10 @@ def _block(piece: Piece, number: int, weight: float, base: int, unroll: int) -> 
         "taps": trace.taps[piece.begin : piece.end].float(),
         "weights": torch.full((length,), weight),
         "trained": trained,
-        "refused": _padded(trace.refused[piece.begin + 1 :], count) if trace.refused is not None else torch.zeros_like(trained),
+        "refused": refused,
         "final": trace.final[first : max(end, first)],
+        "aside": torch.stack([anchors + drafted_by[inside], trace.refused[inside, 1]], dim=1),
+        "aside_final": trace.refused_final[inside],
     }
 
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from rollout.api import DistillationTrace
 
+_TENSORS = ("token_ids", "taps", "final", "refused", "refused_final")
+
 
 class StoredTrace:
     """One trace, in memory or in a file.
@@ -34,11 +36,9 @@ class StoredTrace:
             OSError: when the disk is full or not writable; it then stays in memory.
         """
         trace = self.get()
-        tensors = {"token_ids": trace.token_ids, "taps": trace.taps, "final": trace.final}
-        if trace.refused is not None:
-            tensors["refused"] = trace.refused
+        tensors = {name: getattr(trace, name).contiguous() for name in _TENSORS}
         try:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, path)
+            save_file(tensors, path)
         except Exception as error:  # safetensors reports a full disk by an error of its own
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: {error}") from None
@@ -50,7 +50,7 @@ class StoredTrace:
             return self._trace
         assert self._path is not None
         tensors = load_file(self._path)
-        return DistillationTrace(tensors["token_ids"], self.num_prompt, tensors["taps"], tensors["final"], tensors.get("refused"))
+        return DistillationTrace(num_prompt=self.num_prompt, **tensors)
 
     def drop(self) -> None:
         """Removes its file; it is not used again."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from drafter_trainer.losses import LOSSES
 from drafter_trainer.packing import DraftBatch
-from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from rollout.drafters.eagle3_model import Attend, Eagle3Model, attention_shape
 
 LENGTH_LOSS = "length"
 
@@ -27,6 +26,8 @@ class Objective:
             for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing out.
         feedback_only: Learn only where verification refused a draft, from what it gave instead (online speculative decoding,
             arXiv 2310.07177).
+        on_policy: Weight of the second draft position after the drafter's own refused tokens: verification has computed what the
+            target says there (DistillSpec, arXiv 2310.08461, trains on the drafter's own words).
     """
 
     loss: str = "fkl"
@@ -34,6 +35,7 @@ class Objective:
     decay: float = 0.8
     mask_top: int | None = None
     feedback_only: bool = False
+    on_policy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,16 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
     lengths = torch.zeros(2, device=batch.at.device)
     surrogate = torch.ones(anchors, device=batch.at.device)
     acceptance, likeliest = [], []
-    for step, logits_of in enumerate(_positions(model, embed_tokens, batch, objective.unroll)):
+    draft = _Unroll(model, embed_tokens, batch)
+    for step in range(objective.unroll):
+        if step == 1 and objective.on_policy > 0 and len(batch.aside):
+            values = LOSSES[objective.loss](draft.logits_aside(), batch.aside_teacher)
+            total = total + objective.on_policy * (values * anchor_weights[batch.aside[:, 0]]).sum()
+        draft.advance()
         target = batch.at + 1 + step
         counted = counted & batch.trained[target]
         rows = counted.nonzero()[:, 0]
-        teacher, logits = batch.teacher[target[rows]], logits_of(rows)
+        teacher, logits = batch.teacher[target[rows]], draft.logits(rows)
         q = torch.softmax(logits.float(), dim=-1)
         kept = torch.minimum(q, teacher).sum(-1)
         with torch.no_grad():
@@ -106,15 +113,36 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
     return Unrolled(total / weighing, acceptance, likeliest, drawn, top)
 
 
-def _positions(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, unroll: int) -> Iterator:
-    """For each draft position, a function from anchors int64 [M] to their logits [M, W]."""
-    hidden = model.fc(batch.taps)[None]
-    attention = _UnrolledAttention(batch.attends(), attention_shape(model.config)[2] ** -0.5)
-    for step in range(unroll):
+class _Unroll:
+    """The drafter's passes over a batch: each feeds the next."""
+
+    def __init__(self, model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch) -> None:
+        self._model, self._embed_tokens, self._batch = model, embed_tokens, batch
+        self._hidden = model.fc(batch.taps)[None]
+        self._attention = _UnrolledAttention(batch.attends(), attention_shape(model.config)[2] ** -0.5)
+        self._step = 0
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            embeds = embed_tokens(batch.tokens[batch.at + 1 + step])[None].to(hidden.dtype)
-        hidden = model.step(embeds, hidden, (batch.positions + step)[None], attention)
-        yield lambda rows, hidden=hidden: model.logits(hidden[0, rows])
+            return self._embed_tokens(tokens)[None].to(self._hidden.dtype)
+
+    def advance(self) -> None:
+        """One draft position further, along the text."""
+        batch, step = self._batch, self._step
+        embeds = self._embed(batch.tokens[batch.at + 1 + step])
+        self._hidden = self._model.step(embeds, self._hidden, (batch.positions + step)[None], self._attention)
+        self._step += 1
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M, W] of anchors int64 [M] at the present position."""
+        return self._model.logits(self._hidden[0, rows])
+
+    def logits_aside(self) -> torch.Tensor:
+        """[D, W] one position further, after the refused tokens instead of the text's."""
+        rows, tokens = self._batch.aside.unbind(1)
+        positions = (self._batch.positions[rows] + self._step)[None]
+        hidden = self._model.step(self._embed(tokens), self._hidden[:, rows], positions, self._attention.aside(rows))
+        return self._model.logits(hidden[0])
 
 
 def _without_hopeless(
@@ -137,15 +165,34 @@ class _UnrolledAttention:
         self._hidden = ~attends
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        repeat = query.shape[1] // key.shape[1]
-        self._keys.append(key.repeat_interleave(repeat, dim=1))
-        self._values.append(value.repeat_interleave(repeat, dim=1))
+        self._keys.append(_repeated(key, query))
+        self._values.append(_repeated(value, query))
+        return self._attend(query, self._hidden, self._keys, self._values)
+
+    def aside(self, rows: torch.Tensor) -> Attend:
+        """Attention of some anchors whose next key is another than what will be kept."""
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), _repeated(key, query)]
+            values = [self._values[0], *(v[:, :, rows] for v in self._values[1:]), _repeated(value, query)]
+            return self._attend(query, self._hidden[rows], keys, values)
+
+        return attend
+
+    def _attend(
+        self, query: torch.Tensor, hidden: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> torch.Tensor:
         query = query * self._scaling
-        scores = (query @ self._keys[0].transpose(-1, -2)).masked_fill(self._hidden, float("-inf"))
-        own = [(query * k).sum(-1, keepdim=True) for k in self._keys[1:]]
+        scores = (query @ keys[0].transpose(-1, -2)).masked_fill(hidden, float("-inf"))
+        own = [(query * k).sum(-1, keepdim=True) for k in keys[1:]]
         weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1)
         anchors = scores.shape[-1]
-        out = weights[..., :anchors] @ self._values[0]
-        for step, v in enumerate(self._values[1:]):
+        out = weights[..., :anchors] @ values[0]
+        for step, v in enumerate(values[1:]):
             out = out + weights[..., anchors + step, None] * v
         return out.transpose(1, 2)
+
+
+def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, KV, L, d] for each of the query's heads."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[Objective, bool]] = {
     "fkl, all positions alike": (Objective("fkl", decay=1.0), False),
     "fkl, one position": (Objective("fkl", unroll=1), False),
     "fkl, only where drafts were refused": (Objective("fkl", feedback_only=True), False),
+    "fkl, and after refused tokens": (Objective("fkl", on_policy=0.5), False),
     "fkl, optimistic": (Objective("fkl"), True),
 }
 

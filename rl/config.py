@@ -204,6 +204,7 @@ class DrafterConfig:
         decay: Weight of each further position relative to the one before.
         mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's so many likeliest
             (GRIFFIN); null leaves none out.
+        on_policy: Weight of what the policy says after the drafter's own refused tokens (DistillSpec); 0 leaves it out.
         feedback_only: Learn only where verification refused a draft (online speculative decoding).
         tokens_per_microbatch: Tokens of one drafter update.
         passes: Passes over each step's rollouts, at most.
@@ -227,6 +228,7 @@ class DrafterConfig:
     unroll: int = 3
     decay: float = 0.8
     mask_top: int | None = None
+    on_policy: float = 0.0
     feedback_only: bool = False
     tokens_per_microbatch: int = 256
     passes: int = 2
@@ -356,9 +358,10 @@ def check(config: RunConfig) -> None:
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
         (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
         (
-            not d.feedback_only or d.loss != "length",
-            "drafter.feedback_only weighs single positions: drafter.loss length cannot",
+            d.loss != "length" or not (d.feedback_only or d.on_policy),
+            "drafter.loss length is of whole drafts: drafter.feedback_only and on_policy weigh single positions; leave them out",
         ),
+        (d.on_policy >= 0, f"drafter.on_policy is {d.on_policy}: write a number from 0"),
         (d.least_idle_ranks >= 1, f"drafter.least_idle_ranks is {d.least_idle_ranks}: write at least 1"),
         (
             d.tokens_per_microbatch >= 16 and d.passes >= 1 and d.judge_every >= 1,

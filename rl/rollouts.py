@@ -211,7 +211,7 @@ class RolloutWorker:
             model.to(self._policy.device),
             self._policy.get_input_embeddings(),
             self._policy.get_output_embeddings(),
-            Objective(d.loss, d.unroll, d.decay, d.mask_top, d.feedback_only),
+            Objective(d.loss, d.unroll, d.decay, d.mask_top, d.feedback_only, d.on_policy),
             lr=d.lr,
             optimistic=d.optimistic,
             temperature=self.config.rollout.temperature,

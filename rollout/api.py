@@ -116,14 +116,16 @@ class DistillationTrace:
         taps: [n - 1, taps * hidden], the target's tapped hidden states at positions ``0 .. n-2``.
         final: [n - 1, hidden], what the target's output head read. Only rows ``num_prompt - 1 ..`` are filled
             (those whose next token was generated); earlier rows are zero.
-        refused: bool [n], tokens that stand where verification refused a draft; None where that is not known.
+        refused: int64 [R, 2], positions where verification refused a draft, and the draft tokens it refused there.
+        refused_final: [R, hidden], what the target's output head read after those.
     """
 
     token_ids: torch.Tensor
     num_prompt: int
     taps: torch.Tensor
     final: torch.Tensor
-    refused: torch.Tensor | None = None
+    refused: torch.Tensor
+    refused_final: torch.Tensor
 
 
 @dataclass(slots=True)

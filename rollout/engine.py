@@ -16,6 +16,7 @@ from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
 from rollout.prefill import PromptLogits, prefill
+from rollout.refusals import note_refusals
 from rollout.requests import problem_with
 from rollout.results import finished_rollout
 from rollout.scheduler import Scheduler
@@ -298,6 +299,8 @@ class RolloutEngine:
     ) -> tuple[list[int], int]:
         """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
+        if self.collect_traces:
+            note_refusals(active, draft, outcome.paths, self.runner.cache.taps, self.runner.hidden_size)
         if draft.parents is not None:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
@@ -307,8 +310,6 @@ class RolloutEngine:
             sequence.stats.drafted += int(draft.lengths[row])
             sequence.stats.accepted += len(outcome.paths[row])
             sequence.stats.steps += 1
-            if len(outcome.paths[row]) < int(draft.lengths[row]):
-                sequence.refused.append(len(sequence.tokens) + len(outcome.paths[row]))
             if outcome.finite[row]:
                 committed += self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
             else:

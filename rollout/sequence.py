@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from rollout.api import FinishReason, Request, RolloutStats
+
+if TYPE_CHECKING:
+    from rollout.refusals import Refusal
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +27,7 @@ class SequenceState:
         finish: Why it ended, once it has.
         predicted: Expected completion tokens, where something is known.
         segments: (policy version, tokens committed under it), oldest first.
-        refused: Where in ``tokens`` one stands because verification refused a draft.
+        refusals: Draft tokens that were refused, where that is collected.
     """
 
     request: Request
@@ -36,7 +40,7 @@ class SequenceState:
     finish: FinishReason | None = None
     predicted: float | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
-    refused: list[int] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:

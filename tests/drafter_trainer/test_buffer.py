@@ -11,7 +11,8 @@ from rollout.api import RolloutStats
 
 
 def rollout(length: int, prompt: int = 3) -> Rollout:
-    trace = DistillationTrace(torch.arange(length), prompt, torch.full((length - 1, 6), float(length)), torch.zeros(length - 1, 2))
+    taps, final = torch.full((length - 1, 6), float(length)), torch.zeros(length - 1, 2)
+    trace = DistillationTrace(torch.arange(length), prompt, taps, final, torch.zeros(0, 2, dtype=torch.long), final[:0])
     completion = list(range(prompt, length))
     return Rollout(Request([1] * prompt), completion, [0.0] * len(completion), FinishReason.STOP, RolloutStats(), trace=trace)
 

@@ -8,7 +8,7 @@ import torch
 
 from drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
 from drafter_trainer.optimistic import OptimisticAdamW
-from drafter_trainer.unroll import LENGTH_LOSS, Objective, unrolled_loss
+from drafter_trainer.unroll import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
 from rollout import Request, SamplingParams
 from tests.drafter_trainer.test_unroll import packed, traces_of
 from tests.support import engine_for, tiny_eagle3, tiny_llama
@@ -117,25 +117,65 @@ def test_optimistic_updates_use_the_last_gradient_as_a_hint():
     torch.testing.assert_close(restored.state[optimistic]["hint"], gradients[1])
 
 
-def test_feedback_alone_counts_where_drafts_were_refused():
-    """Of all positions, the loss is that of the rows whose token replaced a refused draft."""
+@pytest.fixture(scope="module")
+def with_refusals():
+    """Traces of rollouts whose drafts were often refused, and their batch."""
     model = tiny_llama(sharpness=4.0)
     eagle = tiny_eagle3(model)
     engine = engine_for(model, collect_traces=True)
     engine.use_strategy("suffix:3")
     rollouts = engine.generate([Request([3, 1, 4, 1, 3, 1, 4], SamplingParams(max_tokens=60), seed=i) for i in range(4)])
     for r in rollouts:
-        drafted = r.trace.refused.nonzero()[:, 0].tolist()
-        assert 0 < len(drafted) <= r.stats.steps
-        assert min(drafted) > r.trace.num_prompt
-    batch = packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=1)
+        assert 0 < len(r.trace.refused) <= r.stats.steps
+        assert (r.trace.refused[:, 0] > r.trace.num_prompt).all()
+    return model, eagle, rollouts, packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=2)
+
+
+def test_refused_tokens_are_not_the_texts_and_come_with_what_the_target_says_after_them(with_refusals):
+    model, eagle, rollouts, batch = with_refusals
+    for r in rollouts:
+        for (position, token), final in zip(r.trace.refused.tolist(), r.trace.refused_final, strict=True):
+            assert token != int(r.trace.token_ids[position])
+            with torch.no_grad():
+                text = torch.cat([r.trace.token_ids[:position], torch.tensor([token])])
+                wanted = model.model(text[None]).last_hidden_state[0, -1]
+            torch.testing.assert_close(final, wanted, rtol=1e-3, atol=1e-4)
+    teacher = torch.cat([r.trace.refused_final for r in rollouts]) @ model.lm_head.weight.T
+    torch.testing.assert_close(batch.aside_teacher, torch.softmax(teacher, -1)[:, eagle.vocabulary], rtol=1e-3, atol=1e-5)
+
+
+def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusals):
+    """The loss after a refused token is the second position's of a text in which that token stood."""
+    model, eagle, rollouts, _ = with_refusals
+    trace = rollouts[0].trace
+    (position, token), final = trace.refused[1].tolist(), trace.refused_final[1]
+    one = replace(trace, refused=trace.refused[1:2], refused_final=trace.refused_final[1:2])
+    batch = packed([one], model, eagle.vocabulary, unroll=2)
+    draft = _Unroll(eagle, model.model.embed_tokens, batch)
+    altered = trace.token_ids.clone()
+    altered[position] = token
+    told = _Unroll(eagle, model.model.embed_tokens, packed([replace(one, token_ids=altered)], model, eagle.vocabulary, unroll=2))
     with torch.no_grad():
-        loss = unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=1, feedback_only=True)).loss
+        draft.advance()
+        told.advance()
+        told.advance()
+        torch.testing.assert_close(draft.logits_aside()[0], told.logits(torch.tensor([position - 2]))[0])
+        losses = [
+            unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, on_policy=w)).loss for w in (0.0, 1.0, 2.0)
+        ]
+    assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(float(losses[1] - losses[0]), rel=1e-4)
+    assert len(final) == model.config.hidden_size
+
+
+def test_feedback_alone_counts_where_drafts_were_refused(with_refusals):
+    """Of all positions, the loss is that of the rows whose token replaced a refused draft."""
+    model, eagle, _, batch = with_refusals
+    objective = Objective(unroll=1, feedback_only=True)
+    with torch.no_grad():
+        loss = unrolled_loss(eagle, model.model.embed_tokens, batch, objective).loss
         everything = unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=1)).loss
         clean = replace(batch, refused=torch.zeros_like(batch.refused))
-        assert unrolled_loss(eagle, model.model.embed_tokens, clean, Objective(unroll=1, feedback_only=True)).loss == 0
+        assert unrolled_loss(eagle, model.model.embed_tokens, clean, objective).loss == 0
         full = replace(batch, refused=torch.ones_like(batch.refused))
-        torch.testing.assert_close(
-            unrolled_loss(eagle, model.model.embed_tokens, full, Objective(unroll=1, feedback_only=True)).loss, everything
-        )
+        torch.testing.assert_close(unrolled_loss(eagle, model.model.embed_tokens, full, objective).loss, everything)
     assert 0 < loss < everything

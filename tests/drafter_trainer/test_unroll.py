@@ -1,5 +1,6 @@
 """Training-time test computes what drafting computes."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.store import StoredTrace
 from drafter_trainer.unroll import Objective, unrolled_loss
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
-from rollout import DistillationTrace, Request, SamplingParams, Strategy, mean_acceptance_length
+from rollout import Request, SamplingParams, Strategy, mean_acceptance_length
 from rollout.drafters import DraftContext, Eagle3Drafter
 from rollout.drafters.eagle3_model import eagle3_config
 from rollout.sequence import SequenceState
@@ -90,7 +91,7 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
     drafted = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 3)).tokens[0]
     text = torch.cat([trace.token_ids[: anchor + 2], drafted])
-    followed = DistillationTrace(text, 3, trace.taps[: len(text) - 1], trace.final[: len(text) - 1])
+    followed = replace(trace, token_ids=text, taps=trace.taps[: len(text) - 1], final=trace.final[: len(text) - 1])
     seen = []
     original = type(eagle).logits
     type(eagle).logits = lambda self, hidden: seen.append(original(self, hidden)) or seen[-1]

@@ -1,0 +1,55 @@
+"""What verification computed off the path: after draft tokens that it refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rollout.sequence import SequenceState
+from rollout.trees import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A draft token that verification refused, and what the target would have said after it.
+
+    Attributes:
+        position: In the text; another token stands there now.
+        token: The one refused.
+        final: [hidden], what the target's output head read after it.
+    """
+
+    position: int
+    token: int
+    final: torch.Tensor
+
+
+def note_refusals(
+    active: Sequence[SequenceState], draft: DraftTree, paths: Sequence[Sequence[int]], taps: torch.Tensor, hidden_size: int
+) -> None:
+    """Adds each sequence's first refused token to its record. Call before accepted paths are moved.
+
+    Args:
+        active: B sequences, in slots 0 … B − 1, as they were when the draft was made.
+        draft: What was verified.
+        paths: Nodes kept of each.
+        taps: [slots, span, width] of the cache, the last ``hidden_size`` of a place what the head read there.
+        hidden_size: Of the target.
+    """
+    for row, (sequence, path) in enumerate(zip(active, paths, strict=True)):
+        node = _first_refused(draft, row, path)
+        if node is not None:
+            final = taps[row, len(sequence.tokens) + node, -hidden_size:].clone()
+            sequence.refusals.append(Refusal(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final))
+
+
+def _first_refused(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:
+    """The first child of the last node kept; a drafter's first is its likeliest."""
+    length = int(draft.lengths[row])
+    if draft.parents is None:
+        return len(path) if len(path) < length else None
+    last = path[-1] if path else -1
+    children = (draft.parents[row, :length] == last).nonzero()
+    return int(children[0]) if len(children) else None
