@@ -26,7 +26,10 @@ quickstart: setup
 	@echo "fetching the policy"
 	$(BIN)/python launch/fetch_model.py
 	$(BIN)/python launch/warmup_policy.py configs/quickstart.yaml
-	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+	@echo "a first drafter for it, from its own samples"
+	@test -d runs/quickstart-drafter || $(BIN)/python launch/warmup_drafter.py configs/quickstart.yaml runs/quickstart-drafter --minutes 1.5
+	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml \
+		drafter.start=runs/quickstart-drafter out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # vLLM for the CPU, apart from everything else: what `launch/bench.py rollout` is compared with.
 peers: .venv-peers/installed

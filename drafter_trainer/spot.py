@@ -28,6 +28,7 @@ class LearnerReport:
         skipped: Micro-batches left out because their loss was not finite.
         approved: Updates in weights that did better than the serving ones on what was kept back and wait to be served; 0 for none.
         serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the last one judged.
+        first_length: Of the drafter that this process began with: what training has brought since is the difference.
     """
 
     updates: int = 0
@@ -39,6 +40,7 @@ class LearnerReport:
     approved: int = 0
     serving_length: float = 0.0
     candidate_length: float = 0.0
+    first_length: float = 0.0
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
         """Adds an update to the means."""
@@ -72,6 +74,7 @@ class SpotTrainer:
         self._budget, self._judge_every, self._likeliest = budget, judge_every, likeliest
         self.serving = _frozen_copy(learner.model)
         self.approved = _frozen_copy(learner.model)
+        self._first = _frozen_copy(learner.model)
         self._unjudged = self._unserved = self._proposed = 0
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
@@ -80,6 +83,7 @@ class SpotTrainer:
         started = time.perf_counter()
         if not stop():
             report.serving_length = self._judge(self.serving)
+            report.first_length = self._judge(self._first)
         while not stop():
             if self._unjudged >= self._judge_every:
                 self._approve(report)
@@ -131,7 +135,7 @@ class SpotTrainer:
 
     def replace_model(self) -> None:
         """The learner's model has another draft vocabulary: it is served as it is."""
-        self.serving, self.approved = _frozen_copy(self.learner.model), _frozen_copy(self.learner.model)
+        self.serving, self.approved, self._first = (_frozen_copy(self.learner.model) for _ in range(3))
         self._unjudged = self._unserved = self._proposed = 0
 
 

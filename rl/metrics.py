@@ -126,8 +126,8 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metrics["drafter/approved"] = sum(t["approved"] for t in trained)
         judged = [t for t in trained if t["candidate_length"] > 0]
         if judged:
-            metrics["drafter/serving_length"] = float(np.mean([t["serving_length"] for t in judged]))
-            metrics["drafter/candidate_length"] = float(np.mean([t["candidate_length"] for t in judged]))
+            for name in ("first_length", "serving_length", "candidate_length"):
+                metrics[f"drafter/{name}"] = float(np.mean([t[name] for t in judged]))
     metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
     return metrics
 

@@ -58,11 +58,13 @@ def test_only_what_does_better_is_served(rollouts):
     before = weights(good.serving).clone()
     report = good.run(lambda: False)
     assert report.approved > 0
-    assert report.candidate_length > report.serving_length
+    assert report.candidate_length > report.serving_length == report.first_length > 1
     assert torch.equal(weights(good.serving), before)  # not before all ranks adopt it
     good.adopt([p.detach().clone() for p in good.approved.parameters()])
     assert torch.equal(weights(good.serving), weights(good.approved))
     assert not torch.equal(weights(good.serving), before)
+    again = good.run(after(1))
+    assert again.serving_length > again.first_length  # the first one is judged on the same sequences, ever after
 
     ruined = spot_for(rollouts, lr=10.0)
     before = weights(ruined.approved).clone()
