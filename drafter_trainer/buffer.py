@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from drafter_trainer.store import StoredTrace
 from rollout.api import Rollout
 
+_JUDGING_STEPS = 3
+
 
 @dataclass(slots=True)
 class Entry:
-    """A trace in the buffer: ``age`` in RL steps, and how much it counts beside its age."""
+    """A trace in the buffer: how much it counts, its age in RL steps, and the group of samples it belongs to."""
 
     trace: StoredTrace
     weight: float = 1.0
     age: int = 0
+    group: Hashable = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +35,22 @@ class Piece:
 
 
 class TraceBuffer:
-    """The traces of this step and the long ones of the step before; all came from the policy itself, verified.
+    """The traces of this step and the long ones of the steps before; all came from the policy itself, verified.
 
-    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping one step back the
+    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping of earlier steps the
     sequences that were longer than their step's median makes up for it (TLT, arXiv 2511.16665, calls it one-step-off sampling).
+
+    What judges drafters are whole groups: the samples of a prompt are so alike that a drafter which has learned some of them by
+    heart does well on the others, and worse on the next step's prompts.
 
     Args:
         memory_tokens: Tokens of traces in memory; older ones go to ``spill`` beyond that.
         disk_tokens: Tokens on disk; the shortest are left out beyond that.
         spill: Directory for them; None leaves out what memory does not hold.
-        previous_share: Share of a micro-batch that comes from the step before.
+        previous_steps: How many steps back long sequences are kept.
+        previous_share: Share of a micro-batch that comes from them.
         age_decay: Weight of a trace for each step of its age.
-        held_out_every: Every so many-th trace is not trained on, but judges drafters; 0 keeps none back.
+        held_out_every: Every so many-th group is not trained on, but judges drafters, for three steps; 0 keeps none back.
         passes: Passes over a step's traces, at most.
         seed: Of the order.
     """
@@ -53,15 +61,16 @@ class TraceBuffer:
         memory_tokens: int = 65536,
         disk_tokens: int = 0,
         spill: Path | None = None,
-        previous_share: float = 0.25,
-        age_decay: float = 0.5,
-        held_out_every: int = 8,
+        previous_steps: int = 4,
+        previous_share: float = 0.5,
+        age_decay: float = 0.8,
+        held_out_every: int = 4,
         passes: int = 1,
         seed: int = 0,
     ) -> None:
         self.memory_tokens, self.disk_tokens = memory_tokens, disk_tokens if spill is not None else 0
         self._spill = spill
-        self.previous_share, self.age_decay = previous_share, age_decay
+        self.previous_steps, self.previous_share, self.age_decay = previous_steps, previous_share, age_decay
         self.held_out_every, self.passes = held_out_every, passes
         self._random = random.Random(seed)
         self.current: list[Entry] = []
@@ -73,17 +82,18 @@ class TraceBuffer:
         self._written = 0
 
     def begin_step(self) -> None:
-        """A new step: what was current and long becomes previous; what was previous is dropped."""
-        for entry in self.previous:
-            entry.trace.drop()
+        """A new step: what was current and long joins the previous; what is too old is dropped."""
         middle = statistics.median([e.trace.length for e in self.current]) if self.current else 0
-        self.previous = [e for e in self.current if e.trace.length >= middle]
-        for entry in self.current:
-            if entry.trace.length < middle:
-                entry.trace.drop()
-        for entry in (*self.previous, *self.held_out):
+        aging = [*self.previous, *(e for e in self.current if e.trace.length >= middle), *self.held_out]
+        for entry in aging:
             entry.age += 1
-        self.held_out = [e for e in self.held_out if e.age <= 1]
+        judges = {id(e) for e in self.held_out}
+        self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in judges]
+        self.held_out = [e for e in self.held_out if e.age < _JUDGING_STEPS]
+        kept = {id(e) for e in (*self.previous, *self.held_out)}
+        for entry in (*aging, *self.current):
+            if id(entry) not in kept:
+                entry.trace.drop()
         self.current, self._queue, self._older = [], [], []
         self._passes_left = self.passes
 
@@ -95,11 +105,15 @@ class TraceBuffer:
             weights: How much each counts; None for all alike.
         """
         given = [1.0] * len(rollouts) if weights is None else list(weights)
-        pairs = [(r.trace, w) for r, w in zip(rollouts, given, strict=True) if r.trace is not None and len(r.token_ids) >= 2]
-        fresh = [Entry(StoredTrace(trace), weight) for trace, weight in pairs]
-        for number, entry in enumerate(fresh):
-            held = self.held_out_every > 0 and number % self.held_out_every == self.held_out_every - 1
-            (self.held_out if held else self.current).append(entry)
+        fresh = [
+            Entry(StoredTrace(r.trace), weight, group=number if r.request.group is None else r.request.group)
+            for number, (r, weight) in enumerate(zip(rollouts, given, strict=True))
+            if r.trace is not None and len(r.token_ids) >= 2
+        ]
+        groups = list(dict.fromkeys(e.group for e in fresh))
+        held = set(groups[self.held_out_every - 1 :: self.held_out_every]) if self.held_out_every > 0 else set()
+        self.held_out += [e for e in fresh if e.group in held]
+        self.current += [e for e in fresh if e.group not in held]
         self._make_room()
 
     def _make_room(self) -> None:
@@ -148,9 +162,12 @@ class TraceBuffer:
         return batch
 
     def held_out_batch(self, budget: int) -> list[Piece]:
-        """The newest of what is kept back, up to ``budget`` anchors; the same pieces until something is added."""
-        pieces = [p for e in sorted(self.held_out, key=lambda e: -e.age) for p in pieces_of(e, budget)]
-        return _take(pieces, budget)
+        """Of what is kept back, up to ``budget`` anchors, a sequence of each group in turn; the same until something is added."""
+        groups: dict[tuple[int, Hashable], list[Piece]] = {}
+        for entry in self.held_out:
+            groups.setdefault((entry.age, entry.group), []).extend(pieces_of(entry, budget))
+        turns = [piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None]
+        return _take(turns[::-1], budget)
 
     def _shuffled(self, entries: Sequence[Entry], budget: int) -> list[Piece]:
         pieces = [piece for entry in entries for piece in pieces_of(entry, budget)]

@@ -14,6 +14,9 @@ from drafter_trainer.learner import DrafterLearner
 from drafter_trainer.unroll import Unrolled
 from rollout.drafters.eagle3_model import Eagle3Model
 
+_JUDGED = 2  # micro-batches' worth of anchors that judge a drafter: a judgement has no backward pass
+_PATIENCE = 3
+
 
 @dataclass(slots=True)
 class LearnerReport:
@@ -57,7 +60,7 @@ class SpotTrainer:
 
     New weights reach the engines only once they did better on sequences kept back than the serving weights do on the same ones (the
     policy moves, so both are judged anew each step): a bad update never slows rollouts. What was approved is a copy; training goes
-    on from the newest weights either way.
+    on from the newest weights, until they were refused three times in a row: then from the approved ones.
 
     Args:
         learner: With the newest weights.
@@ -75,7 +78,7 @@ class SpotTrainer:
         self.serving = _frozen_copy(learner.model)
         self.approved = _frozen_copy(learner.model)
         self._first = _frozen_copy(learner.model)
-        self._unjudged = self._unserved = self._proposed = 0
+        self._unjudged = self._unserved = self._proposed = self._refused = 0
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
         """Trains until ``stop()`` or until this step's passes are through. ``stop`` is asked before every micro-batch."""
@@ -105,7 +108,7 @@ class SpotTrainer:
         return report
 
     def _judge(self, model: Eagle3Model) -> float:
-        pieces = self.buffer.held_out_batch(self._budget)
+        pieces = self.buffer.held_out_batch(_JUDGED * self._budget)
         if not pieces:
             return 0.0
         outcome = self.learner.evaluate(pieces, model)
@@ -116,7 +119,12 @@ class SpotTrainer:
         report.candidate_length = self._judge(self.learner.model)
         if report.candidate_length > report.serving_length or not self.buffer.held_out:
             _copy_weights(self.learner.model, self.approved)
-            self._proposed = self._unserved
+            self._proposed, self._refused = self._unserved, 0
+            return
+        self._refused += 1
+        if self._refused == _PATIENCE:
+            _copy_weights(self.approved, self.learner.model)
+            self._refused, self._unserved = 0, self._proposed
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -197,7 +197,7 @@ class DrafterConfig:
             after each rank's rollouts, whoever waits: for one rank alone, or where acceptance matters more than time; ``never``
             keeps the drafter as it is.
         least_idle_ranks: Idle ranks from which on those train.
-        lr: AdamW's learning rate.
+        lr: AdamW's learning rate; warmup_drafter.py begins with three times that.
         optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
         loss: ``fkl``, ``rkl``, ``jsd``, ``tvd``, ``tvd++``, ``log_acceptance`` or ``length``.
         unroll: Draft positions trained on (training-time test).
@@ -209,9 +209,10 @@ class DrafterConfig:
         tokens_per_microbatch: Tokens of one drafter update.
         passes: Passes over each step's rollouts, at most.
         judge_every: Updates between two judgements on sequences kept back.
-        held_out_every: Every so many-th sequence is kept back; 0 keeps none and serves every update.
-        previous_share: Share of a micro-batch from the long sequences of the step before.
-        age_decay: Weight of those beside the present step's.
+        held_out_every: Every so many-th group of a rank is kept back; 0 keeps none and serves every update.
+        previous_steps: How many steps back long sequences are kept.
+        previous_share: Share of a micro-batch from those.
+        age_decay: Weight of a sequence for each step of its age.
         reward_weight: How much more the completions of high reward count (ReSpec): 0 all alike, 1 from 0 to 2 times.
         snapshots: Drafters of past steps to keep in the run's ``drafters``; 0 writes none between checkpoints.
         memory_tokens, disk_tokens: Tokens of traces that a rank holds in memory, and on disk beyond that.
@@ -222,7 +223,7 @@ class DrafterConfig:
     vocabulary_every: int = 0
     schedule: Literal["idle", "always", "never"] = "idle"
     least_idle_ranks: int = 1
-    lr: float = 3e-4
+    lr: float = 1e-4
     optimistic: bool = False
     loss: Literal["fkl", "rkl", "jsd", "tvd", "tvd++", "log_acceptance", "length"] = "fkl"
     unroll: int = 3
@@ -233,9 +234,10 @@ class DrafterConfig:
     tokens_per_microbatch: int = 256
     passes: int = 2
     judge_every: int = 4
-    held_out_every: int = 8
-    previous_share: float = 0.25
-    age_decay: float = 0.5
+    held_out_every: int = 4
+    previous_steps: int = 4
+    previous_share: float = 0.5
+    age_decay: float = 0.8
     reward_weight: float = 0.0
     snapshots: int = 2
     memory_tokens: int = 65536

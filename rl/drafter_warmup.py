@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from drafter_trainer.checkpoint import save_drafter
+from drafter_trainer.optimizer_state import save_optimizer
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
 from rl.config import RunConfig
 from rl.errors import UserError
@@ -22,7 +23,7 @@ from rollout import Strategy, mean_acceptance_length
 
 _CHAIN = 4
 _PROBLEMS = 16
-_LEAST_LR = 0.1
+_FIRST_LR, _LAST_LR = 3.0, 0.3
 
 
 @dataclass(slots=True)
@@ -52,7 +53,8 @@ class WarmupReport:
 def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[str], None]) -> WarmupReport:
     """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter to ``out``.
 
-    The learning rate falls linearly with time to a tenth. Written is the last drafter that did better on sequences kept back.
+    The learning rate falls linearly with time, from three times the recipe's to a third of it. Written is the last drafter that did
+    better on sequences kept back.
 
     Raises:
         UserError: for a recipe without the eagle3 drafter.
@@ -72,7 +74,7 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
     def stop() -> bool:
         assert worker.spot is not None
         for group in worker.spot.learner.optimizer.param_groups:
-            group["lr"] = config.drafter.lr * max(1 - spent(), _LEAST_LR)
+            group["lr"] = config.drafter.lr * max(_FIRST_LR * (1 - spent()), _LAST_LR)
         return spent() >= 1
 
     while report.rounds == 0 or spent() < 1:
@@ -97,6 +99,7 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
     assert worker.spot is not None
     report.greedy, report.sampled = (_measure(worker, config, t) for t in (0.0, config.rollout.temperature))
     save_drafter(worker.spot.serving, out, torch.float32)
+    save_optimizer(worker.spot.learner.optimizer, out / "optimizer")
     return report
 
 

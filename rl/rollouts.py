@@ -96,6 +96,7 @@ class RolloutWorker:
             memory_tokens=d.memory_tokens,
             disk_tokens=d.disk_tokens,
             spill=Path(config.out) / f"traces-{rank}",
+            previous_steps=d.previous_steps,
             previous_share=d.previous_share,
             age_decay=d.age_decay,
             held_out_every=d.held_out_every,

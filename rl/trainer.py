@@ -42,7 +42,6 @@ from rl.tracking import Tracker
 from rl.update import PolicyUpdater, Scored
 from rl.warmup import warmed_policy_path
 from rollout import FinishReason, StepRecord
-from rollout.drafters.eagle3_model import Eagle3Model
 
 
 class Trainer:
@@ -77,7 +76,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         elif config.drafter.start is not None and self.worker.needs_drafter:
-            self.worker.create_drafter(None, self._given_drafter(Path(config.drafter.start)))
+            self._start_drafter(Path(config.drafter.start))
 
     def _build_updater(self) -> tuple[PolicyUpdater, torch.optim.Optimizer]:
         update = self.config.update
@@ -92,12 +91,19 @@ class Trainer:
         model, wrapped = self.accelerator.prepare(module, optimizer)
         return PolicyUpdater(self.accelerator, model, wrapped, update, self.config.rollout.temperature, reference), wrapped
 
-    def _given_drafter(self, path: Path) -> Eagle3Model:
+    def _start_drafter(self, path: Path) -> None:
+        """From a directory; with its optimizer's state where that is there."""
         text = self.policy.config.get_text_config()
         try:
-            return load_drafter(path, text.vocab_size, text.hidden_size)
+            self.worker.create_drafter(None, load_drafter(path, text.vocab_size, text.hidden_size))
         except DrafterError as error:
             raise UserError(f"drafter.start: {error}") from None
+        assert self.worker.spot is not None
+        optimizer = self.worker.spot.learner.optimizer
+        if (path / "optimizer.json").is_file():
+            restore_optimizer(optimizer, path / "optimizer")
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.drafter.lr
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         restore_optimizer(self.optimizer, checkpoint.path / "optimizer")

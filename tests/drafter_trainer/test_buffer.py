@@ -10,11 +10,13 @@ from rollout import DistillationTrace, FinishReason, Request, Rollout
 from rollout.api import RolloutStats
 
 
-def rollout(length: int, prompt: int = 3) -> Rollout:
+def rollout(length: int, prompt: int = 3, group: int | None = None) -> Rollout:
     taps, final = torch.full((length - 1, 6), float(length)), torch.zeros(length - 1, 2)
     trace = DistillationTrace(torch.arange(length), prompt, taps, final, torch.zeros(0, 2, dtype=torch.long), final[:0])
     completion = list(range(prompt, length))
-    return Rollout(Request([1] * prompt), completion, [0.0] * len(completion), FinishReason.STOP, RolloutStats(), trace=trace)
+    return Rollout(
+        Request([1] * prompt, group=group), completion, [0.0] * len(completion), FinishReason.STOP, RolloutStats(), trace=trace
+    )
 
 
 def through(buffer: TraceBuffer, budget: int) -> list[list]:
@@ -37,7 +39,7 @@ def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
 
 
 def test_the_long_ones_of_the_step_before_are_mixed_in_and_count_less():
-    buffer = TraceBuffer(held_out_every=0, previous_share=0.5, age_decay=0.5)
+    buffer = TraceBuffer(held_out_every=0, previous_steps=2, previous_share=0.5, age_decay=0.5)
     buffer.begin_step()
     buffer.add([rollout(n) for n in (10, 12, 40, 50)])
     buffer.begin_step()
@@ -49,16 +51,25 @@ def test_the_long_ones_of_the_step_before_are_mixed_in_and_count_less():
     tokens = sum(p.end - p.begin for p in old) / sum(p.end - p.begin for batch in batches for p in batch)
     assert 0.25 < tokens < 0.7
     buffer.begin_step()
-    assert {e.age for e in buffer.previous} == {1}
-
-
-def test_what_is_kept_back_is_never_trained_on():
-    buffer = TraceBuffer(held_out_every=4)
+    assert {(e.age, e.trace.length) for e in buffer.previous} == {(1, 20), (2, 40), (2, 50)}
     buffer.begin_step()
-    buffer.add([rollout(n) for n in range(10, 18)])
-    kept = {p.entry.trace.length for p in buffer.held_out_batch(1000)}
-    assert kept == {13, 17}
-    assert not kept & {p.entry.trace.length for batch in through(buffer, 64) for p in batch}
+    assert {e.age for e in buffer.previous} == {2}
+
+
+def test_whole_groups_are_kept_back_for_three_steps_and_never_trained_on():
+    buffer = TraceBuffer(held_out_every=2, previous_share=0.5)
+    trained, judging = set(), []
+    for step in range(5):
+        buffer.begin_step()
+        buffer.add([rollout(10 + g + 8 * step, group=10 * step + g) for g in range(4) for _ in range(3)])
+        judging.append({p.entry.group for p in buffer.held_out_batch(10_000)})
+        trained |= {p.entry.group for batch in through(buffer, 64) for p in batch}
+    assert judging[0] == {1, 3}
+    assert judging[-1] == {21, 23, 31, 33, 41, 43}
+    assert not trained & {g for groups in judging for g in groups}
+    assert {10 * step + g for step in range(5) for g in (0, 2)} == trained
+    few = buffer.held_out_batch(170)  # a sequence of each group in turn
+    assert len({p.entry.group for p in few}) == len(few) >= 4
 
 
 def test_memory_is_bounded_and_the_rest_goes_to_disk(tmp_path):
@@ -72,8 +83,8 @@ def test_memory_is_bounded_and_the_rest_goes_to_disk(tmp_path):
         trace = entry.trace.get()
         assert len(trace.token_ids) == entry.trace.length and trace.taps[0, 0] == entry.trace.length
     assert len(list((tmp_path / "traces").iterdir())) == len(on_disk)
-    buffer.begin_step()
-    buffer.begin_step()
+    for _ in range(6):
+        buffer.begin_step()
     assert not list((tmp_path / "traces").iterdir())
 
 

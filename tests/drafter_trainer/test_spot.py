@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -71,6 +72,23 @@ def test_only_what_does_better_is_served(rollouts):
     report = ruined.run(after(8))
     assert report.updates > 0 and report.approved == 0
     assert torch.equal(weights(ruined.approved), before)
+
+
+def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):
+    """Training then goes on from the approved ones, not further into the wrong."""
+    spot = spot_for(rollouts, judge_every=1)
+    learner = spot.learner
+    original = learner.evaluate
+
+    def disliking_the_newest(pieces, model=None):
+        return replace(original(pieces, model), likeliest_length=1.0 if model is learner.model else 2.0)
+
+    monkeypatch.setattr(learner, "evaluate", disliking_the_newest)
+    before = weights(learner.model).clone()
+    spot.run(after(5))  # two updates and their judgements
+    assert not torch.equal(weights(learner.model), before)
+    spot.run(after(3))
+    assert torch.equal(weights(learner.model), before)
 
 
 def test_adopting_keeps_newer_updates(rollouts):
