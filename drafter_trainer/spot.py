@@ -14,7 +14,7 @@ from drafter_trainer.learner import DrafterLearner
 from drafter_trainer.unroll import Unrolled
 from rollout.drafters.eagle3_model import Eagle3Model
 
-_JUDGED = 2  # micro-batches' worth of anchors that judge a drafter: a judgement has no backward pass
+_JUDGED = 4  # micro-batches' worth of anchors that judge a drafter: a judgement has no backward pass
 _PATIENCE = 3
 
 
@@ -31,7 +31,6 @@ class LearnerReport:
         skipped: Micro-batches left out because their loss was not finite.
         approved: Updates in weights that did better than the serving ones on what was kept back and wait to be served; 0 for none.
         serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the last one judged.
-        first_length: Of the drafter that this process began with: what training has brought since is the difference.
     """
 
     updates: int = 0
@@ -43,7 +42,6 @@ class LearnerReport:
     approved: int = 0
     serving_length: float = 0.0
     candidate_length: float = 0.0
-    first_length: float = 0.0
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
         """Adds an update to the means."""
@@ -60,7 +58,7 @@ class SpotTrainer:
 
     New weights reach the engines only once they did better on sequences kept back than the serving weights do on the same ones (the
     policy moves, so both are judged anew each step): a bad update never slows rollouts. What was approved is a copy; training goes
-    on from the newest weights, until they were refused three times in a row: then from the approved ones.
+    on from the newest weights, until they were clearly worse three times in a row: then from the approved ones.
 
     Args:
         learner: With the newest weights.
@@ -71,22 +69,22 @@ class SpotTrainer:
     """
 
     def __init__(
-        self, learner: DrafterLearner, buffer: TraceBuffer, *, budget: int, judge_every: int = 4, likeliest: bool = True
+        self, learner: DrafterLearner, buffer: TraceBuffer, *, budget: int, judge_every: int = 8, likeliest: bool = True
     ) -> None:
         self.learner, self.buffer = learner, buffer
         self._budget, self._judge_every, self._likeliest = budget, judge_every, likeliest
         self.serving = _frozen_copy(learner.model)
         self.approved = _frozen_copy(learner.model)
-        self._first = _frozen_copy(learner.model)
-        self._unjudged = self._unserved = self._proposed = self._refused = 0
+        self._unjudged = self._unserved = self._proposed = self._worse = 0
+        self._serving_by_piece = torch.zeros(0)
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
         """Trains until ``stop()`` or until this step's passes are through. ``stop`` is asked before every micro-batch."""
         report = LearnerReport()
         started = time.perf_counter()
         if not stop():
-            report.serving_length = self._judge(self.serving)
-            report.first_length = self._judge(self._first)
+            self._serving_by_piece = self._judge(self.serving)
+            report.serving_length = _mean(self._serving_by_piece)
         while not stop():
             if self._unjudged >= self._judge_every:
                 self._approve(report)
@@ -107,24 +105,29 @@ class SpotTrainer:
         report.seconds = time.perf_counter() - started
         return report
 
-    def _judge(self, model: Eagle3Model) -> float:
+    def _judge(self, model: Eagle3Model) -> torch.Tensor:
+        """Expected acceptance length of each sequence kept back; empty without any."""
         pieces = self.buffer.held_out_batch(_JUDGED * self._budget)
         if not pieces:
-            return 0.0
-        outcome = self.learner.evaluate(pieces, model)
-        return outcome.likeliest_length if self._likeliest else outcome.length
+            return torch.zeros(0)
+        drawn, likeliest = self.learner.evaluate(pieces, model).by_piece
+        return likeliest if self._likeliest else drawn
 
     def _approve(self, report: LearnerReport) -> None:
         self._unjudged = 0
-        report.candidate_length = self._judge(self.learner.model)
-        if report.candidate_length > report.serving_length or not self.buffer.held_out:
+        candidate = self._judge(self.learner.model)
+        report.candidate_length = _mean(candidate)
+        if report.candidate_length > report.serving_length or not len(candidate):
             _copy_weights(self.learner.model, self.approved)
-            self._proposed, self._refused = self._unserved, 0
+            self._proposed, self._worse = self._unserved, 0
             return
-        self._refused += 1
-        if self._refused == _PATIENCE:
+        # a judgement of a few sequences is uncertain: only what is worse by two standard errors is held against the newest weights
+        differences = (candidate - self._serving_by_piece)[candidate.isfinite()]
+        certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        self._worse = self._worse + 1 if float(differences.mean()) < -certain else 0
+        if self._worse == _PATIENCE:
             _copy_weights(self.approved, self.learner.model)
-            self._refused, self._unserved = 0, self._proposed
+            self._worse, self._unserved = 0, self._proposed
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -143,8 +146,13 @@ class SpotTrainer:
 
     def replace_model(self) -> None:
         """The learner's model has another draft vocabulary: it is served as it is."""
-        self.serving, self.approved, self._first = (_frozen_copy(self.learner.model) for _ in range(3))
+        self.serving, self.approved = _frozen_copy(self.learner.model), _frozen_copy(self.learner.model)
         self._unjudged = self._unserved = self._proposed = 0
+
+
+def _mean(by_piece: torch.Tensor) -> float:
+    finite = by_piece[by_piece.isfinite()]
+    return float(finite.mean()) if len(finite) else 0.0
 
 
 def _frozen_copy(model: Eagle3Model) -> Eagle3Model:

@@ -48,6 +48,7 @@ class Unrolled:
         likeliest: For each draft position p(argmax q): how often the drafter's likeliest token is.
         length: Tokens a verification of drawn drafts would commit, 1 + E[Σ_i Π_{j≤i} acceptance_j].
         likeliest_length: The same of likeliest drafts.
+        by_piece: float32 [2, P], both lengths of each piece; NaN where nothing can be drafted.
     """
 
     loss: torch.Tensor
@@ -55,6 +56,7 @@ class Unrolled:
     likeliest: list[float]
     length: float
     likeliest_length: float
+    by_piece: torch.Tensor
 
 
 def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, objective: Objective) -> Unrolled:
@@ -77,7 +79,8 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
     total = batch.taps.new_zeros(())
     weighing = 0.0
     running = torch.ones(2, anchors, device=batch.at.device)  # of drawn and of likeliest drafts
-    lengths = torch.zeros(2, device=batch.at.device)
+    lengths = torch.ones(2, anchors, device=batch.at.device)
+    drafting = counted.clone()
     surrogate = torch.ones(anchors, device=batch.at.device)
     acceptance, likeliest = [], []
     draft = _Unroll(model, embed_tokens, batch)
@@ -98,7 +101,7 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
             likeliest.append(float(best.mean()) if len(rows) else 0.0)
             running *= counted
             running[:, rows] *= torch.stack([kept.detach(), best])
-            lengths += (running * anchor_weights).sum(-1)
+            lengths += running
             if objective.mask_top is not None:
                 alive = _without_hopeless(alive, rows, logits, teacher, objective.mask_top)
         used = alive[rows] & batch.refused[target[rows]] if objective.feedback_only else alive[rows]
@@ -109,8 +112,15 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
         else:
             total = total + objective.decay**step * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
             weighing += objective.decay**step
-    drawn, top = (1 + lengths).tolist()
-    return Unrolled(total / weighing, acceptance, likeliest, drawn, top)
+    drawn, top = (lengths * (drafting * anchor_weights)).sum(-1).tolist()
+    return Unrolled(total / weighing, acceptance, likeliest, drawn, top, _by_piece(lengths, batch.pieces, drafting))
+
+
+def _by_piece(values: torch.Tensor, pieces: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Means of values [2, N] over the counted anchors of each piece."""
+    count = int(pieces.max()) + 1
+    sums = values.new_zeros(2, count).index_add_(1, pieces, values * counted)
+    return sums / values.new_zeros(count).index_add_(0, pieces, counted.to(values))
 
 
 class _Unroll:

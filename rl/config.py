@@ -233,7 +233,7 @@ class DrafterConfig:
     feedback_only: bool = False
     tokens_per_microbatch: int = 256
     passes: int = 2
-    judge_every: int = 4
+    judge_every: int = 8
     held_out_every: int = 4
     previous_steps: int = 4
     previous_share: float = 0.5

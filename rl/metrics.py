@@ -126,7 +126,7 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metrics["drafter/approved"] = sum(t["approved"] for t in trained)
         judged = [t for t in trained if t["candidate_length"] > 0]
         if judged:
-            for name in ("first_length", "serving_length", "candidate_length"):
+            for name in ("serving_length", "candidate_length"):
                 metrics[f"drafter/{name}"] = float(np.mean([t[name] for t in judged]))
     metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
     return metrics

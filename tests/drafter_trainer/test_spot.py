@@ -59,13 +59,13 @@ def test_only_what_does_better_is_served(rollouts):
     before = weights(good.serving).clone()
     report = good.run(lambda: False)
     assert report.approved > 0
-    assert report.candidate_length > report.serving_length == report.first_length > 1
+    assert report.candidate_length > report.serving_length > 1
     assert torch.equal(weights(good.serving), before)  # not before all ranks adopt it
     good.adopt([p.detach().clone() for p in good.approved.parameters()])
     assert torch.equal(weights(good.serving), weights(good.approved))
     assert not torch.equal(weights(good.serving), before)
     again = good.run(after(1))
-    assert again.serving_length > again.first_length  # the first one is judged on the same sequences, ever after
+    assert again.serving_length > report.serving_length
 
     ruined = spot_for(rollouts, lr=10.0)
     before = weights(ruined.approved).clone()
@@ -81,7 +81,8 @@ def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):
     original = learner.evaluate
 
     def disliking_the_newest(pieces, model=None):
-        return replace(original(pieces, model), likeliest_length=1.0 if model is learner.model else 2.0)
+        outcome = original(pieces, model)
+        return replace(outcome, by_piece=outcome.by_piece - (5.0 if model is learner.model else 0.0))
 
     monkeypatch.setattr(learner, "evaluate", disliking_the_newest)
     before = weights(learner.model).clone()
