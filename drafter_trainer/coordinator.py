@@ -13,6 +13,7 @@ import torch.distributed as dist
 _PATIENCE_SECONDS = 60.0  # without a sign of life from any busy rank
 _BEAT_SECONDS = 1.0
 _POLL_SECONDS = 0.02
+_CONNECT_SECONDS = 10.0
 
 
 class Store(Protocol):
@@ -92,7 +93,7 @@ class Coordinator:
         if self._store is None or self._lost:
             return None
         try:
-            return self._store.add(f"paceline/{self._step}/{name}", amount)
+            return self._store.add(f"{self._step}/{name}", amount)
         except (RuntimeError, ValueError, OSError) as error:
             self._lost = True
             reason = (str(error).splitlines() or ["no reason given"])[0]
@@ -106,7 +107,9 @@ def connect_store(world: int) -> Store | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if world == 1 or host is None or port is None:
         return None
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher that restarts its ranks keeps the store
     try:
-        return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_CONNECT_SECONDS), wait_for_workers=False)
+        return dist.PrefixStore(f"paceline/{attempt}", store)
     except (RuntimeError, ValueError):
         return None

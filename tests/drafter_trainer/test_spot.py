@@ -1,5 +1,6 @@
 """Training stops within a micro-batch, resumes, and serves only what does better."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -7,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
-from drafter_trainer.coordinator import Coordinator
+from drafter_trainer.coordinator import Coordinator, connect_store
 from drafter_trainer.initial import initial_drafter
 from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.vocabulary import move_vocabulary
@@ -195,3 +196,25 @@ def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
     state = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"]
     assert torch.equal(state[:20], moments[20:]) and not state[20:].any()
     assert partial(spot.run, after(3))().updates > 0
+
+
+def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
+    """Two ranks over TCP as torchrun hosts it; its death is noticed within seconds and ends training."""
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(host.port))
+    a, b = (Coordinator(connect_store(2), 2) for _ in range(2))
+    for rank in (a, b):
+        rank.begin(3)
+    a.idle()
+    assert a.may_train() and b.waits()
+    del host
+    gc.collect()
+    started = time.perf_counter()
+    assert not a.may_train()
+    assert time.perf_counter() - started < 15
+    assert "store cannot be reached" in a.take_problem()
+    assert connect_store(1) is None
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
+    assert connect_store(2) is None  # no store there: no training, no error
