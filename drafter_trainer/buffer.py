@@ -161,13 +161,14 @@ class TraceBuffer:
             batch += _take(self._older, budget - sum(p.end - p.begin for p in batch), at_least_one=False)
         return batch
 
-    def held_out_batch(self, budget: int) -> list[Piece]:
-        """Of what is kept back, up to ``budget`` anchors, a sequence of each group in turn; the same until something is added."""
+    def held_out_batches(self, budget: int, count: int) -> list[list[Piece]]:
+        """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in turn; the same until
+        something is added."""
         groups: dict[tuple[int, Hashable], list[Piece]] = {}
         for entry in self.held_out:
             groups.setdefault((entry.age, entry.group), []).extend(pieces_of(entry, budget))
-        turns = [piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None]
-        return _take(turns[::-1], budget)
+        left = [piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None][::-1]
+        return [batch for _ in range(count) if (batch := _take(left, budget))]
 
     def _shuffled(self, entries: Sequence[Entry], budget: int) -> list[Piece]:
         pieces = [piece for entry in entries for piece in pieces_of(entry, budget)]

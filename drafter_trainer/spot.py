@@ -14,7 +14,7 @@ from drafter_trainer.learner import DrafterLearner
 from drafter_trainer.unroll import Unrolled
 from rollout.drafters.eagle3_model import Eagle3Model
 
-_JUDGED = 4  # micro-batches' worth of anchors that judge a drafter: a judgement has no backward pass
+_JUDGED = 4  # micro-batches that judge a drafter
 _PATIENCE = 3
 
 
@@ -76,24 +76,27 @@ class SpotTrainer:
         self.serving = _frozen_copy(learner.model)
         self.approved = _frozen_copy(learner.model)
         self._unjudged = self._unserved = self._proposed = self._worse = 0
-        self._serving_by_piece = torch.zeros(0)
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
-        """Trains until ``stop()`` or until this step's passes are through. ``stop`` is asked before every micro-batch."""
+        """Trains until ``stop()`` or until this step's passes are through. ``stop`` is asked before every micro-batch, judged or
+        trained on."""
         report = LearnerReport()
         started = time.perf_counter()
-        if not stop():
-            self._serving_by_piece = self._judge(self.serving)
-            report.serving_length = _mean(self._serving_by_piece)
+        serving = self._judge(self.serving, stop)
+        if serving is not None:
+            report.serving_length = _mean(serving)
+            self._train(report, serving, stop)
+        report.approved = self._proposed
+        report.seconds = time.perf_counter() - started
+        return report
+
+    def _train(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> None:
         while not stop():
-            if self._unjudged >= self._judge_every:
-                self._approve(report)
-                continue
-            pieces = self.buffer.next_batch(self._budget)
+            pieces = self.buffer.next_batch(self._budget) if self._unjudged < self._judge_every else None
             if pieces is None:
-                if self._unjudged:
-                    self._approve(report)
-                break
+                if not self._unjudged or not self._approve(report, serving, stop):
+                    return
+                continue
             outcome = self.learner.update(pieces, [self.buffer.weight(p.entry) for p in pieces])
             if outcome is None:
                 report.skipped += 1
@@ -101,33 +104,36 @@ class SpotTrainer:
             report.note(outcome, sum(p.end - p.begin for p in pieces))
             self._unjudged += 1
             self._unserved += 1
-        report.approved = self._proposed
-        report.seconds = time.perf_counter() - started
-        return report
 
-    def _judge(self, model: Eagle3Model) -> torch.Tensor:
-        """Expected acceptance length of each sequence kept back; empty without any."""
-        pieces = self.buffer.held_out_batch(_JUDGED * self._budget)
-        if not pieces:
-            return torch.zeros(0)
-        drawn, likeliest = self.learner.evaluate(pieces, model).by_piece
-        return likeliest if self._likeliest else drawn
+    def _judge(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
+        """Expected acceptance length of each sequence kept back; empty without any, None when told to stop."""
+        judged = [torch.zeros(0)]
+        for pieces in self.buffer.held_out_batches(self._budget, _JUDGED):
+            if stop():
+                return None
+            drawn, likeliest = self.learner.evaluate(pieces, model).by_piece
+            judged.append(likeliest if self._likeliest else drawn)
+        return torch.cat(judged)
 
-    def _approve(self, report: LearnerReport) -> None:
+    def _approve(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> bool:
+        """Judges the newest weights. Returns whether there was time for it."""
+        candidate = self._judge(self.learner.model, stop)
+        if candidate is None:
+            return False
         self._unjudged = 0
-        candidate = self._judge(self.learner.model)
         report.candidate_length = _mean(candidate)
         if report.candidate_length > report.serving_length or not len(candidate):
             _copy_weights(self.learner.model, self.approved)
             self._proposed, self._worse = self._unserved, 0
-            return
+            return True
         # a judgement of a few sequences is uncertain: only what is worse by two standard errors is held against the newest weights
-        differences = (candidate - self._serving_by_piece)[candidate.isfinite()]
+        differences = (candidate - serving)[candidate.isfinite()]
         certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
         self._worse = self._worse + 1 if float(differences.mean()) < -certain else 0
         if self._worse == _PATIENCE:
             _copy_weights(self.approved, self.learner.model)
             self._worse, self._unserved = 0, self._proposed
+        return True
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -85,7 +85,8 @@ def compare_losses(bench: RolloutBench, seconds: float, sequences: int, say: Cal
         with torch.enable_grad():
             report = spot.run(partial(_is_over, end))
         learner.objective = Objective(unroll=4)
-        judged = learner.evaluate(buffer.held_out_batch(_JUDGED))
+        (pieces,) = buffer.held_out_batches(_JUDGED, 1)
+        judged = learner.evaluate(pieces)
         rows.append(LossRow(name, report.updates, report.seconds, judged.length, judged.likeliest_length, judged.acceptance))
         say(f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest {judged.likeliest_length:.3f}")
     return rows

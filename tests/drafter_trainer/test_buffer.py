@@ -62,14 +62,15 @@ def test_whole_groups_are_kept_back_for_three_steps_and_never_trained_on():
     for step in range(5):
         buffer.begin_step()
         buffer.add([rollout(10 + g + 8 * step, group=10 * step + g) for g in range(4) for _ in range(3)])
-        judging.append({p.entry.group for p in buffer.held_out_batch(10_000)})
+        judging.append({p.entry.group for (batch,) in [buffer.held_out_batches(10_000, 1)] for p in batch})
         trained |= {p.entry.group for batch in through(buffer, 64) for p in batch}
     assert judging[0] == {1, 3}
     assert judging[-1] == {21, 23, 31, 33, 41, 43}
     assert not trained & {g for groups in judging for g in groups}
     assert {10 * step + g for step in range(5) for g in (0, 2)} == trained
-    few = buffer.held_out_batch(170)  # a sequence of each group in turn
+    few, more = buffer.held_out_batches(170, 2)  # a sequence of each group in turn
     assert len({p.entry.group for p in few}) == len(few) >= 4
+    assert more and not {id(p.entry) for p in few} & {id(p.entry) for p in more}
 
 
 def test_memory_is_bounded_and_the_rest_goes_to_disk(tmp_path):

@@ -4,7 +4,6 @@ import gc
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -33,7 +32,11 @@ def spot_for(setup, *, lr=3e-3, held_out_every=4, passes=8, **options) -> SpotTr
     return SpotTrainer(learner_for(drafter, model, lr=lr), buffer, budget=64, **options)
 
 
+JUDGING = 3  # how often `stop` is asked in a judgement: once for each batch of the four sequences kept back
+
+
 def after(calls: int):
+    """Says stop once it has been asked so often."""
     left = [calls]
 
     def stop() -> bool:
@@ -49,9 +52,10 @@ def weights(model) -> torch.Tensor:
 
 def test_it_stops_within_a_microbatch_and_goes_on_where_it_stopped(rollouts):
     cut, whole = spot_for(rollouts, judge_every=1000), spot_for(rollouts, judge_every=1000)
-    reports = [cut.run(after(4)) for _ in range(3)]
-    assert [r.updates for r in reports] == [3, 3, 3]  # the first answer is asked before anything is judged
-    whole.run(after(10))
+    reports = [cut.run(after(JUDGING + 3)) for _ in range(3)]
+    assert [r.updates for r in reports] == [3, 3, 3]
+    whole.run(after(JUDGING + 9))
+    assert whole.run(after(JUDGING - 1)).updates == 0  # also a judgement ends when it must
     torch.testing.assert_close(weights(cut.learner.model), weights(whole.learner.model))
 
 
@@ -65,12 +69,12 @@ def test_only_what_does_better_is_served(rollouts):
     good.adopt([p.detach().clone() for p in good.approved.parameters()])
     assert torch.equal(weights(good.serving), weights(good.approved))
     assert not torch.equal(weights(good.serving), before)
-    again = good.run(after(1))
+    again = good.run(after(JUDGING))
     assert again.serving_length > report.serving_length
 
     ruined = spot_for(rollouts, lr=10.0)
     before = weights(ruined.approved).clone()
-    report = ruined.run(after(8))
+    report = ruined.run(after(2 * JUDGING + 10))
     assert report.updates > 0 and report.approved == 0
     assert torch.equal(weights(ruined.approved), before)
 
@@ -87,16 +91,17 @@ def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):
 
     monkeypatch.setattr(learner, "evaluate", disliking_the_newest)
     before = weights(learner.model).clone()
-    spot.run(after(5))  # two updates and their judgements
+    cycle = 2 + JUDGING  # an update and its judgement
+    spot.run(after(JUDGING + 2 * cycle))
     assert not torch.equal(weights(learner.model), before)
-    spot.run(after(3))
+    spot.run(after(JUDGING + cycle))
     assert torch.equal(weights(learner.model), before)
 
 
 def test_adopting_keeps_newer_updates(rollouts):
     """Where this rank has trained on since its approval, the others' mean comes in below that."""
     spot = spot_for(rollouts, judge_every=2)
-    spot.run(after(6))
+    spot.run(after(2 * JUDGING + 5))
     newest, approved = weights(spot.learner.model).clone(), weights(spot.approved).clone()
     mean = [p.detach() + 0.5 for p in spot.approved.parameters()]
     spot.adopt(mean)
@@ -185,7 +190,7 @@ def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
     drafter = initial_drafter(eagle3_config(model.config, 40, engine.runner.tap_layers), old, model, seed=0)
     learner = learner_for(drafter, model, lr=1e-3)
     spot = SpotTrainer(learner, buffer_of(made), budget=64)
-    spot.run(after(4))
+    spot.run(after(8))
     rows = drafter.lm_head.weight.detach().clone()
     moments = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"].clone()
     move_vocabulary(drafter, learner.optimizer, new, model.lm_head)
@@ -195,7 +200,7 @@ def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
     assert torch.equal(drafter.lm_head.weight[20:].detach(), model.lm_head.weight[40:60].detach())
     state = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"]
     assert torch.equal(state[:20], moments[20:]) and not state[20:].any()
-    assert partial(spot.run, after(3))().updates > 0
+    assert spot.run(after(8)).updates > 0
 
 
 def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
