@@ -23,6 +23,7 @@ from rollout import Strategy, mean_acceptance_length
 
 _CHAIN = 4
 _PROBLEMS = 16
+_LEAST_ASKED = 16  # micro-batches, however little time sampling has left
 _FIRST_LR, _LAST_LR = 3.0, 0.3
 
 
@@ -71,11 +72,15 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
     def spent() -> float:
         return (time.perf_counter() - started) / (60 * minutes)
 
+    asked = 0
+
     def stop() -> bool:
+        nonlocal asked
         assert worker.spot is not None
         for group in worker.spot.learner.optimizer.param_groups:
             group["lr"] = config.drafter.lr * max(_FIRST_LR * (1 - spent()), _LAST_LR)
-        return spent() >= 1
+        asked += 1
+        return spent() >= 1 and asked > _LEAST_ASKED
 
     while report.rounds == 0 or spent() < 1:
         done = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)

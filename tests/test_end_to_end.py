@@ -75,7 +75,7 @@ def last_saved(run: Path) -> int:
 
 def shape(metrics: dict) -> frozenset[str]:
     """The keys of a step, but for those that depend on which drafter the measured times chose, and on what was measured beside."""
-    optional = ("rollout/acceptance_length_", "rollout/draft_seconds_", "measure/", "time/measure")
+    optional = ("rollout/acceptance_length_", "rollout/draft_seconds_", "measure/", "time/measure", "drafter/")
     return frozenset(key for key in metrics if not key.startswith(optional))
 
 
