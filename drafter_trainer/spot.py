@@ -31,6 +31,7 @@ class LearnerReport:
         skipped: Micro-batches left out because their loss was not finite.
         approved: Updates in weights that did better than the serving ones on what was kept back and wait to be served; 0 for none.
         serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the last one judged.
+        snapshot_seconds: What a snapshot of the drafter took of the step's time.
     """
 
     updates: int = 0
@@ -42,6 +43,7 @@ class LearnerReport:
     approved: int = 0
     serving_length: float = 0.0
     candidate_length: float = 0.0
+    snapshot_seconds: float = 0.0
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
         """Adds an update to the means."""

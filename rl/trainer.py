@@ -230,6 +230,7 @@ class Trainer:
         problems = [self.worker.take_over_drafter()]
         if self.accelerator.is_main_process and self.config.drafter.snapshots:
             problems.append(self.snapshots.save(step + 1, self.worker.spot.serving, self.worker.spot.learner.optimizer))
+            report.snapshot_seconds = self.snapshots.seconds
         for problem in problems:
             if problem is not None:
                 tracker.say(f"drafter: {problem}")

@@ -34,7 +34,11 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
         "tail": [(0.5, 4, "plain"), (1.0, 2, "suffix:3"), (2.0, 1, "suffix:6")],
         "peak_bytes": 10**9,
         "spans": [("rollout", begin, end), ("drafter", end, end + 1.5), ("update", 4.6, 6.6)],
-        "drafter": asdict(LearnerReport(updates=2, tokens=100, loss=1.0 + number, acceptance=[0.5, 0.25], approved=2 * number)),
+        "drafter": asdict(
+            LearnerReport(
+                updates=2, tokens=100, loss=1.0 + number, acceptance=[0.5, 0.25], approved=2 * number, snapshot_seconds=0.1 * number
+            )
+        ),
         "update": {
             "tokens": 50,
             "loss": 5.0,
@@ -60,7 +64,7 @@ def test_step_metrics_by_hand():
     assert m["rollout/acceptance_length_suffix"] == pytest.approx(2.5)
     assert m["update/entropy"] == 0.5
     assert m["drafter/acceptance"] == [0.5, 0.25]
-    assert m["drafter/approved"] == 2
+    assert m["drafter/approved"] == 2 and m["drafter/snapshot_seconds"] == 0.1
     assert m["time/step"] == pytest.approx(6.6)
 
 
