@@ -1,8 +1,13 @@
-"""What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier."""
+"""What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier.
+
+A drafter can only cost time, never a rollout: one that raises, or whose draft is not one (ids outside the vocabulary, probabilities
+that are not finite), is left out from then on, with one warning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +27,10 @@ from rollout.strategy import (
 )
 from rollout.trees import DraftTree, no_draft
 from rollout.verify import VERIFIERS, Verifier
+
+
+class DrafterWarning(RuntimeWarning):
+    """A drafter failed and is left out."""
 
 
 class Speculation:
@@ -118,35 +127,62 @@ class Speculation:
         if strategy.drafter is None or max(room) <= 0:
             return no_draft(len(active), self._runner.cache.device)
         budgets = [min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])]
-        taps = None
-        if self._runner.tap_layers:
-            cache = self._runner.cache
-            taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
         asked = strategy.with_nodes(max(budgets), max(room))
-        draft = self.drafters[strategy.drafter].propose(DraftContext(active, taps), asked).to(self._runner.cache.device)
+        draft = self._ask(strategy.drafter, active, asked)
+        if draft is None:
+            return no_draft(len(active), self._runner.cache.device)
         # by each row's own room: what a request commits must not depend on how much room its neighbours have
         chains = draft.parents is None
         return draft.cut(torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)]))
 
+    def _ask(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
+        """The drafter's draft; None where it failed."""
+        taps = None
+        if self._runner.tap_layers:
+            cache = self._runner.cache
+            taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
+        try:
+            draft = self.drafters[name].propose(DraftContext(active, taps), strategy).to(self._runner.cache.device)
+            problem = draft.problem(self._runner.vocab_size)
+        except Exception as error:  # whatever a drafter does wrong, rollouts go on
+            problem = f"{type(error).__name__}: {error}"
+        if problem is None:
+            return draft
+        self._leave_out(name, problem)
+        return None
+
+    def _leave_out(self, name: str, problem: str) -> None:
+        del self.drafters[name]
+        self.selector.drafter_lost(name)
+        message = f"the {name} drafter failed and is left out from now on ({problem}); rollouts go on without it"
+        warnings.warn(message, DrafterWarning, stacklevel=2)
+
+    def _tell(self, event: Callable[[Drafter], None]) -> None:
+        for name, drafter in list(self.drafters.items()):
+            try:
+                event(drafter)
+            except Exception as error:  # as in `_ask`
+                self._leave_out(name, f"{type(error).__name__}: {error}")
+
     def observe(self, sequence: SequenceState, count: int) -> None:
         """The sequence's last ``count`` tokens were committed."""
-        for drafter in self.drafters.values():
-            drafter.observe(sequence, count)
+        self._tell(lambda drafter: drafter.observe(sequence, count))
 
     def verified(self, step: VerifiedStep) -> None:
         """A step was verified; its tokens are not committed yet."""
-        for drafter in self.drafters.values():
-            drafter.verified(step)
+        self._tell(lambda drafter: drafter.verified(step))
 
     def vacate(self, slot: int, last: int) -> None:
         """The sequence in ``slot`` is gone and the one in ``last`` has moved there; the same slot twice where none moved."""
-        for drafter in self.drafters.values():
+
+        def close(drafter: Drafter) -> None:
             drafter.release(slot)
             if slot != last:
                 drafter.move(last, slot)
                 drafter.release(last)
 
+        self._tell(close)
+
     def forget(self, sequence: SequenceState) -> None:
         """The sequence is over."""
-        for drafter in self.drafters.values():
-            drafter.forget(sequence)
+        self._tell(lambda drafter: drafter.forget(sequence))

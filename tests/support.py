@@ -14,13 +14,13 @@ from rollout.strategy import Strategy
 from rollout.trees import DraftTree
 
 
-def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0) -> LlamaForCausalLM:
+def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0, hidden: int = 64) -> LlamaForCausalLM:
     """A random float32 Llama in eval mode; ``sharpness`` scales its output head, so that its distributions are not all flat."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

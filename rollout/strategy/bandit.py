@@ -178,6 +178,13 @@ class BanditSelector:
         self.cost.soften(name)
         self._forget(name)
 
+    def drafter_lost(self, name: str) -> None:
+        """None of its strategies is an arm any more."""
+        self.arms.pop(name, None)
+        self._forget(name)
+        for known in self._buckets.values():
+            known.left = 0
+
     def _forget(self, drafter: str) -> None:
         for key in [key for key in self._measured if key[1].drafter == drafter]:
             del self._measured[key]

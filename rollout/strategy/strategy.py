@@ -117,6 +117,10 @@ class Selector(Protocol):
         """The drafter ``name`` was added, or has new weights."""
         ...
 
+    def drafter_lost(self, name: str) -> None:
+        """The drafter ``name`` is no longer there: none of its strategies may be chosen."""
+        ...
+
     def state(self) -> dict[str, Any] | None:
         """All that was learned, as JSON; None where nothing is."""
         ...
@@ -140,6 +144,11 @@ class FixedSelector:
 
     def drafter_changed(self, name: str) -> None:
         """Nothing to forget."""
+
+    def drafter_lost(self, name: str) -> None:
+        """Plain decoding from now on, where it was this drafter's strategy."""
+        if self.strategy.drafter == name:
+            self.strategy = PLAIN
 
     def state(self) -> dict[str, Any] | None:
         """Nothing was learned."""

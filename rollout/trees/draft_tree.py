@@ -56,6 +56,16 @@ class DraftTree:
             self.vocabulary if self.vocabulary is None or self.vocabulary.ndim == 1 else self.vocabulary[:, :n],
         )
 
+    def problem(self, vocab_size: int) -> str | None:
+        """Why this is no draft over ``vocab_size`` ids, or None. Ids on a GPU are not looked at: that would wait for it."""
+        if self.probs is not None and not bool(torch.isfinite(self.probs).all()):
+            return "its draft probabilities are not finite"
+        if self.tokens.device.type == "cpu" and self.tokens.numel():
+            low, high = (int(x) for x in self.tokens.aminmax())
+            if low < 0 or high >= vocab_size:
+                return f"it drafted the id {low if low < 0 else high}, which is not in the vocabulary"
+        return None
+
     def to(self, device: torch.device) -> DraftTree:
         """The same draft on ``device``."""
         moved = [None if x is None else x.to(device) for x in (self.parents, self.probs, self.vocabulary)]

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout import Request, RolloutEngine, SamplingParams
 from rollout.drafters import SuffixDrafter
 from rollout.native.products import load_products
 from rollout.packed_linear import PackedLinear
+from tests.support import tiny_llama
 
 pytestmark = pytest.mark.skipif(load_products() is None, reason="no AMX, or no C++ compiler")
 
@@ -65,21 +65,7 @@ def test_shapes_that_are_not_whole_panels_go_another_way():
 def test_speculation_in_bfloat16_says_what_plain_decoding_says():
     """Chains token for token and log-prob for log-prob: every row of a forward is computed the same way, whatever stands beside it.
     In trees a node's ancestors lie elsewhere among the keys, so that sums are rounded in another order."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).bfloat16().eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(30)
+    model = tiny_llama(vocab_size=128, layers=3, sharpness=30.0, hidden=128).bfloat16()
     requests = [Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(max_tokens=120), seed=i, group=i % 3) for i in range(12)]
     spoken = {}
     for strategy in ("plain", "suffix:3", "suffix:5x3/11"):
