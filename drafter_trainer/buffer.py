@@ -44,8 +44,8 @@ class TraceBuffer:
     heart does well on the others, and worse on the next step's prompts.
 
     Args:
-        memory_tokens: Tokens of traces in memory; older ones go to ``spill`` beyond that.
-        disk_tokens: Tokens on disk; the shortest are left out beyond that.
+        memory_tokens: Tokens of traces in memory, beside those kept back; the newest and of these the longest stay there.
+        disk_tokens: Tokens on disk, for those that come next; the rest is left out.
         spill: Directory for them; None leaves out what memory does not hold.
         previous_steps: How many steps back long sequences are kept.
         previous_share: Share of a micro-batch that comes from them.
@@ -78,6 +78,7 @@ class TraceBuffer:
         self.held_out: list[Entry] = []
         self._queue: list[Piece] = []
         self._older: list[Piece] = []
+        self._returned: list[Piece] = []
         self._passes_left = 0
         self._written = 0
 
@@ -94,7 +95,7 @@ class TraceBuffer:
         for entry in (*aging, *self.current):
             if id(entry) not in kept:
                 entry.trace.drop()
-        self.current, self._queue, self._older = [], [], []
+        self.current, self._queue, self._older, self._returned = [], [], [], []
         self._passes_left = self.passes
 
     def add(self, rollouts: Sequence[Rollout], weights: Iterable[float] | None = None) -> None:
@@ -117,7 +118,7 @@ class TraceBuffer:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Spills the oldest and longest, then leaves out the shortest."""
+        """The newest and of these the longest stay in memory, the next go to disk, the rest is left out."""
         order = sorted((*self.previous, *self.current), key=lambda e: (e.age, -e.trace.length))
         memory, disk = self.memory_tokens, self.disk_tokens
         gone: set[int] = set()
@@ -148,6 +149,9 @@ class TraceBuffer:
 
         The order goes on where the last call stopped, whatever happened in between.
         """
+        if self._returned:
+            batch, self._returned = self._returned, []
+            return batch
         if not self._queue:
             if self._passes_left == 0 or not self.current:
                 return None
@@ -160,6 +164,10 @@ class TraceBuffer:
                 self._older = self._shuffled(self.previous, max(older, 1))
             batch += _take(self._older, budget - sum(p.end - p.begin for p in batch), at_least_one=False)
         return batch
+
+    def put_back(self, batch: list[Piece]) -> None:
+        """It was not learned from: `next_batch` gives it again, unless the step ends before."""
+        self._returned = batch
 
     def held_out_batches(self, budget: int, count: int) -> list[list[Piece]]:
         """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in turn; the same until

@@ -35,7 +35,6 @@ class Coordinator:
         world: Number of ranks.
         least_idle: Idle ranks from which on they train.
         clock: Seconds, for tests.
-
     """
 
     def __init__(self, store: Store | None, world: int, least_idle: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,13 +64,11 @@ class Coordinator:
 
     def may_train(self) -> bool:
         """Whether ranks train now: enough are idle, not all, and those that are busy are alive."""
-        count = self._add("idle", 0)
-        return count is not None and self._least_idle <= count < self._world and self._alive()
+        return self._idle_ranks() >= self._least_idle
 
     def waits(self) -> bool:
         """Whether some rank is still busy, and alive as far as is known."""
-        count = self._add("idle", 0)
-        return count is not None and count < self._world and self._alive()
+        return self._idle_ranks() >= 0
 
     def wait_until_training(self) -> None:
         """Returns once ranks train, or none is busy any more."""
@@ -82,6 +79,11 @@ class Coordinator:
         """One line about what went wrong, once."""
         problem, self._problem = self._problem, None
         return problem
+
+    def _idle_ranks(self) -> int:
+        """How many ranks are idle while another is busy and alive; -1 where none is, or nothing is known."""
+        count = self._add("idle", 0)
+        return count if count is not None and count < self._world and self._alive() else -1
 
     def _alive(self) -> bool:
         beats = self._add("beats", 0)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from drafter_trainer.buffer import Piece
 from drafter_trainer.optimistic import OptimisticAdamW
+from drafter_trainer.optimizer_state import load_optimizer
 from drafter_trainer.packing import DraftBatch, pack
-from drafter_trainer.unroll import Objective, Unrolled, unrolled_loss
+from drafter_trainer.unroll import Interrupted, Objective, Unrolled, unrolled_loss
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
@@ -22,7 +24,7 @@ class DrafterLearner:
         embed_tokens: The target's input embedding.
         head: The target's output head.
         objective: What to train for.
-        lr: Of AdamW.
+        lr: Of AdamW, whatever state is restored.
         optimistic: Whether updates reuse the last gradient as a hint (`OptimisticAdamW`).
         temperature: Of the rollouts.
         autocast: Context manager factory for mixed precision.
@@ -43,18 +45,47 @@ class DrafterLearner:
         self.model, self.objective = model, objective
         optimizer = OptimisticAdamW if optimistic else torch.optim.AdamW
         self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self._lr = lr
         self._embed, self._head = embed_tokens, head
         self._temperature = temperature
         self._autocast = autocast
+
+    def restore(self, stem: Path) -> None:
+        """Loads the optimizer's moments.
+
+        Raises:
+            OptimizerStateError: truncated or missing files, or those of another optimizer.
+        """
+        load_optimizer(self.optimizer, stem)
+        self.scale_rate(1.0)
+
+    def scale_rate(self, multiple: float) -> None:
+        """Learns at so many times its learning rate from now on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr * multiple
 
     def _pack(self, pieces: Sequence[Piece], weights: Sequence[float]) -> DraftBatch:
         device = self.model.fc.weight.device
         return pack(pieces, weights, self._head, self.model.vocabulary, self._temperature, self.objective.unroll, device)
 
-    def update(self, pieces: Sequence[Piece], weights: Sequence[float]) -> Unrolled | None:
-        """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite."""
+    def update(self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None) -> Unrolled | None:
+        """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite.
+
+        Args:
+            pieces: Of traces.
+            weights: How much each counts.
+            stop: Asked all along; the update is broken off where it says so.
+
+        Raises:
+            Interrupted: where it was broken off.
+        """
+
+        def check() -> None:
+            if stop is not None and stop():
+                raise Interrupted
+
         with self._autocast():
-            outcome = unrolled_loss(self.model, self._embed, self._pack(pieces, weights), self.objective)
+            outcome = unrolled_loss(self.model, self._embed, self._pack(pieces, weights), self.objective, check)
         if not bool(torch.isfinite(outcome.loss)):
             return None
         self.optimizer.zero_grad(set_to_none=True)

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 
 from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
-from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, write_state
+from drafter_trainer.optimizer_state import write_state
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
 class DrafterSnapshots:
-    """``folder/step-N``: a drafter's trainable tensors and its optimizer's, each whole or absent.
+    """``folder/step-N``: a drafter's trainable tensors and its optimizer's (``optimizer``), each whole or absent.
 
     A step waits only for the copy in memory; a thread writes it under another name and renames it. What is not yet written when the
     next one comes is waited for, so that at most one copy is held.
@@ -85,11 +85,3 @@ class DrafterSnapshots:
             except DrafterError as error:
                 problems.append(str(error))
         return None, problems
-
-    def restore_optimizer(self, optimizer: torch.optim.Optimizer, path: Path) -> str | None:
-        """Loads the optimizer's state beside a drafter. Returns one line where it cannot be used; it then starts anew."""
-        try:
-            load_optimizer(optimizer, path / "optimizer")
-        except OptimizerStateError as error:
-            return str(error)
-        return None

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drafter_trainer.buffer import TraceBuffer
+from drafter_trainer.buffer import Piece, TraceBuffer
+from drafter_trainer.hedge import tracking_weights
 from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.unroll import Unrolled
+from drafter_trainer.unroll import Interrupted, Unrolled
 from rollout.drafters.eagle3_model import Eagle3Model
 
 _JUDGED = 4  # micro-batches that judge a drafter
@@ -32,6 +33,7 @@ class LearnerReport:
         approved: Updates in weights that did better than the serving ones on what was kept back and wait to be served; 0 for none.
         serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the last one judged.
         snapshot_seconds: What a snapshot of the drafter took of the step's time.
+        ensemble: Weight of each drafter that is trained, see `tracking_weights`; one weight where there is one drafter.
     """
 
     updates: int = 0
@@ -44,6 +46,7 @@ class LearnerReport:
     serving_length: float = 0.0
     candidate_length: float = 0.0
     snapshot_seconds: float = 0.0
+    ensemble: list[float] = field(default_factory=list)
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
         """Adds an update to the means."""
@@ -62,8 +65,11 @@ class SpotTrainer:
     policy moves, so both are judged anew each step): a bad update never slows rollouts. What was approved is a copy; training goes
     on from the newest weights, until they were clearly worse three times in a row: then from the approved ones.
 
+    With several learners every batch goes to each in turn, and what is proposed is the one that has lately done best
+    (`tracking_weights`): an ensemble of drafters, as OnlineSpec keeps one (Qian et al., arXiv 2603.12617).
+
     Args:
-        learner: With the newest weights.
+        learners: With the newest weights, and an optimizer each; of the same shape and vocabulary.
         buffer: Traces.
         budget: Anchors of a micro-batch: what a stop may have to wait for.
         judge_every: Updates between two judgements.
@@ -71,71 +77,132 @@ class SpotTrainer:
     """
 
     def __init__(
-        self, learner: DrafterLearner, buffer: TraceBuffer, *, budget: int, judge_every: int = 8, likeliest: bool = True
+        self,
+        learners: Sequence[DrafterLearner],
+        buffer: TraceBuffer,
+        *,
+        budget: int,
+        judge_every: int = 8,
+        likeliest: bool = True,
     ) -> None:
-        self.learner, self.buffer = learner, buffer
+        self.learners, self.buffer = learners, buffer
         self._budget, self._judge_every, self._likeliest = budget, judge_every, likeliest
-        self.serving = _frozen_copy(learner.model)
-        self.approved = _frozen_copy(learner.model)
-        self._unjudged = self._unserved = self._proposed = self._worse = 0
+        self.replace_model()
+
+    def replace_model(self) -> None:
+        """Serves the learners' model as it is: at the start, and when it has got another draft vocabulary."""
+        self.weights = [1 / len(self.learners)] * len(self.learners)
+        self.serving, self.approved = _frozen_copy(self.learner.model), _frozen_copy(self.learner.model)
+        self._unjudged = self._unserved = self._proposed = 0
+        self._worse = [0] * len(self.learners)
+
+    @property
+    def learner(self) -> DrafterLearner:
+        """The one that has lately done best."""
+        return self.learners[self._best]
+
+    @property
+    def _best(self) -> int:
+        return self.weights.index(max(self.weights))
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
-        """Trains until ``stop()`` or until this step's passes are through. ``stop`` is asked before every micro-batch, judged or
-        trained on."""
+        """Trains until ``stop()`` or until this step's passes are through.
+
+        ``stop`` is asked before every micro-batch, judged or trained on, and in training at every draft position, forward and back.
+        Within a step, a micro-batch that was broken off comes first next time.
+        """
         report = LearnerReport()
         started = time.perf_counter()
-        serving = self._judge(self.serving, stop)
-        if serving is not None:
-            report.serving_length = _mean(serving)
-            self._train(report, serving, stop)
-        report.approved = self._proposed
+        self._train(report, stop)
+        report.approved, report.ensemble = self._proposed, list(self.weights)
         report.seconds = time.perf_counter() - started
         return report
 
-    def _train(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> None:
+    def _train(self, report: LearnerReport, stop: Callable[[], bool]) -> None:
+        serving: torch.Tensor | None = None  # judged anew in every stretch, once there is something to compare it with
         while not stop():
             pieces = self.buffer.next_batch(self._budget) if self._unjudged < self._judge_every else None
             if pieces is None:
-                if not self._unjudged or not self._approve(report, serving, stop):
+                serving = self._judge(self.serving, stop) if serving is None and self._unjudged else serving
+                if serving is None or not self._unjudged or not self._approve(report, serving, stop):
                     return
                 continue
-            outcome = self.learner.update(pieces, [self.buffer.weight(p.entry) for p in pieces])
+            try:
+                updated = self._learn(pieces, report, stop)
+            except Interrupted:
+                self.buffer.put_back(pieces)
+                return
+            if updated:
+                self._unjudged += 1
+                self._unserved += 1
+
+    def _learn(self, pieces: Sequence[Piece], report: LearnerReport, stop: Callable[[], bool]) -> bool:
+        """An update of every learner, in turns of who is first; those not reached when it must stop leave the batch out.
+
+        Raises:
+            Interrupted: when the first had to stop.
+        """
+        weights = [self.buffer.weight(p.entry) for p in pieces]
+        first, updated = self._unserved % len(self.learners), False
+        for learner in (*self.learners[first:], *self.learners[:first]):
+            try:
+                outcome = learner.update(pieces, weights, stop)
+            except Interrupted:
+                if updated:
+                    break
+                raise
             if outcome is None:
                 report.skipped += 1
                 continue
             report.note(outcome, sum(p.end - p.begin for p in pieces))
-            self._unjudged += 1
-            self._unserved += 1
+            updated = True
+        return updated
 
     def _judge(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
         """Expected acceptance length of each sequence kept back; empty without any, None when told to stop."""
-        judged = [torch.zeros(0)]
+        judged = []
         for pieces in self.buffer.held_out_batches(self._budget, _JUDGED):
             if stop():
                 return None
             drawn, likeliest = self.learner.evaluate(pieces, model).by_piece
-            judged.append(likeliest if self._likeliest else drawn)
-        return torch.cat(judged)
+            judged.append((likeliest if self._likeliest else drawn).cpu())
+        return torch.cat(judged) if judged else torch.zeros(0)
 
     def _approve(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> bool:
         """Judges the newest weights. Returns whether there was time for it."""
-        candidate = self._judge(self.learner.model, stop)
-        if candidate is None:
-            return False
+        candidates = []
+        for learner in self.learners:
+            judged = self._judge(learner.model, stop)
+            if judged is None:
+                return False
+            candidates.append(judged)
         self._unjudged = 0
-        report.candidate_length = _mean(candidate)
-        if report.candidate_length > report.serving_length or not len(candidate):
+        report.serving_length = _mean(serving)
+        lengths = [_mean(judged) for judged in candidates]
+        self.weights = tracking_weights(self.weights, lengths)
+        report.candidate_length = lengths[self._best]
+        better = report.candidate_length > report.serving_length or not len(serving)
+        if better:
             _copy_weights(self.learner.model, self.approved)
-            self._proposed, self._worse = self._unserved, 0
-            return True
-        # a judgement of a few sequences is uncertain: only what is worse by two standard errors is held against the newest weights
-        differences = (candidate - serving)[candidate.isfinite()]
-        certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-        self._worse = self._worse + 1 if float(differences.mean()) < -certain else 0
-        if self._worse == _PATIENCE:
-            _copy_weights(self.approved, self.learner.model)
-            self._worse, self._unserved = 0, self._proposed
+            self._proposed = self._unserved
+        for number, judged in enumerate(candidates):
+            if better and number == self._best:
+                self._worse[number] = 0
+            else:
+                self._hold_against(number, judged - serving)
         return True
+
+    def _hold_against(self, number: int, differences: torch.Tensor) -> None:
+        """A learner that was worse three times in a row goes on from the approved weights. A judgement of a few sequences is
+        uncertain: only what is worse by two standard errors counts."""
+        differences = differences[differences.isfinite()]
+        certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        self._worse[number] = self._worse[number] + 1 if float(differences.mean()) < -certain else 0
+        if self._worse[number] == _PATIENCE:
+            _copy_weights(self.approved, self.learners[number].model)
+            self._worse[number] = 0
+            if number == self._best:
+                self._unserved = self._proposed
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -144,18 +211,14 @@ class SpotTrainer:
         Args:
             tensors: In the order of the model's parameters.
         """
-        for served, approved, newest, mean in zip(
-            self.serving.parameters(), self.approved.parameters(), self.learner.model.parameters(), tensors, strict=True
-        ):
-            newest.add_(mean - approved)
+        newest = zip(*(learner.model.parameters() for learner in self.learners), strict=True)
+        for served, approved, own, mean in zip(self.serving.parameters(), self.approved.parameters(), newest, tensors, strict=True):
+            change = mean - approved
+            for parameter in own:
+                parameter.add_(change)
             approved.copy_(mean)
             served.copy_(mean)
         self._proposed, self._unserved = 0, self._unjudged
-
-    def replace_model(self) -> None:
-        """The learner's model has another draft vocabulary: it is served as it is."""
-        self.serving, self.approved = _frozen_copy(self.learner.model), _frozen_copy(self.learner.model)
-        self._unjudged = self._unserved = self._proposed = 0
 
 
 def _mean(by_piece: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,17 @@ class Unrolled:
     by_piece: torch.Tensor
 
 
-def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch, objective: Objective) -> Unrolled:
+class Interrupted(Exception):
+    """An update was broken off; weights are as they were."""
+
+
+def unrolled_loss(
+    model: Eagle3Model,
+    embed_tokens: nn.Module,
+    batch: DraftBatch,
+    objective: Objective,
+    check: Callable[[], None] | None = None,
+) -> Unrolled:
     """Loss over several draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2, figure
     6).
 
@@ -71,6 +82,7 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
         embed_tokens: The target's input embedding, frozen.
         batch: From `pack`.
         objective: What to train for.
+        check: Called at every draft position of the forward, and again of the backward pass; may raise `Interrupted`.
     """
     anchors = len(batch.at)
     counted = batch.trained[batch.at]
@@ -89,6 +101,8 @@ def unrolled_loss(model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch
             values = LOSSES[objective.loss](draft.logits_aside(), batch.aside_teacher)
             total = total + objective.on_policy * (values * anchor_weights[batch.aside[:, 0]]).sum()
         draft.advance()
+        if check is not None:
+            draft.watch(check)
         target = batch.at + 1 + step
         counted = counted & batch.trained[target]
         rows = counted.nonzero()[:, 0]
@@ -142,6 +156,12 @@ class _Unroll:
         embeds = self._embed(batch.tokens[batch.at + 1 + step])
         self._hidden = self._model.step(embeds, self._hidden, (batch.positions + step)[None], self._attention)
         self._step += 1
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Calls ``check`` now, and when the backward pass comes by."""
+        check()
+        if self._hidden.requires_grad:
+            self._hidden.register_hook(lambda _: check())
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """[M, W] of anchors int64 [M] at the present position."""

@@ -13,6 +13,7 @@
 - ``selection``: the bandit against every fixed strategy, and whole batches against Amdahl's bound.
 - ``losses``: distillation losses for a fixed time of training each, and what collecting their data costs a rollout.
 - ``idle``: a recipe with its drafter frozen, and trained on idle ranks: what a step costs, and how acceptance develops.
+- ``online``: ways to learn online on one moving policy, and what each loses against the best fixed drafter in hindsight.
 - ``served``: a run's drafter in vLLM (after ``make peers``), its acceptance beside the engine's.
 - ``plots``: draws the pictures of these anew from benchmarks/*.json.
 - ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
@@ -90,6 +91,13 @@ def main() -> None:
     idle.add_argument("--runs", type=Path, default=Path("runs/idle"), help="where the runs go")
     idle.add_argument("--out", type=Path, default=Path("benchmarks/idle"))
     idle.add_argument("overrides", nargs="*", help="key=value")
+    online = commands.add_parser("online", help="online learners beside each other, and their regret")
+    online.add_argument("--config", required=True)
+    online.add_argument("--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py")
+    online.add_argument("--seconds", type=float, default=2.0, help="of training each has after a step's rollouts")
+    online.add_argument("--runs", type=Path, default=Path("runs/online"), help="where the run goes")
+    online.add_argument("--out", type=Path, default=Path("benchmarks/online"))
+    online.add_argument("overrides", nargs="*", help="key=value")
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args()
     COMMANDS[args.command](args)

@@ -64,7 +64,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     with Tracker(config, run, accelerator.is_main_process) as tracker:
         tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
-        Trainer(config, run, accelerator, checkpoint).run(tracker)
+        Trainer(config, run, accelerator, checkpoint, tracker).run()
         if accelerator.is_main_process:
             finish(config, run, tracker)
     accelerator.wait_for_everyone()

@@ -206,6 +206,23 @@ def compare_idle(args: argparse.Namespace) -> None:
 
     frozen, trained = rows = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print)
     print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
+    print(f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ", end="")
+    print(f"{trained.update_longer:+.1%}; a snapshot takes {1e3 * trained.snapshot:.0f} ms of a step")
+    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_online(args: argparse.Namespace) -> None:
+    """Online learners beside each other on one moving policy."""
+    from rl.bench_online import compare_online
+    from rl.bench_report import write_rows
+    from rl.config import load_config
+    from rl.machine import fit_process
+
+    fit_process(local_world_size=1)
+    rows = compare_online(load_config(args.config, args.overrides), args.start, args.seconds, args.runs, print)
+    for row in rows:
+        mean = sum(row.lengths) / len(row.lengths)
+        print(f"{row.variant:<50} {row.updates:>4} updates  mean length {mean:.3f}  regret {row.regret[-1]:+.2f}")
     write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
 
 
@@ -255,6 +272,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "plots": draw_plots,
     "served": compare_served,
     "idle": compare_idle,
+    "online": compare_online,
     "losses": compare_losses,
     "gpu-rl": compare_speculation_end_to_end,
 }

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rl.bench import RolloutBench, Workload
 from rl.config import RunConfig
-from rl.rollouts import stable_seed
+from rl.prompts import stable_seed
 from rl.warmup import fine_tune
 from rollout import PLAIN, Request, RolloutEngine, Strategy, mean_acceptance_length
 from rollout.drafters import DraftRules, Eagle3Drafter, SuffixDrafter

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
+from typing import Any
 
 from rl.bench_runs import mean, quarters, train_recipe
 
@@ -23,6 +25,10 @@ class IdleRow:
         updates: Of the drafter.
         acceptance: Acceptance length by quarter of the run.
         reward: Mean reward by quarter.
+        snapshot: Mean seconds that a snapshot of the drafter takes of a step which makes one.
+        longer, longer_error: By how much a step is longer than the same one of the frozen run: mean of the pairs' differences as a
+            share of the frozen run's mean step, and its standard error.
+        update_longer: The same of the policy's update alone, the yardstick: training is over by then.
     """
 
     schedule: str
@@ -34,6 +40,10 @@ class IdleRow:
     updates: int
     acceptance: list[float]
     reward: list[float]
+    snapshot: float = 0.0
+    longer: float = 0.0
+    longer_error: float = 0.0
+    update_longer: float = 0.0
 
 
 def compare_idle(
@@ -44,24 +54,44 @@ def compare_idle(
     Raises:
         UserError: when a run fails, with its last line.
     """
-    rows = []
+    rows: list[IdleRow] = []
+    frozen: list[dict[str, Any]] = []
     for schedule in ("never", "idle"):
         options = [*overrides, f"drafter.start={start}", f"drafter.schedule={schedule}", "measure.plain_every=0"]
         metrics = train_recipe(config, options, out / schedule, ranks)
-        timed = metrics[1:] or metrics
-        training = sum(m["drafter/seconds"] for m in metrics)
-        row = IdleRow(
-            schedule=schedule,
-            step=mean([m["time/step"] for m in timed]),
-            rollout=mean([m["rollout/seconds"] for m in timed]),
-            training=training,
-            inside=sum(m["drafter/seconds_off_path"] for m in metrics) / training if training else 1.0,
-            on_path=mean([m["drafter/seconds_on_path"] for m in timed]),
-            updates=sum(m.get("drafter/updates", 0) for m in metrics),
-            acceptance=quarters([m["rollout/acceptance_length"] for m in metrics]),
-            reward=quarters([m["reward/mean"] for m in metrics]),
-        )
+        frozen = frozen or metrics
+        row = idle_row(schedule, metrics, frozen)
         say(f"{schedule}: a step {row.step:.2f} s, {row.updates} updates, {row.inside:.0%} of training in idle time")
         say(f"{schedule}: acceptance length by quarter {', '.join(f'{a:.2f}' for a in row.acceptance)}")
         rows.append(row)
     return rows
+
+
+def idle_row(schedule: str, metrics: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> IdleRow:
+    """A run's row beside the frozen run's metrics, step by step; the first step is left out of times."""
+    timed, beside = metrics[1:] or metrics, frozen[1:] or frozen
+    training = sum(m["drafter/seconds"] for m in metrics) if schedule != "never" else 0.0
+    longer, error = _paired(timed, beside, "time/step")
+    return IdleRow(
+        schedule=schedule,
+        step=mean([m["time/step"] for m in timed]),
+        rollout=mean([m["rollout/seconds"] for m in timed]),
+        training=training,
+        inside=sum(m["drafter/seconds_off_path"] for m in metrics) / training if training else 1.0,
+        on_path=mean([m["drafter/seconds_on_path"] for m in timed]),
+        updates=sum(m.get("drafter/updates", 0) for m in metrics),
+        acceptance=quarters([m["rollout/acceptance_length"] for m in metrics]),
+        reward=quarters([m["reward/mean"] for m in metrics]),
+        snapshot=mean([s for m in metrics if (s := m["drafter/snapshot_seconds"]) > 0] or [0.0]),
+        longer=longer,
+        longer_error=error,
+        update_longer=_paired(timed, beside, "time/update")[0],
+    )
+
+
+def _paired(metrics: list[dict[str, Any]], beside: list[dict[str, Any]], key: str) -> tuple[float, float]:
+    """Mean difference as a share of the other run's mean, and its standard error."""
+    differences = [a[key] - b[key] for a, b in zip(metrics, beside, strict=True)]
+    scale = mean([b[key] for b in beside])
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+    return mean(differences) / scale, error / scale

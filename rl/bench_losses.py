@@ -80,7 +80,7 @@ def compare_losses(bench: RolloutBench, seconds: float, sequences: int, say: Cal
         buffer = TraceBuffer(passes=_ENDLESS, seed=0)
         buffer.begin_step()
         buffer.add(rollouts)
-        spot = SpotTrainer(learner, buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS)
+        spot = SpotTrainer([learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS)
         end = time.perf_counter() + seconds
         with torch.enable_grad():
             report = spot.run(partial(_is_over, end))

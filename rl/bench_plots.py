@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """A picture beside each of the drafters, sharing, positions, verifiers, selection and idle files that is there."""
+    """A picture beside each of the drafters, sharing, positions, verifiers, selection, idle and online files that is there."""
     drawers = {
         "drafters": _drafters,
         "sharing": _sharing,
@@ -24,6 +24,7 @@ def draw_all(folder: Path) -> list[Path]:
         "verifiers": _verifiers,
         "selection": _selection,
         "idle": _idle,
+        "online": _online,
     }
     drawn = []
     for name, drawer in drawers.items():
@@ -127,4 +128,16 @@ def _idle(tables: dict[str, Rows]) -> plt.Figure:
     for ax, name in zip(axes, ("acceptance length", "reward"), strict=True):
         ax.set(xlabel="quarter of the run", ylabel=name, xticks=range(1, 5))
         ax.legend(fontsize=8)
+    return figure
+
+
+def _online(tables: dict[str, Rows]) -> plt.Figure:
+    figure, (lengths, regret) = plt.subplots(1, 2, figsize=(9, 3.5), dpi=90)
+    for row in tables["rows"]:
+        lengths.plot(row["lengths"], label=row["variant"], lw=1)
+        regret.plot(row["regret"], label=row["variant"], lw=1)
+    lengths.set(xlabel="step", ylabel="expected acceptance length when served")
+    regret.set(xlabel="step", ylabel="regret to the best fixed drafter")
+    regret.axhline(0, color="grey", lw=0.8)
+    regret.legend(fontsize=6)
     return figure

@@ -84,8 +84,9 @@ class Watching:
         self.accepted += float((outcome.accepted[real] > 0).sum())
         self.seen += float(real.sum())
         # one sequence of each step: the first tokens of all would be the easiest
-        candidates = real.nonzero()[:, 0].tolist() if len(self.pairs) < self._keep else []
-        for row in candidates[self._calls % max(len(candidates), 1) :][:1]:
+        candidates = real.nonzero()[:, 0].tolist()
+        if candidates and len(self.pairs) < self._keep:
+            row = candidates[self._calls % len(candidates)]
             rest = 1 - float(p[row, ids[row]].sum(dtype=torch.float64))
             # what the drafter cannot draft is one token of no draft mass: neither verifiers nor bounds tell it apart
             target = np.append(p[row, ids[row]].double().numpy(), max(rest, 0.0))

@@ -198,6 +198,8 @@ class DrafterConfig:
             keeps the drafter as it is.
         least_idle_ranks: Idle ranks from which on those train.
         lr: AdamW's learning rate; warmup_drafter.py begins with three times that.
+        ensemble: Learning rates of drafters that are trained side by side, as multiples of ``lr``; the one that has lately done
+            best is proposed (OnlineSpec). They share the time for training; each takes the memory of a drafter and its optimizer.
         optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
         loss: ``fkl``, ``rkl``, ``jsd``, ``tvd``, ``tvd++``, ``log_acceptance`` or ``length``.
         unroll: Draft positions trained on (training-time test).
@@ -224,6 +226,7 @@ class DrafterConfig:
     schedule: Literal["idle", "always", "never"] = "idle"
     least_idle_ranks: int = 1
     lr: float = 1e-4
+    ensemble: tuple[float, ...] = (1.0,)
     optimistic: bool = False
     loss: Literal["fkl", "rkl", "jsd", "tvd", "tvd++", "log_acceptance", "length"] = "fkl"
     unroll: int = 3
@@ -357,6 +360,10 @@ def check(config: RunConfig) -> None:
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
+        (
+            len(d.ensemble) > 0 and all(multiple > 0 for multiple in d.ensemble),
+            f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one drafter",
+        ),
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
         (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
         (

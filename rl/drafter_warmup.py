@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 
 from drafter_trainer.checkpoint import save_drafter
 from drafter_trainer.optimizer_state import save_optimizer
+from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
 from rl.config import RunConfig
 from rl.errors import UserError
@@ -74,11 +76,10 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
 
     asked = 0
 
-    def stop() -> bool:
+    def stop(spot: SpotTrainer) -> bool:
         nonlocal asked
-        assert worker.spot is not None
-        for group in worker.spot.learner.optimizer.param_groups:
-            group["lr"] = config.drafter.lr * max(_FIRST_LR * (1 - spent()), _LAST_LR)
+        for learner in spot.learners:
+            learner.scale_rate(max(_FIRST_LR * (1 - spent()), _LAST_LR))
         asked += 1
         return spent() >= 1 and asked > _LEAST_ASKED
 
@@ -86,25 +87,22 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
         done = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
         report.sampling_seconds += done.seconds
         texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
-        if worker.needs_drafter:
-            worker.create_drafter(choose_vocabulary(texts, size, vocab))
-        assert worker.spot is not None
-        report.coverage = coverage(texts, worker.spot.learner.model.vocabulary)
+        spot = worker.spot or worker.create_drafter(choose_vocabulary(texts, size, vocab))
+        report.coverage = coverage(texts, spot.serving.vocabulary)
         worker.learn_from(done, [0.0] * len(done.rollouts))
-        trained = worker.train_drafter(stop)
+        trained = worker.train_drafter(partial(stop, spot))
         report.rounds += 1
         report.updates += trained.updates
         report.tokens += trained.tokens
         report.training_seconds += trained.seconds
         if trained.approved:
-            worker.spot.adopt([p.detach().clone() for p in worker.spot.approved.parameters()])
+            spot.adopt([p.detach() for p in spot.approved.parameters()])
             worker.take_over_drafter()
             report.curve.append((time.perf_counter() - started, trained.candidate_length))
         say(f"{60 * minutes * spent():5.0f} s  {report.updates} updates  expected acceptance length {trained.candidate_length:.2f}")
-    assert worker.spot is not None
     report.greedy, report.sampled = (_measure(worker, config, t) for t in (0.0, config.rollout.temperature))
-    save_drafter(worker.spot.serving, out, torch.float32)
-    save_optimizer(worker.spot.learner.optimizer, out / "optimizer")
+    save_drafter(spot.serving, out, torch.float32)
+    save_optimizer(spot.learner.optimizer, out / "optimizer")
     return report
 
 

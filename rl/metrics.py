@@ -128,6 +128,8 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if judged:
             for name in ("serving_length", "candidate_length"):
                 metrics[f"drafter/{name}"] = float(np.mean([t[name] for t in judged]))
+    if trained and len(trained[0]["ensemble"]) > 1:
+        metrics["drafter/ensemble"] = np.mean([t["ensemble"] for t in trained], axis=0).tolist()
     metrics["drafter/snapshot_seconds"] = max(r["drafter"]["snapshot_seconds"] for r in ranks)
     metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
     return metrics

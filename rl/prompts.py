@@ -1,7 +1,8 @@
-"""Questions to token ids."""
+"""Questions to token ids and seeds."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 
@@ -27,3 +28,9 @@ def stop_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids))
+
+
+def stable_seed(run_seed: int, step: int, key: str, sample: int) -> int:
+    """A 63-bit seed that is equal on every machine and after a resume."""
+    digest = hashlib.blake2b(f"{run_seed}/{step}/{key}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from drafter_trainer.buffer import TraceBuffer
 from drafter_trainer.initial import initial_drafter
-from drafter_trainer.learner import DrafterLearner
 from drafter_trainer.spot import LearnerReport, SpotTrainer
-from drafter_trainer.unroll import Objective
 from drafter_trainer.vocabulary import move_vocabulary
 from rl.config import RunConfig, draft_rules
+from rl.distillation import reward_weights, spot_trainer, trace_buffer
 from rl.errors import UserError
 from rl.policies import fetch_policy, load_policy
-from rl.prompts import encode_prompt, stop_token_ids
+from rl.prompts import encode_prompt, stable_seed, stop_token_ids
 from rl.tasks import Problem
 from rollout import (
     PLAIN,
@@ -91,18 +88,7 @@ class RolloutWorker:
             stop_token_ids=stop_token_ids(tokenizer, policy.generation_config),
             stop_strings=r.stop_strings,
         )
-        d = config.drafter
-        self.buffer = TraceBuffer(
-            memory_tokens=d.memory_tokens,
-            disk_tokens=d.disk_tokens,
-            spill=Path(config.out) / f"traces-{rank}",
-            previous_steps=d.previous_steps,
-            previous_share=d.previous_share,
-            age_decay=d.age_decay,
-            held_out_every=d.held_out_every,
-            passes=d.passes,
-            seed=stable_seed(config.seed, 0, "drafter", rank),
-        )
+        self.buffer = trace_buffer(config, rank)
         self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
         self._use_strategy()
@@ -200,27 +186,13 @@ class RolloutWorker:
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
         done.plain_identical = sum(same) / len(same)
 
-    def create_drafter(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> None:
-        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``, with its trainer."""
-        d = self.config.drafter
+    def create_drafter(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> SpotTrainer:
+        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``. Returns its trainer."""
         if model is None:
             assert vocabulary is not None and self._drafter_config is not None
             model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
-        enabled = self.config.policy.mixed_precision == "bf16"
-        device = self._policy.device.type
-        learner = DrafterLearner(
-            model.to(self._policy.device),
-            self._policy.get_input_embeddings(),
-            self._policy.get_output_embeddings(),
-            Objective(d.loss, d.unroll, d.decay, d.mask_top, d.feedback_only, d.on_policy),
-            lr=d.lr,
-            optimistic=d.optimistic,
-            temperature=self.config.rollout.temperature,
-            autocast=lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=enabled),
-        )
-        likeliest = self.config.speculation.draw == "likeliest"
-        budget = d.tokens_per_microbatch
-        self.spot = SpotTrainer(learner, self.buffer, budget=budget, judge_every=d.judge_every, likeliest=likeliest)
+        spot = spot_trainer(self.config, self._policy, model, self.buffer)
+        self.spot = spot
         self._parts.eagle3 = self.spot.serving
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
         drafter = self.engine.drafters["eagle3"]
@@ -228,11 +200,12 @@ class RolloutWorker:
         self._drafter = drafter
         if self.config.speculation.strategy != "adaptive":
             self._use_strategy()
+        return spot
 
     def learn_from(self, done: RankRollouts, rewards: Sequence[float]) -> None:
         """Hands the step's traces to the drafter's buffer."""
         self.buffer.begin_step()
-        self.buffer.add(done.rollouts, _reward_weights(rewards, self.config.drafter.reward_weight))
+        self.buffer.add(done.rollouts, reward_weights(rewards, self.config.drafter.reward_weight))
 
     def train_drafter(self, stop: Callable[[], bool]) -> LearnerReport:
         """Trains on the traces of recent steps until ``stop()``, or until the step's passes are through."""
@@ -242,8 +215,8 @@ class RolloutWorker:
         """The drafter drafts other tokens from now on; what it knows of those that stay is kept."""
         if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
             return
-        learner = self.spot.learner
-        move_vocabulary(learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings())
+        for learner in self.spot.learners:
+            move_vocabulary(learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings())
         self.spot.replace_model()
 
     def take_over_drafter(self) -> str | None:
@@ -257,20 +230,3 @@ class RolloutWorker:
         for name in _WITH_WEIGHTS & self.engine.drafters.keys():
             self.engine.speculation.selector.drafter_changed(name)
         return None
-
-
-def _reward_weights(rewards: Sequence[float], strength: float) -> list[float]:
-    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to 2 times."""
-    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
-    if strength == 0 or high == low:
-        return [1.0] * len(rewards)
-    mean = sum(rewards) / len(rewards)
-    return [max(1 + 2 * strength * (reward - mean) / (high - low), 0.0) for reward in rewards]
-
-
-def stable_seed(run_seed: int, step: int, key: str, sample: int) -> int:
-    """A 63-bit seed that is equal on every machine and after a resume."""
-    import hashlib
-
-    digest = hashlib.blake2b(f"{run_seed}/{step}/{key}/{sample}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1

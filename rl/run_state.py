@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from drafter_trainer.checkpoint import save_drafter
 from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, save_optimizer
 from rl.errors import UserError
 from rl.policies import copy_tokenizer
@@ -92,21 +92,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
     try:
         load_optimizer(optimizer, stem)
     except OptimizerStateError as error:
-        raise UserError(str(error)) from None
-
-
-def load_checkpoint_drafter(checkpoint: Checkpoint, vocab_size: int, hidden_size: int) -> Eagle3Model | None:
-    """The checkpoint's drafter, or None when the run had none yet.
-
-    Raises:
-        UserError: when it is there but broken.
-    """
-    path = checkpoint.path / "drafter"
-    if not path.is_dir():
-        return None
-    try:
-        return load_drafter(path, vocab_size, hidden_size)
-    except DrafterError as error:
         raise UserError(str(error)) from None
 
 

@@ -15,11 +15,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoTokenizer
 
-from drafter_trainer.checkpoint import DrafterError, load_drafter
-from drafter_trainer.coordinator import Coordinator, connect_store
-from drafter_trainer.snapshots import DrafterSnapshots
-from drafter_trainer.spot import LearnerReport
-from drafter_trainer.vocabulary import choose_vocabulary
 from rl.algorithms.grpo import group_advantages
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
@@ -32,11 +27,11 @@ from rl.rollouts import RankRollouts, RolloutWorker
 from rl.run_state import (
     Checkpoint,
     keep_first_lines,
-    load_checkpoint_drafter,
     load_selector_state,
     restore_optimizer,
     save_checkpoint,
 )
+from rl.shared_drafter import SharedDrafter
 from rl.tasks import load_task
 from rl.tracking import Tracker
 from rl.update import PolicyUpdater, Scored
@@ -52,10 +47,13 @@ class Trainer:
         run: The run's directory, which exists.
         accelerator: Of this process.
         checkpoint: To go on from, or None.
+        tracker: Where metrics and lines go.
     """
 
-    def __init__(self, config: RunConfig, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None) -> None:
-        self.config, self.run_dir, self.accelerator = config, run, accelerator
+    def __init__(
+        self, config: RunConfig, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None, tracker: Tracker
+    ) -> None:
+        self.config, self.run_dir, self.accelerator, self.tracker = config, run, accelerator, tracker
         if config.rollout.prompts_per_step % accelerator.num_processes:
             raise UserError(
                 f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
@@ -67,16 +65,13 @@ class Trainer:
         weights = self.source if checkpoint is None else checkpoint.path / "policy"
         self.policy = load_policy(weights, accelerator.device)
         self.worker = RolloutWorker(config, self.policy, self.tokenizer, accelerator.process_index)
-        ranks = accelerator.num_processes
-        self.coordinator = Coordinator(connect_store(ranks), ranks, config.drafter.least_idle_ranks)
+        self.drafter = SharedDrafter(config.drafter, self.worker, accelerator, run, tracker.say)
         self.updater, self.optimizer = self._build_updater()
         self.first_step = 0
-        self.snapshots = DrafterSnapshots(run / "drafters", config.drafter.snapshots)
-        self._problems: list[str] = []
         if checkpoint is not None:
             self._resume(checkpoint)
-        elif config.drafter.start is not None and self.worker.needs_drafter:
-            self._start_drafter(Path(config.drafter.start))
+        else:
+            self.drafter.start()
 
     def _build_updater(self) -> tuple[PolicyUpdater, torch.optim.Optimizer]:
         update = self.config.update
@@ -91,24 +86,9 @@ class Trainer:
         model, wrapped = self.accelerator.prepare(module, optimizer)
         return PolicyUpdater(self.accelerator, model, wrapped, update, self.config.rollout.temperature, reference), wrapped
 
-    def _start_drafter(self, path: Path) -> None:
-        """From a directory; with its optimizer's state where that is there."""
-        text = self.policy.config.get_text_config()
-        try:
-            self.worker.create_drafter(None, load_drafter(path, text.vocab_size, text.hidden_size))
-        except DrafterError as error:
-            raise UserError(f"drafter.start: {error}") from None
-        assert self.worker.spot is not None
-        optimizer = self.worker.spot.learner.optimizer
-        if (path / "optimizer.json").is_file():
-            restore_optimizer(optimizer, path / "optimizer")
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.drafter.lr
-
     def _resume(self, checkpoint: Checkpoint) -> None:
         restore_optimizer(self.optimizer, checkpoint.path / "optimizer")
-        if self.worker.needs_drafter:
-            self._resume_drafter(checkpoint)
+        self.drafter.resume(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
             try:
@@ -120,48 +100,29 @@ class Trainer:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)
 
-    def _resume_drafter(self, checkpoint: Checkpoint) -> None:
-        """The newest whole snapshot, also one made after the checkpoint: a drafter that is ahead costs acceptance at most."""
-        text = self.policy.config.get_text_config()
-        found, self._problems = self.snapshots.newest(text.vocab_size, text.hidden_size)
-        if found is not None and found[0] >= checkpoint.steps_done:
-            self.worker.create_drafter(None, found[2])
-            assert self.worker.spot is not None
-            problem = self.snapshots.restore_optimizer(self.worker.spot.learner.optimizer, found[1])
-            self._problems += [] if problem is None else [problem]
-            return
-        drafter = load_checkpoint_drafter(checkpoint, text.vocab_size, text.hidden_size)
-        if drafter is not None:
-            self.worker.create_drafter(None, drafter)
-            assert self.worker.spot is not None
-            restore_optimizer(self.worker.spot.learner.optimizer, checkpoint.path / "drafter_optimizer")
-
-    def run(self, tracker: Tracker) -> None:
+    def run(self) -> None:
         """All remaining steps."""
-        for told in self._problems:
-            tracker.say(f"drafter: {told}")
         for step in range(self.first_step, self.config.steps):
-            metrics, timeline = self.step(step, tracker)
-            tracker.log(step, metrics, timeline)
-            tracker.say(_line(step, self.config.steps, metrics))
+            metrics, timeline = self.step(step)
+            self.tracker.log(step, metrics, timeline)
+            self.tracker.say(_line(step, self.config.steps, metrics))
             last = step + 1 == self.config.steps
             if last or (step + 1) % self.config.save_every == 0:
                 self._save(step + 1)
-        if (problem := self.snapshots.wait()) is not None:
-            tracker.say(f"drafter: {problem}")
+        self.drafter.finish()
 
-    def step(self, step: int, tracker: Tracker) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
         clock = _Clock(self.accelerator)
         mine = self.task.batch(step, self.config.rollout.prompts_per_step)[
             self.accelerator.process_index :: self.accelerator.num_processes
         ]
-        self.coordinator.begin(step)
+        self.drafter.coordinator.begin(step)
         with clock.phase("rollout"):
-            progress = tracker.rollout_progress(step, len(mine) * self.config.rollout.group_size)
+            progress = self.tracker.rollout_progress(step, len(mine) * self.config.rollout.group_size)
 
             def on_step(record: StepRecord) -> None:
-                self.coordinator.beat()
+                self.drafter.coordinator.beat()
                 progress(record)
 
             done = self.worker.rollout(mine, step, on_step)
@@ -169,9 +130,8 @@ class Trainer:
         with clock.phase("score"):
             rewards = self._score(done)
             advantages = group_advantages(torch.tensor(rewards), self.config.rollout.group_size, self.config.update.scale_by_std)
-            self.worker.learn_from(done, rewards)
         with clock.phase("drafter"):
-            learner = self._train_drafter(tracker)
+            learner = self.drafter.train(done, rewards)
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
         if self.config.measure.plain_every and (step + 1) % self.config.measure.plain_every == 0:
@@ -183,7 +143,7 @@ class Trainer:
             update = self.updater.run(_scored(done, advantages.tolist()), step)
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
-            self._share_drafter(done, learner, step, tracker)
+            self.drafter.share(done, learner, step)
         record = rank_record(done, rewards, advantages.tolist(), learner, update, clock.spans)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
@@ -194,51 +154,6 @@ class Trainer:
         questions = [p.question for p in done.problems]
         scores = self.reward(prompts=questions, completions=texts, problem=done.problems, answer=[p.answer for p in done.problems])
         return [0.0 if r.finish_reason is FinishReason.FAILED else s for r, s in zip(done.rollouts, scores, strict=True)]
-
-    def _train_drafter(self, tracker: Tracker) -> LearnerReport:
-        """While other ranks decode, or for whole passes, as the recipe has it."""
-        self.coordinator.idle()
-        if self.config.drafter.schedule == "never":
-            return LearnerReport()
-        if self.config.drafter.schedule == "always":
-            return self.worker.train_drafter(lambda: False)
-        self.coordinator.wait_until_training()
-        report = self.worker.train_drafter(lambda: not self.coordinator.may_train())
-        if (problem := self.coordinator.take_problem()) is not None:
-            tracker.say(f"drafter: {problem}")
-        return report
-
-    def _share_drafter(self, done: RankRollouts, report: LearnerReport, step: int, tracker: Tracker) -> None:
-        """Every rank drafts with the mean of what ranks have approved, by their updates. The first step's rollouts choose the
-        vocabulary."""
-        if self.worker.needs_drafter:
-            self.worker.create_drafter(self._vocabulary_of(done))
-            return
-        if self.worker.spot is None:
-            return
-        updates = sum(gather_object([report.approved]))
-        if updates:
-            share = report.approved / updates
-            parameters = self.worker.spot.approved.parameters()
-            self.worker.spot.adopt([self.accelerator.reduce(p.detach() * share, "sum") for p in parameters])
-        every = self.config.drafter.vocabulary_every
-        anew = every > 0 and (step + 1) % every == 0
-        if anew:
-            self.worker.change_vocabulary(self._vocabulary_of(done))
-        if not updates and not anew:
-            return
-        problems = [self.worker.take_over_drafter()]
-        if self.accelerator.is_main_process and self.config.drafter.snapshots:
-            problems.append(self.snapshots.save(step + 1, self.worker.spot.serving, self.worker.spot.learner.optimizer))
-            report.snapshot_seconds = self.snapshots.seconds
-        for problem in problems:
-            if problem is not None:
-                tracker.say(f"drafter: {problem}")
-
-    def _vocabulary_of(self, done: RankRollouts) -> torch.Tensor:
-        """The draft vocabulary that serves all ranks' rollouts of this step best."""
-        everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts])
-        return choose_vocabulary(everywhere, self.config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size)
 
     def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
         """The first completion of each prompt of rank 0, to read what the policy does."""

@@ -4,10 +4,10 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from drafter_trainer.checkpoint import load_drafter
@@ -16,8 +16,7 @@ from tests.test_end_to_end import finish, steps_of, train
 
 def workers_of(launcher: int) -> list[int]:
     """Process ids of a launcher's ranks, in the order in which they were started."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True, check=False)
-    return sorted(int(pid) for pid in listed.stdout.split())
+    return sorted(child.pid for child in psutil.Process(launcher).children())
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])

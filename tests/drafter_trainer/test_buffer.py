@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import pytest
 import torch
 
 from drafter_trainer.buffer import TraceBuffer
@@ -24,6 +23,18 @@ def through(buffer: TraceBuffer, budget: int) -> list[list]:
     while (batch := buffer.next_batch(budget)) is not None:
         batches.append(batch)
     return batches
+
+
+def test_what_is_put_back_comes_next_but_not_in_another_step():
+    buffer = TraceBuffer(held_out_every=0)
+    buffer.begin_step()
+    buffer.add([rollout(n) for n in (9, 12, 15)])
+    first = buffer.next_batch(10)
+    buffer.put_back(first)
+    assert buffer.next_batch(10) is first
+    buffer.put_back(first)
+    buffer.begin_step()
+    assert buffer.next_batch(10) is None
 
 
 def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
@@ -95,12 +106,3 @@ def test_a_disk_that_cannot_be_written_leaves_traces_out_and_goes_on(tmp_path):
     buffer.begin_step()
     buffer.add([rollout(n) for n in (25, 24, 23)])
     assert [e.trace.length for e in buffer.current] == [25]
-
-
-def test_weights_follow_rewards():
-    from rl.rollouts import _reward_weights
-
-    assert _reward_weights([0.0, 1.0], 0.0) == [1.0, 1.0]
-    assert _reward_weights([0.0, 1.0], 1.0) == [0.0, 2.0]
-    assert sum(_reward_weights([0.0, 0.5, 1.0], 0.5)) == pytest.approx(3.0)
-    assert _reward_weights([0.7, 0.7], 1.0) == [1.0, 1.0]

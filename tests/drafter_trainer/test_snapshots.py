@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer
 from drafter_trainer.snapshots import DrafterSnapshots
 from tests.support import tiny_eagle3, tiny_llama
 
@@ -38,7 +39,7 @@ def test_what_is_restored_is_what_was_saved_however_the_model_moved_on(tmp_path)
     (step, path, again), problems = snapshots.newest(97, 64)
     assert step == 3 and not problems and bool((again.fc.weight == 3).all())
     fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
-    assert snapshots.restore_optimizer(fresh, path) is None
+    load_optimizer(fresh, path / "optimizer")
     torch.testing.assert_close(fresh.state[again.fc.weight]["exp_avg"], optimizer.state[drafter.fc.weight]["exp_avg"])
 
 
@@ -54,7 +55,8 @@ def test_a_truncated_one_is_named_and_the_one_before_is_used(tmp_path):
     assert step == 1
     assert len(problems) == 1 and "step-2" in problems[0] and "truncated" in problems[0]
     (tmp_path / "step-1" / "optimizer.safetensors").write_bytes(b"")
-    assert "truncated" in snapshots.restore_optimizer(optimizer, tmp_path / "step-1")
+    with pytest.raises(OptimizerStateError, match="truncated"):
+        load_optimizer(optimizer, tmp_path / "step-1" / "optimizer")
 
 
 def test_a_failed_write_is_told_and_costs_nothing_else(tmp_path):
@@ -71,6 +73,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
+from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer
 from drafter_trainer.snapshots import DrafterSnapshots
 from tests.drafter_trainer.test_snapshots import trained
 torch.set_num_threads(1)

@@ -1,15 +1,20 @@
 """Training stops within a micro-batch, resumes, and serves only what does better."""
 
+import copy
 import gc
+import math
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed import HashStore, TCPStore
 
 from drafter_trainer.coordinator import Coordinator, connect_store
+from drafter_trainer.hedge import tracking_weights
 from drafter_trainer.initial import initial_drafter
 from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.vocabulary import move_vocabulary
@@ -29,10 +34,12 @@ def spot_for(setup, *, lr=3e-3, held_out_every=4, passes=8, **options) -> SpotTr
     model, engine, made = setup
     drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
     buffer = buffer_of(made, held_out_every=held_out_every, passes=passes)
-    return SpotTrainer(learner_for(drafter, model, lr=lr), buffer, budget=64, **options)
+    return SpotTrainer([learner_for(drafter, model, lr=lr)], buffer, budget=64, **options)
 
 
-JUDGING = 3  # how often `stop` is asked in a judgement: once for each batch of the four sequences kept back
+# how often `stop` is asked
+UPDATE = 1 + 2 * 3  # before an update, and at each of three draft positions, forward and back
+JUDGING = 3  # in a judgement: once for each batch of the four sequences kept back
 
 
 def after(calls: int):
@@ -52,11 +59,26 @@ def weights(model) -> torch.Tensor:
 
 def test_it_stops_within_a_microbatch_and_goes_on_where_it_stopped(rollouts):
     cut, whole = spot_for(rollouts, judge_every=1000), spot_for(rollouts, judge_every=1000)
-    reports = [cut.run(after(JUDGING + 3)) for _ in range(3)]
+    reports = [cut.run(after(3 * UPDATE)) for _ in range(3)]
     assert [r.updates for r in reports] == [3, 3, 3]
-    whole.run(after(JUDGING + 9))
-    assert whole.run(after(JUDGING - 1)).updates == 0  # also a judgement ends when it must
+    whole.run(after(9 * UPDATE))
     torch.testing.assert_close(weights(cut.learner.model), weights(whole.learner.model))
+
+
+def test_an_update_is_broken_off_anywhere_and_done_again(rollouts):
+    broken, whole = spot_for(rollouts, judge_every=1000), spot_for(rollouts, judge_every=1000)
+    for asked in range(1, UPDATE):  # the second update of each run is broken off, forward or back
+        assert broken.run(after(UPDATE + asked)).updates == 1
+    whole.run(after((UPDATE - 1) * UPDATE))
+    assert torch.equal(weights(broken.learner.model), weights(whole.learner.model))
+
+
+def test_a_judgement_is_broken_off_too(rollouts):
+    spot = spot_for(rollouts, judge_every=1)
+    report = spot.run(after(UPDATE + 1 + 1))
+    assert report.updates == 1 and report.approved == 0 and report.serving_length == 0
+    report = spot.run(after(1 + 2 * JUDGING))
+    assert report.updates == 0 and report.approved == 1
 
 
 def test_only_what_does_better_is_served(rollouts):
@@ -69,12 +91,14 @@ def test_only_what_does_better_is_served(rollouts):
     good.adopt([p.detach().clone() for p in good.approved.parameters()])
     assert torch.equal(weights(good.serving), weights(good.approved))
     assert not torch.equal(weights(good.serving), before)
-    again = good.run(after(JUDGING))
+    good.buffer.begin_step()
+    good.buffer.add(rollouts[2])
+    again = good.run(lambda: False)
     assert again.serving_length > report.serving_length
 
     ruined = spot_for(rollouts, lr=10.0)
     before = weights(ruined.approved).clone()
-    report = ruined.run(after(2 * JUDGING + 10))
+    report = ruined.run(lambda: False)
     assert report.updates > 0 and report.approved == 0
     assert torch.equal(weights(ruined.approved), before)
 
@@ -91,7 +115,7 @@ def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):
 
     monkeypatch.setattr(learner, "evaluate", disliking_the_newest)
     before = weights(learner.model).clone()
-    cycle = 2 + JUDGING  # an update and its judgement
+    cycle = UPDATE + 1 + JUDGING  # an update and its judgement
     spot.run(after(JUDGING + 2 * cycle))
     assert not torch.equal(weights(learner.model), before)
     spot.run(after(JUDGING + cycle))
@@ -101,7 +125,7 @@ def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):
 def test_adopting_keeps_newer_updates(rollouts):
     """Where this rank has trained on since its approval, the others' mean comes in below that."""
     spot = spot_for(rollouts, judge_every=2)
-    spot.run(after(2 * JUDGING + 5))
+    spot.run(after(2 * UPDATE + 1 + 2 * JUDGING + UPDATE))
     newest, approved = weights(spot.learner.model).clone(), weights(spot.approved).clone()
     mean = [p.detach() + 0.5 for p in spot.approved.parameters()]
     spot.adopt(mean)
@@ -189,8 +213,8 @@ def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
     old, new = torch.arange(0, 40), torch.arange(20, 60)
     drafter = initial_drafter(eagle3_config(model.config, 40, engine.runner.tap_layers), old, model, seed=0)
     learner = learner_for(drafter, model, lr=1e-3)
-    spot = SpotTrainer(learner, buffer_of(made), budget=64)
-    spot.run(after(8))
+    spot = SpotTrainer([learner], buffer_of(made), budget=64)
+    spot.run(after(8 * UPDATE))
     rows = drafter.lm_head.weight.detach().clone()
     moments = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"].clone()
     move_vocabulary(drafter, learner.optimizer, new, model.lm_head)
@@ -200,7 +224,7 @@ def test_a_changed_vocabulary_keeps_what_is_known_of_tokens_that_stay(rollouts):
     assert torch.equal(drafter.lm_head.weight[20:].detach(), model.lm_head.weight[40:60].detach())
     state = learner.optimizer.state[drafter.lm_head.weight]["exp_avg"]
     assert torch.equal(state[:20], moments[20:]) and not state[20:].any()
-    assert spot.run(after(8)).updates > 0
+    assert spot.run(after(8 * UPDATE)).updates > 0
 
 
 def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
@@ -223,3 +247,54 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr("drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
     assert connect_store(2) is None  # no store there: no training, no error
+
+
+def test_an_ensemble_proposes_the_one_that_does_best(rollouts):
+    """One learns too slowly to matter, one ruins itself: the third is served; the ruined one starts again from what is approved."""
+    model, engine, made = rollouts
+    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    learners = [learner_for(copy.deepcopy(drafter), model, lr=lr) for lr in (1e-7, 3e-3, 10.0)]
+    spot = SpotTrainer(learners, buffer_of(made, held_out_every=4, passes=8), budget=64, judge_every=2)
+    report = spot.run(lambda: False)
+    assert spot.learner is learners[1]
+    assert sum(report.ensemble) == pytest.approx(1) and max(report.ensemble) == report.ensemble[1] > 0.8
+    assert report.approved > 0
+    spot.adopt([p.detach() for p in spot.approved.parameters()])
+    assert torch.equal(weights(spot.serving), weights(spot.approved))
+    assert not torch.equal(weights(spot.serving), weights(drafter))
+    assert not torch.equal(weights(learners[0].model), weights(learners[1].model))
+
+
+def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, monkeypatch):
+    model, engine, made = rollouts
+    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    learners = [learner_for(copy.deepcopy(drafter), model, lr=1e-3) for _ in range(2)]
+    spot = SpotTrainer(learners, buffer_of(made, held_out_every=0), budget=64, judge_every=1000)
+    seen: list[tuple[int, list]] = []
+    for number, learner in enumerate(learners):
+        original = learner.update
+        monkeypatch.setattr(
+            learner, "update", lambda p, w, stop, number=number, original=original: seen.append((number, p)) or original(p, w, stop)
+        )
+    assert spot.run(after(2 * (UPDATE + 6) + UPDATE)).updates == 5
+    assert [number for number, _ in seen] == [0, 1, 1, 0, 0, 1]  # the last one was broken off
+    assert seen[0][1] == seen[1][1] != seen[2][1] == seen[3][1]
+
+
+@given(st.lists(st.floats(1, 6) | st.just(math.nan), min_size=1, max_size=5), st.data())
+def test_weights_are_a_distribution_that_leaves_none_behind(lengths, data):
+    raw = data.draw(st.lists(st.floats(0.01, 1), min_size=len(lengths), max_size=len(lengths)))
+    new = tracking_weights([x / sum(raw) for x in raw], lengths, share=0.05)
+    assert sum(new) == pytest.approx(1) and min(new) >= 0.05 / len(new) - 1e-12
+
+
+def test_weights_by_hand_and_back_after_a_change():
+    """Two of equal weight, ln 3 / η apart: 3/4 and 1/4, mixed with a fifth of one half each."""
+    gap = math.log(3) / 8
+    assert tracking_weights([0.5, 0.5], [2 + gap, 2.0], rate=8, share=0.2) == pytest.approx([0.7, 0.3])
+    weights = [0.5, 0.5]
+    for _ in range(50):
+        weights = tracking_weights(weights, [2.2, 2.0])
+    for _ in range(4):
+        weights = tracking_weights(weights, [2.0, 2.3])
+    assert weights[1] > 0.8

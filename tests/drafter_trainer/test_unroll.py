@@ -162,7 +162,7 @@ def test_learning_raises_acceptance_length():
     config = eagle3_config(model.config, 97, engine.runner.tap_layers)
     drafter = initial_drafter(config, torch.arange(97), model, seed=0)
     learner = learner_for(drafter, model, lr=3e-3)
-    spot = SpotTrainer(learner, buffer_of(rollouts, passes=40), budget=512)
+    spot = SpotTrainer([learner], buffer_of(rollouts, passes=40), budget=512)
     everything = [piece for r in rollouts for piece in pieces_of(Entry(StoredTrace(r.trace)), 512)]
     before = learner.evaluate(everything)
     report = spot.run(lambda: False)
@@ -193,7 +193,7 @@ def test_a_nan_trace_is_skipped_and_leaves_the_weights():
     eagle = tiny_eagle3(model)
     learner = learner_for(eagle, model, lr=1e-3)
     weights = eagle.fc.weight.detach().clone()
-    report = SpotTrainer(learner, buffer_of(rollouts), budget=512).run(lambda: False)
+    report = SpotTrainer([learner], buffer_of(rollouts), budget=512).run(lambda: False)
     assert (report.updates, report.skipped) == (0, 1)
     assert torch.equal(eagle.fc.weight, weights)
 

@@ -9,9 +9,13 @@ import pytest
 
 from drafter_trainer.checkpoint import load_drafter
 from rl.bench import RolloutBench
+from rl.bench_idle import idle_row
 from rl.bench_losses import VARIANTS, CollectionRow, compare_losses
+from rl.bench_online import VARIANTS as ONLINE
+from rl.bench_online import compare_online
 from rl.bench_served import ServedRow
 from rl.config import load_config
+from rl.distillation import reward_weights
 from tests.test_end_to_end import finish, steps_of, train
 
 ROOT = Path(__file__).parents[2]
@@ -65,3 +69,62 @@ def test_losses_side_by_side(cache):
 def test_ratios():
     assert ServedRow(64, 4, engine=2.0, vllm=1.9).ratio == pytest.approx(0.95)
     assert CollectionRow(without=9.8, collecting=10.0).share == pytest.approx(0.02)
+
+
+def test_weights_follow_rewards():
+    assert reward_weights([0.0, 1.0], 0.0) == [1.0, 1.0]
+    assert reward_weights([0.0, 1.0], 1.0) == [0.0, 2.0]
+    assert sum(reward_weights([0.0, 0.5, 1.0], 0.5)) == pytest.approx(3.0)
+    assert reward_weights([0.7, 0.7], 1.0) == [1.0, 1.0]
+
+
+def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
+    """Checkpoint and snapshots are cut short while the job is down: it goes on, says so, and makes another."""
+    run = tmp_path / "run"
+    finish(
+        train("configs/tiny.yaml", f"out={run}", "steps=3", "save_every=3", "drafter.schedule=always", "drafter.ensemble=[0.5,2]")
+    )
+    assert len(steps_of(run)[1]["drafter/ensemble"]) == 2
+    broken = [run / "checkpoint" / "drafter", *(run / "drafters").iterdir()]
+    assert len(broken) >= 2
+    for path in broken:
+        weights = path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": 5}))
+    output = finish(train("--resume", str(run)))
+    assert output.count("a fresh one is made") == 1 and "truncated" in output
+    assert [step["step"] for step in steps_of(run)] == list(range(5))
+    load_drafter(run / "checkpoint" / "drafter", 99, 64)
+
+
+def test_online_learners_beside_each_other(tmp_path, cache):
+    config = load_config(ROOT / "configs/tiny.yaml", ["steps=2", "speculation.strategy=eagle3:2"])
+    start = tmp_path / "drafter"
+    command = [sys.executable, "launch/warmup_drafter.py", "configs/tiny.yaml", str(start), "--minutes", "0.02"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=True)
+    rows = compare_online(config, start, 0.2, tmp_path / "run", lambda line: None)
+    assert [row.variant for row in rows] == ["frozen", *ONLINE]
+    assert all(len(row.lengths) == len(row.regret) == 2 and min(row.lengths) >= 1 for row in rows)
+    assert rows[0].updates == 0 and rows[1].updates > 0
+    assert rows[0].lengths[0] == rows[1].lengths[0]  # nothing learned before the first step
+    assert rows[0].regret == pytest.approx([0.0, 0.0])  # it is the best fixed drafter where there are no others
+
+
+def test_steps_are_paired():
+    def metrics(step: float, training: float) -> dict:
+        names = (
+            "rollout/seconds",
+            "rollout/acceptance_length",
+            "reward/mean",
+            "drafter/seconds_on_path",
+            "drafter/snapshot_seconds",
+        )
+        off = {"drafter/seconds": training, "drafter/seconds_off_path": training / 2}
+        return {**dict.fromkeys(names, 1.0), **off, "time/step": step, "time/update": 2.0}
+
+    frozen, trained = [metrics(step, 0.1) for step in (9, 10, 20)], [metrics(step, 2.0) for step in (30, 11, 23)]
+    assert idle_row("never", frozen, frozen).training == 0
+    row = idle_row("idle", trained, frozen)
+    assert row.inside == 0.5 and row.longer == pytest.approx(2 / 15) and row.longer_error == pytest.approx(1 / 15)
+    assert row.update_longer == 0
