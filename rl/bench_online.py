@@ -68,7 +68,7 @@ class _SideBySide(SharedDrafter):
     """Gives every variant the same time on the same rollouts."""
 
     def __init__(self, config: RunConfig, trainer: Trainer, start: Eagle3Model, seconds: float, say: Callable[[str], None]) -> None:
-        super().__init__(config.drafter, trainer.worker, trainer.accelerator, trainer.run_dir, say)
+        super().__init__(config, trainer.worker, trainer.accelerator, trainer.run_dir, say)
         self._policy, self._start, self._seconds = trainer.policy, start, seconds
         self._temperature = config.rollout.temperature
         self.spots: dict[str, SpotTrainer] = {}
@@ -80,7 +80,7 @@ class _SideBySide(SharedDrafter):
         self.updates = dict.fromkeys(self.lengths, 0)
         self.fixed = [start]
 
-    def train(self, done: RankRollouts, rewards: Sequence[float]) -> LearnerReport:
+    def train(self, done: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
         judge = self._judge_of(done)
         self.judges.append(judge)
         self.lengths["frozen"].append(judge.length(self._start))
@@ -131,8 +131,9 @@ def compare_online(config: RunConfig, start: Path, seconds: float, out: Path, sa
         trainer.worker.create_drafter(None, drafter)
         comparison = _SideBySide(quiet, trainer, drafter, seconds, say)
         trainer.drafter = comparison
-        for step in range(quiet.steps):
-            trainer.step(step)
+        with trainer.scoring:
+            for step in range(quiet.steps):
+                trainer.step(step)
     return _rows(comparison)
 
 

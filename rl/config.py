@@ -13,6 +13,7 @@ import yaml
 
 from rl.errors import UserError
 from rl.strict import apply_override, parse
+from rl.task_config import TaskConfig
 from rollout import Strategy
 from rollout.drafters import DRAFTERS, DraftRules
 from rollout.trees import MOST_NODES
@@ -53,38 +54,6 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetConfig:
-    """One reasoning-gym data set: its name, its share of the problems, and its own parameters."""
-
-    name: str = ""
-    weight: float = 1.0
-    params: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskConfig:
-    """Where problems come from.
-
-    Attributes:
-        source: ``reasoning_gym`` (``datasets``, ``size``) or ``jsonl`` (``path``; lines with "prompt" and "answer").
-        datasets: Mixture of reasoning-gym data sets.
-        size: Problems in an epoch.
-        path: JSONL file.
-        instruction: Appended to each question.
-        system: System message, for policies with a chat template; null leaves the template's own.
-        reward: ``module:function`` in TRL's reward signature; null takes each problem's own scorer.
-    """
-
-    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
-    datasets: tuple[DatasetConfig, ...] = ()
-    size: int = 1000
-    path: str | None = None
-    instruction: str = ""
-    system: str | None = None
-    reward: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """How rollouts are made.
 
@@ -98,6 +67,8 @@ class RolloutConfig:
         stop_strings: Completions also end with these.
         dtype: The engine's arithmetic.
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
+        resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing; such groups
+            then stay out of the loss (DAPO's dynamic sampling).
     """
 
     prompts_per_step: int = 8
@@ -111,6 +82,7 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     kv_memory_gb: float | None = None
+    resample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,28 +132,72 @@ class SpeculationConfig:
 
 @dataclass(frozen=True, slots=True)
 class UpdateConfig:
-    """The policy update (GRPO).
+    """The policy update. The defaults are GRPO with DAPO's token-level loss; configs/ has a recipe of each algorithm.
 
     Attributes:
-        lr, weight_decay, grad_clip: AdamW with a constant learning rate.
+        advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's others),
+            ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae`` (PPO: of each token, by a critic).
+        lr, weight_decay, grad_clip: Of AdamW.
+        schedule: Of the learning rate over the run's steps: ``constant``, ``linear``, ``cosine`` or ``rex``.
         lr_warmup_steps: RL steps over which the learning rate rises linearly.
         minibatches: Optimizer steps for each batch of rollouts.
         tokens_per_microbatch: Tokens packed into one forward.
-        clip_low, clip_high: The clip of the ratio below and above 1.
+        ratio: What is clipped: the ratio of each ``token``, or of the ``sequence``, length-normalised (GSPO; clips of a few 1e-4).
+        clip_low, clip_high: The clip of the ratio below and above 1 (DAPO's clip-higher: 0.2 and 0.28).
+        aggregate: What weighs alike in the loss: every ``token`` (DAPO), every ``sequence`` (GRPO as published), or ``constant``:
+            tokens over the longest possible completion (Dr. GRPO).
+        scale_by_std: Divide ``group`` advantages by the group's standard deviation (Dr. GRPO does not).
         kl_coef: Weight of the KL to the starting policy; 0 keeps no reference model.
-        scale_by_std: Divide advantages by the group's standard deviation.
+        kl: Its estimate, ``k1``, ``k2`` or ``k3``.
+        kl_in: Where it counts: in the ``loss``, or in the ``reward`` of each token.
+        kl_target: KL of a token that ``kl_coef`` is adapted to; null keeps it.
+        entropy_coef: Weight of the entropy bonus.
+        importance: Corrects for what the engine drew under slightly other numbers than the trainer computes, by truncated
+            importance sampling of each ``token`` or ``sequence``; ``none`` only measures it.
+        importance_cap: Largest weight.
+        mask_truncated: Leave completions that were cut at ``max_tokens`` out of the loss (DAPO's overlong filtering).
     """
 
     lr: float = 1e-6
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"
     lr_warmup_steps: int = 1
     minibatches: int = 1
     tokens_per_microbatch: int = 2048
+    advantage: Literal["group", "rloo", "reinforce_pp", "gae"] = "group"
+    ratio: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl_coef: float = 0.0
+    aggregate: Literal["token", "sequence", "constant"] = "token"
     scale_by_std: bool = True
+    kl_coef: float = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_target: float | None = None
+    entropy_coef: float = 0.0
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_cap: float = 2.0
+    mask_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CriticConfig:
+    """PPO's critic, for ``update.advantage: gae``: a decoder of the policy's size with a head of its own.
+
+    Attributes:
+        lr, grad_clip: AdamW with a constant learning rate.
+        gamma, gae_lambda: Discounts of rewards and of the critic's say (generalised advantage estimation).
+        value_clip: How far an update may move a value; null does not limit it.
+        warmup_steps: RL steps in which the critic alone learns.
+    """
+
+    lr: float = 1e-5
+    grad_clip: float = 1.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_clip: float | None = 0.2
+    warmup_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +214,7 @@ class DrafterConfig:
             keeps the drafter as it is.
         least_idle_ranks: Idle ranks from which on those train.
         lr: AdamW's learning rate; warmup_drafter.py begins with three times that.
+        lr_schedule: Of it over the run's steps, as ``update.schedule``.
         ensemble: Learning rates of drafters that are trained side by side, as multiples of ``lr``; the one that has lately done
             best is proposed (OnlineSpec). They share the time for training; each takes the memory of a drafter and its optimizer.
         optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
@@ -226,6 +243,7 @@ class DrafterConfig:
     schedule: Literal["idle", "always", "never"] = "idle"
     least_idle_ranks: int = 1
     lr: float = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"
     ensemble: tuple[float, ...] = (1.0,)
     optimistic: bool = False
     loss: Literal["fkl", "rkl", "jsd", "tvd", "tvd++", "log_acceptance", "length"] = "fkl"
@@ -284,6 +302,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -293,25 +312,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe.
 
     Args:
-        path: A YAML file.
+        path: A YAML file. Its key ``base`` may name another one, from its own directory, whose keys it takes over and overrides.
         overrides: ``key.sub=value`` each, values as YAML.
 
     Raises:
         UserError: one line that names the file and key.
     """
+    data = _read(Path(path), ())
+    for override in overrides:
+        apply_override(data, override)
+    config = parse(RunConfig, data, where=str(path))
+    check(config)
+    return config
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    if path in below:
+        raise UserError(f"{path}: its base leads back to itself")
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe; those that ship are in configs/") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    config = parse(RunConfig, data, where=str(path))
-    check(config)
-    return config
+    base = data.pop("base", None)
+    return data if base is None else _over(_read(path.parent / str(base), (*below, path)), data)
+
+
+def _over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``data`` in place of its own, section by section."""
+    merged = dict(base)
+    for key, value in data.items():
+        below = merged.get(key)
+        merged[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def check(config: RunConfig) -> None:
@@ -325,6 +361,11 @@ def check(config: RunConfig) -> None:
         (r.group_size >= 2, "rollout.group_size is 1: group-relative advantages need at least 2 samples of each prompt"),
         (r.max_tokens >= 1, f"rollout.max_tokens is {r.max_tokens}: write at least 1"),
         (r.max_tokens < r.max_context, "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too"),
+        (r.resample >= 0, f"rollout.resample is {r.resample}: write a number from 0"),
+        (
+            r.resample == 0 or u.advantage in ("group", "rloo"),
+            f"rollout.resample asks again where a group's advantages are zero; update.advantage {u.advantage} has no groups",
+        ),
         (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
         (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
@@ -360,6 +401,23 @@ def check(config: RunConfig) -> None:
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
+        (config.critic.lr > 0, "learning rates must be above 0"),
+        (
+            0 < config.critic.gamma <= 1 and 0 <= config.critic.gae_lambda <= 1,
+            "critic.gamma must lie in (0, 1] and critic.gae_lambda in [0, 1]",
+        ),
+        (u.kl_coef >= 0, f"update.kl_coef is {u.kl_coef}: write a number from 0"),
+        (
+            u.kl_coef == 0 or u.kl_in != "loss" or u.kl != "k1",
+            "update.kl k1 has no gradient on average in the loss: write kl: k2 or k3, or kl_in: reward",
+        ),
+        (u.kl_target is None or u.kl_coef > 0, "update.kl_target adapts update.kl_coef, which is 0: write where to start"),
+        (u.kl_target is None or u.kl_target > 0, f"update.kl_target is {u.kl_target}: write a number above 0, or null"),
+        (u.importance_cap >= 1, f"update.importance_cap is {u.importance_cap}: write at least 1"),
+        (
+            u.advantage == "group" or u.scale_by_std,
+            f"update.scale_by_std is about group advantages, update.advantage is {u.advantage}: leave it out",
+        ),
         (
             len(d.ensemble) > 0 and all(multiple > 0 for multiple in d.ensemble),
             f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one drafter",
@@ -380,6 +438,10 @@ def check(config: RunConfig) -> None:
         (0 <= d.previous_share < 1, f"drafter.previous_share is {d.previous_share}: write a number in [0, 1)"),
         (0 < d.age_decay <= 1, f"drafter.age_decay is {d.age_decay}: write a number in (0, 1]"),
         (0 <= d.reward_weight <= 1, f"drafter.reward_weight is {d.reward_weight}: write a number in [0, 1]"),
+        (
+            config.task.score_workers >= 1 and config.task.score_seconds > 0 and config.task.score_deadline > 0,
+            "task.score_workers must be at least 1, score_seconds and score_deadline above 0",
+        ),
         (config.task.source != "jsonl" or config.task.path is not None, "task.source is jsonl: name the file in task.path"),
         (config.task.source != "reasoning_gym" or bool(config.task.datasets), "task.datasets is empty: name at least one"),
         (

@@ -107,8 +107,13 @@ class PolicyLogProbs(nn.Module):
         _check_head(policy)
         policy.set_attn_implementation(PACKED_ATTENTION)
 
-    def forward(self, batch: PackedBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy (no gradient).
+    def forward(self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
+
+        Args:
+            batch: What to score.
+            temperature: Of the rollouts.
+            entropy_gradient: Whether the entropy is differentiable.
 
         Returns:
             Two float32 [M], in nats.
@@ -121,21 +126,25 @@ class PolicyLogProbs(nn.Module):
         for start in range(0, len(hidden), _CHUNK):
             piece = slice(start, start + _CHUNK)
             if torch.is_grad_enabled():
-                logprob, entropy = checkpoint(_score, head, hidden[piece], batch.targets[piece], temperature, use_reentrant=False)
+                logprob, entropy = checkpoint(
+                    _score, head, hidden[piece], batch.targets[piece], temperature, entropy_gradient, use_reentrant=False
+                )
             else:
-                logprob, entropy = _score(head, hidden[piece], batch.targets[piece], temperature)
+                logprob, entropy = _score(head, hidden[piece], batch.targets[piece], temperature, False)
             logprobs.append(logprob)
             entropies.append(entropy)
         return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _score(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits = head(hidden).float() / temperature
     normaliser = torch.logsumexp(logits, dim=-1)
     logprob = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.no_grad():
-        mean_logit = (torch.softmax(logits, dim=-1) * logits).sum(-1)
-    return logprob, normaliser.detach() - mean_logit
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = normaliser - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+    return logprob, entropy
 
 
 @torch.no_grad()

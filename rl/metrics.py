@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from drafter_trainer.spot import LearnerReport
+from rl.algorithms.importance import effective_share
+from rl.critic import CriticReport
+from rl.rewards.pool import Scores
 from rl.rollouts import RankRollouts
 from rl.update import UpdateReport
 from rollout import FinishReason
@@ -27,10 +30,12 @@ class Span:
 
 def rank_record(
     done: RankRollouts,
+    scores: Scores,
     rewards: Sequence[float],
     advantages: Sequence[float],
     learner: LearnerReport,
     update: UpdateReport,
+    critic: CriticReport,
     spans: list[Span],
 ) -> dict[str, Any]:
     """What one rank reports, as plain data."""
@@ -46,6 +51,8 @@ def rank_record(
     return {
         "problems": [p.key for p in done.problems],
         "rewards": list(rewards),
+        "score_timeouts": scores.timeouts,
+        "score_errors": scores.errors,
         "advantages": [float(a) for a in advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
         "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
@@ -62,7 +69,8 @@ def rank_record(
         "peak_bytes": peak_memory_bytes(),
         "spans": [(s.phase, s.begin, s.end) for s in spans],
         "drafter": asdict(learner),
-        "update": {name: getattr(update, name) for name in update.__slots__},
+        "update": asdict(update),
+        "critic": asdict(critic),
     }
 
 
@@ -90,6 +98,8 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "length/p95": float(np.quantile(lengths, 0.95)),
         "length/max": int(lengths.max()),
         "length/truncated": sum(r["truncated"] for r in ranks),
+        "reward/timeouts": sum(r["score_timeouts"] for r in ranks),
+        "reward/errors": sum(r["score_errors"] for r in ranks),
         "rollout/failed": sum(r["failed"] for r in ranks),
         "rollout/seconds": rollout,
         "rollout/tokens_per_second": float(lengths.sum() / rollout),
@@ -98,7 +108,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/drafted": sum(r["drafted"] for r in ranks),
         "rollout/accepted": sum(r["accepted"] for r in ranks),
     }
-    metrics |= _drafter_metrics(ranks) | _update_metrics(ranks) | _time_metrics(ranks)
+    metrics |= _drafter_metrics(ranks) | _update_metrics(ranks) | _critic_metrics(ranks) | _time_metrics(ranks)
     if ranks[0]["plain_seconds"] is not None:
         plain = max(r["plain_seconds"] for r in ranks)
         metrics["measure/plain_seconds"] = plain
@@ -138,7 +148,9 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     updates = [r["update"] for r in ranks]
     tokens = max(sum(u["tokens"] for u in updates), 1)
-    mean = {name: sum(u[name] for u in updates) / tokens for name in ("loss", "entropy", "clipped", "kl", "engine_gap")}
+    names = ("loss", "entropy", "clipped", "kl", "engine_gap", "truncated")
+    mean = {name: sum(u[name] for u in updates) / tokens for name in names}
+    weights, squares = (sum(u[name] for u in updates) for name in ("weights", "weights_squared"))
     return {
         "update/tokens": sum(u["tokens"] for u in updates),
         "update/loss": mean["loss"],
@@ -149,6 +161,19 @@ def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "update/skipped": max(u["skipped"] for u in updates),
         "engine/logprob_gap_mean": mean["engine_gap"],
         "engine/logprob_gap_max": max(u["engine_gap_max"] for u in updates),
+        "engine/importance_truncated": mean["truncated"],
+        "engine/effective_share": effective_share(weights, squares, tokens),
+    }
+
+
+def _critic_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total = {name: sum(r["critic"][name] for r in ranks) for name in ranks[0]["critic"]}
+    if not total["tokens"]:
+        return {}
+    variance = total["squares"] / total["tokens"] - (total["returns"] / total["tokens"]) ** 2
+    return {
+        "critic/loss": total["loss"] / total["tokens"],
+        "critic/explained_variance": 1 - total["errors"] / total["tokens"] / variance if variance > 1e-12 else 0.0,
     }
 
 
@@ -160,8 +185,10 @@ def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     phases: dict[str, float] = {}
     for rank in ranks:
-        for phase, begin, end in rank["spans"]:
-            phases[f"time/{phase}"] = max(phases.get(f"time/{phase}", 0.0), end - begin)
+        own: Counter[str] = Counter()
+        for phase, begin, end in rank["spans"]:  # a phase may come more than once
+            own[f"time/{phase}"] += end - begin
+        phases = {name: max(phases.get(name, 0.0), own[name]) for name in {**phases, **own}}
     spans = [(phase, begin, end) for rank in ranks for phase, begin, end in rank["spans"]]
     whole = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
     phases["time/step"] = whole - phases.get("time/measure", 0.0)

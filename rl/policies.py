@@ -47,6 +47,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PACELINE_CACHE") or Path.home() / ".cache" / "paceline")
 
 
+def cached_policy(model: str) -> Path | None:
+    """Where a policy lies already, or is made in a moment; None for what would have to be fetched."""
+    if model in _FROM_SCRATCH or Path(model).is_dir():
+        return fetch_policy(model)
+    names = (_directory_name(model), _directory_name(SMOLLM2)) if model == SMOLLM2.partition("/")[2] else (_directory_name(model),)
+    return next((path for name in names if (path := cache_dir() / "models" / name).is_dir()), None)
+
+
 def fetch_policy(model: str) -> Path:
     """A directory with the policy's config, weights and tokenizer.
 

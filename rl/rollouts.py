@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,13 @@ class RankRollouts:
     records: list[StepRecord] = field(default_factory=list)
     plain_seconds: float | None = None
     plain_identical: float | None = None
+
+    def joined(self, more: RankRollouts) -> RankRollouts:
+        """These, and others that were made after them."""
+        later = [replace(record, at=record.at + self.seconds) for record in more.records]
+        return RankRollouts(
+            [*self.problems, *more.problems], [*self.rollouts, *more.rollouts], self.seconds + more.seconds, [*self.records, *later]
+        )
 
 
 class RolloutWorker:
@@ -158,20 +165,37 @@ class RolloutWorker:
                 requests.append(Request(prompt, self.params, seed, group=problem.key))
         return requests
 
-    def rollout(self, problems: Sequence[Problem], step: int, on_step: Callable[[StepRecord], None] | None = None) -> RankRollouts:
+    def rollout(
+        self,
+        problems: Sequence[Problem],
+        step: int,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_finish: Callable[[int, Problem, Rollout], None] | None = None,
+    ) -> RankRollouts:
         """This step's rollouts.
+
+        Args:
+            problems: Of this rank.
+            step: Of the run.
+            on_step: Called after each decode step.
+            on_finish: Called with each rollout, its place and its problem, as soon as it is over.
 
         Raises:
             UserError: when every request failed; the first reason is given.
         """
         requests = self.requests(problems, step)
+        owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
+
+        def finished(index: int, rollout: Rollout) -> None:
+            if on_finish is not None:
+                on_finish(index, owners[index], rollout)
+
         begin = time.perf_counter()
-        rollouts = self.engine.generate(requests, on_step)
+        rollouts = self.engine.generate(requests, on_step, on_finish=finished)
         seconds = time.perf_counter() - begin
         failed = [r for r in rollouts if r.finish_reason is FinishReason.FAILED]
         if failed and len(failed) == len(rollouts):
             raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
-        owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
         return RankRollouts(owners, rollouts, seconds, self.engine.records)
 
     def measure_plain(self, done: RankRollouts) -> None:

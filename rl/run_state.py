@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -19,12 +19,21 @@ from rl.policies import copy_tokenizer
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
+class Saved(Protocol):
+    """What writes its own part of a checkpoint."""
+
+    def save(self, folder: Path) -> None:
+        """Into a directory that exists; OSError and SafetensorError as they come."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `load_checkpoint` found: the directory, and the number of whole steps behind it."""
+    """What `find_checkpoint` found: the directory, the number of whole steps behind it, and what else a run had come to."""
 
     path: Path
     steps_done: int
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -37,6 +46,8 @@ def save_checkpoint(
     drafter: Eagle3Model | None,
     drafter_optimizer: torch.optim.Optimizer | None,
     selector: dict[str, Any] | None,
+    critic: Saved | None = None,
+    state: dict[str, Any] | None = None,
 ) -> None:
     """Writes ``checkpoint/`` of a run beside the old one, then swaps them by renaming: at every instant one whole one exists.
 
@@ -53,10 +64,12 @@ def save_checkpoint(
         if drafter is not None and drafter_optimizer is not None:
             save_drafter(drafter, building / "drafter", torch.float32)
             save_optimizer(drafter_optimizer, building / "drafter_optimizer")
+        if critic is not None:
+            critic.save(building)
         if selector is not None:
             (building / "selector.json").write_text(json.dumps(selector))
-        # Random numbers are functions of (seed, step): the step is all the state they have.
-        (building / "state.json").write_text(json.dumps({"steps_done": steps_done}))
+        # Random numbers are functions of (seed, step): the step is all the state that they have.
+        (building / "state.json").write_text(json.dumps({"steps_done": steps_done, **(state or {})}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}") from None
@@ -77,7 +90,8 @@ def find_checkpoint(run: Path) -> Checkpoint:
         state = run / name / "state.json"
         if state.is_file():
             try:
-                return Checkpoint(run / name, int(json.loads(state.read_text())["steps_done"]))
+                kept = json.loads(state.read_text())
+                return Checkpoint(run / name, int(kept["steps_done"]), kept)
             except (json.JSONDecodeError, KeyError, ValueError):
                 raise UserError(f"{state}: not a checkpoint's state; delete {run / name} to go on from an older one") from None
     raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")

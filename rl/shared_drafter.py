@@ -15,10 +15,11 @@ from drafter_trainer.optimizer_state import OptimizerStateError
 from drafter_trainer.snapshots import DrafterSnapshots
 from drafter_trainer.spot import LearnerReport
 from drafter_trainer.vocabulary import choose_vocabulary
-from rl.config import DrafterConfig
+from rl.config import RunConfig
 from rl.errors import UserError
 from rl.rollouts import RankRollouts, RolloutWorker
 from rl.run_state import Checkpoint
+from rl.schedules import rate_at
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
@@ -29,7 +30,7 @@ class SharedDrafter:
     made after the next step's rollouts.
 
     Args:
-        config: Of the drafter.
+        config: The recipe.
         worker: This rank's engine and spot trainer.
         accelerator: Of this process.
         run: The run's directory.
@@ -37,12 +38,13 @@ class SharedDrafter:
     """
 
     def __init__(
-        self, config: DrafterConfig, worker: RolloutWorker, accelerator: Accelerator, run: Path, say: Callable[[str], None]
+        self, config: RunConfig, worker: RolloutWorker, accelerator: Accelerator, run: Path, say: Callable[[str], None]
     ) -> None:
-        self._config, self._worker, self._accelerator, self._say = config, worker, accelerator, say
+        self._config, self._steps = config.drafter, config.steps
+        self._worker, self._accelerator, self._say = worker, accelerator, say
         ranks = accelerator.num_processes
-        self.coordinator = Coordinator(connect_store(ranks), ranks, config.least_idle_ranks)
-        self._snapshots = DrafterSnapshots(run / "drafters", config.snapshots)
+        self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
+        self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
 
     def start(self) -> None:
         """From ``drafter.start``; with its optimizer's state where that is there.
@@ -103,14 +105,17 @@ class SharedDrafter:
         for learner in self._worker.spot.learners:
             learner.restore(stem)
 
-    def train(self, done: RankRollouts, rewards: Sequence[float]) -> LearnerReport:
+    def train(self, done: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
         """This rank has finished its rollouts: training while others decode, or for whole passes, as the recipe has it.
 
         Args:
             done: This step's rollouts.
             rewards: Of each.
+            step: Of the run, for the learning rate.
         """
         self.coordinator.idle()
+        for learner in self._worker.spot.learners if self._worker.spot is not None else ():
+            learner.scale_rate(rate_at(step, self._steps, 1, self._config.lr_schedule))
         self._worker.learn_from(done, rewards)
         if self._config.schedule == "never":
             return LearnerReport()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.config import TaskConfig
 from rl.errors import UserError
 from rl.rewards.verifiable import math_score, reasoning_gym_score
+from rl.task_config import TaskConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Problem:
         score: Completion text → reward.
         entry: The data set's own record.
         dataset: Name of the data set.
+        difficulty: For a curriculum, on the recipe's own scale.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Problem:
     score: Callable[[str], float]
     entry: dict[str, Any]
     dataset: str
+    difficulty: float = 0.0
 
 
 class Task:
@@ -82,7 +84,8 @@ def reasoning_gym_problems(config: TaskConfig, count: int, seed: int) -> list[Pr
             entry = source[index]
             question = entry["question"] + (" " + config.instruction if config.instruction else "")
             score = reasoning_gym_score(source, entry)
-            problems.append(Problem(f"{order}/{index}", question, str(entry["answer"]), score, entry, dataset.name))
+            key, answer = f"{order}/{index}", str(entry["answer"])
+            problems.append(Problem(key, question, answer, score, entry, dataset.name, dataset.difficulty))
     return problems
 
 
@@ -126,4 +129,7 @@ def _jsonl_problem(path: Path, number: int, raw: bytes, instruction: str) -> Pro
         raise UserError(f'{path}:{number}: no {" and no ".join(missing)}; write {{"prompt": ..., "answer": ...}}')
     question = str(entry["prompt"]) + (" " + instruction if instruction else "")
     answer = str(entry["answer"])
-    return Problem(f"{path.name}/{number}", question, answer, math_score(answer), entry, path.stem)
+    difficulty = entry.get("difficulty", 0.0)
+    if isinstance(difficulty, bool) or not isinstance(difficulty, int | float):
+        raise UserError(f"{path}:{number}: difficulty is {difficulty!r}; write a number, or leave it out")
+    return Problem(f"{path.name}/{number}", question, answer, math_score(answer), entry, path.stem, float(difficulty))

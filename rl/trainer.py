@@ -15,28 +15,30 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoTokenizer
 
-from rl.algorithms.grpo import group_advantages
+from rl.advantages import uniform_groups
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
-from rl.log_probs import PolicyLogProbs
 from rl.machine import release_freed_memory
 from rl.metrics import Span, rank_record, step_metrics
 from rl.policies import fetch_policy, load_policy
-from rl.rewards.verifiable import load_reward, verifiable_reward
+from rl.policy_learner import PolicyLearner
+from rl.prompt_choice import prompt_choice
+from rl.rewards.pool import Scores, ScoringPool
+from rl.rewards.verifiable import load_reward
 from rl.rollouts import RankRollouts, RolloutWorker
 from rl.run_state import (
     Checkpoint,
     keep_first_lines,
     load_selector_state,
-    restore_optimizer,
     save_checkpoint,
 )
 from rl.shared_drafter import SharedDrafter
-from rl.tasks import load_task
+from rl.tasks import Problem, load_task
 from rl.tracking import Tracker
-from rl.update import PolicyUpdater, Scored
 from rl.warmup import warmed_policy_path
-from rollout import FinishReason, StepRecord
+from rollout import FinishReason, Rollout, StepRecord
+
+_ROUND = 10**9  # steps that there will never be
 
 
 class Trainer:
@@ -58,36 +60,25 @@ class Trainer:
             raise UserError(
                 f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
             )
-        self.task = load_task(config.task, config.seed)
-        self.reward = verifiable_reward if config.task.reward is None else load_reward(config.task.reward)
+        self.choice = prompt_choice(load_task(config.task, config.seed), config.seed, config.task.curriculum)
+        if config.task.reward is not None:
+            load_reward(config.task.reward)  # a wrong name is said here, not by a worker
+        self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
         self.source = starting_policy(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         weights = self.source if checkpoint is None else checkpoint.path / "policy"
         self.policy = load_policy(weights, accelerator.device)
         self.worker = RolloutWorker(config, self.policy, self.tokenizer, accelerator.process_index)
-        self.drafter = SharedDrafter(config.drafter, self.worker, accelerator, run, tracker.say)
-        self.updater, self.optimizer = self._build_updater()
+        self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
+        self.learner = PolicyLearner(config, self.policy, self.source, accelerator)
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
             self.drafter.start()
 
-    def _build_updater(self) -> tuple[PolicyUpdater, torch.optim.Optimizer]:
-        update = self.config.update
-        reference = None
-        if update.kl_coef > 0:
-            start = load_policy(self.source, self.accelerator.device)
-            reference = PolicyLogProbs(start).requires_grad_(False).eval()
-        if self.config.policy.gradient_checkpointing:
-            self.policy.activation_checkpointing_enable()
-        module = PolicyLogProbs(self.policy)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=update.lr, weight_decay=update.weight_decay, fused=True)
-        model, wrapped = self.accelerator.prepare(module, optimizer)
-        return PolicyUpdater(self.accelerator, model, wrapped, update, self.config.rollout.temperature, reference), wrapped
-
     def _resume(self, checkpoint: Checkpoint) -> None:
-        restore_optimizer(self.optimizer, checkpoint.path / "optimizer")
+        self.learner.restore(checkpoint)
         self.drafter.resume(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
@@ -95,6 +86,7 @@ class Trainer:
                 self.worker.engine.speculation.selector.load_state(state)
             except ValueError as error:
                 raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
+        self.choice.load_state(checkpoint.state.get("prompts", {}))
         self.first_step = checkpoint.steps_done
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
@@ -102,36 +94,23 @@ class Trainer:
 
     def run(self) -> None:
         """All remaining steps."""
-        for step in range(self.first_step, self.config.steps):
-            metrics, timeline = self.step(step)
-            self.tracker.log(step, metrics, timeline)
-            self.tracker.say(_line(step, self.config.steps, metrics))
-            last = step + 1 == self.config.steps
-            if last or (step + 1) % self.config.save_every == 0:
-                self._save(step + 1)
+        with self.scoring:
+            for step in range(self.first_step, self.config.steps):
+                metrics, timeline = self.step(step)
+                self.tracker.log(step, metrics, timeline)
+                self.tracker.say(_line(step, self.config.steps, metrics))
+                last = step + 1 == self.config.steps
+                if last or (step + 1) % self.config.save_every == 0:
+                    self._save(step + 1)
         self.drafter.finish()
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
         clock = _Clock(self.accelerator)
-        mine = self.task.batch(step, self.config.rollout.prompts_per_step)[
-            self.accelerator.process_index :: self.accelerator.num_processes
-        ]
         self.drafter.coordinator.begin(step)
-        with clock.phase("rollout"):
-            progress = self.tracker.rollout_progress(step, len(mine) * self.config.rollout.group_size)
-
-            def on_step(record: StepRecord) -> None:
-                self.drafter.coordinator.beat()
-                progress(record)
-
-            done = self.worker.rollout(mine, step, on_step)
-            progress.close()
-        with clock.phase("score"):
-            rewards = self._score(done)
-            advantages = group_advantages(torch.tensor(rewards), self.config.rollout.group_size, self.config.update.scale_by_std)
+        done, scores, rewards = self._rollouts(step, clock)
         with clock.phase("drafter"):
-            learner = self.drafter.train(done, rewards)
+            distilled = self.drafter.train(done, rewards, step)
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
         if self.config.measure.plain_every and (step + 1) % self.config.measure.plain_every == 0:
@@ -140,20 +119,53 @@ class Trainer:
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
             release_freed_memory()  # what rollouts and drafter left in pieces
-            update = self.updater.run(_scored(done, advantages.tolist()), step)
+            update, critic, advantages = self.learner.learn(done, rewards, step)
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
-            self.drafter.share(done, learner, step)
-        record = rank_record(done, rewards, advantages.tolist(), learner, update, clock.spans)
+            self.drafter.share(done, distilled, step)
+        record = rank_record(done, scores, rewards, advantages, distilled, update, critic, clock.spans)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
-        return step_metrics(ranks, self.config.rollout.group_size), ranks
+        metrics = step_metrics(ranks, self.config.rollout.group_size)
+        self.choice.observe(metrics["reward/mean"])
+        return metrics, ranks
 
-    def _score(self, done: RankRollouts) -> list[float]:
-        texts = [str(self.tokenizer.decode(r.token_ids, skip_special_tokens=True)) for r in done.rollouts]
-        questions = [p.question for p in done.problems]
-        scores = self.reward(prompts=questions, completions=texts, problem=done.problems, answer=[p.answer for p in done.problems])
-        return [0.0 if r.finish_reason is FinishReason.FAILED else s for r, s in zip(done.rollouts, scores, strict=True)]
+    def _rollouts(self, step: int, clock: _Clock) -> tuple[RankRollouts, Scores, list[float]]:
+        """This rank's completions with their rewards; where groups say nothing and the recipe has it, others beside them."""
+        rank, ranks, rollout = self.accelerator.process_index, self.accelerator.num_processes, self.config.rollout
+        problems = self.choice.choose(step, rollout.prompts_per_step)[rank::ranks]
+        done, scores, rewards = self._round(problems, step, 0, clock)
+        for number in range(1, rollout.resample + 1):
+            silent = len(uniform_groups(rewards, rollout.group_size)) - (len(done.problems) // rollout.group_size - len(problems))
+            if silent <= 0:
+                break
+            more = self.choice.more(step, silent, number, rank)
+            again, scored, rewarded = self._round(more, step, number, clock)
+            done, rewards = done.joined(again), [*rewards, *rewarded]
+            scores.note(scored)
+        if scores.problem is not None:
+            self.tracker.say(f"reward: {scores.problem}; such completions get {self.config.task.score_failed:g}")
+        return done, scores, rewards
+
+    def _round(self, problems: list[Problem], step: int, number: int, clock: _Clock) -> tuple[RankRollouts, Scores, list[float]]:
+        with clock.phase("rollout"):
+            progress = self.tracker.rollout_progress(step, len(problems) * self.config.rollout.group_size)
+
+            def on_step(record: StepRecord) -> None:
+                self.drafter.coordinator.beat()
+                progress(record)
+
+            # a problem may come again in a later round: with seeds of its own
+            done = self.worker.rollout(problems, step + number * _ROUND, on_step, self._finished)
+            progress.close()
+        with clock.phase("score"):
+            scores = self.scoring.collect()
+        return done, scores, [scores.values.get(i, self.config.task.score_failed) for i in range(len(done.rollouts))]
+
+    def _finished(self, index: int, problem: Problem, rollout: Rollout) -> None:
+        """A rollout is over: it is scored while others are decoded."""
+        if rollout.finish_reason is not FinishReason.FAILED:
+            self.scoring.add(index, problem, str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)))
 
     def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
         """The first completion of each prompt of rank 0, to read what the policy does."""
@@ -173,10 +185,12 @@ class Trainer:
                 steps_done=steps_done,
                 policy=self.policy,
                 tokenizer_from=self.source,
-                optimizer=self.optimizer,
+                optimizer=self.learner.optimizer,
+                critic=self.learner.critic,
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
+                state={"kl_coef": self.learner.kl.value, "prompts": self.choice.state()},
             )
         self.accelerator.wait_for_everyone()
 
@@ -195,15 +209,6 @@ class _Clock:
         begin = time.time() - self._origin
         yield
         self.spans.append(Span(name, begin, time.time() - self._origin))
-
-
-def _scored(done: RankRollouts, advantages: list[float]) -> list[Scored]:
-    """Rollouts that enter the loss: those that were served."""
-    return [
-        Scored(r.request.prompt_ids, r.token_ids, r.logprobs, advantage, problem.key)
-        for r, advantage, problem in zip(done.rollouts, advantages, done.problems, strict=True)
-        if r.finish_reason is not FinishReason.FAILED
-    ]
 
 
 def starting_policy(config: RunConfig) -> Path:

@@ -1,41 +1,52 @@
-"""The policy update: GRPO over packed micro-batches, with one gradient exchange an optimizer step."""
+"""The policy update: packed micro-batches, with one gradient exchange an optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from rl.algorithms.grpo import grpo_loss
+from rl.algorithms.grpo import policy_loss, token_weights, weight_total
+from rl.algorithms.importance import importance_weights
+from rl.algorithms.kl import estimate_kl
 from rl.config import UpdateConfig
-from rl.packing import PackedBatch, PromptRow, Sample, pack, plan
+from rl.packed_step import packed_step
+from rl.packing import PackedBatch
+from rl.schedules import rate_at
+from rl.scoring import completion_logprobs, micro_batches
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A rollout with its advantage.
+    """A rollout with its advantages.
 
     Attributes:
         prompt, completion: Token ids.
-        logprobs: The engine's, one a token.
-        advantage: Of the whole completion.
+        logprobs: float32 [L], the engine's, one a token.
+        advantages: float32 [L].
         group: Samples with one group share their prompt.
+        reference: float32 [L], log-probs of the reference policy, or None.
     """
 
     prompt: Sequence[int]
     completion: Sequence[int]
-    logprobs: Sequence[float]
-    advantage: float
+    logprobs: torch.Tensor
+    advantages: torch.Tensor
     group: str
+    reference: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
 class UpdateReport:
-    """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole update."""
+    """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole update.
+
+    ``kl`` is of the policy to its reference, estimated by k3. ``weights``, ``weights_squared`` and ``truncated`` are of π_trainer /
+    π_engine of each token, at the parameters that both had, cut at the recipe's cap.
+    """
 
     tokens: int = 0
     loss: float = 0.0
@@ -44,6 +55,9 @@ class UpdateReport:
     kl: float = 0.0
     engine_gap: float = 0.0
     engine_gap_max: float = 0.0
+    weights: float = 0.0
+    weights_squared: float = 0.0
+    truncated: float = 0.0
     grad_norm: float = 0.0
     skipped: int = 0
 
@@ -57,7 +71,8 @@ class PolicyUpdater:
         optimizer: Its wrapped optimizer.
         config: The recipe's update section.
         temperature: Of the rollouts.
-        reference: A frozen `PolicyLogProbs`, when a KL penalty is wanted.
+        longest: Most tokens of a completion.
+        steps: Of the run.
     """
 
     def __init__(
@@ -67,111 +82,119 @@ class PolicyUpdater:
         optimizer: torch.optim.Optimizer,
         config: UpdateConfig,
         temperature: float,
-        reference: nn.Module | None,
+        longest: int,
+        steps: int,
     ) -> None:
         self._accelerator, self._model, self._optimizer = accelerator, model, optimizer
-        self._config, self._temperature, self._reference = config, temperature, reference
+        self._config, self._temperature, self._longest, self._steps = config, temperature, longest, steps
 
-    def run(self, samples: Sequence[Scored], step: int) -> UpdateReport:
-        """One pass over this rank's samples in ``minibatches`` optimizer steps."""
+    def run(self, samples: Sequence[Scored], step: int, kl_coef: float = 0.0) -> UpdateReport:
+        """One pass over this rank's samples in ``minibatches`` optimizer steps.
+
+        Args:
+            samples: May be none; the rank then only takes part in the exchange.
+            step: Of the run, for the learning rate.
+            kl_coef: β of the penalty in the loss.
+        """
         report = UpdateReport()
         self._model.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = self._config.lr * min((step + 1) / max(self._config.lr_warmup_steps, 1), 1.0)
-        parts = [range(i, len(samples), self._config.minibatches) for i in range(self._config.minibatches)]
-        if self._config.minibatches == 1:
-            self._optimizer_step(samples, list(parts[0]), {}, report)
-            return report
-        old = self._old_logprobs(samples)
+            group["lr"] = self._config.lr * rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
+        parts = [list(range(i, len(samples), self._config.minibatches)) for i in range(self._config.minibatches)]
+        old = self._old_logprobs(samples) if len(parts) > 1 else {}
         for part in parts:
-            self._optimizer_step(samples, list(part), old, report)
+            self._optimizer_step(samples, part, old, kl_coef, report)
         return report
 
-    def _rows(self, samples: Sequence[Scored], chosen: Sequence[int]) -> list[PromptRow]:
-        """Samples that can have a gradient, by prompt. Without a KL term a zero advantage has none: it is not computed at all,
-        though its tokens count in the normalisation."""
-        groups: dict[str, list[int]] = {}
-        for i in chosen:
-            if samples[i].advantage != 0 or self._config.kl_coef > 0:
-                groups.setdefault(samples[i].group, []).append(i)
-        return [
-            PromptRow(samples[members[0]].prompt, tuple(Sample(i, samples[i].completion) for i in members))
-            for members in groups.values()
-        ]
+    def _moving(self, samples: Sequence[Scored], chosen: Sequence[int], kl_coef: float) -> list[int]:
+        """Samples that can have a gradient. One whose advantages are all zero has none without a penalty or bonus: it is not
+        computed at all, though its tokens count in the normalisation."""
+        always = kl_coef > 0 or self._config.entropy_coef != 0
+        return [i for i in chosen if always or bool(samples[i].advantages.any())]
 
-    def _batches(self, rows: Sequence[PromptRow]) -> Iterator[PackedBatch]:
-        for part in plan(rows, self._config.tokens_per_microbatch):
-            yield pack(part).to(self._accelerator.device)
-
-    @torch.no_grad()
     def _old_logprobs(self, samples: Sequence[Scored]) -> dict[int, torch.Tensor]:
         """Log-probs before the first optimizer step, by sample."""
-        old: dict[int, torch.Tensor] = {}
-        for batch in self._batches(self._rows(samples, range(len(samples)))):
-            with self._accelerator.autocast():
-                logprobs, _ = self._accelerator.unwrap_model(self._model)(batch, self._temperature)
-            for order, index in enumerate(batch.members):
-                old[index] = logprobs[batch.owner == order]
-        return old
+        return completion_logprobs(
+            self._accelerator.unwrap_model(self._model),
+            samples,
+            range(len(samples)),
+            accelerator=self._accelerator,
+            budget=self._config.tokens_per_microbatch,
+            temperature=self._temperature,
+        )
 
     def _optimizer_step(
-        self, samples: Sequence[Scored], chosen: Sequence[int], old: dict[int, torch.Tensor], report: UpdateReport
+        self, samples: Sequence[Scored], chosen: Sequence[int], old: dict[int, torch.Tensor], kl_coef: float, report: UpdateReport
     ) -> None:
-        local_tokens = torch.tensor(float(sum(len(samples[i].completion) for i in chosen)), device=self._accelerator.device)
-        total_tokens = float(self._accelerator.reduce(local_tokens, "sum"))
-        batches = list(self._batches(self._rows(samples, chosen)))
-        if not batches:  # this rank still takes part in the gradient exchange
-            batches = [pack([PromptRow([0], (Sample(-1, [0]),))]).to(self._accelerator.device)]
-        scale = self._accelerator.num_processes / max(total_tokens, 1.0)
-        for number, batch in enumerate(batches):
-            with self._synchronised(number == len(batches) - 1):
-                loss = self._loss(samples, batch, old, report)
-                self._accelerator.backward(loss * scale)
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._config.grad_clip)
-        report.grad_norm = float(norm)
-        if torch.isfinite(torch.as_tensor(report.grad_norm)):
-            self._optimizer.step()
-        else:
-            report.skipped += 1
-        # Kept, not dropped: the gradients are views of DDP's buckets, and fresh ones beside those would be a second copy.
-        self._optimizer.zero_grad(set_to_none=False)
-
-    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else self._accelerator.no_sync(self._model)
+        device = self._accelerator.device
+        lengths = torch.tensor([len(samples[i].completion) for i in chosen])
+        total = float(self._accelerator.reduce(torch.tensor(weight_total(lengths, self._config.aggregate), device=device), "sum"))
+        weights = dict(zip(chosen, token_weights(lengths, self._config.aggregate, self._longest).tolist(), strict=True))
+        moving = self._moving(samples, chosen, kl_coef)
+        scale = self._accelerator.num_processes / max(total, 1.0)
+        report.grad_norm = packed_step(
+            self._accelerator,
+            self._model,
+            self._optimizer,
+            list(micro_batches(samples, moving, self._config.tokens_per_microbatch, device)),
+            lambda batch: self._loss(samples, batch, old, weights, kl_coef, report) * scale,
+            lambda batch: self._model(batch, self._temperature)[0].sum(),
+            self._config.grad_clip,
+        )
+        report.skipped += not math.isfinite(report.grad_norm)
 
     def _loss(
-        self, samples: Sequence[Scored], batch: PackedBatch, old: dict[int, torch.Tensor], report: UpdateReport
+        self,
+        samples: Sequence[Scored],
+        batch: PackedBatch,
+        old: dict[int, torch.Tensor],
+        weights: dict[int, float],
+        kl_coef: float,
+        report: UpdateReport,
     ) -> torch.Tensor:
+        config = self._config
         with self._accelerator.autocast():
-            logprobs, entropy = self._model(batch, self._temperature)
-        if batch.members == (-1,):
-            return logprobs.sum() * 0.0
+            logprobs, entropy = self._model(batch, self._temperature, config.entropy_coef != 0)
         device = logprobs.device
-        advantages = torch.tensor([samples[i].advantage for i in batch.members], device=device)[batch.owner]
+        members = [samples[i] for i in batch.members]
         before = torch.cat([old[i] for i in batch.members]) if old else logprobs.detach()
-        token_loss = grpo_loss(
+        engine = torch.cat([s.logprobs for s in members]).to(device)
+        surrogate = policy_loss(
             logprobs,
             before,
-            advantages,
-            clip_low=self._config.clip_low,
-            clip_high=self._config.clip_high,
-            reference_logprobs=self._reference_logprobs(batch),
-            kl_coef=self._config.kl_coef,
+            torch.cat([s.advantages for s in members]).to(device),
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            owner=batch.owner if config.ratio == "sequence" else None,
         )
-        behaviour = torch.tensor([x for i in batch.members for x in samples[i].logprobs], device=device)
-        gap = (behaviour - logprobs.detach()).abs()
+        importance = importance_weights(before, engine, batch.owner, config.importance, config.importance_cap)
+        loss = surrogate.loss * importance - config.entropy_coef * entropy
+        if members[0].reference is not None:
+            reference = torch.cat([s.reference for s in members if s.reference is not None]).to(device)
+            report.kl += float(estimate_kl(logprobs.detach(), reference, "k3").sum())
+            if kl_coef > 0:
+                loss = loss + kl_coef * estimate_kl(logprobs, reference, config.kl)
+        self._note(report, loss, entropy, surrogate.clipped, before, engine)
+        return (loss * torch.tensor([weights[i] for i in batch.members], device=device)[batch.owner]).sum()
+
+    def _note(
+        self,
+        report: UpdateReport,
+        loss: torch.Tensor,
+        entropy: torch.Tensor,
+        clipped: torch.Tensor,
+        before: torch.Tensor,
+        engine: torch.Tensor,
+    ) -> None:
+        gap = (engine - before).abs()
+        ratio = torch.exp(before - engine)
+        kept = ratio.clamp(max=self._config.importance_cap)
         report.tokens += len(gap)
-        report.loss += float(token_loss.loss.detach().sum())
-        report.entropy += float(entropy.sum())
-        report.clipped += float(token_loss.clipped.sum())
-        report.kl += float(token_loss.kl.sum())
+        report.loss += float(loss.detach().sum())
+        report.entropy += float(entropy.detach().sum())
+        report.clipped += float(clipped.sum())
         report.engine_gap += float(gap.sum())
         report.engine_gap_max = max(report.engine_gap_max, float(gap.max()))
-        return token_loss.loss.sum()
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: PackedBatch) -> torch.Tensor | None:
-        if self._reference is None:
-            return None
-        with self._accelerator.autocast():
-            return self._reference(batch, self._temperature)[0]
+        report.weights += float(kept.sum())
+        report.weights_squared += float(kept.square().sum())
+        report.truncated += float((ratio > self._config.importance_cap).sum())

@@ -154,6 +154,7 @@ class RolloutEngine:
         requests: Sequence[Request],
         on_step: Callable[[StepRecord], None] | None = None,
         token_budget: int | None = None,
+        on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
 
@@ -161,10 +162,13 @@ class RolloutEngine:
             requests: What to produce.
             on_step: Called after each decode step. An exception it raises ends the call and leaves the engine usable.
             token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes back PAUSED.
+            on_finish: Called with a request's index and its rollout as soon as it is over, while others are still decoded.
         """
         done: list[Rollout | None] = [None] * len(requests)
         for index, rollout in self._run(requests, on_step, token_budget):
             done[index] = rollout
+            if on_finish is not None:
+                on_finish(index, rollout)
         return [rollout for rollout in done if rollout is not None]
 
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:

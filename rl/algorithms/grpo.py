@@ -1,14 +1,17 @@
-"""Group Relative Policy Optimization.
+"""Group Relative Policy Optimization and its descendants: Dr. GRPO, DAPO, GSPO.
 
-DeepSeekMath (arXiv 2402.03300), section 4.1: equation 3 for the objective, equation 4 for the KL estimator. Token-level
-normalisation and the separate upper clip are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
+DeepSeekMath (arXiv 2402.03300), section 4.1, equation 3 for the objective. Token-level normalisation and the separate upper clip
+are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Aggregate = Literal["token", "sequence", "constant"]
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool = True) -> torch.Tensor:
@@ -32,50 +35,71 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool 
     return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred)).flatten()
 
 
+def token_weights(lengths: torch.Tensor, aggregate: Aggregate, longest: int) -> torch.Tensor:
+    """What a token of each sample weighs in the batch's loss, up to a division that all samples share (`weight_total`).
+
+    ``token``: every token alike (DAPO, section 3.3). ``sequence``: every sample alike, 1 / |o_i| a token (GRPO, equation 3).
+    ``constant``: 1 / the longest completion there may be, so that a token's weight depends neither on its sample's length nor on
+    others' (Dr. GRPO, arXiv 2503.20783).
+
+    Args:
+        lengths: int64 [S], tokens of each sample, at least 1.
+        aggregate: Which.
+        longest: Most tokens of a completion.
+
+    Returns:
+        float32 [S].
+    """
+    if aggregate == "token":
+        return torch.ones(len(lengths))
+    if aggregate == "sequence":
+        return 1 / lengths.float()
+    return torch.full((len(lengths),), 1 / longest)
+
+
+def weight_total(lengths: torch.Tensor, aggregate: Aggregate) -> float:
+    """What the weighted losses' sum is divided by, once it is summed over ranks: tokens, or samples."""
+    return float(lengths.sum()) if aggregate == "token" else float(len(lengths))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
     """Loss of each token, with what is worth logging.
 
     Attributes:
-        loss: float32 [M], to be summed and divided by the global token count.
+        loss: float32 [M].
         clipped: bool [M], where the clip took the gradient away.
-        kl: float32 [M], the estimate of KL(policy ‖ reference), no gradient; zero without a reference.
     """
 
     loss: torch.Tensor
     clipped: torch.Tensor
-    kl: torch.Tensor
 
 
-def grpo_loss(
+def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     *,
     clip_low: float,
     clip_high: float,
-    reference_logprobs: torch.Tensor | None = None,
-    kl_coef: float = 0.0,
+    owner: torch.Tensor | None = None,
 ) -> TokenLoss:
-    """Clipped surrogate: −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A) + kl_coef · (e^d − d − 1),
-    with ρ = exp(logprob − old) and d = reference − logprob.
+    """Clipped surrogate: −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A), with ρ = exp(logprob − old) of each token, or, with
+    ``owner``, exp of the mean of a sequence's (GSPO, Zheng et al., arXiv 2507.18071, equation 7).
 
     Args:
         logprobs: float32 [M], differentiable, of the policy now.
         old_logprobs: float32 [M], of the policy that the update started from.
-        advantages: float32 [M], of the sequence each token belongs to.
+        advantages: float32 [M], of each token.
         clip_low, clip_high: Width of the trust region below and above 1.
-        reference_logprobs: float32 [M], of the reference policy, or None.
-        kl_coef: Weight of the KL penalty.
+        owner: int64 [M], sequence of each token; all of a sequence's tokens must be there.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    difference = logprobs - old_logprobs
+    if owner is not None:
+        count = int(owner.max()) + 1
+        lengths = torch.bincount(owner, minlength=count).to(difference)
+        difference = (difference.new_zeros(count).index_add(0, owner, difference) / lengths.clamp(min=1))[owner]
+    ratio = torch.exp(difference)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -torch.minimum(unclipped, clipped)
-    kl = torch.zeros_like(loss)
-    if reference_logprobs is not None:
-        distance = reference_logprobs - logprobs
-        penalty = torch.exp(distance) - distance - 1
-        loss = loss + kl_coef * penalty
-        kl = penalty.detach()
-    return TokenLoss(loss, (clipped < unclipped).detach(), kl)
+    return TokenLoss(-torch.minimum(unclipped, clipped), (clipped < unclipped).detach())

@@ -66,6 +66,15 @@ def attention_shape(config: LlamaConfig) -> tuple[int, int, int]:
     return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
 
+def parameter_count(config: LlamaConfig) -> int:
+    """How many parameters a drafter of a config from `eagle3_config` has, without making it."""
+    heads, kv_heads, dim = attention_shape(config)
+    hidden, taps = config.hidden_size, len(config.eagle_aux_hidden_state_layer_ids)
+    attention = 2 * hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
+    norms = 4 * hidden
+    return hidden * (taps * hidden + 3 * config.intermediate_size + config.draft_vocab_size) + attention + norms
+
+
 class _Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -1,13 +1,21 @@
 """Recipes are strict, and say what to write instead."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from rl.config import RunConfig, load_config, to_dict
 from rl.errors import UserError
+from rl.estimate import describe, estimate, policy_config
 from rl.strict import parse
+from rl.tasks import load_task
+from rollout.drafters.eagle3_model import parameter_count
+from tests.support import tiny_eagle3, tiny_llama
 
+ROOT = Path(__file__).parents[2]
 TINY = "configs/tiny.yaml"
 
 
@@ -76,3 +84,46 @@ def test_a_draft_vocabulary_larger_than_the_targets_is_refused():
 
     with pytest.raises(ValueError, match=r"drafter.draft_vocab_size is 98, the target has 97 tokens"):
         eagle3_config(tiny_llama().config, 98, (0, 1, 2))
+
+
+def test_a_recipe_over_another(tmp_path):
+    (tmp_path / "low.yaml").write_text("steps: 7\nupdate: {lr: 1.0e-3, minibatches: 3}\ntask: {datasets: [{name: chain_sum}]}\n")
+    (tmp_path / "high.yaml").write_text("base: low.yaml\nupdate: {minibatches: 2}\n")
+    config = load_config(tmp_path / "high.yaml", ["steps=9"])
+    assert (config.steps, config.update.lr, config.update.minibatches) == (9, 1e-3, 2)
+    (tmp_path / "low.yaml").write_text("base: high.yaml\n")
+    with pytest.raises(UserError, match="leads back to itself"):
+        load_config(tmp_path / "high.yaml")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml"), key=str))
+def test_every_recipe_is_valid_and_says_what_it_takes(recipe):
+    config = load_config(recipe)
+    assert load_task(config.task, config.seed).problems
+    first, *rest = describe(config, recipe, ranks=2)
+    assert "valid" in first
+    assert ("TFLOP/s" in rest[-1] and "a rank" in rest[-2]) or "not at hand" in rest[0]
+
+
+def test_a_dry_run_trains_nothing(tmp_path):
+    command = [sys.executable, "launch/train.py", TINY, f"out={tmp_path / 'run'}", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "valid; 4 steps" in done.stdout and not (tmp_path / "run").exists()
+    done = subprocess.run([*command, "update.kl=k1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "update.kl k1 has no gradient" in done.stderr
+
+
+def test_the_estimate_of_a_known_shape():
+    """tiny-llama: its parameters counted by hand, and 16 bytes for each in training."""
+    config = load_config(ROOT / "configs" / "tiny.yaml")
+    attention, mlp = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128
+    parameters = 4 * (attention + mlp + 2 * 64) + 64
+    policy = policy_config("tiny-llama")
+    parameters += policy.vocab_size * 64 * (1 if policy.tie_word_embeddings else 2)
+    found = estimate(config, policy, ranks=2)
+    assert found.memory["policy, gradients and Adam"] == 16 * parameters
+    assert found.memory["reference policy"] == 4 * parameters
+    assert found.rollout > 0 and found.update > 0
+    drafter = tiny_eagle3(tiny_llama())
+    assert parameter_count(drafter.config) == sum(p.numel() for p in drafter.parameters())

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from drafter_trainer.spot import LearnerReport
+from rl.critic import CriticReport
 from rl.errors import UserError
 from rl.metrics import step_metrics
 from rl.report import write_picture, write_report
 from rl.summary import rise_std_error, summarise
+from rl.update import UpdateReport
 
 
 def rank(step: int, number: int, plain: float | None = None) -> dict:
@@ -19,6 +21,8 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
     return {
         "problems": [f"{number}"] * 4,
         "rewards": [0.0, 1.0, 1.0, float(step > 1)],
+        "score_timeouts": number,
+        "score_errors": 2,
         "advantages": [0.0] * 4,
         "lengths": [5, 10, 15, 20 + number],
         "truncated": 1,
@@ -39,17 +43,21 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
                 updates=2, tokens=100, loss=1.0 + number, acceptance=[0.5, 0.25], approved=2 * number, snapshot_seconds=0.1 * number
             )
         ),
-        "update": {
-            "tokens": 50,
-            "loss": 5.0,
-            "entropy": 25.0,
-            "clipped": 0.0,
-            "kl": 0.0,
-            "engine_gap": 0.5,
-            "engine_gap_max": 0.1,
-            "grad_norm": 1.0,
-            "skipped": 0,
-        },
+        "update": asdict(
+            UpdateReport(
+                tokens=50,
+                loss=5.0,
+                entropy=25.0,
+                engine_gap=0.5,
+                engine_gap_max=0.1,
+                weights=50.0,
+                weights_squared=62.5,
+                truncated=5.0,
+                grad_norm=1.0,
+            )
+        ),
+        # returns of half 0 and half 1, a fifth of their variance unexplained
+        "critic": asdict(CriticReport(tokens=40, loss=4.0, returns=20.0, squares=20.0, errors=2.0)),
     }
 
 
@@ -63,6 +71,10 @@ def test_step_metrics_by_hand():
     assert m["rollout/acceptance_length"] == pytest.approx((101 - 8) / 50)
     assert m["rollout/acceptance_length_suffix"] == pytest.approx(2.5)
     assert m["update/entropy"] == 0.5
+    assert m["engine/importance_truncated"] == pytest.approx(0.1)
+    assert m["engine/effective_share"] == pytest.approx(100**2 / (100 * 125))
+    assert m["critic/loss"] == pytest.approx(0.1) and m["critic/explained_variance"] == pytest.approx(0.8)
+    assert m["reward/timeouts"] == 1 and m["reward/errors"] == 4
     assert m["drafter/acceptance"] == [0.5, 0.25]
     assert m["drafter/approved"] == 2 and m["drafter/snapshot_seconds"] == 0.1
     assert m["time/step"] == pytest.approx(6.6)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rl.config import DatasetConfig, TaskConfig
 from rl.errors import UserError
 from rl.rewards.verifiable import final_answer, load_reward, math_score, verifiable_reward
+from rl.task_config import DatasetConfig, TaskConfig
 from rl.tasks import load_task
 from rl.worked_solutions import worked_solution
 
