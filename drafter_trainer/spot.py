@@ -59,7 +59,7 @@ class LearnerReport:
 
 
 class SpotTrainer:
-    """Trains while it may, one micro-batch at a time, and goes on next time where it stopped.
+    """Trains while it may, and goes on next time where it stopped.
 
     New weights reach the engines only once they did better on sequences kept back than the serving weights do on the same ones (the
     policy moves, so both are judged anew each step): a bad update never slows rollouts. What was approved is a copy; training goes
@@ -71,7 +71,7 @@ class SpotTrainer:
     Args:
         learners: With the newest weights, and an optimizer each; of the same shape and vocabulary.
         buffer: Traces.
-        budget: Anchors of a micro-batch: what a stop may have to wait for.
+        budget: Anchors of a micro-batch.
         judge_every: Updates between two judgements.
         likeliest: Whether drafts are the likeliest tokens, and not drawn ones: what is judged by.
     """

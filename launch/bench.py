@@ -36,6 +36,10 @@ def main() -> None:
     rollout.add_argument("--repeats", type=int, default=2)
     rollout.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
     rollout.add_argument(
+        "--own-problems", action="store_true", help="what the recipe's rollouts ask, instead of others of the kind"
+    )
+    rollout.add_argument("--workloads", nargs="+", help="1, 4, 16, 32, 64 sequences, tail; all where none is named")
+    rollout.add_argument(
         "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter that has vLLM (make peers)"
     )
     rollout.add_argument("--alone", action="store_true", help="only this engine, no peers")

@@ -77,9 +77,10 @@ class RolloutBench:
         run: A finished run, for its trained policy and drafter; None takes the recipe's starting policy and no EAGLE-3.
         repeats: Timed passes; the fastest counts.
         tail_cap: Most tokens of a completion in the long-tailed batch.
+        own_problems: Ask the recipe's own problems, as its rollouts do epoch after epoch, instead of others of their kind.
     """
 
-    def __init__(self, config: RunConfig, run: Path | None, repeats: int, tail_cap: int = 1024) -> None:
+    def __init__(self, config: RunConfig, run: Path | None, repeats: int, tail_cap: int = 1024, own_problems: bool = False) -> None:
         self.config, self.repeats, self.tail_cap = config, repeats, tail_cap
         self.path = starting_policy(config) if run is None else run / "checkpoint" / "policy"
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
@@ -92,8 +93,18 @@ class RolloutBench:
         r = config.rollout
         self.stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
         self.params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, self.stops)
-        problems = load_task(replace(config.task, size=64), seed=987).problems  # not the ones trained on
-        self.problems = random.Random(0).sample(problems, len(problems))  # sizes mixed
+        self.problems = self._own_problems() if own_problems else self._other_problems()
+
+    def _other_problems(self) -> list[Problem]:
+        problems = load_task(replace(self.config.task, size=64), seed=987).problems
+        return random.Random(0).sample(problems, len(problems))  # sizes mixed
+
+    def _own_problems(self) -> list[Problem]:
+        """Those of the recipe, and once more in another order: what warms up comes after the first 40."""
+        problems = load_task(self.config.task, self.config.seed).problems
+        mixed = random.Random(0).sample(problems, len(problems))
+        half = len(mixed) // 2
+        return [*mixed, *mixed[half:], *mixed[:half]]
 
     def methods(self) -> dict[str, Strategy | str]:
         """Engine strategies by name."""
@@ -180,9 +191,9 @@ class RolloutBench:
         for name in [name for name in engine.drafters if name not in ("eagle3", "clasp", "draft_model")]:
             engine.drafters[name] = build_drafter(name, engine, self._parts)
 
-    def run(self, peers: Peers | None, say: Callable[[str], None]) -> list[Measurement]:
-        """Every method on every workload, beside peers where there are any."""
-        workloads = self.workloads()
+    def run(self, peers: Peers | None, say: Callable[[str], None], only: Sequence[str] | None = None) -> list[Measurement]:
+        """Every method on every workload, or on those named, beside peers where there are any."""
+        workloads = self.workloads(only)
         for w in workloads:
             lengths = sorted(r.params.max_tokens for r in w.timed)
             middle = lengths[len(lengths) // 2]

@@ -25,13 +25,13 @@ def measure_rollout(args: argparse.Namespace) -> None:
 
     fit_process(local_world_size=1)
     console = Console(width=160)
-    bench = RolloutBench(load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap)
+    bench = RolloutBench(load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap, args.own_problems)
     profiles = [profile_step(bench.policy, batch) for batch in (1, 4, 16, 32)]
     console.print(profile_table(profiles))
-    refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads()[2].timed[:32])
+    refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads(("16",))[0].timed[:32])
     console.print(f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}")
     peers = None if args.alone else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
-    results = bench.run(peers, lambda line: console.print(line, highlight=False))
+    results = bench.run(peers, lambda line: console.print(line, highlight=False), args.workloads)
     console.print(results_table(results))
     extra = {"refresh_seconds": refresh, "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
     write(results, profiles, extra, args.out, " ".join(["python", *sys.argv]))

@@ -96,7 +96,7 @@ def table(summary: dict[str, Any]) -> Table:
         t.add_row(
             "rollout, against plain decoding of the same requests",
             f"{summary['rollout_speedup']:.2f}x over {summary['measured_steps']} steps; "
-            f"{summary['identical_to_plain']:.0%} of completions token-identical",
+            f"{summary['identical_to_plain']:.1%} of completions token-identical",
         )
         t.add_row(
             "whole step, against plain decoding",

@@ -26,7 +26,8 @@ from rl.worked_solutions import worked_solution
 def warmed_policy_path(config: RunConfig) -> Path:
     """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
     assert config.policy.warmup is not None
-    parts: list[object] = [config.policy.model, asdict(config.policy.warmup), [asdict(d) for d in config.task.datasets]]
+    datasets = [{"name": d.name, "weight": d.weight, "params": d.params} for d in config.task.datasets]
+    parts: list[object] = [config.policy.model, asdict(config.policy.warmup), datasets]
     parts += [config.task.instruction, config.task.system]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"

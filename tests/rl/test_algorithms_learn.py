@@ -1,5 +1,6 @@
 """Every recipe's algorithm learns a task that can be learned."""
 
+import math
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import yaml
 from rl.config import load_config
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator
+from rollout import RolloutEngine
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -70,3 +72,68 @@ def test_groups_that_say_nothing_are_asked_again_and_stay_out(tmp_path, monkeypa
     )
     assert informative < groups
     assert len([s for s in record["spans"] if s[0] == "rollout"]) > 1
+
+
+def one_step(tmp_path, monkeypatch, reward: str, *options: str) -> tuple[Trainer, dict, list[bool]]:
+    """A step of the tiny recipe: the trainer, the step's metrics, and which of the policy's tensors it changed."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "step_reward.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
+    monkeypatch.chdir(tmp_path)
+    plain = ["speculation.drafters=[suffix]", "speculation.strategy=plain", "update.kl_coef=0.0", "measure.plain_every=0"]
+    arguments = [*plain, *options, "task.reward=step_reward:score", f"out={tmp_path / 'run'}", "steps=2"]
+    config = load_config(ROOT / "configs" / "tiny.yaml", arguments)
+    (tmp_path / "run").mkdir()
+    with Tracker(config, tmp_path / "run", active=False) as tracker:
+        trainer = Trainer(config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        before = [p.detach().clone() for p in trainer.policy.parameters()]
+        with trainer.scoring:
+            metrics, _ = trainer.step(0)
+    return trainer, metrics, [not bool((a == b).all()) for a, b in zip(before, trainer.policy.parameters(), strict=True)]
+
+
+def test_a_batch_that_is_empty_after_filtering_changes_nothing(tmp_path, monkeypatch):
+    """Every completion is cut, and cut ones are left out."""
+    options = ("update.mask_truncated=true", "rollout.max_tokens=2")
+    _, metrics, changed = one_step(tmp_path, monkeypatch, "[float(len(c)) for c in completions]", *options)
+    assert metrics["length/truncated"] == 16
+    assert metrics["update/tokens"] == 0 and metrics["update/loss"] == 0 and metrics["update/skipped"] == 0
+    assert not any(changed)
+
+
+def test_groups_that_are_all_alike_change_nothing(tmp_path, monkeypatch):
+    _, metrics, changed = one_step(tmp_path, monkeypatch, "[0.5] * len(completions)")
+    assert metrics["reward/uniform_groups"] == 1.0
+    assert not any(changed)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
+    """An infinite advantage weight cannot be had from finite rewards; an overflowing learning signal can: an entropy bonus of
+    1e38 makes the gradient infinite."""
+    _, metrics, changed = one_step(tmp_path, monkeypatch, "[float(len(c)) for c in completions]", "update.entropy_coef=1e38")
+    assert metrics["update/skipped"] == 2  # both minibatches
+    assert not any(changed)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_importance_weights_reach_the_gradient(tmp_path, monkeypatch, importance):
+    """Where the engine claims log-probs that are too low by ln 4, every token weighs the cap instead of 1."""
+    updates = []
+    for case, (level, shift) in enumerate([("none", 0.0), (importance, math.log(4))]):
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        lowered = RolloutEngine.generate
+
+        def generate(self, *arguments, shift=shift, lowered=lowered, **options):
+            rollouts = lowered(self, *arguments, **options)
+            for r in rollouts:
+                r.logprobs = [x - shift for x in r.logprobs]
+            return rollouts
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RolloutEngine, "generate", generate)
+            options = (f"update.importance={level}", "update.importance_cap=2.0", "update.grad_clip=1e9", "update.minibatches=1")
+            _, metrics, _ = one_step(folder, patch, "[float(len(set(c))) for c in completions]", *options)
+        updates.append(metrics)
+    assert updates[1]["update/grad_norm"] == pytest.approx(2 * updates[0]["update/grad_norm"], rel=1e-3)
+    assert updates[1]["engine/importance_truncated"] == 1.0 and updates[0]["engine/importance_truncated"] == 0.0
+    assert updates[0]["engine/effective_share"] == pytest.approx(1.0, abs=1e-3)

@@ -88,5 +88,8 @@ def test_a_step_waits_no_longer_than_its_deadline(odd):
         begin = time.monotonic()
         scores = pool.collect()
         assert time.monotonic() - begin < 12 and scores.timeouts == 4
-        pool.add(0, problems[0], "again")
-        assert pool.collect().values == {0: 5.0}
+        for _ in range(10):  # the worker takes its time to come up again
+            pool.add(0, problems[0], "again")
+            if (again := pool.collect().values) == {0: 5.0}:
+                break
+        assert again == {0: 5.0}
