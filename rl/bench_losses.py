@@ -16,6 +16,7 @@ from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.unroll import Objective
 from drafter_trainer.vocabulary import choose_vocabulary
 from rl.bench import RolloutBench
+from rl.bench_runs import is_over
 from rollout import PLAIN, Rollout, RolloutEngine
 from rollout.drafters.eagle3_model import eagle3_config
 
@@ -83,17 +84,13 @@ def compare_losses(bench: RolloutBench, seconds: float, sequences: int, say: Cal
         spot = SpotTrainer([learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS)
         end = time.perf_counter() + seconds
         with torch.enable_grad():
-            report = spot.run(partial(_is_over, end))
+            report = spot.run(partial(is_over, end))
         learner.objective = Objective(unroll=4)
         (pieces,) = buffer.held_out_batches(_JUDGED, 1)
         judged = learner.evaluate(pieces)
         rows.append(LossRow(name, report.updates, report.seconds, judged.length, judged.likeliest_length, judged.acceptance))
         say(f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest {judged.likeliest_length:.3f}")
     return rows
-
-
-def _is_over(end: float) -> bool:
-    return time.perf_counter() >= end
 
 
 def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:

@@ -17,6 +17,7 @@ from drafter_trainer.checkpoint import load_drafter
 from drafter_trainer.learner import DrafterLearner
 from drafter_trainer.spot import LearnerReport, SpotTrainer
 from drafter_trainer.unroll import Objective
+from rl.bench_runs import is_over
 from rl.config import DrafterConfig, RunConfig
 from rl.distillation import spot_trainer, trace_buffer
 from rl.rollouts import RankRollouts
@@ -88,7 +89,7 @@ class _SideBySide(SharedDrafter):
             self.lengths[name].append(judge.length(spot.serving))
             spot.buffer.begin_step()
             spot.buffer.add(done.rollouts)
-            report = spot.run(partial(_is_over, time.perf_counter() + self._seconds))
+            report = spot.run(partial(is_over, time.perf_counter() + self._seconds))
             self.updates[name] += report.updates
             if report.approved:
                 spot.adopt([p.detach() for p in spot.approved.parameters()])
@@ -109,10 +110,6 @@ class _SideBySide(SharedDrafter):
             self._start, embed.bfloat16(), head.bfloat16(), objective, lr=1.0, temperature=self._temperature, autocast=autocast
         )
         return _Judge(pieces, learner)
-
-
-def _is_over(end: float) -> bool:
-    return time.perf_counter() >= end
 
 
 def compare_online(config: RunConfig, start: Path, seconds: float, out: Path, say: Callable[[str], None]) -> list[OnlineRow]:

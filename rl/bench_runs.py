@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,8 @@ def quarters(values: Sequence[float]) -> list[float]:
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean."""
     return sum(values) / len(values)
+
+
+def is_over(end: float) -> bool:
+    """Whether the clock of `time.perf_counter` has come to ``end``."""
+    return time.perf_counter() >= end

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, save_optimizer
+from drafter_trainer.optimizer_state import save_optimizer
 from rl.algorithms.ppo import value_loss
 from rl.config import CriticConfig
 from rl.errors import UserError
 from rl.log_probs import PACKED_ATTENTION
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
-from rl.scoring import Completion, micro_batches
+from rl.run_state import restore_optimizer
+from rl.scoring import Completion, by_completion, micro_batches
 
 
 class ValueModel(nn.Module):
@@ -77,18 +78,11 @@ class Critic:
         self._accelerator, self._config, self._budget = accelerator, config, budget
         self._model, self._optimizer = accelerator.prepare(model, optimizer)
 
-    @torch.no_grad()
     def values(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
         """float32 [L_i] for each sample, on the CPU."""
-        found = [torch.zeros(0)] * len(samples)
         chosen = [i for i, s in enumerate(samples) if s.completion]
-        model = self._accelerator.unwrap_model(self._model)
-        for batch in micro_batches(samples, chosen, self._budget, self._accelerator.device):
-            with self._accelerator.autocast():
-                values = model(batch)
-            for order, index in enumerate(batch.members):
-                found[index] = values[batch.owner == order].cpu()
-        return found
+        found = by_completion(self._accelerator.unwrap_model(self._model), samples, chosen, self._budget, self._accelerator)
+        return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
 
     def update(
         self,
@@ -151,9 +145,7 @@ class Critic:
         path = folder / "critic.safetensors"
         try:
             self._accelerator.unwrap_model(self._model).load_state_dict(load_file(path))
-            load_optimizer(self._optimizer, folder / "critic_optimizer")
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or ["no reason given"])[0]
             raise UserError(f"{path}: truncated, missing, or of another model ({reason}); resume from another checkpoint") from None
-        except OptimizerStateError as error:
-            raise UserError(str(error)) from None
+        restore_optimizer(self._optimizer, folder / "critic_optimizer")

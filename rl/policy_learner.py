@@ -18,7 +18,7 @@ from rl.log_probs import PolicyLogProbs
 from rl.policies import load_policy
 from rl.rollouts import RankRollouts
 from rl.run_state import Checkpoint, restore_optimizer
-from rl.scoring import completion_logprobs
+from rl.scoring import by_completion
 from rl.update import PolicyUpdater, Scored, UpdateReport
 from rollout import FinishReason
 
@@ -114,16 +114,12 @@ class PolicyLearner:
         return advantages, self.critic.update(samples, counted, values, returns, tokens)
 
     def _reference_logprobs(self, samples: list[Scored]) -> list[torch.Tensor] | None:
-        if self._reference is None:
+        reference = self._reference
+        if reference is None:
             return None
-        found = completion_logprobs(
-            self._reference,
-            samples,
-            [i for i, s in enumerate(samples) if s.completion],
-            accelerator=self._accelerator,
-            budget=self._config.update.tokens_per_microbatch,
-            temperature=self._config.rollout.temperature,
-        )
+        chosen = [i for i, s in enumerate(samples) if s.completion]
+        budget, temperature = self._config.update.tokens_per_microbatch, self._config.rollout.temperature
+        found = by_completion(lambda b: reference(b, temperature)[0], samples, chosen, budget, self._accelerator)
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
-"""Log-probs of whole completions, a packed micro-batch at a time."""
+"""Numbers for whole completions, a packed micro-batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from rl.packing import PackedBatch, PromptRow, Sample, pack, plan
 
@@ -37,32 +36,29 @@ def micro_batches(samples: Sequence[Completion], chosen: Sequence[int], budget: 
 
 
 @torch.no_grad()
-def completion_logprobs(
-    model: nn.Module,
+def by_completion(
+    score: Callable[[PackedBatch], torch.Tensor],
     samples: Sequence[Completion],
     chosen: Sequence[int],
-    *,
-    accelerator: Accelerator,
     budget: int,
-    temperature: float,
+    accelerator: Accelerator,
 ) -> dict[int, torch.Tensor]:
-    """Log-probs of chosen samples' tokens, by sample.
+    """A number for each token of chosen samples, such as its log-prob or its value.
 
     Args:
-        model: An unwrapped `rl.log_probs.PolicyLogProbs`.
+        score: float32 [M] of a micro-batch's targets; called under the run's autocast, without gradients.
         samples: Of at least one token each.
         chosen: Indices.
-        accelerator: Of the run.
         budget: Tokens of a micro-batch.
-        temperature: Of the rollouts.
+        accelerator: Of the run.
 
     Returns:
-        float32 [L_i] each, on the accelerator's device.
+        float32 [L_i] by sample, on the accelerator's device.
     """
     found: dict[int, torch.Tensor] = {}
     for batch in micro_batches(samples, chosen, budget, accelerator.device):
         with accelerator.autocast():
-            logprobs, _ = model(batch, temperature)
+            numbers = score(batch)
         for order, index in enumerate(batch.members):
-            found[index] = logprobs[batch.owner == order]
+            found[index] = numbers[batch.owner == order]
     return found

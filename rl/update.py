@@ -17,7 +17,7 @@ from rl.config import UpdateConfig
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
 from rl.schedules import rate_at
-from rl.scoring import completion_logprobs, micro_batches
+from rl.scoring import by_completion, micro_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class PolicyUpdater:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
         parts = [list(range(i, len(samples), self._config.minibatches)) for i in range(self._config.minibatches)]
-        old = self._old_logprobs(samples) if len(parts) > 1 else {}
+        old = self._old_logprobs(samples, kl_coef) if len(parts) > 1 else {}
         for part in parts:
             self._optimizer_step(samples, part, old, kl_coef, report)
         return report
@@ -112,16 +112,11 @@ class PolicyUpdater:
         always = kl_coef > 0 or self._config.entropy_coef != 0
         return [i for i in chosen if always or bool(samples[i].advantages.any())]
 
-    def _old_logprobs(self, samples: Sequence[Scored]) -> dict[int, torch.Tensor]:
-        """Log-probs before the first optimizer step, by sample."""
-        return completion_logprobs(
-            self._accelerator.unwrap_model(self._model),
-            samples,
-            range(len(samples)),
-            accelerator=self._accelerator,
-            budget=self._config.tokens_per_microbatch,
-            temperature=self._temperature,
-        )
+    def _old_logprobs(self, samples: Sequence[Scored], kl_coef: float) -> dict[int, torch.Tensor]:
+        """Log-probs before the first optimizer step, of samples that can have a gradient."""
+        model, moving = self._accelerator.unwrap_model(self._model), self._moving(samples, range(len(samples)), kl_coef)
+        budget = self._config.tokens_per_microbatch
+        return by_completion(lambda b: model(b, self._temperature)[0], samples, moving, budget, self._accelerator)
 
     def _optimizer_step(
         self, samples: Sequence[Scored], chosen: Sequence[int], old: dict[int, torch.Tensor], kl_coef: float, report: UpdateReport
