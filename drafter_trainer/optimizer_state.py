@@ -35,11 +35,11 @@ def write_state(state: dict[str, Any], stem: Path) -> None:
     stem.with_suffix(".json").write_text(json.dumps({"scalars": scalars, "param_groups": state["param_groups"]}))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Restores what `save_optimizer` wrote.
+def read_state(stem: Path) -> dict[str, Any]:
+    """What `write_state` wrote.
 
     Raises:
-        OptimizerStateError: truncated or missing files, or those of another optimizer.
+        OptimizerStateError: truncated or missing files.
     """
     try:
         tensors = load_file(stem.with_suffix(".safetensors"))
@@ -50,7 +50,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
     for key, value in [*tensors.items(), *rest["scalars"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
+    """Restores what `save_optimizer` wrote.
+
+    Raises:
+        OptimizerStateError: truncated or missing files, or those of another optimizer.
+    """
     try:
-        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        optimizer.load_state_dict(read_state(stem))
     except ValueError as error:
         raise OptimizerStateError(f"{stem}: of another optimizer ({error})") from None

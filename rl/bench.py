@@ -15,9 +15,9 @@ from drafter_trainer.checkpoint import load_drafter
 from rl.bench_peers import Peers
 from rl.config import RunConfig, draft_rules
 from rl.prompts import encode_prompt, stable_seed, stop_token_ids
+from rl.starting import starting_policy
 from rl.task_config import DatasetConfig
 from rl.tasks import Problem, load_task
-from rl.trainer import starting_policy
 from rollout import PLAIN, Request, Rollout, RolloutEngine, SamplingParams, Strategy, default_tap_layers, mean_acceptance_length
 from rollout.drafters import DraftRules
 from rollout.drafters.build import DrafterParts, build_drafter

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
-from rl.trainer import starting_policy
+from rl.starting import starting_policy
 
 _PROMPT = 60
 _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as the quickstart's are

@@ -9,19 +9,20 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from drafter_trainer.optimizer_state import save_optimizer
 from rl.algorithms.ppo import value_loss
-from rl.config import CriticConfig
+from rl.balance import Scored
+from rl.config import RunConfig
 from rl.errors import UserError
 from rl.log_probs import PACKED_ATTENTION
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
-from rl.run_state import restore_optimizer
+from rl.run_state import restore_moments
 from rl.scoring import Completion, by_completion, micro_batches
+from rl.sharding import AdamWSettings, WholeState, shard, whole_state
 
 
 class ValueModel(nn.Module):
@@ -69,46 +70,44 @@ class Critic:
     Args:
         accelerator: Of the run.
         model: Not yet wrapped.
-        config: The recipe's critic section.
-        budget: Tokens of a micro-batch.
+        config: The recipe's.
+        kept: Directory of a checkpoint to go on from, or None.
+
+    Raises:
+        UserError: where that is truncated, or files are missing.
     """
 
-    def __init__(self, accelerator: Accelerator, model: ValueModel, config: CriticConfig, budget: int) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-        self._accelerator, self._config, self._budget = accelerator, config, budget
-        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+    def __init__(self, accelerator: Accelerator, model: ValueModel, config: RunConfig, kept: Path | None) -> None:
+        self._accelerator, self._config, self._budget = accelerator, config.critic, config.update.tokens_per_microbatch
+        if kept is not None:
+            _load(model, kept / "critic.safetensors")
+        settings = AdamWSettings(config.critic.lr, 0.0, config.critic.grad_clip, config.policy.mixed_precision)
+        self._trained = shard(model, config.scale, accelerator, settings)
+        if kept is not None:
+            restore_moments(self._trained, kept / "critic_optimizer")
 
     def values(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
         """float32 [L_i] for each sample, on the CPU."""
-        chosen = [i for i, s in enumerate(samples) if s.completion]
-        found = by_completion(self._accelerator.unwrap_model(self._model), samples, chosen, self._budget, self._accelerator)
+        chosen = [i for i, s in enumerate(samples) if len(s.completion)]
+        found = by_completion(self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained)
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
 
-    def update(
-        self,
-        samples: Sequence[Completion],
-        chosen: Sequence[int],
-        values: Sequence[torch.Tensor],
-        returns: Sequence[torch.Tensor],
-        total_tokens: float,
-    ) -> CriticReport:
+    def update(self, samples: Sequence[Scored], total_tokens: float) -> CriticReport:
         """One optimizer step. Collective.
 
         Args:
-            samples: This rank's.
-            chosen: Indices of those that count.
-            values: float32 [L_i], from `values`.
-            returns: float32 [L_i].
-            total_tokens: Tokens that count, of all ranks.
+            samples: This rank's, with their values and returns.
+            total_tokens: Tokens of all ranks.
         """
         report, device = CriticReport(), self._accelerator.device
         scale = self._accelerator.num_processes / max(total_tokens, 1.0)
 
         def loss_of(batch: PackedBatch) -> torch.Tensor:
-            before = torch.cat([values[i] for i in batch.members]).to(device)
-            wanted = torch.cat([returns[i] for i in batch.members]).to(device)
+            members = [samples[i] for i in batch.members]
+            before = torch.cat([s.values for s in members if s.values is not None]).to(device)
+            wanted = torch.cat([s.returns for s in members if s.returns is not None]).to(device)
             with self._accelerator.autocast():
-                now = self._model(batch)
+                now = self._trained.module(batch)
             loss = value_loss(now, before, wanted, self._config.value_clip).sum()
             report.tokens += len(wanted)
             report.loss += float(loss.detach())
@@ -117,35 +116,20 @@ class Critic:
             report.errors += float((wanted - before).square().sum())
             return loss * scale
 
-        self._model.train()
-        batches = list(micro_batches(samples, chosen, self._budget, device))
-        packed_step(
-            self._accelerator,
-            self._model,
-            self._optimizer,
-            batches,
-            loss_of,
-            lambda b: self._model(b).sum(),
-            self._config.grad_clip,
-        )
+        model = self._trained.module.train()
+        batches = list(micro_batches(samples, range(len(samples)), self._budget, device))
+        packed_step(self._accelerator, self._trained, batches, loss_of, lambda batch: model(batch).sum())
         return report
 
-    def save(self, folder: Path) -> None:
-        """Writes ``critic.safetensors`` and the optimizer's state; OSError and SafetensorError as they come."""
-        state = self._accelerator.unwrap_model(self._model).state_dict()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / "critic.safetensors")
-        save_optimizer(self._optimizer, folder / "critic_optimizer")
+    def state(self) -> WholeState:
+        """What a checkpoint keeps. Collective; on the main rank."""
+        weights = self._trained.full_weights(lambda name: True)
+        return whole_state(weights, self._trained, self._accelerator.is_main_process)
 
-    def restore(self, folder: Path) -> None:
-        """Loads what `save` wrote.
 
-        Raises:
-            UserError: truncated or missing files.
-        """
-        path = folder / "critic.safetensors"
-        try:
-            self._accelerator.unwrap_model(self._model).load_state_dict(load_file(path))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0]
-            raise UserError(f"{path}: truncated, missing, or of another model ({reason}); resume from another checkpoint") from None
-        restore_optimizer(self._optimizer, folder / "critic_optimizer")
+def _load(model: ValueModel, path: Path) -> None:
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(f"{path}: truncated, missing, or of another model ({reason}); resume from another checkpoint") from None

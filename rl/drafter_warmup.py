@@ -19,8 +19,8 @@ from rl.config import RunConfig
 from rl.errors import UserError
 from rl.policies import load_policy
 from rl.rollouts import RolloutWorker
+from rl.starting import starting_policy
 from rl.tasks import load_task
-from rl.trainer import starting_policy
 from rollout import Strategy, mean_acceptance_length
 
 _CHAIN = 4

@@ -177,14 +177,14 @@ def _make_from_scratch(target: Path, **sizes: Any) -> None:
     fast.save_pretrained(target)
 
 
-def load_policy(path: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal LM in float32.
+def load_policy(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM in ``dtype``.
 
     Raises:
         UserError: when its weights or config are missing, truncated or of another model.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         return model.to(device)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,115 +13,147 @@ from transformers import PreTrainedModel
 
 from rl.advantages import critic_advantages, penalties, token_advantages, uniform_groups
 from rl.algorithms.kl import KlCoefficient
+from rl.balance import Scored, compute_cost, spread
 from rl.config import RunConfig
 from rl.critic import Critic, CriticReport, ValueModel
 from rl.log_probs import PolicyLogProbs
+from rl.lora import merged
 from rl.policies import load_policy
+from rl.reference import Reference
 from rl.rollouts import RankRollouts
-from rl.run_state import Checkpoint, restore_optimizer
-from rl.scoring import by_completion
-from rl.update import PolicyUpdater, Scored, UpdateReport
+from rl.run_state import Checkpoint, restore_moments
+from rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from rl.update import PolicyUpdater, UpdateReport
 from rollout import FinishReason
+
+_WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
 
 
 class PolicyLearner:
-    """Owns what is trained beside the drafter: the policy's optimizer, and the critic where the recipe has one.
+    """Owns what is trained beside the drafter: the policy with its optimizer, and the critic where the recipe has one.
 
     Args:
         config: The recipe.
-        policy: The trainer's unwrapped module.
+        policy: Whole, on every rank alike; it may be taken apart.
         start: Directory of the policy that the run starts from: the reference, and the critic's decoder.
         accelerator: Of this process.
+        checkpoint: To go on from; the policy's weights are the caller's. None at the start.
 
     Attributes:
-        optimizer: The policy's.
         kl: β, which may be adapted.
+        critic: Or None.
+        reference: Or None.
+
+    Raises:
+        UserError: where the checkpoint is truncated, or the recipe's way of sharding is not to be had.
     """
 
-    def __init__(self, config: RunConfig, policy: PreTrainedModel, start: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: RunConfig, policy: PreTrainedModel, start: Path, accelerator: Accelerator, checkpoint: Checkpoint | None
+    ) -> None:
         self._config, self._accelerator = config, accelerator
         update = config.update
         if config.policy.gradient_checkpointing:
             policy.activation_checkpointing_enable()
+        text = policy.config.get_text_config()
+        self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
         module = PolicyLogProbs(policy)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=update.lr, weight_decay=update.weight_decay, fused=True)
-        model, self.optimizer = accelerator.prepare(module, optimizer)
+        settings = AdamWSettings(update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision)
+        self._trained = shard(module, config.scale, accelerator, settings)
         self._updater = PolicyUpdater(
-            accelerator, model, self.optimizer, update, config.rollout.temperature, config.rollout.max_tokens, config.steps
+            accelerator, self._trained, update, config.rollout.temperature, config.rollout.max_tokens, config.steps
         )
         self.kl = KlCoefficient(update.kl_coef, update.kl_target)
-        self._reference: PolicyLogProbs | None = None
-        if update.kl_coef > 0:
-            self._reference = PolicyLogProbs(load_policy(start, accelerator.device)).requires_grad_(False).eval()
+        self.reference = Reference(config, module, start, accelerator) if update.kl_coef > 0 else None
         self.critic: Critic | None = None
         if update.advantage == "gae":
             decoder = load_policy(start, accelerator.device)
             if config.policy.gradient_checkpointing:
                 decoder.activation_checkpointing_enable()
             value_model = ValueModel(decoder).to(accelerator.device)
-            self.critic = Critic(accelerator, value_model, config.critic, update.tokens_per_microbatch)
+            self.critic = Critic(accelerator, value_model, config, None if checkpoint is None else checkpoint.path)
+        if checkpoint is not None:
+            restore_moments(self._trained, checkpoint.path / "optimizer")
+            self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint; the policy's weights are the caller's.
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's present weights, whole, by their names in a policy without adapters. Collective; each is good until the
+        next."""
+        for name, tensor in merged(self._trained.full_weights, self._config.scale.lora):
+            yield name.removeprefix(_WRAPPED), tensor
 
-        Raises:
-            UserError: truncated or missing files.
-        """
-        restore_optimizer(self.optimizer, checkpoint.path / "optimizer")
-        if self.critic is not None:
-            self.critic.restore(checkpoint.path)
-        self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
+    def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:
+        """What a checkpoint keeps of the policy, and its adapters' weights where it has any. Collective; on the main rank."""
+        main = self._accelerator.is_main_process
+        adapters = None
+        if self._config.scale.lora is not None:
+            found = self._trained.full_weights(lambda name: ".lora_" in name)
+            adapters = {name.removeprefix(_WRAPPED): tensor.cpu().clone() for name, tensor in found}
+        return whole_state(self.weights(), self._trained, main), adapters
 
-    def learn(self, done: RankRollouts, rewards: list[float], step: int) -> tuple[UpdateReport, CriticReport, list[float]]:
+    def samples(self, done: RankRollouts) -> list[Scored]:
+        """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there is one: a rank that
+        has finished early computes them while others decode."""
+        made = []
+        for r in done.rollouts:
+            prompt, completion = torch.tensor(r.request.prompt_ids), torch.tensor(r.token_ids, dtype=torch.long)
+            made.append(Scored(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion))))
+        if self.reference is None:
+            return made
+        return [replace(s, reference=logprobs) for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)]
+
+    def learn(
+        self, done: RankRollouts, samples: list[Scored], rewards: list[float], step: int
+    ) -> tuple[UpdateReport, CriticReport, list[float]]:
         """Updates on a step's rollouts. Collective.
+
+        Args:
+            done: This rank's rollouts.
+            samples: Of those, from `samples`.
+            rewards: Of each.
+            step: Of the run.
 
         Returns:
             The policy's report, the critic's, and the mean advantage of each completion.
         """
         config = self._config.update
-        bare = [
-            Scored(r.request.prompt_ids, r.token_ids, torch.tensor(r.logprobs), torch.zeros(len(r.token_ids)), problem.key)
-            for r, problem in zip(done.rollouts, done.problems, strict=True)
-        ]
+        with_advantages = self._with_advantages(samples, rewards)
         masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
-        silent = uniform_groups(rewards, self._config.rollout.group_size) if self._config.rollout.resample else set()
+        size = self._config.rollout.group_size
+        silent = uniform_groups(rewards, size) if self._config.rollout.resample else set()
         counted = [
-            i
+            with_advantages[i]
             for i, r in enumerate(done.rollouts)
-            if r.finish_reason not in masked and r.token_ids and i // self._config.rollout.group_size not in silent
+            if r.finish_reason not in masked and r.token_ids and i // size not in silent
         ]
-        reference = self._reference_logprobs(bare)
-        taken = penalties(config, self.kl.value, [s.logprobs for s in bare], reference)
-        advantages, judged = self._advantages(bare, counted, rewards, taken)
+        kl_coef = self.kl.value if config.kl_in == "loss" else 0.0
+        if self._config.scale.balance:
+            moving = [self.critic is not None or self._updater.moves(s, kl_coef) for s in counted]
+            costs = [compute_cost(s, self._attention) if m else 0.0 for s, m in zip(counted, moving, strict=True)]
+            counted = spread(counted, costs, self._accelerator)
+        judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
         report = UpdateReport()
         if self.critic is None or step >= self._config.critic.warmup_steps:
-            samples = [
-                replace(bare[i], advantages=advantages[i], reference=None if reference is None else reference[i]) for i in counted
-            ]
-            report = self._updater.run(samples, step, self.kl.value if config.kl_in == "loss" else 0.0)
+            report = self._updater.run(counted, step, kl_coef)
             kl, tokens = self._total(torch.tensor([report.kl, float(report.tokens)])).tolist()
             self.kl.observe(kl / max(tokens, 1.0))
-        return report, judged, [float(a.mean()) if len(a) else 0.0 for a in advantages]
+        return report, judged, [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages]
 
-    def _advantages(
-        self, samples: list[Scored], counted: list[int], rewards: list[float], taken: list[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], CriticReport]:
+    def _with_advantages(self, samples: list[Scored], rewards: list[float]) -> list[Scored]:
         config = self._config
+        references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
+        taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:
-            return token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total), CriticReport()
+            advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total)
+            return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]
         values = self.critic.values(samples)
         advantages, returns = critic_advantages(config.critic, rewards, taken, values, self._total)
-        tokens = float(self._total(torch.tensor(float(sum(len(values[i]) for i in counted)))))
-        return advantages, self.critic.update(samples, counted, values, returns, tokens)
+        columns = zip(samples, advantages, values, returns, strict=True)
+        return [replace(s, advantages=a, values=v, returns=r) for s, a, v, r in columns]
 
-    def _reference_logprobs(self, samples: list[Scored]) -> list[torch.Tensor] | None:
-        reference = self._reference
-        if reference is None:
-            return None
-        chosen = [i for i, s in enumerate(samples) if s.completion]
-        budget, temperature = self._config.update.tokens_per_microbatch, self._config.rollout.temperature
-        found = by_completion(lambda b: reference(b, temperature)[0], samples, chosen, budget, self._accelerator)
-        return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
+    def _tokens(self, samples: list[Scored]) -> float:
+        """Of all ranks."""
+        return float(self._total(torch.tensor(float(sum(len(s.completion) for s in samples)))))
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over ranks."""

@@ -6,25 +6,20 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from drafter_trainer.checkpoint import save_drafter
-from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, save_optimizer
+from drafter_trainer.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
 from rl.errors import UserError
+from rl.lora import save_adapters
 from rl.policies import copy_tokenizer
+from rl.sharding import Trained, WholeState
 from rollout.drafters.eagle3_model import Eagle3Model
-
-
-class Saved(Protocol):
-    """What writes its own part of a checkpoint."""
-
-    def save(self, folder: Path) -> None:
-        """Into a directory that exists; OSError and SafetensorError as they come."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +37,27 @@ def save_checkpoint(
     steps_done: int,
     policy: PreTrainedModel,
     tokenizer_from: Path,
-    optimizer: torch.optim.Optimizer,
+    state_of_policy: WholeState,
     drafter: Eagle3Model | None,
     drafter_optimizer: torch.optim.Optimizer | None,
     selector: dict[str, Any] | None,
-    critic: Saved | None = None,
+    state_of_critic: WholeState | None = None,
+    adapters: dict[str, torch.Tensor] | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
     """Writes ``checkpoint/`` of a run beside the old one, then swaps them by renaming: at every instant one whole one exists.
+
+    Args:
+        run: The run's directory.
+        steps_done: Whole steps behind it.
+        policy: Whose config is kept.
+        tokenizer_from: Directory with its tokenizer.
+        state_of_policy: Its whole weights under the names they have without adapters, and what is trained of it.
+        drafter, drafter_optimizer: None before there are.
+        selector: The strategy selector's state.
+        state_of_critic: Where the recipe has one.
+        adapters: Weights of adapters by their names in the policy, where the recipe has them.
+        state: What else a run had come to.
 
     Raises:
         UserError: when the disk is full or not writable; the previous checkpoint stays.
@@ -58,14 +66,17 @@ def save_checkpoint(
     try:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        policy.save_pretrained(building / "policy")
+        policy.save_pretrained(building / "policy", state_dict=state_of_policy.weights)
         copy_tokenizer(tokenizer_from, building / "policy")
-        save_optimizer(optimizer, building / "optimizer")
+        write_state(state_of_policy.optimizer, building / "optimizer")
+        if adapters is not None:
+            save_adapters(policy, adapters, building / "adapter")
         if drafter is not None and drafter_optimizer is not None:
             save_drafter(drafter, building / "drafter", torch.float32)
             save_optimizer(drafter_optimizer, building / "drafter_optimizer")
-        if critic is not None:
-            critic.save(building)
+        if state_of_critic is not None:
+            save_file(state_of_critic.weights, building / "critic.safetensors")
+            write_state(state_of_critic.optimizer, building / "critic_optimizer")
         if selector is not None:
             (building / "selector.json").write_text(json.dumps(selector))
         # Random numbers are functions of (seed, step): the step is all the state that they have.
@@ -97,16 +108,18 @@ def find_checkpoint(run: Path) -> Checkpoint:
     raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Loads an optimizer's state.
+def restore_moments(trained: Trained, stem: Path) -> None:
+    """Loads an optimizer's state, wherever its parts lie now and lay then. Collective.
 
     Raises:
-        UserError: truncated or missing files.
+        UserError: truncated or missing files, or those of another optimizer.
     """
     try:
-        load_optimizer(optimizer, stem)
+        trained.load_optimizer_state(read_state(stem))
     except OptimizerStateError as error:
         raise UserError(str(error)) from None
+    except ValueError as error:
+        raise UserError(f"{stem}: of another optimizer ({error}); resume with the recipe of the run") from None
 
 
 def load_selector_state(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-PHASES = ("rollout", "drafter", "score", "wait", "measure", "update", "sync")
+PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update", "gather", "sync")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -19,11 +19,12 @@ from rl.estimate import describe
 from rl.machine import fit_process
 from rl.report import write_report
 from rl.run_state import Checkpoint, find_checkpoint
+from rl.starting import starting_policy
 from rl.strict import parse
 from rl.summary import read_metrics, summarise, table
 from rl.tasks import load_task
 from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator, starting_policy, write_config
+from rl.trainer import Trainer, make_accelerator, write_config
 
 
 def parse_arguments(description: str | None) -> argparse.Namespace:
@@ -72,7 +73,7 @@ def train(args: argparse.Namespace) -> None:
     config, run, checkpoint = prepare(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     starting_policy(config)  # before there is a process group: once there is one, transformers writes models on rank 0 only
-    accelerator = make_accelerator(config, timeout=timedelta(minutes=30))
+    accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         write_config(config, run)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import AutoTokenizer
 
 from rl.advantages import uniform_groups
+from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
 from rl.machine import release_freed_memory
-from rl.metrics import Span, rank_record, step_metrics
-from rl.policies import fetch_policy, load_policy
+from rl.metrics import rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
@@ -32,10 +29,11 @@ from rl.run_state import (
     load_selector_state,
     save_checkpoint,
 )
+from rl.sharding import is_shared
 from rl.shared_drafter import SharedDrafter
+from rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
 from rl.tasks import Problem, load_task
 from rl.tracking import Tracker
-from rl.warmup import warmed_policy_path
 from rollout import FinishReason, Rollout, StepRecord
 
 _ROUND = 10**9  # steps that there will never be
@@ -66,11 +64,13 @@ class Trainer:
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
         self.source = starting_policy(config)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-        weights = self.source if checkpoint is None else checkpoint.path / "policy"
-        self.policy = load_policy(weights, accelerator.device)
-        self.worker = RolloutWorker(config, self.policy, self.tokenizer, accelerator.process_index)
+        self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
+        shared = is_shared(config.scale)
+        self.decoded = self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
+        # before the engine, which notes where parameters lie: wrapping them for training may move them
+        self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
+        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
-        self.learner = PolicyLearner(config, self.policy, self.source, accelerator)
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -78,7 +78,6 @@ class Trainer:
             self.drafter.start()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        self.learner.restore(checkpoint)
         self.drafter.resume(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
@@ -106,9 +105,11 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
-        clock = _Clock(self.accelerator)
+        clock = Clock(self.accelerator)
         self.drafter.coordinator.begin(step)
         done, scores, rewards = self._rollouts(step, clock)
+        with clock.phase("reference"):
+            samples = self.learner.samples(done)
         with clock.phase("drafter"):
             distilled = self.drafter.train(done, rewards, step)
         with clock.phase("wait"):
@@ -119,7 +120,10 @@ class Trainer:
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
             release_freed_memory()  # what rollouts and drafter left in pieces
-            update, critic, advantages = self.learner.learn(done, rewards, step)
+            update, critic, advantages = self.learner.learn(done, samples, rewards, step)
+        if self.decoded is not self.policy:
+            with clock.phase("gather"):
+                copy_weights(self.learner.weights(), self.decoded)
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
@@ -130,7 +134,7 @@ class Trainer:
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
 
-    def _rollouts(self, step: int, clock: _Clock) -> tuple[RankRollouts, Scores, list[float]]:
+    def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
         """This rank's completions with their rewards; where groups say nothing and the recipe has it, others beside them."""
         rank, ranks, rollout = self.accelerator.process_index, self.accelerator.num_processes, self.config.rollout
         problems = self.choice.choose(step, rollout.prompts_per_step)[rank::ranks]
@@ -147,7 +151,7 @@ class Trainer:
             self.tracker.say(f"reward: {scores.problem}; such completions get {self.config.task.score_failed:g}")
         return done, scores, rewards
 
-    def _round(self, problems: list[Problem], step: int, number: int, clock: _Clock) -> tuple[RankRollouts, Scores, list[float]]:
+    def _round(self, problems: list[Problem], step: int, number: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
         with clock.phase("rollout"):
             progress = self.tracker.rollout_progress(step, len(problems) * self.config.rollout.group_size)
 
@@ -178,6 +182,8 @@ class Trainer:
                 file.write(json.dumps(sample) + "\n")
 
     def _save(self, steps_done: int) -> None:
+        policy, adapters = self.learner.state()
+        critic = None if self.learner.critic is None else self.learner.critic.state()
         if self.accelerator.is_main_process:
             spot = self.worker.spot
             save_checkpoint(
@@ -185,46 +191,15 @@ class Trainer:
                 steps_done=steps_done,
                 policy=self.policy,
                 tokenizer_from=self.source,
-                optimizer=self.learner.optimizer,
-                critic=self.learner.critic,
+                state_of_policy=policy,
+                adapters=adapters,
+                state_of_critic=critic,
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
                 state={"kl_coef": self.learner.kl.value, "prompts": self.choice.state()},
             )
         self.accelerator.wait_for_everyone()
-
-
-class _Clock:
-    """Phases of a step on a clock that the ranks of one machine share."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        origin = [time.time()]
-        broadcast_object_list(origin)
-        self._origin = origin[0]
-        self.spans: list[Span] = []
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = time.time() - self._origin
-        yield
-        self.spans.append(Span(name, begin, time.time() - self._origin))
-
-
-def starting_policy(config: RunConfig) -> Path:
-    """The directory the run starts from.
-
-    Raises:
-        UserError: when a warm-up is wanted and has not been made.
-    """
-    if config.policy.warmup is None:
-        return fetch_policy(config.policy.model)
-    path = warmed_policy_path(config)
-    if not path.is_dir():
-        raise UserError(
-            "policy.warmup: the warmed-up policy is not there yet; run python launch/warmup_policy.py with this recipe first"
-        )
-    return path
 
 
 def _line(step: int, steps: int, m: dict[str, Any]) -> str:

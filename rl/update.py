@@ -8,36 +8,17 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from rl.algorithms.grpo import policy_loss, token_weights, weight_total
 from rl.algorithms.importance import importance_weights
 from rl.algorithms.kl import estimate_kl
+from rl.balance import Scored
 from rl.config import UpdateConfig
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
 from rl.schedules import rate_at
 from rl.scoring import by_completion, micro_batches
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A rollout with its advantages.
-
-    Attributes:
-        prompt, completion: Token ids.
-        logprobs: float32 [L], the engine's, one a token.
-        advantages: float32 [L].
-        group: Samples with one group share their prompt.
-        reference: float32 [L], log-probs of the reference policy, or None.
-    """
-
-    prompt: Sequence[int]
-    completion: Sequence[int]
-    logprobs: torch.Tensor
-    advantages: torch.Tensor
-    group: str
-    reference: torch.Tensor | None = None
+from rl.sharding import Trained
 
 
 @dataclass(slots=True)
@@ -67,8 +48,7 @@ class PolicyUpdater:
 
     Args:
         accelerator: Of the run.
-        model: The wrapped `PolicyLogProbs`.
-        optimizer: Its wrapped optimizer.
+        trained: The wrapped `PolicyLogProbs` with its optimizer.
         config: The recipe's update section.
         temperature: Of the rollouts.
         longest: Most tokens of a completion.
@@ -78,14 +58,13 @@ class PolicyUpdater:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        trained: Trained,
         config: UpdateConfig,
         temperature: float,
         longest: int,
         steps: int,
     ) -> None:
-        self._accelerator, self._model, self._optimizer = accelerator, model, optimizer
+        self._accelerator, self._trained = accelerator, trained
         self._config, self._temperature, self._longest, self._steps = config, temperature, longest, steps
 
     def run(self, samples: Sequence[Scored], step: int, kl_coef: float = 0.0) -> UpdateReport:
@@ -97,26 +76,25 @@ class PolicyUpdater:
             kl_coef: β of the penalty in the loss.
         """
         report = UpdateReport()
-        self._model.train()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.lr * rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
+        self._trained.module.train()
+        rate = rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
+        self._trained.set_rate(self._config.lr * rate)
         parts = [list(range(i, len(samples), self._config.minibatches)) for i in range(self._config.minibatches)]
         old = self._old_logprobs(samples, kl_coef) if len(parts) > 1 else {}
         for part in parts:
             self._optimizer_step(samples, part, old, kl_coef, report)
         return report
 
-    def _moving(self, samples: Sequence[Scored], chosen: Sequence[int], kl_coef: float) -> list[int]:
-        """Samples that can have a gradient. One whose advantages are all zero has none without a penalty or bonus: it is not
+    def moves(self, sample: Scored, kl_coef: float) -> bool:
+        """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty or bonus: it is not
         computed at all, though its tokens count in the normalisation."""
-        always = kl_coef > 0 or self._config.entropy_coef != 0
-        return [i for i in chosen if always or bool(samples[i].advantages.any())]
+        return kl_coef > 0 or self._config.entropy_coef != 0 or bool(sample.advantages.any())
 
     def _old_logprobs(self, samples: Sequence[Scored], kl_coef: float) -> dict[int, torch.Tensor]:
         """Log-probs before the first optimizer step, of samples that can have a gradient."""
-        model, moving = self._accelerator.unwrap_model(self._model), self._moving(samples, range(len(samples)), kl_coef)
+        trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
-        return by_completion(lambda b: model(b, self._temperature)[0], samples, moving, budget, self._accelerator)
+        return by_completion(lambda b: trained.bare(b, self._temperature)[0], samples, moving, budget, self._accelerator, trained)
 
     def _optimizer_step(
         self, samples: Sequence[Scored], chosen: Sequence[int], old: dict[int, torch.Tensor], kl_coef: float, report: UpdateReport
@@ -125,16 +103,14 @@ class PolicyUpdater:
         lengths = torch.tensor([len(samples[i].completion) for i in chosen])
         total = float(self._accelerator.reduce(torch.tensor(weight_total(lengths, self._config.aggregate), device=device), "sum"))
         weights = dict(zip(chosen, token_weights(lengths, self._config.aggregate, self._longest).tolist(), strict=True))
-        moving = self._moving(samples, chosen, kl_coef)
+        moving = [i for i in chosen if self.moves(samples[i], kl_coef)]
         scale = self._accelerator.num_processes / max(total, 1.0)
         report.grad_norm = packed_step(
             self._accelerator,
-            self._model,
-            self._optimizer,
+            self._trained,
             list(micro_batches(samples, moving, self._config.tokens_per_microbatch, device)),
             lambda batch: self._loss(samples, batch, old, weights, kl_coef, report) * scale,
-            lambda batch: self._model(batch, self._temperature)[0].sum(),
-            self._config.grad_clip,
+            lambda batch: self._trained.module(batch, self._temperature)[0].sum(),
         )
         report.skipped += not math.isfinite(report.grad_norm)
 
@@ -149,7 +125,7 @@ class PolicyUpdater:
     ) -> torch.Tensor:
         config = self._config
         with self._accelerator.autocast():
-            logprobs, entropy = self._model(batch, self._temperature, config.entropy_coef != 0)
+            logprobs, entropy = self._trained.module(batch, self._temperature, config.entropy_coef != 0)
         device = logprobs.device
         members = [samples[i] for i in batch.members]
         before = torch.cat([old[i] for i in batch.members]) if old else logprobs.detach()

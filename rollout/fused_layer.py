@@ -109,8 +109,8 @@ class RootMeanSquareNorm:
         self._weight, self._dtype, self._kernels = weight, dtype, kernels
         self._shape = tuple(weight.shape)
         self._offset = self._ask(norm)
-        self._shared = weight.detach() if self._offset == 0 and weight.dtype == dtype else None
-        self.gain = torch.empty_like(weight, dtype=dtype).detach() if self._shared is None else self._shared
+        self._shared = self._offset == 0 and weight.dtype == dtype
+        self.gain = torch.empty_like(weight, dtype=dtype).detach()
         self.refresh()
 
     def _ask(self, norm: nn.Module) -> float:
@@ -124,8 +124,11 @@ class RootMeanSquareNorm:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Reads the gain again, in place: a captured graph knows its address."""
-        if self._shared is None:
+        """Reads the gain again, in place: a captured graph knows its address. A shared one is asked where it lies now: wrapping
+        a module for training may move its parameters."""
+        if self._shared:
+            self.gain = self._weight.detach()
+        else:
             self.gain.copy_(self._weight.float() + self._offset)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from drafter_trainer.optimizer_state import save_optimizer
 from rl.errors import UserError
@@ -12,9 +13,11 @@ from rl.run_state import (
     find_checkpoint,
     keep_first_lines,
     load_selector_state,
-    restore_optimizer,
+    restore_moments,
     save_checkpoint,
 )
+from rl.sharding import AdamWSettings, WholeState
+from rl.sharding.replicated import Replicated
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -27,18 +30,24 @@ def stepped(model):
     return optimizer
 
 
+def trained(model) -> Replicated:
+    return Replicated(model, AdamWSettings(1.0, 1e-2, 1e9, "no"), Accelerator(cpu=True))
+
+
 def test_optimizer_round_trip(tmp_path):
     a = tiny_llama()
     optimizer = stepped(a)
     save_optimizer(optimizer, tmp_path / "optimizer")
     b = tiny_llama()
     b.load_state_dict(a.state_dict())
-    again = torch.optim.AdamW(b.parameters(), lr=1.0)
-    restore_optimizer(again, tmp_path / "optimizer")
-    for model, opt in ((a, optimizer), (b, again)):
-        opt.zero_grad()
-        model(torch.tensor([[4, 5]])).logits.square().mean().backward()
-        opt.step()
+    again = trained(b)
+    restore_moments(again, tmp_path / "optimizer")
+    again.set_rate(1e-2)
+    optimizer.zero_grad()
+    a(torch.tensor([[4, 5]])).logits.square().mean().backward()
+    optimizer.step()
+    again.backward(b(torch.tensor([[4, 5]])).logits.square().mean())
+    again.step()
     for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         assert torch.equal(x, y), name
 
@@ -48,7 +57,7 @@ def test_truncated_optimizer_is_named(tmp_path):
     data = (tmp_path / "optimizer.safetensors").read_bytes()
     (tmp_path / "optimizer.safetensors").write_bytes(data[:1000])
     with pytest.raises(UserError, match="optimizer: truncated"):
-        restore_optimizer(torch.optim.AdamW(tiny_llama().parameters()), tmp_path / "optimizer")
+        restore_moments(trained(tiny_llama()), tmp_path / "optimizer")
 
 
 def save(run, steps_done, tokenizer):
@@ -59,7 +68,7 @@ def save(run, steps_done, tokenizer):
         steps_done=steps_done,
         policy=model,
         tokenizer_from=tokenizer,
-        optimizer=stepped(model),
+        state_of_policy=WholeState(dict(model.named_parameters()), stepped(model).state_dict()),
         drafter=drafter,
         drafter_optimizer=torch.optim.AdamW(drafter.parameters()),
         selector={"cost": {}},
@@ -102,7 +111,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rl.run_state.save_optimizer", full)
+    monkeypatch.setattr("rl.run_state.write_state", full)
     with pytest.raises(UserError, match="No space left"):
         save(run, 2, tokenizer)
     assert find_checkpoint(run).steps_done == 1

@@ -33,6 +33,22 @@ def test_an_update_reaches_the_engine(dtype):
     assert after == expected != before
 
 
+def test_parameters_that_have_moved_reach_the_engine():
+    """Wrapping a module for training may give its parameters other storage, as accelerate does for DDP on a CPU."""
+    model, other = tiny_llama(seed=0), tiny_llama(seed=5)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.2, 3.0)
+    engine = RolloutEngine(model, dtype=torch.float32, max_slots=2, max_context=64)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    model.load_state_dict(other.state_dict())
+    engine.refresh_weights()
+    expected = RolloutEngine(other, dtype=torch.float32, max_slots=2, max_context=64).generate([GREEDY])[0]
+    assert engine.generate([GREEDY])[0].logprobs == expected.logprobs
+
+
 @pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="no bfloat16 kernels for this CPU")
 def test_packed_bfloat16_stays_near_the_trainers_forward():
     """The bfloat16 engine's log-probs differ from the float32 forward by rounding only."""

@@ -1,0 +1,332 @@
+"""A recipe's sections: every key, its type, its default and its meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rl.task_config import TaskConfig
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupConfig:
+    """Supervised warm-up on worked solutions, by ``launch/warmup_policy.py``.
+
+    Attributes:
+        examples: Worked solutions, each seen once.
+        batch_size: Solutions of one optimizer step.
+        lr: Peak learning rate (linear decay to zero, short linear rise).
+        seed: Of the examples; they are drawn apart from the RL problems.
+    """
+
+    examples: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-4
+    seed: int = 1234
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """The policy.
+
+    Attributes:
+        model: A local directory, a Hugging Face id, or ``tiny-llama`` or ``small-llama`` (made on the spot).
+        warmup: Warm the policy up first; null trains it as it is.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        mixed_precision: ``bf16`` or ``no``; parameters are float32 either way.
+    """
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    warmup: WarmupConfig | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["bf16", "no"] = "bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How rollouts are made.
+
+    Attributes:
+        prompts_per_step: Prompts of one RL step over all ranks; a multiple of the number of ranks.
+        group_size: Samples of each prompt.
+        max_tokens: Longest completion.
+        max_context: Longest prompt and completion together.
+        max_slots: Sequences a rank decodes together.
+        temperature, top_k, top_p: Sampling; training uses the temperature, so RL wants top_k 0 and top_p 1.
+        stop_strings: Completions also end with these.
+        dtype: The engine's arithmetic.
+        kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
+        resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing; such groups
+            then stay out of the loss (DAPO's dynamic sampling).
+    """
+
+    prompts_per_step: int = 8
+    group_size: int = 8
+    max_tokens: int = 256
+    max_context: int = 512
+    max_slots: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    kv_memory_gb: float | None = None
+    resample: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """How rollouts are speculated; every choice is lossless.
+
+    Attributes:
+        strategy: ``adaptive``, ``plain``, or one strategy for all steps: ``<drafter>:<depth>`` drafts chains,
+            ``<drafter>:<depth>x<width>/<nodes>`` trees of that many nodes, for example ``eagle3:5x4/12``.
+        drafters: Which are built; names of `rollout.drafters.DRAFTERS`.
+        arms: Strategies that ``adaptive`` chooses from; empty takes chains and trees of every drafter.
+        selection: How it chooses: ``beg`` (ε-greedy) or ``thompson``.
+        epsilon: Share of the time that explorations of ``beg`` may lose.
+        max_nodes: Most draft tokens of a sequence in a verification.
+        tree: Shape of trees: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or ``static``.
+        draw: Draft the ``likeliest`` tokens, or draw them, siblings with ``replacement`` or ``without_replacement``.
+        verifier: Of drawn drafts: ``chain``, ``block``, ``recursive`` or ``spectr``; null takes chain for chains and recursive
+            for trees.
+        stop: When chains of model-based drafters end: ``fixed`` (at their depth), ``svip`` or ``specdec``.
+        stop_threshold: Of that rule.
+        tree_gain: Least expected tokens that another level of an ``opt_tree`` must bring.
+        budgets: Draft tokens of the sequences in a batch: ``uniform``, or ``length_aware`` for more where more is left to decode.
+        eagle3_window: Tokens that the EAGLE-3 drafter attends to at least; null for all.
+        composite_match: Tokens of a suffix match from which the composite drafter trusts it.
+        clasp_skipped: Layers that CLaSp leaves out, as a share.
+        draft_model: Directory or id of the ``draft_model`` drafter's model.
+    """
+
+    strategy: str = "adaptive"
+    drafters: tuple[str, ...] = ("suffix", "eagle3", "composite")
+    arms: tuple[str, ...] = ()
+    selection: Literal["beg", "thompson"] = "beg"
+    epsilon: float = 0.02
+    max_nodes: int = 16
+    tree: Literal["dynamic", "opt_tree", "dyspec", "static"] = "dynamic"
+    draw: Literal["likeliest", "replacement", "without_replacement"] = "likeliest"
+    verifier: Literal["chain", "block", "recursive", "spectr"] | None = None
+    stop: Literal["fixed", "svip", "specdec"] = "fixed"
+    stop_threshold: float = 0.7
+    tree_gain: float = 0.05
+    budgets: Literal["uniform", "length_aware"] = "uniform"
+    eagle3_window: int | None = None
+    composite_match: int = 5
+    clasp_skipped: float = 0.4
+    draft_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateConfig:
+    """The policy update. The defaults are GRPO with DAPO's token-level loss; configs/ has a recipe of each algorithm.
+
+    Attributes:
+        advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's others),
+            ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae`` (PPO: of each token, by a critic).
+        lr, weight_decay, grad_clip: Of AdamW.
+        schedule: Of the learning rate over the run's steps: ``constant``, ``linear``, ``cosine`` or ``rex``.
+        lr_warmup_steps: RL steps over which the learning rate rises linearly.
+        minibatches: Optimizer steps for each batch of rollouts.
+        tokens_per_microbatch: Tokens packed into one forward.
+        ratio: What is clipped: the ratio of each ``token``, or of the ``sequence``, length-normalised (GSPO; clips of a few 1e-4).
+        clip_low, clip_high: The clip of the ratio below and above 1 (DAPO's clip-higher: 0.2 and 0.28).
+        aggregate: What weighs alike in the loss: every ``token`` (DAPO), every ``sequence`` (GRPO as published), or ``constant``:
+            tokens over the longest possible completion (Dr. GRPO).
+        scale_by_std: Divide ``group`` advantages by the group's standard deviation (Dr. GRPO does not).
+        kl_coef: Weight of the KL to the starting policy; 0 keeps no reference model.
+        kl: Its estimate, ``k1``, ``k2`` or ``k3``.
+        kl_in: Where it counts: in the ``loss``, or in the ``reward`` of each token.
+        kl_target: KL of a token that ``kl_coef`` is adapted to; null keeps it.
+        entropy_coef: Weight of the entropy bonus.
+        importance: Corrects for what the engine drew under slightly other numbers than the trainer computes, by truncated
+            importance sampling of each ``token`` or ``sequence``; ``none`` only measures it.
+        importance_cap: Largest weight.
+        mask_truncated: Leave completions that were cut at ``max_tokens`` out of the loss (DAPO's overlong filtering).
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"
+    lr_warmup_steps: int = 1
+    minibatches: int = 1
+    tokens_per_microbatch: int = 2048
+    advantage: Literal["group", "rloo", "reinforce_pp", "gae"] = "group"
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    scale_by_std: bool = True
+    kl_coef: float = 0.0
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_target: float | None = None
+    entropy_coef: float = 0.0
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_cap: float = 2.0
+    mask_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CriticConfig:
+    """PPO's critic, for ``update.advantage: gae``: a decoder of the policy's size with a head of its own.
+
+    Attributes:
+        lr, grad_clip: AdamW with a constant learning rate.
+        gamma, gae_lambda: Discounts of rewards and of the critic's say (generalised advantage estimation).
+        value_clip: How far an update may move a value; null does not limit it.
+        warmup_steps: RL steps in which the critic alone learns.
+    """
+
+    lr: float = 1e-5
+    grad_clip: float = 1.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_clip: float | None = 0.2
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """The EAGLE-3 drafter and its training.
+
+    Attributes:
+        start: Directory of a drafter to start from, as warmup_drafter.py and export_drafter.py write it; null makes one after the
+            first step.
+        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts.
+        vocabulary_every: RL steps after which they are chosen anew from the step's rollouts; 0 keeps them.
+        schedule: ``idle`` trains only while other ranks still decode, so that no step waits; ``always`` goes through the passes
+            after each rank's rollouts, whoever waits: for one rank alone, or where acceptance matters more than time; ``never``
+            keeps the drafter as it is.
+        least_idle_ranks: Idle ranks from which on those train.
+        lr: AdamW's learning rate; warmup_drafter.py begins with three times that.
+        lr_schedule: Of it over the run's steps, as ``update.schedule``.
+        ensemble: Learning rates of drafters that are trained side by side, as multiples of ``lr``; the one that has lately done
+            best is proposed (OnlineSpec). They share the time for training; each takes the memory of a drafter and its optimizer.
+        optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
+        loss: ``fkl``, ``rkl``, ``jsd``, ``tvd``, ``tvd++``, ``log_acceptance`` or ``length``.
+        unroll: Draft positions trained on (training-time test).
+        decay: Weight of each further position relative to the one before.
+        mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's so many likeliest
+            (GRIFFIN); null leaves none out.
+        on_policy: Weight of what the policy says after the drafter's own refused tokens (DistillSpec); 0 leaves it out.
+        feedback_only: Learn only where verification refused a draft (online speculative decoding).
+        tokens_per_microbatch: Tokens of one drafter update.
+        passes: Passes over each step's rollouts, at most.
+        judge_every: Updates between two judgements on sequences kept back.
+        held_out_every: Every so many-th group of a rank is kept back; 0 keeps none and serves every update.
+        previous_steps: How many steps back long sequences are kept.
+        previous_share: Share of a micro-batch from those.
+        age_decay: Weight of a sequence for each step of its age.
+        reward_weight: How much more the completions of high reward count (ReSpec): 0 all alike, 1 from 0 to 2 times.
+        snapshots: Drafters of past steps to keep in the run's ``drafters``; 0 writes none between checkpoints.
+        memory_tokens, disk_tokens: Tokens of traces that a rank holds in memory, and on disk beyond that.
+    """
+
+    start: str | None = None
+    draft_vocab_size: int = 4096
+    vocabulary_every: int = 0
+    schedule: Literal["idle", "always", "never"] = "idle"
+    least_idle_ranks: int = 1
+    lr: float = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine", "rex"] = "constant"
+    ensemble: tuple[float, ...] = (1.0,)
+    optimistic: bool = False
+    loss: Literal["fkl", "rkl", "jsd", "tvd", "tvd++", "log_acceptance", "length"] = "fkl"
+    unroll: int = 3
+    decay: float = 0.8
+    mask_top: int | None = None
+    on_policy: float = 0.0
+    feedback_only: bool = False
+    tokens_per_microbatch: int = 256
+    passes: int = 2
+    judge_every: int = 8
+    held_out_every: int = 4
+    previous_steps: int = 4
+    previous_share: float = 0.5
+    age_decay: float = 0.8
+    reward_weight: float = 0.0
+    snapshots: int = 2
+    memory_tokens: int = 65536
+    disk_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters on the policy's linear layers (Hu et al., arXiv 2106.09685), through peft; all else stays as it is.
+
+    Attributes:
+        rank: Of an adapter.
+        alpha: It is scaled by alpha / rank.
+        targets: Names of the layers; empty takes every linear layer of the decoder.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleConfig:
+    """How ranks share what is trained. By default each holds the whole policy, and gradients are averaged (DDP).
+
+    Attributes:
+        deepspeed: DeepSpeed's JSON file, for ZeRO; configs/deepspeed/ has one a stage. Keys that the recipe decides are refused.
+        fsdp2: Shard by PyTorch's ``fully_shard``.
+        lora: Train adapters alone; null trains every parameter.
+        balance: Spread a step's tokens evenly over the ranks before the update, whoever decoded them.
+        timeout_minutes: A rank that waits longer for another ends the job; ``--resume`` goes on from the last checkpoint.
+    """
+
+    deepspeed: str | None = None
+    fsdp2: bool = False
+    lora: LoraConfig | None = None
+    balance: bool = True
+    timeout_minutes: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureConfig:
+    """What is measured beside the run: every ``plain_every`` steps the same requests are decoded again without speculation, for a
+    paired ratio; 0 never does."""
+
+    plain_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrackingConfig:
+    """Metrics always go to ``metrics.jsonl``; these add to it."""
+
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb_project: str = "paceline"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A recipe.
+
+    Attributes:
+        out: Directory of the run.
+        seed: Every random number follows from it.
+        steps: RL steps.
+        save_every: Steps between checkpoints (the last step is always saved).
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    steps: int = 10
+    save_every: int = 5
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,94 @@
+"""Weights, gradients and moments in parts: PyTorch's fully sharded data parallelism, second form (``fully_shard``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rl.errors import UserError
+from rl.sharding.base import AdamWSettings, as_state, checked_moments, trainable
+
+
+class FullySharded:
+    """See `rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered with every micro-batch.
+
+    Args:
+        module: To train; its decoder layers are found as the entries of its `nn.ModuleList`s.
+        accelerator: Of the run.
+        settings: Of its optimizer; ``bf16`` gathers weights and computes in it, while they are kept, and gradients summed, in
+            float32.
+
+    Raises:
+        UserError: outside a process group.
+    """
+
+    in_lockstep = True
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings, accelerator: Accelerator) -> None:
+        if not torch.distributed.is_initialized():
+            raise UserError("scale.fsdp2 needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
+        )
+        layers = [layer for part in module.modules() if isinstance(part, nn.ModuleList) for layer in part]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        self.module: nn.Module = module
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        self._parameters = trainable(self.module)
+        self._optimizer, self._limit = settings.over(self.module), settings.grad_clip
+
+    @property
+    def bare(self) -> nn.Module:
+        return self.module
+
+    def set_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
+        if math.isfinite(norm):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if wanted(name):
+                yield name, _whole(parameter.detach())
+
+    def optimizer_state(self) -> dict[str, Any]:
+        entries = [
+            {name: _whole(value).cpu() for name, value in self._optimizer.state.get(p, {}).items()} for p in self._parameters
+        ]
+        return as_state(entries, self._optimizer.param_groups[0])
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        entries = checked_moments(state, self._parameters, [p.shape for p in self._parameters])
+        for p, entry in zip(self._parameters, entries, strict=True):
+            assert isinstance(p, DTensor)
+            self._optimizer.state[p] = {
+                name: value if value.dim() == 0 else distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                for name, value in entry.items()
+            }
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

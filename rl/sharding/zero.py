@@ -1,0 +1,174 @@
+"""Weights, gradients and moments in parts by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), stages 0 to 3."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from rl.errors import UserError
+from rl.sharding.base import AdamWSettings, as_state, checked_moments, trainable
+
+_OURS = {
+    "bf16": "policy.mixed_precision",
+    "fp16": "policy.mixed_precision",
+    "torch_autocast": "policy.mixed_precision",
+    "optimizer": "update.lr and update.weight_decay",
+    "scheduler": "update.schedule",
+    "gradient_clipping": "update.grad_clip",
+    "gradient_accumulation_steps": "update.tokens_per_microbatch",
+    "train_batch_size": "rollout.prompts_per_step",
+    "train_micro_batch_size_per_gpu": "update.tokens_per_microbatch",
+}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """DeepSpeed's settings from its JSON file, without what the recipe decides.
+
+    Raises:
+        UserError: not there, not JSON, or with keys that belong to the recipe.
+    """
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"scale.deepspeed {path}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"scale.deepspeed {path}: not an object of DeepSpeed's settings")
+    for key, ours in _OURS.items():
+        if key in settings:
+            raise UserError(f"scale.deepspeed {path}: leave out {key!r}; {ours} of the recipe decides that")
+    return settings
+
+
+def zero_stage(path: str) -> int:
+    """The stage that a settings file asks for; see `read_settings`."""
+    return int(read_settings(path).get("zero_optimization", {}).get("stage", 0))
+
+
+class ZeroSharded:
+    """See `rl.sharding.base.Trained`.
+
+    Gradients are accumulated by DeepSpeed without a count of its own (``managed_gradient_accumulation: false``): `step` is where an
+    optimizer step ends. Parameters stay float32 and arithmetic is the run's autocast, so that a checkpoint holds what was trained.
+
+    Args:
+        module: To train.
+        settings: Of its optimizer.
+        path: DeepSpeed's JSON file.
+        accelerator: Of the run.
+
+    Raises:
+        UserError: see `read_settings`; DeepSpeed not installed; no process group.
+    """
+
+    def __init__(self, module: nn.Module, settings: AdamWSettings, path: str, accelerator: Accelerator) -> None:
+        theirs = read_settings(path)
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError("scale.deepspeed needs DeepSpeed: pip install 'paceline[deepspeed]'") from None
+        if not torch.distributed.is_initialized():
+            raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
+        self._stage, self._limit = int(theirs.get("zero_optimization", {}).get("stage", 0)), settings.grad_clip
+        self.in_lockstep = self._stage == 3
+        ours = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": settings.grad_clip,
+            "steps_per_print": 10**9,
+        }
+        self._parameters = trainable(module)
+        self._torch = settings.over(module)
+        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=self._torch, config={**theirs, **ours})
+
+    @property
+    def module(self) -> nn.Module:
+        engine: nn.Module = self._engine
+        return engine
+
+    @property
+    def bare(self) -> nn.Module:
+        return self.module
+
+    def set_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> float:
+        if self._stage > 0:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
+        # Stage 0 would step on whatever it finds: its exchange and its optimizer are asked one after the other.
+        self._engine.buffered_allreduce_fallback()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit))
+        if math.isfinite(norm):
+            self._torch.step()
+        self._engine.zero_grad()
+        return norm
+
+    def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, parameter in self._engine.module.named_parameters():
+            if wanted(name):
+                with GatheredParameters([parameter], enabled=self._stage == 3):
+                    yield name, parameter.detach()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        group = self._optimizer.param_groups[0]
+        if self._stage == 0:
+            state: dict[str, Any] = self._torch.state_dict()
+            return state
+        parts = [part for part in self._torch.state.values() if part]
+        if not parts:  # no step yet
+            return as_state([{} for _ in self._parameters], group)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        step = torch.as_tensor(parts[0]["step"]).cpu().float()
+        entries = []
+        for p in self._parameters:
+            moments = {name: safe_get_full_optimizer_state(p, name).cpu() for name in _MOMENTS}
+            entries.append({"step": step.clone(), **moments})
+        return as_state(entries, group)
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self._stage == 0:
+            self._torch.load_state_dict(state)
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        shapes = [getattr(p, "ds_shape", p.shape) for p in self._parameters]
+        entries = checked_moments(state, self._parameters, shapes)
+        if not all(entries):
+            return
+        self._make_moments(float(entries[0]["step"]))
+        for p, entry in zip(self._parameters, entries, strict=True):
+            for name in _MOMENTS:
+                safe_set_full_optimizer_state(p, entry[name], name)
+
+    def _make_moments(self, step: float) -> None:
+        """Moments of zero for this rank's parts, which only a first step would make."""
+        for group in self._torch.param_groups:
+            for part in group["params"]:
+                zeros = {name: torch.zeros_like(part.data) for name in _MOMENTS}
+                self._torch.state[part] = {"step": torch.tensor(step), **zeros}
+        if self._stage < 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,57 @@
+"""The policy at the start of a run, or where one goes on: as it is trained, and as the engine decodes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rl.config import RunConfig
+from rl.errors import UserError
+from rl.lora import add_adapters, load_adapters
+from rl.policies import fetch_policy, load_policy
+from rl.run_state import Checkpoint
+from rl.warmup import warmed_policy_path
+
+
+def starting_policy(config: RunConfig) -> Path:
+    """The directory the run starts from.
+
+    Raises:
+        UserError: when a warm-up is wanted and has not been made.
+    """
+    if config.policy.warmup is None:
+        return fetch_policy(config.policy.model)
+    path = warmed_policy_path(config)
+    if not path.is_dir():
+        raise UserError(
+            "policy.warmup: the warmed-up policy is not there yet; run python launch/warmup_policy.py with this recipe first"
+        )
+    return path
+
+
+def trained_policy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
+    """In float32, from the start or a checkpoint, with the recipe's adapters."""
+    if config.scale.lora is None:
+        return load_policy(source if checkpoint is None else checkpoint.path / "policy", device)
+    policy = load_policy(source, device)
+    add_adapters(policy, config.scale.lora, config.seed)
+    if checkpoint is not None:
+        load_adapters(policy, checkpoint.path / "adapter")
+    return policy
+
+
+def decoding_copy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
+    """Whole and in the engine's precision, for where what is trained lies in parts or beside adapters."""
+    weights = source if checkpoint is None else checkpoint.path / "policy"
+    return load_policy(weights, device, getattr(torch, config.rollout.dtype)).requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_weights(weights: Iterator[tuple[str, torch.Tensor]], target: PreTrainedModel) -> None:
+    """Puts whole weights into a module that has parameters of the same names. Collective where the iterator is."""
+    parameters = dict(target.named_parameters())
+    for name, tensor in weights:
+        parameters[name].copy_(tensor)
