@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from rl.packing import PackedBatch
 from rollout.attention import grouped_attention
 
 PACKED_ATTENTION = "paceline_packed"
-_CHUNK = 256
+_LOGITS = 1 << 24  # that the output head makes at a time
+_CACHED = 1 << 18  # of them that are worked on at a time on a CPU
 
 
 class _ToRows(torch.autograd.Function):
@@ -122,29 +124,68 @@ class PolicyLogProbs(nn.Module):
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]
         head = self.policy.get_output_embeddings()
+        rows = max(_LOGITS // head.weight.shape[0], 1)
         logprobs, entropies = [], []
-        for start in range(0, len(hidden), _CHUNK):
-            piece = slice(start, start + _CHUNK)
+        for start in range(0, len(hidden), rows):
+            piece = slice(start, start + rows)
             if torch.is_grad_enabled():
-                logprob, entropy = checkpoint(
-                    _score, head, hidden[piece], batch.targets[piece], temperature, entropy_gradient, use_reentrant=False
-                )
+                logprob, entropy = checkpoint(_score, head, hidden[piece], batch.targets[piece], temperature, use_reentrant=False)
             else:
-                logprob, entropy = _score(head, hidden[piece], batch.targets[piece], temperature, False)
+                logprob, entropy = _score(head, hidden[piece], batch.targets[piece], temperature)
             logprobs.append(logprob)
-            entropies.append(entropy)
+            entropies.append(entropy if entropy_gradient else entropy.detach())
         return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _score(
-    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = head(hidden).float() / temperature
-    normaliser = torch.logsumexp(logits, dim=-1)
-    logprob = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = normaliser - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+def _score(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    logprob, entropy = TokenScores.apply(head(hidden), targets, temperature)
     return logprob, entropy
+
+
+class TokenScores(torch.autograd.Function):
+    """Log-probability of each target and entropy under softmax(logits / temperature), in float32 whatever the logits are in.
+
+    With p the distribution and H its entropy, per unit of each output's gradient a logit gets (1[target] − p) / T and
+    −p (log p + H) / T. Rows are taken a few at a time on a CPU, so that the dozen passes over them stay in its cache: over the
+    whole of a large vocabulary each would go to memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits: [M, V]; targets: int64 [M]. Returns two float32 [M]."""
+        logprobs, entropies = logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+        for rows in _row_blocks(logits):
+            log_p = _log_softmax(logits[rows], temperature)
+            logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
+            entropies[rows] = -(log_p.exp().mul_(log_p)).sum(-1)
+        ctx.save_for_backward(logits, targets, entropies)
+        ctx.temperature = temperature
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, of_logprob: torch.Tensor, of_entropy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, targets, entropies = ctx.saved_tensors
+        scale, with_entropy = 1 / ctx.temperature, bool(of_entropy.any())
+        grad = torch.empty_like(logits)
+        for rows in _row_blocks(logits):
+            log_p = _log_softmax(logits[rows], ctx.temperature)
+            p = log_p.exp()
+            wanted = -of_logprob[rows, None]
+            if with_entropy:
+                wanted = wanted - of_entropy[rows, None] * (log_p + entropies[rows, None])
+            p.mul_(wanted.mul(scale)).scatter_add_(-1, targets[rows, None], of_logprob[rows, None] * scale)
+            grad[rows] = p
+        return grad, None, None
+
+
+def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
+    rows = len(logits) if logits.device.type != "cpu" else max(_CACHED // logits.shape[1], 1)
+    return (slice(start, start + rows) for start in range(0, len(logits), max(rows, 1)))
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 @torch.no_grad()
