@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rl.config import RunConfig
 from rl.policies import cached_policy
+from rl.sharding import is_shared, zero_stage
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
@@ -51,11 +52,11 @@ def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> Estimat
     Args:
         config: The recipe.
         policy: From `policy_config`.
-        ranks: That share the step's prompts; each holds everything.
+        ranks: That share the step's prompts, and what ``scale`` shards.
     """
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(policy).num_parameters()
-    memory = _memory(config, policy, parameters)
+    memory = _memory(config, policy, parameters, ranks)
     bandwidth, flops = _machine(torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32)
     r = config.rollout
     sequences, length = r.prompts_per_step * r.group_size // ranks, r.max_tokens / 2
@@ -67,7 +68,18 @@ def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> Estimat
     return Estimate(memory, -(-sequences // together) * length * decode, passes * parameters * tokens / flops, bandwidth, flops)
 
 
-def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int) -> dict[str, int]:
+def _training_bytes(config: RunConfig, parameters: int, trained: int, ranks: int) -> int:
+    """Weights, gradients and Adam's moments of one rank: what a stage of ZeRO shards is divided by the ranks (table 1 of arXiv
+    1910.02054, with float32 weights instead of 16-bit ones and copies of them)."""
+    scale = config.scale
+    stage = 3 if scale.fsdp2 else zero_stage(scale.deepspeed) if scale.deepspeed is not None else 0
+    weights, gradients, moments = 4 * parameters, 4 * trained, 8 * trained
+    sharded = [moments, gradients, weights][:stage]
+    whole = [moments, gradients, weights][stage:]
+    return sum(whole) + sum(-(-part // ranks) for part in sharded)
+
+
+def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks: int) -> dict[str, int]:
     r, text = config.rollout, policy.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -77,20 +89,31 @@ def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int) -> dic
     width = text.hidden_size * (len(taps) + 1) if taps else 0
     shape = CacheShape(text.num_hidden_layers, kv_heads, head_dim, r.max_slots, r.max_context, width, dtype)
     cache = shape.token_bytes * r.max_slots * (r.max_context + config.speculation.max_nodes + 2)
+    lora = config.scale.lora
+    trained = parameters if lora is None else _adapter_parameters(policy, lora.rank)
+    copied = dtype != torch.float32 or not is_shared(config.scale)
     memory = {
-        "policy, gradients and Adam": _TRAINED * parameters,
-        "the engine's copy of the policy": parameters * dtype.itemsize if dtype != torch.float32 else 0,
+        "policy, gradients and Adam": _training_bytes(config, parameters, trained, ranks),
+        "the engine's copy of the policy": parameters * dtype.itemsize if copied else 0,
         "keys, values and taps": cache if r.kv_memory_gb is None else min(cache, int(r.kv_memory_gb * 1e9)),
         "activations of a micro-batch": _activations(config, policy),
     }
-    if config.update.kl_coef > 0:
+    if config.update.kl_coef > 0 and (lora is None or config.scale.deepspeed or config.scale.fsdp2):
         memory["reference policy"] = 4 * parameters
     if config.update.advantage == "gae":
-        memory["critic, gradients and Adam"] = _TRAINED * parameters
+        memory["critic, gradients and Adam"] = _training_bytes(config, parameters, parameters, ranks)
     if taps:
         size = parameter_count(eagle3_config(policy, config.drafter.draft_vocab_size, taps))
         memory["drafters in training, served and approved"] = size * (_TRAINED * len(config.drafter.ensemble) + 8 + dtype.itemsize)
     return memory
+
+
+def _adapter_parameters(policy: PreTrainedConfig, rank: int) -> int:
+    """Of adapters on every linear layer of the decoder."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(policy).base_model
+    linear = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+    return sum(rank * (module.in_features + module.out_features) for module in linear)
 
 
 def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:

@@ -15,7 +15,7 @@ from rl.packing import PackedBatch
 from rollout.attention import grouped_attention
 
 PACKED_ATTENTION = "paceline_packed"
-_LOGITS = 1 << 24  # that the output head makes at a time
+_LOGITS = 1 << 23  # that the output head makes at a time
 _CACHED = 1 << 18  # of them that are worked on at a time on a CPU
 
 

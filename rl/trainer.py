@@ -16,7 +16,6 @@ from rl.advantages import uniform_groups
 from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
-from rl.machine import release_freed_memory
 from rl.metrics import rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
 from rl.prompt_choice import prompt_choice
@@ -119,7 +118,6 @@ class Trainer:
                 self.worker.measure_plain(done)
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
-            release_freed_memory()  # what rollouts and drafter left in pieces
             update, critic, advantages = self.learner.learn(done, samples, rewards, step)
         if self.decoded is not self.policy:
             with clock.phase("gather"):

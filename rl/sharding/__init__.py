@@ -8,8 +8,9 @@ from torch import nn
 from rl.config import ScaleConfig
 from rl.sharding.base import AdamWSettings, Trained, WholeState, whole_state
 from rl.sharding.replicated import Replicated
+from rl.sharding.settings import zero_stage
 
-__all__ = ["AdamWSettings", "Trained", "WholeState", "is_shared", "shard", "whole_state"]
+__all__ = ["AdamWSettings", "Trained", "WholeState", "is_shared", "shard", "whole_state", "zero_stage"]
 
 
 def is_shared(scale: ScaleConfig) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,44 +13,9 @@ from torch import nn
 
 from rl.errors import UserError
 from rl.sharding.base import AdamWSettings, as_state, checked_moments, trainable
+from rl.sharding.settings import read_settings, stage_of
 
-_OURS = {
-    "bf16": "policy.mixed_precision",
-    "fp16": "policy.mixed_precision",
-    "torch_autocast": "policy.mixed_precision",
-    "optimizer": "update.lr and update.weight_decay",
-    "scheduler": "update.schedule",
-    "gradient_clipping": "update.grad_clip",
-    "gradient_accumulation_steps": "update.tokens_per_microbatch",
-    "train_batch_size": "rollout.prompts_per_step",
-    "train_micro_batch_size_per_gpu": "update.tokens_per_microbatch",
-}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def read_settings(path: str) -> dict[str, Any]:
-    """DeepSpeed's settings from its JSON file, without what the recipe decides.
-
-    Raises:
-        UserError: not there, not JSON, or with keys that belong to the recipe.
-    """
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"scale.deepspeed {path}: not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"scale.deepspeed {path}: not an object of DeepSpeed's settings")
-    for key, ours in _OURS.items():
-        if key in settings:
-            raise UserError(f"scale.deepspeed {path}: leave out {key!r}; {ours} of the recipe decides that")
-    return settings
-
-
-def zero_stage(path: str) -> int:
-    """The stage that a settings file asks for; see `read_settings`."""
-    return int(read_settings(path).get("zero_optimization", {}).get("stage", 0))
 
 
 class ZeroSharded:
@@ -79,7 +42,7 @@ class ZeroSharded:
             raise UserError("scale.deepspeed needs DeepSpeed: pip install 'paceline[deepspeed]'") from None
         if not torch.distributed.is_initialized():
             raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
-        self._stage, self._limit = int(theirs.get("zero_optimization", {}).get("stage", 0)), settings.grad_clip
+        self._stage, self._limit = stage_of(theirs), settings.grad_clip
         self.in_lockstep = self._stage == 3
         ours = {
             "train_micro_batch_size_per_gpu": 1,
