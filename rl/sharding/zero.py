@@ -43,7 +43,7 @@ class ZeroSharded:
         if not torch.distributed.is_initialized():
             raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
         self._stage, self._limit = stage_of(theirs), settings.grad_clip
-        self.in_lockstep = self._stage == 3
+        self.in_lockstep = self._stage >= 2  # from there on every backward scatters its gradients
         ours = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -129,9 +129,9 @@ class ZeroSharded:
 
     def _make_moments(self, step: float) -> None:
         """Moments of zero for this rank's parts, which only a first step would make."""
-        for group in self._torch.param_groups:
-            for part in group["params"]:
-                zeros = {name: torch.zeros_like(part.data) for name in _MOMENTS}
-                self._torch.state[part] = {"step": torch.tensor(step), **zeros}
+        flat = self._optimizer
+        for part in flat.fp32_partitioned_groups_flat if self._stage == 3 else flat.single_partition_of_fp32_groups:
+            zeros = {name: torch.zeros_like(part.data) for name in _MOMENTS}
+            self._torch.state[part] = {"step": torch.tensor(step), **zeros}
         if self._stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
