@@ -151,6 +151,8 @@ def describe(config: RunConfig, path: Path, ranks: int) -> list[str]:
     lines = [
         f"{path}: valid; {config.steps} steps of {config.rollout.prompts_per_step} prompts × {config.rollout.group_size} samples"
     ]
+    if config.scale.deepspeed is not None:
+        zero_stage(config.scale.deepspeed)  # whether the file can be used
     policy = policy_config(config.policy.model)
     if policy is None:
         return [*lines, f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated"]

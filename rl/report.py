@@ -142,21 +142,21 @@ def plot_tail(ax: Axes, step: dict[str, Any]) -> None:
 
 def plot_phases(ax: Axes, timeline: Steps) -> None:
     """Seconds of each phase, stacked, one bar a rank and step."""
-    ranks = len(timeline[0]["ranks"])
+    ranks = max(len(s["ranks"]) for s in timeline)  # a run may go on with another number of them
     width = 0.8 / ranks
     for rank in range(ranks):
         x = np.array([s["step"] + 1 + (rank - (ranks - 1) / 2) * width for s in timeline])
         bottom = np.zeros(len(timeline))
         for phase in PHASES:
-            height = np.array([_phase_seconds(s["ranks"][rank], phase) for s in timeline])
+            height = np.array([_phase_seconds(s["ranks"], rank, phase) for s in timeline])
             ax.bar(x, height, width, bottom=bottom, color=_COLOURS[phase], label=phase if rank == 0 else None)
             bottom += height
     ax.set(xlabel="step (one bar a rank)", ylabel="seconds")
     ax.legend(ncol=4, fontsize=8)
 
 
-def _phase_seconds(rank: dict[str, Any], phase: str) -> float:
-    return sum(end - begin for name, begin, end in rank["spans"] if name == phase)
+def _phase_seconds(ranks: Steps, rank: int, phase: str) -> float:
+    return sum(end - begin for r in ranks[rank : rank + 1] for name, begin, end in r["spans"] if name == phase)
 
 
 def plot_timeline(ax: Axes, step: dict[str, Any]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rl import train_command
 from rollout import RolloutEngine, default_tap_layers
 from rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
 from rollout.drafters.base import DraftContext, StatelessSlots
@@ -45,6 +49,13 @@ def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, se
     with torch.no_grad():
         drafter.lm_head.weight.mul_(20)
     return drafter
+
+
+def train_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """``launch/train.py`` with these arguments, in this process, whose threads and allocator stay as they are."""
+    monkeypatch.setattr(train_command, "fit_process", lambda local_world_size: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train_command.main(None)
 
 
 class AdversarialDrafter(StatelessSlots):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from drafter_trainer.checkpoint import load_drafter
+from tests.support import train_here
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
@@ -79,21 +80,21 @@ def shape(metrics: dict) -> frozenset[str]:
     return frozenset(key for key in metrics if not key.startswith(optional))
 
 
-def test_same_seed_same_run_after_resume(tmp_path, cache):
+def test_same_seed_same_run_after_resume(tmp_path, cache, monkeypatch):
     """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     plain = ["speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0"]  # without KL uniform groups are skipped
-    finish(train("configs/tiny.yaml", f"out={whole}", *plain))
-    finish(train("configs/tiny.yaml", f"out={cut}", "steps=2", *plain))
+    train_here(monkeypatch, "configs/tiny.yaml", f"out={whole}", *plain)
+    train_here(monkeypatch, "configs/tiny.yaml", f"out={cut}", "steps=2", *plain)
     config = json.loads((cut / "config.json").read_text())
     (cut / "config.json").write_text(json.dumps({**config, "steps": 4}))
-    finish(train("--resume", str(cut)))
+    train_here(monkeypatch, "--resume", str(cut))
     exact = ("reward/mean", "length/mean", "update/tokens", "update/entropy", "update/kl")
     for a, b in zip(steps_of(whole), steps_of(cut), strict=True):
         assert {k: a[k] for k in exact} == {k: b[k] for k in exact}
 
 
-def test_user_errors_are_one_line(tmp_path, cache):
+def test_user_errors_are_one_line(tmp_path, cache, monkeypatch, capsys):
     for arguments, says in [
         (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
         (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.0001"], "the KV cache needs"),
@@ -101,12 +102,11 @@ def test_user_errors_are_one_line(tmp_path, cache):
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
         (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
     ]:
-        done = subprocess.run(
-            [sys.executable, "launch/train.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 2, done.stderr
-        assert says in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(SystemExit) as left:
+            train_here(monkeypatch, *arguments)
+        error = capsys.readouterr().err
+        assert left.value.code == 2
+        assert says in error and "Traceback" not in error
 
 
 def test_export_and_report_scripts_name_what_is_missing(tmp_path):

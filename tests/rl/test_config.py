@@ -1,8 +1,6 @@
 """Recipes are strict, and say what to write instead."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from rl.estimate import describe, estimate, policy_config
 from rl.strict import parse
 from rl.tasks import load_task
 from rollout.drafters.eagle3_model import parameter_count
-from tests.support import tiny_eagle3, tiny_llama
+from tests.support import tiny_eagle3, tiny_llama, train_here
 
 ROOT = Path(__file__).parents[2]
 TINY = "configs/tiny.yaml"
@@ -105,13 +103,33 @@ def test_every_recipe_is_valid_and_says_what_it_takes(recipe):
     assert ("TFLOP/s" in rest[-1] and "a rank" in rest[-2]) or "not at hand" in rest[0]
 
 
-def test_a_dry_run_trains_nothing(tmp_path):
-    command = [sys.executable, "launch/train.py", TINY, f"out={tmp_path / 'run'}", "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "valid; 4 steps" in done.stdout and not (tmp_path / "run").exists()
-    done = subprocess.run([*command, "update.kl=k1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "update.kl k1 has no gradient" in done.stderr
+def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
+    arguments = [str(TINY), f"out={tmp_path / 'run'}", "--dry-run"]
+    train_here(monkeypatch, *arguments)
+    assert "valid; 4 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    for wrong, says in (
+        ("update.kl=k1", "update.kl k1 has no gradient"),
+        ("scale.deepspeed=none.json", "scale.deepspeed none.json: No such file"),
+        ("scale={deepspeed: configs/deepspeed/zero3.json, fsdp2: true}", "choose one"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train_here(monkeypatch, *arguments, wrong)
+        assert left.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_what_is_sharded_is_divided_by_the_ranks():
+    """Table 1 of the ZeRO paper, with 16 bytes a parameter of which 4 are weights, 4 gradients and 8 moments."""
+    policy = policy_config("tiny-llama")
+    key = "policy, gradients and Adam"
+
+    def size(*scale: str) -> int:
+        return estimate(load_config(TINY, scale), policy, ranks=4).memory[key]
+
+    whole = size()
+    for stage, share in enumerate((16, 4 + 4 + 8 / 4, 4 + 12 / 4, 16 / 4)):
+        assert size(f"scale.deepspeed={ROOT}/configs/deepspeed/zero{stage}.json") == pytest.approx(whole * share / 16, abs=4)
+    assert size("scale.fsdp2=true") == pytest.approx(whole / 4, abs=4)
+    assert whole / 4 < size("scale.lora={rank: 1}") < whole / 2
 
 
 def test_the_estimate_of_a_known_shape():

@@ -1,0 +1,36 @@
+"""``launch/train.py`` whose rank 1 dies in the second step, at the beginning of the phase that the first argument names."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def main() -> None:
+    from rl import train_command, trainer
+    from rl.clock import Clock
+
+    wanted, met = sys.argv.pop(1), 0
+    phase, save = Clock.phase, trainer.save_checkpoint
+
+    def dies(name: str) -> None:
+        nonlocal met
+        met += name == wanted
+        if met == 2 and os.environ["RANK"] == ("0" if wanted == "save" else "1"):
+            os._exit(9)
+
+    def dying_phase(self, name):
+        dies(name)
+        return phase(self, name)
+
+    def dying_save(*arguments, **options):
+        dies("save")
+        save(*arguments, **options)
+
+    Clock.phase, trainer.save_checkpoint = dying_phase, dying_save
+    train_command.main(None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The main job in parts: ZeRO 3 with a critic, two machines, and ranks that die."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.test_end_to_end import ROOT, finish, steps_of, train
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    reward = "    return [sum(c.isdigit() for c in t) / max(len(t), 1) for t in completions]\n"
+    (tmp_path / "digits.py").write_text("def digits(prompts, completions, **columns):\n" + reward)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+
+
+def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
+    """ZeRO 3 on two ranks, with a critic, a reference and groups asked again; then the rest of it on one rank."""
+    run = tmp_path / "run"
+    finish(
+        train(
+            "configs/tiny.yaml",
+            f"out={run}",
+            "steps=2",
+            "scale.deepspeed=configs/deepspeed/zero3.json",
+            "update.advantage=gae",
+            "task.reward=digits:digits",
+        )
+    )
+    first = steps_of(run)
+    assert all(m["time/gather"] > 0 and m["critic/loss"] > 0 for m in first)
+    assert max(m["engine/logprob_gap_max"] for m in first) < 1e-4, "the engine decodes with what was gathered"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": 4}))
+    done = subprocess.run(
+        [*LAUNCHER, "--standalone", "--nproc_per_node", "1", "launch/train.py", "--resume", str(run)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = steps_of(run)
+    assert [m["step"] for m in steps] == [0, 1, 2, 3]
+    assert max(m["engine/logprob_gap_max"] for m in steps) < 1e-4
+
+
+def test_two_machines(tmp_path):
+    """The README's command for two nodes, over loopback: FSDP2 on adapters; what is left is a policy and an adapter of peft's."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    options = [f"out={run}", "steps=2", "scale={fsdp2: true, lora: {rank: 4}}", "task.reward=digits:digits", "update.lr=1e-2"]
+    nodes_of_one = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    nodes = [
+        subprocess.Popen(
+            [*LAUNCHER, *nodes_of_one, "--rdzv-endpoint", endpoint, "launch/train.py", "configs/tiny.yaml", *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert max(m["engine/logprob_gap_max"] for m in steps_of(run)) < 1e-4
+    merged = load_file(run / "checkpoint" / "policy" / "model.safetensors")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "cache" / "models" / "tiny-llama")
+    adapted = PeftModel.from_pretrained(start, run / "checkpoint" / "adapter").merge_and_unload().state_dict()
+    assert all((tensor - adapted[name]).abs().max() < 1e-5 for name, tensor in merged.items())
+
+
+PHASES = ["rollout", "score", "reference", "drafter", "wait", "gather", "sync", "save"]
+
+
+@pytest.mark.parametrize("phase", ["update", *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES)])
+def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
+    """In any phase, also of a policy in parts: the launcher ends the others at once, and the run goes on from its last step."""
+    run = tmp_path / "run"
+    options = [f"out={run}", "steps=4", "scale.fsdp2=true", "task.reward=digits:digits"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*LAUNCHER, "--standalone", "--nproc_per_node", "2", "tests/dying_rank.py", phase, "configs/tiny.yaml", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and time.monotonic() - begin < 90
+    assert "exitcode  : 9" in done.stderr
+    assert [m["step"] for m in steps_of(run)] == ([0, 1] if phase == "save" else [0])
+    if phase == "update":
+        finish(train("--resume", str(run)))
+        assert [m["step"] for m in steps_of(run)] == [0, 1, 2, 3]
