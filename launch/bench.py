@@ -14,6 +14,8 @@
 - ``losses``: distillation losses for a fixed time of training each, and what collecting their data costs a rollout.
 - ``idle``: a recipe with its drafter frozen, and trained on idle ranks: what a step costs, and how acceptance develops.
 - ``online``: ways to learn online on one moving policy, and what each loses against the best fixed drafter in hindsight.
+- ``learning``: runs with speculation beside such without, of the same seeds: rewards, lengths, rollouts' and steps' ratios.
+- ``sharding``: a recipe trained whole on every rank, by ZeRO 0 to 3 and by FSDP2: loss curves, gathering, memory.
 - ``served``: a run's drafter in vLLM (after ``make peers``), its acceptance beside the engine's.
 - ``plots``: draws the pictures of these anew from benchmarks/*.json.
 - ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
@@ -73,6 +75,16 @@ def main() -> None:
         if name == "selection":
             command.add_argument("--whole-batch", action="store_true", help="also plain and adaptive on the long-tailed GRPO batch")
             command.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+    learning = commands.add_parser("learning", help="with speculation and without: the same learning")
+    learning.add_argument("--speculating", type=Path, nargs="+", required=True, help="finished runs, one a seed")
+    learning.add_argument("--plain", type=Path, nargs="+", required=True, help="those of the same seeds without speculation")
+    learning.add_argument("--out", type=Path, default=Path("benchmarks/learning"))
+    sharding = commands.add_parser("sharding", help="the ways that weights can lie")
+    sharding.add_argument("--config", type=Path, required=True)
+    sharding.add_argument("--runs", type=Path, required=True, help="where the runs go")
+    sharding.add_argument("--ranks", type=int, default=2)
+    sharding.add_argument("--out", type=Path, default=Path("benchmarks/sharding"))
+    sharding.add_argument("overrides", nargs="*", help="key=value")
     served = commands.add_parser("served", help="a run's drafter in vLLM, beside the engine")
     served.add_argument("--config", required=True)
     served.add_argument("--run", type=Path, required=True, help="a finished run")

@@ -49,9 +49,10 @@ def compare_updates(args: argparse.Namespace) -> None:
     if not args.untuned:
         fit_process(local_world_size=1)
     results = measure_update(load_config(args.config))
-    table = Table("method", "tokens/s", "÷ padded")
+    table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations a second")
     for m in results:
-        table.add_row(m.method, f"{m.tokens / m.seconds:.0f}", f"{results[0].seconds / m.seconds:.2f}")
+        row = (f"{m.tokens / m.seconds:.0f}", f"{results[0].seconds / m.seconds:.2f}", f"{m.bound / m.seconds:.0%}")
+        table.add_row(m.method, *row)
     Console().print(table)
 
 
@@ -211,6 +212,34 @@ def compare_idle(args: argparse.Namespace) -> None:
     write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
 
 
+def compare_learning(args: argparse.Namespace) -> None:
+    """Finished runs with speculation beside such without."""
+    from rl.bench_learning import compare_learning, learning_row
+    from rl.bench_report import write_rows
+
+    speculating, plain = ([learning_row(run) for run in runs] for runs in (args.speculating, args.plain))
+    found = compare_learning(speculating, plain)
+    for row in (*speculating, *plain):
+        print(f"{row.run}: reward {row.reward:.3f}, length {row.length:.1f}, rollouts {row.rollout:.0f} s, steps {row.step:.0f} s")
+    print(f"with speculation: reward {found.reward_difference:+.3f} ± {found.reward_error:.3f}", end=", ")
+    print(f"length {found.length_difference:+.1f} ± {found.length_error:.1f}")
+    print(
+        f"rollouts {found.rollout_ratio:.2f}x, steps {found.step_ratio:.2f}x of {found.bound:.2f}x (Amdahl, at this rollout ratio)"
+    )
+    print(f"{found.limit:.2f}x would be the steps' ratio if rollouts took no time")
+    tables: dict[str, list] = {"runs": [*speculating, *plain], "comparison": [found]}
+    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+
+
+def compare_sharding(args: argparse.Namespace) -> None:
+    """A recipe in every way that weights can lie."""
+    from rl.bench_report import write_rows
+    from rl.bench_sharding import compare_sharding
+
+    rows = compare_sharding(args.config, args.overrides, args.runs, args.ranks, print)
+    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+
+
 def compare_online(args: argparse.Namespace) -> None:
     """Online learners beside each other on one moving policy."""
     from rl.bench_online import compare_online
@@ -273,6 +302,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "served": compare_served,
     "idle": compare_idle,
     "online": compare_online,
+    "learning": compare_learning,
+    "sharding": compare_sharding,
     "losses": compare_losses,
     "gpu-rl": compare_speculation_end_to_end,
 }

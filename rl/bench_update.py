@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl.config import RunConfig
+from rl.estimate import machine_speed
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.starting import starting_policy
@@ -20,11 +21,13 @@ _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as 
 
 @dataclass(frozen=True, slots=True)
 class UpdateMeasurement:
-    """``tokens`` counts prompt and completion of every sample, however often the method computes them."""
+    """``tokens`` counts prompt and completion of every sample, however often the method computes them; ``bound`` is the time that
+    the matrix products of those it has to compute would take at the speed of a large one (6 operations a parameter and token)."""
 
     method: str
     tokens: int
     seconds: float
+    bound: float
 
 
 def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list[UpdateMeasurement]:
@@ -47,11 +50,13 @@ def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list
         "packed": lambda: _packed_pass(packed, alone, budget),
         "packed, prompts shared": lambda: _packed_pass(packed, rows, budget),
     }
+    parameters, flops = padded.num_parameters(), machine_speed(torch.bfloat16)[1]
     results = []
     for name, run in methods.items():
         run()
         best = min(_timed(run) for _ in range(repeats))
-        results.append(UpdateMeasurement(name, total, best))
+        needed = sum(row.length for row in (rows if name.endswith("shared") else alone))
+        results.append(UpdateMeasurement(name, total, best, 6 * parameters * needed / flops))
     return results
 
 

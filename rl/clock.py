@@ -21,6 +21,10 @@ class Clock:
         self._origin = origin[0]
         self.spans: list[Span] = []
 
+    def since(self, moment: float) -> float:
+        """Seconds from the step's beginning to a moment, which is in seconds since the epoch."""
+        return moment - self._origin
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         begin = time.time() - self._origin

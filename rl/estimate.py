@@ -16,6 +16,7 @@ from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
 
+_SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
 _TRAINED = 16  # bytes of a float32 parameter with its gradient and Adam's two moments
 
 
@@ -38,8 +39,9 @@ class Estimate:
 
 
 def policy_config(model: str) -> PreTrainedConfig | None:
-    """The policy's configuration, without its weights; None where it is not at hand and the hub cannot be reached."""
-    path = cached_policy(model)
+    """The policy's configuration, without its weights: from where it lies, from configs/shapes, or from the hub; else None."""
+    shape = _SHAPES / f"{model.replace('/', '--')}.json"
+    path = cached_policy(model) or (shape if shape.is_file() else None)
     try:
         return AutoConfig.from_pretrained(model if path is None else path)
     except (OSError, ValueError):
@@ -57,7 +59,7 @@ def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> Estimat
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(policy).num_parameters()
     memory = _memory(config, policy, parameters, ranks)
-    bandwidth, flops = _machine(torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32)
+    bandwidth, flops = machine_speed(torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32)
     r = config.rollout
     sequences, length = r.prompts_per_step * r.group_size // ranks, r.max_tokens / 2
     width = getattr(torch, r.dtype).itemsize
@@ -127,7 +129,7 @@ def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
     return config.update.tokens_per_microbatch * each
 
 
-def _machine(dtype: torch.dtype) -> tuple[float, float]:
+def machine_speed(dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second of reading, and operations a second of a product: the best of three."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     line = torch.ones(64 << 20, dtype=torch.float32, device=device)

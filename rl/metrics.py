@@ -37,6 +37,7 @@ def rank_record(
     update: UpdateReport,
     critic: CriticReport,
     spans: list[Span],
+    scoring: list[tuple[float, float]],
 ) -> dict[str, Any]:
     """What one rank reports, as plain data."""
     stats = [r.stats for r in done.rollouts]
@@ -68,6 +69,7 @@ def rank_record(
         "tail": [(round(r.at, 4), r.active, r.strategy) for r in done.records],
         "peak_bytes": peak_memory_bytes(),
         "spans": [(s.phase, s.begin, s.end) for s in spans],
+        "scoring": scoring,
         "drafter": asdict(learner),
         "update": asdict(update),
         "critic": asdict(critic),
@@ -153,6 +155,7 @@ def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     weights, squares = (sum(u[name] for u in updates) for name in ("weights", "weights_squared"))
     return {
         "update/tokens": sum(u["tokens"] for u in updates),
+        "update/imbalance": max(u["tokens"] for u in updates) * len(updates) / tokens,
         "update/loss": mean["loss"],
         "update/entropy": mean["entropy"],
         "update/clipped": mean["clipped"],

@@ -160,12 +160,16 @@ def _phase_seconds(ranks: Steps, rank: int, phase: str) -> float:
 
 
 def plot_timeline(ax: Axes, step: dict[str, Any]) -> None:
-    """What each rank did when, in one step."""
+    """What each rank did when, in one step; above it, when its completions were being scored."""
     shown: set[str] = set()
     for number, rank in enumerate(step["ranks"]):
         for phase, begin, end in rank["spans"]:
             label = None if phase in shown else phase
             shown.add(phase)
             ax.barh(number, end - begin, left=begin, color=_COLOURS[phase], label=label)
+        for begin, end in rank.get("scoring", ()):
+            label = None if "scoring" in shown else "scoring, beside it"
+            shown.add("scoring")
+            ax.barh(number + 0.46, end - begin, height=0.08, left=begin, color="black", label=label)
     ax.set(xlabel="seconds since the step began", yticks=range(len(step["ranks"])), ylabel="rank")
     ax.legend(ncol=4, fontsize=8)

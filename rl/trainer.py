@@ -125,7 +125,8 @@ class Trainer:
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
-        record = rank_record(done, scores, rewards, advantages, distilled, update, critic, clock.spans)
+        scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
+        record = rank_record(done, scores, rewards, advantages, distilled, update, critic, clock.spans, scoring)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)

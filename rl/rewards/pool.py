@@ -27,18 +27,21 @@ class Scores:
         timeouts: Completions whose scoring took too long.
         errors: Completions whose scorer raised, died, or returned something else than finite numbers.
         problem: The first of these, in one line.
+        busy: When something was being scored: begins and ends, seconds since the epoch, one after the other.
     """
 
     values: dict[int, float] = field(default_factory=dict)
     timeouts: int = 0
     errors: int = 0
     problem: str | None = None
+    busy: list[tuple[float, float]] = field(default_factory=list)
 
     def note(self, more: Scores) -> None:
         """Counts what went wrong with others too."""
         self.timeouts += more.timeouts
         self.errors += more.errors
         self.problem = self.problem or more.problem
+        self.busy += more.busy
 
 
 class ScoringPool:
@@ -58,6 +61,7 @@ class ScoringPool:
         self._config, self._group_size = config, group_size
         context: Any = multiprocessing.get_context("spawn")
         self._pool = ProcessPool(config.score_workers, initializer=_prepare, initargs=(config, seed), context=context)
+        self._spans: list[tuple[float, float]] = []
         self._jobs: list[tuple[list[int], Any]] = []
         self._groups: dict[int, list[tuple[int, Problem, str]]] = {}
 
@@ -81,7 +85,10 @@ class ScoringPool:
         ordered = sorted(completions, key=lambda c: c[0])
         keys, texts = [p.key for _, p, _ in ordered], [text for _, _, text in ordered]
         limit = self._config.score_seconds * len(ordered)
-        self._jobs.append(([i for i, _, _ in ordered], self._pool.schedule(_score, args=(keys, texts), timeout=limit)))
+        begin = time.time()
+        job: Any = self._pool.schedule(_score, args=(keys, texts), timeout=limit)
+        job.add_done_callback(lambda _: self._spans.append((begin, time.time())))
+        self._jobs.append(([i for i, _, _ in ordered], job))
 
     def collect(self) -> Scores:
         """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds."""
@@ -92,6 +99,8 @@ class ScoringPool:
         for indices, job in jobs:
             values = self._result(job, max(end - time.monotonic(), 0.0), len(indices), scores)
             scores.values.update(zip(indices, values, strict=True))
+        spans, self._spans = self._spans, []
+        scores.busy = joined(spans)
         return scores
 
     def _result(self, job: Any, wait: float, count: int, scores: Scores) -> list[float]:
@@ -118,6 +127,17 @@ class ScoringPool:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.stop()
         self._pool.join()
+
+
+def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Spans that overlap as one."""
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((begin, end))
+    return found
 
 
 _problems: dict[str, Problem] = {}  # of a worker

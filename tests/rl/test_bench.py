@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from rl.bench_gpu import SHAPES, planned
+from rl.bench_learning import LearningRow, compare_learning
 from rl.bench_peers import Peers
+from rl.bench_sharding import WAYS, compare_sharding
 from rl.bench_step import logprob_gap, profile_step, refresh_seconds
 from rollout import Request, SamplingParams
 from tests.support import tiny_llama
@@ -43,6 +45,25 @@ def test_planned_graphs(shape):
     count, bucketed, naive = planned(shape)
     assert count < 6 * 6
     assert bucketed <= 0.35 * naive
+
+
+def test_the_same_learning_in_numbers():
+    """Two seeds by hand: rollouts of 10 + 10 s against 20 + 20 s; the rest of a step takes 10 s in each of the four runs."""
+    speculating = [LearningRow("a", 0.6, 50.0, 10.0, 20.0), LearningRow("b", 0.8, 40.0, 10.0, 20.0)]
+    plain = [LearningRow("c", 0.5, 52.0, 20.0, 30.0), LearningRow("d", 0.8, 40.0, 20.0, 30.0)]
+    found = compare_learning(speculating, plain)
+    assert found.reward_difference == pytest.approx(0.05) and found.reward_error == pytest.approx(0.05)
+    assert found.length_difference == pytest.approx(-1.0) and found.length_error == pytest.approx(1.0)
+    assert (found.rollout_ratio, found.step_ratio, found.bound, found.limit) == pytest.approx((2.0, 1.5, 1.5, 3.0))
+
+
+@pytest.mark.slow
+def test_every_way_that_weights_can_lie_is_measured(tmp_path):
+    options = ["steps=2", "measure.plain_every=0"]
+    rows = compare_sharding(Path("configs/tiny.yaml"), options, tmp_path, ranks=2, say=lambda line: None)
+    assert [row.way for row in rows] == list(WAYS)
+    assert all(row.loss_gap < 1e-3 and row.logprob_gap < 1e-4 for row in rows)
+    assert all((row.gather > 0) == (row.way != "replicated") for row in rows)
 
 
 def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):

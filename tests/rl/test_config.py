@@ -100,7 +100,9 @@ def test_every_recipe_is_valid_and_says_what_it_takes(recipe):
     assert load_task(config.task, config.seed).problems
     first, *rest = describe(config, recipe, ranks=2)
     assert "valid" in first
-    assert ("TFLOP/s" in rest[-1] and "a rank" in rest[-2]) or "not at hand" in rest[0]
+    assert ("TFLOP/s" in rest[-1] and "a rank" in rest[-2]) or (
+        config.policy.model.endswith("135M-Instruct") and "not at hand" in rest[0]
+    )
 
 
 def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):

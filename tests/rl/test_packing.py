@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.errors import UserError
-from rl.log_probs import PolicyLogProbs
+from rl.log_probs import PolicyLogProbs, TokenScores
 from rl.packing import PromptRow, Sample, pack, plan
 from tests.support import tiny_llama
 
@@ -54,6 +54,25 @@ def test_packed_equals_one_by_one(shape):
     with torch.no_grad():
         logprobs, _ = PolicyLogProbs(model)(pack(rows), 0.8)
     torch.testing.assert_close(logprobs, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_scores_and_their_gradients_are_autograds(temperature):
+    """Of log-probs and entropies, over more rows than are worked on at a time, beside torch's own derivation in float64."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(11, 70_000, generator=generator) * 3
+    targets = torch.randint(0, 70_000, (11,), generator=generator)
+    of_logprob, of_entropy = torch.randn(11, generator=generator), torch.randn(11, generator=generator)
+    found = logits.clone().requires_grad_()
+    logprobs, entropies = TokenScores.apply(found, targets, temperature)
+    ((logprobs * of_logprob).sum() + (entropies * of_entropy).sum()).backward()
+    exact = logits.double().requires_grad_()
+    log_p = torch.log_softmax(exact / temperature, -1)
+    expected = log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    ((expected[0] * of_logprob).sum() + (expected[1] * of_entropy).sum()).backward()
+    torch.testing.assert_close(logprobs, expected[0].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, expected[1].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_equal_those_of_unpacked_sequences():

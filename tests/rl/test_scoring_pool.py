@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rl.rewards.pool import ScoringPool
+from rl.rewards.pool import ScoringPool, joined
 from rl.task_config import DatasetConfig, TaskConfig
 from rl.tasks import load_task
 
@@ -45,6 +45,7 @@ def test_problems_score_as_they_do_here():
         scores = pool.collect()
         assert scores.values == {i: problems[i // 2].score(text) for i, text in enumerate(texts)}
         assert scores.values[0] == 1.0 and scores.problem is None
+        assert scores.busy and all(begin < end for begin, end in scores.busy)
         assert pool.collect().values == {}
 
 
@@ -93,3 +94,8 @@ def test_a_step_waits_no_longer_than_its_deadline(odd):
             if (again := pool.collect().values) == {0: 5.0}:
                 break
         assert again == {0: 5.0}
+
+
+def test_when_something_was_scored():
+    """Overlapping spans are one; what follows after a pause is another."""
+    assert joined([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (4.0, 4.5)]) == [(1.0, 4.5), (5.0, 6.0)]
