@@ -17,7 +17,7 @@ def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) 
     """Trains a recipe with ``launch/train.py`` and returns the metrics of its steps.
 
     Raises:
-        UserError: when the run fails, with its last line.
+        UserError: when the run fails, with what it said itself, or its last line.
     """
     script = Path(__file__).parents[1] / "launch" / "train.py"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
@@ -25,7 +25,9 @@ def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) 
         [*launcher, str(script), str(config), *overrides, f"out={out}"], capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
-        raise UserError(f"the run {out} failed: {(result.stderr.strip().splitlines() or ['no message'])[-1]}")
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        own = [line.removeprefix("paceline: ") for line in lines if line.startswith("paceline: ")]
+        raise UserError(f"the run {out} failed: {(own or lines[-1:])[0]}")
     return read_metrics(out)
 
 

@@ -22,8 +22,7 @@ def fit_process(local_world_size: int) -> None:
 
     glibc maps large blocks anew and hands them back when they are freed, and each micro-batch then faults them in again page by
     page: half of an update's time was the kernel's. All blocks come from one heap instead, which all threads share and which is
-    not trimmed
-    (``launch/bench.py update``, with and without ``--untuned``, shows the worth). Without glibc only the threads are set.
+    not trimmed (benchmarks/README.md, the update phase). Without glibc only the threads are set.
     """
     torch.set_num_threads(max((os.cpu_count() or 1) // max(local_world_size, 1), 1))
     libc = _libc()

@@ -53,6 +53,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
     if origin is Literal:
+        if value is False and "no" in arguments:  # YAML 1.1 reads a bare no as false
+            return "no"
         if value not in arguments:
             close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.3)
             hint_text = f"; did you mean {close[0]}?" if close else ""

@@ -54,6 +54,10 @@ def test_errors_name_the_key(override, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_bare_no_is_one_of_the_words():
+    assert load_config(TINY, ["policy.mixed_precision=no"]).policy.mixed_precision == "no"
+
+
 def test_overrides_and_yaml_floats(tmp_path):
     config = load_config(TINY, ["update.lr=2e-6", "rollout.stop_strings=['x']", "policy.warmup={examples: 3}"])
     assert config.update.lr == 2e-6
