@@ -47,6 +47,7 @@ class FullySharded:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         self._parameters = trainable(self.module)
         self._optimizer, self._limit = settings.over(self.module), settings.grad_clip
+        self._main = accelerator.is_main_process
 
     @property
     def bare(self) -> nn.Module:
@@ -75,9 +76,10 @@ class FullySharded:
                 yield name, _whole(parameter.detach())
 
     def optimizer_state(self) -> dict[str, Any]:
-        entries = [
-            {name: _whole(value).cpu() for name, value in self._optimizer.state.get(p, {}).items()} for p in self._parameters
-        ]
+        entries = []
+        for p in self._parameters:
+            moments = {name: _whole(value) for name, value in self._optimizer.state.get(p, {}).items()}
+            entries.append({name: moment.cpu() for name, moment in moments.items()} if self._main else {})
         return as_state(entries, self._optimizer.param_groups[0])
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:

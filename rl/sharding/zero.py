@@ -42,7 +42,7 @@ class ZeroSharded:
             raise UserError("scale.deepspeed needs DeepSpeed: pip install 'paceline[deepspeed]'") from None
         if not torch.distributed.is_initialized():
             raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
-        self._stage, self._limit = stage_of(theirs), settings.grad_clip
+        self._stage, self._limit, self._main = stage_of(theirs), settings.grad_clip, accelerator.is_main_process
         self.in_lockstep = self._stage >= 2  # from there on every backward scatters its gradients
         ours = {
             "train_micro_batch_size_per_gpu": 1,
@@ -108,8 +108,8 @@ class ZeroSharded:
         step = torch.as_tensor(parts[0]["step"]).cpu().float()
         entries = []
         for p in self._parameters:
-            moments = {name: safe_get_full_optimizer_state(p, name).cpu() for name in _MOMENTS}
-            entries.append({"step": step.clone(), **moments})
+            moments = {name: safe_get_full_optimizer_state(p, name) for name in _MOMENTS}
+            entries.append({"step": step.clone(), **{n: m.cpu() for n, m in moments.items()}} if self._main else {})
         return as_state(entries, group)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ def test_every_way_that_weights_can_lie_is_measured(tmp_path):
     assert all((row.gather > 0) == (row.way != "replicated") for row in rows)
 
 
+@pytest.mark.slow
 def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):
     out = tmp_path / "gpu_rl.json"
     command = [sys.executable, "launch/bench.py", "gpu-rl", "--config", "configs/tiny.yaml", "--runs", str(tmp_path / "runs")]
