@@ -1,7 +1,11 @@
-"""``launch/train.py`` whose rank 1 dies in the second step, at the beginning of the phase that the first argument names."""
+"""``launch/train.py`` whose rank 1 dies in the second step, at the beginning of the phase that the first argument names.
+
+With ``HANG=1`` it does not die, it sleeps.
+"""
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,6 +22,7 @@ def main() -> None:
         nonlocal met
         met += name == wanted
         if met == 2 and os.environ["RANK"] == ("0" if wanted == "save" else "1"):
+            time.sleep(1000 if "HANG" in os.environ else 0)
             os._exit(9)
 
     def dying_phase(self, name):

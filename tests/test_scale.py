@@ -105,3 +105,18 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
     if phase == "update":
         finish(train("--resume", str(run)))
         assert [m["step"] for m in steps_of(run)] == [0, 1, 2, 3]
+
+
+def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_recipe_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HANG", "1")
+    options = [f"out={tmp_path / 'run'}", "scale.timeout_minutes=0.1", "task.reward=digits:digits"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*LAUNCHER, "--standalone", "--nproc_per_node", "2", "tests/dying_rank.py", "update", "configs/tiny.yaml", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and time.monotonic() - begin < 90
+    assert "imed out" in done.stderr
