@@ -70,12 +70,12 @@ class _SideBySide(SharedDrafter):
 
     def __init__(self, config: RunConfig, trainer: Trainer, start: Eagle3Model, seconds: float, say: Callable[[str], None]) -> None:
         super().__init__(config, trainer.worker, trainer.accelerator, trainer.run_dir, say)
-        self._policy, self._start, self._seconds = trainer.policy, start, seconds
+        self._policy, self._start, self._seconds = trainer.decoded, start, seconds
         self._temperature = config.rollout.temperature
         self.spots: dict[str, SpotTrainer] = {}
         for name, change in VARIANTS.items():
             changed = replace(config, drafter=change(config.drafter))
-            self.spots[name] = spot_trainer(changed, trainer.policy, start, trace_buffer(changed, rank=0))
+            self.spots[name] = spot_trainer(changed, trainer.decoded, start, trace_buffer(changed, rank=0))
         self.judges: list[_Judge] = []
         self.lengths: dict[str, list[float]] = {name: [] for name in ("frozen", *self.spots)}
         self.updates = dict.fromkeys(self.lengths, 0)

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from rl.config import RunConfig
+from rl.config import LoraConfig, RunConfig
+from rl.lora import add_adapters
 from rl.policies import cached_policy
-from rl.sharding import is_shared, zero_stage
+from rl.sharding import is_shared, trainable, zero_stage
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
@@ -92,7 +93,7 @@ def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks:
     shape = CacheShape(text.num_hidden_layers, kv_heads, head_dim, r.max_slots, r.max_context, width, dtype)
     cache = shape.token_bytes * r.max_slots * (r.max_context + config.speculation.max_nodes + 2)
     lora = config.scale.lora
-    trained = parameters if lora is None else _adapter_parameters(policy, lora.rank)
+    trained = parameters if lora is None else _adapter_parameters(policy, lora)
     copied = dtype != torch.float32 or not is_shared(config.scale)
     memory = {
         "policy, gradients and Adam": _training_bytes(config, parameters, trained, ranks),
@@ -100,7 +101,7 @@ def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks:
         "keys, values and taps": cache if r.kv_memory_gb is None else min(cache, int(r.kv_memory_gb * 1e9)),
         "activations of a micro-batch": _activations(config, policy),
     }
-    if config.update.kl_coef > 0 and (lora is None or config.scale.deepspeed or config.scale.fsdp2):
+    if config.update.kl_coef > 0 and (lora is None or config.scale.sharded):
         memory["reference policy"] = 4 * parameters
     if config.update.advantage == "gae":
         memory["critic, gradients and Adam"] = _training_bytes(config, parameters, parameters, ranks)
@@ -110,12 +111,11 @@ def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks:
     return memory
 
 
-def _adapter_parameters(policy: PreTrainedConfig, rank: int) -> int:
-    """Of adapters on every linear layer of the decoder."""
+def _adapter_parameters(policy: PreTrainedConfig, lora: LoraConfig) -> int:
     with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(policy).base_model
-    linear = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
-    return sum(rank * (module.in_features + module.out_features) for module in linear)
+        model = AutoModelForCausalLM.from_config(policy)
+        add_adapters(model, lora, seed=0)
+    return sum(p.numel() for p in trainable(model))
 
 
 def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:

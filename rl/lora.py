@@ -58,7 +58,7 @@ def merged(
     if lora is None:
         yield from full_weights(lambda name: True)
         return
-    factors = {name: tensor.clone() for name, tensor in full_weights(lambda name: ".lora_" in name)}
+    factors = dict(full_weights(lambda name: ".lora_" in name))
     for name, tensor in full_weights(lambda name: ".lora_" not in name):
         layer, found, rest = name.partition(_BASE)
         if found and rest == "weight":

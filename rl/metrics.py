@@ -184,7 +184,8 @@ def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Seconds of each phase (the slowest rank's), of the whole step without what was only measured, and of the drafter's training
     on and off its critical path.
 
-    Training that ends before the last rank has finished its rollouts costs the step nothing; the rest delays it.
+    Training that ends before the last rank has finished its rollouts, and their log-probs under the reference, costs the step
+    nothing; the rest delays it.
     """
     phases: dict[str, float] = {}
     for rank in ranks:
@@ -195,9 +196,9 @@ def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     spans = [(phase, begin, end) for rank in ranks for phase, begin, end in rank["spans"]]
     whole = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
     phases["time/step"] = whole - phases.get("time/measure", 0.0)
-    last_rollout = max(end for r in ranks for phase, _, end in r["spans"] if phase == "rollout")
+    last_busy = max(end for r in ranks for phase, _, end in r["spans"] if phase in ("rollout", "reference"))
     training = [(begin, end) for r in ranks for phase, begin, end in r["spans"] if phase == "drafter"]
     phases["drafter/seconds"] = sum(end - begin for begin, end in training)
-    phases["drafter/seconds_off_path"] = sum(max(min(end, last_rollout) - begin, 0.0) for begin, end in training)
-    phases["drafter/seconds_on_path"] = max([end - last_rollout for _, end in training if end > last_rollout], default=0.0)
+    phases["drafter/seconds_off_path"] = sum(max(min(end, last_busy) - begin, 0.0) for begin, end in training)
+    phases["drafter/seconds_on_path"] = max([end - last_busy for _, end in training if end > last_busy], default=0.0)
     return phases

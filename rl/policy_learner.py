@@ -77,8 +77,7 @@ class PolicyLearner:
             self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's present weights, whole, by their names in a policy without adapters. Collective; each is good until the
-        next."""
+        """The policy's present weights, whole, by their names without adapters. Collective; good until the next step."""
         for name, tensor in merged(self._trained.full_weights, self._config.scale.lora):
             yield name.removeprefix(_WRAPPED), tensor
 
@@ -88,7 +87,7 @@ class PolicyLearner:
         adapters = None
         if self._config.scale.lora is not None:
             found = self._trained.full_weights(lambda name: ".lora_" in name)
-            adapters = {name.removeprefix(_WRAPPED): tensor.cpu().clone() for name, tensor in found}
+            adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in found}
         return whole_state(self.weights(), self._trained, main), adapters
 
     def samples(self, done: RankRollouts) -> list[Scored]:

@@ -28,8 +28,7 @@ class Reference:
 
     def __init__(self, config: RunConfig, policy: PolicyLogProbs, start: Path, accelerator: Accelerator) -> None:
         self._config, self._accelerator = config, accelerator
-        scale = config.scale
-        self._adapted = scale.lora is not None and scale.deepspeed is None and not scale.fsdp2
+        self._adapted = config.scale.lora is not None and not config.scale.sharded
         self._module = (
             policy if self._adapted else PolicyLogProbs(load_policy(start, accelerator.device)).requires_grad_(False).eval()
         )

@@ -287,6 +287,11 @@ class ScaleConfig:
     balance: bool = True
     timeout_minutes: float = 30.0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a way of sharding was chosen, and not that each rank holds the whole policy."""
+        return self.fsdp2 or self.deepspeed is not None
+
 
 @dataclass(frozen=True, slots=True)
 class MeasureConfig:

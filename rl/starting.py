@@ -35,7 +35,7 @@ def starting_policy(config: RunConfig) -> Path:
 def trained_policy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
     """In float32, from the start or a checkpoint, with the recipe's adapters."""
     if config.scale.lora is None:
-        return load_policy(source if checkpoint is None else checkpoint.path / "policy", device)
+        return load_policy(_whole_weights(source, checkpoint), device)
     policy = load_policy(source, device)
     add_adapters(policy, config.scale.lora, config.seed)
     if checkpoint is not None:
@@ -45,8 +45,11 @@ def trained_policy(config: RunConfig, source: Path, device: torch.device, checkp
 
 def decoding_copy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
     """Whole and in the engine's precision, for where what is trained lies in parts or beside adapters."""
-    weights = source if checkpoint is None else checkpoint.path / "policy"
-    return load_policy(weights, device, getattr(torch, config.rollout.dtype)).requires_grad_(False)
+    return load_policy(_whole_weights(source, checkpoint), device, getattr(torch, config.rollout.dtype)).requires_grad_(False)
+
+
+def _whole_weights(source: Path, checkpoint: Checkpoint | None) -> Path:
+    return source if checkpoint is None else checkpoint.path / "policy"
 
 
 @torch.no_grad()

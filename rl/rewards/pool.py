@@ -61,7 +61,6 @@ class ScoringPool:
         self._config, self._group_size = config, group_size
         context: Any = multiprocessing.get_context("spawn")
         self._pool = ProcessPool(config.score_workers, initializer=_prepare, initargs=(config, seed), context=context)
-        self._spans: list[tuple[float, float]] = []
         self._jobs: list[tuple[list[int], Any]] = []
         self._groups: dict[int, list[tuple[int, Problem, str]]] = {}
 
@@ -85,10 +84,7 @@ class ScoringPool:
         ordered = sorted(completions, key=lambda c: c[0])
         keys, texts = [p.key for _, p, _ in ordered], [text for _, _, text in ordered]
         limit = self._config.score_seconds * len(ordered)
-        begin = time.time()
-        job: Any = self._pool.schedule(_score, args=(keys, texts), timeout=limit)
-        job.add_done_callback(lambda _: self._spans.append((begin, time.time())))
-        self._jobs.append(([i for i, _, _ in ordered], job))
+        self._jobs.append(([i for i, _, _ in ordered], self._pool.schedule(_score, args=(keys, texts), timeout=limit)))
 
     def collect(self) -> Scores:
         """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds."""
@@ -99,13 +95,13 @@ class ScoringPool:
         for indices, job in jobs:
             values = self._result(job, max(end - time.monotonic(), 0.0), len(indices), scores)
             scores.values.update(zip(indices, values, strict=True))
-        spans, self._spans = self._spans, []
-        scores.busy = joined(spans)
+        scores.busy = joined(scores.busy)
         return scores
 
     def _result(self, job: Any, wait: float, count: int, scores: Scores) -> list[float]:
         try:
-            values = job.result(timeout=wait)
+            values, begin, end = job.result(timeout=wait)
+            scores.busy.append((begin, end))
             if len(values) == count and all(math.isfinite(v) for v in values):
                 return [float(v) for v in values]
             problem = f"scores are {values!r:.80}, not {count} finite numbers"
@@ -151,7 +147,9 @@ def _prepare(config: TaskConfig, seed: int) -> None:
         _reward = load_reward(config.reward)
 
 
-def _score(keys: list[str], texts: list[str]) -> list[float]:
+def _score(keys: list[str], texts: list[str]) -> tuple[list[float], float, float]:
+    """Scores, and from when to when they were computed."""
+    begin = time.time()
     asked = [_problems[key] for key in keys]
     scores = _reward(prompts=[p.question for p in asked], completions=texts, problem=asked, answer=[p.answer for p in asked])
-    return [float(s) for s in scores]
+    return [float(s) for s in scores], begin, time.time()

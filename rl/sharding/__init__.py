@@ -6,16 +6,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from rl.config import ScaleConfig
-from rl.sharding.base import AdamWSettings, Trained, WholeState, whole_state
+from rl.sharding.base import AdamWSettings, Trained, WholeState, trainable, whole_state
 from rl.sharding.replicated import Replicated
 from rl.sharding.settings import zero_stage
 
-__all__ = ["AdamWSettings", "Trained", "WholeState", "is_shared", "shard", "whole_state", "zero_stage"]
+__all__ = ["AdamWSettings", "Trained", "WholeState", "is_shared", "shard", "trainable", "whole_state", "zero_stage"]
 
 
 def is_shared(scale: ScaleConfig) -> bool:
     """Whether each rank's own module holds the policy's whole weights, so that the engine can decode with them in place."""
-    return not scale.fsdp2 and not scale.deepspeed and scale.lora is None
+    return not scale.sharded and scale.lora is None
 
 
 def shard(module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, settings: AdamWSettings) -> Trained:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,57 +26,59 @@ class AdamWSettings:
         return torch.optim.AdamW(trainable(module), lr=self.lr, weight_decay=self.weight_decay, **options)
 
 
-class Trained(Protocol):
+class Trained(ABC):
     """A wrapped module with its AdamW.
 
     Attributes:
         module: Forwards that are differentiated go through it.
-        bare: Forwards without gradients do.
         in_lockstep: A forward or backward is an exchange between ranks: all run as many, in one order.
     """
 
-    in_lockstep: bool
+    module: nn.Module
+    in_lockstep: bool = False
+    _optimizer: torch.optim.Optimizer
 
     @property
-    def module(self) -> nn.Module: ...
-    @property
-    def bare(self) -> nn.Module: ...
+    def bare(self) -> nn.Module:
+        """Forwards without gradients go through it."""
+        return self.module
 
     def set_rate(self, lr: float) -> None:
         """The learning rate from now on."""
-        ...
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around a micro-batch's forward and backward; ``last`` of the optimizer step."""
-        ...
+        return nullcontext()
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulates the gradient of a micro-batch's loss; over ranks the mean is taken."""
-        ...
 
+    @abstractmethod
     def step(self) -> float:
         """One optimizer step on the gradients, cut to their norm, and left out where they are not finite. Collective.
 
         Returns:
             The norm before the cut; not finite where the step was left out.
         """
-        ...
 
+    @abstractmethod
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The present weights, whole, by their names in ``bare``, one after the other. Collective; each is good until the next."""
-        ...
+        """The present weights, whole, by their names in ``bare``, good until the next step. Collective: all go to the end."""
 
+    @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict` of an optimizer that is not sharded. Collective; on the main rank."""
-        ...
 
+    @abstractmethod
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Takes over what `optimizer_state` gave, on whatever number of ranks, sharded in whatever way.
 
         Raises:
             ValueError: for the state of another optimizer.
         """
-        ...
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -122,10 +125,4 @@ def whole_state(weights: Iterator[tuple[str, torch.Tensor]], trained: Trained, m
         trained: Whose optimizer.
         main: Whether this rank keeps them; others get nothing.
     """
-    kept = {name: _kept(tensor) for name, tensor in weights if main}  # every rank goes to the end: gathering takes them all
-    return WholeState(kept, trained.optimizer_state())
-
-
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU, and good after the next has come."""
-    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()
+    return WholeState({name: tensor.cpu() for name, tensor in weights if main}, trained.optimizer_state())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rl.errors import UserError
-from rl.sharding.base import AdamWSettings, as_state, checked_moments, trainable
+from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
 
 
-class FullySharded:
+class FullySharded(Trained):
     """See `rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered with every micro-batch.
 
     Args:
@@ -43,22 +42,11 @@ class FullySharded:
         layers = [layer for part in module.modules() if isinstance(part, nn.ModuleList) for layer in part]
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        self.module: nn.Module = module
+        self.module = module
         fully_shard(module, mesh=mesh, mp_policy=policy)
         self._parameters = trainable(self.module)
         self._optimizer, self._limit = settings.over(self.module), settings.grad_clip
         self._main = accelerator.is_main_process
-
-    @property
-    def bare(self) -> nn.Module:
-        return self.module
-
-    def set_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

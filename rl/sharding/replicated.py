@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from rl.sharding.base import AdamWSettings
+from rl.sharding.base import AdamWSettings, Trained
 
 
-class Replicated:
+class Replicated(Trained):
     """See `rl.sharding.base.Trained`.
 
     Args:
@@ -22,8 +22,6 @@ class Replicated:
         settings: Of its optimizer.
         accelerator: Of the run.
     """
-
-    in_lockstep = False
 
     def __init__(self, module: nn.Module, settings: AdamWSettings, accelerator: Accelerator) -> None:
         self._accelerator, self._limit = accelerator, settings.grad_clip
@@ -33,10 +31,6 @@ class Replicated:
     def bare(self) -> nn.Module:
         found: nn.Module = self._accelerator.unwrap_model(self.module)
         return found
-
-    def set_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._accelerator.no_sync(self.module)

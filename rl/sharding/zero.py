@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from rl.errors import UserError
-from rl.sharding.base import AdamWSettings, as_state, checked_moments, trainable
+from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
 from rl.sharding.settings import read_settings, stage_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroSharded:
+class ZeroSharded(Trained):
     """See `rl.sharding.base.Trained`.
 
     Gradients are accumulated by DeepSpeed without a count of its own (``managed_gradient_accumulation: false``): `step` is where an
@@ -55,22 +54,7 @@ class ZeroSharded:
         self._parameters = trainable(module)
         self._torch = settings.over(module)
         self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=self._torch, config={**theirs, **ours})
-
-    @property
-    def module(self) -> nn.Module:
-        engine: nn.Module = self._engine
-        return engine
-
-    @property
-    def bare(self) -> nn.Module:
-        return self.module
-
-    def set_rate(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
+        self.module = self._engine
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss)
@@ -93,7 +77,7 @@ class ZeroSharded:
         for name, parameter in self._engine.module.named_parameters():
             if wanted(name):
                 with GatheredParameters([parameter], enabled=self._stage == 3):
-                    yield name, parameter.detach()
+                    yield name, parameter.detach().clone() if self._stage == 3 else parameter.detach()  # taken apart again after it
 
     def optimizer_state(self) -> dict[str, Any]:
         group = self._optimizer.param_groups[0]
@@ -129,9 +113,9 @@ class ZeroSharded:
 
     def _make_moments(self, step: float) -> None:
         """Moments of zero for this rank's parts, which only a first step would make."""
-        flat = self._optimizer
+        flat: Any = self._optimizer
         for part in flat.fp32_partitioned_groups_flat if self._stage == 3 else flat.single_partition_of_fp32_groups:
             zeros = {name: torch.zeros_like(part.data) for name in _MOMENTS}
             self._torch.state[part] = {"step": torch.tensor(step), **zeros}
         if self._stage < 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+            flat._lazy_init_hp_params_optimizer_state()

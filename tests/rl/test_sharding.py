@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = AdamWSettings(lr=1e-3, weight_decay=0.01, grad_clip=0.5, precision="no")
 MODES = {
     "replicated": ScaleConfig(),
-    **{f"zero{stage}": ScaleConfig(deepspeed=str(ROOT / f"configs/deepspeed/zero{stage}.json")) for stage in range(4)},
+    **{f"zero{stage}": ScaleConfig(deepspeed=str(ROOT / f"configs/deepspeed/zero{stage}.json")) for stage in range(3)},
+    "zero3": ScaleConfig(deepspeed=str(ROOT / "tests/rl/zero3_in_parts.json")),
     "fsdp2": ScaleConfig(fsdp2=True),
 }
 ROWS = [PromptRow([1 + i, 2, 3], (Sample(i, [5 + i, 7, 9, i]), Sample(i + 4, [8, i + 1]))) for i in range(4)]
