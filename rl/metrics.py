@@ -32,6 +32,7 @@ def rank_record(
     done: RankRollouts,
     scores: Scores,
     rewards: Sequence[float],
+    shaped: Sequence[float],
     advantages: Sequence[float],
     learner: LearnerReport,
     update: UpdateReport,
@@ -52,6 +53,7 @@ def rank_record(
     return {
         "problems": [p.key for p in done.problems],
         "rewards": list(rewards),
+        "shaped": list(shaped),
         "score_timeouts": scores.timeouts,
         "score_errors": scores.errors,
         "advantages": [float(a) for a in advantages],
@@ -91,6 +93,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
     steps = sum(r["sequence_steps"] for r in ranks)
     metrics: dict[str, Any] = {
         "reward/mean": float(rewards.mean()),
+        "reward/shaped": float(np.mean([x for r in ranks for x in r["shaped"]])),
         "reward/exact": float((rewards >= 1).mean()),
         "reward/std_error": float(groups.mean(1).std(ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else 0.0,
         "reward/by_problem": {key: float(mean) for key, mean in zip(keys, groups.mean(1), strict=True)},

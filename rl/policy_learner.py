@@ -22,6 +22,7 @@ from rl.policies import load_policy
 from rl.reference import Reference
 from rl.rollouts import RankRollouts
 from rl.run_state import Checkpoint, restore_moments
+from rl.shaping import Shaped
 from rl.sharding import AdamWSettings, WholeState, shard, whole_state
 from rl.update import PolicyUpdater, UpdateReport
 from rollout import FinishReason
@@ -102,24 +103,24 @@ class PolicyLearner:
         return [replace(s, reference=logprobs) for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)]
 
     def learn(
-        self, done: RankRollouts, samples: list[Scored], rewards: list[float], step: int
+        self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int
     ) -> tuple[UpdateReport, CriticReport, list[float]]:
         """Updates on a step's rollouts. Collective.
 
         Args:
             done: This rank's rollouts.
             samples: Of those, from `samples`.
-            rewards: Of each.
+            shaped: The reward of each.
             step: Of the run.
 
         Returns:
             The policy's report, the critic's, and the mean advantage of each completion.
         """
         config = self._config.update
-        with_advantages = self._with_advantages(samples, rewards)
+        with_advantages = self._with_advantages(samples, shaped)
         masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
         size = self._config.rollout.group_size
-        silent = uniform_groups(rewards, size) if self._config.rollout.resample else set()
+        silent = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
         counted = [
             with_advantages[i]
             for i, r in enumerate(done.rollouts)
@@ -138,12 +139,14 @@ class PolicyLearner:
             self.kl.observe(kl / max(tokens, 1.0))
         return report, judged, [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages]
 
-    def _with_advantages(self, samples: list[Scored], rewards: list[float]) -> list[Scored]:
-        config = self._config
+    def _with_advantages(self, samples: list[Scored], shaped: Shaped) -> list[Scored]:
+        config, rewards = self._config, shaped.rewards
         references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
         taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:
             advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total)
+            if shaped.added is not None:
+                advantages = [a + more for a, more in zip(advantages, shaped.added, strict=True)]
             return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]
         values = self.critic.values(samples)
         advantages, returns = critic_advantages(config.critic, rewards, taken, values, self._total)

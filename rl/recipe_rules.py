@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from rl.errors import UserError
+from rl.length_rules import length_rules
 from rl.sections import RunConfig, SpeculationConfig
 from rollout import Strategy
 from rollout.drafters import DRAFTERS, DraftRules
@@ -59,6 +60,7 @@ def check(config: RunConfig) -> None:
             s.draw == "likeliest" or "composite" not in s.drafters,
             "speculation.drafters has composite, which joins drafts of likeliest tokens: leave it out, or write draw: likeliest",
         ),
+        *length_rules(config),
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         (not (scale.deepspeed and scale.fsdp2), "scale.deepspeed and scale.fsdp2 both shard the policy: choose one"),
         (scale.timeout_minutes > 0, f"scale.timeout_minutes is {scale.timeout_minutes}: write a number above 0"),
@@ -67,6 +69,10 @@ def check(config: RunConfig) -> None:
             "scale.lora.rank must be at least 1, and alpha above 0",
         ),
         (u.minibatches >= 1, f"update.minibatches is {u.minibatches}: write at least 1"),
+        (
+            config.policy.warmup is None or 0 <= config.policy.warmup.rechecks < 1,
+            "policy.warmup.rechecks must lie in [0, 1): a solution would never end",
+        ),
         (u.lr > 0 and d.lr > 0, "learning rates must be above 0"),
         (config.critic.lr > 0, "learning rates must be above 0"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rl.distillation import reward_weights, spot_trainer, trace_buffer
 from rl.errors import UserError
 from rl.policies import fetch_policy, load_policy
 from rl.prompts import encode_prompt, stable_seed, stop_token_ids
+from rl.shaping import assign_budgets, length_terms
 from rl.tasks import Problem
 from rollout import (
     PLAIN,
@@ -48,6 +49,7 @@ class RankRollouts:
         records: The engine's decode steps.
         plain_seconds: Wall time of the same requests without speculation, where that was measured.
         plain_identical: Share of them whose tokens were the same, where that was measured.
+        budgets: Tokens that each was asked for, where the recipe asks for some.
     """
 
     problems: list[Problem]
@@ -56,12 +58,18 @@ class RankRollouts:
     records: list[StepRecord] = field(default_factory=list)
     plain_seconds: float | None = None
     plain_identical: float | None = None
+    budgets: list[int] | None = None
 
     def joined(self, more: RankRollouts) -> RankRollouts:
         """These, and others that were made after them."""
         later = [replace(record, at=record.at + self.seconds) for record in more.records]
+        both = [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
         return RankRollouts(
-            [*self.problems, *more.problems], [*self.rollouts, *more.rollouts], self.seconds + more.seconds, [*self.records, *later]
+            [*self.problems, *more.problems],
+            [*self.rollouts, *more.rollouts],
+            self.seconds + more.seconds,
+            [*self.records, *later],
+            budgets=both,
         )
 
 
@@ -117,6 +125,7 @@ class RolloutWorker:
                 max_nodes=self.config.speculation.max_nodes,
                 tap_layers=self.tap_layers if self._wants_eagle3 else (),
                 collect_traces=self._wants_eagle3,
+                collect_entropies=any(term.needs_entropies for term in length_terms(self.config.length)),
                 decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
                 kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
                 budgets=self.config.speculation.budgets,
@@ -157,13 +166,17 @@ class RolloutWorker:
 
     def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
         """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
-        requests = []
+        return [request for requests, _ in self._asked(problems, step) for request in requests]
+
+    def _asked(self, problems: Sequence[Problem], step: int) -> Iterator[tuple[list[Request], list[int] | None]]:
+        """Each problem's requests and their budgets."""
+        length, size, run = self.config.length, self.config.rollout.group_size, self.config.seed
         for problem in problems:
-            prompt = encode_prompt(self._tokenizer, problem.question, self.config.task.system)
-            for sample in range(self.config.rollout.group_size):
-                seed = stable_seed(self.config.seed, step, problem.key, sample)
-                requests.append(Request(prompt, self.params, seed, group=problem.key))
-        return requests
+            budgets = assign_budgets(length, size, f"{run}/{step}/{problem.key}")
+            ends = [""] * size if budgets is None else [" " + length.budget_prompt.format(budget=b) for b in budgets]
+            prompts = {end: encode_prompt(self._tokenizer, problem.question + end, self.config.task.system) for end in set(ends)}
+            seeds = [stable_seed(run, step, problem.key, sample) for sample in range(size)]
+            yield [Request(prompts[e], self.params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)], budgets
 
     def rollout(
         self,
@@ -183,7 +196,9 @@ class RolloutWorker:
         Raises:
             UserError: when every request failed; the first reason is given.
         """
-        requests = self.requests(problems, step)
+        asked = list(self._asked(problems, step))
+        requests = [request for of_problem, _ in asked for request in of_problem]
+        budgets = [b for _, of_problem in asked for b in of_problem or ()] or None
         owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
 
         def finished(index: int, rollout: Rollout) -> None:
@@ -196,7 +211,7 @@ class RolloutWorker:
         failed = [r for r in rollouts if r.finish_reason is FinishReason.FAILED]
         if failed and len(failed) == len(rollouts):
             raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
-        return RankRollouts(owners, rollouts, seconds, self.engine.records)
+        return RankRollouts(owners, rollouts, seconds, self.engine.records, budgets=budgets)
 
     def measure_plain(self, done: RankRollouts) -> None:
         """Decodes the same requests again without speculation and notes the time, for a paired ratio."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rl.length_config import LengthConfig
 from rl.task_config import TaskConfig
 
 
@@ -17,12 +18,15 @@ class WarmupConfig:
         batch_size: Solutions of one optimizer step.
         lr: Peak learning rate (linear decay to zero, short linear rise).
         seed: Of the examples; they are drawn apart from the RL problems.
+        rechecks: Chance that a solution goes through its lines once more, and again: a policy that thinks longer than it need, with
+            lengths of a long tail, to try length-aware rewards on.
     """
 
     examples: int = 1000
     batch_size: int = 16
     lr: float = 1e-4
     seed: int = 1234
+    rechecks: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +334,7 @@ class RunConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    length: LengthConfig = field(default_factory=LengthConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)

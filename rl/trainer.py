@@ -28,8 +28,10 @@ from rl.run_state import (
     load_selector_state,
     save_checkpoint,
 )
+from rl.shaping import Shaping
 from rl.sharding import is_shared
 from rl.shared_drafter import SharedDrafter
+from rl.stability import Guard
 from rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
 from rl.tasks import Problem, load_task
 from rl.tracking import Tracker
@@ -68,8 +70,10 @@ class Trainer:
         self.decoded = self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
         # before the engine, which notes where parameters lie: wrapping them for training may move them
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
+        self.shaping = Shaping(config, self.tokenizer, accelerator)
         self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
+        self.guard = Guard(config.length.guard)
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -85,6 +89,7 @@ class Trainer:
             except ValueError as error:
                 raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
         self.choice.load_state(checkpoint.state.get("prompts", {}))
+        self.guard.load_state(checkpoint.state.get("guard", {}))
         self.first_step = checkpoint.steps_done
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
@@ -95,8 +100,13 @@ class Trainer:
         with self.scoring:
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self.step(step)
+                collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
                 self.tracker.say(_line(step, self.config.steps, metrics))
+                if collapse is not None and self.config.length.guard.action == "stop":
+                    raise UserError(f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in {self.run_dir}")
+                if collapse is not None:
+                    self.tracker.say(collapse)
                 last = step + 1 == self.config.steps
                 if last or (step + 1) % self.config.save_every == 0:
                     self._save(step + 1)
@@ -118,7 +128,8 @@ class Trainer:
                 self.worker.measure_plain(done)
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
-            update, critic, advantages = self.learner.learn(done, samples, rewards, step)
+            shaped = self.shaping.shape(done.rollouts, done.budgets, rewards)
+            update, critic, advantages = self.learner.learn(done, samples, shaped, step)
         if self.decoded is not self.policy:
             with clock.phase("gather"):
                 copy_weights(self.learner.weights(), self.decoded)
@@ -126,7 +137,7 @@ class Trainer:
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
         scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
-        record = rank_record(done, scores, rewards, advantages, distilled, update, critic, clock.spans, scoring)
+        record = rank_record(done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring)
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
@@ -196,7 +207,7 @@ class Trainer:
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
-                state={"kl_coef": self.learner.kl.value, "prompts": self.choice.state()},
+                state={"kl_coef": self.learner.kl.value, "prompts": self.choice.state(), "guard": self.guard.state()},
             )
         self.accelerator.wait_for_everyone()
 

@@ -20,14 +20,17 @@ from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
 from rl.prompts import encode_prompt
 from rl.tasks import reasoning_gym_problems
-from rl.worked_solutions import worked_solution
+from rl.worked_solutions import with_rechecks, worked_solution
 
 
 def warmed_policy_path(config: RunConfig) -> Path:
     """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
     assert config.policy.warmup is not None
     datasets = [{"name": d.name, "weight": d.weight, "params": d.params} for d in config.task.datasets]
-    parts: list[object] = [config.policy.model, asdict(config.policy.warmup), datasets]
+    settings = asdict(config.policy.warmup)
+    if not settings["rechecks"]:
+        del settings["rechecks"]  # so that what was cached before there was such a key is found
+    parts: list[object] = [config.policy.model, settings, datasets]
     parts += [config.task.instruction, config.task.system]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
@@ -104,7 +107,10 @@ def _examples(config: RunConfig, tokenizer: Any) -> tuple[list[list[int]], list[
     prompts, solutions = [], []
     for i in torch.randperm(len(problems), generator=generator).tolist():
         problem = problems[i]
-        text = worked_solution(problem.dataset, problem.entry)
+        times = 0
+        while float(torch.rand((), generator=generator)) < warmup.rechecks:
+            times += 1
+        text = with_rechecks(worked_solution(problem.dataset, problem.entry), times)
         prompts.append(encode_prompt(tokenizer, problem.question, config.task.system))
         solutions.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
     return prompts, solutions

@@ -19,6 +19,13 @@ def chain_sum(entry: dict[str, Any]) -> str:
     return "\n".join([*lines, f"Answer: {total}"])
 
 
+def with_rechecks(solution: str, times: int) -> str:
+    """The same with its lines gone through again, each time under ``Check:``, before the answer."""
+    *lines, answer = solution.split("\n")
+    again = ["Check:", *lines] * times
+    return "\n".join([*lines, *again, answer])
+
+
 SOLUTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"chain_sum": chain_sum}
 
 

@@ -141,6 +141,7 @@ class Rollout:
         stats: Steps, drafted and accepted tokens.
         segments: (policy version, tokens drawn under it), oldest first: more than one where the rollout was paused and resumed
             after `RolloutEngine.refresh_weights`, which counts the version up.
+        entropies: Entropy in nats of the distribution that each token was drawn from, when the engine was asked to collect it.
         error: One line, when ``finish_reason`` is FAILED.
         trace: Training data for a drafter, when the engine was asked to collect it.
     """
@@ -151,5 +152,6 @@ class Rollout:
     finish_reason: FinishReason
     stats: RolloutStats
     segments: list[tuple[int, int]] = field(default_factory=list)
+    entropies: list[float] | None = None
     error: str | None = None
     trace: DistillationTrace | None = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rollout.api import FinishReason, Request, Rollout
 from rollout.drafters.base import Drafter, VerifiedStep
+from rollout.entropies import drawn_entropies
 from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import ModelRunner
@@ -52,6 +53,7 @@ class RolloutEngine:
         max_nodes: Most draft tokens of a sequence that one forward verifies.
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
+        collect_entropies: Note the entropy that each token was drawn under (`Rollout.entropies`).
         decode_text: Token ids → text, needed for stop strings only.
         kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` × ``max_context`` needs,
             sequences are admitted by it, and preempted when they grow past it.
@@ -82,6 +84,7 @@ class RolloutEngine:
         max_nodes: int = 8,
         tap_layers: Sequence[int] = (),
         collect_traces: bool = False,
+        collect_entropies: bool = False,
         decode_text: TextDecoder | None = None,
         kv_memory_bytes: int | None = None,
         prefill_tokens: int = 512,
@@ -95,7 +98,7 @@ class RolloutEngine:
         if not 1 <= max_nodes <= MOST_NODES:
             raise ValueError(f"max_nodes is {max_nodes}: write 1 to {MOST_NODES}")
         self.max_nodes = max_nodes
-        self.collect_traces = collect_traces
+        self.collect_traces, self.collect_entropies = collect_traces, collect_entropies
         self.runner = ModelRunner(
             model,
             dtype=dtype,
@@ -309,13 +312,16 @@ class RolloutEngine:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
         self.speculation.verified(step)
+        entropies = drawn_entropies(active, logits, draft, outcome.paths) if self.collect_entropies else None
         committed = 0
         for row, sequence in enumerate(active):
             sequence.stats.drafted += int(draft.lengths[row])
             sequence.stats.accepted += len(outcome.paths[row])
             sequence.stats.steps += 1
             if outcome.finite[row]:
-                committed += self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
+                count = self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
+                committed += count
+                sequence.entropies += entropies[row][:count] if entropies is not None else ()
             else:
                 sequence.finish = FinishReason.FAILED
         return [len(path) for path in outcome.paths], committed

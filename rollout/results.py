@@ -19,6 +19,7 @@ def finished_rollout(sequence: SequenceState, error: str | None, trace: Distilla
         finish_reason=FinishReason.FAILED if error else sequence.finish or FinishReason.FAILED,
         stats=sequence.stats,
         segments=sequence.segments,
+        entropies=sequence.entropies if len(sequence.entropies) == len(sequence.logprobs) > 0 else None,
         error=error,
         trace=trace,
     )

@@ -28,6 +28,7 @@ class SequenceState:
         predicted: Expected completion tokens, where something is known.
         segments: (policy version, tokens committed under it), oldest first.
         refusals: Draft tokens that were refused, where that is collected.
+        entropies: One for each committed token, where that is collected.
     """
 
     request: Request
@@ -41,6 +42,7 @@ class SequenceState:
     predicted: float | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class SequenceState:
             self.tokens += earlier.token_ids
             self.logprobs += earlier.logprobs
             self.segments += earlier.segments
+            self.entropies += earlier.entropies or []
             self.stats = replace(earlier.stats)
 
     @property

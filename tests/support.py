@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rl import train_command
+from rl.config import load_config
+from rl.tracking import Tracker
+from rl.trainer import Trainer, make_accelerator
 from rollout import RolloutEngine, default_tap_layers
 from rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
 from rollout.drafters.base import DraftContext, StatelessSlots
@@ -16,6 +23,8 @@ from rollout.drafters.build import DrafterParts, build_drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from rollout.strategy import Strategy
 from rollout.trees import DraftTree
+
+ROOT = Path(__file__).parents[1]
 
 
 def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0, hidden: int = 64) -> LlamaForCausalLM:
@@ -114,3 +123,20 @@ def full_engine(
         if name not in engine.drafters and (name != "composite" or rules is None or rules.draw == "likeliest"):
             engine.add_drafter(build_drafter(name, engine, parts))
     return engine
+
+
+@contextmanager
+def tiny_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *options: str) -> Iterator[Trainer]:
+    """A trainer of the tiny recipe in this process, with plain decoding and a reward: an expression over ``completions``."""
+    monkeypatch.setenv("PACELINE_CACHE", str(folder / "cache"))
+    name = f"reward_{folder.name}"
+    (folder / f"{name}.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
+    monkeypatch.chdir(folder)
+    plain = ["speculation.drafters=[suffix]", "speculation.strategy=plain", "update.kl_coef=0.0", "measure.plain_every=0"]
+    one = [f"task.reward={name}:score", "update.minibatches=1", f"out={folder / 'run'}"]
+    config = load_config(ROOT / "configs" / "tiny.yaml", [*plain, *one, *options])
+    (folder / "run").mkdir()
+    with Tracker(config, folder / "run", active=False) as tracker:
+        trainer = Trainer(config, folder / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        with trainer.scoring:
+            yield trainer

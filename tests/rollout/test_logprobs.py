@@ -19,14 +19,17 @@ PARAMS = [SamplingParams(max_tokens=25), SamplingParams(temperature=0.7, top_k=3
 )
 def test_equal_a_full_forward(strategy, params):
     model = tiny_llama(97, sharpness=4.0)
-    engine = engine_for(model, rules=DraftRules("static", "replacement"))
+    engine = engine_for(model, rules=DraftRules("static", "replacement"), collect_entropies=True)
     engine.use_strategy(strategy)
     for rollout in engine.generate([Request([3, 1, 4, 1, 5, i], params, seed=i, group=0) for i in range(12)]):
         ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
         with torch.no_grad():
             logits = model(ids).logits[:, 5:-1]
-        reference = processed_probs(logits, [params])[0].gather(-1, ids[0, 6:, None])[:, 0].log()
+        probs = processed_probs(logits, [params])[0]
+        reference = probs.gather(-1, ids[0, 6:, None])[:, 0].log()
         torch.testing.assert_close(torch.tensor(rollout.logprobs), reference, rtol=0, atol=1e-4)
+        entropies = -torch.where(probs > 0, probs * probs.log(), 0.0).sum(-1)
+        torch.testing.assert_close(torch.tensor(rollout.entropies), entropies, rtol=0, atol=1e-3)
 
 
 def test_greedy_reports_unscaled_logprobs_also_in_a_mixed_batch():

@@ -1,0 +1,100 @@
+"""Length-aware rewards by name, and as reward functions for other trainers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rl.errors import UserError
+from rl.rewards.entropy import Pear
+from rl.rewards.group import Alp, GrpoLambda, ShorterBetter
+from rl.rewards.length import Hbpo, L1Exact, L1Max, Linear, Overlong, Target
+from rl.rewards.terms import Samples, Term
+from rl.strict import parse
+
+TERMS: dict[str, type] = {
+    "alp": Alp,
+    "grpo_lambda": GrpoLambda,
+    "hbpo": Hbpo,
+    "l1_exact": L1Exact,
+    "l1_max": L1Max,
+    "linear": Linear,
+    "overlong": Overlong,
+    "pear": Pear,
+    "shorter_better": ShorterBetter,
+    "target": Target,
+}
+
+
+def load_term(entry: Mapping[str, Any], where: str) -> Term:
+    """A term from its name and parameters, ``{name: overlong, cache: 64}``.
+
+    Raises:
+        UserError: for an unknown name or parameter.
+    """
+    parameters = dict(entry)
+    name = parameters.pop("name", None)
+    if name not in TERMS:
+        close = difflib.get_close_matches(str(name), TERMS, n=1, cutoff=0.0)[0]
+        raise UserError(f"{where} names {name!r}; did you mean {close}? There are: {', '.join(TERMS)}")
+    term: Term = parse(TERMS[name], parameters, where=where)
+    return term
+
+
+def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rewards after all terms in their order, float32 [S], and what they add to advantages, float32 [S] or None."""
+    added: torch.Tensor | None = None
+    for term in terms:
+        samples = replace(samples, rewards=term.rewards(samples))
+        more = term.advantages(samples)
+        if more is not None:
+            added = more if added is None else added + more
+    return samples.rewards, added
+
+
+class LengthAware:
+    """A reward function in TRL's signature: another one's rewards, made length-aware.
+
+    ``GRPOTrainer(reward_funcs=LengthAware(accuracy_reward, [{"name": "overlong", "cache": 512}], 16, 4096), ...)``. Columns of the
+    data set or of a rollout function named ``budget`` (tokens), ``entropies`` (nats of each token) and ``answers`` (index of the
+    first token of the answer) are handed on to the terms that read them. What a term adds to advantages is left out: a reward
+    function cannot.
+
+    Args:
+        reward: In TRL's signature.
+        terms: As ``length.rewards`` in a recipe.
+        group_size: Samples of a prompt, adjacent in each call.
+        longest: Most tokens of a completion.
+        correct_from: Reward from which on a completion counts as correct.
+    """
+
+    def __init__(
+        self,
+        reward: Callable[..., Sequence[float]],
+        terms: Sequence[Mapping[str, Any]],
+        group_size: int,
+        longest: int,
+        correct_from: float = 1.0,
+    ) -> None:
+        self._reward, self._group_size, self._longest, self._correct_from = reward, group_size, longest, correct_from
+        self._terms = [load_term(entry, "terms") for entry in terms]
+        self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        rewards = torch.tensor(self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32)
+        budgets, entropies = columns.get("budget"), columns.get("entropies")
+        samples = Samples(
+            rewards,
+            rewards >= self._correct_from,
+            torch.tensor([len(ids) for ids in columns["completion_ids"]]),
+            self._group_size,
+            self._longest,
+            None if budgets is None else torch.tensor(budgets, dtype=torch.float32),
+            None if entropies is None else [torch.tensor(e, dtype=torch.float32) for e in entropies],
+            columns.get("answers"),
+        )
+        return apply_terms(self._terms, samples)[0].tolist()

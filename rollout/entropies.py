@@ -1,0 +1,37 @@
+"""How uncertain the policy was where it drew its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rollout.sampling import processed_probs
+from rollout.sequence import SequenceState
+from rollout.trees import DraftTree
+
+
+def drawn_entropies(
+    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, paths: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Entropy, in nats, of the processed distribution that each token of a verification was drawn from.
+
+    Args:
+        sequences: B sequences.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        draft: What was verified.
+        paths: Draft nodes kept, root first, of each sequence.
+
+    Returns:
+        For each sequence one number for every kept node and one for the token after them; 0 at temperature 0.
+    """
+    counts = (draft.lengths + 1).tolist()
+    rows, params, sizes, start = [], [], [], 0
+    for sequence, path, count in zip(sequences, paths, counts, strict=True):
+        rows += [start, *(start + 1 + node for node in path)]
+        params += [sequence.request.params] * (len(path) + 1)
+        sizes.append(len(path) + 1)
+        start += count
+    probs = processed_probs(logits[torch.tensor(rows, device=logits.device)][:, None], params)[:, 0]
+    entropies = torch.special.entr(probs).sum(-1).cpu()
+    return [part.tolist() for part in entropies.split(sizes)]
