@@ -39,6 +39,7 @@ def rank_record(
     critic: CriticReport,
     spans: list[Span],
     scoring: list[tuple[float, float]],
+    carried: int,
 ) -> dict[str, Any]:
     """What one rank reports, as plain data."""
     stats = [r.stats for r in done.rollouts]
@@ -58,6 +59,8 @@ def rank_record(
         "score_errors": scores.errors,
         "advantages": [float(a) for a in advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
+        "carried": carried,
+        "stale": sum(count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]),
         "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
         "failed": sum(r.finish_reason is FinishReason.FAILED for r in done.rollouts),
         "sequence_steps": sum(s.steps for s in stats),
@@ -105,6 +108,8 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "length/truncated": sum(r["truncated"] for r in ranks),
         "reward/timeouts": sum(r["score_timeouts"] for r in ranks),
         "reward/errors": sum(r["score_errors"] for r in ranks),
+        "rollout/carried": sum(r["carried"] for r in ranks),
+        "rollout/stale_share": float(sum(r["stale"] for r in ranks) / max(lengths.sum(), 1)),
         "rollout/failed": sum(r["failed"] for r in ranks),
         "rollout/seconds": rollout,
         "rollout/tokens_per_second": float(lengths.sum() / rollout),
@@ -168,6 +173,8 @@ def _update_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "engine/logprob_gap_mean": mean["engine_gap"],
         "engine/logprob_gap_max": max(u["engine_gap_max"] for u in updates),
         "engine/importance_truncated": mean["truncated"],
+        "update/mastered": sum(u["mastered"] for u in updates) / tokens,
+        "engine/importance_std": max(squares / tokens - (weights / tokens) ** 2, 0.0) ** 0.5,
         "engine/effective_share": effective_share(weights, squares, tokens),
     }
 

@@ -44,6 +44,7 @@ class PolicyLearner:
         kl: β, which may be adapted.
         critic: Or None.
         reference: Or None.
+        entropy: Of a token in the last update, over all ranks; None before there was one.
 
     Raises:
         UserError: where the checkpoint is truncated, or the recipe's way of sharding is not to be had.
@@ -64,6 +65,7 @@ class PolicyLearner:
         self._updater = PolicyUpdater(
             accelerator, self._trained, update, config.rollout.temperature, config.rollout.max_tokens, config.steps
         )
+        self.entropy: float | None = None
         self.kl = KlCoefficient(update.kl_coef, update.kl_target)
         self.reference = Reference(config, module, start, accelerator) if update.kl_coef > 0 else None
         self.critic: Critic | None = None
@@ -134,9 +136,10 @@ class PolicyLearner:
         judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
         report = UpdateReport()
         if self.critic is None or step >= self._config.critic.warmup_steps:
-            report = self._updater.run(counted, step, kl_coef)
-            kl, tokens = self._total(torch.tensor([report.kl, float(report.tokens)])).tolist()
+            report = self._updater.run(counted, step, kl_coef, self.entropy)
+            kl, entropy, tokens = self._total(torch.tensor([report.kl, report.entropy, float(report.tokens)])).tolist()
             self.kl.observe(kl / max(tokens, 1.0))
+            self.entropy = entropy / tokens if tokens else self.entropy
         return report, judged, [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages]
 
     def _with_advantages(self, samples: list[Scored], shaped: Shaped) -> list[Scored]:

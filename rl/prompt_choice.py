@@ -12,7 +12,13 @@ from rl.tasks import Problem, Task
 
 
 class PromptChoice(Protocol):
-    """Every rank chooses alike: from the step, the seed and what all ranks have observed."""
+    """Every rank chooses alike: from the step, the seed and what all ranks have observed.
+
+    Attributes:
+        problems: All of them.
+    """
+
+    problems: list[Problem]
 
     def choose(self, step: int, count: int) -> list[Problem]:
         """The problems of a step."""
@@ -39,14 +45,14 @@ class Epochs:
     """Every problem once in each epoch, in an order of its own."""
 
     def __init__(self, task: Task, seed: int) -> None:
-        self._task, self._seed = task, seed
+        self.problems, self._task, self._seed = task.problems, task, seed
 
     def choose(self, step: int, count: int) -> list[Problem]:
         return self._task.batch(step, count)
 
     def more(self, step: int, count: int, round_: int, rank: int) -> list[Problem]:
         chance = random.Random(f"{self._seed}/more/{step}/{round_}/{rank}")
-        return chance.sample(self._task.problems, min(count, len(self._task.problems)))
+        return chance.sample(self.problems, min(count, len(self.problems)))
 
     def observe(self, reward: float) -> None:
         """The order does not depend on it."""
@@ -69,7 +75,7 @@ class Curriculum:
     """
 
     def __init__(self, task: Task, seed: int, config: CurriculumConfig) -> None:
-        self._problems, self._seed, self._config = task.problems, seed, config
+        self.problems, self._seed, self._config = task.problems, seed, config
         self._low = min(p.difficulty for p in task.problems)
         self._high = max(p.difficulty for p in task.problems)
         self.target = min(max(config.start, self._low), self._high)
@@ -78,14 +84,14 @@ class Curriculum:
         return self._nearest(f"{self._seed}/{step}", count)
 
     def more(self, step: int, count: int, round_: int, rank: int) -> list[Problem]:
-        return self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}", min(count, len(self._problems)))
+        return self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}", min(count, len(self.problems)))
 
     def _nearest(self, seed: str, count: int) -> list[Problem]:
         chance = random.Random(seed)
         keyed: Sequence[tuple[float, float, int]] = sorted(
-            (abs(p.difficulty - self.target), chance.random(), i) for i, p in enumerate(self._problems)
+            (abs(p.difficulty - self.target), chance.random(), i) for i, p in enumerate(self.problems)
         )
-        return [self._problems[i] for _, _, i in keyed[:count]]
+        return [self.problems[i] for _, _, i in keyed[:count]]
 
     def observe(self, reward: float) -> None:
         moved = self.target + self._config.step * math.tanh(self._config.sensitivity * (reward - self._config.reward))

@@ -28,6 +28,18 @@ def check(config: RunConfig) -> None:
             r.resample == 0 or u.advantage in ("group", "rloo"),
             f"rollout.resample asks again where a group's advantages are zero; update.advantage {u.advantage} has no groups",
         ),
+        (
+            r.segment_tokens is None or r.segment_tokens >= 1,
+            f"rollout.segment_tokens is {r.segment_tokens}: write at least 1, or null",
+        ),
+        (
+            r.segment_tokens is None or r.resample == 0,
+            "rollout.resample asks again for groups that are over, with rollout.segment_tokens others are not: choose one",
+        ),
+        (
+            r.segment_tokens is None or config.measure.plain_every == 0,
+            "measure.plain_every decodes whole rollouts again, rollout.segment_tokens cuts them: write measure.plain_every: 0",
+        ),
         (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
         (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
@@ -86,6 +98,10 @@ def check(config: RunConfig) -> None:
         ),
         (u.kl_target is None or u.kl_coef > 0, "update.kl_target adapts update.kl_coef, which is 0: write where to start"),
         (u.kl_target is None or u.kl_target > 0, f"update.kl_target is {u.kl_target}: write a number above 0, or null"),
+        (
+            u.mask_mastered is None or (0 < u.mask_mastered < 1 and u.mastered_below > 0),
+            "update.mask_mastered must lie in (0, 1), and update.mastered_below above 0",
+        ),
         (u.importance_cap >= 1, f"update.importance_cap is {u.importance_cap}: write at least 1"),
         (
             u.advantage == "group" or u.scale_by_std,

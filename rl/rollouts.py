@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from rl.distillation import reward_weights, spot_trainer, trace_buffer
 from rl.errors import UserError
 from rl.policies import fetch_policy, load_policy
 from rl.prompts import encode_prompt, stable_seed, stop_token_ids
+from rl.segments import OpenGroup, restored
 from rl.shaping import assign_budgets, length_terms
 from rl.tasks import Problem
 from rollout import (
@@ -50,6 +51,7 @@ class RankRollouts:
         plain_seconds: Wall time of the same requests without speculation, where that was measured.
         plain_identical: Share of them whose tokens were the same, where that was measured.
         budgets: Tokens that each was asked for, where the recipe asks for some.
+        places: Under which each was handed to ``on_finish``.
     """
 
     problems: list[Problem]
@@ -59,6 +61,7 @@ class RankRollouts:
     plain_seconds: float | None = None
     plain_identical: float | None = None
     budgets: list[int] | None = None
+    places: list[int] = field(default_factory=list)
 
     def joined(self, more: RankRollouts) -> RankRollouts:
         """These, and others that were made after them."""
@@ -81,6 +84,9 @@ class RolloutWorker:
         policy: The trainer's unwrapped module.
         tokenizer: Its tokenizer.
         rank: Of this process, for where it spills traces and in which order it trains on them.
+
+    Attributes:
+        open: Groups that are carried over to the next step.
     """
 
     def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0) -> None:
@@ -106,6 +112,7 @@ class RolloutWorker:
         self.buffer = trace_buffer(config, rank)
         self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
+        self.open: list[OpenGroup] = []
         self._use_strategy()
 
     def _check_drafter(self) -> LlamaConfig:
@@ -166,17 +173,19 @@ class RolloutWorker:
 
     def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
         """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
-        return [request for requests, _ in self._asked(problems, step) for request in requests]
+        return [request for problem in problems for request in self._open(problem, step).requests]
 
-    def _asked(self, problems: Sequence[Problem], step: int) -> Iterator[tuple[list[Request], list[int] | None]]:
-        """Each problem's requests and their budgets."""
-        length, size, run = self.config.length, self.config.rollout.group_size, self.config.seed
-        for problem in problems:
-            budgets = assign_budgets(length, size, f"{run}/{step}/{problem.key}")
-            ends = [""] * size if budgets is None else [" " + length.budget_prompt.format(budget=b) for b in budgets]
-            prompts = {end: encode_prompt(self._tokenizer, problem.question + end, self.config.task.system) for end in set(ends)}
-            seeds = [stable_seed(run, step, problem.key, sample) for sample in range(size)]
-            yield [Request(prompts[e], self.params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)], budgets
+    def _open(self, problem: Problem, step: int) -> OpenGroup:
+        size, run = self.config.rollout.group_size, self.config.seed
+        budgets = assign_budgets(self.config.length, size, f"{run}/{step}/{problem.key}")
+        seeds = [stable_seed(run, step, problem.key, sample) for sample in range(size)]
+        return OpenGroup(problem, self._ask(problem, seeds, budgets), budgets, [None] * size)
+
+    def _ask(self, problem: Problem, seeds: list[int], budgets: list[int] | None) -> list[Request]:
+        """A problem's requests, each told its budget."""
+        ends = [""] * len(seeds) if budgets is None else [" " + self.config.length.budget_prompt.format(budget=b) for b in budgets]
+        prompts = {end: encode_prompt(self._tokenizer, problem.question + end, self.config.task.system) for end in set(ends)}
+        return [Request(prompts[e], self.params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)]
 
     def rollout(
         self,
@@ -185,33 +194,72 @@ class RolloutWorker:
         on_step: Callable[[StepRecord], None] | None = None,
         on_finish: Callable[[int, Problem, Rollout], None] | None = None,
     ) -> RankRollouts:
-        """This step's rollouts.
+        """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are whole by now.
 
         Args:
             problems: Of this rank.
             step: Of the run.
             on_step: Called after each decode step.
-            on_finish: Called with each rollout, its place and its problem, as soon as it is over.
+            on_finish: Called with each rollout, its place and its problem, as soon as it is over; with segments, as soon as its
+                group is.
 
         Raises:
             UserError: when every request failed; the first reason is given.
         """
-        asked = list(self._asked(problems, step))
-        requests = [request for of_problem, _ in asked for request in of_problem]
-        budgets = [b for _, of_problem in asked for b in of_problem or ()] or None
-        owners = [p for p in problems for _ in range(self.config.rollout.group_size)]
+        groups = [*self.open, *(self._open(problem, step) for problem in problems)]
+        begin, records = time.perf_counter(), list[StepRecord]()
+        self._decode(groups, on_step, on_finish)
+        records += self.engine.records
+        while groups and not any(group.whole for group in groups):  # an update of nothing would be none
+            before = time.perf_counter() - begin
+            self._decode(groups, on_step, on_finish)
+            records += [replace(record, at=record.at + before) for record in self.engine.records]
+        seconds = time.perf_counter() - begin
+        self.open = [group for group in groups if not group.whole]
+        size = self.config.rollout.group_size
+        done = RankRollouts([], [], seconds, records)
+        for number, group in enumerate(groups):
+            if group.whole:
+                done.problems += [group.problem] * size
+                done.rollouts += group.finished()
+                done.places += range(number * size, (number + 1) * size)
+                done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
+        failed = [r for r in done.rollouts if r.finish_reason is FinishReason.FAILED]
+        if failed and len(failed) == len(done.rollouts):
+            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
+        return done
+
+    def _decode(
+        self,
+        groups: Sequence[OpenGroup],
+        on_step: Callable[[StepRecord], None] | None,
+        on_finish: Callable[[int, Problem, Rollout], None] | None,
+    ) -> None:
+        """Goes on with what is not over, a segment of each where the recipe has them."""
+        segment, size = self.config.rollout.segment_tokens, self.config.rollout.group_size
+        jobs = [(number, sample, request) for number, group in enumerate(groups) for sample, request in group.pending()]
 
         def finished(index: int, rollout: Rollout) -> None:
-            if on_finish is not None:
-                on_finish(index, owners[index], rollout)
+            number, sample, _ = jobs[index]
+            group = groups[number]
+            group.rollouts[sample] = rollout
+            over = range(size) if segment is not None and group.whole else [sample] if segment is None else []
+            for each in over:
+                answer = group.rollouts[each]
+                if on_finish is not None and answer is not None:
+                    on_finish(number * size + each, group.problem, answer)
 
-        begin = time.perf_counter()
-        rollouts = self.engine.generate(requests, on_step, on_finish=finished)
-        seconds = time.perf_counter() - begin
-        failed = [r for r in rollouts if r.finish_reason is FinishReason.FAILED]
-        if failed and len(failed) == len(rollouts):
-            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
-        return RankRollouts(owners, rollouts, seconds, self.engine.records, budgets=budgets)
+        self.engine.generate([request for _, _, request in jobs], on_step, on_finish=finished, segment=segment)
+
+    def open_state(self) -> list[dict[str, Any]]:
+        """Groups that are carried over to the next step, as JSON."""
+        return [group.state() for group in self.open]
+
+    def load_open(self, states: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> None:
+        """Goes on with groups from `open_state`; those whose problem the task no longer has are dropped."""
+        by_key = {problem.key: problem for problem in problems}
+        found = [restored(state, by_key, self._ask) for state in states]
+        self.open = [group for group in found if group is not None]
 
     def measure_plain(self, done: RankRollouts) -> None:
         """Decodes the same requests again without speculation and notes the time, for a paired ratio."""

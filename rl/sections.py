@@ -62,6 +62,8 @@ class RolloutConfig:
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
         resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing; such groups
             then stay out of the loss (DAPO's dynamic sampling).
+        segment_tokens: Tokens of each sequence in a step, at most; what is unfinished is carried to the next step and trained on
+            with its group, once all of that is over (UloRL's segment rollouts). Null decodes every completion to its end.
     """
 
     prompts_per_step: int = 8
@@ -76,6 +78,7 @@ class RolloutConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     kv_memory_gb: float | None = None
     resample: int = 0
+    segment_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,9 @@ class UpdateConfig:
         importance: Corrects for what the engine drew under slightly other numbers than the trainer computes, by truncated
             importance sampling of each ``token`` or ``sequence``; ``none`` only measures it.
         importance_cap: Largest weight.
+        mask_mastered: Leave tokens of positive advantage out of the loss that the policy says at least so probably, while its
+            entropy is below ``mastered_below`` (UloRL's well-mastered positive tokens; 0.99 there); null leaves none out.
+        mastered_below: Nats.
         mask_truncated: Leave completions that were cut at ``max_tokens`` out of the loss (DAPO's overlong filtering).
     """
 
@@ -171,6 +177,8 @@ class UpdateConfig:
     entropy_coef: float = 0.0
     importance: Literal["none", "token", "sequence"] = "none"
     importance_cap: float = 2.0
+    mask_mastered: float | None = None
+    mastered_below: float = 0.2
     mask_truncated: bool = False
 
 

@@ -90,6 +90,9 @@ class Trainer:
                 raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
         self.choice.load_state(checkpoint.state.get("prompts", {}))
         self.guard.load_state(checkpoint.state.get("guard", {}))
+        self.learner.entropy = checkpoint.state.get("entropy")
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.worker.load_open(checkpoint.state.get("open", [])[rank::ranks], self.choice.problems)
         self.first_step = checkpoint.steps_done
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
@@ -137,7 +140,10 @@ class Trainer:
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
         scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
-        record = rank_record(done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring)
+        carried = sum(len(group.pending()) for group in self.worker.open)
+        record = rank_record(
+            done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring, carried
+        )
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
@@ -174,7 +180,7 @@ class Trainer:
             progress.close()
         with clock.phase("score"):
             scores = self.scoring.collect()
-        return done, scores, [scores.values.get(i, self.config.task.score_failed) for i in range(len(done.rollouts))]
+        return done, scores, [scores.values.get(place, self.config.task.score_failed) for place in done.places]
 
     def _finished(self, index: int, problem: Problem, rollout: Rollout) -> None:
         """A rollout is over: it is scored while others are decoded."""
@@ -194,6 +200,7 @@ class Trainer:
     def _save(self, steps_done: int) -> None:
         policy, adapters = self.learner.state()
         critic = None if self.learner.critic is None else self.learner.critic.state()
+        carried = gather_object(self.worker.open_state())
         if self.accelerator.is_main_process:
             spot = self.worker.spot
             save_checkpoint(
@@ -207,7 +214,13 @@ class Trainer:
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
-                state={"kl_coef": self.learner.kl.value, "prompts": self.choice.state(), "guard": self.guard.state()},
+                state={
+                    "kl_coef": self.learner.kl.value,
+                    "entropy": self.learner.entropy,
+                    "prompts": self.choice.state(),
+                    "guard": self.guard.state(),
+                    "open": carried,
+                },
             )
         self.accelerator.wait_for_everyone()
 

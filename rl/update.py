@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from rl.algorithms.grpo import policy_loss, token_weights, weight_total
+from rl.algorithms.grpo import mastered_tokens, policy_loss, token_weights, weight_total
 from rl.algorithms.importance import importance_weights
 from rl.algorithms.kl import estimate_kl
 from rl.balance import Scored
@@ -26,7 +26,7 @@ class UpdateReport:
     """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole update.
 
     ``kl`` is of the policy to its reference, estimated by k3. ``weights``, ``weights_squared`` and ``truncated`` are of π_trainer /
-    π_engine of each token, at the parameters that both had, cut at the recipe's cap.
+    π_engine of each token, at the parameters that both had, cut at the recipe's cap. ``mastered`` tokens were left out of the loss.
     """
 
     tokens: int = 0
@@ -39,6 +39,7 @@ class UpdateReport:
     weights: float = 0.0
     weights_squared: float = 0.0
     truncated: float = 0.0
+    mastered: int = 0
     grad_norm: float = 0.0
     skipped: int = 0
 
@@ -66,16 +67,19 @@ class PolicyUpdater:
     ) -> None:
         self._accelerator, self._trained = accelerator, trained
         self._config, self._temperature, self._longest, self._steps = config, temperature, longest, steps
+        self._masking = False
 
-    def run(self, samples: Sequence[Scored], step: int, kl_coef: float = 0.0) -> UpdateReport:
+    def run(self, samples: Sequence[Scored], step: int, kl_coef: float = 0.0, entropy: float | None = None) -> UpdateReport:
         """One pass over this rank's samples in ``minibatches`` optimizer steps.
 
         Args:
             samples: May be none; the rank then only takes part in the exchange.
             step: Of the run, for the learning rate.
             kl_coef: β of the penalty in the loss.
+            entropy: Of a token, over all ranks, in the update before; None where there was none.
         """
         report = UpdateReport()
+        self._masking = self._config.mask_mastered is not None and entropy is not None and entropy < self._config.mastered_below
         self._trained.module.train()
         rate = rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
         self._trained.set_rate(self._config.lr * rate)
@@ -130,16 +134,22 @@ class PolicyUpdater:
         members = [samples[i] for i in batch.members]
         before = torch.cat([old[i] for i in batch.members]) if old else logprobs.detach()
         engine = torch.cat([s.logprobs for s in members]).to(device)
+        advantages = torch.cat([s.advantages for s in members]).to(device)
         surrogate = policy_loss(
             logprobs,
             before,
-            torch.cat([s.advantages for s in members]).to(device),
+            advantages,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             owner=batch.owner if config.ratio == "sequence" else None,
         )
         importance = importance_weights(before, engine, batch.owner, config.importance, config.importance_cap)
-        loss = surrogate.loss * importance - config.entropy_coef * entropy
+        counted = surrogate.loss * importance
+        if self._masking and config.mask_mastered is not None:
+            mastered = mastered_tokens(before, advantages, config.mask_mastered)
+            counted = counted.masked_fill(mastered, 0.0)
+            report.mastered += int(mastered.sum())
+        loss = counted - config.entropy_coef * entropy
         if members[0].reference is not None:
             reference = torch.cat([s.reference for s in members if s.reference is not None]).to(device)
             report.kl += float(estimate_kl(logprobs.detach(), reference, "k3").sum())

@@ -158,6 +158,7 @@ class RolloutEngine:
         on_step: Callable[[StepRecord], None] | None = None,
         token_budget: int | None = None,
         on_finish: Callable[[int, Rollout], None] | None = None,
+        segment: int | None = None,
     ) -> list[Rollout]:
         """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
 
@@ -166,9 +167,10 @@ class RolloutEngine:
             on_step: Called after each decode step. An exception it raises ends the call and leaves the engine usable.
             token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes back PAUSED.
             on_finish: Called with a request's index and its rollout as soon as it is over, while others are still decoded.
+            segment: Most tokens of each request in this call; what is unfinished then comes back PAUSED.
         """
         done: list[Rollout | None] = [None] * len(requests)
-        for index, rollout in self._run(requests, on_step, token_budget):
+        for index, rollout in self._run(requests, on_step, token_budget, segment):
             done[index] = rollout
             if on_finish is not None:
                 on_finish(index, rollout)
@@ -176,7 +178,7 @@ class RolloutEngine:
 
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
         """Each rollout as it finishes."""
-        for _, rollout in self._run(requests, None, token_budget):
+        for _, rollout in self._run(requests, None, token_budget, None):
             yield rollout
 
     def cancel(self, request: Request) -> None:
@@ -187,7 +189,11 @@ class RolloutEngine:
         self._cancelled.add(id(request))
 
     def _run(
-        self, requests: Sequence[Request], on_step: Callable[[StepRecord], None] | None, token_budget: int | None
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None,
+        token_budget: int | None,
+        segment: int | None,
     ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
         self.prefill_seconds = 0.0
@@ -195,7 +201,7 @@ class RolloutEngine:
         started = time.perf_counter()
         left = float("inf") if token_budget is None else token_budget
         try:
-            yield from self._submit(requests)
+            yield from self._submit(requests, segment)
             while self.scheduler.has_work:
                 if left <= 0:
                     yield from self._pause()
@@ -216,12 +222,12 @@ class RolloutEngine:
         finally:
             self._abandon()
 
-    def _submit(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
+    def _submit(self, requests: Sequence[Request], segment: int | None) -> Iterator[tuple[int, Rollout]]:
         accepted = []
         for index, request in enumerate(requests):
             problem = problem_with(request, self.max_context, self.runner.vocab_size, self._decode_text is not None)
             limit = min(self.max_context, len(request.prompt_ids) + request.params.max_tokens)
-            sequence = SequenceState(request, index, limit)
+            sequence = SequenceState(request, index, limit, segment)
             if problem is None:
                 accepted.append(sequence)
             else:

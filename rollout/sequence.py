@@ -20,8 +20,10 @@ class SequenceState:
         request: What to produce.
         index: Position of the request in the caller's list.
         limit: Most tokens of prompt and completion together.
+        segment: Most tokens to commit before it is paused; None for no such limit.
         tokens: Prompt and what is committed so far.
         num_prompt: Length of the prompt.
+        began: Tokens that were there at first, of an earlier call's too.
         logprobs: One for each committed token.
         stats: Filled as it goes.
         finish: Why it ended, once it has.
@@ -34,8 +36,10 @@ class SequenceState:
     request: Request
     index: int
     limit: int
+    segment: int | None = None
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
+    began: int = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
     finish: FinishReason | None = None
@@ -55,11 +59,17 @@ class SequenceState:
             self.segments += earlier.segments
             self.entropies += earlier.entropies or []
             self.stats = replace(earlier.stats)
+        self.began = len(self.tokens)
 
     @property
     def remaining(self) -> int:
         """Tokens that may still be produced."""
         return self.limit - len(self.tokens)
+
+    @property
+    def segment_over(self) -> bool:
+        """Whether it has committed what it may in this call."""
+        return self.segment is not None and len(self.tokens) - self.began >= self.segment
 
     @property
     def expected_left(self) -> float:

@@ -32,7 +32,9 @@ class StopCondition:
         sequence = self._sequence
         if sequence.tokens[-1] in self._stop_tokens or self._meets_stop_string():
             return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.remaining <= 0 else None
+        if sequence.remaining <= 0:
+            return FinishReason.LENGTH
+        return FinishReason.PAUSED if sequence.segment_over else None
 
     def _meets_stop_string(self) -> bool:
         if not self._strings or self._decode is None:

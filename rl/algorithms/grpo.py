@@ -6,6 +6,7 @@ are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +61,22 @@ def token_weights(lengths: torch.Tensor, aggregate: Aggregate, longest: int) -> 
 def weight_total(lengths: torch.Tensor, aggregate: Aggregate) -> float:
     """What the weighted losses' sum is divided by, once it is summed over ranks: tokens, or samples."""
     return float(lengths.sum()) if aggregate == "token" else float(len(lengths))
+
+
+def mastered_tokens(logprobs: torch.Tensor, advantages: torch.Tensor, probability: float) -> torch.Tensor:
+    """Well-mastered positive tokens (UloRL, Du et al., arXiv 2507.19766, section 3.3): tokens of positive advantage that the policy
+    already says with at least ``probability``. Training on them sharpens what is sharp; left out while entropy is below its target,
+    they let it recover.
+
+    Args:
+        logprobs: float32 [M], of the policy that the update started from.
+        advantages: float32 [M].
+        probability: In (0, 1).
+
+    Returns:
+        bool [M].
+    """
+    return (advantages > 0) & (logprobs >= math.log(probability))
 
 
 @dataclass(frozen=True, slots=True)

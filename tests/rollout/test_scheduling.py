@@ -84,6 +84,24 @@ def test_paused_rollouts_resume_to_the_same_result(model, requests, expected, st
     assert versions == sorted(set(versions))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_segments_of_each_sequence_change_nothing(model, requests, expected, strategy):
+    engine = engine_for(model, slots=6, context=400)
+    engine.use_strategy(strategy)
+    pending, done = dict(enumerate(requests)), {}
+    while pending:
+        keys = list(pending)
+        for key, rollout in zip(keys, engine.generate([pending.pop(k) for k in keys], segment=40), strict=True):
+            earlier = len(rollout.request.resume.token_ids) if rollout.request.resume else 0
+            r = requests[key]
+            if rollout.finish_reason is FinishReason.PAUSED:
+                assert 40 <= len(rollout.token_ids) - earlier <= 40 + engine.max_nodes
+                pending[key] = Request(r.prompt_ids, r.params, r.seed, r.group, resume=rollout)
+            else:
+                done[key] = rollout
+    assert [done[i].token_ids for i in range(len(requests))] == expected
+
+
 def test_resume_is_checked(model):
     engine = engine_for(model)
     paused = engine.generate([Request([1, 2], SamplingParams(max_tokens=50))], token_budget=5)[0]
