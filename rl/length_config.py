@@ -34,6 +34,9 @@ class LengthConfig:
         budgets: Tokens that completions are asked for; empty asks for none.
         budget_of: Whether each ``subgroup`` of a prompt's samples has one of the budgets, or each ``prompt`` draws one for all.
         budget_prompt: What is added to the question, with {budget} in it.
+        predictor: What tells the scheduler how long completions will be: ``observed`` (means of earlier ones), or a head on the
+            policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot`` (`rl.lengths.predictor`).
+        quantile: Of the predicted distribution that is planned with.
         answer: Text after which the answer begins, and thinking ends.
         guard: Against collapse.
     """
@@ -43,5 +46,7 @@ class LengthConfig:
     budgets: tuple[int, ...] = ()
     budget_of: Literal["subgroup", "prompt"] = "subgroup"
     budget_prompt: str = "Think for {budget} tokens."
+    predictor: Literal["observed", "prod_d", "prod_m", "one_shot"] = "observed"
+    quantile: float = 0.9
     answer: str = "Answer:"
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -48,6 +48,7 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
             names[1:].count("hbpo") == 0,
             "length.rewards hbpo makes rewards of its own and must come first",
         ),
+        (0 < length.quantile < 1, f"length.quantile is {length.quantile}: write a number in (0, 1)"),
         (
             guard.window >= 1 and 0 < guard.accuracy_fall <= 1 and guard.entropy_floor >= 0,
             "length.guard: window must be at least 1, accuracy_fall in (0, 1], entropy_floor at least 0",

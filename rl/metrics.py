@@ -13,6 +13,7 @@ import numpy as np
 from drafter_trainer.spot import LearnerReport
 from rl.algorithms.importance import effective_share
 from rl.critic import CriticReport
+from rl.lengths.statistics import is_loop, prompt_statistics
 from rl.rewards.pool import Scores
 from rl.rollouts import RankRollouts
 from rl.update import UpdateReport
@@ -40,6 +41,7 @@ def rank_record(
     spans: list[Span],
     scoring: list[tuple[float, float]],
     carried: int,
+    length_errors: Sequence[float],
 ) -> dict[str, Any]:
     """What one rank reports, as plain data."""
     stats = [r.stats for r in done.rollouts]
@@ -60,6 +62,8 @@ def rank_record(
         "advantages": [float(a) for a in advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
         "carried": carried,
+        "length_errors": list(length_errors),
+        "loops": sum(is_loop(r.token_ids) for r in done.rollouts),
         "stale": sum(count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]),
         "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
         "failed": sum(r.finish_reason is FinishReason.FAILED for r in done.rollouts),
@@ -105,6 +109,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "length/p50": float(np.quantile(lengths, 0.5)),
         "length/p95": float(np.quantile(lengths, 0.95)),
         "length/max": int(lengths.max()),
+        "length/loops": sum(r["loops"] for r in ranks) / len(lengths),
         "length/truncated": sum(r["truncated"] for r in ranks),
         "reward/timeouts": sum(r["score_timeouts"] for r in ranks),
         "reward/errors": sum(r["score_errors"] for r in ranks),
@@ -118,6 +123,10 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/drafted": sum(r["drafted"] for r in ranks),
         "rollout/accepted": sum(r["accepted"] for r in ranks),
     }
+    metrics |= prompt_statistics(keys, lengths.reshape(-1, group_size))
+    errors = [error for r in ranks for error in r["length_errors"]]
+    if errors:
+        metrics["length/pinball"] = float(np.mean(errors))
     metrics |= _drafter_metrics(ranks) | _update_metrics(ranks) | _critic_metrics(ranks) | _time_metrics(ranks)
     if ranks[0]["plain_seconds"] is not None:
         plain = max(r["plain_seconds"] for r in ranks)

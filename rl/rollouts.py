@@ -16,6 +16,7 @@ from drafter_trainer.vocabulary import move_vocabulary
 from rl.config import RunConfig, draft_rules
 from rl.distillation import reward_weights, spot_trainer, trace_buffer
 from rl.errors import UserError
+from rl.lengths.estimate import PredictedLengths
 from rl.policies import fetch_policy, load_policy
 from rl.prompts import encode_prompt, stable_seed, stop_token_ids
 from rl.segments import OpenGroup, restored
@@ -87,6 +88,7 @@ class RolloutWorker:
 
     Attributes:
         open: Groups that are carried over to the next step.
+        lengths: Predictions from prompts, where the recipe has them.
     """
 
     def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0) -> None:
@@ -113,6 +115,7 @@ class RolloutWorker:
         self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
         self.open: list[OpenGroup] = []
+        self.lengths = self._length_estimate()
         self._use_strategy()
 
     def _check_drafter(self) -> LlamaConfig:
@@ -139,6 +142,14 @@ class RolloutWorker:
             )
         except MemoryError as error:
             raise UserError(str(error)) from None
+
+    def _length_estimate(self) -> PredictedLengths | None:
+        if self.config.length.predictor == "observed":
+            return None
+        hidden = self._policy.config.get_text_config().hidden_size
+        made = PredictedLengths(self.config.length, hidden, self.config.rollout.max_tokens, self.config.seed)
+        self.engine.scheduler.lengths = made
+        return made
 
     def _drafter_parts(self) -> DrafterParts:
         s = self.config.speculation
@@ -206,8 +217,12 @@ class RolloutWorker:
         Raises:
             UserError: when every request failed; the first reason is given.
         """
-        groups = [*self.open, *(self._open(problem, step) for problem in problems)]
         begin, records = time.perf_counter(), list[StepRecord]()
+        new = [self._open(problem, step) for problem in problems]
+        if self.lengths is not None:
+            prompts = list(dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests))
+            self.lengths.read(dict(zip(prompts, self.engine.prompt_states(prompts), strict=True)))
+        groups = [*self.open, *new]
         self._decode(groups, on_step, on_finish)
         records += self.engine.records
         while groups and not any(group.whole for group in groups):  # an update of nothing would be none
@@ -250,6 +265,15 @@ class RolloutWorker:
                     on_finish(number * size + each, group.problem, answer)
 
         self.engine.generate([request for _, _, request in jobs], on_step, on_finish=finished, segment=segment)
+
+    def lessons(self, done: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
+        """What whole groups teach of lengths, as plain data, and the pinball losses of what had been predicted of them."""
+        if self.lengths is None:
+            return [], []
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for r in done.rollouts:
+            by_prompt.setdefault(tuple(r.request.prompt_ids), []).append(len(r.token_ids))
+        return self.lengths.examples(list(by_prompt.items()))
 
     def open_state(self) -> list[dict[str, Any]]:
         """Groups that are carried over to the next step, as JSON."""

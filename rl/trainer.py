@@ -139,16 +139,25 @@ class Trainer:
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
+            errors = self._learn_lengths(done)
         scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
         carried = sum(len(group.pending()) for group in self.worker.open)
         record = rank_record(
-            done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring, carried
+            done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring, carried, errors
         )
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
+
+    def _learn_lengths(self, done: RankRollouts) -> list[float]:
+        """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this rank's."""
+        if self.worker.lengths is None:
+            return []
+        taught, errors = self.worker.lessons(done)
+        self.worker.lengths.learn(gather_object(taught))
+        return errors
 
     def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
         """This rank's completions with their rewards; where groups say nothing and the recipe has it, others beside them."""

@@ -152,6 +152,30 @@ class RolloutEngine:
         self.runner.refresh_weights()
         self.policy_version += 1
 
+    def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """How the policy reads prompts, for predictions about what it will say. Not while requests are in flight.
+
+        Args:
+            prompts: Token ids of each, at least one and fewer than the context.
+
+        Returns:
+            float32 [len(prompts), hidden], what the output head reads after the last token.
+        """
+        found, cache = [], self.runner.cache
+        waiting = list(prompts)
+        while waiting:
+            longest, count = 0, 0
+            for prompt in waiting[: self.scheduler.slots]:
+                longest = max(longest, len(prompt))
+                tokens = sum(map(len, waiting[: count + 1]))
+                if count and (tokens > self.prefill_tokens or count >= cache.slots_at(longest)):
+                    break
+                count += 1
+            part, waiting = waiting[:count], waiting[count:]
+            cache.reserve(max(map(len, part)), active=0, slots=count)
+            found.append(self.runner.prompt_states(part))
+        return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
+
     def generate(
         self,
         requests: Sequence[Request],

@@ -166,6 +166,22 @@ class ModelRunner:
         last = torch.tensor([len(chunk.heads) for chunk in chunks]).cumsum(0) - 1
         return self._forward(tokens[None], self._ragged_batch(ragged), keep)[0, last]
 
+    @torch.no_grad()
+    def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Reads prompts into the first slots, which must be free and hold them, and forgets them again.
+
+        Returns:
+            float32 [len(prompts), hidden], what the output head reads after each one's last token.
+        """
+        read: list[torch.Tensor] = []  # one forward reads all prompts where tokens go without padding, else one each
+        head = self.view.module.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
+        try:
+            self.prefill([Chunk(slot, prompt, 0, len(prompt) - 1) for slot, prompt in enumerate(prompts)])
+        finally:
+            hook.remove()
+        return torch.cat(read).float().cpu()
+
     def _prefill_alone(self, chunk: Chunk) -> torch.Tensor:
         device, end = self.cache.device, chunk.start + len(chunk.tokens)
         positions = torch.arange(chunk.start, end, device=device)[None]

@@ -21,11 +21,16 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
     return {
         "problems": [f"{number}"] * 4,
         "rewards": [0.0, 1.0, 1.0, float(step > 1)],
+        "shaped": [0.0, 0.5, 0.5, 0.5],
         "score_timeouts": number,
         "score_errors": 2,
         "advantages": [0.0] * 4,
         "lengths": [5, 10, 15, 20 + number],
         "truncated": 1,
+        "carried": number,
+        "stale": 5 * number,
+        "loops": number,
+        "length_errors": [1.0, 3.0],
         "failed": 0,
         "sequence_steps": 25,
         "drafted": 30,
@@ -66,6 +71,9 @@ def test_step_metrics_by_hand():
     assert m["reward/mean"] == 0.5
     assert m["reward/by_problem"] == {"0": 0.5, "1": 0.5}
     assert m["length/max"] == 21
+    assert m["reward/shaped"] == 0.375 and m["length/pinball"] == 2.0
+    assert m["rollout/carried"] == 1 and m["rollout/stale_share"] == pytest.approx(5 / 101) and m["length/loops"] == 1 / 8
+    assert m["engine/importance_std"] == pytest.approx(0.5)
     assert m["rollout/seconds"] == pytest.approx(2.9)
     assert m["measure/rollout_speedup"] == pytest.approx(5.8 / 2.9)
     assert m["rollout/acceptance_length"] == pytest.approx((101 - 8) / 50)

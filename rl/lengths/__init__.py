@@ -1,0 +1,1 @@
+"""How long completions are, and how long they will be."""
