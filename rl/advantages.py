@@ -11,6 +11,7 @@ from rl.algorithms.kl import estimate_kl
 from rl.algorithms.ppo import generalised_advantages
 from rl.algorithms.reinforce_pp import normalise, rewards_to_go
 from rl.algorithms.rloo import leave_one_out_advantages
+from rl.algorithms.tree import tree_advantages
 from rl.config import CriticConfig, UpdateConfig
 
 
@@ -46,6 +47,7 @@ def token_advantages(
     rewards: Sequence[float],
     taken: Sequence[torch.Tensor],
     total: Callable[[torch.Tensor], torch.Tensor],
+    paths: Sequence[Sequence[int]] | None = None,
 ) -> list[torch.Tensor]:
     """Advantages by ``update.advantage``.
 
@@ -55,6 +57,7 @@ def token_advantages(
         rewards: Of each completion.
         taken: float32 [L_i], from `penalties`.
         total: Sums a tensor over ranks.
+        paths: Segments of each completion, where completions share beginnings.
 
     Returns:
         float32 [L_i] each.
@@ -69,6 +72,9 @@ def token_advantages(
     left = torch.tensor([r - float(p.sum()) for r, p in zip(rewards, taken, strict=True)])
     if config.advantage == "rloo":
         whole = leave_one_out_advantages(left, group_size)
+    elif config.advantage == "tree":
+        assert paths is not None
+        whole = tree_advantages(left, paths, group_size, config.scale_by_std)
     else:
         whole = group_advantages(left, group_size, config.scale_by_std)
     return [torch.full((len(p),), float(a)) for a, p in zip(whole, taken, strict=True)]

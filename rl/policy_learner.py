@@ -119,7 +119,7 @@ class PolicyLearner:
             The policy's report, the critic's, and the mean advantage of each completion.
         """
         config = self._config.update
-        with_advantages = self._with_advantages(samples, shaped)
+        with_advantages = self._with_advantages(samples, shaped, done.paths)
         masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
         size = self._config.rollout.group_size
         silent = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
@@ -142,12 +142,12 @@ class PolicyLearner:
             self.entropy = entropy / tokens if tokens else self.entropy
         return report, judged, [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages]
 
-    def _with_advantages(self, samples: list[Scored], shaped: Shaped) -> list[Scored]:
+    def _with_advantages(self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None) -> list[Scored]:
         config, rewards = self._config, shaped.rewards
         references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
         taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:
-            advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total)
+            advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total, paths)
             if shaped.added is not None:
                 advantages = [a + more for a, more in zip(advantages, shaped.added, strict=True)]
             return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]

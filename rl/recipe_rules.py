@@ -40,6 +40,7 @@ def check(config: RunConfig) -> None:
             r.segment_tokens is None or config.measure.plain_every == 0,
             "measure.plain_every decodes whole rollouts again, rollout.segment_tokens cuts them: write measure.plain_every: 0",
         ),
+        *tree_rules(config),
         (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
         (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
@@ -151,6 +152,31 @@ def check(config: RunConfig) -> None:
             Strategy.parse(text)
     except ValueError as error:
         raise UserError(f"speculation: {error}") from None
+
+
+def tree_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    """Of samples that share beginnings."""
+    r, tree = config.rollout, config.rollout.tree
+    if tree is None:
+        return [
+            (config.update.advantage != "tree", "update.advantage tree is of samples that share beginnings: write rollout.tree")
+        ]
+    return [
+        (
+            tree.segment_tokens >= 1 and tree.width >= 2 and 1 <= tree.roots <= r.group_size,
+            "rollout.tree: segment_tokens must be at least 1, width at least 2, roots between 1 and rollout.group_size",
+        ),
+        (r.segment_tokens is None, "rollout.segment_tokens carries samples over steps, rollout.tree finishes a group: choose one"),
+        (config.measure.plain_every == 0, "measure.plain_every decodes samples apart: write 0 with rollout.tree"),
+        (
+            not config.length.budgets or config.length.budget_of == "prompt",
+            "rollout.tree shares beginnings of one prompt: write length.budget_of: prompt",
+        ),
+        (
+            config.update.advantage not in ("gae", "reinforce_pp"),
+            "rollout.tree makes groups: write update.advantage: tree, group or rloo",
+        ),
+    ]
 
 
 def _only_chains(s: SpeculationConfig) -> bool:

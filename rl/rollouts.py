@@ -22,6 +22,7 @@ from rl.prompts import encode_prompt, stable_seed, stop_token_ids
 from rl.segments import OpenGroup, restored
 from rl.shaping import assign_budgets, length_terms
 from rl.tasks import Problem
+from rl.tree_rollout import Tree, grow
 from rollout import (
     PLAIN,
     FinishReason,
@@ -37,6 +38,8 @@ from rollout.drafters import Eagle3Drafter
 from rollout.drafters.build import DrafterParts, build_drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 
+OnStep = Callable[[StepRecord], None] | None
+OnFinish = Callable[[int, Problem, Rollout], None] | None
 _WITH_WEIGHTS = {"eagle3", "composite"}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
 
 
@@ -53,6 +56,8 @@ class RankRollouts:
         plain_identical: Share of them whose tokens were the same, where that was measured.
         budgets: Tokens that each was asked for, where the recipe asks for some.
         places: Under which each was handed to ``on_finish``.
+        paths: Segments of each, by number, where samples share beginnings.
+        drawn: Tokens that were decoded for them.
     """
 
     problems: list[Problem]
@@ -63,17 +68,22 @@ class RankRollouts:
     plain_identical: float | None = None
     budgets: list[int] | None = None
     places: list[int] = field(default_factory=list)
+    paths: list[tuple[int, ...]] | None = None
+    drawn: int = 0
 
     def joined(self, more: RankRollouts) -> RankRollouts:
         """These, and others that were made after them."""
         later = [replace(record, at=record.at + self.seconds) for record in more.records]
-        both = [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
+        budgets = [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
+        paths = [*self.paths, *more.paths] if self.paths is not None and more.paths is not None else None
         return RankRollouts(
             [*self.problems, *more.problems],
             [*self.rollouts, *more.rollouts],
             self.seconds + more.seconds,
             [*self.records, *later],
-            budgets=both,
+            budgets=budgets,
+            paths=paths,
+            drawn=self.drawn + more.drawn,
         )
 
 
@@ -202,8 +212,8 @@ class RolloutWorker:
         self,
         problems: Sequence[Problem],
         step: int,
-        on_step: Callable[[StepRecord], None] | None = None,
-        on_finish: Callable[[int, Problem, Rollout], None] | None = None,
+        on_step: OnStep = None,
+        on_finish: OnFinish = None,
     ) -> RankRollouts:
         """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are whole by now.
 
@@ -217,38 +227,62 @@ class RolloutWorker:
         Raises:
             UserError: when every request failed; the first reason is given.
         """
-        begin, records = time.perf_counter(), list[StepRecord]()
+        begin = time.perf_counter()
         new = [self._open(problem, step) for problem in problems]
         if self.lengths is not None:
             prompts = list(dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests))
             self.lengths.read(dict(zip(prompts, self.engine.prompt_states(prompts), strict=True)))
-        groups = [*self.open, *new]
-        self._decode(groups, on_step, on_finish)
-        records += self.engine.records
+        done = self._grow(new, on_step, on_finish) if self.config.rollout.tree else self._go_on(new, on_step, on_finish)
+        done.seconds = time.perf_counter() - begin
+        failed = [r for r in done.rollouts if r.finish_reason is FinishReason.FAILED]
+        if failed and len(failed) == len(done.rollouts):
+            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
+        return done
+
+    def _go_on(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
+        """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the others."""
+        groups, begin, records = [*self.open, *new], time.perf_counter(), list[StepRecord]()
         while groups and not any(group.whole for group in groups):  # an update of nothing would be none
             before = time.perf_counter() - begin
             self._decode(groups, on_step, on_finish)
             records += [replace(record, at=record.at + before) for record in self.engine.records]
-        seconds = time.perf_counter() - begin
         self.open = [group for group in groups if not group.whole]
         size = self.config.rollout.group_size
-        done = RankRollouts([], [], seconds, records)
+        done = RankRollouts([], [], 0.0, records)
         for number, group in enumerate(groups):
             if group.whole:
                 done.problems += [group.problem] * size
                 done.rollouts += group.finished()
                 done.places += range(number * size, (number + 1) * size)
                 done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
-        failed = [r for r in done.rollouts if r.finish_reason is FinishReason.FAILED]
-        if failed and len(failed) == len(done.rollouts):
-            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
+        done.drawn = sum(len(r.token_ids) for r in done.rollouts)
+        return done
+
+    def _grow(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
+        """The same with samples that share beginnings."""
+        assert self.config.rollout.tree is not None
+        size, trees = self.config.rollout.group_size, [Tree(group.problem, group.requests) for group in new]
+
+        def leaf(number: int, order: int, rollout: Rollout) -> None:
+            if on_finish is not None:
+                on_finish(number * size + order, trees[number].problem, rollout)
+
+        records = grow(self.engine, trees, self.config.rollout.tree, on_step, leaf)
+        done = RankRollouts(
+            [], [], 0.0, records, places=list(range(size * len(trees))), paths=[], drawn=sum(t.drawn for t in trees)
+        )
+        for tree, group in zip(trees, new, strict=True):
+            done.problems += [tree.problem] * size
+            done.rollouts += [replace(r, request=replace(r.request, resume=None)) for _, r in tree.leaves]
+            done.paths = [*(done.paths or ()), *(path for path, _ in tree.leaves)]
+            done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
         return done
 
     def _decode(
         self,
         groups: Sequence[OpenGroup],
-        on_step: Callable[[StepRecord], None] | None,
-        on_finish: Callable[[int, Problem, Rollout], None] | None,
+        on_step: OnStep,
+        on_finish: OnFinish,
     ) -> None:
         """Goes on with what is not over, a segment of each where the recipe has them."""
         segment, size = self.config.rollout.segment_tokens, self.config.rollout.group_size

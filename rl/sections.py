@@ -47,6 +47,21 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeConfig:
+    """Samples of a prompt that share their beginnings (TreePO).
+
+    Attributes:
+        segment_tokens: Tokens between two places where a sample may branch.
+        roots: Samples that begin at the prompt.
+        width: Branches of a place, at most.
+    """
+
+    segment_tokens: int = 32
+    roots: int = 2
+    width: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """How rollouts are made.
 
@@ -64,6 +79,7 @@ class RolloutConfig:
             then stay out of the loss (DAPO's dynamic sampling).
         segment_tokens: Tokens of each sequence in a step, at most; what is unfinished is carried to the next step and trained on
             with its group, once all of that is over (UloRL's segment rollouts). Null decodes every completion to its end.
+        tree: Let samples share their beginnings; null draws them apart.
     """
 
     prompts_per_step: int = 8
@@ -79,6 +95,7 @@ class RolloutConfig:
     kv_memory_gb: float | None = None
     resample: int = 0
     segment_tokens: int | None = None
+    tree: TreeConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,7 @@ class UpdateConfig:
 
     Attributes:
         advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's others),
+            ``tree`` (TreePO: reward less the mean of each set of samples that share a beginning, averaged),
             ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae`` (PPO: of each token, by a critic).
         lr, weight_decay, grad_clip: Of AdamW.
         schedule: Of the learning rate over the run's steps: ``constant``, ``linear``, ``cosine`` or ``rex``.
@@ -164,7 +182,7 @@ class UpdateConfig:
     lr_warmup_steps: int = 1
     minibatches: int = 1
     tokens_per_microbatch: int = 2048
-    advantage: Literal["group", "rloo", "reinforce_pp", "gae"] = "group"
+    advantage: Literal["group", "rloo", "tree", "reinforce_pp", "gae"] = "group"
     ratio: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
