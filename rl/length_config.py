@@ -24,6 +24,21 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AnytimeConfig:
+    """Answers demanded of cut thoughts (AnytimeReasoner), for ``update.advantage: brpo``.
+
+    Attributes:
+        budgets: Tokens after which thought is cut, ascending.
+        answers: Drawn at each cut.
+        answer_tokens: Most tokens of such an answer.
+    """
+
+    budgets: tuple[int, ...] = (16, 32, 64)
+    answers: int = 2
+    answer_tokens: int = 12
+
+
+@dataclass(frozen=True, slots=True)
 class LengthConfig:
     """Length-aware rewards and what they read. configs/length/ has a recipe of each; benchmarks/length.md says when to take which.
 
@@ -37,6 +52,7 @@ class LengthConfig:
         predictor: What tells the scheduler how long completions will be: ``observed`` (means of earlier ones), or a head on the
             policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot`` (`rl.lengths.predictor`).
         quantile: Of the predicted distribution that is planned with.
+        anytime: Demand answers of cut thoughts, too; null does not.
         answer: Text after which the answer begins, and thinking ends.
         guard: Against collapse.
     """
@@ -48,5 +64,6 @@ class LengthConfig:
     budget_prompt: str = "Think for {budget} tokens."
     predictor: Literal["observed", "prod_d", "prod_m", "one_shot"] = "observed"
     quantile: float = 0.9
+    anytime: AnytimeConfig | None = None
     answer: str = "Answer:"
     guard: GuardConfig = field(default_factory=GuardConfig)

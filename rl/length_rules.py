@@ -48,9 +48,34 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
             names[1:].count("hbpo") == 0,
             "length.rewards hbpo makes rewards of its own and must come first",
         ),
+        *_anytime_rules(config),
         (0 < length.quantile < 1, f"length.quantile is {length.quantile}: write a number in (0, 1)"),
         (
             guard.window >= 1 and 0 < guard.accuracy_fall <= 1 and guard.entropy_floor >= 0,
             "length.guard: window must be at least 1, accuracy_fall in (0, 1], entropy_floor at least 0",
         ),
+    ]
+
+
+def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    anytime, r, u = config.length.anytime, config.rollout, config.update
+    if anytime is None:
+        return [(u.advantage != "brpo", "update.advantage brpo credits thoughts by demanded answers: write length.anytime")]
+    budgets = list(anytime.budgets)
+    return [
+        (u.advantage == "brpo", "length.anytime demands answers that only update.advantage: brpo is trained on: write that"),
+        (
+            bool(budgets) and budgets == sorted(set(budgets)) and budgets[0] > 0 and budgets[-1] < r.max_tokens,
+            f"length.anytime.budgets {budgets} must ascend from 1 and stay below rollout.max_tokens, {r.max_tokens}",
+        ),
+        (
+            anytime.answers >= 2 and anytime.answer_tokens >= 1,
+            "length.anytime.answers must be at least 2, which are compared with each other, and answer_tokens at least 1",
+        ),
+        (not config.length.rewards, "length.anytime makes rewards dense, length.rewards shapes those at the end: choose one"),
+        (
+            r.tree is None and r.segment_tokens is None and r.resample == 0,
+            "length.anytime cuts a step's own whole completions: leave out rollout.tree, segment_tokens and resample",
+        ),
+        (u.kl_coef == 0, "length.anytime has no reference for demanded answers: write update.kl_coef: 0"),
     ]

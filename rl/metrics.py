@@ -12,6 +12,7 @@ import numpy as np
 
 from drafter_trainer.spot import LearnerReport
 from rl.algorithms.importance import effective_share
+from rl.anytime import Dense
 from rl.critic import CriticReport
 from rl.lengths.statistics import is_loop, prompt_statistics
 from rl.rewards.pool import Scores
@@ -42,6 +43,7 @@ def rank_record(
     scoring: list[tuple[float, float]],
     carried: int,
     length_errors: Sequence[float],
+    dense: Dense | None,
 ) -> dict[str, Any]:
     """What one rank reports, as plain data."""
     stats = [r.stats for r in done.rollouts]
@@ -62,6 +64,7 @@ def rank_record(
         "advantages": [float(a) for a in advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
         "carried": carried,
+        "anytime": None if dense is None else dense.accuracy,
         "drawn": done.drawn,
         "length_errors": list(length_errors),
         "loops": sum(is_loop(r.token_ids) for r in done.rollouts),
@@ -126,6 +129,9 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/accepted": sum(r["accepted"] for r in ranks),
     }
     metrics |= prompt_statistics(keys, lengths.reshape(-1, group_size))
+    anytime = [r["anytime"] for r in ranks if r["anytime"]]
+    if anytime:
+        metrics["anytime/accuracy"] = np.mean(anytime, axis=0).tolist()
     errors = [error for r in ranks for error in r["length_errors"]]
     if errors:
         metrics["length/pinball"] = float(np.mean(errors))

@@ -128,6 +128,7 @@ class PolicyLearner:
             for i, r in enumerate(done.rollouts)
             if r.finish_reason not in masked and r.token_ids and i // size not in silent
         ]
+        counted += shaped.more
         kl_coef = self.kl.value if config.kl_in == "loss" else 0.0
         if self._config.scale.balance:
             moving = [self.critic is not None or self._updater.moves(s, kl_coef) for s in counted]
@@ -144,6 +145,8 @@ class PolicyLearner:
 
     def _with_advantages(self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None) -> list[Scored]:
         config, rewards = self._config, shaped.rewards
+        if shaped.tokens is not None:
+            return [replace(s, advantages=a) for s, a in zip(samples, shaped.tokens, strict=True)]
         references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
         taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:

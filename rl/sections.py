@@ -150,6 +150,7 @@ class UpdateConfig:
     Attributes:
         advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's others),
             ``tree`` (TreePO: reward less the mean of each set of samples that share a beginning, averaged),
+            ``brpo`` (of stretches of thought, by the answers that cutting there gives: ``length.anytime``),
             ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae`` (PPO: of each token, by a critic).
         lr, weight_decay, grad_clip: Of AdamW.
         schedule: Of the learning rate over the run's steps: ``constant``, ``linear``, ``cosine`` or ``rex``.
@@ -182,7 +183,7 @@ class UpdateConfig:
     lr_warmup_steps: int = 1
     minibatches: int = 1
     tokens_per_microbatch: int = 2048
-    advantage: Literal["group", "rloo", "tree", "reinforce_pp", "gae"] = "group"
+    advantage: Literal["group", "rloo", "tree", "brpo", "reinforce_pp", "gae"] = "group"
     ratio: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2

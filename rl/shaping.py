@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from rl.balance import Scored
 from rl.length_config import LengthConfig
 from rl.rewards.registry import apply_terms, load_term
 from rl.rewards.terms import Samples, Term
@@ -25,10 +26,14 @@ class Shaped:
     Attributes:
         rewards: Of each completion.
         added: float32 [S], to add to each one's advantages, or None.
+        tokens: float32 [L_i], the advantages of each one's tokens, where they do not come from its reward.
+        more: Other samples to train on, with their advantages.
     """
 
     rewards: list[float]
     added: torch.Tensor | None = None
+    tokens: list[torch.Tensor] | None = None
+    more: tuple[Scored, ...] = ()
 
 
 def assign_budgets(config: LengthConfig, group_size: int, seed: str) -> list[int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers import AutoTokenizer
 
 from rl.advantages import uniform_groups
+from rl.anytime import Anytime, Dense
 from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
@@ -72,6 +74,7 @@ class Trainer:
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
         self.shaping = Shaping(config, self.tokenizer, accelerator)
         self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index)
+        self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
         self.guard = Guard(config.length.guard)
         self.first_step = 0
@@ -120,6 +123,7 @@ class Trainer:
         clock = Clock(self.accelerator)
         self.drafter.coordinator.begin(step)
         done, scores, rewards = self._rollouts(step, clock)
+        dense = self._demand_answers(done, rewards, step, clock)
         with clock.phase("reference"):
             samples = self.learner.samples(done)
         with clock.phase("drafter"):
@@ -132,6 +136,8 @@ class Trainer:
                 self.accelerator.wait_for_everyone()
         with clock.phase("update"):
             shaped = self.shaping.shape(done.rollouts, done.budgets, rewards)
+            if dense is not None:
+                shaped = replace(shaped, tokens=dense.advantages, more=tuple(dense.answers))
             update, critic, advantages = self.learner.learn(done, samples, shaped, step)
         if self.decoded is not self.policy:
             with clock.phase("gather"):
@@ -143,13 +149,37 @@ class Trainer:
         scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
         carried = sum(len(group.pending()) for group in self.worker.open)
         record = rank_record(
-            done, scores, rewards, shaped.rewards, advantages, distilled, update, critic, clock.spans, scoring, carried, errors
+            done,
+            scores,
+            rewards,
+            shaped.rewards,
+            advantages,
+            distilled,
+            update,
+            critic,
+            clock.spans,
+            scoring,
+            carried,
+            errors,
+            dense,
         )
         ranks = gather_object([record])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
+
+    def _demand_answers(self, done: RankRollouts, rewards: list[float], step: int, clock: Clock) -> Dense | None:
+        """Answers to cut thoughts and what they credit, where the recipe has it."""
+        if self.anytime is None:
+            return None
+        with clock.phase("rollout"):
+            thoughts, cuts = self.anytime.demand(done, step)
+        with clock.phase("score"):
+            self.anytime.hand_over(done, cuts, self.scoring.add)
+            found = self.scoring.collect()
+        scores = [found.values.get(number, self.config.task.score_failed) for number in range(len(cuts))]
+        return self.anytime.credit(done, thoughts, rewards, cuts, scores)
 
     def _learn_lengths(self, done: RankRollouts) -> list[float]:
         """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this rank's."""

@@ -28,6 +28,7 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
         "lengths": [5, 10, 15, 20 + number],
         "truncated": 1,
         "carried": number,
+        "anytime": [0.5, number],
         "drawn": 40,
         "stale": 5 * number,
         "loops": number,
@@ -74,6 +75,7 @@ def test_step_metrics_by_hand():
     assert m["length/max"] == 21
     assert m["reward/shaped"] == 0.375 and m["length/pinball"] == 2.0
     assert m["rollout/shared_share"] == pytest.approx(1 - 80 / 101)
+    assert m["anytime/accuracy"] == [0.5, 0.5]
     assert m["rollout/carried"] == 1 and m["rollout/stale_share"] == pytest.approx(5 / 101) and m["length/loops"] == 1 / 8
     assert m["engine/importance_std"] == pytest.approx(0.5)
     assert m["rollout/seconds"] == pytest.approx(2.9)
