@@ -17,6 +17,9 @@
 - ``learning``: runs with speculation beside such without, of the same seeds: rewards, lengths, rollouts' and steps' ratios.
 - ``sharding``: a recipe trained whole on every rank, by ZeRO 0 to 3 and by FSDP2: loss curves, gathering, memory.
 - ``served``: a run's drafter in vLLM (after ``make peers``), its acceptance beside the engine's.
+- ``lengths``: length-aware rewards beside plain GRPO, seed by seed: accuracy and length.
+- ``prediction``: length predictors on held-out prompts; the order of admission and the cache kept by their word.
+- ``tail``: remedies of the tail on one workload, alone and with speculation.
 - ``plots``: draws the pictures of these anew from benchmarks/*.json.
 - ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
   adaptively: the ratio end to end.
@@ -24,9 +27,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rl.bench_commands import COMMANDS
 from rl.cli import user_errors
+
+NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
 
 
 def main() -> None:
@@ -114,9 +120,35 @@ def main() -> None:
     online.add_argument("--runs", type=Path, default=Path("runs/online"), help="where the run goes")
     online.add_argument("--out", type=Path, default=Path("benchmarks/online"))
     online.add_argument("overrides", nargs="*", help="key=value")
+    add_length_commands(commands)
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args()
     COMMANDS[args.command](args)
+
+
+def add_length_commands(commands: Any) -> None:
+    rewards = sorted(path for path in Path("configs/length").glob("*.yaml") if path.stem not in NOT_REWARDS)
+    lengths = commands.add_parser("lengths", help="length-aware rewards beside plain GRPO")
+    lengths.add_argument("--base", type=Path, default=Path("configs/length/verbose.yaml"), help="the recipe of plain GRPO")
+    lengths.add_argument("--recipes", type=Path, nargs="+", default=rewards)
+    lengths.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    lengths.add_argument("--runs", type=Path, default=Path("runs/lengths"), help="where the runs are or go")
+    lengths.add_argument("--out", type=Path, default=Path("benchmarks/lengths"))
+    prediction = commands.add_parser("prediction", help="length predictors, and the engine with their word")
+    prediction.add_argument("--config", default="configs/length/long_tail.yaml")
+    prediction.add_argument("--run", type=Path, help="a finished run: its policy is used")
+    prediction.add_argument("--prompts", type=int, default=144, help="a third of them held out")
+    prediction.add_argument("--samples", type=int, default=8)
+    prediction.add_argument("--slots", type=int, default=16)
+    prediction.add_argument("--cache-tokens", type=int, default=2048, help="of the cache, where there is little")
+    prediction.add_argument("--out", type=Path, default=Path("benchmarks/prediction"))
+    tail = commands.add_parser("tail", help="remedies of the tail")
+    tail.add_argument("--config", type=Path, default=Path("configs/length/long_tail.yaml"))
+    tail.add_argument("--only", nargs="+", help="remedies by name; the first is what the others are compared with")
+    tail.add_argument("--ranks", type=int, default=2)
+    tail.add_argument("--runs", type=Path, default=Path("runs/tail"), help="where the runs are or go")
+    tail.add_argument("--out", type=Path, default=Path("benchmarks/tail"))
+    tail.add_argument("overrides", nargs="*", help="key=value")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from rl.bench_length_commands import LENGTH_COMMANDS
+
 
 def measure_rollout(args: argparse.Namespace) -> None:
     """Decoding speed of one policy, its peers', and where a step's time goes."""
@@ -306,4 +308,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sharding": compare_sharding,
     "losses": compare_losses,
     "gpu-rl": compare_speculation_end_to_end,
+    **LENGTH_COMMANDS,
 }

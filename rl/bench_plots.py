@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 
 def draw_all(folder: Path) -> list[Path]:
-    """A picture beside each of the drafters, sharing, positions, verifiers, selection, idle and online files that is there."""
+    """A picture beside each of the files of these names that is there."""
     drawers = {
         "drafters": _drafters,
         "sharing": _sharing,
@@ -25,6 +25,7 @@ def draw_all(folder: Path) -> list[Path]:
         "selection": _selection,
         "idle": _idle,
         "online": _online,
+        "lengths": _lengths,
     }
     drawn = []
     for name, drawer in drawers.items():
@@ -54,6 +55,16 @@ def _drafters(tables: dict[str, Rows]) -> plt.Figure:
         ax.axvline(1, color="grey", lw=0.8)
         ax.tick_params(labelsize=6)
         ax.set_title(f"T = {temperature}, {batch} sequences: ÷ plain\n(accepted length at the bars)", fontsize=8)
+    return figure
+
+
+def _lengths(tables: dict[str, Rows]) -> plt.Figure:
+    figure, ax = plt.subplots(figsize=(8, 5), dpi=90)
+    for row in tables["rows"]:
+        ax.errorbar(row["length"], row["accuracy"], yerr=row["accuracy_error"], fmt="o", ms=5, capsize=2)
+        ax.annotate(f"  {row['recipe']}", (row["length"], row["accuracy"]), fontsize=7)
+    ax.set_xlabel("tokens of a completion, last quarter")
+    ax.set_ylabel("accuracy (bars: of the difference to plain GRPO)")
     return figure
 
 

@@ -42,6 +42,7 @@ def save_checkpoint(
     drafter_optimizer: torch.optim.Optimizer | None,
     selector: dict[str, Any] | None,
     state_of_critic: WholeState | None = None,
+    lengths: dict[str, torch.Tensor] | None = None,
     adapters: dict[str, torch.Tensor] | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
@@ -56,6 +57,7 @@ def save_checkpoint(
         drafter, drafter_optimizer: None before there are.
         selector: The strategy selector's state.
         state_of_critic: Where the recipe has one.
+        lengths: The length predictor's weights, where the recipe has one.
         adapters: Weights of adapters by their names in the policy, where the recipe has them.
         state: What else a run had come to.
 
@@ -77,6 +79,8 @@ def save_checkpoint(
         if state_of_critic is not None:
             save_file(state_of_critic.weights, building / "critic.safetensors")
             write_state(state_of_critic.optimizer, building / "critic_optimizer")
+        if lengths is not None:
+            save_file(lengths, building / "lengths.safetensors")
         if selector is not None:
             (building / "selector.json").write_text(json.dumps(selector))
         # Random numbers are functions of (seed, step): the step is all the state that they have.

@@ -84,6 +84,7 @@ class Trainer:
             self.drafter.start()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
+        self.first_step = checkpoint.steps_done
         self.drafter.resume(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
@@ -95,8 +96,9 @@ class Trainer:
         self.guard.load_state(checkpoint.state.get("guard", {}))
         self.learner.entropy = checkpoint.state.get("entropy")
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if self.worker.lengths is not None:
+            self.worker.lengths.restore(checkpoint.path / "lengths.safetensors", self.first_step)
         self.worker.load_open(checkpoint.state.get("open", [])[rank::ranks], self.choice.problems)
-        self.first_step = checkpoint.steps_done
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)
@@ -250,6 +252,7 @@ class Trainer:
                 state_of_policy=policy,
                 adapters=adapters,
                 state_of_critic=critic,
+                lengths=None if self.worker.lengths is None else self.worker.lengths.head.state(),
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from rl.length_config import LengthConfig
 from rl.lengths.predictor import Example, LengthPredictor
@@ -65,6 +68,18 @@ class PredictedLengths:
                 q = self._quantile
                 errors += [max(q * (n - predicted), (q - 1) * (n - predicted)) for n in lengths]
         return taught, errors
+
+    def restore(self, path: Path, seen: int) -> None:
+        """Goes on with the head of a checkpoint, or anew where that has none that can be read: only speed depends on it.
+
+        Args:
+            path: Of its weights.
+            seen: Steps that it has learned from.
+        """
+        try:
+            self.head.load_state(load_file(path), seen * _ENOUGH)
+        except (OSError, SafetensorError, RuntimeError):
+            self.head.seen = 0
 
     def learn(self, taught: Sequence[dict[str, Any]]) -> float:
         """Trains the head on what all ranks' groups taught; ranks that learn the same stay the same."""

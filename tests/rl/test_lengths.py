@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from rl.lengths.estimate import PredictedLengths
 from rl.lengths.predictor import Example, LengthPredictor
 from rl.lengths.statistics import is_loop, pinball, prompt_statistics
+from rl.run_state import find_checkpoint
 from rollout import Request
 from tests.support import engine_for, tiny_llama, tiny_trainer
 
@@ -125,6 +127,14 @@ def test_the_trainer_predicts_orders_and_learns(tmp_path, monkeypatch):
 
         monkeypatch.setattr(trainer.worker.lengths, "predict", watched)
         steps = [trainer.step(number)[0] for number in range(7)]
+        trainer._save(7)
+        kept, head = find_checkpoint(tmp_path / "run").path, trainer.worker.lengths.head
+        other = PredictedLengths(trainer.config.length, 64, 12, seed=9)
+        other.restore(kept / "lengths.safetensors", 7)
+        states = torch.randn(3, 64)
+        assert torch.equal(other.head.quantile(states, 0.5), head.quantile(states, 0.5))
+        other.restore(kept / "nothing.safetensors", 7)
+        assert other.head.seen == 0
     assert trainer.worker.lengths.head.seen == 7 * 4
     assert "length/pinball" not in steps[0] and steps[-1]["length/pinball"] < 6
     assert asked[-1] is not None and asked[-1] != asked[-5]

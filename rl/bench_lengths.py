@@ -1,0 +1,82 @@
+"""Length-aware rewards on one task, seed by seed, beside plain GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import stdev
+
+from rl.bench_runs import mean, quarters, train_recipe
+from rl.summary import read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRow:
+    """A recipe over its seeds; means over the last quarter of the steps.
+
+    Attributes:
+        recipe: Its file's name.
+        accuracy, length: Share of correct completions, tokens of a completion: mean over seeds.
+        accuracy_change, accuracy_error: Less plain GRPO's of the same seeds: mean, and standard error over seeds.
+        length_ratio: Length ÷ plain GRPO's.
+        entropy: Of a token, in nats.
+        step: Seconds of a step, as the machine was then.
+        seeds: Each one's accuracy and length.
+    """
+
+    recipe: str
+    accuracy: float
+    length: float
+    accuracy_change: float
+    accuracy_error: float
+    length_ratio: float
+    entropy: float
+    step: float
+    seeds: list[tuple[float, float]]
+
+
+def finished_run(recipe: Path, seed: int, folder: Path, say: Callable[[str], None], ranks: int = 1, *overrides: str) -> Path:
+    """The run of a recipe and a seed in ``folder``, trained where it is not there."""
+    run = folder / f"{recipe.stem}-{seed}"
+    if not (run / "summary.json").is_file():
+        say(f"training {run}")
+        train_recipe(recipe, [f"seed={seed}", *overrides], run, ranks)
+    return run
+
+
+def compare_rewards(
+    recipes: Sequence[Path], base: Path, seeds: Sequence[int], folder: Path, say: Callable[[str], None]
+) -> list[RewardRow]:
+    """Rows of plain GRPO and of each recipe.
+
+    Args:
+        recipes: That shape lengths.
+        base: That does not.
+        seeds: At least two.
+        folder: Where the runs are or go.
+        say: Progress.
+    """
+    found = {}
+    for recipe in (base, *recipes):
+        metrics = [read_metrics(finished_run(recipe, seed, folder, say)) for seed in seeds]
+        names = ("reward/exact", "length/mean", "update/entropy", "time/step")
+        found[recipe.stem] = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
+    plain, rows = found[base.stem], []
+    for name, runs in found.items():
+        changes = [run[0] - other[0] for run, other in zip(runs, plain, strict=True)]
+        accuracy, length, entropy, step = (mean([run[i] for run in runs]) for i in range(4))
+        rows.append(
+            RewardRow(
+                recipe=name,
+                accuracy=accuracy,
+                length=length,
+                accuracy_change=mean(changes),
+                accuracy_error=stdev(changes) / len(changes) ** 0.5,
+                length_ratio=length / mean([run[1] for run in plain]),
+                entropy=entropy,
+                step=step,
+                seeds=[(run[0], run[1]) for run in runs],
+            )
+        )
+    return rows
