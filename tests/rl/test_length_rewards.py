@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from rl.errors import UserError
 from rl.length_config import LengthConfig
+from rl.policies import fetch_policy
 from rl.rewards.registry import TERMS, LengthAware, apply_terms, load_term
 from rl.rewards.terms import Samples
 from rl.shaping import answer_start, assign_budgets
@@ -178,3 +180,49 @@ def test_budgets_of_subgroups_and_prompts():
     drawn = {tuple(assign_budgets(LengthConfig(budgets=(10, 20), budget_of="prompt"), 4, str(i))) for i in range(30)}
     assert drawn == {(10,) * 4, (20,) * 4}
     assert assign_budgets(LengthConfig(), 4, "s") is None
+
+
+def test_trl_trains_with_it(tmp_path, monkeypatch):
+    """GRPOTrainer itself calls it, with its own columns and one of the data set's."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    path = fetch_policy("tiny-llama")
+    seen = []
+
+    def digits(prompts, completions, **columns):
+        return [float(any(c.isdigit() for c in text)) for text in completions]
+
+    class Watched(LengthAware):
+        def __call__(self, prompts, completions, **columns):
+            rewards = super().__call__(prompts, completions, **columns)
+            base = digits(prompts, completions)
+            lengths = [len(ids) for ids in columns["completion_ids"]]
+            seen.append((rewards, [r - 0.01 * abs(b - n) for r, b, n in zip(base, columns["budget"], lengths, strict=True)]))
+            return rewards
+
+    terms = [{"name": "l1_exact", "alpha": 0.01}]
+    args = GRPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=2,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = GRPOTrainer(
+        model=str(path),
+        reward_funcs=Watched(digits, terms, group_size=4, longest=8),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "1 + 1 =", "budget": 6}, {"prompt": "2 + 1 =", "budget": 3}]),
+        processing_class=AutoTokenizer.from_pretrained(path),
+    )
+    trainer.train()
+    assert len(seen) == 2
+    for rewards, wanted in seen:
+        assert rewards == pytest.approx(wanted, abs=1e-6)
+    assert any("l1_exact" in key for entry in trainer.state.log_history for key in entry)
