@@ -109,3 +109,32 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
 def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_recipe_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HANG", "1")
     assert "imed out" in fails("update", f"out={tmp_path / 'run'}", "scale.timeout_minutes=0.1")
+
+
+def test_ranks_share_what_they_learn_of_lengths_and_go_on_with_open_groups(tmp_path):
+    """Segments, a reward that looks at all groups, and a predictor: two ranks, then one that takes over the open groups of both."""
+    run = tmp_path / "run"
+    stops = "rollout.stop_strings=['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']"
+    length = "length={rewards: [{name: grpo_lambda, share: 0.5}], correct_from: 0.1, predictor: prod_d}"
+    options = [
+        "steps=3",
+        "rollout.segment_tokens=6",
+        stops,
+        length,
+        "measure.plain_every=0",
+        "task.reward=digits:digits",
+        "task.size=40",
+    ]
+    finish(train("configs/tiny.yaml", f"out={run}", *options))
+    state = json.loads((run / "checkpoint" / "state.json").read_text())
+    assert state["open"] and (run / "checkpoint" / "lengths.safetensors").is_file()
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "steps": 5}))
+    command = [*LAUNCHER, "--standalone", "--nproc_per_node", "1", "launch/train.py", "--resume", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    asked = [key for m in steps_of(run) for key in m["reward/by_problem"]]
+    assert {group["key"] for group in state["open"]} <= set(asked) | {
+        group["key"] for group in json.loads((run / "checkpoint" / "state.json").read_text())["open"]
+    }
+    assert all(m["length/mean"] > 0 for m in steps_of(run))
