@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -129,6 +130,7 @@ def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
     return config.update.tokens_per_microbatch * each
 
 
+@cache
 def machine_speed(dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second of reading, and operations a second of a product: the best of three."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
