@@ -13,8 +13,8 @@ import torch
 
 from rl.algorithms.brpo import brpo_advantages
 from rl.balance import Scored
+from rl.groups import RankRollouts
 from rl.prompts import stable_seed
-from rl.rollouts import RankRollouts
 from rl.sections import RunConfig
 from rl.shaping import answer_start
 from rl.tasks import Problem

@@ -20,7 +20,7 @@ from drafter_trainer.unroll import Objective
 from rl.bench_runs import is_over
 from rl.config import DrafterConfig, RunConfig
 from rl.distillation import spot_trainer, trace_buffer
-from rl.rollouts import RankRollouts
+from rl.groups import RankRollouts
 from rl.shared_drafter import SharedDrafter
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator

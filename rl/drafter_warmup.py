@@ -110,5 +110,5 @@ def _measure(worker: RolloutWorker, config: RunConfig, temperature: float) -> fl
     """Acceptance length of chains of four on other problems, decoded with the drafter as it is."""
     problems = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems
     worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
-    requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.requests(problems, step=0)]
+    requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.groups.requests(problems, step=0)]
     return mean_acceptance_length(worker.engine.generate(requests[:: config.rollout.group_size]))

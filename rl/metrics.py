@@ -14,9 +14,9 @@ from drafter_trainer.spot import LearnerReport
 from rl.algorithms.importance import effective_share
 from rl.anytime import Dense
 from rl.critic import CriticReport
+from rl.groups import RankRollouts
 from rl.lengths.statistics import is_loop, prompt_statistics
 from rl.rewards.pool import Scores
-from rl.rollouts import RankRollouts
 from rl.update import UpdateReport
 from rollout import FinishReason
 

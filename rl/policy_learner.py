@@ -16,11 +16,11 @@ from rl.algorithms.kl import KlCoefficient
 from rl.balance import Scored, compute_cost, spread
 from rl.config import RunConfig
 from rl.critic import Critic, CriticReport, ValueModel
+from rl.groups import RankRollouts
 from rl.log_probs import PolicyLogProbs
 from rl.lora import merged
 from rl.policies import load_policy
 from rl.reference import Reference
-from rl.rollouts import RankRollouts
 from rl.run_state import Checkpoint, restore_moments
 from rl.shaping import Shaped
 from rl.sharding import AdamWSettings, WholeState, shard, whole_state

@@ -17,7 +17,8 @@ from drafter_trainer.spot import LearnerReport
 from drafter_trainer.vocabulary import choose_vocabulary
 from rl.config import RunConfig
 from rl.errors import UserError
-from rl.rollouts import RankRollouts, RolloutWorker
+from rl.groups import RankRollouts
+from rl.rollouts import RolloutWorker
 from rl.run_state import Checkpoint
 from rl.schedules import rate_at
 from rollout.drafters.eagle3_model import Eagle3Model

@@ -18,12 +18,13 @@ from rl.anytime import Anytime, Dense
 from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
+from rl.groups import RankRollouts
 from rl.metrics import rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
 from rl.rewards.verifiable import load_reward
-from rl.rollouts import RankRollouts, RolloutWorker
+from rl.rollouts import RolloutWorker
 from rl.run_state import (
     Checkpoint,
     keep_first_lines,
@@ -96,9 +97,9 @@ class Trainer:
         self.guard.load_state(checkpoint.state.get("guard", {}))
         self.learner.entropy = checkpoint.state.get("entropy")
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if self.worker.lengths is not None:
-            self.worker.lengths.restore(checkpoint.path / "lengths.safetensors", self.first_step)
-        self.worker.load_open(checkpoint.state.get("open", [])[rank::ranks], self.choice.problems)
+        if self.worker.groups.lengths is not None:
+            self.worker.groups.lengths.restore(checkpoint.path / "lengths.safetensors", self.first_step)
+        self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.choice.problems)
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)
@@ -149,7 +150,7 @@ class Trainer:
             self.drafter.share(done, distilled, step)
             errors = self._learn_lengths(done)
         scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
-        carried = sum(len(group.pending()) for group in self.worker.open)
+        carried = sum(len(group.pending()) for group in self.worker.groups.open)
         record = rank_record(
             done,
             scores,
@@ -185,10 +186,10 @@ class Trainer:
 
     def _learn_lengths(self, done: RankRollouts) -> list[float]:
         """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this rank's."""
-        if self.worker.lengths is None:
+        if self.worker.groups.lengths is None:
             return []
-        taught, errors = self.worker.lessons(done)
-        self.worker.lengths.learn(gather_object(taught))
+        taught, errors = self.worker.groups.lessons(done)
+        self.worker.groups.lengths.learn(gather_object(taught))
         return errors
 
     def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
@@ -241,7 +242,7 @@ class Trainer:
     def _save(self, steps_done: int) -> None:
         policy, adapters = self.learner.state()
         critic = None if self.learner.critic is None else self.learner.critic.state()
-        carried = gather_object(self.worker.open_state())
+        carried = gather_object(self.worker.groups.open_state())
         if self.accelerator.is_main_process:
             spot = self.worker.spot
             save_checkpoint(
@@ -252,7 +253,7 @@ class Trainer:
                 state_of_policy=policy,
                 adapters=adapters,
                 state_of_critic=critic,
-                lengths=None if self.worker.lengths is None else self.worker.lengths.head.state(),
+                lengths=None if self.worker.groups.lengths is None else self.worker.groups.lengths.head.state(),
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),

@@ -119,22 +119,22 @@ def test_the_trainer_predicts_orders_and_learns(tmp_path, monkeypatch):
     options = ("length.predictor=prod_d", "length.quantile=0.5", "rollout.max_tokens=12", "task.size=40", STOPS)
     asked = []
     with tiny_trainer(tmp_path, monkeypatch, "[1.0 * len(c) for c in completions]", *options) as trainer:
-        predict = trainer.worker.lengths.predict
+        predict = trainer.worker.groups.lengths.predict
 
         def watched(request):
             asked.append(predict(request))
             return asked[-1]
 
-        monkeypatch.setattr(trainer.worker.lengths, "predict", watched)
+        monkeypatch.setattr(trainer.worker.groups.lengths, "predict", watched)
         steps = [trainer.step(number)[0] for number in range(7)]
         trainer._save(7)
-        kept, head = find_checkpoint(tmp_path / "run").path, trainer.worker.lengths.head
+        kept, head = find_checkpoint(tmp_path / "run").path, trainer.worker.groups.lengths.head
         other = PredictedLengths(trainer.config.length, 64, 12, seed=9)
         other.restore(kept / "lengths.safetensors", 7)
         states = torch.randn(3, 64)
         assert torch.equal(other.head.quantile(states, 0.5), head.quantile(states, 0.5))
         other.restore(kept / "nothing.safetensors", 7)
         assert other.head.seen == 0
-    assert trainer.worker.lengths.head.seen == 7 * 4
+    assert trainer.worker.groups.lengths.head.seen == 7 * 4
     assert "length/pinball" not in steps[0] and steps[-1]["length/pinball"] < 6
     assert asked[-1] is not None and asked[-1] != asked[-5]

@@ -49,7 +49,7 @@ def test_with_a_policy_that_stands_still_segments_are_the_whole_rollouts(tmp_pat
 def test_groups_are_trained_on_whole_and_only_once(tmp_path, monkeypatch):
     with tiny_trainer(tmp_path, monkeypatch, LENGTHS, *SEGMENTS, "task.size=40") as trainer:
         seen = played(trainer, 6)
-        carried = [group.problem.key for group in trainer.worker.open]
+        carried = [group.problem.key for group in trainer.worker.groups.open]
     keys = [key for key, _, _ in seen[::4]]
     assert [key for key, _, _ in seen] == [key for key in keys for _ in range(4)]
     assert len(keys) == len(set(keys)) and not set(keys) & set(carried)
@@ -70,15 +70,15 @@ def test_a_checkpoint_keeps_what_is_carried(tmp_path, monkeypatch):
         for number in range(3):
             trainer.step(number)
         trainer._save(3)
-        before = trainer.worker.open_state()
+        before = trainer.worker.groups.open_state()
         assert before
         checkpoint = find_checkpoint(tmp_path / "run")
         assert json.loads(json.dumps(before)) == checkpoint.state["open"]
-        trainer.worker.open = []
+        trainer.worker.groups.open = []
         for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
             (tmp_path / "run" / name).touch()
         trainer._resume(checkpoint)
-        assert trainer.worker.open_state() == before
+        assert trainer.worker.groups.open_state() == before
         assert trainer.step(3)[0]["length/mean"] > 0
 
 
