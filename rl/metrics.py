@@ -30,22 +30,41 @@ class Span:
     end: float
 
 
-def rank_record(
-    done: RankRollouts,
-    scores: Scores,
-    rewards: Sequence[float],
-    shaped: Sequence[float],
-    advantages: Sequence[float],
-    learner: LearnerReport,
-    update: UpdateReport,
-    critic: CriticReport,
-    spans: list[Span],
-    scoring: list[tuple[float, float]],
-    carried: int,
-    length_errors: Sequence[float],
-    dense: Dense | None,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """What a rank did in a step.
+
+    Attributes:
+        done: Its rollouts.
+        scores: Of those, and what went wrong with scoring.
+        rewards, shaped: The task's, and what was trained on.
+        advantages: Mean of each completion.
+        distilled, update, critic: Reports of what was trained.
+        spans: Its phases.
+        scoring: When scorers were busy, seconds since the step began.
+        carried: Samples that go on in the next step.
+        length_errors: Pinball losses of predicted lengths.
+        dense: Of demanded answers, where the recipe has them.
+    """
+
+    done: RankRollouts
+    scores: Scores
+    rewards: Sequence[float]
+    shaped: Sequence[float]
+    advantages: Sequence[float]
+    distilled: LearnerReport
+    update: UpdateReport
+    critic: CriticReport
+    spans: list[Span]
+    scoring: list[tuple[float, float]]
+    carried: int
+    length_errors: Sequence[float]
+    dense: Dense | None
+
+
+def rank_record(step: RankStep) -> dict[str, Any]:
     """What one rank reports, as plain data."""
+    done, scores = step.done, step.scores
     stats = [r.stats for r in done.rollouts]
     by_drafter: dict[str, Counter[str]] = {}
     for record in done.records:
@@ -57,16 +76,16 @@ def rank_record(
             counts["draft_ms"] += round(f.draft_seconds * 1e3)
     return {
         "problems": [p.key for p in done.problems],
-        "rewards": list(rewards),
-        "shaped": list(shaped),
+        "rewards": list(step.rewards),
+        "shaped": list(step.shaped),
         "score_timeouts": scores.timeouts,
         "score_errors": scores.errors,
-        "advantages": [float(a) for a in advantages],
+        "advantages": [float(a) for a in step.advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
-        "carried": carried,
-        "anytime": None if dense is None else dense.accuracy,
+        "carried": step.carried,
+        "anytime": None if step.dense is None else step.dense.accuracy,
         "drawn": done.drawn,
-        "length_errors": list(length_errors),
+        "length_errors": list(step.length_errors),
         "loops": sum(is_loop(r.token_ids) for r in done.rollouts),
         "stale": sum(count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]),
         "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
@@ -81,11 +100,11 @@ def rank_record(
         "plain_identical": done.plain_identical,
         "tail": [(round(r.at, 4), r.active, r.strategy) for r in done.records],
         "peak_bytes": peak_memory_bytes(),
-        "spans": [(s.phase, s.begin, s.end) for s in spans],
-        "scoring": scoring,
-        "drafter": asdict(learner),
-        "update": asdict(update),
-        "critic": asdict(critic),
+        "spans": [(s.phase, s.begin, s.end) for s in step.spans],
+        "scoring": step.scoring,
+        "drafter": asdict(step.distilled),
+        "update": asdict(step.update),
+        "critic": asdict(step.critic),
     }
 
 

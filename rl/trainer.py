@@ -19,7 +19,7 @@ from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
 from rl.groups import RankRollouts
-from rl.metrics import rank_record, step_metrics
+from rl.metrics import RankStep, rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
@@ -149,24 +149,22 @@ class Trainer:
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)
             errors = self._learn_lengths(done)
-        scoring = [(clock.since(begin), clock.since(end)) for begin, end in scores.busy]
-        carried = sum(len(group.pending()) for group in self.worker.groups.open)
-        record = rank_record(
-            done,
-            scores,
-            rewards,
-            shaped.rewards,
-            advantages,
-            distilled,
-            update,
-            critic,
-            clock.spans,
-            scoring,
-            carried,
-            errors,
-            dense,
+        mine = RankStep(
+            done=done,
+            scores=scores,
+            rewards=rewards,
+            shaped=shaped.rewards,
+            advantages=advantages,
+            distilled=distilled,
+            update=update,
+            critic=critic,
+            spans=clock.spans,
+            scoring=[(clock.since(begin), clock.since(end)) for begin, end in scores.busy],
+            carried=sum(len(group.pending()) for group in self.worker.groups.open),
+            length_errors=errors,
+            dense=dense,
         )
-        ranks = gather_object([record])
+        ranks = gather_object([rank_record(mine)])
         self._write_samples(step, done, rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
         self.choice.observe(metrics["reward/mean"])

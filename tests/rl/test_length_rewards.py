@@ -158,6 +158,8 @@ def test_as_a_reward_function_of_another_trainer():
     given = function(prompts=["a", "a"], completions=["right", "wrong"], completion_ids=[[1] * 70, [1] * 40], budget=[50, 50])
     assert given == pytest.approx([1 - 0.006, -0.003])
     assert function.__name__ == "l1_exact"
+    with pytest.raises(ValueError, match="make per_device_train_batch_size a multiple"):
+        function(prompts=["a"] * 3, completions=["right"] * 3, completion_ids=[[1]] * 3, budget=[50] * 3)
 
 
 class Letters:
