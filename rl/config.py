@@ -9,18 +9,17 @@ from typing import Any
 
 import yaml
 
+from rl.drafting_sections import DrafterConfig, SpeculationConfig
 from rl.errors import UserError
 from rl.recipe_rules import check, draft_rules
 from rl.sections import (
     CriticConfig,
-    DrafterConfig,
     LoraConfig,
     MeasureConfig,
     PolicyConfig,
     RolloutConfig,
     RunConfig,
     ScaleConfig,
-    SpeculationConfig,
     TrackingConfig,
     UpdateConfig,
     WarmupConfig,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 
+from rl.drafting_sections import SpeculationConfig
 from rl.errors import UserError
 from rl.length_rules import length_rules
-from rl.sections import RunConfig, SpeculationConfig
+from rl.sections import RunConfig
 from rollout import Strategy
 from rollout.drafters import DRAFTERS, DraftRules
 from rollout.trees import MOST_NODES

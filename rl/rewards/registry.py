@@ -88,7 +88,7 @@ class LengthAware:
         rewards = torch.tensor(self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32)
         if len(rewards) % self._group_size:
             raise ValueError(
-                f"{len(rewards)} completions are not groups of {self._group_size}: make per_device_train_batch_size a multiple of it"
+                f"{len(rewards)} completions are no groups of {self._group_size}: make per_device_train_batch_size a multiple of it"
             )
         budgets, entropies = columns.get("budget"), columns.get("entropies")
         samples = Samples(
