@@ -26,6 +26,7 @@ def draw_all(folder: Path) -> list[Path]:
         "idle": _idle,
         "online": _online,
         "lengths": _lengths,
+        "tail": _tail,
     }
     drawn = []
     for name, drawer in drawers.items():
@@ -66,6 +67,25 @@ def _lengths(tables: dict[str, Rows]) -> plt.Figure:
     ax.set_xlabel("tokens of a completion, last quarter")
     ax.set_ylabel("accuracy (bars: of the difference to plain GRPO)")
     return figure
+
+
+def _tail(tables: dict[str, Rows]) -> plt.Figure:
+    rows = tables["rows"]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), dpi=90)
+    axes[0].barh([r["remedy"] for r in rows], [rows[0]["step_by_completion"] / r["step_by_completion"] for r in rows])
+    axes[0].axvline(1, color="grey", lw=0.8)
+    axes[0].set_title("time of a step for each completion: none ÷ remedy", fontsize=9)
+    axes[0].tick_params(labelsize=7)
+    for ax, key in ((axes[1], "rewards"), (axes[2], "entropies")):
+        for r in rows:
+            ax.plot(_smoothed(r[key]), label=r["remedy"], lw=1)
+        ax.set_title(f"{key}, mean of four steps", fontsize=9)
+    axes[2].legend(fontsize=6)
+    return figure
+
+
+def _smoothed(values: list[float], window: int = 4) -> list[float]:
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(i - window + 1, 0) : i + 1])]
 
 
 def _sharing(tables: dict[str, Rows]) -> plt.Figure:

@@ -42,6 +42,7 @@ class RemedyRow:
         entropy_before, entropy_after: Likewise, nats a token.
         ratio_spread: Standard deviation of trainer ÷ engine probability of a token, cut at the cap.
         stale: Share of tokens drawn under an older policy than their completion's last.
+        rewards, entropies: Of each step.
     """
 
     remedy: str
@@ -59,6 +60,8 @@ class RemedyRow:
     entropy_after: float
     ratio_spread: float
     stale: float
+    rewards: list[float]
+    entropies: list[float]
 
 
 def compare_remedies(
@@ -100,4 +103,6 @@ def _row(name: str, run: Path) -> RemedyRow:
         entropy_after=entropies[-1],
         ratio_spread=average("engine/importance_std"),
         stale=average("rollout/stale_share"),
+        rewards=[m["reward/mean"] for m in metrics],
+        entropies=[m["update/entropy"] for m in metrics],
     )

@@ -60,6 +60,8 @@ def test_remedies_are_compared_by_completion(tmp_path):
         made(tmp_path / name, **columns, **{key: [0.1, 0.2, 0.3, 0.4] for key in more})
     none, cut = compare_remedies(Path("x.yaml"), [], ["none", "segments"], tmp_path, 1, silent)
     assert (none.step_by_completion, cut.step_by_completion) == (10 / 64, 4 / 32)
+    (tmp_path / "tail.json").write_text(json.dumps({"rows": [asdict(none), asdict(cut)]}))
+    assert draw_all(tmp_path) == [tmp_path / "tail.png"]
     assert cut.drawn == 0.75 and (cut.reward_before, cut.reward_after) == (0.1, 0.4)
 
 
