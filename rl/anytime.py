@@ -113,7 +113,7 @@ class Anytime:
         table = torch.tensor(rewards, dtype=torch.float32)[:, None].repeat(1, len(budgets) + 1)  # over by then: as it ended
         for (sample, level), of_cut in by_place.items():
             table[sample, level] = sum(of_cut) / len(of_cut)
-        weights = torch.ones(len(budgets) + 1)
+        weights = torch.tensor(self._anytime.weights or [1.0] * (len(budgets) + 1))
         credits = torch.cat([brpo_advantages(group, weights) for group in table.split(size)]) if len(table) else table
         final = torch.tensor(rewards).view(-1, size)
         answered = (final - final.mean(1, keepdim=True)).flatten().tolist() if len(table) else []

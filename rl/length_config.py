@@ -29,11 +29,13 @@ class AnytimeConfig:
 
     Attributes:
         budgets: Tokens after which thought is cut, ascending.
+        weights: How much each budget counts, and the whole completion after them; empty for all alike.
         answers: Drawn at each cut.
         answer_tokens: Most tokens of such an answer.
     """
 
     budgets: tuple[int, ...] = (16, 32, 64)
+    weights: tuple[float, ...] = ()
     answers: int = 2
     answer_tokens: int = 12
 

@@ -69,6 +69,10 @@ def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
             f"length.anytime.budgets {budgets} must ascend from 1 and stay below rollout.max_tokens, {r.max_tokens}",
         ),
         (
+            not anytime.weights or (len(anytime.weights) == len(budgets) + 1 and min(anytime.weights) > 0),
+            f"length.anytime.weights must be {len(budgets) + 1} numbers above 0: of each budget and of whole completions",
+        ),
+        (
             anytime.answers >= 2 and anytime.answer_tokens >= 1,
             "length.anytime.answers must be at least 2, which are compared with each other, and answer_tokens at least 1",
         ),

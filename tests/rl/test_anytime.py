@@ -28,6 +28,12 @@ def test_earlier_budgets_weigh_less_than_nearer_ones():
     assert float(found[0, 2]) == pytest.approx(own - (2 * (2 / 3) / 3 + 1 * own) / 3)
 
 
+def test_a_budget_that_counts_for_little_says_little():
+    scores = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    even, late = (brpo_advantages(scores, torch.tensor(w))[0, 0] for w in ([1.0, 1.0], [1.0, 9.0]))
+    assert float(even) == pytest.approx(0.25) and float(late) == pytest.approx(0.05)
+
+
 def test_one_budget_is_a_group_without_deviation():
     scores = torch.tensor([[1.0], [0.0], [0.0], [1.0]])
     assert brpo_advantages(scores, torch.ones(1))[:, 0].tolist() == [0.5, -0.5, -0.5, 0.5]
@@ -89,6 +95,7 @@ def test_answers_are_compared_with_those_of_the_same_cut(tmp_path, monkeypatch):
         (("length.anytime={budgets: [8, 4]}", *OPTIONS[1:]), "must ascend"),
         (("length.anytime={budgets: [4, 12]}", *OPTIONS[1:]), "stay below rollout.max_tokens"),
         (("length.anytime={budgets: [4], answers: 1}", *OPTIONS[1:]), "at least 2"),
+        (("length.anytime={budgets: [4], weights: [1.0]}", *OPTIONS[1:]), "must be 2 numbers"),
         ((*OPTIONS, "length.rewards=[{name: overlong}]"), "choose one"),
         ((*OPTIONS, "rollout.segment_tokens=4"), "leave out"),
         ((*OPTIONS, "update.kl_coef=0.1"), "kl_coef: 0"),
