@@ -4,7 +4,7 @@ BIN := .venv/bin
 TORCH := 2.13.0
 VLLM := 0.32.0
 
-.PHONY: quickstart test lint setup peers clean
+.PHONY: quickstart test test-ci lint setup peers clean
 
 setup: .venv/installed
 
@@ -43,6 +43,10 @@ peers: .venv-peers/installed
 
 test: setup
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+# What takes several processes half a minute each: CI runs these too.
+test-ci: setup
+	$(BIN)/pytest -q -n auto --dist worksteal -m ci
 
 lint: setup
 	$(BIN)/ruff format --check .

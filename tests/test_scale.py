@@ -25,6 +25,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
 
+@pytest.mark.ci
 def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
     """ZeRO 3 on two ranks, with a critic, a reference and groups asked again; then the rest of it on one rank."""
     run = tmp_path / "run"
@@ -56,6 +57,7 @@ def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
     assert max(m["engine/logprob_gap_max"] for m in steps) < 1e-4
 
 
+@pytest.mark.ci
 def test_two_machines(tmp_path):
     """The README's command for two nodes, over loopback: FSDP2 on adapters; what is left is a policy and an adapter of peft's."""
     run = tmp_path / "run"
@@ -106,11 +108,13 @@ def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
         assert [m["step"] for m in steps_of(run)] == [0, 1, 2, 3]
 
 
+@pytest.mark.ci
 def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_recipe_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HANG", "1")
     assert "imed out" in fails("update", f"out={tmp_path / 'run'}", "scale.timeout_minutes=0.1")
 
 
+@pytest.mark.ci
 def test_ranks_share_what_they_learn_of_lengths_and_go_on_with_open_groups(tmp_path):
     """Segments, a reward that looks at all groups, and a predictor: two ranks, then one that takes over the open groups of both."""
     run = tmp_path / "run"

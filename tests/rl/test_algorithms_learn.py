@@ -20,7 +20,10 @@ def digits(prompts, completions, **columns):
 STEPS = 60
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp", "ppo"])
+_OTHERS = ["dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", *(pytest.param(name, marks=pytest.mark.ci) for name in _OTHERS)])
 def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
     """From a tenth of the characters to nine tenths, with the recipe's own update section on a random model."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))

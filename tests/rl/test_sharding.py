@@ -132,6 +132,7 @@ def found(tmp_path_factory):
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_train_as_one_process_does(found, mode):
     """Other numbers of micro-batches on each rank, clipped gradients, and half of the way from another mode's state."""
@@ -143,6 +144,7 @@ def test_two_ranks_train_as_one_process_does(found, mode):
         torch.testing.assert_close(of_mode["weights"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mode", MODES)
 def test_a_state_is_whole_wherever_its_parts_lay(found, mode):
     for taken_over, saved, step in found["modes"][mode]["moments"]:
@@ -150,6 +152,7 @@ def test_a_state_is_whole_wherever_its_parts_lay(found, mode):
         assert step == BEFORE
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_is_not_finite_is_left_out(found, mode):
     """One rank's loss is infinite: no rank moves."""
@@ -157,6 +160,7 @@ def test_a_step_that_is_not_finite_is_left_out(found, mode):
     assert found["modes"][mode]["unmoved"]
 
 
+@pytest.mark.ci
 def test_samples_go_where_there_is_less_to_do(found):
     own = [(LENGTHS[r][i], [r, i]) for r in range(2) for i in range(len(LENGTHS[r]))]
     totals = [sum(length for _, length, _ in share) for share in found["spread"]]
