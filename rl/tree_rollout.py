@@ -23,7 +23,7 @@ class Branch:
 
     Attributes:
         path: The segments it consists of, by number, the first one first.
-        request: With its own seed, and the paused rollout it goes on from.
+        request: With its own seed, and what it branched off from.
     """
 
     path: tuple[int, ...]
@@ -75,31 +75,36 @@ class Tree:
         for _ in range(min(count, self.room)):
             self.active.append(Branch((self._segment(),), self._next()))
 
-    def advance(self, branch: Branch, rollout: Rollout) -> None:
-        """A segment of a branch is decoded."""
+    def over(self, branch: Branch, rollout: Rollout) -> None:
+        """A branch has come to its end."""
         before = branch.request.resume
-        began = len(before.token_ids) if before is not None else 0
-        self.drawn += len(rollout.token_ids) - began
-        if rollout.finish_reason is FinishReason.PAUSED and is_loop(rollout.token_ids):
-            rollout = replace(rollout, finish_reason=FinishReason.LENGTH)
-        if rollout.finish_reason is not FinishReason.PAUSED:
-            self.leaves.append((branch.path, rollout))
-            return
-        drawn = rollout.logprobs[began:]
-        self._junctions.append(Junction(branch.path, rollout, -sum(drawn) / max(len(drawn), 1)))
-        self.active.append(Branch((*branch.path, self._segment()), replace(branch.request, resume=rollout)))
+        self.drawn += len(rollout.token_ids) - (len(before.token_ids) if before is not None else 0)
+        self.active.remove(branch)
+        self.leaves.append((branch.path, rollout))
 
-    def branch(self, tree: TreeConfig) -> None:
-        """Grows what there is room for: at the ends just reached, or, where nothing is under way, at earlier ones."""
-        ends = {id(b.request.resume) for b in self.active}
-        here = [j for j in self._junctions if id(j.rollout) in ends] if self.active else self._junctions
-        for junction in sorted(here, key=lambda j: (j.grown, -j.uncertainty)):
-            for _ in range(min(tree.width - 1, self.room)):
+    def reached(self, branch: Branch, rollout: Rollout, segment: int) -> Junction:
+        """A branch has come to the end of a segment, and goes on with the next."""
+        drawn = rollout.logprobs[-segment:]
+        junction = Junction(branch.path, rollout, -sum(drawn) / max(len(drawn), 1))
+        self._junctions.append(junction)
+        branch.path = (*branch.path, self._segment())
+        return junction
+
+    def branch(self, junctions: Sequence[Junction], width: int) -> list[Branch]:
+        """Grows what there is room for from these, the most uncertain first, those that have grown least before all."""
+        grown = []
+        for junction in sorted(junctions, key=lambda j: (j.grown, -j.uncertainty)):
+            for _ in range(min(width - 1, self.room)):
                 junction.grown += 1
-                request = replace(self._next(), resume=junction.rollout)
-                self.active.append(Branch((*junction.path, self._segment()), request))
+                grown.append(Branch((*junction.path, self._segment()), replace(self._next(), resume=junction.rollout)))
+        self.active += grown
+        return grown
+
+    def fill(self, width: int) -> None:
+        """Where all branches are over before the group is full: grows others from earlier ends of segments, or from the prompt."""
         if not self.active and not self.full:
-            self.start(self.room)
+            self.branch(self._junctions, width)
+            self.start(self.room if not self._junctions else 0)
 
     def _next(self) -> Request:
         self._started += 1
@@ -132,23 +137,42 @@ def grow(
     records: list[StepRecord] = []
     for tree in trees:
         tree.start(config.roots)
-    elapsed = 0.0
     while any(tree.active for tree in trees):
-        jobs = [(number, branch) for number, tree in enumerate(trees) for branch in tree.active]
-        for tree in trees:
-            tree.active = []
-
-        def segment_over(index: int, rollout: Rollout, jobs: list[tuple[int, Branch]] = jobs) -> None:
-            number, branch = jobs[index]
-            tree = trees[number]
-            leaves = len(tree.leaves)
-            tree.advance(branch, rollout)
-            if len(tree.leaves) > leaves:
-                on_leaf(number, leaves, tree.leaves[-1][1])
-
-        engine.generate([b.request for _, b in jobs], on_step, on_finish=segment_over, segment=config.segment_tokens)
+        _grow(engine, trees, config, on_step, on_leaf)
+        elapsed = records[-1].at if records else 0.0
         records += [replace(record, at=record.at + elapsed) for record in engine.records]
-        elapsed = records[-1].at if records else elapsed
         for tree in trees:
-            tree.branch(config)
+            tree.fill(config.width)
     return records
+
+
+def _grow(
+    engine: RolloutEngine,
+    trees: Sequence[Tree],
+    config: TreeConfig,
+    on_step: Callable[[StepRecord], None] | None,
+    on_leaf: Callable[[int, int, Rollout], None],
+) -> None:
+    """Decodes what is under way, and what branches off from it, to the end."""
+    jobs = [(number, branch) for number, tree in enumerate(trees) for branch in tree.active]
+
+    def over(index: int, rollout: Rollout) -> None:
+        number, branch = jobs[index]
+        looped = rollout.finish_reason is FinishReason.CANCELLED
+        trees[number].over(branch, replace(rollout, finish_reason=FinishReason.LENGTH) if looped else rollout)
+        on_leaf(number, len(trees[number].leaves) - 1, trees[number].leaves[-1][1])
+
+    def at_mark(reached: list[tuple[int, Rollout]]) -> list[Request]:
+        by_tree: dict[int, list[Junction]] = {}
+        for index, rollout in reached:
+            number, branch = jobs[index]
+            if is_loop(rollout.token_ids):
+                engine.cancel(branch.request)
+            else:
+                by_tree.setdefault(number, []).append(trees[number].reached(branch, rollout, config.segment_tokens))
+        grown = [(number, b) for number, junctions in by_tree.items() for b in trees[number].branch(junctions, config.width)]
+        jobs.extend(grown)
+        return [branch.request for _, branch in grown]
+
+    requests = [branch.request for _, branch in jobs]
+    engine.generate(requests, on_step, on_finish=over, mark=config.segment_tokens, on_mark=at_mark)

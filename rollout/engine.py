@@ -19,7 +19,7 @@ from rollout.model_runner import ModelRunner
 from rollout.prefill import PromptLogits, prefill
 from rollout.refusals import note_refusals
 from rollout.requests import problem_with
-from rollout.results import finished_rollout
+from rollout.results import finished_rollout, snapshot
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
 from rollout.speculation import Speculation
@@ -29,6 +29,8 @@ from rollout.timing import StepClock
 from rollout.trees import MOST_NODES, DraftTree, no_draft
 from rollout.verification import verify_batch
 from rollout.verify import Verifier
+
+OnMark = Callable[[list[tuple[int, Rollout]]], Sequence[Request]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,8 @@ class RolloutEngine:
         token_budget: int | None = None,
         on_finish: Callable[[int, Rollout], None] | None = None,
         segment: int | None = None,
+        mark: int | None = None,
+        on_mark: OnMark | None = None,
     ) -> list[Rollout]:
         """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
 
@@ -192,17 +196,21 @@ class RolloutEngine:
             token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes back PAUSED.
             on_finish: Called with a request's index and its rollout as soon as it is over, while others are still decoded.
             segment: Most tokens of each request in this call; what is unfinished then comes back PAUSED.
+            mark: Tokens of each request between calls of ``on_mark``.
+            on_mark: Called with the indices of requests that have just come so far, and what there is of each; they go on. The
+                requests that it returns are added to these: those that ``resume`` what they were shown branch off there, and
+                what the two have in common is copied, not read again.
         """
-        done: list[Rollout | None] = [None] * len(requests)
-        for index, rollout in self._run(requests, on_step, token_budget, segment):
+        done: dict[int, Rollout] = {}
+        for index, rollout in self._run(requests, on_step, token_budget, segment, mark, on_mark):
             done[index] = rollout
             if on_finish is not None:
                 on_finish(index, rollout)
-        return [rollout for rollout in done if rollout is not None]
+        return [done[index] for index in sorted(done)]
 
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
         """Each rollout as it finishes."""
-        for _, rollout in self._run(requests, None, token_budget, None):
+        for _, rollout in self._run(requests, None, token_budget):
             yield rollout
 
     def cancel(self, request: Request) -> None:
@@ -217,7 +225,9 @@ class RolloutEngine:
         requests: Sequence[Request],
         on_step: Callable[[StepRecord], None] | None,
         token_budget: int | None,
-        segment: int | None,
+        segment: int | None = None,
+        mark: int | None = None,
+        on_mark: OnMark | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
         self.prefill_seconds = 0.0
@@ -225,7 +235,8 @@ class RolloutEngine:
         started = time.perf_counter()
         left = float("inf") if token_budget is None else token_budget
         try:
-            yield from self._submit(requests, segment)
+            count = len(requests)
+            yield from self._submit(requests, 0, segment, mark)
             while self.scheduler.has_work:
                 if left <= 0:
                     yield from self._pause()
@@ -238,6 +249,9 @@ class RolloutEngine:
                     feedback, committed = self._step()
                     left -= committed
                     yield from self._retire()
+                    more = self._at_marks(on_mark)
+                    yield from self._submit(more, count, segment, mark)
+                    count += len(more)
                     at = time.perf_counter() - started
                     record = StepRecord(at, feedback.active, str(feedback.strategy), committed, feedback)
                     self.records.append(record)
@@ -246,17 +260,25 @@ class RolloutEngine:
         finally:
             self._abandon()
 
-    def _submit(self, requests: Sequence[Request], segment: int | None) -> Iterator[tuple[int, Rollout]]:
+    def _at_marks(self, on_mark: OnMark | None) -> Sequence[Request]:
+        """What branches off from sequences that have come to a mark."""
+        there = [s for s in self.scheduler.active if s.at_mark()] if on_mark is not None else []
+        return on_mark([(s.index, snapshot(s)) for s in there]) if there and on_mark is not None else ()
+
+    def _submit(
+        self, requests: Sequence[Request], first: int, segment: int | None, mark: int | None
+    ) -> Iterator[tuple[int, Rollout]]:
         accepted = []
-        for index, request in enumerate(requests):
+        for index, request in enumerate(requests, first):
             problem = problem_with(request, self.max_context, self.runner.vocab_size, self._decode_text is not None)
             limit = min(self.max_context, len(request.prompt_ids) + request.params.max_tokens)
-            sequence = SequenceState(request, index, limit, segment)
+            sequence = SequenceState(request, index, limit, segment, mark)
             if problem is None:
                 accepted.append(sequence)
             else:
                 yield index, self._finished(sequence, slot=None, error=problem)
-        self.scheduler.submit(accepted)
+        if accepted:
+            self.scheduler.submit(accepted)
 
     def _admit(self) -> int:
         """Prefills what fits and draws each one's next token. Returns how many tokens that committed."""
@@ -269,7 +291,7 @@ class RolloutEngine:
         self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
         clock = StepClock(self._device)
         held = self._prompts.held(self.scheduler.active[:before])
-        logits = prefill(self.runner, admitted, self.prefill_tokens, held)
+        logits = prefill(self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before])
         self._prompts.keep(admitted, logits)
         clock.mark()
         self.prefill_seconds += sum(clock.seconds())

@@ -39,14 +39,17 @@ def prefill(
     admitted: Sequence[tuple[int, SequenceState]],
     most: int,
     held: Mapping[tuple[int, ...], tuple[int, torch.Tensor]],
+    active: Sequence[SequenceState] = (),
 ) -> torch.Tensor:
-    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those admitted before.
+    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those admitted before, and what
+    branches off from a sequence in flight is copied from it.
 
     Args:
         runner: Its cache has room.
         admitted: (slot, sequence).
         most: Tokens that one forward reads.
         held: From `PromptLogits.held`.
+        active: Sequences in the first slots, admitted before.
 
     Returns:
         Logits [len(admitted), V] after each one's last token.
@@ -57,7 +60,14 @@ def prefill(
         readers.setdefault(tuple(sequence.tokens), []).append(slot)
         first_kept[slot] = sequence.num_prompt - 1
     last: dict[int, torch.Tensor] = {}
-    chunks = [Chunk(slots[0], tokens, 0, first_kept[slots[0]]) for tokens, slots in readers.items() if tokens not in held]
+    chunks = []
+    for tokens, slots in readers.items():
+        if tokens in held:
+            continue
+        source, start = _longest_beginning(tokens, first_kept[slots[0]] + 1, active)
+        if start:
+            runner.cache.copy_slot(source, [slots[0]], start)
+        chunks.append(Chunk(slots[0], tokens[start:], start, first_kept[slots[0]]))
     for pieces in split_prefill(chunks, most):
         last.update({piece.slot: row for piece, row in zip(pieces, runner.prefill(pieces), strict=True)})
     for tokens, slots in readers.items():
@@ -67,6 +77,19 @@ def prefill(
         if tokens in held:
             last[slots[0]] = held[tokens][1]
     return torch.stack([last[readers[tuple(sequence.tokens)][0]] for _, sequence in admitted])
+
+
+def _longest_beginning(tokens: Sequence[int], num_prompt: int, active: Sequence[SequenceState]) -> tuple[int, int]:
+    """The slot that holds most of what a sequence begins with, and how much; 0 where that is no more than its prompt."""
+    best = 0, 0
+    for slot, other in enumerate(active):
+        most = min(len(tokens), len(other.tokens)) - 1  # the last token is yet to be read
+        if len(tokens) == num_prompt or most <= max(best[1], num_prompt) or other.tokens[:num_prompt] != list(tokens[:num_prompt]):
+            continue
+        same = next((i for i in range(num_prompt, most) if other.tokens[i] != tokens[i]), most)
+        if same > max(best[1], num_prompt):
+            best = slot, same
+    return best
 
 
 def split_prefill(chunks: Iterable[Chunk], most: int) -> Iterator[list[Chunk]]:

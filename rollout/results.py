@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rollout.api import DistillationTrace, FinishReason, Rollout
 from rollout.sequence import SequenceState
@@ -22,6 +23,19 @@ def finished_rollout(sequence: SequenceState, error: str | None, trace: Distilla
         entropies=sequence.entropies if len(sequence.entropies) == len(sequence.logprobs) > 0 else None,
         error=error,
         trace=trace,
+    )
+
+
+def snapshot(sequence: SequenceState) -> Rollout:
+    """What there is of a sequence in flight, for others to branch off from: `Request.resume` takes it."""
+    return Rollout(
+        request=sequence.request,
+        token_ids=sequence.tokens[sequence.num_prompt :],
+        logprobs=list(sequence.logprobs),
+        finish_reason=FinishReason.PAUSED,
+        stats=replace(sequence.stats),
+        segments=list(sequence.segments),
+        entropies=list(sequence.entropies) if len(sequence.entropies) == len(sequence.logprobs) > 0 else None,
     )
 
 

@@ -21,9 +21,10 @@ class SequenceState:
         index: Position of the request in the caller's list.
         limit: Most tokens of prompt and completion together.
         segment: Most tokens to commit before it is paused; None for no such limit.
+        mark: Tokens between two places where the caller may let others branch off; None for no such places.
         tokens: Prompt and what is committed so far.
         num_prompt: Length of the prompt.
-        began: Tokens that were there at first, of an earlier call's too.
+        began: Tokens that were there at first, of an earlier call's too, or at the last mark.
         logprobs: One for each committed token.
         stats: Filled as it goes.
         finish: Why it ended, once it has.
@@ -37,6 +38,7 @@ class SequenceState:
     index: int
     limit: int
     segment: int | None = None
+    mark: int | None = None
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     began: int = field(init=False)
@@ -70,6 +72,13 @@ class SequenceState:
     def segment_over(self) -> bool:
         """Whether it has committed what it may in this call."""
         return self.segment is not None and len(self.tokens) - self.began >= self.segment
+
+    def at_mark(self) -> bool:
+        """Whether it has come to the next mark; if so, it is counted from there."""
+        if self.mark is None or len(self.tokens) - self.began < self.mark:
+            return False
+        self.began = len(self.tokens)
+        return True
 
     @property
     def expected_left(self) -> float:

@@ -102,6 +102,32 @@ def test_segments_of_each_sequence_change_nothing(model, requests, expected, str
     assert [done[i].token_ids for i in range(len(requests))] == expected
 
 
+@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_what_branches_off_in_flight_is_what_resuming_alone_gives(model, strategy, slots, monkeypatch):
+    engine = engine_for(model, slots=slots, context=400, collect_traces=True)
+    engine.use_strategy(strategy)
+    requests = [Request([3, 1, 4, i], SamplingParams(max_tokens=60), seed=i) for i in range(4)]
+    branches, read = [], []
+
+    def at_mark(reached):
+        made = [Request(r.request.prompt_ids, r.request.params, 100 + i, resume=r) for i, r in reached if len(r.token_ids) < 40]
+        branches.extend(made)
+        return made
+
+    prefill = engine.runner.prefill
+    monkeypatch.setattr(engine.runner, "prefill", lambda chunks: read.extend(len(c.tokens) for c in chunks) or prefill(chunks))
+    rollouts = engine.generate(requests, mark=25, on_mark=at_mark)
+    assert len(rollouts) == 4 + len(branches) and len(branches) >= 4
+    assert [r.request for r in rollouts] == [*requests, *branches]
+    alone = engine_for(model, slots=1, context=400)
+    assert [r.token_ids for r in rollouts] == [alone.generate([r.request])[0].token_ids for r in rollouts]
+    for rollout in rollouts:
+        assert (rollout.trace.final[rollout.trace.num_prompt - 1 :].abs().sum(-1) > 0).all()
+    if slots == 8:
+        assert max(read) <= 4, "what two have in common was read again"
+
+
 def test_resume_is_checked(model):
     engine = engine_for(model)
     paused = engine.generate([Request([1, 2], SamplingParams(max_tokens=50))], token_budget=5)[0]
