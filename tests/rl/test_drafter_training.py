@@ -58,6 +58,7 @@ def test_a_start_that_does_not_fit_is_one_line(tmp_path, cache, monkeypatch, cap
     assert "drafter.start" in error and "config.json: missing" in error
 
 
+@pytest.mark.ci
 def test_losses_side_by_side(cache):
     bench = RolloutBench(load_config(ROOT / "configs/tiny.yaml"), None, 1, 64)
     lines: list[str] = []
@@ -98,6 +99,7 @@ def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
     load_drafter(run / "checkpoint" / "drafter", 99, 64)
 
 
+@pytest.mark.ci
 def test_online_learners_beside_each_other(tmp_path, cache):
     config = load_config(ROOT / "configs/tiny.yaml", ["steps=2", "speculation.strategy=eagle3:2"])
     start = tmp_path / "drafter"
