@@ -90,7 +90,7 @@ def test_trees_go_with_the_rest(other, tmp_path, monkeypatch):
     runs(tmp_path, monkeypatch, "tree", other)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("pair", list(combinations([*TERMS, *WAYS], 2)), ids="+".join)
 def test_all_pairs_work_or_are_refused(pair, tmp_path, monkeypatch):
     if accepted(*pair):
