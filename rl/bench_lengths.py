@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 
-from rl.bench_runs import mean, quarters, train_recipe
-from rl.summary import read_metrics
+from rl.bench_runs import finished_run, mean, quarters
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +35,6 @@ class RewardRow:
     seeds: list[tuple[float, float]]
 
 
-def finished_run(recipe: Path, seed: int, folder: Path, say: Callable[[str], None], ranks: int = 1, *overrides: str) -> Path:
-    """The run of a recipe and a seed in ``folder``, trained where it is not there."""
-    run = folder / f"{recipe.stem}-{seed}"
-    if not (run / "summary.json").is_file():
-        say(f"training {run}")
-        train_recipe(recipe, [f"seed={seed}", *overrides], run, ranks)
-    return run
-
-
 def compare_rewards(
     recipes: Sequence[Path], base: Path, seeds: Sequence[int], folder: Path, say: Callable[[str], None]
 ) -> list[RewardRow]:
@@ -59,7 +49,7 @@ def compare_rewards(
     """
     found = {}
     for recipe in (base, *recipes):
-        metrics = [read_metrics(finished_run(recipe, seed, folder, say)) for seed in seeds]
+        metrics = [finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, say) for seed in seeds]
         names = ("reward/exact", "length/mean", "update/entropy", "time/step")
         found[recipe.stem] = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
     plain, rows = found[base.stem], []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) 
         own = [line.removeprefix("paceline: ") for line in lines if line.startswith("paceline: ")]
         raise UserError(f"the run {out} failed: {(own or lines[-1:])[0]}")
     return read_metrics(out)
+
+
+def finished_run(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The same, unless ``out`` is already there and finished."""
+    if (out / "summary.json").is_file():
+        return read_metrics(out)
+    say(f"training {out}")
+    return train_recipe(config, overrides, out, ranks)
 
 
 def quarters(values: Sequence[float]) -> list[float]:

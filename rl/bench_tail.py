@@ -1,13 +1,13 @@
-"""Remedies of the tail on one workload: speculation, segments, shared beginnings, order, a length-aware reward, and together."""
+"""Remedies of the tail on one workload: speculation, segments, shared beginnings, a length-aware reward, and together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rl.bench_runs import mean, quarters, train_recipe
-from rl.summary import read_metrics
+from rl.bench_runs import finished_run, mean, quarters
 
 _PLAIN = ("speculation.strategy=plain", "speculation.drafters=[suffix]")
 _SEGMENTS = ("rollout.segment_tokens=48", "update.importance=token")
@@ -71,15 +71,11 @@ def compare_remedies(
     rows = []
     for name in names:
         run = folder / name.replace(",", "").replace(" ", "-")
-        if not (run / "summary.json").is_file():
-            say(f"training {run}")
-            train_recipe(config, [*overrides, *REMEDIES[name]], run, ranks)
-        rows.append(_row(name, run))
+        rows.append(_row(name, finished_run(config, [*overrides, *REMEDIES[name]], run, ranks, say)))
     return rows
 
 
-def _row(name: str, run: Path) -> RemedyRow:
-    metrics = read_metrics(run)
+def _row(name: str, metrics: Sequence[dict[str, Any]]) -> RemedyRow:
     later = metrics[1:]
 
     def average(key: str) -> float:

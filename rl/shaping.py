@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from rl.balance import Scored
@@ -84,11 +83,10 @@ class Shaping:
     Args:
         config: The recipe.
         tokenizer: The policy's.
-        accelerator: Of the run.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Any, accelerator: Accelerator) -> None:
-        self._config, self._tokenizer, self._accelerator = config, tokenizer, accelerator
+    def __init__(self, config: RunConfig, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
         self._terms = length_terms(config.length)
 
     def shape(self, rollouts: Sequence[Rollout], budgets: Sequence[int] | None, rewards: Sequence[float]) -> Shaped:

@@ -73,7 +73,7 @@ class Trainer:
         self.decoded = self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
         # before the engine, which notes where parameters lie: wrapping them for training may move them
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
-        self.shaping = Shaping(config, self.tokenizer, accelerator)
+        self.shaping = Shaping(config, self.tokenizer)
         self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index)
         self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rl.length_config import LengthConfig
 from rl.lengths.predictor import Example, LengthPredictor
+from rl.lengths.statistics import pinball
 from rollout import Request
 from rollout.lengths import ObservedLengths
 
@@ -65,8 +67,7 @@ class PredictedLengths:
             if state is not None:
                 taught.append({"state": state.tolist(), "lengths": list(lengths)})
             if predicted is not None:
-                q = self._quantile
-                errors += [max(q * (n - predicted), (q - 1) * (n - predicted)) for n in lengths]
+                errors += [pinball(np.array([predicted]), np.array([[length]]), self._quantile) for length in lengths]
         return taught, errors
 
     def restore(self, path: Path, seen: int) -> None:

@@ -58,21 +58,20 @@ class LengthPredictor:
         if kind == "prod_m":
             nn.init.constant_(last.bias, math.log(longest) / 2)  # not a length of 1, which is far from any
         self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=0.01)
-        self._examples: deque[Example] = deque(maxlen=memory)
+        self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=memory)  # states and what is to be said of them
         self._longest = longest
         self.seen = 0
 
     def learn(self, examples: Sequence[Example], updates: int = 20, batch: int = 64) -> float:
         """Takes examples in and trains on them and earlier ones. Returns the mean loss, 0 where there is nothing to learn from."""
-        self._examples.extend(examples)
+        self._known.extend((e.state, self._target(e)) for e in examples)
         self.seen += len(examples)
-        if not self._examples:
+        if not self._known:
             return 0.0
-        total, known = 0.0, list(self._examples)
-        states = torch.stack([e.state for e in known])
-        targets = torch.stack([self._target(e) for e in known])
+        total, count = 0.0, len(self._known)
+        states, targets = (torch.stack(column) for column in zip(*self._known, strict=True))
         for _ in range(updates):
-            chosen = torch.randint(len(known), (min(batch, len(known)),), generator=self._generator)
+            chosen = torch.randint(count, (min(batch, count),), generator=self._generator)
             out = self.head(states[chosen])
             if self.kind == "prod_m":
                 loss = nn.functional.huber_loss(out[:, 0], targets[chosen], delta=0.5)
