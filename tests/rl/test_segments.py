@@ -99,6 +99,23 @@ def test_masking_begins_below_the_target_entropy(tmp_path, monkeypatch, entropy,
         assert trainer.learner.entropy == pytest.approx(metrics["update/entropy"])
 
 
+def test_masked_tokens_leave_the_loss(tmp_path, monkeypatch):
+    """At the parameters that drew them a token's loss is its negative advantage: without the positive ones no loss is below 0."""
+    losses = []
+    for name, entropy in (("all", 1.0), ("masked", 0.1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = ("update.mask_mastered=1e-9", "rollout.max_tokens=8", "update.minibatches=1")
+        with tiny_trainer(folder, monkeypatch, "[float(len(set(c))) for c in completions]", *options) as trainer:
+            trainer.learner.entropy = entropy
+            metrics, (record,) = trainer.step(0)
+        losses.append(metrics["update/loss"])
+    weighed = list(zip(record["advantages"], record["lengths"], strict=True))
+    moving = sum(n for a, n in weighed if a)
+    assert losses[0] == pytest.approx(-sum(a * n for a, n in weighed) / moving, abs=1e-3)
+    assert losses[1] == pytest.approx(-sum(min(a, 0) * n for a, n in weighed) / moving, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
