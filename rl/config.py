@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from rl.drafting_rules import check_drafting, draft_rules
 from rl.drafting_sections import DrafterConfig, SpeculationConfig
 from rl.errors import UserError
-from rl.recipe_rules import check, draft_rules
+from rl.recipe_rules import check
 from rl.sections import (
     CriticConfig,
     LoraConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "UpdateConfig",
     "WarmupConfig",
     "check",
+    "check_drafting",
     "draft_rules",
     "load_config",
     "to_dict",

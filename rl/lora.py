@@ -46,16 +46,16 @@ def _linear_names(policy: PreTrainedModel) -> list[str]:
 
 
 def merged(
-    full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]], lora: LoraConfig | None
+    full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]], scaling: float | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights under the names that they have without adapters, W + alpha / rank · B A where there is one (equation 3 of
+    """Whole weights under the names that they have without adapters, W + scaling · B A where there is one (equation 3 of
     arXiv 2106.09685).
 
     Args:
-        full_weights: `rl.sharding.Trained.full_weights`.
-        lora: The adapters' config; None where there are none.
+        full_weights: `rl.sharding.Trained.full_weights`, or the like.
+        scaling: Of adapters named ``default``; None where there are none.
     """
-    if lora is None:
+    if scaling is None:
         yield from full_weights(lambda name: True)
         return
     factors = dict(full_weights(lambda name: ".lora_" in name))
@@ -63,7 +63,7 @@ def merged(
         layer, found, rest = name.partition(_BASE)
         if found and rest == "weight":
             down, up = (factors[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
-            tensor = tensor + (lora.alpha / lora.rank) * (up @ down)
+            tensor = tensor + scaling * (up @ down)
         yield f"{layer}.{rest}" if found else name, tensor
 
 

@@ -81,7 +81,8 @@ class PolicyLearner:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's present weights, whole, by their names without adapters. Collective; good until the next step."""
-        for name, tensor in merged(self._trained.full_weights, self._config.scale.lora):
+        lora = self._config.scale.lora
+        for name, tensor in merged(self._trained.full_weights, None if lora is None else lora.alpha / lora.rank):
             yield name.removeprefix(_WRAPPED), tensor
 
     def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:

@@ -73,16 +73,12 @@ def save_checkpoint(
         write_state(state_of_policy.optimizer, building / "optimizer")
         if adapters is not None:
             save_adapters(policy, adapters, building / "adapter")
-        if drafter is not None and drafter_optimizer is not None:
-            save_drafter(drafter, building / "drafter", torch.float32)
-            save_optimizer(drafter_optimizer, building / "drafter_optimizer")
+        save_drafting(building, drafter, drafter_optimizer, selector)
         if state_of_critic is not None:
             save_file(state_of_critic.weights, building / "critic.safetensors")
             write_state(state_of_critic.optimizer, building / "critic_optimizer")
         if lengths is not None:
             save_file(lengths, building / "lengths.safetensors")
-        if selector is not None:
-            (building / "selector.json").write_text(json.dumps(selector))
         # Random numbers are functions of (seed, step): the step is all the state that they have.
         (building / "state.json").write_text(json.dumps({"steps_done": steps_done, **(state or {})}))
     except (OSError, SafetensorError) as error:
@@ -93,6 +89,17 @@ def save_checkpoint(
         final.rename(old)
     building.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_drafting(
+    folder: Path, drafter: Eagle3Model | None, optimizer: torch.optim.Optimizer | None, selector: dict[str, Any] | None
+) -> None:
+    """Writes what speculation has learned: the drafter with its optimizer, and the selector's state. Errors come as they are."""
+    if drafter is not None and optimizer is not None:
+        save_drafter(drafter, folder / "drafter", torch.float32)
+        save_optimizer(optimizer, folder / "drafter_optimizer")
+    if selector is not None:
+        (folder / "selector.json").write_text(json.dumps(selector))
 
 
 def find_checkpoint(run: Path) -> Checkpoint:

@@ -21,6 +21,9 @@ class InferenceView:
     where the machine has a kernel) that `refresh` renews in place after each weight update. Decoder layers run as a
     `FusedLayer` where that computes the same.
 
+    Modules compute what their classes say. Forwards and hooks that a trainer put on its instances, such as a fused loss, autocast
+    or the gathering of partitioned weights, are about training, and the copy has none of them.
+
     Args:
         model: The trainer's unwrapped causal LM.
         dtype: What the engine computes in.
@@ -46,6 +49,10 @@ class InferenceView:
         for buffer in model.buffers():
             memo[id(buffer)] = buffer
         self.module: PreTrainedModel = copy.deepcopy(model, memo)
+        for module in self.module.modules():
+            module.__dict__.pop("forward", None)
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         self.module.eval()
         self.module.set_attn_implementation(SLOT_ATTENTION)
         self.fused = fuse_layers(self.module, model, dtype, pack)

@@ -82,6 +82,7 @@ class LengthAware:
     ) -> None:
         self._reward, self._group_size, self._longest, self._correct_from = reward, group_size, longest, correct_from
         self._terms = [load_term(entry, "terms") for entry in terms]
+        self.needs_entropies = any(term.needs_entropies for term in self._terms)
         self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:

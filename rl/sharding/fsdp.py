@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rl.errors import UserError
 from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
+from rl.sharding.gathering import whole, whole_parameters
 
 
 class FullySharded(Trained):
@@ -52,21 +53,19 @@ class FullySharded(Trained):
         loss.backward()
 
     def step(self) -> float:
-        norm = float(_whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            if wanted(name):
-                yield name, _whole(parameter.detach())
+        return whole_parameters(self.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
         entries = []
         for p in self._parameters:
-            moments = {name: _whole(value) for name, value in self._optimizer.state.get(p, {}).items()}
+            moments = {name: whole(value) for name, value in self._optimizer.state.get(p, {}).items()}
             entries.append({name: moment.cpu() for name, moment in moments.items()} if self._main else {})
         return as_state(entries, self._optimizer.param_groups[0])
 
@@ -78,7 +77,3 @@ class FullySharded(Trained):
                 name: value if value.dim() == 0 else distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
                 for name, value in entry.items()
             }
-
-
-def _whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -12,6 +12,7 @@ from torch import nn
 
 from rl.errors import UserError
 from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
+from rl.sharding.gathering import whole_parameters
 from rl.sharding.settings import read_settings, stage_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,12 +73,7 @@ class ZeroSharded(Trained):
         return norm
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        for name, parameter in self._engine.module.named_parameters():
-            if wanted(name):
-                with GatheredParameters([parameter], enabled=self._stage == 3):
-                    yield name, parameter.detach().clone() if self._stage == 3 else parameter.detach()  # taken apart again after it
+        return whole_parameters(self._engine.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
         group = self._optimizer.param_groups[0]

@@ -213,7 +213,9 @@ class TestAdapters:
     def test_merged_weights_are_pefts(self, tmp_path):
         """Saved in peft's format and merged by peft: the weights that the engine gets."""
         policy, trained = self.trained()
-        ours = {name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, self.LORA)}
+        ours = {
+            name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, self.LORA.alpha / self.LORA.rank)
+        }
         found = trained.full_weights(lambda name: ".lora_" in name)
         save_adapters(policy, {name.removeprefix("policy."): t for name, t in found}, tmp_path)
         theirs = dict(PeftModel.from_pretrained(tiny_llama(), tmp_path).merge_and_unload().named_parameters())

@@ -1,0 +1,109 @@
+"""Which values of a recipe's drafting contradict each other, whoever trains."""
+
+from __future__ import annotations
+
+import difflib
+
+from rl.drafting_sections import SpeculationConfig
+from rl.errors import UserError
+from rl.sections import RunConfig
+from rollout import Strategy
+from rollout.drafters import DRAFTERS, DraftRules
+from rollout.trees import MOST_NODES
+
+
+def check_drafting(config: RunConfig) -> None:
+    """Of the sections ``speculation`` and ``drafter``, and of how rollouts are sampled.
+
+    Raises:
+        UserError: for the first contradiction found.
+    """
+    r, d, s = config.rollout, config.drafter, config.speculation
+    rules = [
+        (r.max_tokens >= 1, f"rollout.max_tokens is {r.max_tokens}: write at least 1"),
+        (r.max_tokens < r.max_context, "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too"),
+        (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
+        (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
+        (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
+        (0 <= s.epsilon < 1, f"speculation.epsilon is {s.epsilon}: write a number in [0, 1)"),
+        (
+            s.eagle3_window is None or s.eagle3_window >= 1,
+            f"speculation.eagle3_window is {s.eagle3_window}: write at least 1, or null",
+        ),
+        (
+            "draft_model" not in s.drafters or s.draft_model is not None,
+            "speculation.drafters has draft_model: name the model in speculation.draft_model",
+        ),
+        (
+            "composite" not in s.drafters or {"suffix", "eagle3"} <= set(s.drafters),
+            "speculation.drafters has composite, which joins suffix and eagle3: list those too",
+        ),
+        (
+            s.verifier is None or s.draw != "likeliest",
+            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another speculation.draw",
+        ),
+        (
+            s.verifier != "spectr" or s.draw == "replacement",
+            "speculation.verifier spectr wants siblings drawn independently: write speculation.draw: replacement",
+        ),
+        (
+            s.verifier not in ("chain", "block") or _only_chains(s),
+            f"speculation.verifier {s.verifier} reads chains: name only such in speculation.strategy or arms, and no stand drafter",
+        ),
+        (
+            s.draw == "likeliest" or "composite" not in s.drafters,
+            "speculation.drafters has composite, which joins drafts of likeliest tokens: leave it out, or write draw: likeliest",
+        ),
+        (
+            len(d.ensemble) > 0 and all(multiple > 0 for multiple in d.ensemble),
+            f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one drafter",
+        ),
+        (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
+        (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
+        (
+            d.loss != "length" or not (d.feedback_only or d.on_policy),
+            "drafter.loss length is of whole drafts: drafter.feedback_only and on_policy weigh single positions; leave them out",
+        ),
+        (d.on_policy >= 0, f"drafter.on_policy is {d.on_policy}: write a number from 0"),
+        (d.least_idle_ranks >= 1, f"drafter.least_idle_ranks is {d.least_idle_ranks}: write at least 1"),
+        (
+            d.tokens_per_microbatch >= 16 and d.passes >= 1 and d.judge_every >= 1,
+            "drafter.tokens_per_microbatch must be at least 16, passes and judge_every at least 1",
+        ),
+        (d.held_out_every != 1, "drafter.held_out_every is 1: nothing would be left to train on; write 0, or at least 2"),
+        (0 <= d.previous_share < 1, f"drafter.previous_share is {d.previous_share}: write a number in [0, 1)"),
+        (0 < d.age_decay <= 1, f"drafter.age_decay is {d.age_decay}: write a number in (0, 1]"),
+        (0 <= d.reward_weight <= 1, f"drafter.reward_weight is {d.reward_weight}: write a number in [0, 1]"),
+    ]
+    refuse(rules)
+    for name in s.drafters:
+        if name not in DRAFTERS:
+            close = difflib.get_close_matches(name, DRAFTERS, n=1, cutoff=0.0)[0]
+            raise UserError(f"speculation.drafters has {name!r}; did you mean {close}?")
+    try:
+        draft_rules(s)
+        for text in s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy):
+            Strategy.parse(text)
+    except ValueError as error:
+        raise UserError(f"speculation: {error}") from None
+
+
+def refuse(rules: list[tuple[bool, str]]) -> None:
+    """The first rule that does not hold, as a `UserError`."""
+    for holds, message in rules:
+        if not holds:
+            raise UserError(message)
+
+
+def _only_chains(s: SpeculationConfig) -> bool:
+    named = s.arms if s.strategy == "adaptive" else (s.strategy,)
+    return bool(named) and not any("x" in text for text in named) and "stand" not in s.drafters
+
+
+def draft_rules(s: SpeculationConfig) -> DraftRules:
+    """How model-based drafters make their drafts.
+
+    Raises:
+        ValueError: for choices that do not fit each other.
+    """
+    return DraftRules(s.tree, s.draw, s.stop, s.stop_threshold, s.tree_gain)

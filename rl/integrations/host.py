@@ -1,0 +1,183 @@
+"""Rollouts for a host: a trainer that is not ours, which owns the policy and hands over prompts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from drafter_trainer.checkpoint import save_drafter
+from drafter_trainer.spot import LearnerReport
+from rl.config import RunConfig, check_drafting
+from rl.errors import UserError
+from rl.groups import RankRollouts
+from rl.integrations.policy import HostPolicy
+from rl.rollouts import RolloutWorker
+from rl.run_state import Checkpoint, load_selector_state, save_drafting
+from rl.shared_drafter import SharedDrafter
+from rl.strict import parse
+from rollout import FinishReason, Request, StepRecord, mean_acceptance_length
+
+_SECTIONS = {"speculation", "drafter", "rollout", "measure"}
+_ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb"}
+
+
+def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone: bool) -> RunConfig:
+    """A recipe from what a user chose and what the host decides.
+
+    Args:
+        options: Sections ``speculation``, ``drafter``, ``measure`` and ``rollout`` as in a recipe, as far as ours to decide.
+        from_host: The rest, as in a recipe.
+        alone: One rank, which never idles: without a schedule or a drafter of the user's, none is trained and suffixes draft.
+
+    Raises:
+        UserError: for what is unknown, contradictory, or the host's to decide.
+    """
+    for name in options:
+        if name not in _SECTIONS:
+            raise UserError(f"paceline: {name} is not a section of its own here; there are: {', '.join(sorted(_SECTIONS))}")
+    for name in options.get("rollout", {}):
+        if name not in _ROLLOUT:
+            raise UserError(f"paceline: rollout.{name} is the trainer's to decide; ours are: {', '.join(sorted(_ROLLOUT))}")
+    data = {name: dict(section) for name, section in options.items()}
+    for name, section in from_host.items():
+        data[name] = {**section, **data.get(name, {})} if isinstance(section, Mapping) else section
+    drafter, speculation = data.setdefault("drafter", {}), data.setdefault("speculation", {})
+    if alone and "schedule" not in drafter and "start" not in drafter:
+        speculation.setdefault("drafters", ["suffix"])
+    config = parse(RunConfig, data, where="paceline")
+    if config.drafter.reward_weight:
+        raise UserError(
+            "paceline: drafter.reward_weight needs rewards, which the trainer computes after the rollouts: leave it out"
+        )
+    check_drafting(config)
+    return config
+
+
+class HostedRollouts:
+    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the host has one.
+
+    Args:
+        config: From `host_config`; ``out`` is where drafters and traces go.
+        policy: The host's.
+        tokenizer: Its tokenizer.
+        accelerator: Of the host's process group.
+        say: Where one line about a problem goes.
+    """
+
+    def __init__(
+        self, config: RunConfig, policy: HostPolicy, tokenizer: Any, accelerator: Accelerator, say: Callable[[str], None]
+    ) -> None:
+        self.config, self._policy, self._accelerator = config, policy, accelerator
+        policy.refresh()
+        self.worker = RolloutWorker(config, policy.decoded, tokenizer, accelerator.process_index)
+        self.engine = self.worker.engine
+        self.drafter = SharedDrafter(config, self.worker, accelerator, Path(config.out), say)
+        self.drafter.start()
+        self._calls = 0
+
+    def refresh(self) -> None:
+        """Decodes with the host's present weights from now on. Collective where those lie in parts."""
+        self._policy.refresh()
+        self.engine.refresh_weights()
+
+    def rollouts(self, requests: Sequence[Request]) -> RankRollouts:
+        """This rank's completions, in the order of ``requests``.
+
+        Raises:
+            UserError: where one failed; the first reason is given.
+        """
+        begin = time.perf_counter()
+
+        def on_step(record: StepRecord) -> None:
+            self.drafter.coordinator.beat()
+
+        made = self.engine.generate(requests, on_step)
+        failed = next((r for r in made if r.finish_reason is FinishReason.FAILED), None)
+        if failed is not None:
+            raise UserError(f"paceline: a rollout failed: {failed.error}")
+        return RankRollouts(
+            [], made, time.perf_counter() - begin, list(self.engine.records), drawn=sum(len(r.token_ids) for r in made)
+        )
+
+    def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:
+        """The same for a training step: a rank that has finished trains the drafter while others decode, and all of them share what
+        it became. Collective."""
+        self.drafter.coordinator.begin(self._calls)
+        done = self.rollouts(requests)
+        report = self.drafter.train(done, [0.0] * len(done.rollouts), self._calls)
+        self._accelerator.wait_for_everyone()
+        if self.config.measure.plain_every and (self._calls + 1) % self.config.measure.plain_every == 0:
+            self.worker.measure_plain(done)
+            self._accelerator.wait_for_everyone()
+        self.drafter.share(done, report, self._calls)
+        self._calls += 1
+        return done, report
+
+    def save(self, folder: Path) -> None:
+        """Writes the drafter, its optimizer and what the selector has learned; on the main rank.
+
+        Raises:
+            UserError: when it cannot be written; the host's own checkpoint is not touched.
+        """
+        spot = self.worker.spot
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_drafting(
+                folder,
+                spot.serving if spot else None,
+                spot.learner.optimizer if spot else None,
+                self.engine.speculation.selector.state(),
+            )
+            (folder / "state.json").write_text(json.dumps({"calls": self._calls}))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: the drafter could not be written ({error}); free some disk") from None
+
+    def load(self, folder: Path) -> None:
+        """Goes on from what `save` wrote. Collective.
+
+        Raises:
+            UserError: for files that are broken; a drafter that cannot be read is made anew, with one line.
+        """
+        try:
+            self._calls = int(json.loads((folder / "state.json").read_text())["calls"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder / 'state.json'}: {error}; remove {folder} to begin with a new drafter") from None
+        found = Checkpoint(folder, self._calls)
+        self.drafter.resume(found)
+        state = load_selector_state(found)
+        if state is not None:
+            try:
+                self.engine.speculation.selector.load_state(state)
+            except ValueError as error:
+                raise UserError(f"{folder / 'selector.json'}: {error}") from None
+
+    def finish(self) -> Path | None:
+        """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on the main rank."""
+        self.drafter.finish()
+        if self.worker.spot is None or not self._accelerator.is_main_process:
+            return None
+        path = Path(self.config.out) / "drafter"
+        save_drafter(self.worker.spot.serving, path)
+        return path
+
+
+def step_report(done: RankRollouts, report: LearnerReport) -> dict[str, float]:
+    """A rank's numbers of a step, by the names that hosts log."""
+    tokens = sum(len(r.token_ids) for r in done.rollouts)
+    found = {
+        "paceline/rollout_seconds": done.seconds,
+        "paceline/tokens_per_second": tokens / done.seconds,
+        "paceline/acceptance_length": mean_acceptance_length(done.rollouts),
+        "paceline/speculated_share": sum(r.strategy != "plain" for r in done.records) / max(len(done.records), 1),
+        "paceline/drafter_seconds": report.seconds,
+        "paceline/drafter_updates": float(report.updates),
+    }
+    if done.plain_seconds is not None:
+        found["paceline/speedup_over_plain"] = done.plain_seconds / done.seconds
+    return found

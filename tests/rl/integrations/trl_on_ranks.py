@@ -1,0 +1,69 @@
+"""A TRL trainer with our rollouts on several ranks, for tests: its arguments are an output directory, a policy and a DeepSpeed file
+(or ``none``). Writes what each rank saw to ``<output>/rank-N.json``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from rl.integrations.trl import paceline_rollouts
+from rl.sharding.gathering import whole_parameters
+
+OUT, POLICY, DEEPSPEED = sys.argv[1:4]
+
+
+def digits(prompts, completions, **columns):
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def main():
+    torch.set_num_threads(1)
+    args = GRPOConfig(
+        output_dir=OUT,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=24,
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        save_steps=2,
+        deepspeed=None if DEEPSPEED == "none" else DEEPSPEED,
+    )
+    drafter = {"draft_vocab_size": 48, "unroll": 2, "tokens_per_microbatch": 64, "held_out_every": 0, "schedule": "always"}
+    rollouts = paceline_rollouts(speculation={"drafters": ["suffix", "eagle3"]}, drafter=drafter)
+    errors, tokens = [], []
+
+    def watched(prompts, trainer):
+        found = rollouts(prompts, trainer)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        weights = {name: tensor.clone() for name, tensor in whole_parameters(model, lambda name: True)}
+        decoded = dict(rollouts._hosted.worker._policy.named_parameters())
+        errors.append(max(float((weights[name] - p).abs().max()) for name, p in decoded.items()))
+        tokens.append(found["completion_ids"])
+        return found
+
+    trainer = GRPOTrainer(
+        model=POLICY,
+        reward_funcs=digits,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": f"{i} + 1 ="} for i in range(8)]),
+        processing_class=AutoTokenizer.from_pretrained(POLICY),
+        rollout_func=watched,
+    )
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    report = {"errors": errors, "tokens": tokens, "losses": losses, "norms": norms}
+    Path(OUT, f"rank-{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
