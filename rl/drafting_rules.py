@@ -75,7 +75,7 @@ def check_drafting(config: RunConfig) -> None:
         (0 < d.age_decay <= 1, f"drafter.age_decay is {d.age_decay}: write a number in (0, 1]"),
         (0 <= d.reward_weight <= 1, f"drafter.reward_weight is {d.reward_weight}: write a number in [0, 1]"),
     ]
-    refuse(rules)
+    refuse([*rules, *vllm_rules(config)])
     for name in s.drafters:
         if name not in DRAFTERS:
             close = difflib.get_close_matches(name, DRAFTERS, n=1, cutoff=0.0)[0]
@@ -86,6 +86,43 @@ def check_drafting(config: RunConfig) -> None:
             Strategy.parse(text)
     except ValueError as error:
         raise UserError(f"speculation: {error}") from None
+
+
+def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    """Of rollouts by vLLM."""
+    r, s, length = config.rollout, config.speculation, config.length
+    if r.vllm is None:
+        return []
+    drafts = "eagle3" in s.drafters
+    asks = [name for name, asked in (("segment_tokens", r.segment_tokens), ("tree", r.tree)) if asked is not None]
+    return [
+        (not asks, f"rollout.vllm decodes whole completions: leave rollout.{asks[:1] and asks[0]} out, or decode with the engine"),
+        (
+            length.predictor == "observed",
+            "length.predictor orders the engine's admission, rollout.vllm has its own: write observed",
+        ),
+        (
+            not any(entry.get("name") == "pear" for entry in length.rewards),
+            "length.rewards has pear, whose entropies vLLM does not give: decode with the engine",
+        ),
+        (length.anytime is None, "length.anytime demands answers of cut thoughts from the engine: decode with it"),
+        (config.measure.plain_every == 0, "measure.plain_every decodes again with the engine: write 0 with rollout.vllm"),
+        (r.vllm.depth >= 1, f"rollout.vllm.depth is {r.vllm.depth}: write at least 1"),
+        (
+            set(s.drafters) <= {"eagle3"},
+            "rollout.vllm drafts with EAGLE-3 or not at all: write speculation.drafters: [eagle3], or []",
+        ),
+        (
+            not drafts or config.drafter.start is not None,
+            "rollout.vllm takes a drafter at its start: name one in drafter.start (launch/warmup_drafter.py makes it), "
+            "or write speculation.drafters: []",
+        ),
+        (config.drafter.vocabulary_every == 0, "drafter.vocabulary_every changes what vLLM has loaded: write 0 with rollout.vllm"),
+        (
+            s.strategy in ("adaptive", "plain") or s.strategy.startswith("eagle3:"),
+            f"speculation.strategy is {s.strategy}: rollout.vllm knows adaptive, plain and eagle3:<depth>",
+        ),
+    ]
 
 
 def refuse(rules: list[tuple[bool, str]]) -> None:

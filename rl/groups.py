@@ -15,6 +15,7 @@ from rl.shaping import assign_budgets
 from rl.tasks import Problem
 from rl.tree_rollout import Tree, grow
 from rollout import Request, Rollout, RolloutEngine, SamplingParams, StepRecord
+from rollout.backends import Decoder
 
 OnStep = Callable[[StepRecord], None] | None
 OnFinish = Callable[[int, Problem, Rollout], None] | None
@@ -69,17 +70,21 @@ class Groups:
 
     Args:
         config: The recipe.
-        engine: That decodes.
+        engine: That decodes, and reads prompts.
         tokenizer: The policy's.
         params: How each completion is sampled.
+        decoder: That decodes in the engine's place; None for the engine.
 
     Attributes:
         open: Groups that are carried over to the next step.
         lengths: Predictions from prompts, where the recipe has them.
     """
 
-    def __init__(self, config: RunConfig, engine: RolloutEngine, tokenizer: Any, params: SamplingParams) -> None:
+    def __init__(
+        self, config: RunConfig, engine: RolloutEngine, tokenizer: Any, params: SamplingParams, decoder: Decoder | None = None
+    ) -> None:
         self._config, self._engine, self._tokenizer, self._params = config, engine, tokenizer, params
+        self._decoder = engine if decoder is None else decoder
         self.open: list[OpenGroup] = []
         self.lengths: PredictedLengths | None = None
         if config.length.predictor != "observed":
@@ -134,7 +139,7 @@ class Groups:
         while groups and not any(group.whole for group in groups):  # an update of nothing would be none
             before = time.perf_counter() - begin
             self._decode(groups, on_step, on_finish)
-            records += [replace(record, at=record.at + before) for record in self._engine.records]
+            records += [replace(record, at=record.at + before) for record in self._decoder.records]
         self.open = [group for group in groups if not group.whole]
         size = self._config.rollout.group_size
         done = RankRollouts([], [], 0.0, records)
@@ -187,7 +192,11 @@ class Groups:
                 if on_finish is not None and answer is not None:
                     on_finish(number * size + each, group.problem, answer)
 
-        self._engine.generate([request for _, _, request in jobs], on_step, on_finish=finished, segment=segment)
+        requests = [request for _, _, request in jobs]
+        if segment is None:
+            self._decoder.generate(requests, on_step, on_finish=finished)
+        else:
+            self._engine.generate(requests, on_step, on_finish=finished, segment=segment)
 
     def lessons(self, done: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
         """What whole groups teach of lengths, as plain data, and the pinball losses of what had been predicted of them."""

@@ -20,6 +20,7 @@ from rl.policies import fetch_policy, load_policy
 from rl.prompts import stop_token_ids
 from rl.shaping import length_terms
 from rl.tasks import Problem
+from rl.vllm_rollouts import VllmRollouts
 from rollout import (
     PLAIN,
     FinishReason,
@@ -43,13 +44,16 @@ class RolloutWorker:
         policy: The trainer's unwrapped module.
         tokenizer: Its tokenizer.
         rank: Of this process, for where it spills traces and in which order it trains on them.
+        vllm: Decodes in the engine's place, where the recipe has it; the engine then reads what was drawn, for the drafter.
 
     Attributes:
         groups: Makes the rollouts, and carries what is not over.
     """
 
-    def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0) -> None:
-        self.config = config
+    def __init__(
+        self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0, vllm: VllmRollouts | None = None
+    ) -> None:
+        self.config, self._vllm = config, vllm
         self._policy = policy
         self._tokenizer = tokenizer
         self._wants_eagle3 = "eagle3" in config.speculation.drafters
@@ -71,7 +75,7 @@ class RolloutWorker:
         self.buffer = trace_buffer(config, rank)
         self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
-        self.groups = Groups(config, self.engine, tokenizer, self.params)
+        self.groups = Groups(config, self.engine, tokenizer, self.params, None if vllm is None else vllm.backend)
         self._use_strategy()
 
     def _check_drafter(self) -> LlamaConfig:
@@ -113,6 +117,9 @@ class RolloutWorker:
 
     def _use_strategy(self) -> None:
         s = self.config.speculation
+        if self._vllm is not None:
+            self.engine.use_strategy(PLAIN)
+            return
         try:
             self.engine.verify_with(s.verifier)
             if s.strategy == "adaptive":
@@ -161,6 +168,8 @@ class RolloutWorker:
             model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
         spot = spot_trainer(self.config, self._policy, model, self.buffer)
         self.spot = spot
+        if self._vllm is not None:
+            return spot
         self._parts.eagle3 = self.spot.serving
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
         drafter = self.engine.drafters["eagle3"]
@@ -172,6 +181,8 @@ class RolloutWorker:
 
     def learn_from(self, done: RankRollouts, rewards: Sequence[float]) -> None:
         """Hands the step's traces to the drafter's buffer."""
+        if self._vllm is not None and self._wants_eagle3:
+            self.engine.read_traces(done.rollouts)
         self.buffer.begin_step()
         self.buffer.add(done.rollouts, reward_weights(rewards, self.config.drafter.reward_weight))
 
@@ -189,6 +200,8 @@ class RolloutWorker:
 
     def take_over_drafter(self) -> str | None:
         """The engine drafts with the weights to be served. Returns one line when they are unusable and the old ones stay."""
+        if self._vllm is not None and self.spot is not None:
+            self._vllm.update_drafter(self.spot.serving)
         if self.spot is None or self._drafter is None:
             return None
         try:

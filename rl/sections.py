@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rl.drafting_sections import DrafterConfig, SpeculationConfig
 from rl.length_config import LengthConfig
@@ -63,6 +63,25 @@ class TreeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """Rollouts by vLLM in place of the engine, which then only reads what was drawn, for the drafter (benchmarks/engines.md).
+
+    Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at its start only.
+
+    Attributes:
+        servers: URLs of servers, started by ``paceline serve``; empty runs vLLM in the process of a rank alone.
+        exchange: Directory that this machine and the servers see, for new weights; null takes the run's own.
+        depth: Most draft tokens of a step.
+        options: Further arguments of ``vllm.LLM``, without servers.
+    """
+
+    servers: tuple[str, ...] = ()
+    exchange: str | None = None
+    depth: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """How rollouts are made.
 
@@ -81,6 +100,7 @@ class RolloutConfig:
         segment_tokens: Tokens of each sequence in a step, at most; what is unfinished is carried to the next step and trained on
             with its group, once all of that is over (UloRL's segment rollouts). Null decodes every completion to its end.
         tree: Let samples share their beginnings; null draws them apart.
+        vllm: Let vLLM decode; null decodes with the engine.
     """
 
     prompts_per_step: int = 8
@@ -97,6 +117,7 @@ class RolloutConfig:
     resample: int = 0
     segment_tokens: int | None = None
     tree: TreeConfig | None = None
+    vllm: VllmConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from rl.clock import Clock
 from rl.config import RunConfig, to_dict
 from rl.errors import UserError
 from rl.groups import RankRollouts
+from rl.interruption import Interruption
 from rl.metrics import RankStep, rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
 from rl.prompt_choice import prompt_choice
@@ -38,6 +39,7 @@ from rl.stability import Guard
 from rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
 from rl.tasks import Problem, load_task
 from rl.tracking import Tracker
+from rl.vllm_rollouts import VllmRollouts
 from rollout import FinishReason, Rollout, StepRecord
 
 _ROUND = 10**9  # steps that there will never be
@@ -74,7 +76,8 @@ class Trainer:
         # before the engine, which notes where parameters lie: wrapping them for training may move them
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
         self.shaping = Shaping(config, self.tokenizer)
-        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index)
+        self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
+        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index, self.vllm)
         self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
         self.guard = Guard(config.length.guard)
@@ -86,6 +89,8 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.first_step = checkpoint.steps_done
+        if self.vllm is not None:
+            self.vllm.update_policy(self.learner.weights())
         self.drafter.resume(checkpoint)
         state = load_selector_state(checkpoint)
         if state is not None:
@@ -104,9 +109,17 @@ class Trainer:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)
 
-    def run(self) -> None:
-        """All remaining steps."""
+    def run(self, interruption: Interruption | None = None) -> bool:
+        """All remaining steps, or those until it is asked to stop: then the last one is saved.
+
+        Args:
+            interruption: Asked after each step, on the main rank.
+
+        Returns:
+            Whether no step remains.
+        """
         with self.scoring:
+            step = self.first_step - 1
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self.step(step)
                 collapse = self.guard.observe(metrics)
@@ -117,9 +130,20 @@ class Trainer:
                 if collapse is not None:
                     self.tracker.say(collapse)
                 last = step + 1 == self.config.steps
-                if last or (step + 1) % self.config.save_every == 0:
+                stop = self._stops(interruption)
+                if last or stop or (step + 1) % self.config.save_every == 0:
                     self._save(step + 1)
+                if stop:
+                    break
         self.drafter.finish()
+        if self.vllm is not None:
+            self.vllm.close()
+        return step + 1 == self.config.steps
+
+    def _stops(self, interruption: Interruption | None) -> bool:
+        """Whether the main rank was asked to stop. Collective."""
+        main = self.accelerator.is_main_process and interruption is not None
+        return bool(gather_object([main and interruption is not None and interruption.asked])[0])
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
@@ -145,6 +169,9 @@ class Trainer:
         if self.decoded is not self.policy:
             with clock.phase("gather"):
                 copy_weights(self.learner.weights(), self.decoded)
+        if self.vllm is not None:
+            with clock.phase("gather"):
+                self.vllm.update_policy(self.learner.weights())
         with clock.phase("sync"):
             self.worker.engine.refresh_weights()
             self.drafter.share(done, distilled, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from rollout.drafters.base import Drafter, VerifiedStep
 from rollout.entropies import drawn_entropies
 from rollout.graph_pool import CudaCapturer, PlainCapturer
 from rollout.lengths import LengthEstimate
-from rollout.model_runner import ModelRunner
-from rollout.prefill import PromptLogits, prefill
+from rollout.model_runner import Chunk, ModelRunner
+from rollout.prefill import PromptLogits, prefill, split_prefill
 from rollout.refusals import note_refusals
 from rollout.requests import problem_with
 from rollout.results import finished_rollout, snapshot
@@ -163,20 +163,36 @@ class RolloutEngine:
         Returns:
             float32 [len(prompts), hidden], what the output head reads after the last token.
         """
-        found, cache = [], self.runner.cache
-        waiting = list(prompts)
+        found = [self.runner.prompt_states(part) for part in self._portions(prompts)]
+        return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
+
+    def read_traces(self, rollouts: Sequence[Rollout]) -> None:
+        """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have: one forward of the
+        present policy over each. Needs ``tap_layers``; not while requests are in flight."""
+        sequences = [SequenceState(replace(r.request, resume=r), i, self.max_context) for i, r in enumerate(rollouts)]
+        read = iter([s for s in sequences if len(s.tokens) > s.num_prompt])
+        for part in self._portions([s.tokens[:-1] for s in sequences if len(s.tokens) > s.num_prompt]):
+            here = [next(read) for _ in part]
+            chunks = [Chunk(slot, tokens, 0, s.num_prompt - 1) for slot, (tokens, s) in enumerate(zip(part, here, strict=True))]
+            for pieces in split_prefill(chunks, self.prefill_tokens):
+                self.runner.prefill(pieces)
+            for slot, s in enumerate(here):
+                rollouts[s.index].trace = self.runner.trace(s, slot)
+
+    def _portions(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+        """As many at a time as one forward reads and the cache, made ready for them, holds."""
+        waiting, cache = list(texts), self.runner.cache
         while waiting:
             longest, count = 0, 0
-            for prompt in waiting[: self.scheduler.slots]:
-                longest = max(longest, len(prompt))
+            for text in waiting[: self.scheduler.slots]:
+                longest = max(longest, len(text))
                 tokens = sum(map(len, waiting[: count + 1]))
                 if count and (tokens > self.prefill_tokens or count >= cache.slots_at(longest)):
                     break
                 count += 1
             part, waiting = waiting[:count], waiting[count:]
-            cache.reserve(max(map(len, part)), active=0, slots=count)
-            found.append(self.runner.prompt_states(part))
-        return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
+            cache.reserve(longest, active=0, slots=count)
+            yield part
 
     def generate(
         self,
@@ -187,6 +203,7 @@ class RolloutEngine:
         segment: int | None = None,
         mark: int | None = None,
         on_mark: OnMark | None = None,
+        arrivals: Callable[[], Sequence[Request]] | None = None,
     ) -> list[Rollout]:
         """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
 
@@ -200,9 +217,10 @@ class RolloutEngine:
             on_mark: Called with the indices of requests that have just come so far, and what there is of each; they go on. The
                 requests that it returns are added to these: those that ``resume`` what they were shown branch off there, and
                 what the two have in common is copied, not read again.
+            arrivals: Asked after each decode step for requests that have come meanwhile; they are added to these.
         """
         done: dict[int, Rollout] = {}
-        for index, rollout in self._run(requests, on_step, token_budget, segment, mark, on_mark):
+        for index, rollout in self._run(requests, on_step, token_budget, segment, mark, on_mark, arrivals):
             done[index] = rollout
             if on_finish is not None:
                 on_finish(index, rollout)
@@ -228,6 +246,7 @@ class RolloutEngine:
         segment: int | None = None,
         mark: int | None = None,
         on_mark: OnMark | None = None,
+        arrivals: Callable[[], Sequence[Request]] | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
         self.prefill_seconds = 0.0
@@ -249,7 +268,7 @@ class RolloutEngine:
                     feedback, committed = self._step()
                     left -= committed
                     yield from self._retire()
-                    more = self._at_marks(on_mark)
+                    more = [*self._at_marks(on_mark), *(arrivals() if arrivals is not None else ())]
                     yield from self._submit(more, count, segment, mark)
                     count += len(more)
                     at = time.perf_counter() - started

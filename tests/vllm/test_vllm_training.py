@@ -1,0 +1,99 @@
+"""The trainer with vLLM's rollouts: in the process, and behind a server. Runs where vLLM is: ``make test-vllm``."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from drafter_trainer.checkpoint import save_drafter
+from rl.policies import fetch_policy, load_policy
+from rl.summary import read_metrics
+from rollout.backends.vllm_server import serve_command
+from tests.support import ROOT, tiny_eagle3
+
+pytestmark = pytest.mark.vllm
+REWARD = (
+    "def score(prompts, completions, **columns):\n    return [sum(c.isdigit() for c in t) / max(len(t), 1) for t in completions]\n"
+)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A policy, a drafter for it and a reward."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    policy = load_policy(fetch_policy("small-llama"), torch.device("cpu"))
+    save_drafter(tiny_eagle3(policy), tmp_path / "drafter", torch.float32)
+    (tmp_path / "digits.py").write_text(REWARD)
+    return tmp_path
+
+
+def train(home, *options):
+    environment = {**os.environ, "VLLM_PLUGINS": "paceline", "PYTHONPATH": f"{ROOT}:{home}"}
+    recipe = ["policy.model=small-llama", "measure.plain_every=0", "task.reward=digits:score", "save_every=1", "update.kl_coef=0"]
+    drafter = [f"drafter.start={home / 'drafter'}", "drafter.schedule=always", "speculation.drafters=[eagle3]"]
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *options]
+    if "--resume" not in options:
+        command[2:2] = [str(ROOT / "configs" / "tiny.yaml"), *recipe, *drafter]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def rewards(run):
+    return [m["reward/mean"] for m in read_metrics(run)]
+
+
+def check(run):
+    metrics = read_metrics(run)
+    assert all(abs(m["engine/importance_mean"] - 1) < 0.02 for m in metrics), [m["engine/importance_mean"] for m in metrics]
+    assert rewards(run)[-1] > rewards(run)[0] + 0.05, rewards(run)
+    assert metrics[-1]["drafter/updates"] > 0
+    assert (run / "drafter" / "model.safetensors").is_file()
+
+
+def test_the_tiny_task_is_learned_in_the_process(home):
+    """Rewards rise, log-probs are the trainer's own before and after a stop, the drafter is trained and handed over."""
+    options = "rollout.vllm={options: {enforce_eager: true}}"
+    train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
+    check(home / "run")
+    config = json.loads((home / "run" / "config.json").read_text())
+    (home / "run" / "config.json").write_text(json.dumps({**config, "steps": 7}))
+    train(home, "--resume", str(home / "run"))
+    assert len(rewards(home / "run")) == 7
+    assert abs(read_metrics(home / "run")[-1]["engine/importance_mean"] - 1) < 0.02
+    assert not (home / "run" / "exchange").exists()
+
+
+def test_the_tiny_task_is_learned_behind_a_server(home):
+    port = 8731
+    command = serve_command(fetch_policy("small-llama"), drafter=home / "drafter", depth=2, port=port, max_slots=8, max_context=160)
+    command[0] = str(Path(sys.executable).parent / "vllm")
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen([*command, "--enforce-eager", "--dtype", "float32"], env=environment, stdout=log, stderr=log)
+    try:
+        _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
+        options = f"rollout.vllm={{servers: ['http://127.0.0.1:{port}']}}"
+        train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
+        check(home / "run")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait(url, server, log):
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(log.read_text()[-3000:])
