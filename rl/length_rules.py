@@ -17,7 +17,7 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
     terms = length_terms(length)
     names = [str(entry["name"]) for entry in length.rewards]
     asks = [name for name, term in zip(names, terms, strict=True) if term.needs_budgets]
-    grouped = [name for name in names if name in ("grpo_lambda", "shorter_better", "alp", "hbpo")]
+    grouped = [name for name, term in zip(names, terms, strict=True) if term.needs_group]
     return [
         (len(set(names)) == len(names), f"length.rewards names {names}: each at most once"),
         (

@@ -26,6 +26,7 @@ class GrpoLambda(RewardTerm):
 
     share: float = 0.2
     alpha: float = 0.2
+    needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
         of_group = samples.grouped(samples.correct).mean(1)
@@ -57,6 +58,7 @@ class ShorterBetter(RewardTerm):
 
     alpha: float = 2.0
     beta: float = 0.001
+    needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
         lengths, correct = samples.grouped(samples.lengths), samples.grouped(samples.correct) > 0
@@ -75,6 +77,7 @@ class Alp(RewardTerm):
     """
 
     beta: float = 1e-7
+    needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
         solved = samples.correct_ratios().clamp(min=1 / samples.group_size)

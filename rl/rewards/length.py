@@ -106,6 +106,7 @@ class Hbpo(RewardTerm):
     alpha: float | None = None
     limit: int | None = None
     needs_budgets = True
+    needs_group = True
 
     def _most(self, tokens: torch.Tensor, samples: Samples) -> torch.Tensor:
         limit = samples.longest if self.limit is None else self.limit

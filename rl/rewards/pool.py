@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import math
 import multiprocessing
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ _reward: Any = verifiable_reward
 
 def _prepare(config: TaskConfig, seed: int) -> None:
     global _reward
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's to answer
     _problems.update({p.key: p for p in load_task(config, seed).problems})
     if config.reward is not None:
         _reward = load_reward(config.reward)

@@ -56,6 +56,30 @@ def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, 
     return samples.rewards, added
 
 
+def sample_reward(
+    terms: Sequence[Term], reward: float, length: int, longest: int, budget: float | None = None, correct_from: float = 1.0
+) -> float:
+    """One completion's reward after all terms, for trainers that ask for one at a time.
+
+    Args:
+        terms: In their order.
+        reward: The task's.
+        length, longest: Its tokens, and the most that there could be.
+        budget: Tokens that it was asked for.
+        correct_from: Reward from which on it counts as correct.
+
+    Raises:
+        UserError: for terms that compare a group, or read entropies.
+    """
+    for term in terms:
+        if term.needs_group or term.needs_entropies:
+            what = "compares the samples of a prompt" if term.needs_group else "reads entropies"
+            raise UserError(f"length reward {type(term).__name__} {what}: this trainer rewards one completion at a time")
+    rewards = torch.tensor([reward], dtype=torch.float32)
+    budgets = None if budget is None else torch.tensor([float(budget)])
+    return float(apply_terms(terms, Samples(rewards, rewards >= correct_from, torch.tensor([length]), 1, longest, budgets))[0])
+
+
 class LengthAware:
     """A reward function in TRL's signature: another one's rewards, made length-aware.
 

@@ -58,11 +58,13 @@ class Samples:
 class Term(Protocol):
     """A length-aware reward: a frozen dataclass of its parameters. Terms are applied one after the other.
 
-    A term that compares with budgets has ``needs_budgets``, one that reads entropies ``needs_entropies``.
+    A term that compares with budgets has ``needs_budgets``, one that reads entropies ``needs_entropies``, one that compares the
+    samples of a prompt ``needs_group``.
     """
 
     needs_budgets: bool
     needs_entropies: bool
+    needs_group: bool
 
     def rewards(self, samples: Samples) -> torch.Tensor:
         """float32 [S]."""
@@ -79,6 +81,7 @@ class RewardTerm:
     __slots__ = ()
     needs_budgets = False
     needs_entropies = False
+    needs_group = False
 
     def advantages(self, samples: Samples) -> torch.Tensor | None:
         return None

@@ -1,0 +1,247 @@
+"""Rollouts and rewards for verl 0.9, through its registries.
+
+``VERL_USE_EXTERNAL_MODULES=rl.integrations.verl`` in the environment of all workers makes verl import this file, which registers
+
+- the rollout ``paceline`` (``actor_rollout_ref.rollout.name=paceline``): each replica is a Ray actor with an engine of its own;
+  what it drafts and trains is in ``actor_rollout_ref.rollout.engine_kwargs.paceline``, with the sections of `host_config`;
+- the reward manager ``paceline`` (``reward.reward_manager.name=paceline``): verl's naive one, its scores made length-aware by the
+  terms in ``PACELINE_LENGTH_REWARDS``, JSON as ``length.rewards`` in a recipe. verl asks for one sample's reward at a time, so
+  terms that compare a group are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Generator
+from typing import Any
+
+import ray
+import torch
+from verl.experimental.reward_loop.reward_manager import register
+from verl.experimental.reward_loop.reward_manager.naive import NaiveRewardManager
+from verl.workers.rollout import base as rollout_registry
+from verl.workers.rollout.base import BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+
+from rl.errors import UserError
+from rl.integrations.host import host_config
+from rl.integrations.server import EngineServer
+from rl.policies import load_policy
+from rl.prompts import stable_seed, stop_token_ids
+from rl.rewards.registry import load_term, sample_reward
+from rollout import FinishReason, Request, SamplingParams
+
+_BUCKET_BYTES = 256 << 20
+_LOG = logging.getLogger("paceline")
+
+
+class PacelineServer:
+    """The Ray actor of a replica; its methods are those that verl's clients and replicas call.
+
+    Args:
+        config: verl's `RolloutConfig`.
+        model_config: verl's `HFModelConfig`.
+        replica_rank: Of this replica.
+    """
+
+    def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
+        self._config, self._replica = config, replica_rank
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        policy = load_policy(model_config.local_path, device, getattr(torch, config.dtype)).requires_grad_(False)
+        tokenizer = model_config.tokenizer
+        from_host = {
+            "seed": config.seed,
+            "out": f"paceline/replica-{replica_rank}",
+            "policy": {"mixed_precision": "bf16" if config.dtype == "bfloat16" else "no"},
+            "rollout": {
+                "max_tokens": config.response_length,
+                "max_context": config.max_model_len or config.prompt_length + config.response_length,
+                "max_slots": config.max_num_seqs,
+                "temperature": config.temperature,
+                "dtype": config.dtype,
+            },
+        }
+        sections = {name: dict(section) for name, section in (config.engine_kwargs.get("paceline") or {}).items()}
+        drafter = sections.setdefault("drafter", {})
+        drafter.setdefault("schedule", "always")  # a server trains while it has no requests, and stops for the next
+        self._server = EngineServer(host_config(sections, from_host, alone=False), policy, tokenizer, _LOG.warning)
+        self._stops = stop_token_ids(tokenizer, policy.generation_config)
+        self._count = 0
+
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, priority: int = 0, **media: Any
+    ) -> TokenOutput:
+        """Token ids to token ids.
+
+        Raises:
+            UserError: for images and the like, and for what the engine does not sample by.
+        """
+        if any(value for value in media.values()):
+            named = ", ".join(name for name, value in media.items() if value)
+            raise UserError(f"paceline: rollouts are of text; this request has {named}")
+        ids = [int(t) for t in prompt_ids]
+        self._count += 1
+        seed = stable_seed(self._config.seed, self._server.version, f"{self._replica}/{ids}", self._count)
+        request = Request(ids, self._params(dict(sampling_params), len(ids)), seed, group=tuple(ids))
+        rollout = await asyncio.wrap_future(self._server.submit(request))
+        if rollout.finish_reason is FinishReason.FAILED:
+            raise UserError(f"paceline: {rollout.error}")
+        return TokenOutput(
+            token_ids=rollout.token_ids,
+            log_probs=rollout.logprobs,
+            stop_reason="aborted" if rollout.finish_reason is FinishReason.CANCELLED else "completed",
+            num_preempted=rollout.stats.preempted,
+            extra_fields={
+                "global_steps": self._server.version,
+                "spec_num_draft_tokens": rollout.stats.drafted,
+                "spec_num_accepted_tokens": rollout.stats.accepted,
+                "spec_num_verify_steps": rollout.stats.steps,
+            },
+        )
+
+    def _params(self, asked: dict[str, Any], prompt: int) -> SamplingParams:
+        room = (self._config.max_model_len or self._config.prompt_length + self._config.response_length) - prompt
+        default = min(self._config.response_length, self._config.prompt_length + self._config.response_length - prompt)
+        longest = asked.pop("max_tokens", None) or asked.pop("max_new_tokens", None) or default
+        found = SamplingParams(
+            temperature=float(asked.pop("temperature", self._config.temperature)),
+            top_k=max(int(asked.pop("top_k", -1)), 0),
+            top_p=float(asked.pop("top_p", 1.0)),
+            max_tokens=max(min(longest, room), 1),
+            stop_token_ids=() if asked.pop("ignore_eos", False) else self._stops,
+        )
+        asked.pop("logprobs", None)
+        neutral = {"repetition_penalty": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        unknown = [name for name, value in asked.items() if value not in (None, neutral.get(name))]
+        if unknown:
+            raise UserError(f"paceline: the engine does not sample by {', '.join(unknown)}: leave it out")
+        return found
+
+    async def load_weights(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """A part of new weights."""
+        await asyncio.to_thread(self._server.load_weights, weights)
+
+    async def weights_loaded(self, version: int) -> None:
+        """The last part has come."""
+        await asyncio.to_thread(self._server.weights_loaded, version)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Requests are served again."""
+        self._server.resume()
+
+    async def sleep(self) -> None:
+        """Returns when nothing is decoded or trained any more: the trainer's turn. Memory is kept."""
+        await asyncio.to_thread(self._server.pause)
+
+    async def abort_all_requests(self) -> dict[str, Any]:
+        """Ends what is in flight; its tokens so far are returned to who asked."""
+        return {"aborted_count": self._server.cancel_all(), "request_ids": []}
+
+    async def resume_generation(self) -> None:
+        """As `wake_up`."""
+        self._server.resume()
+
+    async def clear_kv_cache(self) -> None:
+        """Nothing outlives a request here."""
+
+    async def release_kv_cache(self) -> None:
+        """As `clear_kv_cache`."""
+
+    async def resume_kv_cache(self) -> None:
+        """As `clear_kv_cache`."""
+
+    async def acceptance(self) -> dict[str, float]:
+        """Drafter updates so far and their newest judgement, to look at."""
+        spot = self._server.worker.spot
+        return {"has_drafter": float(spot is not None), "version": float(self._server.version)}
+
+
+class PacelineReplica(RolloutReplica):
+    """A replica of the rollout ``paceline``: one engine, one device. See verl's `RolloutReplica`."""
+
+    async def launch_servers(self) -> None:
+        if self.world_size != 1:
+            raise UserError(
+                f"paceline: an engine has one device, a replica here {self.world_size}: write tensor_model_parallel_size, "
+                "data_parallel_size and pipeline_model_parallel_size 1, and more replicas"
+            )
+        node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
+        place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        name = f"paceline_server_{self.replica_rank}_0{self.name_suffix}"
+        options = {"name": name, "max_concurrency": self.max_concurrency, "scheduling_strategy": place}
+        server: Any = ray.remote(PacelineServer).options(**options)
+        self.servers = [server.remote(self.config, self.model_config, self.replica_rank)]
+        self._server_handle, self._server_address = self.servers[0], name
+
+
+class PacelineRollout(BaseRollout):
+    """The trainer's side of a replica: hands over weights. See verl's `BaseRollout`."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        rank = int(os.environ["RANK"])
+        self.replica_rank, self.rollout_rank = rank if replica_rank == -1 else replica_rank, 0
+        self.is_leader_rank = True
+        self._server: Any = None
+
+    @property
+    def server(self) -> Any:
+        """The replica's actor, which is started after this."""
+        if self._server is None:
+            self._server = ray.get_actor(f"paceline_server_{self.replica_rank}_0")
+        return self._server
+
+    async def resume(self, tags: list[str]) -> None:
+        await self.server.wake_up.remote(tags)
+
+    async def release(self) -> None:
+        await self.server.sleep.remote()
+
+    @torch.no_grad()
+    async def update_weights(
+        self,
+        weights: Generator[tuple[str, torch.Tensor], None, None],
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if wire_format != "named_tensors":
+            raise UserError(f"paceline: weights come as named_tensors, not as {wire_format}")
+        part: list[tuple[str, torch.Tensor]] = []
+        for name, tensor in weights:
+            part.append((name, tensor.detach().cpu()))
+            if sum(t.nbytes for _, t in part) > _BUCKET_BYTES:
+                await self.server.load_weights.remote(part)
+                part = []
+        if part:
+            await self.server.load_weights.remote(part)
+        await self.server.weights_loaded.remote(global_steps or 0)
+
+
+@register("paceline")
+class LengthAwareRewardManager(NaiveRewardManager):
+    """verl's naive reward manager, its scores made length-aware; see this file's head."""
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        found: dict[str, Any] = await super().run_single(data)
+        entries = json.loads(os.environ.get("PACELINE_LENGTH_REWARDS", "[]"))
+        terms = [load_term(entry, "PACELINE_LENGTH_REWARDS") for entry in entries]
+        item = data[-1:][0]
+        responses = item.batch["responses"]
+        length = int(item.batch["attention_mask"][-responses.shape[-1] :].sum())
+        budget = (item.non_tensor_batch.get("extra_info") or {}).get("budget")
+        score = float(found["reward_score"])
+        found["reward_score"] = sample_reward(terms, score, length, int(responses.shape[-1]), budget)
+        found.setdefault("reward_extra_info", {})["paceline_task_score"] = score
+        return found
+
+
+def _replica() -> type[RolloutReplica]:
+    return PacelineReplica
+
+
+RolloutReplicaRegistry.register("paceline", _replica)
+rollout_registry._ROLLOUT_REGISTRY["paceline", "async"] = "rl.integrations.verl.PacelineRollout"
