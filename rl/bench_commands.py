@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rl.bench_length_commands import LENGTH_COMMANDS
+from rl.bench_pipeline_commands import PIPELINE_COMMANDS
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
@@ -309,4 +310,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "losses": compare_losses,
     "gpu-rl": compare_speculation_end_to_end,
     **LENGTH_COMMANDS,
+    **PIPELINE_COMMANDS,
 }

@@ -1,14 +1,18 @@
-"""What the launch scripts share."""
+"""What commands share."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Annotated
 
 import transformers
+from typer import Argument
 
 from rl.errors import UserError
+
+Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY=VALUE]...")]
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from rl.sections import (
     UpdateConfig,
     WarmupConfig,
 )
+from rl.shipped import shipped_folder, shipped_or_own
 from rl.strict import apply_override, parse
 
 __all__ = [
@@ -52,13 +53,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe.
 
     Args:
-        path: A YAML file. Its key ``base`` may name another one, from its own directory, whose keys it takes over and overrides.
+        path: A YAML file, or the name of a recipe that ships. Its key ``base`` may name another one, from its own directory, whose
+            keys it takes over and overrides.
         overrides: ``key.sub=value`` each, values as YAML.
 
     Raises:
         UserError: one line that names the file and key.
     """
-    data = _read(Path(path), ())
+    data = _read(shipped_or_own(path), ())
     for override in overrides:
         apply_override(data, override)
     config = parse(RunConfig, data, where=str(path))
@@ -72,7 +74,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe; those that ship are in configs/") from None
+        raise UserError(f"{path}: there is no such recipe; those that ship are in {shipped_folder()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

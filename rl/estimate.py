@@ -14,11 +14,12 @@ from rl.config import LoraConfig, RunConfig
 from rl.lora import add_adapters
 from rl.policies import cached_policy
 from rl.sharding import is_shared, trainable, zero_stage
+from rl.shipped import shipped_folder
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
 
-_SHAPES = Path(__file__).parents[1] / "configs" / "shapes"
+_SHAPES = shipped_folder() / "shapes"
 _TRAINED = 16  # bytes of a float32 parameter with its gradient and Adam's two moments
 
 

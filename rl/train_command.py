@@ -1,10 +1,11 @@
-"""What ``launch/train.py`` does."""
+"""What ``launch/train.py`` and ``paceline train`` do, in each rank."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rl.cli import user_errors
 from rl.config import RunConfig, check, load_config
 from rl.errors import UserError
 from rl.estimate import describe
+from rl.interruption import Interruption
 from rl.machine import fit_process
 from rl.report import write_report
 from rl.run_state import Checkpoint, find_checkpoint
@@ -27,13 +29,13 @@ from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator, write_config
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
+def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", nargs="?", help="a recipe, unless resuming")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe and print what it will take, without training")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run to go on with")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     if (args.config is None) == (args.resume is None):
         parser.error("name a recipe or --resume RUN")
     if args.dry_run and args.resume is not None:
@@ -63,6 +65,11 @@ def main(description: str | None) -> None:
         train(parse_arguments(description))
 
 
+def run(arguments: Sequence[str]) -> None:
+    """The same with arguments of one's own, and errors as they are."""
+    train(parse_arguments(None, arguments))
+
+
 def train(args: argparse.Namespace) -> None:
     """A run, from its recipe or from where it stopped, to its report."""
     if args.dry_run:
@@ -80,9 +87,12 @@ def train(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     with Tracker(config, run, accelerator.is_main_process) as tracker:
         tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
-        Trainer(config, run, accelerator, checkpoint, tracker).run()
-        if accelerator.is_main_process:
+        with Interruption(run, accelerator.is_main_process) as interruption:
+            whole = Trainer(config, run, accelerator, checkpoint, tracker).run(interruption)
+        if accelerator.is_main_process and whole:
             finish(config, run, tracker)
+        elif accelerator.is_main_process:
+            tracker.say(f"stopped; go on with --resume {run}")
     accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rl.errors import UserError
+from rl.shipped import shipped_or_own
 
 _OURS = {
     "bf16": "policy.mixed_precision",
@@ -28,7 +28,7 @@ def read_settings(path: str) -> dict[str, Any]:
         UserError: not there, not JSON, or with keys that belong to the recipe.
     """
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        settings = json.loads(shipped_or_own(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage") from None
     except json.JSONDecodeError as error:

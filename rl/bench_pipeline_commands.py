@@ -1,0 +1,41 @@
+"""Benchmarks in other people's pipelines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def compare_trl(args: argparse.Namespace) -> None:
+    """TRL's own generation, and ours in TRL."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from rl.bench_report import write_rows
+    from rl.bench_trl import compare_trl
+
+    rows, pair = compare_trl(str(args.config), args.drafter, args.runs, args.ranks, args.overrides, print)
+    table = Table("rollouts", "steps", "step s", "generation s", "tokens", "reward, first and last half")
+    for r in rows:
+        half = len(r.rewards) // 2
+        halves = [sum(part) / len(part) for part in (r.rewards[:half], r.rewards[half:])]
+        table.add_row(
+            r.rollouts,
+            str(r.steps),
+            f"{r.step:.1f}",
+            f"{r.generation:.1f}",
+            f"{r.tokens:.1f}",
+            f"{halves[0]:.3f} → {halves[1]:.3f}",
+        )
+    console = Console(width=160)
+    console.print(table)
+    console.print(
+        f"step {pair.step_ratio:.2f} of at most {pair.limit:.2f}; generation {pair.generation_ratio:.2f}, by token "
+        f"{pair.by_token:.2f}; reward {pair.reward_difference:+.3f} ± {pair.reward_error:.3f}"
+    )
+    write_rows({"rows": rows, "pair": [pair]}, args.out, " ".join(["python", *sys.argv]))
+
+
+PIPELINE_COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {"trl": compare_trl}

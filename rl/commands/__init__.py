@@ -1,0 +1,1 @@
+"""What `paceline` and the scripts in launch/ do: one function a command, its parameters its options."""

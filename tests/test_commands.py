@@ -1,0 +1,126 @@
+"""The command line: the same functions as the scripts in launch/."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from rl.commands.app import app
+from rl.commands.doctor import Finding, findings
+from rl.config import load_config
+from rl.policies import fetch_policy
+from rl.summary import read_metrics
+from tests.support import ROOT
+
+runner = CliRunner()
+
+
+def test_help_names_every_command():
+    said = runner.invoke(app, ["--help"]).output
+    assert all(name in said for name in ("train", "bench", "report", "evaluate", "export", "serve", "warmup", "fetch", "doctor"))
+
+
+def test_recipes_that_ship_have_names(tmp_path, monkeypatch):
+    """Also away from the checkout, as with an installed wheel."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart") == load_config(ROOT / "configs" / "quickstart.yaml")
+    assert load_config("configs/length/pear.yaml") == load_config("length/pear")
+    found = runner.invoke(app, ["train", "tiny", "--dry-run", "out=runs/x"])
+    assert found.exit_code == 0
+    assert "tiny" in found.output
+    (tmp_path / "quickstart").write_text("steps: 3\ntask: {datasets: [{name: chain_sum}]}\n")
+    assert load_config("quickstart").steps == 3  # one's own comes first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "name a recipe or --resume"),
+        (["train", "nothing"], "there is no such recipe"),
+        (["train", "tiny", "--ranks", "0"], "--ranks is 0"),
+        (["export", "nowhere", "out"], "nowhere"),
+        (["serve", "nowhere"], "finished run"),
+        (["report", "nowhere"], "nowhere"),
+        (["warmup", "tiny"], "nothing to do"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, said):
+    found = runner.invoke(app, arguments)
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_serve_prints_what_it_would_run(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint" / "policy").mkdir(parents=True)
+    (run / "drafter").mkdir()
+    (run / "config.json").write_text(json.dumps({"rollout": {"max_context": 384}}))
+    vllm = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "[[1,8,3],[9,64,0]]", "--", "--dtype", "float32"]).output
+    assert vllm.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve ")
+    assert '"num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 64, 0]]' in vllm
+    assert vllm.rstrip().endswith("--dtype float32")
+    sglang = runner.invoke(app, ["serve", str(run), "--sglang", "--depth", "3"]).output
+    assert "--speculative-num-draft-tokens 4" in sglang
+    wrong = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "8"])
+    assert wrong.exit_code == 2
+    assert "[[from, to, tokens], ...]" in wrong.stderr
+
+
+def test_doctor_says_what_is_there(monkeypatch):
+    found = list(findings())
+    names = [f.what for f in found]
+    assert {"Python", "torch", "transformers", "device", "memory", "native kernels"} <= set(names)
+    assert not [f for f in found if f.needed and not f.good]
+    assert "main job runs here" in runner.invoke(app, ["doctor"]).output
+    missing = Finding("torch", "2.0", False, needed=True, advice="pip install 'torch>=2.13'")
+    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter([missing]))
+    broken = runner.invoke(app, ["doctor"])
+    assert broken.exit_code == 1
+    assert "cannot run here: torch" in broken.output
+
+
+def test_bench_has_its_own_help():
+    with pytest.raises(SystemExit):
+        from rl.commands.bench import main
+
+        main(["--help"])
+    assert "selection" in runner.invoke(app, ["bench", "--help"]).output
+
+
+def _interrupted(tmp_path, ranks):
+    """Starts a long run, presses Ctrl-C in its first steps, and returns what it said with its exit status."""
+    command = [sys.executable, "-m", "rl.commands.app", "train", "tiny", f"out={tmp_path / 'run'}", "steps=40", "save_every=100"]
+    more = ["measure.plain_every=0", "drafter.schedule=never", "--ranks", str(ranks)]
+    environment = {**os.environ, "PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    job = subprocess.Popen(
+        [*command, *more], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for _ in range(400):
+        if (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1:
+            break
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.2)
+    job.send_signal(signal.SIGINT)
+    return job.communicate(timeout=120)[0], job.returncode
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ci)])
+def test_ctrl_c_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    fetch_policy("tiny-llama")
+    said, status = _interrupted(tmp_path, ranks)
+    assert "stopping after this step" in said
+    assert re.search(r"stopped; go on with --resume\s+\S+run\s", said), said
+    assert "Traceback" not in said
+    assert status == 0
+    done = len(read_metrics(tmp_path / "run"))
+    assert 1 <= done < 40
+    state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
+    assert state["steps_done"] == done

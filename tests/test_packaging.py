@@ -1,0 +1,110 @@
+"""What is built is whole: a wheel and an sdist that install elsewhere."""
+
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+
+import pytest
+
+from tests.support import ROOT
+
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(600)]
+EXTRAS = ("trl", "deepspeed", "vllm", "peft", "verl")
+HIDE = f"""
+import sys
+
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(name)
+
+
+sys.meta_path.insert(0, Hide())
+"""
+CHECK = f"""
+import importlib
+import pathlib
+
+for name in {EXTRAS}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name + " is not hidden")
+
+import drafter_trainer
+import rl.commands.app
+import rl.integrations.host
+import rollout.backends.vllm_server
+from rl.config import load_config
+from rollout.native.build import SOURCE
+
+assert "site-packages" in rl.__file__, rl.__file__
+assert SOURCE.is_file() and SOURCE.with_name("tiles.h").is_file()
+assert load_config("quickstart").steps == 20 and load_config("length/pear").length.rewards
+for package in (rl, rollout, drafter_trainer):
+    assert pathlib.Path(package.__file__).with_name("py.typed").is_file()
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A copy of what git knows of, built as a user would."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    source.mkdir()
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return folder
+
+
+def test_the_sdist_has_what_the_wheel_needs(built):
+    with tarfile.open(next((built / "dist").glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "pyproject.toml", "configs/quickstart.yaml", "rollout/native/kernels.cpp"} <= names
+    wheel = next((built / "dist").glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        inside = archive.namelist()
+        metadata = archive.read(next(name for name in inside if name.endswith("METADATA"))).decode()
+    modules = {str(p.relative_to(ROOT)) for package in ("rl", "rollout", "drafter_trainer") for p in (ROOT / package).rglob("*.py")}
+    assert modules <= set(inside)
+    assert {"rl/py.typed", "rollout/py.typed", "drafter_trainer/py.typed", "paceline_recipes/quickstart.yaml"} <= set(inside)
+    assert not [name for name in inside if name.startswith(("tests/", "benchmarks/", "launch/"))]
+    assert "License-Expression: Apache-2.0" in metadata
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert not [line for line in required if any(name in line for name in ("trl", "deepspeed", "vllm", "peft"))]
+
+
+def test_the_wheel_runs_without_the_extras(built):
+    """In an environment that sees this one's libraries, but neither this checkout nor the extras."""
+    home = built / "venv"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    wheel = next((built / "dist").glob("*.whl"))
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    site = next((home / "lib").glob("python*/site-packages"))
+    libraries = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "zz_libraries.pth").write_text(f"{libraries}\nimport hide_extras\n")
+    (site / "hide_extras.py").write_text(HIDE)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(built), "PACELINE_CACHE": str(built / "cache")}
+
+    def run(*command):
+        done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-1000:]
+        return done.stdout
+
+    run(python, "-c", CHECK)
+    assert "serves" in run(home / "bin" / "paceline", "doctor")
+    run(home / "bin" / "paceline", "train", "tiny", "steps=1", "out=run")
+    assert (built / "run" / "report.html").is_file()
