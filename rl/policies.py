@@ -199,3 +199,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
         if file.is_file() and not weights and file.name not in ("config.json", "generation_config.json"):
             shutil.copy2(file, target / file.name)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recomputes activations in the backward pass; transformers has renamed how one says so."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()

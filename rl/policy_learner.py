@@ -19,7 +19,7 @@ from rl.critic import Critic, CriticReport, ValueModel
 from rl.groups import RankRollouts
 from rl.log_probs import PolicyLogProbs
 from rl.lora import merged
-from rl.policies import load_policy
+from rl.policies import load_policy, recompute_activations
 from rl.reference import Reference
 from rl.run_state import Checkpoint, restore_moments
 from rl.shaping import Shaped
@@ -56,7 +56,7 @@ class PolicyLearner:
         self._config, self._accelerator = config, accelerator
         update = config.update
         if config.policy.gradient_checkpointing:
-            policy.activation_checkpointing_enable()
+            recompute_activations(policy)
         text = policy.config.get_text_config()
         self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
         module = PolicyLogProbs(policy)
@@ -72,7 +72,7 @@ class PolicyLearner:
         if update.advantage == "gae":
             decoder = load_policy(start, accelerator.device)
             if config.policy.gradient_checkpointing:
-                decoder.activation_checkpointing_enable()
+                recompute_activations(decoder)
             value_model = ValueModel(decoder).to(accelerator.device)
             self.critic = Critic(accelerator, value_model, config, None if checkpoint is None else checkpoint.path)
         if checkpoint is not None:

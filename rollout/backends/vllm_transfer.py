@@ -63,6 +63,7 @@ def expand(
 def engine_class() -> type[Any]:
     """The engine, a subclass of vLLM's `WeightTransferEngine`; made when vLLM is there."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     @dataclass
@@ -92,6 +93,10 @@ def engine_class() -> type[Any]:
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                # A head that shares the embedding's weight is not in the files, and what vLLM had packed for the CPU would stay.
+                for head in (m for m in self.model.modules() if isinstance(m, ParallelLMHead)):
+                    head.quant_method.process_weights_after_loading(head)
 
         def shutdown(self) -> None:
             pass
