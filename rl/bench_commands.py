@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rl.bench_length_commands import LENGTH_COMMANDS
 from rl.bench_pipeline_commands import PIPELINE_COMMANDS
+from rl.command_line import command_line
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
@@ -37,7 +37,7 @@ def measure_rollout(args: argparse.Namespace) -> None:
     results = bench.run(peers, lambda line: console.print(line, highlight=False), args.workloads)
     console.print(results_table(results))
     extra = {"refresh_seconds": refresh, "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
-    write(results, profiles, extra, args.out, " ".join(["python", *sys.argv]))
+    write(results, profiles, extra, args.out, command_line())
 
 
 def compare_updates(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def compare_runs(args: argparse.Namespace) -> None:
         row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
         table.add_row(run.name, str(s["seed"]), *(f"{x:.3f}" for x in row))
     Console().print(table)
-    args.out.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": records}, indent=2) + "\n")
+    args.out.write_text(json.dumps({"command": command_line(), "runs": records}, indent=2) + "\n")
 
 
 def measure_gpu(args: argparse.Namespace) -> None:
@@ -94,7 +94,7 @@ def measure_gpu(args: argparse.Namespace) -> None:
             print(f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}", flush=True)
         for batch, milliseconds, share in reports[-1].drafter:
             print(f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step", flush=True)
-        write_gpu(reports, args.out, " ".join(["python", *sys.argv]))
+        write_gpu(reports, args.out, command_line())
 
 
 def print_plans(args: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def compare_drafters(args: argparse.Namespace) -> None:
         rows = measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None))
     else:
         rows = compare_drafters(config, args.run, args.temperatures, args.batches, print)
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 def compare_verifiers(args: argparse.Namespace) -> None:
@@ -142,7 +142,7 @@ def compare_verifiers(args: argparse.Namespace) -> None:
         bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
         rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=96, candidates=(1, 2, 3, 4), say=print)
         tables |= {f"verifiers, T = {temperature}": rows, f"bounds, T = {temperature}": bounds}
-    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+    write_rows(tables, args.out, command_line())
 
 
 def compare_selection(args: argparse.Namespace) -> None:
@@ -167,7 +167,7 @@ def compare_selection(args: argparse.Namespace) -> None:
         whole = measure_whole_batch(bench, bench.workloads(("tail",))[0])
         print(f"{whole.workload}: {whole.ratio:.2f} x plain of at most {whole.bound:.2f}")
         tables[f"whole batch, T = {temperature}"] = [whole]
-    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+    write_rows(tables, args.out, command_line())
 
 
 def compare_served(args: argparse.Namespace) -> None:
@@ -184,7 +184,7 @@ def compare_served(args: argparse.Namespace) -> None:
         f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine {row.engine:.3f}, vLLM {row.vllm:.3f}"
     )
     print(f"vLLM / engine {row.ratio:.3f}")
-    write_rows({"rows": [row]}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": [row]}, args.out, command_line())
 
 
 def compare_losses(args: argparse.Namespace) -> None:
@@ -200,7 +200,7 @@ def compare_losses(args: argparse.Namespace) -> None:
     cost = collection_cost(bench, passes=3)
     print(f"collecting traces: {cost.share:.1%} of rollout time")
     rows = compare_losses(bench, args.seconds, args.sequences, print)
-    write_rows({"collection": [cost], "rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"collection": [cost], "rows": rows}, args.out, command_line())
 
 
 def compare_idle(args: argparse.Namespace) -> None:
@@ -212,7 +212,7 @@ def compare_idle(args: argparse.Namespace) -> None:
     print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
     print(f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ", end="")
     print(f"{trained.update_longer:+.1%}; a snapshot takes {1e3 * trained.snapshot:.0f} ms of a step")
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 def compare_learning(args: argparse.Namespace) -> None:
@@ -231,7 +231,7 @@ def compare_learning(args: argparse.Namespace) -> None:
     )
     print(f"{found.limit:.2f}x would be the steps' ratio if rollouts took no time")
     tables: dict[str, list] = {"runs": [*speculating, *plain], "comparison": [found]}
-    write_rows(tables, args.out, " ".join(["python", *sys.argv]))
+    write_rows(tables, args.out, command_line())
 
 
 def compare_sharding(args: argparse.Namespace) -> None:
@@ -240,7 +240,7 @@ def compare_sharding(args: argparse.Namespace) -> None:
     from rl.bench_sharding import compare_sharding
 
     rows = compare_sharding(args.config, args.overrides, args.runs, args.ranks, print)
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 def compare_online(args: argparse.Namespace) -> None:
@@ -255,7 +255,7 @@ def compare_online(args: argparse.Namespace) -> None:
     for row in rows:
         mean = sum(row.lengths) / len(row.lengths)
         print(f"{row.variant:<50} {row.updates:>4} updates  mean length {mean:.3f}  regret {row.regret[-1]:+.2f}")
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 def draw_plots(args: argparse.Namespace) -> None:
@@ -284,7 +284,7 @@ def compare_speculation_end_to_end(args: argparse.Namespace) -> None:
         print(times)
     print(f"rollout {ratios['rollout']:.2f}x, whole step {ratios['step']:.2f}x of at most {bound:.2f}x (Amdahl)")
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line(),
         "runs": [asdict(plain), asdict(adaptive)],
         "ratios": ratios,
         "bound": bound,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
+
+from rl.command_line import command_line
 
 
 def compare_rewards(args: argparse.Namespace) -> None:
@@ -23,7 +24,7 @@ def compare_rewards(args: argparse.Namespace) -> None:
             r.recipe, f"{r.accuracy:.3f}", change, f"{r.length:.1f}", f"{r.length_ratio:.2f}", f"{r.entropy:.3f}", f"{r.step:.1f}"
         )
     Console(width=140).print(table)
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 def compare_prediction(args: argparse.Namespace) -> None:
@@ -47,7 +48,7 @@ def compare_prediction(args: argparse.Namespace) -> None:
     orders = compare_orders(bench, known, held_out, args.slots, None, print)
     print(f"with room for {args.cache_tokens} tokens:")
     tight = compare_orders(bench, known, held_out, args.slots, args.cache_tokens, print)
-    write_rows({"predictors": rows, "orders": orders, "little_cache": tight}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"predictors": rows, "orders": orders, "little_cache": tight}, args.out, command_line())
 
 
 def compare_remedies(args: argparse.Namespace) -> None:
@@ -74,7 +75,7 @@ def compare_remedies(args: argparse.Namespace) -> None:
             f"{r.ratio_spread:.4f}",
         )
     Console(width=160).print(table)
-    write_rows({"rows": rows}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows}, args.out, command_line())
 
 
 LENGTH_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

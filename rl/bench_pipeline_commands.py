@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from rl.command_line import command_line
 
 
 def compare_trl(args: argparse.Namespace) -> None:
@@ -32,10 +33,11 @@ def compare_trl(args: argparse.Namespace) -> None:
     console = Console(width=160)
     console.print(table)
     console.print(
-        f"step {pair.step_ratio:.2f} of at most {pair.limit:.2f}; generation {pair.generation_ratio:.2f}, by token "
-        f"{pair.by_token:.2f}; reward {pair.reward_difference:+.3f} ± {pair.reward_error:.3f}"
+        f"step {pair.step_ratio:.2f}, at equal lengths {pair.equal_lengths:.2f} of at most {pair.limit:.2f}; "
+        f"generation {pair.generation_ratio:.2f}, by token {pair.by_token:.2f}; "
+        f"reward {pair.reward_difference:+.3f} ± {pair.reward_error:.3f}"
     )
-    write_rows({"rows": rows, "pair": [pair]}, args.out, " ".join(["python", *sys.argv]))
+    write_rows({"rows": rows, "pair": [pair]}, args.out, command_line())
 
 
 PIPELINE_COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {"trl": compare_trl}

@@ -42,6 +42,7 @@ class TrlPair:
     Attributes:
         step_ratio, generation_ratio: Seconds of TRL's own ÷ with our rollouts.
         by_token: The same for the generation of a token: lengths differ by chance.
+        equal_lengths: Step ratio with TRL's own updates and completions, and its generation divided by ``by_token``.
         limit: Step ratio of rollouts that took no time.
         reward_difference, reward_error: Ours less TRL's, mean over steps, and its standard error.
     """
@@ -49,6 +50,7 @@ class TrlPair:
     step_ratio: float
     generation_ratio: float
     by_token: float
+    equal_lengths: float
     limit: float
     reward_difference: float
     reward_error: float
@@ -70,11 +72,13 @@ def compare_trl(
             _train(config, side, drafter, out, ranks, overrides)
         rows.append(_row(side, [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]))
     theirs, ours = rows
+    by_token = theirs.generation / theirs.tokens / (ours.generation / ours.tokens)
     differences = [a - b for a, b in zip(ours.rewards, theirs.rewards, strict=True)]
     return rows, TrlPair(
         step_ratio=theirs.step / ours.step,
         generation_ratio=theirs.generation / ours.generation,
-        by_token=theirs.generation / theirs.tokens / (ours.generation / ours.tokens),
+        by_token=by_token,
+        equal_lengths=theirs.step / (theirs.step - theirs.generation + theirs.generation / by_token),
         limit=theirs.step / (theirs.step - theirs.generation),
         reward_difference=mean(differences),
         reward_error=stdev(differences) / len(differences) ** 0.5,

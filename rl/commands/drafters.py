@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from typer import Argument, Option
 from drafter_trainer.checkpoint import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import Overrides, user_errors
+from rl.command_line import command_line
 from rl.config import load_config
 from rl.drafter_warmup import warm_drafter
 from rl.errors import UserError
@@ -39,7 +39,7 @@ def warm_up_drafter(
         if recipe.policy.warmup is not None:
             warm_up(recipe)
         report = warm_drafter(recipe, minutes, out, lambda line: print(line, flush=True))
-        record = {"command": " ".join(["python", *sys.argv]), **asdict(report)}
+        record = {"command": command_line(), **asdict(report)}
         (out / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
         print(
             f"{report.sampling_seconds:.0f} s of sampling, {report.training_seconds:.0f} s of training, {report.updates} updates; "

@@ -138,7 +138,7 @@ class EngineServer:
     def _learn(self, rollouts: list[Rollout]) -> None:
         """Trains the drafter on these until there is something else to do."""
         whole = [r for r in rollouts if r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)]
-        if not whole or self._config.drafter.schedule == "never" or self._config.speculation.drafters == ():
+        if not whole or self._config.drafter.schedule == "never":
             return
         worker = self.worker
         if worker.needs_drafter:

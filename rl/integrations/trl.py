@@ -27,6 +27,7 @@ from rollout import Request, Rollout
 _LOG = logging.getLogger("paceline")
 _ROOM_FOR_PROMPTS = 2048
 _FOLDER = "paceline"
+_TEXT_ONLY = "paceline: rollouts are of text; these prompts have images"
 
 
 def paceline_rollouts(*, answer: str = "Answer:", **sections: dict[str, Any]) -> PacelineRollouts:
@@ -64,7 +65,9 @@ class PacelineRollouts(TrainerCallback):
             prompts: Texts or conversations of this rank, repeated for the samples of a group.
             trainer: Its `GRPOTrainer`.
         """
-        prompt_ids = trainer._tokenize_prompts(prompts)[0]
+        prompt_ids, images, _ = trainer._tokenize_prompts(prompts)
+        if images:
+            raise UserError(_TEXT_ONLY)
         rollouts = self.complete(prompt_ids, trainer)
         found: dict[str, Any] = {
             "prompt_ids": prompt_ids,
@@ -174,7 +177,7 @@ class RLOOTrainer(trl.RLOOTrainer):
             found: list[list[int]] = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
             return found
         if images is not None:
-            raise UserError("paceline: rollouts are of text; these prompts have images")
+            raise UserError(_TEXT_ONLY)
         return [r.token_ids for r in self.rollout_func.complete(prompt_ids, self)]
 
 

@@ -153,10 +153,9 @@ class PacelineServer:
     async def resume_kv_cache(self) -> None:
         """As `clear_kv_cache`."""
 
-    async def acceptance(self) -> dict[str, float]:
-        """Drafter updates so far and their newest judgement, to look at."""
-        spot = self._server.worker.spot
-        return {"has_drafter": float(spot is not None), "version": float(self._server.version)}
+    async def has_drafter(self) -> bool:
+        """Whether there is an EAGLE-3 drafter yet: it begins after the first requests."""
+        return self._server.worker.spot is not None
 
 
 class PacelineReplica(RolloutReplica):

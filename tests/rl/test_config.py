@@ -152,3 +152,23 @@ def test_the_estimate_of_a_known_shape():
     assert found.rollout > 0 and found.update > 0
     drafter = tiny_eagle3(tiny_llama())
     assert parameter_count(drafter.config) == sum(p.numel() for p in drafter.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["measure.plain_every=5"], "measure.plain_every decodes again"),
+        (["speculation.drafters=[suffix]"], "drafts with EAGLE-3 or not at all"),
+        (["speculation.drafters=[eagle3]"], "name one in drafter.start"),
+        (["rollout.segment_tokens=16"], "leave rollout.segment_tokens out"),
+        (["length.predictor=prod_d"], "vllm has its own"),
+        (["length.rewards=[{name: pear}]"], "pear"),
+        (["rollout.vllm.depth=0"], "rollout.vllm.depth is 0"),
+        (["speculation.strategy=suffix:4"], "knows adaptive, plain and eagle3"),
+    ],
+)
+def test_what_vllm_does_not_do_is_said(overrides, says):
+    base = ["rollout.vllm={}", "speculation.drafters=[]", "measure.plain_every=0"]
+    load_config(TINY, base)
+    with pytest.raises(UserError, match=says):
+        load_config(TINY, [*base, *overrides])

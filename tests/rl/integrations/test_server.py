@@ -1,0 +1,127 @@
+"""An engine behind a queue, as hosts with servers use it."""
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from rl.integrations.host import host_config
+from rl.integrations.server import EngineServer
+from rl.policies import fetch_policy, load_policy
+from rollout import FinishReason, Request, SamplingParams
+
+SECTIONS = {
+    "speculation": {"drafters": ["suffix", "eagle3"]},
+    "drafter": {
+        "schedule": "always",
+        "draft_vocab_size": 48,
+        "unroll": 2,
+        "tokens_per_microbatch": 128,
+        "held_out_every": 0,
+        "judge_every": 1,
+    },
+}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    path = fetch_policy("tiny-llama")
+    rollout = {"max_tokens": 24, "max_context": 96, "max_slots": 4, "dtype": "float32"}
+    from_host = {"out": str(tmp_path / "out"), "policy": {"mixed_precision": "no"}, "rollout": rollout}
+    lines = []
+    made = EngineServer(
+        host_config(SECTIONS, from_host, alone=False),
+        load_policy(path, torch.device("cpu")).requires_grad_(False),
+        AutoTokenizer.from_pretrained(path),
+        lines.append,
+    )
+    yield made, load_policy(path, torch.device("cpu"))
+    made.close()
+    assert not lines
+
+
+def ask(server, count, tokens=16, seed=0):
+    params = SamplingParams(max_tokens=tokens)
+    return [server.submit(Request([3, 5, 7 + i % 3], params, seed=seed + i, group=i % 3)) for i in range(count)]
+
+
+def worst(model, rollouts):
+    errors = []
+    for r in rollouts:
+        ids = torch.tensor([[*r.request.prompt_ids, *r.token_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(r.request.prompt_ids) - 1 : -1]
+        wanted = torch.log_softmax(logits, -1)[torch.arange(len(r.token_ids)), torch.tensor(r.token_ids)]
+        errors.append(float((wanted - torch.tensor(r.logprobs)).abs().max()))
+    return max(errors)
+
+
+def test_requests_weights_and_a_drafter_between_them(server):
+    served, model = server
+    first = [f.result(60) for f in ask(served, 10)]
+    assert worst(model, first) < 1e-3
+    assert [f.result(60).token_ids for f in ask(served, 10)] == [r.token_ids for r in first]  # trained meanwhile, and lossless
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    named = [(n, p.detach()) for n, p in model.named_parameters()]
+    served.load_weights(named[:5])
+    served.load_weights(named[5:])
+    served.weights_loaded(3)
+    assert served.version == 3
+    assert worst(model, [f.result(60) for f in ask(served, 10)]) < 1e-3
+    assert served.worker.spot is not None
+
+
+def test_pauses_hold_requests_back(server):
+    served, _ = server
+    served.pause()
+    future = ask(served, 1)[0]
+    with pytest.raises(TimeoutError):
+        future.result(0.5)
+    served.resume()
+    assert future.result(60).token_ids
+
+
+def test_requests_join_those_in_flight(server):
+    """From many threads at once."""
+    served, _ = server
+    found = []
+
+    def client(number):
+        found.extend(f.result(60) for f in ask(served, 3, seed=100 * number))
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 18
+    assert all(r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH) for r in found)
+
+
+def test_cancelling_ends_what_waits_and_what_is_in_flight(server):
+    served, _ = server
+    served.pause()
+    waiting = ask(served, 3)
+    assert served.cancel_all() == 3
+    assert all(f.result(5).finish_reason is FinishReason.CANCELLED for f in waiting)
+    served.resume()
+    assert ask(served, 1)[0].result(60).finish_reason is not FinishReason.CANCELLED
+
+
+def test_a_failure_reaches_everyone_who_waits(server, monkeypatch):
+    served, _ = server
+
+    def broken(*args, **options):
+        raise RuntimeError("no engine")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(served.worker.engine, "generate", broken)
+        futures = ask(served, 3)
+        for future in futures:
+            with pytest.raises(RuntimeError, match="no engine"):
+                future.result(60)
+    assert ask(served, 1)[0].result(60).token_ids
