@@ -31,14 +31,15 @@ def train(
             raise UserError(f"train: --ranks is {ranks}: write at least 1")
         named = [] if config is None else [config, *(overrides or ())]
         options = [*(["--dry-run"] if dry_run else []), *(["--resume", str(resume)] if resume is not None else [])]
+        run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
-            from rl.train_command import run
+            from rl.train_command import run as run_here
 
-            run([*named, *options])
+            run_here([*named, *options])
         elif ranks == 1:
             os.execv(sys.executable, [sys.executable, "-m", "rl.commands.rank", *named, *options])
         else:
-            raise SystemExit(_launch(ranks, [*named, *options], _directory(config, overrides, resume)))
+            raise SystemExit(_launch(ranks, [*named, *options], run))
 
 
 def _directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
