@@ -5,14 +5,18 @@ In a checkout they are in configs/, in an installed wheel in the package ``pacel
 
 from __future__ import annotations
 
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 
 def shipped_folder() -> Path:
     """Where they are."""
     checkout = Path(__file__).parents[1] / "configs"
-    return checkout if checkout.is_dir() else Path(str(resources.files("paceline_recipes")))
+    if checkout.is_dir():
+        return checkout
+    package = find_spec("paceline_recipes")
+    assert package is not None and package.submodule_search_locations  # the wheel has it
+    return Path(next(iter(package.submodule_search_locations)))
 
 
 def shipped_or_own(name: str | Path) -> Path:
