@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 
 from rl.drafting_sections import SpeculationConfig
 from rl.errors import UserError
@@ -119,7 +120,7 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (config.drafter.vocabulary_every == 0, "drafter.vocabulary_every changes what vLLM has loaded: write 0 with rollout.vllm"),
         (
-            s.strategy in ("adaptive", "plain") or s.strategy.startswith("eagle3:"),
+            re.fullmatch(r"adaptive|plain|eagle3:\d+", s.strategy) is not None,
             f"speculation.strategy is {s.strategy}: rollout.vllm knows adaptive, plain and eagle3:<depth>",
         ),
     ]

@@ -66,7 +66,7 @@ class VllmEngine:
         from vllm.config import WeightTransferConfig
 
         register()
-        self._depth, self._drafter = depth, drafter
+        self._drafter = drafter
         speculative = None
         if drafter is not None:
             everywhere = [[1, max_slots, depth]]  # vLLM pads drafts to one depth unless a schedule is given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -175,8 +176,6 @@ def serve_command(
         max_context: Most tokens of prompt and completion together.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
     """
-    import json
-
     command = ["vllm", "serve", str(model), "--port", str(port), "--max-num-seqs", str(max_slots)]
     command += ["--max-model-len", str(max_context), "--logprobs-mode", "processed_logprobs"]
     command += ["--weight-transfer-config", json.dumps({"backend": "paceline_files"})]

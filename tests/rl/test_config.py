@@ -165,6 +165,7 @@ def test_the_estimate_of_a_known_shape():
         (["length.rewards=[{name: pear}]"], "pear"),
         (["rollout.vllm.depth=0"], "rollout.vllm.depth is 0"),
         (["speculation.strategy=suffix:4"], "knows adaptive, plain and eagle3"),
+        (["speculation.strategy=eagle3:3x2/4"], "knows adaptive, plain and eagle3"),
     ],
 )
 def test_what_vllm_does_not_do_is_said(overrides, says):
