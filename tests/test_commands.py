@@ -111,7 +111,8 @@ def _interrupted(tmp_path, ranks):
     return job.communicate(timeout=120)[0], job.returncode
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     fetch_policy("tiny-llama")

@@ -107,6 +107,7 @@ def test_grpo_draws_from_the_present_policy(tiny, tmp_path, adapters):
     assert drafter.config.draft_vocab_size == 48
 
 
+@pytest.mark.ci
 def test_rollouts_follow_the_trainer_seed_alone(tiny, tmp_path):
     """Whatever drafts, the tokens are the same; another seed draws others."""
     seen = []
@@ -118,6 +119,7 @@ def test_rollouts_follow_the_trainer_seed_alone(tiny, tmp_path):
     assert seen[0] != seen[2]
 
 
+@pytest.mark.ci
 def test_a_checkpoint_keeps_the_drafter(tiny, tmp_path, caplog):
     """A stopped run goes on with its drafter, its bandit and the tokens that it would have drawn."""
     whole = Watched(paceline_rollouts(**DRAFTING), 1.0)
