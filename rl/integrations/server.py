@@ -42,7 +42,7 @@ class EngineServer:
         self._flying: list[_Flight] = []
         self._change = threading.Condition()
         self._engine_free = threading.Lock()  # held while the engine decodes, or its weights change
-        self._paused = self._closed = False
+        self._paused = self._updating = self._closed = False
         self._thread = threading.Thread(target=self._serve, name="paceline-engine", daemon=True)
         self._thread.start()
 
@@ -59,7 +59,7 @@ class EngineServer:
     def cancel_all(self) -> int:
         """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there were."""
         with self._change:
-            waiting, self._inbox = self._inbox, []
+            waiting = self._take()
         for request, future in waiting:
             future.set_result(_cancelled(request))
         flights = list(self._flying)
@@ -80,12 +80,20 @@ class EngineServer:
             self._paused = False
             self._change.notify_all()
 
+    @property
+    def _held(self) -> bool:
+        """Whether requests must wait: for `resume`, or for the rest of an update's weights."""
+        return self._paused or self._updating
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes over whole weights, some or all of an update's; `weights_loaded` ends it. Waits for what is in flight.
+        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for what is in flight; meanwhile
+        requests wait: none is decoded with some weights old and some new.
 
         Raises:
             KeyError: for a name that the policy does not have.
         """
+        with self._change:
+            self._updating = True
         with self._engine_free:
             copy_weights(iter(weights), self._policy)
 
@@ -94,6 +102,9 @@ class EngineServer:
         with self._engine_free:
             self.worker.engine.refresh_weights()
             self.version = version
+        with self._change:
+            self._updating = False
+            self._change.notify_all()
 
     def close(self) -> None:
         """Ends the thread, once what is in flight is over."""
@@ -105,20 +116,25 @@ class EngineServer:
     def _serve(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._closed or (self._inbox and not self._paused))
+                self._change.wait_for(lambda: self._closed or (self._inbox and not self._held))
                 if self._closed and not self._inbox:
                     return
-                first, self._inbox = self._inbox, []
+                first = self._take()
             with self._engine_free:
                 done = self._decode(first)
                 self._learn(done)
+
+    def _take(self) -> list[_Flight]:
+        """Empties the inbox; with the condition held."""
+        taken, self._inbox = self._inbox, []
+        return taken
 
     def _decode(self, first: list[_Flight]) -> list[Rollout]:
         flying = self._flying = list(first)
 
         def arrivals() -> list[Request]:
             with self._change:
-                come, self._inbox = self._inbox, []
+                come = [] if self._held else self._take()
             flying.extend(come)
             return [request for request, _ in come]
 
@@ -148,7 +164,7 @@ class EngineServer:
         if worker.spot is None:
             return
         worker.learn_from(RankRollouts([], whole, 0.0), [0.0] * len(whole))
-        report = worker.train_drafter(lambda: bool(self._inbox) or self._paused or self._closed)
+        report = worker.train_drafter(lambda: bool(self._inbox) or self._held or self._closed)
         if report.approved:
             worker.spot.adopt([p.detach() for p in worker.spot.approved.parameters()])
             problem = worker.take_over_drafter()

@@ -85,6 +85,38 @@ def test_pauses_hold_requests_back(server):
     assert future.result(60).token_ids
 
 
+def test_requests_wait_for_the_rest_of_an_update(server):
+    """None is decoded with half of the weights."""
+    served, model = server
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    named = [(n, p.detach()) for n, p in model.named_parameters()]
+    served.load_weights(named[:5])
+    future = ask(served, 1)[0]
+    with pytest.raises(TimeoutError):
+        future.result(0.5)
+    served.load_weights(named[5:])
+    served.weights_loaded(1)
+    assert worst(model, [future.result(60)]) < 1e-3
+
+
+def test_a_pause_comes_through_while_requests_keep_coming(server):
+    """What comes after it is not added to what is in flight."""
+    served, _ = server
+    first = ask(served, 8, tokens=64)
+    paused = threading.Thread(target=served.pause)
+    paused.start()
+    late = []
+    while paused.is_alive():
+        late += ask(served, 1, tokens=64, seed=1000 + len(late))
+        paused.join(0.01)
+    assert all(f.done() for f in first)
+    assert not late[-1].done()
+    served.resume()
+    assert all(f.result(120).token_ids for f in late)
+
+
 def test_requests_join_those_in_flight(server):
     """From many threads at once."""
     served, _ = server
