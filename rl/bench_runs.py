@@ -19,16 +19,29 @@ def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) 
     Raises:
         UserError: when the run fails, with what it said itself, or its last line.
     """
-    script = Path(__file__).parents[1] / "launch" / "train.py"
+    run_ranks("train.py", [str(config), *overrides], out, ranks)
+    return read_metrics(out)
+
+
+def run_ranks(script: str, arguments: Sequence[str], out: Path, ranks: int) -> None:
+    """A script of launch/ under torchrun, to its end.
+
+    Args:
+        script: Its name.
+        arguments: Of it, but ``out``.
+        out: The run's directory.
+        ranks: On this machine.
+
+    Raises:
+        UserError: when it fails, with what it said itself, or its last line.
+    """
+    path = Path(__file__).parents[1] / "launch" / script
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run(
-        [*launcher, str(script), str(config), *overrides, f"out={out}"], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*launcher, str(path), *arguments, f"out={out}"], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or ["no message"]
         own = [line.removeprefix("paceline: ") for line in lines if line.startswith("paceline: ")]
         raise UserError(f"the run {out} failed: {(own or lines[-1:])[0]}")
-    return read_metrics(out)
 
 
 def finished_run(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from rl.bench_runs import mean
-from rl.errors import UserError
+from rl.bench_runs import mean, run_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +59,14 @@ def compare_trl(
     """Trains a recipe's task in TRL with either, where that is not there yet.
 
     Raises:
-        UserError: when a run fails, with its last line.
+        UserError: when a run fails, see `run_ranks`.
     """
     rows = []
     for side in ("trl", "paceline"):
         out = folder / side
         if not (out / "steps.jsonl").is_file():
             say(f"training {out}")
-            _train(config, side, drafter, out, ranks, overrides)
+            run_ranks("train_trl.py", [config, "--rollouts", side, "--drafter", str(drafter), *overrides], out, ranks)
         rows.append(_row(side, [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]))
     theirs, ours = rows
     by_token = theirs.generation / theirs.tokens / (ours.generation / ours.tokens)
@@ -83,15 +80,6 @@ def compare_trl(
         reward_difference=mean(differences),
         reward_error=stdev(differences) / len(differences) ** 0.5,
     )
-
-
-def _train(config: str, side: str, drafter: Path, out: Path, ranks: int, overrides: Sequence[str]) -> None:
-    script = Path(__file__).parents[1] / "launch" / "train_trl.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launcher, str(script), config, "--rollouts", side, "--drafter", str(drafter), *overrides, f"out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"the run {out} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
 
 
 def _row(side: str, steps: Sequence[dict[str, Any]]) -> TrlRow:

@@ -95,9 +95,9 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
     if r.vllm is None:
         return []
     drafts = "eagle3" in s.drafters
-    asks = [name for name, asked in (("segment_tokens", r.segment_tokens), ("tree", r.tree)) if asked is not None]
+    asks = [f"rollout.{name}" for name in ("segment_tokens", "tree") if getattr(r, name) is not None]
     return [
-        (not asks, f"rollout.vllm decodes whole completions: leave rollout.{asks[:1] and asks[0]} out, or decode with the engine"),
+        (not asks, f"rollout.vllm decodes whole completions: leave {', '.join(asks)} out, or decode with the engine"),
         (
             length.predictor == "observed",
             "length.predictor orders the engine's admission, rollout.vllm has its own: write observed",

@@ -169,6 +169,7 @@ class RolloutWorker:
         spot = spot_trainer(self.config, self._policy, model, self.buffer)
         self.spot = spot
         if self._vllm is not None:
+            self._vllm.update_drafter(spot.serving)  # after a stop it is ahead of the one that vLLM has loaded
             return spot
         self._parts.eagle3 = self.spot.serving
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
@@ -200,10 +201,12 @@ class RolloutWorker:
 
     def take_over_drafter(self) -> str | None:
         """The engine drafts with the weights to be served. Returns one line when they are unusable and the old ones stay."""
-        if self._vllm is not None and self.spot is not None:
-            self._vllm.update_drafter(self.spot.serving)
-        if self.spot is None or self._drafter is None:
+        if self.spot is None:
             return None
+        if self._vllm is not None:
+            self._vllm.update_drafter(self.spot.serving)
+            return None
+        assert self._drafter is not None
         try:
             self._drafter.load_weights(self.spot.serving)
         except ValueError as error:

@@ -20,6 +20,7 @@ from rl.lora import save_adapters
 from rl.policies import copy_tokenizer
 from rl.sharding import Trained, WholeState
 from rollout.drafters.eagle3_model import Eagle3Model
+from rollout.strategy import Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +134,21 @@ def restore_moments(trained: Trained, stem: Path) -> None:
         raise UserError(f"{stem}: of another optimizer ({error}); resume with the recipe of the run") from None
 
 
-def load_selector_state(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """What the checkpoint's strategy selector had learned, or None.
+def restore_selector(checkpoint: Checkpoint, selector: Selector) -> None:
+    """Goes on from what the checkpoint's strategy selector had learned, where it has one.
 
     Raises:
-        UserError: when it is there but broken.
+        UserError: when it is there but broken, or of another selector.
     """
     path = checkpoint.path / "selector.json"
     if not path.is_file():
-        return None
+        return
     try:
-        return json.loads(path.read_text())
+        selector.load_state(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: truncated ({error}); delete it to learn anew") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def keep_first_lines(path: Path, steps_done: int) -> None:

@@ -29,7 +29,7 @@ from rl.rollouts import RolloutWorker
 from rl.run_state import (
     Checkpoint,
     keep_first_lines,
-    load_selector_state,
+    restore_selector,
     save_checkpoint,
 )
 from rl.shaping import Shaping
@@ -92,12 +92,7 @@ class Trainer:
         if self.vllm is not None:
             self.vllm.update_policy(self.learner.weights())
         self.drafter.resume(checkpoint)
-        state = load_selector_state(checkpoint)
-        if state is not None:
-            try:
-                self.worker.engine.speculation.selector.load_state(state)
-            except ValueError as error:
-                raise UserError(f"{checkpoint.path / 'selector.json'}: {error}") from None
+        restore_selector(checkpoint, self.worker.engine.speculation.selector)
         self.choice.load_state(checkpoint.state.get("prompts", {}))
         self.guard.load_state(checkpoint.state.get("guard", {}))
         self.learner.entropy = checkpoint.state.get("entropy")
@@ -142,8 +137,7 @@ class Trainer:
 
     def _stops(self, interruption: Interruption | None) -> bool:
         """Whether the main rank was asked to stop. Collective."""
-        main = self.accelerator.is_main_process and interruption is not None
-        return bool(gather_object([main and interruption is not None and interruption.asked])[0])
+        return bool(gather_object([interruption is not None and interruption.asked])[0])
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from drafter_trainer.checkpoint import save_drafter
 from rl.config import RunConfig
 from rl.errors import UserError
+from rl.sharding.gathering import in_buckets
 from rollout.backends import ServedBackend
 from rollout.drafters.eagle3_model import Eagle3Model
 
@@ -100,29 +101,24 @@ class VllmRollouts:
                 shard.unlink(missing_ok=True)
 
     def _write(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[Path]:
-        dtype = getattr(torch, self._config.rollout.dtype)
+        """Files of them; none on ranks that only go along."""
         shards: list[Path] = []
-        held: dict[str, torch.Tensor] = {}
-        main = self._accelerator.is_main_process
-
-        def flush() -> None:
+        for bucket in in_buckets(self._kept(weights), _SHARD_BYTES):
             path = self._exchange / f"policy-{self._version}-{len(shards)}.safetensors"
             try:
                 self._exchange.mkdir(parents=True, exist_ok=True)
-                save_file(held, path)
+                save_file(dict(bucket), path)
             except OSError as error:
                 raise UserError(f"{path}: new weights could not be written ({error}); free some disk, or set exchange") from None
             shards.append(path)
-            held.clear()
-
-        for name, tensor in weights:
-            if main:
-                held[name] = tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
-                if sum(t.nbytes for t in held.values()) > _SHARD_BYTES:
-                    flush()
-        if main and held:
-            flush()
         return shards
+
+    def _kept(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those that this rank writes, as they are written; it goes through all of them either way."""
+        dtype = getattr(torch, self._config.rollout.dtype)
+        for name, tensor in weights:
+            if self._accelerator.is_main_process:
+                yield name, tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
 
     def update_drafter(self, model: Eagle3Model) -> None:
         """Drafts with these weights from now on. Collective.

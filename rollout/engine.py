@@ -169,10 +169,10 @@ class RolloutEngine:
     def read_traces(self, rollouts: Sequence[Rollout]) -> None:
         """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have: one forward of the
         present policy over each. Needs ``tap_layers``; not while requests are in flight."""
-        sequences = [SequenceState(replace(r.request, resume=r), i, self.max_context) for i, r in enumerate(rollouts)]
-        read = iter([s for s in sequences if len(s.tokens) > s.num_prompt])
-        for part in self._portions([s.tokens[:-1] for s in sequences if len(s.tokens) > s.num_prompt]):
-            here = [next(read) for _ in part]
+        drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
+        waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
+        for part in self._portions([s.tokens[:-1] for s in waiting]):
+            here, waiting = waiting[: len(part)], waiting[len(part) :]
             chunks = [Chunk(slot, tokens, 0, s.num_prompt - 1) for slot, (tokens, s) in enumerate(zip(part, here, strict=True))]
             for pieces in split_prefill(chunks, self.prefill_tokens):
                 self.runner.prefill(pieces)

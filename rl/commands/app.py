@@ -6,7 +6,7 @@ import typer
 
 from rl.commands.doctor import doctor
 from rl.commands.drafters import export, serve
-from rl.commands.policies import fetch, warm_up_both
+from rl.commands.policies import fetch, warm_up_policy
 from rl.commands.results import evaluate, report
 from rl.commands.training import train
 
@@ -21,7 +21,7 @@ app.command()(report)
 app.command()(evaluate)
 app.command()(export)
 app.command()(serve)
-app.command("warmup")(warm_up_both)
+app.command("warmup")(warm_up_policy)
 app.command()(fetch)
 app.command()(doctor)
 

@@ -24,23 +24,14 @@ def fetch(model: Annotated[str, Argument(help="directory, hub id, tiny-llama or 
         print(fetch_policy(model))
 
 
-def warm_up_policy(config: Annotated[str, Argument(help="a recipe")], overrides: Overrides = None) -> None:
-    """Warms a recipe's policy up on worked solutions. It is cached: runs of the recipe find it."""
-    with user_errors():
-        recipe = load_config(config, overrides or ())
-        if recipe.policy.warmup is None:
-            raise UserError(f"{config}: policy.warmup is null: there is nothing to do")
-        fit_process(local_world_size=1)
-        print(_warmed(recipe))
-
-
-def warm_up_both(
+def warm_up_policy(
     config: Annotated[str, Argument(help="a recipe")],
     overrides: Overrides = None,
     drafter: Annotated[Path | None, Option(help="also make a first drafter, in this new directory")] = None,
     minutes: Annotated[float, Option(help="for the drafter, of sampling and training together")] = 10.0,
 ) -> None:
-    """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it."""
+    """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both are kept: runs of the
+    recipe find the policy."""
     with user_errors():
         recipe = load_config(config, overrides or ())
         if recipe.policy.warmup is None and drafter is None:

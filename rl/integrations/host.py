@@ -18,7 +18,7 @@ from rl.errors import UserError
 from rl.groups import RankRollouts
 from rl.integrations.policy import HostPolicy
 from rl.rollouts import RolloutWorker
-from rl.run_state import Checkpoint, load_selector_state, save_drafting
+from rl.run_state import Checkpoint, restore_selector, save_drafting
 from rl.shared_drafter import SharedDrafter
 from rl.strict import parse
 from rollout import FinishReason, Request, StepRecord, mean_acceptance_length
@@ -60,7 +60,8 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
 
 
 class HostedRollouts:
-    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the host has one.
+    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the host has one, and calls
+    `refresh` before the first rollouts and after each update.
 
     Args:
         config: From `host_config`; ``out`` is where drafters and traces go.
@@ -74,7 +75,6 @@ class HostedRollouts:
         self, config: RunConfig, policy: HostPolicy, tokenizer: Any, accelerator: Accelerator, say: Callable[[str], None]
     ) -> None:
         self.config, self._policy, self._accelerator = config, policy, accelerator
-        policy.refresh()
         self.worker = RolloutWorker(config, policy.decoded, tokenizer, accelerator.process_index)
         self.engine = self.worker.engine
         self.drafter = SharedDrafter(config, self.worker, accelerator, Path(config.out), say)
@@ -150,12 +150,7 @@ class HostedRollouts:
             raise UserError(f"{folder / 'state.json'}: {error}; remove {folder} to begin with a new drafter") from None
         found = Checkpoint(folder, self._calls)
         self.drafter.resume(found)
-        state = load_selector_state(found)
-        if state is not None:
-            try:
-                self.engine.speculation.selector.load_state(state)
-            except ValueError as error:
-                raise UserError(f"{folder / 'selector.json'}: {error}") from None
+        restore_selector(found, self.engine.speculation.selector)
 
     def finish(self) -> Path | None:
         """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on the main rank."""

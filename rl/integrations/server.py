@@ -86,8 +86,8 @@ class EngineServer:
         return self._paused or self._updating
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for what is in flight; meanwhile
-        requests wait: none is decoded with some weights old and some new.
+        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for what is in flight; new
+        requests wait meanwhile: none is decoded with some weights old and some new.
 
         Raises:
             KeyError: for a name that the policy does not have.

@@ -32,6 +32,7 @@ from rl.integrations.server import EngineServer
 from rl.policies import load_policy
 from rl.prompts import stable_seed, stop_token_ids
 from rl.rewards.registry import load_term, sample_reward
+from rl.sharding.gathering import in_buckets
 from rollout import FinishReason, Request, SamplingParams
 
 _BUCKET_BYTES = 256 << 20
@@ -49,6 +50,7 @@ class PacelineServer:
 
     def __init__(self, config: Any, model_config: Any, replica_rank: int) -> None:
         self._config, self._replica = config, replica_rank
+        self._max_context: int = config.max_model_len or config.prompt_length + config.response_length
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         policy = load_policy(model_config.local_path, device, getattr(torch, config.dtype)).requires_grad_(False)
         tokenizer = model_config.tokenizer
@@ -58,15 +60,14 @@ class PacelineServer:
             "policy": {"mixed_precision": "bf16" if config.dtype == "bfloat16" else "no"},
             "rollout": {
                 "max_tokens": config.response_length,
-                "max_context": config.max_model_len or config.prompt_length + config.response_length,
+                "max_context": self._max_context,
                 "max_slots": config.max_num_seqs,
                 "temperature": config.temperature,
                 "dtype": config.dtype,
             },
+            "drafter": {"schedule": "always"},  # a server trains while it has no requests, and stops for the next
         }
-        sections = {name: dict(section) for name, section in (config.engine_kwargs.get("paceline") or {}).items()}
-        drafter = sections.setdefault("drafter", {})
-        drafter.setdefault("schedule", "always")  # a server trains while it has no requests, and stops for the next
+        sections = config.engine_kwargs.get("paceline") or {}
         self._server = EngineServer(host_config(sections, from_host, alone=False), policy, tokenizer, _LOG.warning)
         self._stops = stop_token_ids(tokenizer, policy.generation_config)
         self._count = 0
@@ -103,7 +104,7 @@ class PacelineServer:
         )
 
     def _params(self, asked: dict[str, Any], prompt: int) -> SamplingParams:
-        room = (self._config.max_model_len or self._config.prompt_length + self._config.response_length) - prompt
+        room = self._max_context - prompt
         default = min(self._config.response_length, self._config.prompt_length + self._config.response_length - prompt)
         longest = asked.pop("max_tokens", None) or asked.pop("max_new_tokens", None) or default
         found = SamplingParams(
@@ -209,14 +210,8 @@ class PacelineRollout(BaseRollout):
     ) -> None:
         if wire_format != "named_tensors":
             raise UserError(f"paceline: weights come as named_tensors, not as {wire_format}")
-        part: list[tuple[str, torch.Tensor]] = []
-        for name, tensor in weights:
-            part.append((name, tensor.detach().cpu()))
-            if sum(t.nbytes for _, t in part) > _BUCKET_BYTES:
-                await self.server.load_weights.remote(part)
-                part = []
-        if part:
-            await self.server.load_weights.remote(part)
+        for bucket in in_buckets(((name, tensor.detach().cpu()) for name, tensor in weights), _BUCKET_BYTES):
+            await self.server.load_weights.remote(bucket)
         await self.server.weights_loaded.remote(global_steps or 0)
 
 
@@ -224,16 +219,19 @@ class PacelineRollout(BaseRollout):
 class LengthAwareRewardManager(NaiveRewardManager):
     """verl's naive reward manager, its scores made length-aware; see this file's head."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        entries = json.loads(os.environ.get("PACELINE_LENGTH_REWARDS", "[]"))
+        self._terms = [load_term(entry, "PACELINE_LENGTH_REWARDS") for entry in entries]
+
     async def run_single(self, data: Any) -> dict[str, Any]:
         found: dict[str, Any] = await super().run_single(data)
-        entries = json.loads(os.environ.get("PACELINE_LENGTH_REWARDS", "[]"))
-        terms = [load_term(entry, "PACELINE_LENGTH_REWARDS") for entry in entries]
         item = data[-1:][0]
         responses = item.batch["responses"]
         length = int(item.batch["attention_mask"][-responses.shape[-1] :].sum())
         budget = (item.non_tensor_batch.get("extra_info") or {}).get("budget")
         score = float(found["reward_score"])
-        found["reward_score"] = sample_reward(terms, score, length, int(responses.shape[-1]), budget)
+        found["reward_score"] = sample_reward(self._terms, score, length, int(responses.shape[-1]), budget)
         found.setdefault("reward_extra_info", {})["paceline_task_score"] = score
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -32,3 +32,17 @@ def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterat
             yield name, found
         else:
             yield name, whole(parameter.detach())
+
+
+def in_buckets(weights: Iterable[tuple[str, torch.Tensor]], most_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Weights in lists of about ``most_bytes``: a list ends with the tensor that takes it past that."""
+    bucket: list[tuple[str, torch.Tensor]] = []
+    held = 0
+    for name, tensor in weights:
+        bucket.append((name, tensor))
+        held += tensor.nbytes
+        if held > most_bytes:
+            yield bucket
+            bucket, held = [], 0
+    if bucket:
+        yield bucket

@@ -40,7 +40,7 @@ class VllmServers:
     def __init__(self, urls: Sequence[str], max_slots: int, *, sends: bool = True) -> None:
         limits = httpx.Limits(max_connections=max_slots, max_keepalive_connections=max_slots)
         self._clients = [httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits) for url in urls]
-        self._urls, self._max_slots, self._sends = list(urls), max_slots, sends
+        self._max_slots, self._sends = max_slots, sends
         self._version = 0
         self.records: list[StepRecord] = []
         self._models = [str(self._call(c, "GET", "/v1/models").json()["data"][0]["id"]) for c in self._clients]
@@ -56,13 +56,12 @@ class VllmServers:
         on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """See `Decoder.generate`; ``on_step`` is not called. A server that is lost fails its requests."""
-        server_of: dict[Any, int] = {}
-        for number, request in enumerate(requests):
-            server_of.setdefault(number if request.group is None else ("group", request.group), len(server_of) % len(self._urls))
-        places = [server_of[i if r.group is None else ("group", r.group)] for i, r in enumerate(requests)]
+        groups = [number if r.group is None else ("group", r.group) for number, r in enumerate(requests)]
+        server_of = {group: order % len(self._clients) for order, group in enumerate(dict.fromkeys(groups))}
+        places = [server_of[group] for group in groups]
         done: list[Rollout | None] = [None] * len(requests)
         stop = threading.Event()
-        with ThreadPoolExecutor(self._max_slots * len(self._urls)) as pool:
+        with ThreadPoolExecutor(self._max_slots * len(self._clients)) as pool:
             futures = {
                 pool.submit(self._complete, r, place, stop): i for i, (r, place) in enumerate(zip(requests, places, strict=True))
             }
@@ -94,17 +93,6 @@ class VllmServers:
         stats = RolloutStats(seconds=time.perf_counter() - begin)
         logprobs = [float("nan") if x is None else float(x) for x in choice["logprobs"]["token_logprobs"]]
         return finished(request, choice["token_ids"], logprobs, choice["finish_reason"], stats, self._version)
-
-    def acceptance(self) -> tuple[float, float]:
-        """(drafts verified, draft tokens accepted), over all servers since they were started."""
-        names = ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total")
-        found = [0.0, 0.0]
-        for client in self._clients:
-            for line in self._call(client, "GET", "/metrics").text.splitlines():
-                for i, name in enumerate(names):
-                    if line.startswith(name):
-                        found[i] += float(line.rsplit(" ", 1)[1])
-        return found[0], found[1]
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
         """See `ServedBackend.update_policy`."""
