@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from rl import train_command
 from rl.config import load_config
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator
-from rollout import RolloutEngine, default_tap_layers
+from rollout import Rollout, RolloutEngine, default_tap_layers
 from rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
 from rollout.drafters.base import DraftContext, StatelessSlots
 from rollout.drafters.build import DrafterParts, build_drafter
@@ -123,6 +123,29 @@ def full_engine(
         if name not in engine.drafters and (name != "composite" or rules is None or rules.draw == "likeliest"):
             engine.add_drafter(build_drafter(name, engine, parts))
     return engine
+
+
+def forward_logprobs(
+    model: torch.nn.Module, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
+    """float32 [len(completion)], log-probs of a completion's tokens by a full forward of the model itself."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
+    return torch.log_softmax(logits / temperature, -1)[torch.arange(len(completion)), torch.tensor(completion)]
+
+
+def worst_gap(model: torch.nn.Module, rollouts: Iterable[Rollout], temperature: float = 1.0) -> float:
+    """The largest difference between rollouts' log-probs and `forward_logprobs`."""
+    gaps = [
+        (forward_logprobs(model, r.request.prompt_ids, r.token_ids, temperature) - torch.tensor(r.logprobs)).abs().max()
+        for r in rollouts
+    ]
+    return float(max(gaps))
+
+
+def share_of_digits(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
+    """A reward, in TRL's signature, that a random policy gets some of."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
 @contextmanager

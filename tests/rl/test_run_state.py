@@ -12,12 +12,13 @@ from rl.run_state import (
     Checkpoint,
     find_checkpoint,
     keep_first_lines,
-    load_selector_state,
     restore_moments,
+    restore_selector,
     save_checkpoint,
 )
 from rl.sharding import AdamWSettings, WholeState
 from rl.sharding.replicated import Replicated
+from rollout.strategy import PLAIN, FixedSelector
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -128,7 +129,7 @@ def test_metrics_are_cut_back(tmp_path):
 
 def test_a_broken_selector_state_is_named_and_a_missing_one_is_none(tmp_path):
     checkpoint = Checkpoint(tmp_path, 1)
-    assert load_selector_state(checkpoint) is None
+    assert restore_selector(checkpoint, FixedSelector(PLAIN)) is None
     (tmp_path / "selector.json").write_text('{"cost": ')
     with pytest.raises(UserError, match="truncated"):
-        load_selector_state(checkpoint)
+        restore_selector(checkpoint, FixedSelector(PLAIN))

@@ -4,37 +4,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("vllm")
 
 from drafter_trainer.checkpoint import save_drafter
 from rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
 from rollout.backends.vllm_engine import VllmEngine
-from tests.support import tiny_eagle3
+from tests.support import tiny_eagle3, tiny_llama, worst_gap
 
 pytestmark = pytest.mark.vllm
-VOCAB, LAYERS = 64, 8
+VOCAB = 64
 
 
 @pytest.fixture(scope="module")
 def policy():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(8.0)
-    return model
+    return tiny_llama(VOCAB, layers=8, sharpness=8.0, hidden=256)  # heads of 64, which vLLM has CPU kernels for
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +40,13 @@ def requests(count, tokens, temperature=1.0, **options):
     return [Request([1 + i % 7, 5, 6, 7], params, seed=i, group=i % 7) for i in range(count)]
 
 
-def forward(policy, rollout, temperature):
-    ids = [*rollout.request.prompt_ids, *rollout.token_ids]
-    with torch.no_grad():
-        logits = policy(torch.tensor([ids])).logits[0, len(rollout.request.prompt_ids) - 1 : -1] / temperature
-    return torch.log_softmax(logits, -1)[torch.arange(len(rollout.token_ids)), torch.tensor(rollout.token_ids)]
-
-
 def test_logprobs_are_the_policys(policy, served):
     engine, _ = served
     asked = requests(8, 24, temperature=0.7)
     rollouts = engine.generate(asked)
     assert [r.request for r in rollouts] == asked
-    for rollout in rollouts:
-        assert rollout.finish_reason is FinishReason.LENGTH
-        assert len(rollout.token_ids) == 24
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), forward(policy, rollout, 0.7), atol=2e-3, rtol=0)
+    assert all(r.finish_reason is FinishReason.LENGTH and len(r.token_ids) == 24 for r in rollouts)
+    assert worst_gap(policy, rollouts, 0.7) < 2e-3
     assert engine.records
     assert sum(r.committed for r in engine.records) <= 8 * 24
 
@@ -138,9 +113,9 @@ def test_new_weights_are_drawn_from(policy, served):
         for number, names in enumerate((list(weights)[:half], list(weights)[half:])):
             save_file({name: weights[name] for name in names}, folder / f"part-{number}.safetensors")
         engine.update_policy([folder / "part-0.safetensors", folder / "part-1.safetensors"], version=5)
-        for rollout in engine.generate(requests(4, 16)):
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), forward(policy, rollout, 1.0), atol=2e-3, rtol=0)
-            assert rollout.segments == [(5, 16)]
+        rollouts = engine.generate(requests(4, 16))
+        assert worst_gap(policy, rollouts) < 2e-3
+        assert all(r.segments == [(5, 16)] for r in rollouts)
     finally:
         with torch.no_grad():
             for name, p in policy.named_parameters():

@@ -10,6 +10,7 @@ from rl.integrations.host import host_config
 from rl.integrations.server import EngineServer
 from rl.policies import fetch_policy, load_policy
 from rollout import FinishReason, Request, SamplingParams
+from tests.support import worst_gap
 
 SECTIONS = {
     "speculation": {"drafters": ["suffix", "eagle3"]},
@@ -47,21 +48,10 @@ def ask(server, count, tokens=16, seed=0):
     return [server.submit(Request([3, 5, 7 + i % 3], params, seed=seed + i, group=i % 3)) for i in range(count)]
 
 
-def worst(model, rollouts):
-    errors = []
-    for r in rollouts:
-        ids = torch.tensor([[*r.request.prompt_ids, *r.token_ids]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, len(r.request.prompt_ids) - 1 : -1]
-        wanted = torch.log_softmax(logits, -1)[torch.arange(len(r.token_ids)), torch.tensor(r.token_ids)]
-        errors.append(float((wanted - torch.tensor(r.logprobs)).abs().max()))
-    return max(errors)
-
-
 def test_requests_weights_and_a_drafter_between_them(server):
     served, model = server
     first = [f.result(60) for f in ask(served, 10)]
-    assert worst(model, first) < 1e-3
+    assert worst_gap(model, first) < 1e-3
     assert [f.result(60).token_ids for f in ask(served, 10)] == [r.token_ids for r in first]  # trained meanwhile, and lossless
     with torch.no_grad():
         for p in model.parameters():
@@ -71,7 +61,7 @@ def test_requests_weights_and_a_drafter_between_them(server):
     served.load_weights(named[5:])
     served.weights_loaded(3)
     assert served.version == 3
-    assert worst(model, [f.result(60) for f in ask(served, 10)]) < 1e-3
+    assert worst_gap(model, [f.result(60) for f in ask(served, 10)]) < 1e-3
     assert served.worker.spot is not None
 
 
@@ -98,7 +88,7 @@ def test_requests_wait_for_the_rest_of_an_update(server):
         future.result(0.5)
     served.load_weights(named[5:])
     served.weights_loaded(1)
-    assert worst(model, [future.result(60)]) < 1e-3
+    assert worst_gap(model, [future.result(60)]) < 1e-3
 
 
 def test_a_pause_comes_through_while_requests_keep_coming(server):

@@ -14,6 +14,7 @@ from rl.errors import UserError
 from rl.integrations.trl import RLOOTrainer, paceline_rollouts
 from rl.policies import fetch_policy
 from rl.rewards.registry import LengthAware
+from tests.support import forward_logprobs, share_of_digits
 
 PROMPTS = [{"prompt": f"{i} + 1 ="} for i in range(8)]
 DRAFTING = {
@@ -26,10 +27,6 @@ DRAFTING = {
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     return fetch_policy("tiny-llama")
-
-
-def digits(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
 def common(folder, **options):
@@ -49,7 +46,7 @@ def common(folder, **options):
     }
 
 
-def trainer_for(tiny, folder, rollouts, kind=GRPOTrainer, config=GRPOConfig, reward=digits, peft_config=None, **options):
+def trainer_for(tiny, folder, rollouts, kind=GRPOTrainer, config=GRPOConfig, reward=share_of_digits, peft_config=None, **options):
     return kind(
         model=str(tiny),
         reward_funcs=reward,
@@ -59,13 +56,6 @@ def trainer_for(tiny, folder, rollouts, kind=GRPOTrainer, config=GRPOConfig, rew
         peft_config=peft_config,
         rollout_func=rollouts,
     )
-
-
-def logprobs_of(model, prompt, completion, temperature):
-    ids = torch.tensor([[*prompt, *completion]])
-    with torch.no_grad():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1)[torch.arange(len(completion)), torch.tensor(completion)].tolist()
 
 
 class Watched:
@@ -78,7 +68,7 @@ class Watched:
         found = self.inner(prompts, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
         for prompt, ids, logprobs in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True):
-            wanted = logprobs_of(model, prompt, ids, self.temperature)
+            wanted = forward_logprobs(model, prompt, ids, self.temperature).tolist()
             self.errors.append(max(abs(a - b) for a, b in zip(logprobs, wanted, strict=True)))
         self.calls.append(found["completion_ids"])
         return found
@@ -163,7 +153,7 @@ def test_rloo_trains_on_our_rollouts(tiny, tmp_path):
 
     def reward(prompts, completions, completion_ids, **columns):
         scored.append(completion_ids)
-        return digits(prompts, completions)
+        return share_of_digits(prompts, completions)
 
     trainer = trainer_for(tiny, tmp_path, rollouts, kind=RLOOTrainer, config=RLOOConfig, reward=reward)
     trainer.train()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, forward_logprobs
 
 pytestmark = pytest.mark.pipelines
 pytest.importorskip("ray")
@@ -102,9 +102,7 @@ def test_a_replica_serves_takes_weights_and_pauses(verl_module, policy, started,
     def worst(outputs):
         errors = []
         for prompt, output in zip(prompts, outputs, strict=True):
-            with torch.no_grad():
-                logits = own(torch.tensor([[*prompt, *output.token_ids]])).logits[0, len(prompt) - 1 : -1]
-            wanted = torch.log_softmax(logits, -1)[torch.arange(len(output.token_ids)), torch.tensor(output.token_ids)]
+            wanted = forward_logprobs(own, prompt, output.token_ids)
             errors.append(float((wanted - torch.tensor(output.log_probs)).abs().max()))
         return max(errors)
 

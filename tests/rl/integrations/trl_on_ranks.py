@@ -12,12 +12,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rl.integrations.trl import paceline_rollouts
 from rl.sharding.gathering import whole_parameters
+from tests.support import share_of_digits
 
 OUT, POLICY, DEEPSPEED = sys.argv[1:4]
-
-
-def digits(prompts, completions, **columns):
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 
 
 def main():
@@ -51,7 +48,7 @@ def main():
 
     trainer = GRPOTrainer(
         model=POLICY,
-        reward_funcs=digits,
+        reward_funcs=share_of_digits,
         args=args,
         train_dataset=Dataset.from_list([{"prompt": f"{i} + 1 ="} for i in range(8)]),
         processing_class=AutoTokenizer.from_pretrained(POLICY),
