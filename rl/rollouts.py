@@ -102,6 +102,8 @@ class RolloutWorker:
             )
         except MemoryError as error:
             raise UserError(str(error)) from None
+        except ValueError as error:
+            raise UserError(f"policy.model: {error}") from None
 
     def _drafter_parts(self) -> DrafterParts:
         s = self.config.speculation

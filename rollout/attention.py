@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from rollout.native import RaggedTokens
+from rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
 _FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
@@ -163,4 +163,4 @@ def slot_attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(SLOT_ATTENTION, slot_attention)
+register_attention(SLOT_ATTENTION, slot_attention)

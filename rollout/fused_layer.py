@@ -20,6 +20,7 @@ from transformers.activations import SiLUActivation
 from rollout.attention import ForwardBatch, slot_attention
 from rollout.native import AttentionRule, Kernels
 from rollout.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
+from rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
 
 _LAYER_PARTS = {
     "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -178,18 +179,24 @@ class FusedLayer(nn.Module):
         for part in (*self._projections, *(n for n in norms if n is not None)):
             part.refresh()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Any,
-        forward_batch: ForwardBatch,
-        **_: Any,
-    ) -> torch.Tensor:
-        """hidden_states: [B, Q, hidden] → the same shape. The other arguments are those of transformers' layers."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs the layer on what a transformers model hands to its layers, whatever the names are.
+
+        Args:
+            args, kwargs: Hidden states [B, Q, hidden], the pair (cos, sin), a `SlotCache` and a `ForwardBatch` among them.
+
+        Returns:
+            Hidden states [B, Q, hidden].
+
+        Raises:
+            TypeError: when one of the four is missing.
+        """
+        hidden_states, rotary = hidden_states_in(args, kwargs), rotary_in(args, kwargs)
+        cache, batch = of_type(Cache, args, kwargs), of_type(ForwardBatch, args, kwargs)
+        if rotary is None:
+            raise TypeError("a fused layer got no rotary embedding")
         qkv, o, gate_up, down = self._projections
-        attended = self._attend(qkv(self._attention_in(hidden_states)), position_embeddings, past_key_values, forward_batch)
+        attended = self._attend(qkv(self._attention_in(hidden_states)), rotary, cache, batch)
         if self._attention_out is None:
             hidden_states = o(attended, hidden_states)
         else:

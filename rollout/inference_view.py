@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rollout.attention import SLOT_ATTENTION
 from rollout.layer_probe import fuse_layers
 from rollout.packed_linear import can_pack, pack_linears
+from rollout.transformers_api import use_attention
 
 
 class InferenceView:
@@ -27,17 +28,10 @@ class InferenceView:
     Args:
         model: The trainer's unwrapped causal LM.
         dtype: What the engine computes in.
-
-    Raises:
-        ValueError: for a model whose attention cannot be replaced.
+        fuse: Whether decoder layers may run as a `FusedLayer`.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        if not getattr(model, "_supports_attention_backend", False):
-            raise ValueError(
-                f"{type(model).__name__} does not let its attention be replaced (transformers' _supports_attention_backend is "
-                "not set): choose a model that does, as Llama, Qwen, Mistral and Gemma do"
-            )
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, fuse: bool = True) -> None:
         self.dtype = dtype
         device = model.device
         self._casts: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -46,16 +40,9 @@ class InferenceView:
         memo: dict[int, object] = {}
         for parameter in model.parameters():
             memo[id(parameter)] = self._view_of(parameter, keep_source=id(parameter) in linear_only)
-        for buffer in model.buffers():
-            memo[id(buffer)] = buffer
-        self.module: PreTrainedModel = copy.deepcopy(model, memo)
-        for module in self.module.modules():
-            module.__dict__.pop("forward", None)
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        self.module.eval()
-        self.module.set_attn_implementation(SLOT_ATTENTION)
-        self.fused = fuse_layers(self.module, model, dtype, pack)
+        self.module: PreTrainedModel = copy_sharing(model, memo)
+        use_attention(self.module, SLOT_ATTENTION)
+        self.fused = fuse_layers(self.module, model, dtype, pack) if fuse else []
         self._packed = pack_linears(self.module, model) if pack else []
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
@@ -64,6 +51,12 @@ class InferenceView:
         cast = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
         self._casts.append((cast, parameter))
         return cast
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether a forward may hold tokens without padding: where every layer runs on native kernels."""
+        layers = self.module.config.get_text_config().num_hidden_layers
+        return len(self.fused) == layers and all(layer.takes_ragged for layer in self.fused)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -74,6 +67,23 @@ class InferenceView:
             fused.refresh()
         for linear in self._packed:
             linear.refresh()
+
+
+def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = None) -> PreTrainedModel:
+    """A copy of a model in eval mode with modules and config of its own, but without the hooks and forwards put on its instances.
+
+    Args:
+        model: The model.
+        tensors: Parameters of the copy by the id of the model's; None shares all. Buffers are shared.
+    """
+    memo: dict[int, object] = {id(p): p for p in model.parameters()} if tensors is None else dict(tensors)
+    memo.update((id(buffer), buffer) for buffer in model.buffers())
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        module.__dict__.pop("forward", None)
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return made.eval()
 
 
 def _weights_read_by_linears_only(model: nn.Module) -> set[int]:

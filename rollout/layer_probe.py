@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, slot_attention
 from rollout.fused_layer import FusedLayer, LayerParts
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.native import Kernels, RaggedTokens, load_kernels
+from rollout.transformers_api import DynamicCache, ObservedCall, register_attention, rotary_in, run_causal_lm, use_attention
 
 _PROBE_ATTENTION = "paceline_probe"
 _RULES = ("scaling", "sliding_window", "softcap", "s_aux")
@@ -28,10 +30,12 @@ class LayerCall:
     Attributes:
         rotary: cos and sin [1, Q, d].
         attention: Keyword arguments of the attention function.
+        observed: The arguments of the layer.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor]
     attention: dict[str, Any]
+    observed: ObservedCall
 
 
 def _probe_attention(module: nn.Module, *args: Any, seen_attention: dict[int, dict[str, Any]], **kwargs: Any) -> Any:
@@ -39,7 +43,7 @@ def _probe_attention(module: nn.Module, *args: Any, seen_attention: dict[int, di
     return slot_attention(module, *args, **kwargs)
 
 
-AttentionInterface.register(_PROBE_ATTENTION, _probe_attention)
+register_attention(_PROBE_ATTENTION, _probe_attention)
 
 
 @torch.no_grad()
@@ -52,33 +56,32 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
         dtype: What to compute in; parameters of other dtypes are cast on the way.
     """
     device = next(view.parameters()).device
-    rotary: dict[int, Any] = {}
+    calls: dict[int, ObservedCall] = {}
     attention: dict[int, dict[str, Any]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rotary[id(module)] = kwargs.get("position_embeddings")
+        calls[id(module)] = ObservedCall(args, {name: value for name, value in kwargs.items() if value is not attention})
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    view.set_attn_implementation(_PROBE_ATTENTION)
+    use_attention(view, _PROBE_ATTENTION)
     positions = torch.arange(_TOKENS, device=device)[None]
+    batch = ForwardBatch(slice(0, 1), chain_seats(positions), span=_TOKENS, from_start=True)
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            view(
-                input_ids=torch.zeros_like(positions),
-                position_ids=positions,
-                past_key_values=DynamicCache(),
-                use_cache=True,
-                logits_to_keep=1,
-                forward_batch=ForwardBatch(slice(0, 1), chain_seats(positions), span=_TOKENS, from_start=True),
-                seen_attention=attention,
-            )
+            tokens = torch.zeros_like(positions)
+            run_causal_lm(view, tokens, positions, DynamicCache(), keep=1, forward_batch=batch, seen_attention=attention)
     finally:
-        view.set_attn_implementation(SLOT_ATTENTION)
+        use_attention(view, SLOT_ATTENTION)
         for hook in hooks:
             hook.remove()
-    if any(rotary.get(id(layer)) is None or id(getattr(layer, "self_attn", None)) not in attention for layer in layers):
-        return None
-    return [LayerCall(rotary[id(layer)], attention[id(layer.self_attn)]) for layer in layers]
+    found: list[LayerCall] = []
+    for layer in layers:
+        call, rules = calls.get(id(layer)), attention.get(id(getattr(layer, "self_attn", None)))
+        rotary = None if call is None else rotary_in(call.args, call.kwargs)
+        if call is None or rotary is None or rules is None:
+            return None
+        found.append(LayerCall(rotary, rules, call))
+    return found
 
 
 @torch.no_grad()
@@ -97,36 +100,49 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
         return False
     original.self_attn.layer_idx = 0
     hidden = torch.randn(1, _TOKENS, parts.down.out_features, generator=generator).to(call.rotary[0].device)
+    dim = call.rotary[0].shape[-1]
+    shape = CacheShape(1, parts.qkv[1].out_features // dim, dim, 1, _TOKENS, 0, torch.float32)
+
+    def run(layer: nn.Module, ragged: bool) -> torch.Tensor:
+        cache = SlotCache(shape, hidden.device)
+
+        def forward(part: slice, batch: ForwardBatch) -> torch.Tensor:
+            cos, sin = (x.float()[:, part].contiguous() for x in call.rotary)
+            states = hidden[:, part].contiguous()
+            return call.observed.again(layer, states, (cos, sin), batch.positions, cache, forward_batch=batch)
+
+        return in_two_forwards(cache, _TOKENS, ragged, forward)
+
     try:
         fused = FusedLayer(parts, 0, call.attention, torch.float32, packed=False, kernels=kernels_for(parts, call, torch.float32))
-        wanted = _in_two_forwards(original, parts, call, hidden, ragged=False)
-        got = _in_two_forwards(fused, parts, call, hidden, ragged=fused.takes_ragged)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+        wanted = run(original, ragged=False)
+        got = run(fused, ragged=fused.takes_ragged)
+    except (RuntimeError, ValueError):  # shapes or norms that a fused layer is not made for
         return False
     return got.shape == wanted.shape and bool((got - wanted).norm() <= _TOLERANCE * wanted.norm())
 
 
-def _in_two_forwards(layer: nn.Module, parts: LayerParts, call: LayerCall, hidden: torch.Tensor, ragged: bool) -> torch.Tensor:
-    """[1, Q, hidden] of the layer over a cache of its own: all tokens but two, then those."""
-    dim = call.rotary[0].shape[-1]
-    device = hidden.device
-    cache = SlotCache(CacheShape(1, parts.qkv[1].out_features // dim, dim, 1, _TOKENS, 0, torch.float32), device)
-    positions = torch.arange(_TOKENS, device=device)[None]
+def in_two_forwards(
+    cache: SlotCache, tokens: int, ragged: bool, forward: Callable[[slice, ForwardBatch], torch.Tensor]
+) -> torch.Tensor:
+    """Runs all tokens of one sequence but the last two, then those two, which read what the first forward has stored.
+
+    Args:
+        cache: An empty cache with one slot.
+        tokens: How many, at least 3.
+        ragged: Whether the batches hold tokens without padding, for native kernels.
+        forward: Runs the tokens of a slice, whose batch the cache knows; returns [1, tokens of the slice, …].
+
+    Returns:
+        [1, tokens, …].
+    """
     outputs = []
-    for part in (slice(0, _TOKENS - 2), slice(_TOKENS - 2, _TOKENS)):
-        start, count = part.start, part.stop - part.start
-        tokens = RaggedTokens([0], [start], [count]) if ragged else None
-        batch = ForwardBatch(slice(0, 1), chain_seats(positions[:, part]), span=_TOKENS, ragged=tokens)
+    positions = torch.arange(tokens, device=cache.device)[None]
+    for part in (slice(0, tokens - 2), slice(tokens - 2, tokens)):
+        packed = RaggedTokens([0], [part.start], [part.stop - part.start]) if ragged else None
+        batch = ForwardBatch(slice(0, 1), chain_seats(positions[:, part]), span=tokens, ragged=packed)
         cache.begin(batch)
-        cos, sin = (x.float()[:, part].contiguous() for x in call.rotary)
-        out = layer(
-            hidden[:, part].contiguous(),
-            position_ids=batch.positions,
-            position_embeddings=(cos, sin),
-            past_key_values=cache,
-            forward_batch=batch,
-        )
-        outputs.append(out[0] if isinstance(out, tuple) else out)
+        outputs.append(forward(part, batch))
     return torch.cat(outputs, dim=1)
 
 

@@ -16,12 +16,13 @@ from rollout.api import DistillationTrace
 from rollout.attention import ForwardBatch, chain_seats, tree_seats
 from rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
 from rollout.graph_pool import Capturer, GraphPool
-from rollout.inference_view import InferenceView
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import decoder_layers
 from rollout.native import RaggedTokens
 from rollout.sequence import SequenceState
+from rollout.transformers_api import hidden_states_in, run_causal_lm
 from rollout.trees import tree_shape
+from rollout.view_check import checked_view
 
 MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
 
@@ -91,7 +92,7 @@ class ModelRunner:
             dtype=dtype,
         )
         self.cache = SlotCache(shape, model.device, limit_bytes)
-        self.view = InferenceView(model, dtype)
+        self.view = checked_view(model, dtype, shape)
         self.graphs: GraphPool | None = None
         self.shape = ModelShape(
             layers=shape.layers,
@@ -103,8 +104,7 @@ class ModelRunner:
             vocab=config.vocab_size,
             bytes_per_value=dtype.itemsize,
         )
-        fused = self.view.fused  # forwards hold tokens without padding where every layer runs on native kernels
-        self._ragged = len(fused) == shape.layers and all(layer.takes_ragged for layer in fused)
+        self._ragged = self.view.takes_ragged
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -119,7 +119,7 @@ class ModelRunner:
 
     def _capture(self, order: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._captured[order] = args[0] if args else kwargs["hidden_states"]
+            self._captured[order] = hidden_states_in(args, kwargs)
 
         return hook
 
@@ -261,18 +261,13 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
-        out = self.view.module(
-            input_ids=tokens,
-            position_ids=batch.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=0 if keep is None else keep,
-            forward_batch=batch,
+        logits = run_causal_lm(
+            self.view.module, tokens, batch.positions, self.cache, 0 if keep is None else keep, forward_batch=batch
         )
         if self.tap_layers and store_taps:
             self._store_taps(batch, keep)
         self._captured.clear()
-        return out.logits
+        return logits
 
     def _store_taps(self, batch: ForwardBatch, keep: torch.Tensor | None) -> None:
         taps = [self._captured.pop(i) for i in range(len(self.tap_layers) + 1)]

@@ -14,6 +14,7 @@ from rollout.drafters.growing import DraftRules
 from rollout.model_runner import ModelRunner
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
+from rollout.transformers_api import hidden_states_in
 from rollout.trees import DraftTree
 
 
@@ -92,8 +93,8 @@ class _Identity(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states_in(args, kwargs)
 
 
 class _Search:
@@ -143,7 +144,7 @@ class _Watched(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("_layer"), name)
 
-    def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        out = self._layer(hidden_states, **arguments)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = self._layer(*args, **kwargs)
         kept = out[0] if isinstance(out, tuple) else out
-        return self._search.step(hidden_states[0], kept[0])[None]
+        return self._search.step(hidden_states_in(args, kwargs)[0], kept[0])[None]

@@ -1,0 +1,114 @@
+"""Whether the engine's view of a policy computes what transformers computes, asked whenever an engine is built."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from rollout.attention import ForwardBatch
+from rollout.inference_view import InferenceView, copy_sharing
+from rollout.kv_cache import CacheShape, SlotCache
+from rollout.layer_probe import in_two_forwards
+from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, supports_attention_backend, use_attention, version
+
+_TOKENS = 8
+# Gaps as `logit_gap` has them. SmolLM2's 30 layers make 3e-6 in float32 and 0.03 to 0.04 in bfloat16 by rounding; tokens that see
+# the future 1.4, a past that is not read 1.0, a softmax scale off by a tenth 0.08. Layers were already compared more sharply.
+_TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
+_STRICTEST = min(_TOLERANCES.values())
+
+
+class UnfusedWarning(RuntimeWarning):
+    """A policy decodes without fused layers, because with them it would compute something else."""
+
+
+def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) -> InferenceView:
+    """A view of a policy that computes what the policy computes, with fused layers where those do.
+
+    Args:
+        model: The trainer's unwrapped causal LM.
+        dtype: What the engine computes in.
+        shape: The engine's cache.
+
+    Raises:
+        ValueError: for a model whose attention cannot be replaced, or which computes something else in the engine with the
+            installed release of transformers.
+    """
+    if not supports_attention_backend(model):
+        raise ValueError(
+            f"{type(model).__name__} does not let its attention be replaced (transformers' _supports_attention_backend is not "
+            "set): choose a model that does, as Llama, Qwen, Mistral and Gemma do"
+        )
+    view, trouble = _attempt(model, dtype, shape, fuse=True)
+    if view is not None and trouble is None:
+        return view
+    reason = trouble
+    if view is None or view.fused:
+        view, trouble = _attempt(model, dtype, shape, fuse=False)
+        if view is not None and trouble is None:
+            warnings.warn(
+                f"{type(model).__name__} decodes without fused layers, which is slower: with transformers {version()} they "
+                f"fail the engine's check ({reason}); transformers{TESTED_RELEASES} is tested",
+                UnfusedWarning,
+                stacklevel=2,
+            )
+            return view
+    raise ValueError(
+        f"{type(model).__name__} does not run in the engine with transformers {version()}: {trouble}; install "
+        f"transformers{TESTED_RELEASES}, the releases that are tested, or choose another policy"
+    )
+
+
+def _attempt(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape, fuse: bool) -> tuple[InferenceView | None, str | None]:
+    """A view, None where it cannot be made, and what is wrong with it, None where nothing is."""
+    view = None
+    try:
+        view = InferenceView(model, dtype, fuse)
+        gap = logit_gap(view, model, shape)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a release of transformers makes of our call is the reason to give
+        return view, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if gap <= _TOLERANCES.get(dtype, _STRICTEST):
+        return view, None
+    return view, f"its logits differ from transformers' own by {gap:.2g} of their norm"
+
+
+@torch.no_grad()
+def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) -> float:
+    """How far a view's logits are from those of the policy's own forward in transformers, on a few tokens.
+
+    The view reads the tokens in two forwards over a cache of its own, as the engine does; transformers reads them in one forward
+    without a cache, with its eager attention.
+
+    Args:
+        view: The engine's view of the model.
+        model: The trainer's unwrapped causal LM.
+        shape: The engine's cache.
+
+    Returns:
+        ‖difference‖ / ‖logits‖, each token's logits less their mean: the median over the tokens of a forward, so that a token of
+        a mixture of experts that rounding sends to another expert does not count, and of the two forwards the larger. 0 where the
+        policy's own logits are not finite.
+    """
+    device = model.device
+    tokens = (torch.arange(1, _TOKENS + 1, device=device) * 7919 % model.config.get_text_config().vocab_size)[None]
+    reference = copy_sharing(model)
+    use_attention(reference, "eager")
+    wanted = reference(input_ids=tokens, use_cache=False).logits[0].float()
+    cache = SlotCache(replace(shape, slots=1, capacity=_TOKENS, taps=0), device)
+
+    def forward(part: slice, batch: ForwardBatch) -> torch.Tensor:
+        every = torch.arange(part.stop - part.start, device=device)
+        return run_causal_lm(view.module, tokens[:, part], batch.positions, cache, keep=every, forward_batch=batch)
+
+    got = in_two_forwards(cache, _TOKENS, view.takes_ragged, forward)[0].float()
+    if not bool(wanted.isfinite().all()):
+        return 0.0
+    wanted, got = (x - x.mean(-1, keepdim=True) for x in (wanted, got))
+    gaps = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)
+    gap = max(float(part.median()) for part in (gaps[:-2], gaps[-2:]))
+    return gap if gap == gap else float("inf")
