@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Cache
 
 from rollout.attention import ForwardBatch
+from rollout.machine_limits import available_memory
 from rollout.native import load_kernels
+from rollout.transformers_api import Cache
 
 SPAN_STEP = 128
 
@@ -43,14 +43,13 @@ class CacheShape:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of ``device``, or of the machine for the CPU."""
+    """Free memory of ``device``; for the CPU, what this process may still allocate."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with Path("/proc/meminfo").open(encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable: give the KV cache a limit with kv_memory_gb")
+    try:
+        return available_memory()
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f"{error}: give the KV cache a limit with kv_memory_gb") from None
 
 
 class SlotCache(Cache):
