@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+from rl.commands import doctor, trial
 from rl.commands.app import app
 from rl.commands.doctor import Finding, findings
 from rl.config import load_config
@@ -73,17 +77,79 @@ def test_serve_prints_what_it_would_run(tmp_path):
     assert "[[from, to, tokens], ...]" in wrong.stderr
 
 
-def test_doctor_says_what_is_there(monkeypatch):
+def test_doctor_says_what_it_saw(monkeypatch):
+    """It trains a tiny policy: what it says of rollouts, updates and drafter is that run's."""
     found = list(findings())
     names = [f.what for f in found]
-    assert {"Python", "torch", "transformers", "device", "memory", "native kernels"} <= set(names)
+    assert {"Python", "torch", "transformers", "device", "cores", "memory", "native kernels"} <= set(names)
     assert not [f for f in found if f.needed and not f.good]
+    said = {f.what: f.found for f in found}
+    assert "from start to report" in said["a tiny run"]
+    assert int(said["its rollouts"].split()[0]) == 16
+    assert float(said["its updates"].split()[-1]) > 0
+    assert int(said["its drafter"].split()[0]) > 0
+    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter(found))
     assert "main job runs here" in runner.invoke(app, ["doctor"]).output
-    missing = Finding("torch", "2.0", False, needed=True, advice="pip install 'torch>=2.13'")
-    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter([missing]))
+    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter([Finding("torch", "2.0", False, needed=True, advice="pip")]))
     broken = runner.invoke(app, ["doctor"])
     assert broken.exit_code == 1
     assert "cannot run here: torch" in broken.output
+
+
+def test_doctor_imports_what_the_main_job_needs(monkeypatch):
+    """Every package that pyproject.toml asks for; a broken one is named, and nothing is run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {canonicalize_name(Requirement(d).name) for d in project["dependencies"]}
+    modules = doctor._modules_by_package()
+    assert all(modules[name] for name in asked)
+
+    def import_module(name):
+        if name == "math_verify":
+            raise ImportError("libfoo.so: cannot open shared object file")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+    monkeypatch.setattr(doctor, "run_trial", lambda ranks: pytest.fail("run without what it needs"))
+    said = {f.what: f for f in doctor.findings()}
+    assert not said["math-verify"].good
+    assert said["math-verify"].needed
+    assert "import math_verify fails (ImportError: libfoo.so" in said["math-verify"].found
+
+
+def test_doctor_says_no_where_the_run_ends(monkeypatch):
+    monkeypatch.setattr(doctor, "_required", lambda: iter(()))
+    monkeypatch.setattr(trial, "_RECIPE", (*trial._RECIPE, "policy.model=nowhere/nothing"))
+    said = {f.what: f for f in doctor.findings()}
+    assert "its rollouts" not in said
+    assert said["a tiny run"].needed
+    assert not said["a tiny run"].good
+    assert said["a tiny run"].found.startswith("failed: paceline: policy.model 'nowhere/nothing'")
+
+
+RENAMED = """
+from transformers.models.llama import modeling_llama as llama
+
+forward = llama.LlamaModel.forward
+
+
+def renamed(self, token_ids=None, **others):
+    return forward(self, token_ids, **others)
+
+
+llama.LlamaModel.forward = renamed
+"""
+
+
+@pytest.mark.ci
+def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(tmp_path):
+    """Versions and imports are in order; only a run can tell."""
+    (tmp_path / "sitecustomize.py").write_text(RENAMED)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "rl.commands.app", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the main job cannot run here: a tiny run" in done.stdout
+    assert "TypeError" in done.stdout
+    assert "input_ids" in done.stdout
 
 
 def test_bench_has_its_own_help():

@@ -13,6 +13,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from rl.cli import Overrides, user_errors
+from rl.commands.trial import rank_command
 from rl.errors import UserError
 
 
@@ -37,7 +38,7 @@ def train(
 
             run_here([*named, *options])
         elif ranks == 1:
-            os.execv(sys.executable, [sys.executable, "-m", "rl.commands.rank", *named, *options])
+            os.execv(sys.executable, rank_command(1, [*named, *options]))
         else:
             raise SystemExit(_launch(ranks, [*named, *options], run))
 
@@ -54,8 +55,7 @@ def _directory(config: str | None, overrides: list[str] | None, resume: Path | N
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:
     """Ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process alone, which asks them to stop by a
     file, for torchrun would give them half a minute."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    job = subprocess.Popen([*command, "-m", "rl.commands.rank", *arguments], start_new_session=True)
+    job = subprocess.Popen(rank_command(ranks, arguments), start_new_session=True)
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
