@@ -1,28 +1,25 @@
 # `make quickstart` trains a real policy on two CPU cores; `make test` runs the tests. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-TORCH := 2.13.0
+LOCK := constraints/locked.txt
+TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' $(LOCK))
 VLLM := 0.32.0
 VERL := 0.9.0
 OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci test-vllm test-pipelines lint setup peers pipelines clean
+.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint lock fresh setup peers pipelines clean
 
 setup: .venv/installed
 
-# The CPU build of torch where there is no GPU: from the configured sources, else PyTorch's own index, else whatever PyPI has.
-.venv/installed: pyproject.toml
-	@echo "setting up .venv (about a minute)"
-	@$(PYTHON) -m venv .venv
-	@if command -v nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/pip install --quiet torch==$(TORCH); \
-	else \
-		$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
-		|| $(BIN)/pip install --quiet --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2>/dev/null \
-		|| $(BIN)/pip install --quiet torch==$(TORCH); \
-	fi
-	@$(BIN)/pip install --quiet -e ".[dev]"
+.venv/installed: pyproject.toml $(LOCK)
+	@echo "setting up .venv (about two minutes)"
+	@$(PYTHON) constraints/environment.py .venv
 	@touch $@
+
+# The newest versions that pyproject.toml allows, for every Python and platform.
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml constraints/lock.in --extra dev --universal --python-version 3.11 --upgrade \
+		--no-annotate --custom-compile-command "make lock" --quiet -o $(LOCK)
 
 quickstart: setup
 	@echo "fetching the policy"
@@ -54,6 +51,19 @@ test: setup
 test-ci: setup
 	$(BIN)/pytest -q -n auto --dist worksteal -m ci
 
+# The engine and those who reach into other packages, in environments of their own: the oldest versions of torch, transformers,
+# trl, peft and accelerate that pyproject.toml allows, the locked ones, and the newest there are, whatever it allows.
+test-versions:
+	$(PYTHON) tests/versions.py oldest locked newest
+
+# What a new release breaks, said before a user says it; always succeeds.
+test-newest:
+	$(PYTHON) tests/versions.py newest --quick --report-only
+
+# Both commands as on a new machine: an empty clone, a home without caches.
+fresh:
+	$(PYTHON) tests/fresh.py
+
 # The backend and the trainer with it, on real vLLM.
 test-vllm: peers
 	.venv-peers/bin/python -m pytest -q -m vllm tests/vllm
@@ -79,4 +89,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers .venv-pipelines build dist *.egg-info
+	rm -rf .venv .venv-peers .venv-pipelines .venv-versions build dist *.egg-info

@@ -1,0 +1,83 @@
+"""The commands that try other versions and a new machine."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import fresh, versions
+from tests.support import ROOT
+from tests.versions import Outcome
+
+environment = sys.modules["environment"]
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.rollout.test_greedy" name="test_equals_generate[a]"/>
+<testcase classname="tests.rollout.test_greedy" name="test_equals_generate[b]"><failure>TypeError</failure></testcase>
+<testcase classname="tests.rollout.test_gpu" name="test_graphs"><skipped/></testcase>
+<testcase classname="tests.test_end_to_end" name="test_run"><error>fixture</error></testcase>
+</testsuite></testsuites>"""
+
+
+def test_oldest_and_newest_are_of_the_packages_that_we_reach_into():
+    oldest, newest = (list(environment._unbounded(oldest=oldest)) for oldest in (True, False))
+    assert {"torch==2.13", "transformers==5.17", "trl==1.16", "peft==0.21", "accelerate==1.15"} <= set(oldest)
+    assert {"torch", "transformers", "trl", "peft", "accelerate"} <= set(newest)
+    assert [w for w in oldest if "==" not in w] == [w for w in newest if w not in environment.REACHED_INTO]
+    assert not [w for w in newest if w.startswith("paceline")]
+
+
+def test_the_locked_torch_is_the_makefiles(tmp_path):
+    """The peers' and pipelines' environments take it from there."""
+    script = tmp_path / "print.mk"
+    script.write_text(f"include {ROOT / 'Makefile'}\nprint-torch:\n\t@echo $(TORCH)\n")
+    said = subprocess.run(["make", "-s", "-f", str(script), "print-torch"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == environment._locked("torch")
+
+
+def test_what_cannot_be_installed_is_said_in_a_line(monkeypatch):
+    """No matter which version: pip's own last line."""
+
+    def make(folder, versions):
+        raise environment.InstallFailed("ERROR: No matching distribution found for transformers==9")
+
+    monkeypatch.setattr(versions, "make", make)
+    outcome = versions.run("transformers==9", quick=True)
+    assert outcome.failures == ["not installed: ERROR: No matching distribution found for transformers==9"]
+
+
+def test_reports_are_counted(tmp_path):
+    file = tmp_path / "tests.xml"
+    file.write_text(REPORT)
+    outcome = versions._read("newest", {"torch": "9.0"}, file, 3.0)
+    assert (outcome.passed, outcome.failed, outcome.skipped) == (1, 2, 1)
+    assert outcome.failures == ["tests.rollout.test_greedy::test_equals_generate[b]", "tests.test_end_to_end::test_run"]
+    assert versions._read("newest", {}, tmp_path / "none.xml", 1.0).failures
+
+
+@pytest.mark.parametrize(("failures", "options", "status"), [([], [], 0), (["a::b"], [], 1), (["a::b"], ["--report-only"], 0)])
+def test_a_report_fails_nobody_else_does(monkeypatch, capsys, failures, options, status):
+    monkeypatch.setattr(versions, "run", lambda name, quick: Outcome(name, {"torch": "9.0"}, 5, len(failures), 0, failures, 1.0))
+    monkeypatch.setattr(sys, "argv", ["versions.py", "newest", *options])
+    if status:
+        with pytest.raises(SystemExit) as ended:
+            versions.main()
+        assert ended.value.code == status
+    else:
+        versions.main()
+    said = capsys.readouterr().out
+    assert "newest (torch 9.0): 5 passed" in said
+    assert all(name in said for name in failures)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_a_new_machine_has_what_is_committed_and_an_empty_home(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PACELINE_CACHE", "/somewhere")
+    assert fresh.run(["clean"], tmp_path)
+    assert (tmp_path / "paceline" / "constraints" / "locked.txt").is_file()
+    assert not list((tmp_path / "home").iterdir())
+    (tmp_path / "again").mkdir()
+    assert not fresh.run(["no-such-target", "clean"], tmp_path / "again")
+    said = capfd.readouterr().out
+    assert "make no-such-target: failed with status 2" in said
+    assert said.count("make clean: succeeded") == 2
