@@ -23,6 +23,7 @@ from rl.packing import PackedBatch
 from rl.run_state import restore_moments
 from rl.scoring import Completion, by_completion, micro_batches
 from rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from rollout.transformers_api import use_attention
 
 
 class ValueModel(nn.Module):
@@ -34,7 +35,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, start: PreTrainedModel) -> None:
         super().__init__()
-        start.set_attn_implementation(PACKED_ATTENTION)
+        use_attention(start, PACKED_ATTENTION)
         self.decoder = start.base_model
         self.head = nn.Linear(start.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)

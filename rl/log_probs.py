@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rl.errors import UserError
 from rl.packing import PackedBatch
 from rollout.attention import grouped_attention
+from rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"
 _LOGITS = 1 << 23  # that the output head makes at a time
@@ -90,7 +91,7 @@ def packed_attention(
     return _ToLine.apply(out, packed)[None], None
 
 
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+register_attention(PACKED_ATTENTION, packed_attention)
 
 
 class PolicyLogProbs(nn.Module):
@@ -107,7 +108,7 @@ class PolicyLogProbs(nn.Module):
         super().__init__()
         self.policy = policy
         _check_head(policy)
-        policy.set_attn_implementation(PACKED_ATTENTION)
+        use_attention(policy, PACKED_ATTENTION)
 
     def forward(self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.

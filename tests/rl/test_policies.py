@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rl import policies
 from rl.errors import UserError
 from rl.prompts import encode_prompt, stop_token_ids
+from tests.support import tiny_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +60,13 @@ def test_chat_template_is_used_where_there_is_one():
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}>"
     assert tokenizer.decode(encode_prompt(tokenizer, "hi", "be kind")) == "system:be kind\nuser:hi\n>"
     assert tokenizer.decode(encode_prompt(tokenizer, "hi", None)) == "user:hi\n>"
+
+
+def test_a_policy_that_the_engine_refuses_is_a_line(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("Model does not run in the engine with transformers 9.0")
+
+    monkeypatch.setattr("rl.rollouts.RolloutEngine", refuse)
+    refused = pytest.raises(UserError, match=r"^policy.model: Model does not run in the engine with transformers 9.0$")
+    with refused, tiny_trainer(tmp_path, monkeypatch, "[0.0 for _ in completions]"):
+        pass
