@@ -40,6 +40,7 @@ def cache(tmp_path_factory):
     return os.environ["PACELINE_CACHE"]
 
 
+@pytest.mark.ci
 def test_a_killed_run_resumes(tmp_path, cache):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     output = finish(train("configs/tiny.yaml", f"out={whole}", "tracking.wandb=offline", "tracking.tensorboard=true"))

@@ -97,7 +97,9 @@ def fails(phase: str, *options: str) -> str:
 PHASES = ["rollout", "score", "reference", "drafter", "wait", "gather", "sync", "save"]
 
 
-@pytest.mark.parametrize("phase", ["update", *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES)])
+@pytest.mark.parametrize(
+    "phase", [pytest.param("update", marks=pytest.mark.ci), *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES)]
+)
 def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
     """In any phase, also of a policy in parts: the launcher ends the others at once, and the run goes on from its last step."""
     run = tmp_path / "run"

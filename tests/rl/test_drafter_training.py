@@ -29,6 +29,7 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.mark.ci
 def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
     """Then the very first step drafts with it, every rank alike; a run that never trains keeps it as it is."""
     out = tmp_path / "drafter"
@@ -79,6 +80,7 @@ def test_weights_follow_rewards():
     assert reward_weights([0.7, 0.7], 1.0) == [1.0, 1.0]
 
 
+@pytest.mark.ci
 def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
     """Checkpoint and snapshots are cut short while the job is down: it goes on, says so, and makes another."""
     run = tmp_path / "run"
