@@ -119,10 +119,11 @@ class EngineServer:
                 self._change.wait_for(lambda: self._closed or (self._inbox and not self._held))
                 if self._closed and not self._inbox:
                     return
-                first = self._take()
             with self._engine_free:
-                done = self._decode(first)
-                self._learn(done)
+                with self._change:  # a pause or new weights may have come before the engine was ours
+                    first = [] if self._held else self._take()
+                if first:
+                    self._learn(self._decode(first))
 
     def _take(self) -> list[_Flight]:
         """Empties the inbox; with the condition held."""

@@ -1,6 +1,7 @@
 """An engine behind a queue, as hosts with servers use it."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -95,6 +96,8 @@ def test_a_pause_comes_through_while_requests_keep_coming(server):
     """What comes after it is not added to what is in flight."""
     served, _ = server
     first = ask(served, 8, tokens=64)
+    while not served._flying:
+        time.sleep(0.001)
     paused = threading.Thread(target=served.pause)
     paused.start()
     late = []
@@ -105,6 +108,32 @@ def test_a_pause_comes_through_while_requests_keep_coming(server):
     assert not late[-1].done()
     served.resume()
     assert all(f.result(120).token_ids for f in late)
+
+
+def test_a_pause_that_comes_first_holds_what_was_asked_before(server, monkeypatch):
+    """Between a request's arrival and the engine's first step: the engine does nothing once `pause` has returned."""
+    served, _ = server
+    lock = served._engine_free
+
+    class Late:
+        """The lock, which the engine's thread reaches for late."""
+
+        def __enter__(self):
+            if threading.current_thread().name == "paceline-engine":
+                time.sleep(0.3)
+            return lock.__enter__()
+
+        def __exit__(self, *error):
+            return lock.__exit__(*error)
+
+    monkeypatch.setattr(served, "_engine_free", Late())
+    future = ask(served, 1)[0]
+    time.sleep(0.1)
+    served.pause()
+    with pytest.raises(TimeoutError):
+        future.result(1.0)
+    served.resume()
+    assert future.result(60).token_ids
 
 
 def test_requests_join_those_in_flight(server):
