@@ -28,7 +28,7 @@ class InstallFailed(Exception):
     """What pip said when it could not install something, in one line."""
 
 
-def make(folder: Path, versions: str = "locked", quiet: bool = True) -> Path:
+def make(folder: Path, versions: str = "locked") -> Path:
     """Makes an environment, or goes on with one that was not finished.
 
     Args:
@@ -37,7 +37,6 @@ def make(folder: Path, versions: str = "locked", quiet: bool = True) -> Path:
             and accelerate that pyproject.toml allows, ``newest`` the newest of these five, whatever it allows, and both take of
             the rest what pip finds; ``transformers==5.19.0`` and the like, joined by commas, are put in the place of what is
             locked.
-        quiet: Whether pip says nothing.
 
     Returns:
         The environment's Python.
@@ -47,7 +46,7 @@ def make(folder: Path, versions: str = "locked", quiet: bool = True) -> Path:
     """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *(["--quiet"] if quiet else [])]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "-c", str(LOCK), "pip"])
     if versions not in ("oldest", "newest"):
         others = [] if versions == "locked" else versions.split(",")

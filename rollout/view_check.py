@@ -109,6 +109,5 @@ def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) ->
     if not bool(wanted.isfinite().all()):
         return 0.0
     wanted, got = (x - x.mean(-1, keepdim=True) for x in (wanted, got))
-    gaps = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)
-    gap = max(float(part.median()) for part in (gaps[:-2], gaps[-2:]))
-    return gap if gap == gap else float("inf")
+    gaps = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return max(float(part.median()) for part in (gaps[:-2], gaps[-2:]))

@@ -31,7 +31,13 @@ def test_the_locked_torch_is_the_makefiles(tmp_path):
     """The peers' and pipelines' environments take it from there."""
     script = tmp_path / "print.mk"
     script.write_text(f"include {ROOT / 'Makefile'}\nprint-torch:\n\t@echo $(TORCH)\n")
-    said = subprocess.run(["make", "-s", "-f", str(script), "print-torch"], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["make", "-s", "--no-print-directory", "-f", str(script), "print-torch"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert said.stdout.strip() == environment._locked("torch")
 
 

@@ -106,7 +106,7 @@ def _required() -> Iterator[Finding]:
 
 
 def _modules_by_package() -> dict[str, list[str]]:
-    """Name of an installed package → the modules that it installs, without those that only it imports."""
+    """Name of an installed package → the module of its name, or else all that it installs but private ones."""
     found: dict[str, list[str]] = {}
     for module, packages in importlib.metadata.packages_distributions().items():
         for package in packages:
@@ -161,7 +161,7 @@ def _trial() -> Iterator[Finding]:
     try:
         trial = run_trial(_trial_ranks())
     except TrialFailed as error:
-        advice = "the versions that are tested: pip install -c constraints/locked.txt paceline"
+        advice = "constraints/locked.txt in the repository has the versions that are tested"
         yield Finding(whole, f"failed: {error}", False, needed=True, advice=advice)
         return
     seen = trial.metrics

@@ -1,5 +1,20 @@
 """One rank of ``paceline train``: ``python -m rl.commands.rank``, with the arguments of launch/train.py."""
 
+import sys
+from collections.abc import Sequence
+
+
+def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The command that starts the ranks of a run on this machine: torchrun for several, else one process.
+
+    Args:
+        ranks: How many.
+        arguments: Those of launch/train.py.
+    """
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *several, "-m", "rl.commands.rank", *arguments]
+
+
 if __name__ == "__main__":
     from rl.train_command import main  # here: scoring processes import this file anew, and need none of it
 

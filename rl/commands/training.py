@@ -13,7 +13,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from rl.cli import Overrides, user_errors
-from rl.commands.trial import rank_command
+from rl.commands.rank import rank_command
 from rl.errors import UserError
 
 

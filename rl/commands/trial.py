@@ -10,13 +10,14 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rl.commands.rank import rank_command
 
 _SECONDS = 180.0
 _RECIPE = (
@@ -57,17 +58,6 @@ class Trial:
 def share_of_digits(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """A reward, in TRL's signature, that a random policy gets some of."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
-def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The command that starts a training run's ranks on this machine: torchrun for several, else one process.
-
-    Args:
-        ranks: How many.
-        arguments: Those of launch/train.py.
-    """
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *several, "-m", "rl.commands.rank", *arguments]
 
 
 def run_trial(ranks: int) -> Trial:

@@ -148,6 +148,21 @@ def test_the_view_is_compared_in_each_precision(monkeypatch):
             build(tiny_llama(), dtype)
 
 
+def test_a_view_that_gives_nan_is_refused(monkeypatch):
+    """In the second of its two forwards only, which reads what the first has stored."""
+    import rollout.view_check as view_check
+
+    original = view_check.run_causal_lm
+
+    def poisoned(*args, **kwargs):
+        logits = original(*args, **kwargs)
+        return logits * float("nan") if logits.shape[1] == 2 else logits
+
+    monkeypatch.setattr(view_check, "run_causal_lm", poisoned)
+    with pytest.raises(ValueError, match="by inf of their norm"):
+        build(tiny_llama())
+
+
 def test_weights_that_are_not_finite_are_no_reason_to_refuse():
     """A request fails for them, not the engine: `tests/rollout/test_requests.py`."""
     model = tiny_llama()
