@@ -143,11 +143,6 @@ def worst_gap(model: torch.nn.Module, rollouts: Iterable[Rollout], temperature: 
     return float(max(gaps))
 
 
-def share_of_digits(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
-    """A reward, in TRL's signature, that a random policy gets some of."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
-
-
 @contextmanager
 def tiny_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *options: str) -> Iterator[Trainer]:
     """A trainer of the tiny recipe in this process, with plain decoding and a reward: an expression over ``completions``."""

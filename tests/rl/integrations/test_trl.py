@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
 from drafter_trainer.checkpoint import load_drafter
+from rl.commands.trial import share_of_digits
 from rl.errors import UserError
 from rl.integrations.trl import RLOOTrainer, paceline_rollouts
 from rl.policies import fetch_policy
 from rl.rewards.registry import LengthAware
-from tests.support import forward_logprobs, share_of_digits
+from tests.support import forward_logprobs
 
 PROMPTS = [{"prompt": f"{i} + 1 ="} for i in range(8)]
 DRAFTING = {

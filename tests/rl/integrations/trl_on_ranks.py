@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from rl.commands.trial import share_of_digits
 from rl.integrations.trl import paceline_rollouts
 from rl.sharding.gathering import whole_parameters
-from tests.support import share_of_digits
 
 OUT, POLICY, DEEPSPEED = sys.argv[1:4]
 
