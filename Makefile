@@ -51,12 +51,12 @@ test: setup
 test-ci: setup
 	$(BIN)/pytest -q -n auto --dist worksteal -m ci
 
-# The engine and those who reach into other packages, in environments of their own: the oldest versions of torch, transformers,
-# trl, peft and accelerate that pyproject.toml allows, the locked ones, and the newest there are, whatever it allows.
+# Runs the tests of the engine and the trainers on the oldest versions of torch, transformers, trl, peft and accelerate that
+# pyproject.toml allows, on the locked ones, and on the newest releases; each in an environment of its own.
 test-versions:
 	$(PYTHON) tests/versions.py oldest locked newest
 
-# What a new release breaks, said before a user says it; always succeeds.
+# Reports what the newest releases break. Succeeds even when tests fail.
 test-newest:
 	$(PYTHON) tests/versions.py newest --quick --report-only
 

@@ -19,24 +19,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "constraints" / "locked.txt"
-REACHED_INTO = ("torch", "transformers", "trl", "peft", "accelerate")  # their releases are what breaks us
+REACHED_INTO = ("torch", "transformers", "trl", "peft", "accelerate")  # their new releases have broken Paceline, or could
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class InstallFailed(Exception):
-    """What pip said when it could not install something, in one line."""
+    """pip could not install something; the message is the last line that it printed."""
 
 
 def make(folder: Path, versions: str = "locked") -> Path:
     """Makes an environment, or goes on with one that was not finished.
 
     Args:
-        folder: Where.
-        versions: ``locked`` takes all from constraints/locked.txt; ``oldest`` the lowest versions of torch, transformers, trl, peft
-            and accelerate that pyproject.toml allows, ``newest`` the newest of these five, whatever it allows, and both take of
-            the rest what pip finds; ``transformers==5.19.0`` and the like, joined by commas, are put in the place of what is
-            locked.
+        folder: Directory of the environment.
+        versions: Which versions to install:
+            ``locked``: those of constraints/locked.txt.
+            ``oldest``: the lowest versions of torch, transformers, trl, peft and accelerate that pyproject.toml allows.
+            ``newest``: the newest versions of these five, ignoring the upper bounds in pyproject.toml.
+            ``name==version``, several joined by commas: these versions, and the locked ones of everything else.
+            With ``oldest`` and ``newest``, pip chooses the other packages within the bounds of pyproject.toml.
 
     Returns:
         The environment's Python.
@@ -91,7 +93,7 @@ def _locked(package: str) -> str:
 
 
 def _unbounded(oldest: bool) -> Iterator[str]:
-    """What pyproject.toml asks for, the packages that we reach into at their lowest versions or without a bound."""
+    """Yields the requirements of pyproject.toml, with the packages of `REACHED_INTO` at their lowest versions or without bounds."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     own = [name for name in extras["dev"] if not name.startswith("paceline")]

@@ -38,13 +38,13 @@ def fit_process(local_world_size: int) -> None:
 
 
 def threads_of_rank(local_world_size: int) -> int:
-    """How many threads a rank computes with.
+    """Returns the number of threads that a rank computes with.
 
     Args:
-        local_world_size: Ranks on this machine.
+        local_world_size: Number of ranks on this machine.
 
     Returns:
-        What the user wrote in ``OMP_NUM_THREADS``, else the rank's share of the cores that affinity and cgroups allow.
+        ``OMP_NUM_THREADS`` if the user has set it, else the rank's share of the cores that affinity and cgroups allow.
     """
     ranks = max(local_world_size, 1)
     asked = os.environ.get(_THREADS, "").partition(",")[0]
@@ -54,9 +54,9 @@ def threads_of_rank(local_world_size: int) -> int:
 
 
 def _is_torchruns_default() -> bool:
-    """Whether torchrun put ``OMP_NUM_THREADS=1`` into this rank's environment, as it does where the user has set nothing.
+    """Tells whether torchrun has set ``OMP_NUM_THREADS=1``, as it does for several ranks when the user has not set it.
 
-    It then is in the ranks' environment, but not in the one that torchrun itself was started with.
+    The variable is then in the rank's environment, but not in the environment that torchrun was started with.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False

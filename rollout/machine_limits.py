@@ -1,8 +1,8 @@
 """How much of the machine this process may use: cores by affinity and cgroups, memory by cgroups.
 
-In a container, a SLURM job or under ``taskset``, the counts that the operating system gives for the whole machine are too high: a
-thread for each of its cores is then slower than one for each core of one's own, and a cache as large as its free memory is killed.
-Versions 1 and 2 of cgroups are read, as Linux describes them in Documentation/admin-guide; elsewhere there are no limits.
+In a container, in a SLURM job or under ``taskset``, a process may use less than the whole machine. With a thread for every core of
+the machine it would run slower, and with a cache sized by the machine's free memory it would be killed. Both versions of cgroups
+are supported (Linux kernel, Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst); other systems have no limits but affinity.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ _PROC = Path("/proc/self")
 
 
 def usable_cores(proc: Path = _PROC) -> int:
-    """Cores that this process may keep busy: its affinity, or its cgroups' quota rounded down where that is less; at least 1."""
+    """Returns the number of cores that this process may keep busy: its affinity or its CPU quota, rounded down; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _cgroups("cpu", proc) if (quota := _cpu_quota(folder)) is not None]
     return max(int(min([cores, *quotas])), 1)
 
 
 def memory_limit(proc: Path = _PROC) -> int:
-    """Bytes that this process may use in all: the machine's memory, or its cgroups' limit where that is less."""
+    """Returns the bytes that this process may use in total: the machine's memory or the limit of its cgroups, whichever is less."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *(limit for folder in _cgroups("memory", proc) if (limit := _memory(folder)) is not None)])
 
 
 def available_memory(proc: Path = _PROC) -> int:
-    """Bytes that can be allocated now: what Linux calls available, or what is left of the cgroups' limit where that is less.
+    """Returns the bytes that can be allocated now: MemAvailable or what is left of the cgroups' limit, whichever is less.
 
     Raises:
-        RuntimeError: where Linux does not say.
+        RuntimeError: when /proc/meminfo has no MemAvailable.
+        OSError: when there is no /proc/meminfo.
     """
     with Path("/proc/meminfo").open(encoding="ascii") as lines:
         free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,4 +1,4 @@
-"""The engine's contract with transformers: everything of its interfaces that the engine relies on, in one file.
+"""The engine's contract with transformers: the keywords, and the cache and attention interfaces, that the engine relies on.
 
 transformers renames keywords between minor releases: 5.24 calls ``cache`` what 5.23 called ``past_key_values``, in models, in
 decoder layers and in attention modules. The engine therefore recognizes what a model hands to its layers by type, never by name,
@@ -10,7 +10,8 @@ and looks up the one name that it has to write itself. What it relies on:
 - attention functions come from `AttentionInterface`; for one whose name the mask functions do not know, no mask is made;
 - an attention module stores keys and values through `Cache.update(keys, values, layer_index)` and attends over what that returns.
 
-`rollout.view_check` tests all of this on a few tokens whenever an engine is built.
+`rollout.view_check` tests all of this on a few tokens whenever an engine is built. The names of a decoder layer's parts are in
+`rollout.fused_layer`, which does not replace a layer that has other parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the engine's view of a policy computes what transformers computes, asked whenever an engine is built."""
+"""Compares the engine's view of a policy with the policy's own forward in transformers, whenever an engine is built."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from rollout.layer_probe import in_two_forwards
 from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, supports_attention_backend, use_attention, version
 
 _TOKENS = 8
-# Gaps as `logit_gap` has them. SmolLM2's 30 layers make 3e-6 in float32 and 0.03 to 0.04 in bfloat16 by rounding; tokens that see
-# the future 1.4, a past that is not read 1.0, a softmax scale off by a tenth 0.08. Layers were already compared more sharply.
+# Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03 in bfloat16; a wrong
+# mask gives 1 or more, a softmax scale off by a tenth 0.08 (benchmarks/versions.md). `layer_probe` compares each kind of layer
+# in float32 before.
 _TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
 _STRICTEST = min(_TOLERANCES.values())
 
@@ -26,7 +27,7 @@ class UnfusedWarning(RuntimeWarning):
 
 
 def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) -> InferenceView:
-    """A view of a policy that computes what the policy computes, with fused layers where those do.
+    """Makes a view of a policy and checks that it computes the policy's logits, with fused layers if they pass the check.
 
     Args:
         model: The trainer's unwrapped causal LM.

@@ -139,13 +139,39 @@ llama.LlamaModel.forward = renamed
 """
 
 
+BROKEN_FUSED_LAYERS = """
+from rollout.fused_layer import FusedLayer
+
+
+def broken(self, *args, **kwargs):
+    raise TypeError("this release hands over something else")
+
+
+FusedLayer.forward = broken
+"""
+
+
+def doctor_with(folder, patch):
+    """``paceline doctor`` where every process runs ``patch`` at its start."""
+    (folder / "sitecustomize.py").write_text(patch)
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COLUMNS": "400"}
+    command = [sys.executable, "-m", "rl.commands.app", "doctor"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.ci
+def test_doctor_names_the_reason_where_layers_run_unfused(tmp_path):
+    """The main job runs, only slower."""
+    done = doctor_with(tmp_path, BROKEN_FUSED_LAYERS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not used: decoding is slower" in done.stdout
+    assert "this release hands over something else" in done.stdout
+
+
 @pytest.mark.ci
 def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(tmp_path):
     """Versions and imports are in order; only a run can tell."""
-    (tmp_path / "sitecustomize.py").write_text(RENAMED)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "rl.commands.app", "doctor"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = doctor_with(tmp_path, RENAMED)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the main job cannot run here: a tiny run" in done.stdout
     assert "TypeError" in done.stdout

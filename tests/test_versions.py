@@ -62,7 +62,7 @@ def test_reports_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("failures", "options", "status"), [([], [], 0), (["a::b"], [], 1), (["a::b"], ["--report-only"], 0)])
-def test_a_report_fails_nobody_else_does(monkeypatch, capsys, failures, options, status):
+def test_failures_fail_the_command_unless_it_only_reports(monkeypatch, capsys, failures, options, status):
     monkeypatch.setattr(versions, "run", lambda name, quick: Outcome(name, {"torch": "9.0"}, 5, len(failures), 0, failures, 1.0))
     monkeypatch.setattr(sys, "argv", ["versions.py", "newest", *options])
     if status:

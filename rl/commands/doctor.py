@@ -1,4 +1,4 @@
-"""What this machine can run, and what is missing: looked at, and then tried."""
+"""Reports what this machine can run and what is missing, and trains a tiny policy to be sure."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def doctor() -> None:
 
 
 def findings() -> Iterator[Finding]:
-    """Everything that is looked at, in order; a tiny run comes last, and only where all that it imports is there."""
+    """Yields all findings in order. The tiny run comes last, and only when every package that it needs can be imported."""
     yield Finding("Python", platform.python_version(), True)
     required = list(_required())
     yield from required
@@ -156,7 +156,7 @@ def _trial_ranks() -> int:
 
 
 def _trial() -> Iterator[Finding]:
-    """What a run of two steps on a tiny policy was like, part by part."""
+    """Trains a tiny policy for two steps and yields what was seen of its rollouts, updates and drafter."""
     whole = "a tiny run"
     try:
         trial = run_trial(_trial_ranks())

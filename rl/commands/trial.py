@@ -1,6 +1,6 @@
-"""A run of two steps on a tiny policy: the only way to know that the main job runs on a machine.
+"""Trains a tiny policy for two steps, to find out whether the main job runs on a machine.
 
-This file is read by scoring processes, too: it imports neither torch nor transformers.
+Scoring processes import this file for its reward, so it imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _UNFUSED = re.compile(r"UnfusedWarning: (.*)")
 
 
 class TrialFailed(Exception):
-    """The run ended before its steps were done: the reason in one line."""
+    """The run did not finish; the message is the reason, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the run was like.
+    """What was seen of the run.
 
     Attributes:
         ranks: Processes that trained together.
