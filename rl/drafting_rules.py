@@ -108,6 +108,11 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (length.anytime is None, "length.anytime demands answers of cut thoughts from the engine: decode with it"),
         (config.measure.plain_every == 0, "measure.plain_every decodes again with the engine: write 0 with rollout.vllm"),
+        (
+            not r.vllm.servers or r.vllm.exchange is not None,
+            "rollout.vllm.servers read new weights from one directory: write it in rollout.vllm.exchange, and start them with "
+            "paceline serve RUN --exchange DIRECTORY",
+        ),
         (r.vllm.depth >= 1, f"rollout.vllm.depth is {r.vllm.depth}: write at least 1"),
         (
             set(s.drafters) <= {"eagle3"},

@@ -69,8 +69,10 @@ class VllmConfig:
     Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at its start only.
 
     Attributes:
-        servers: URLs of servers, started by ``paceline serve``; empty runs vLLM in the process of a rank alone.
-        exchange: Directory that this machine and the servers see, for new weights; null takes the run's own.
+        servers: URLs of servers, started by ``paceline serve RUN --exchange DIRECTORY``; empty runs vLLM in the process of a rank
+            alone.
+        exchange: That directory, which this machine and the servers see: new weights go through it, and it holds the token that
+            servers ask for. Null takes the run's own, without servers.
         depth: Most draft tokens of a step.
         options: Further arguments of ``vllm.LLM``, without servers.
     """

@@ -16,6 +16,7 @@ from rl.config import RunConfig
 from rl.errors import UserError
 from rl.sharding.gathering import in_buckets
 from rollout.backends import ServedBackend
+from rollout.backends.exchange import TOKEN, read_token
 from rollout.drafters.eagle3_model import Eagle3Model
 
 _SHARD_BYTES = 2 << 30
@@ -47,8 +48,16 @@ class VllmRollouts:
     def _servers(self) -> ServedBackend:
         from rollout.backends.vllm_server import VllmServers
 
+        main = self._accelerator.is_main_process
         try:
-            return VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=self._accelerator.is_main_process)
+            token = read_token(self._exchange)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"rollout.vllm.exchange: no token of a server there ({error}); name the directory that the servers were started "
+                f"with, paceline serve RUN --exchange {self._exchange}, or set {TOKEN}"
+            ) from None
+        try:
+            return VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=main, token=token)
         except ConnectionError as error:
             raise UserError(f"rollout.vllm.servers: {error}") from None
 

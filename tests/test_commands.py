@@ -67,7 +67,8 @@ def test_serve_prints_what_it_would_run(tmp_path):
     (run / "drafter").mkdir()
     (run / "config.json").write_text(json.dumps({"rollout": {"max_context": 384}}))
     vllm = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "[[1,8,3],[9,64,0]]", "--", "--dtype", "float32"]).output
-    assert vllm.startswith("VLLM_SERVER_DEV_MODE=1 vllm serve ")
+    assert vllm.startswith("vllm serve ")
+    assert "--host 127.0.0.1" in vllm
     assert '"num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 64, 0]]' in vllm
     assert vllm.rstrip().endswith("--dtype float32")
     sglang = runner.invoke(app, ["serve", str(run), "--sglang", "--depth", "3"]).output
@@ -75,6 +76,21 @@ def test_serve_prints_what_it_would_run(tmp_path):
     wrong = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "8"])
     assert wrong.exit_code == 2
     assert "[[from, to, tokens], ...]" in wrong.stderr
+    exchange = tmp_path / "exchange"
+    updated = runner.invoke(app, ["serve", str(run), "--print", "--exchange", str(exchange)]).output
+    assert updated.startswith("VLLM_SERVER_DEV_MODE=1 ")
+    assert f'PACELINE_UPDATE_TOKEN="$(cat {exchange}/update-token)"' in updated
+    assert (exchange / "update-token").read_text() not in updated
+    (run / "drafter").rmdir()
+    plain = runner.invoke(app, ["serve", str(run), "--print"])
+    assert "serving without drafts" in plain.output
+    assert "--speculative-config" not in plain.output
+    open_to_all = runner.invoke(app, ["serve", str(run), "--print", "--host", "0.0.0.0"]).output
+    assert "--api-key" in open_to_all
+    (run / "config.json").write_text("{")
+    broken = runner.invoke(app, ["serve", str(run), "--print"])
+    assert broken.exit_code == 2
+    assert "config.json" in broken.stderr
 
 
 def test_doctor_says_what_it_saw(monkeypatch):

@@ -20,7 +20,8 @@ from rl.drafter_warmup import warm_drafter
 from rl.errors import UserError
 from rl.machine import fit_process
 from rl.warmup import warm_up
-from rollout.backends.vllm_server import serve_command, sglang_command
+from rollout.backends.exchange import TOKEN, token_file
+from rollout.backends.vllm_server import LOOPBACK, serve_command, serve_environment, sglang_command
 
 
 def warm_up_drafter(
@@ -59,7 +60,11 @@ def export(run: Annotated[Path, Argument(help="directory of a run")], out: Annot
 
 def serve(
     run: Annotated[Path, Argument(help="directory of a finished run")],
+    host: Annotated[str, Option(help="address to listen on; 0.0.0.0 for every network that this machine is in")] = "127.0.0.1",
     port: Annotated[int, Option(help="of the server")] = 8000,
+    exchange: Annotated[
+        Path | None, Option(help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange")
+    ] = None,
     depth: Annotated[int, Option(help="draft tokens of a step")] = 4,
     schedule: Annotated[str, Option(help='draft tokens by batch size, such as "[[1,8,4],[9,64,0]]"; all alike where none')] = "[]",
     vllm: Annotated[str, Option(help="vLLM's command, where it is not on the path")] = "vllm",
@@ -67,29 +72,69 @@ def serve(
     show: Annotated[bool, Option("--print", help="print the command and do not run it")] = False,
     more: Annotated[list[str] | None, Argument(help="after --: further arguments of the server")] = None,
 ) -> None:
-    """Serves a run's policy with its drafter by vLLM, ready for new weights from a trainer (rollout.vllm.servers)."""
+    """Serves a run's policy by vLLM, with its drafter where the run has one; with --exchange it takes new weights from a trainer
+    (rollout.vllm.servers)."""
     with user_errors():
-        policy, drafter = run / "checkpoint" / "policy", run / "drafter"
-        if not policy.is_dir():
-            raise UserError(f"{policy}: not there; name the directory of a finished run")
-        if not drafter.is_dir():
-            raise UserError(f"{drafter}: not there; write it with paceline export {run} {drafter}")
+        policy, context = _served(run)
+        drafter: Path | None = run / "drafter"
+        if not (run / "drafter").is_dir():
+            drafter = None
+            print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
         if sglang:
-            print(shlex.join(sglang_command(policy, drafter, depth, port, more or ())))
+            print(shlex.join(sglang_command(policy, drafter, depth, host, port, more or ())))
             return
-        try:
-            steps = [(int(a), int(b), int(c)) for a, b, c in json.loads(schedule)]
-        except (ValueError, TypeError):
-            raise UserError(f"--schedule {schedule!r}: write [[from, to, tokens], ...], for example [[1,8,4],[9,64,0]]") from None
-        context = json.loads((run / "config.json").read_text())["rollout"]["max_context"]
         command = serve_command(
-            policy, drafter=drafter, depth=depth, schedule=steps, port=port, max_context=max(context, 2048), more=more or ()
+            policy,
+            drafter=drafter,
+            depth=depth,
+            schedule=_schedule(schedule),
+            host=host,
+            port=port,
+            max_context=max(context, 2048),
+            updates=exchange is not None,
+            more=more or (),
         )
-        print("VLLM_SERVER_DEV_MODE=1", shlex.join([vllm, *command[1:]]), flush=True)
-        if not show:
-            try:
-                os.execvpe(vllm, [vllm, *command[1:]], {**os.environ, "VLLM_SERVER_DEV_MODE": "1"})
-            except FileNotFoundError:
-                raise UserError(
-                    f"{vllm}: there is no such command; make peers sets it up, then --vllm .venv-peers/bin/vllm"
-                ) from None
+        _start([vllm, *command[1:]], exchange, host, show)
+
+
+def _served(run: Path) -> tuple[Path, int]:
+    """The policy of a run and its longest context."""
+    policy, kept = run / "checkpoint" / "policy", run / "config.json"
+    if not policy.is_dir():
+        raise UserError(f"{policy}: not there; name the directory of a finished run")
+    try:
+        return policy, int(json.loads(kept.read_text(encoding="utf-8"))["rollout"]["max_context"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{kept}: not a run's recipe ({type(error).__name__}: {error}); name the directory of a finished run"
+        ) from None
+
+
+def _schedule(text: str) -> list[tuple[int, int, int]]:
+    try:
+        return [(int(a), int(b), int(c)) for a, b, c in json.loads(text)]
+    except (ValueError, TypeError):
+        raise UserError(f"--schedule {text!r}: write [[from, to, tokens], ...], for example [[1,8,4],[9,64,0]]") from None
+
+
+def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
+    """Becomes the server, or only says how it would be started."""
+    environment: dict[str, str] = {}
+    if exchange is not None:
+        try:
+            environment = serve_environment(exchange, host)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--exchange {exchange}: {error}") from None
+    elif host not in LOOPBACK:
+        print(f"paceline: whoever reaches {host} can ask for completions; -- --api-key KEY asks for a key", flush=True)
+    token = f'"$(cat {shlex.quote(str(token_file(exchange)))})"' if exchange is not None else ""  # never on a screen
+    said = [f"{name}={token if name in (TOKEN, 'VLLM_API_KEY') else shlex.quote(value)}" for name, value in environment.items()]
+    print(*said, shlex.join(command), flush=True)
+    if show:
+        return
+    try:
+        os.execvpe(command[0], command, {**os.environ, **environment})
+    except FileNotFoundError:
+        raise UserError(
+            f"{command[0]}: there is no such command; make peers sets it up, then --vllm .venv-peers/bin/vllm"
+        ) from None

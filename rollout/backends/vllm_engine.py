@@ -12,6 +12,7 @@ from typing import Any
 
 from rollout.api import Request, Rollout, RolloutStats
 from rollout.backends.depths import DepthBandit
+from rollout.backends.exchange import DIRECTORY
 from rollout.backends.vllm_params import finished, refused, sampling
 from rollout.backends.vllm_transfer import NAME, register
 from rollout.engine import StepRecord
@@ -66,6 +67,7 @@ class VllmEngine:
         from vllm.config import WeightTransferConfig
 
         register()
+        os.environ[DIRECTORY] = "/"  # updates come from this process alone, which may read what it likes
         self._drafter = drafter
         speculative = None
         if drafter is not None:
@@ -84,6 +86,7 @@ class VllmEngine:
             speculative_config=speculative,
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # the policy's own may add penalties: the tokens would not be the policy's
             async_scheduling=False,  # a step's time and depth belong to that step
             seed=seed % 2**31,
             **(options or {}),

@@ -9,12 +9,15 @@ from typing import Any
 from rollout.api import FinishReason, Request, Rollout, RolloutStats
 
 _SEEDS = 2**32
+# A server fills what a request leaves out from the policy's generation_config.json, which for many instruct models has penalties.
+_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
 
 
 def sampling(request: Request) -> dict[str, Any]:
     """Keyword arguments of vLLM's `SamplingParams`, which are also fields of its completion endpoint.
 
-    A completion ends at the request's own stop tokens alone; its log-probs are of the processed distribution where vLLM was started
+    A completion ends at the request's own stop tokens alone, and every parameter that would change the policy's distribution is
+    sent with its neutral value; its log-probs are of the processed distribution where vLLM was started
     with ``logprobs_mode="processed_logprobs"``.
     """
     p = request.params
@@ -27,6 +30,7 @@ def sampling(request: Request) -> dict[str, Any]:
         "seed": request.seed % _SEEDS,
         "logprobs": 0,
         "ignore_eos": True,
+        **_NEUTRAL,
     }
     return {**found, "stop": list(p.stop_strings)} if p.stop_strings else found
 

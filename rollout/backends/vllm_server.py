@@ -13,8 +13,11 @@ from typing import Any
 import httpx
 
 from rollout.api import Request, Rollout, RolloutStats
+from rollout.backends.exchange import DIRECTORY, TOKEN, make_token
 from rollout.backends.vllm_params import finished, refused, sampling
 from rollout.engine import StepRecord
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _PATIENCE_SECONDS = 3600.0  # for one completion, which may wait in the server's queue
 
@@ -29,6 +32,7 @@ class VllmServers:
         urls: Of the servers, such as ``http://node1:8000``.
         max_slots: Requests in flight at one server.
         sends: Whether this process sends weights; of several ranks one does.
+        token: Of the servers' exchange directory, see `rollout.backends.exchange`; None for servers that were started otherwise.
 
     Attributes:
         records: Empty: servers do not say what a step took.
@@ -37,9 +41,10 @@ class VllmServers:
         ConnectionError: where a server does not answer, or was not started for weight updates.
     """
 
-    def __init__(self, urls: Sequence[str], max_slots: int, *, sends: bool = True) -> None:
+    def __init__(self, urls: Sequence[str], max_slots: int, *, sends: bool = True, token: str | None = None) -> None:
         limits = httpx.Limits(max_connections=max_slots, max_keepalive_connections=max_slots)
-        self._clients = [httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits) for url in urls]
+        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        self._clients = [httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits, headers=headers) for url in urls]
         self._max_slots, self._sends = max_slots, sends
         self._version = 0
         self.records: list[StepRecord] = []
@@ -129,7 +134,8 @@ class VllmServers:
         if answer.is_error:
             said = " ".join(answer.text.split())[:300]
             raise ConnectionError(
-                f"{client.base_url}{path.lstrip('/')}: {answer.status_code} {said}; start servers with paceline serve"
+                f"{client.base_url}{path.lstrip('/')}: {answer.status_code} {said}; start servers with "
+                "paceline serve RUN --exchange DIRECTORY, and name that directory in rollout.vllm.exchange"
             )
         return answer
 
@@ -145,28 +151,35 @@ def serve_command(
     drafter: Path | None = None,
     depth: int = 4,
     schedule: Sequence[tuple[int, int, int]] = (),
+    host: str = "127.0.0.1",
     port: int = 8000,
     max_slots: int = 64,
     max_context: int = 4096,
+    updates: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The arguments of ``vllm serve`` for a policy, its drafter, and weight updates from a trainer.
+    """The arguments of ``vllm serve`` for a policy and its drafter.
 
-    The weight endpoints are vLLM's development ones: the environment needs ``VLLM_SERVER_DEV_MODE=1``.
+    What a request leaves out takes vLLM's neutral defaults, not those of the policy's ``generation_config.json``.
 
     Args:
         model: Directory or hub id of the policy.
         drafter: Directory in the export format; None serves without drafts.
         depth: Most draft tokens of a step.
         schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty drafts ``depth`` always.
+        host: Address that the server listens on.
         port: Of the server.
         max_slots: Sequences decoded together.
         max_context: Most tokens of prompt and completion together.
+        updates: Take new weights from a trainer. The endpoints are vLLM's development ones: the environment of the server needs
+            what `serve_environment` gives.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
     """
-    command = ["vllm", "serve", str(model), "--port", str(port), "--max-num-seqs", str(max_slots)]
-    command += ["--max-model-len", str(max_context), "--logprobs-mode", "processed_logprobs"]
-    command += ["--weight-transfer-config", json.dumps({"backend": "paceline_files"})]
+    command = ["vllm", "serve", str(model), "--host", host, "--port", str(port), "--max-num-seqs", str(max_slots)]
+    command += ["--max-model-len", str(max_context), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    if updates:
+        command += ["--weight-transfer-config", json.dumps({"backend": "paceline_files"})]
+        command += ["--middleware", "rollout.backends.vllm_guard.UpdateGuard"]
     if drafter is not None:
         speculative: dict[str, Any] = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": depth}
         if schedule:
@@ -175,20 +188,37 @@ def serve_command(
     return [*command, *more]
 
 
-def sglang_command(model: Path | str, drafter: Path, depth: int, port: int, more: Sequence[str] = ()) -> list[str]:
+def serve_environment(exchange: Path, host: str) -> dict[str, str]:
+    """Environment variables of a server that takes new weights: through ``exchange`` alone, and with its token.
+
+    On an address that other machines reach, completions need the token too.
+
+    Raises:
+        OSError: when the directory cannot be written.
+    """
+    token = make_token(exchange)
+    found = {"VLLM_SERVER_DEV_MODE": "1", DIRECTORY: str(exchange.resolve()), TOKEN: token}
+    return found if host in LOOPBACK else {**found, "VLLM_API_KEY": token}
+
+
+def sglang_command(
+    model: Path | str, drafter: Path | None, depth: int, host: str, port: int, more: Sequence[str] = ()
+) -> list[str]:
     """The arguments that start SGLang with the same policy and drafter, by its documentation; it was not run here.
 
     Args:
-        model, drafter, port, more: As for `serve_command`.
+        model, drafter, host, port, more: As for `serve_command`.
         depth: Draft tokens of a step: a chain, as vLLM drafts.
     """
-    speculative = ["--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", str(drafter)]
-    chain = [
-        "--speculative-num-steps",
-        str(depth),
-        "--speculative-eagle-topk",
-        "1",
-        "--speculative-num-draft-tokens",
-        str(depth + 1),
-    ]
-    return ["python", "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *speculative, *chain, *more]
+    chain = {
+        "--speculative-draft-model-path": drafter,
+        "--speculative-num-steps": depth,
+        "--speculative-eagle-topk": 1,
+        "--speculative-num-draft-tokens": depth + 1,
+    }
+    speculative = [str(part) for entry in chain.items() for part in entry]
+    command = ["python", "-m", "sglang.launch_server", "--model-path", str(model), "--host", host, "--port", str(port)]
+    command += ["--sampling-defaults", "openai"]  # neutral, whatever the policy's generation_config.json says
+    if drafter is not None:
+        command += ["--speculative-algorithm", "EAGLE3", *speculative]
+    return [*command, *more]

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from rollout.backends.exchange import confined
+
 NAME = "paceline_files"
 
 
@@ -89,7 +91,7 @@ def engine_class() -> type[Any]:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(_tensors(update_info.path))
+            self.model.load_weights(_tensors(str(confined(update_info.path))))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

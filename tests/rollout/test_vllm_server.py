@@ -1,5 +1,6 @@
 """The client of vLLM servers, against servers that answer as vLLM 0.32's do."""
 
+import asyncio
 import json
 import math
 import threading
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from rollout import FinishReason, Request, SamplingParams
-from rollout.backends.vllm_server import VllmServers, serve_command
+from rollout.backends.exchange import confined, make_token, read_token
+from rollout.backends.vllm_guard import UpdateGuard
+from rollout.backends.vllm_params import sampling
+from rollout.backends.vllm_server import VllmServers, serve_command, serve_environment, sglang_command
 
 
 @contextmanager
@@ -150,11 +154,117 @@ def test_a_server_that_is_not_there_is_named():
 
 def test_the_command_that_starts_a_server():
     command = serve_command(
-        "policy", drafter=Path("drafter"), schedule=[(1, 8, 4), (9, 64, 0)], more=["--tensor-parallel-size", "2"]
+        "policy", drafter=Path("drafter"), schedule=[(1, 8, 4), (9, 64, 0)], updates=True, more=["--tensor-parallel-size", "2"]
     )
     assert command[:3] == ["vllm", "serve", "policy"]
     speculative = json.loads(command[command.index("--speculative-config") + 1])
     assert speculative["num_speculative_tokens_per_batch_size"] == [[1, 8, 4], [9, 64, 0]]
     assert speculative["method"] == "eagle3"
     assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": "paceline_files"}
+    assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[-2:] == ["--tensor-parallel-size", "2"]
+    assert "--weight-transfer-config" not in serve_command("policy")
+
+
+def test_a_policys_generation_config_adds_nothing():
+    """Neither on the server nor in a request, and not in SGLang either."""
+    command = serve_command("policy")
+    assert command[command.index("--generation-config") + 1] == "vllm"
+    body = sampling(Request([1], SamplingParams()))
+    assert (body["repetition_penalty"], body["min_p"], body["presence_penalty"], body["frequency_penalty"]) == (1.0, 0.0, 0.0, 0.0)
+    command = sglang_command("policy", None, 4, "127.0.0.1", 8000)
+    assert command[command.index("--sampling-defaults") + 1] == "openai"
+    assert "--speculative-algorithm" not in command
+
+
+def test_the_token_of_an_exchange_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("PACELINE_UPDATE_TOKEN", raising=False)
+    environment = serve_environment(tmp_path / "exchange", "127.0.0.1")
+    token = read_token(tmp_path / "exchange")
+    assert environment["PACELINE_UPDATE_TOKEN"] == token == make_token(tmp_path / "exchange")
+    assert environment["PACELINE_EXCHANGE"] == str(tmp_path / "exchange")
+    assert "VLLM_API_KEY" not in environment
+    assert serve_environment(tmp_path / "exchange", "0.0.0.0")["VLLM_API_KEY"] == token  # completions ask for it there
+    assert [p.stat().st_mode & 0o077 for p in (tmp_path / "exchange").iterdir()] == [0]
+    with pytest.raises(OSError, match="token"):
+        read_token(tmp_path)
+
+
+def test_updates_are_read_from_the_exchange_directory_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("PACELINE_EXCHANGE", raising=False)
+    with pytest.raises(ValueError, match="takes no new weights"):
+        confined(str(tmp_path / "a.safetensors"))
+    inside, outside = tmp_path / "exchange", tmp_path / "other"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "a.safetensors").touch()
+    (inside / "link.safetensors").symlink_to(outside / "a.safetensors")
+    monkeypatch.setenv("PACELINE_EXCHANGE", str(inside))
+    assert confined(str(inside / "a.safetensors")) == inside / "a.safetensors"
+    for path in (
+        outside / "a.safetensors",
+        inside / ".." / "other" / "a.safetensors",
+        inside / "link.safetensors",
+        inside / "a.bin",
+    ):
+        with pytest.raises(ValueError, match=r"rollout\.vllm\.exchange"):
+            confined(str(path))
+
+
+def ask(guard, path, **headers):
+    """The status that a request gets."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(n.encode(), v.encode()) for n, v in headers.items()]}
+    asyncio.run(guard(scope, None, send))
+    return sent[0]["status"]
+
+
+def test_development_endpoints_need_the_token(monkeypatch):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    monkeypatch.delenv("PACELINE_UPDATE_TOKEN", raising=False)
+    with pytest.raises(RuntimeError, match="not set"):
+        UpdateGuard(app)
+    monkeypatch.setenv("PACELINE_UPDATE_TOKEN", "right")
+    guard = UpdateGuard(app)
+    for path in ("/v1/completions", "/health", "/metrics"):
+        assert ask(guard, path) == 200
+    for path in (
+        "/update_weights",
+        "/collective_rpc",
+        "/sleep",
+        "/reset_prefix_cache",
+        "/health/../update_weights",
+        "/v1",
+        "/anything",
+    ):
+        assert ask(guard, path) == 401
+        assert ask(guard, path, authorization="Bearer wrong") == 401
+        assert ask(guard, path, authorization="Basic right") == 401
+        assert ask(guard, path, authorization="Bearer right") == 200
+
+
+def test_the_client_shows_its_token():
+    headers = []
+
+    class Asked(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            headers.append(self.headers.get("Authorization"))
+            self.send_response(401)
+            self.end_headers()
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Asked)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    with pytest.raises(ConnectionError, match="--exchange"):
+        VllmServers([f"http://127.0.0.1:{httpd.server_port}"], 1, token="abc")
+    httpd.shutdown()
+    httpd.server_close()
+    assert headers == ["Bearer abc"]

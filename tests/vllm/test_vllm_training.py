@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytest.importorskip("vllm")
 from drafter_trainer.checkpoint import save_drafter
 from rl.policies import fetch_policy, load_policy
 from rl.summary import read_metrics
-from rollout.backends.vllm_server import serve_command
+from rollout.backends.vllm_server import serve_command, serve_environment
 from tests.support import ROOT, tiny_eagle3
 
 pytestmark = pytest.mark.vllm
@@ -73,14 +74,19 @@ def test_the_tiny_task_is_learned_in_the_process(home):
 
 def test_the_tiny_task_is_learned_behind_a_server(home):
     port = 8731
-    command = serve_command(fetch_policy("small-llama"), drafter=home / "drafter", depth=2, port=port, max_slots=8, max_context=160)
+    policy, exchange = fetch_policy("small-llama"), home / "exchange"
+    options = {"depth": 2, "port": port, "max_slots": 8, "max_context": 160, "updates": True}
+    command = serve_command(policy, drafter=home / "drafter", **options)
     command[0] = str(Path(sys.executable).parent / "vllm")
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= serve_environment(exchange, "127.0.0.1")
     with (home / "server.log").open("w") as log:
         server = subprocess.Popen([*command, "--enforce-eager", "--dtype", "float32"], env=environment, stdout=log, stderr=log)
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
-        options = f"rollout.vllm={{servers: ['http://127.0.0.1:{port}']}}"
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger changes no weights
+            urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/start_weight_update", method="POST"))
+        options = f"rollout.vllm={{servers: ['http://127.0.0.1:{port}'], exchange: '{exchange}'}}"
         train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
         check(home / "run")
     finally:
