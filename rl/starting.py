@@ -54,7 +54,16 @@ def _whole_weights(source: Path, checkpoint: Checkpoint | None) -> Path:
 
 @torch.no_grad()
 def copy_weights(weights: Iterator[tuple[str, torch.Tensor]], target: PreTrainedModel) -> None:
-    """Puts whole weights into a module that has parameters of the same names. Collective where the iterator is."""
-    parameters = dict(target.named_parameters())
+    """Puts whole weights into a module that has parameters of the same names. Collective where the iterator is.
+
+    Raises:
+        ValueError: for a name that the module does not have, or another shape; weights before it are replaced by then.
+    """
+    parameters = dict(target.named_parameters(remove_duplicate=False))  # a tied weight goes by each of its names
     for name, tensor in weights:
+        if name not in parameters:
+            raise ValueError(f"weights have {name!r}, which the policy does not: send those of the policy that was loaded")
+        if parameters[name].shape != tensor.shape:
+            shapes = f"{list(tensor.shape)}, and of the policy's {list(parameters[name].shape)}"
+            raise ValueError(f"weights {name!r} are of shape {shapes}: send those of the policy that was loaded")
         parameters[name].copy_(tensor)
