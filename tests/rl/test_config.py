@@ -164,6 +164,7 @@ def test_the_estimate_of_a_known_shape():
         (["length.predictor=prod_d"], "vllm has its own"),
         (["length.rewards=[{name: pear}]"], "pear"),
         (["rollout.vllm.depth=0"], "rollout.vllm.depth is 0"),
+        (["rollout.vllm.servers=['http://node1:8000']"], r"rollout\.vllm\.exchange"),
         (["speculation.strategy=suffix:4"], "knows adaptive, plain and eagle3"),
         (["speculation.strategy=eagle3:3x2/4"], "knows adaptive, plain and eagle3"),
     ],
