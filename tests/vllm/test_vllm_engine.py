@@ -27,7 +27,7 @@ def served(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     policy.save_pretrained(folder / "policy")
     save_drafter(tiny_eagle3(policy), folder / "drafter", torch.float32)
-    options = {"enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
+    options = {"enforce_eager": True, "gpu_memory_utilization": 0.5, "skip_tokenizer_init": True, "disable_log_stats": True}
     engine = VllmEngine(
         folder / "policy", dtype="float32", max_slots=16, max_context=256, drafter=folder / "drafter", depth=3, options=options
     )

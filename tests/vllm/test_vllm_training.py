@@ -61,7 +61,7 @@ def check(run):
 
 def test_the_tiny_task_is_learned_in_the_process(home):
     """Rewards rise, log-probs are the trainer's own before and after a stop, the drafter is trained and handed over."""
-    options = "rollout.vllm={options: {enforce_eager: true}}"
+    options = "rollout.vllm={options: {enforce_eager: true, gpu_memory_utilization: 0.5}}"
     train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
     check(home / "run")
     config = json.loads((home / "run" / "config.json").read_text())
@@ -81,7 +81,7 @@ def test_the_tiny_task_is_learned_behind_a_server(home):
     environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= serve_environment(exchange, "127.0.0.1")
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen([*command, "--enforce-eager", "--dtype", "float32"], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen([*command, "--enforce-eager", "--gpu-memory-utilization", "0.5", "--dtype", "float32"], env=environment, stdout=log, stderr=log)
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
         with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger changes no weights
