@@ -20,6 +20,7 @@ from rl.cli import user_errors
 from rl.config import load_config
 from rl.integrations.trl import paceline_rollouts  # marked: one import
 from rl.machine import fit_process
+from rl.prompts import messages_of
 from rl.starting import starting_policy
 from rl.tasks import load_task
 
@@ -65,12 +66,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
-    problems = {p.key: p for p in load_task(config.task, config.seed).problems}
-    system = [{"role": "system", "content": config.task.system}] if config.task.system else []
-    rows = [{"prompt": [*system, {"role": "user", "content": p.question}], "problem": key} for key, p in problems.items()]
+    task = load_task(config.task, config.seed)
+    rows = [{"prompt": list(messages_of(p, config.task.system)), "problem": p.key} for p in task.problems]
 
     def correct(prompts, completions, problem, **columns):
-        return [problems[key].score(text[0]["content"]) for key, text in zip(problem, completions, strict=True)]
+        return [task.find(key).score(text[0]["content"]) for key, text in zip(problem, completions, strict=True)]
 
     r, source, clock = config.rollout, starting_policy(config), Clock(Path(config.out) / "steps.jsonl")
     clock.path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,7 @@ def main() -> None:
             gradient_accumulation_steps=r.prompts_per_step // ranks,
             num_generations=r.group_size,
             max_completion_length=r.max_tokens,
+            chat_template_kwargs=config.task.chat_template_kwargs,
             temperature=r.temperature,
             learning_rate=config.update.lr,
             lr_scheduler_type="constant",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from drafter_trainer.checkpoint import load_drafter
 from rl.bench_peers import Peers
 from rl.config import RunConfig, draft_rules
-from rl.prompts import encode_prompt, stable_seed, stop_token_ids
+from rl.prompts import encode_problem, stable_seed, stop_token_ids
 from rl.starting import starting_policy
 from rl.task_config import DatasetConfig
 from rl.tasks import Problem, load_task
@@ -97,7 +97,7 @@ class RolloutBench:
 
     def _other_problems(self) -> list[Problem]:
         problems = load_task(replace(self.config.task, size=64), seed=987).problems
-        return random.Random(0).sample(problems, len(problems))  # sizes mixed
+        return random.Random(0).sample(problems, min(len(problems), 512))  # sizes mixed
 
     def _own_problems(self) -> list[Problem]:
         """Those of the recipe, and once more in another order: what warms up comes after the first 40."""
@@ -132,7 +132,7 @@ class RolloutBench:
 
     def _tail_problems(self) -> list[Problem]:
         """One sum of each of eight sizes: completions from a dozen tokens to the cap, which the two longest grow with."""
-        problems = []
+        problems: list[Problem] = []
         for i, terms in enumerate((*_TAIL_TERMS[:-2], *(terms * self.tail_cap // 1024 for terms in _TAIL_TERMS[-2:]))):
             dataset = DatasetConfig("chain_sum", 1, {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1})
             problems += load_task(replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i).problems
@@ -145,7 +145,7 @@ class RolloutBench:
         made = []
         for i in range(count):
             problem = problems[i // samples % len(problems)]
-            prompt = encode_prompt(self.tokenizer, problem.question, self.config.task.system)
+            prompt = encode_problem(self.tokenizer, problem, self.config.task)
             made.append(Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key))
         return made
 

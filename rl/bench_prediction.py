@@ -82,7 +82,7 @@ class Observed:
 
 def observe(bench: RolloutBench, prompts: int, samples: int) -> Observed:
     """Draws completions of a recipe's kind of problems."""
-    problems = load_task(replace(bench.config.task, size=prompts), seed=4321).problems
+    problems = load_task(replace(bench.config.task, size=prompts), seed=4321).problems[:prompts]
     problems = random.Random(0).sample(problems, len(problems))
     requests = bench.requests(problems, prompts * samples, samples)
     engine = bench.engine(32, bench.params.max_tokens)

@@ -108,7 +108,7 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
 
 def _measure(worker: RolloutWorker, config: RunConfig, temperature: float) -> float:
     """Acceptance length of chains of four on other problems, decoded with the drafter as it is."""
-    problems = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems
+    problems = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems[:_PROBLEMS]
     worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
     requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.groups.requests(problems, step=0)]
     return mean_acceptance_length(worker.engine.generate(requests[:: config.rollout.group_size]))

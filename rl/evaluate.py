@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel
 from rl.config import RunConfig
 from rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
 from rl.policies import load_policy
-from rl.prompts import encode_prompt, stable_seed, stop_token_ids
+from rl.prompts import encode_problem, stable_seed, stop_token_ids
 from rl.tasks import Problem, load_task
 from rollout import Request, Rollout, RolloutEngine, SamplingParams, default_tap_layers
 
@@ -112,7 +112,7 @@ class Evaluator:
         return [p for p in problems for _ in range(self._samples)]
 
     def _prompt(self, problem: Problem) -> list[int]:
-        return encode_prompt(self.tokenizer, problem.question, self._config.task.system)
+        return encode_problem(self.tokenizer, problem, self._config.task)
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

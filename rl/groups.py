@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rl.lengths.estimate import PredictedLengths
-from rl.prompts import encode_prompt, stable_seed
+from rl.prompts import encode_problem, seed_key, stable_seed
 from rl.sections import RunConfig
 from rl.segments import OpenGroup, restored
 from rl.shaping import assign_budgets
@@ -98,14 +98,14 @@ class Groups:
 
     def _open(self, problem: Problem, step: int) -> OpenGroup:
         size, run = self._config.rollout.group_size, self._config.seed
-        budgets = assign_budgets(self._config.length, size, f"{run}/{step}/{problem.key}")
-        seeds = [stable_seed(run, step, problem.key, sample) for sample in range(size)]
+        budgets = assign_budgets(self._config.length, size, f"{run}/{step}/{seed_key(problem)}")
+        seeds = [stable_seed(run, step, seed_key(problem), sample) for sample in range(size)]
         return OpenGroup(problem, self._ask(problem, seeds, budgets), budgets, [None] * size)
 
     def _ask(self, problem: Problem, seeds: list[int], budgets: list[int] | None) -> list[Request]:
         """A problem's requests, each told its budget."""
         ends = [""] * len(seeds) if budgets is None else [" " + self._config.length.budget_prompt.format(budget=b) for b in budgets]
-        prompts = {end: encode_prompt(self._tokenizer, problem.question + end, self._config.task.system) for end in set(ends)}
+        prompts = {end: encode_problem(self._tokenizer, problem, self._config.task, end) for end in set(ends)}
         return [Request(prompts[e], self._params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)]
 
     def rollout(
@@ -211,8 +211,7 @@ class Groups:
         """Groups that are carried over to the next step, as JSON."""
         return [group.state() for group in self.open]
 
-    def load_open(self, states: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> None:
-        """Goes on with groups from `open_state`; those whose problem the task no longer has are dropped."""
-        by_key = {problem.key: problem for problem in problems}
-        found = [restored(state, by_key, self._ask) for state in states]
+    def load_open(self, states: Sequence[dict[str, Any]], find: Callable[[str], Problem]) -> None:
+        """Goes on with groups from `open_state`; those of which ``find`` raises KeyError are dropped."""
+        found = [restored(state, find, self._ask) for state in states]
         self.open = [group for group in found if group is not None]

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
+
+from rl.data.order import shuffled
 from rl.task_config import CurriculumConfig
 from rl.tasks import Problem, Task
 
 
 class PromptChoice(Protocol):
-    """Every rank chooses alike: from the step, the seed and what all ranks have observed.
-
-    Attributes:
-        problems: All of them.
-    """
-
-    problems: list[Problem]
+    """Every rank chooses alike: from the step, the seed and what all ranks have observed."""
 
     def choose(self, step: int, count: int) -> list[Problem]:
         """The problems of a step."""
@@ -45,14 +42,14 @@ class Epochs:
     """Every problem once in each epoch, in an order of its own."""
 
     def __init__(self, task: Task, seed: int) -> None:
-        self.problems, self._task, self._seed = task.problems, task, seed
+        self._task, self._seed = task, seed
 
     def choose(self, step: int, count: int) -> list[Problem]:
         return self._task.batch(step, count)
 
     def more(self, step: int, count: int, round_: int, rank: int) -> list[Problem]:
         chance = random.Random(f"{self._seed}/more/{step}/{round_}/{rank}")
-        return chance.sample(self.problems, min(count, len(self.problems)))
+        return self._task.take(shuffled(len(self._task.rows), chance), count)
 
     def observe(self, reward: float) -> None:
         """The order does not depend on it."""
@@ -75,23 +72,34 @@ class Curriculum:
     """
 
     def __init__(self, task: Task, seed: int, config: CurriculumConfig) -> None:
-        self.problems, self._seed, self._config = task.problems, seed, config
-        self._low = min(p.difficulty for p in task.problems)
-        self._high = max(p.difficulty for p in task.problems)
+        self._task, self._seed, self._config = task, seed, config
+        difficulties = task.difficulties
+        self._places = np.argsort(difficulties, kind="stable")
+        self._levels, self._begins = np.unique(difficulties[self._places], return_index=True)
+        self._ends = np.append(self._begins[1:], len(difficulties))
+        self._low, self._high = float(self._levels[0]), float(self._levels[-1])
         self.target = min(max(config.start, self._low), self._high)
 
     def choose(self, step: int, count: int) -> list[Problem]:
-        return self._nearest(f"{self._seed}/{step}", count)
+        return self._task.take(self._nearest(f"{self._seed}/{step}"), count)
 
     def more(self, step: int, count: int, round_: int, rank: int) -> list[Problem]:
-        return self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}", min(count, len(self.problems)))
+        return self._task.take(self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}"), count)
 
-    def _nearest(self, seed: str, count: int) -> list[Problem]:
+    def _nearest(self, seed: str) -> Iterator[int]:
+        """Places of problems, the nearest difficulties first, equally near ones in random order. It costs what is taken."""
         chance = random.Random(seed)
-        keyed: Sequence[tuple[float, float, int]] = sorted(
-            (abs(p.difficulty - self.target), chance.random(), i) for i, p in enumerate(self.problems)
-        )
-        return [self.problems[i] for _, _, i in keyed[:count]]
+        above = int(np.searchsorted(self._levels, self.target))
+        below = above - 1
+        while below >= 0 or above < len(self._levels):
+            down = self.target - self._levels[below] if below >= 0 else math.inf
+            up = self._levels[above] - self.target if above < len(self._levels) else math.inf
+            levels = [level for level, nearest in ((below, down <= up), (above, up <= down)) if nearest]
+            below, above = below - int(down <= up), above + int(up <= down)
+            spans = [range(self._begins[level], self._ends[level]) for level in levels]
+            first = len(spans[0])
+            for i in shuffled(sum(map(len, spans)), chance):
+                yield int(self._places[spans[0][i] if i < first else spans[1][i - first]])
 
     def observe(self, reward: float) -> None:
         moved = self.target + self._config.step * math.tanh(self._config.sensitivity * (reward - self._config.reward))

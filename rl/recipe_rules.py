@@ -5,6 +5,7 @@ from __future__ import annotations
 from rl.drafting_rules import check_drafting, refuse
 from rl.length_rules import length_rules
 from rl.sections import RunConfig
+from rl.task_rules import task_rules
 
 
 def check(config: RunConfig) -> None:
@@ -73,12 +74,7 @@ def check(config: RunConfig) -> None:
             config.task.score_workers >= 1 and config.task.score_seconds > 0 and config.task.score_deadline > 0,
             "task.score_workers must be at least 1, score_seconds and score_deadline above 0",
         ),
-        (config.task.source != "jsonl" or config.task.path is not None, "task.source is jsonl: name the file in task.path"),
-        (config.task.source != "reasoning_gym" or bool(config.task.datasets), "task.datasets is empty: name at least one"),
-        (
-            config.task.size >= r.prompts_per_step,
-            "task.size is less than rollout.prompts_per_step: a step would repeat a prompt",
-        ),
+        *task_rules(config),
     ]
     refuse(rules)
     check_drafting(config)

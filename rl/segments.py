@@ -53,17 +53,18 @@ _KEPT = ("token_ids", "logprobs", "finish_reason", "segments", "entropies", "err
 
 
 def restored(
-    state: Mapping[str, Any], problems: Mapping[str, Problem], ask: Callable[[Problem, list[int], list[int] | None], list[Request]]
+    state: Mapping[str, Any], find: Callable[[str], Problem], ask: Callable[[Problem, list[int], list[int] | None], list[Request]]
 ) -> OpenGroup | None:
     """A group from its `OpenGroup.state`; None when the task no longer has its problem.
 
     Args:
         state: As read from JSON.
-        problems: Of the task, by key.
+        find: The task's problem of a key; raises KeyError where there is none.
         ask: Problem, seeds and budgets to requests.
     """
-    problem = problems.get(state["key"])
-    if problem is None:
+    try:
+        problem = find(state["key"])
+    except KeyError:
         return None
     requests = ask(problem, state["seeds"], state["budgets"])
     rollouts = [

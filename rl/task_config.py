@@ -35,18 +35,40 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnsConfig:
+    """Which columns of a row hold what, where the names are not those that are known by themselves (docs/data.md). A dot leads into
+    a column: ``reward_model.ground_truth``.
+
+    Attributes:
+        prompt: Text, or a list of messages.
+        answer: The reference answer.
+        difficulty: A number, for ``task.curriculum``.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    difficulty: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskConfig:
     """Where problems come from.
 
     Attributes:
-        source: ``reasoning_gym`` (``datasets``, ``size``) or ``jsonl`` (``path``; lines with "prompt" and "answer").
+        source: ``reasoning_gym`` (``datasets``, ``size``), ``jsonl``, ``parquet`` or ``huggingface`` (``path``).
         datasets: Mixture of reasoning-gym data sets.
-        size: Problems in an epoch.
-        path: JSONL file.
-        curriculum: Chooses problems by difficulty (data sets' ``difficulty``, or a "difficulty" on each line of the JSONL); null
-            asks all in epochs.
-        instruction: Appended to each question.
-        system: System message, for policies with a chat template; null leaves the template's own.
+        size: Problems in an epoch, of reasoning-gym's.
+        path: JSONL or parquet file; or the directory or id of a Hugging Face data set.
+        split: Of a Hugging Face data set.
+        subset: Its configuration, such as ``main`` of ``openai/gsm8k``; null where it has only one.
+        columns: Which columns hold prompt, answer and difficulty.
+        duplicates: Rows that repeat another's prompt: ``keep`` asks each as often as it is there, ``drop`` keeps the first.
+        heldout: Share of the problems that is never trained on, from 0 to below 1: which ones follows from their prompts and the
+            run's seed.
+        curriculum: Chooses problems by difficulty (data sets' ``difficulty``, or a column of that name); null asks all in epochs.
+        instruction: Appended to each question, in a conversation to the user's last turn.
+        system: System message, for policies with a chat template, where a row has none; null leaves the template's own.
+        chat_template_kwargs: Further arguments of the chat template, such as ``{enable_thinking: false}``.
         reward: ``module:function`` in TRL's reward signature; null takes each problem's own scorer.
         score_workers: Processes of a rank that score.
         score_seconds: Longest that scoring a completion may take.
@@ -54,13 +76,19 @@ class TaskConfig:
         score_failed: Reward where scoring took too long or failed.
     """
 
-    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    source: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"] = "reasoning_gym"
     datasets: tuple[DatasetConfig, ...] = ()
     size: int = 1000
     path: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    duplicates: Literal["keep", "drop"] = "keep"
+    heldout: float = 0.0
     curriculum: CurriculumConfig | None = None
     instruction: str = ""
     system: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     reward: str | None = None
     score_workers: int = 1
     score_seconds: float = 10.0

@@ -1,135 +1,192 @@
-"""Verifiable problems: reasoning-gym data sets by name, or a JSONL of prompts and answers."""
+"""What a run asks: the problems of a recipe's task, their order, and those that are held out."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
+
+from rl.data.order import epoch_order, shuffled
+from rl.data.survey import RowSource, Survey, chosen_share
 from rl.errors import UserError
-from rl.rewards.verifiable import math_score, reasoning_gym_score
+from rl.gym_problems import GymProblems, reasoning_gym_problems
+from rl.problems import Listed, Problem, Problems
+from rl.row_problems import RowProblems, rows_of
 from rl.task_config import TaskConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A question with its scorer.
-
-    Attributes:
-        key: Names the problem across epochs: the samples of one key share drafts.
-        question: What is asked, instruction included.
-        answer: The reference answer.
-        score: Completion text → reward.
-        entry: The data set's own record.
-        dataset: Name of the data set.
-        difficulty: For a curriculum, on the recipe's own scale.
-    """
-
-    key: str
-    question: str
-    answer: str
-    score: Callable[[str], float]
-    entry: dict[str, Any]
-    dataset: str
-    difficulty: float = 0.0
+__all__ = ["Problem", "Task", "load_heldout_task", "load_task", "reasoning_gym_problems"]
 
 
 class Task:
-    """A fixed list of problems, drawn in epochs.
+    """Problems, drawn in epochs.
 
     Args:
         problems: At least one.
         seed: Of the order.
+        rows: int64, the numbers of those that are asked; None asks all.
+        heldout: int64, the numbers of those that are not.
+
+    Attributes:
+        rows: The numbers of the problems that are asked.
+        fits: Whether a problem, by its number, may be asked; None where all may. For data sets that are too large to try all of
+            them before the first step.
+        notes: What was found when the data was read, in lines for the user.
     """
 
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
-        self.problems = list(problems)
-        self._seed = seed
+    def __init__(
+        self,
+        problems: Sequence[Problem] | Problems,
+        seed: int,
+        rows: np.ndarray | None = None,
+        heldout: np.ndarray | None = None,
+    ) -> None:
+        self.source: Problems = problems if hasattr(problems, "row_of") else Listed(problems)  # type: ignore[assignment]
+        self._seed, self._heldout = seed, np.zeros(0, np.int64) if heldout is None else heldout
+        self.rows = np.arange(len(self.source)) if rows is None else rows
+        self.fits: Callable[[int], bool] | None = None
+        self.notes: list[str] = []
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """Those that are asked, each made when it is looked at."""
+        return _Selected(self.source, self.rows)
+
+    @property
+    def difficulties(self) -> np.ndarray:
+        """float64 [problems], of those that are asked."""
+        return self.source.difficulties()[self.rows]
+
+    def find(self, key: str) -> Problem:
+        """The problem of a key, asked or held out; nothing else is read for it.
+
+        Raises:
+            KeyError: where the data has none of this key.
+        """
+        row = self.source.row_of(key)
+        if row is None:
+            raise KeyError(key)
+        return self.source[row]
+
+    def heldout(self) -> Task:
+        """The problems that this one holds out."""
+        return Task(self.source, self._seed, self._heldout)
 
     def batch(self, step: int, count: int) -> list[Problem]:
         """The ``count`` problems of step ``step``: a function of (seed, step), so that a resumed run goes on in the same order."""
-        return [self._at(step * count + i) for i in range(count)]
+        window = (divmod(position, len(self.rows)) for position in range(step * count, (step + 1) * count))
+        asked = [place for epoch, offset in window if self._may(place := self._place(epoch, offset))]
+        if len(asked) < count:
+            taken = set(asked)
+            others = shuffled(len(self.rows), random.Random(f"{self._seed}/instead/{step}"))
+            asked += islice((p for p in others if p not in taken and self._may(p)), count - len(asked))
+        if len(asked) < count:
+            raise UserError(f"task: only {len(asked)} of {len(self.rows)} problems can be asked, {count} are wanted in a step")
+        return self._numbered(asked)
 
-    def _at(self, position: int) -> Problem:
-        epoch, offset = divmod(position, len(self.problems))
-        order = list(range(len(self.problems)))
-        random.Random(f"{self._seed}/{epoch}").shuffle(order)
-        return self.problems[order[offset]]
+    def take(self, places: Iterable[int], count: int) -> list[Problem]:
+        """The first ``count`` of those places among the asked problems whose problems may be asked."""
+        return self._numbered(islice((place for place in places if self._may(place)), count))
+
+    def _place(self, epoch: int, offset: int) -> int:
+        return int(epoch_order(len(self.rows), self._seed, epoch)[offset])
+
+    def _may(self, place: int) -> bool:
+        return self.fits is None or self.fits(int(self.rows[place]))
+
+    def _numbered(self, places: Iterable[int]) -> list[Problem]:
+        seen: Counter[int] = Counter()
+        problems = []
+        for place in places:
+            problem = self.source[int(self.rows[place])]
+            problems.append(replace(problem, repeat=seen[place]) if seen[place] else problem)
+            seen[place] += 1
+        return problems
 
 
-def load_task(config: TaskConfig, seed: int) -> Task:
-    """Builds the task of a recipe.
+class _Selected(Sequence[Problem]):
+    """Some of the problems, by number."""
+
+    def __init__(self, source: Problems, rows: np.ndarray) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._source[int(row)] for row in self._rows[index]]
+        return self._source[int(self._rows[index])]
+
+    def __iter__(self) -> Iterator[Problem]:
+        return (self._source[int(row)] for row in self._rows)
+
+
+def load_task(config: TaskConfig, seed: int, check: bool = True) -> Task:
+    """Builds the task of a recipe: the problems that are trained on.
+
+    Args:
+        config: The task section.
+        seed: The run's: of the order, and of which problems are held out.
+        check: Whether every row is read once and checked. A process that only looks problems up by their keys does without, and
+            reads no other row.
 
     Raises:
-        UserError: unknown data set, bad parameters, or a bad line of the JSONL, named by its number.
+        UserError: unknown data set, bad parameters, or a row that cannot be asked or scored, named by file and line.
     """
-    if config.source == "jsonl":
-        assert config.path is not None
-        return Task(_read_jsonl(Path(config.path), config.instruction), seed)
-    return Task(reasoning_gym_problems(config, config.size, seed), seed)
+    if config.source == "reasoning_gym":
+        gym = GymProblems(config, config.size, seed)
+        return _split(gym, config, seed, np.arange(len(gym)), np.arange(len(gym), dtype=np.uint64))
+    problems = RowProblems(rows_of(config), config)
+    if not check:
+        return Task(problems, seed)
+    found = problems.survey()
+    _, first, again = np.unique(found.prompts, return_index=True, return_inverse=True)
+    rows = np.sort(first) if config.duplicates == "drop" else np.arange(len(problems))
+    task = _split(problems, config, seed, rows, found.prompts)
+    if len(first) < len(problems):
+        task.notes.append(_says_duplicates(found, first[again], config, problems.source))
+    return task
 
 
-def reasoning_gym_problems(config: TaskConfig, count: int, seed: int) -> list[Problem]:
-    """``count`` problems of the mixture, the data sets' shares by weight."""
-    total = sum(d.weight for d in config.datasets)
-    problems: list[Problem] = []
-    for order, dataset in enumerate(config.datasets):
-        last = order == len(config.datasets) - 1
-        share = count - len(problems) if last else round(count * dataset.weight / total)
-        source = _create_dataset(dataset.name, share, seed + 7919 * order, dataset.params)
-        for index in range(share):
-            entry = source[index]
-            question = entry["question"] + (" " + config.instruction if config.instruction else "")
-            score = reasoning_gym_score(source, entry)
-            key, answer = f"{order}/{index}", str(entry["answer"])
-            problems.append(Problem(key, question, answer, score, entry, dataset.name, dataset.difficulty))
-    return problems
+def load_heldout_task(config: TaskConfig, seed: int) -> Task:
+    """The problems that `load_task` with the same arguments leaves out, a share ``task.heldout`` of all.
+
+    Raises:
+        UserError: as `load_task`, and where nothing is held out.
+    """
+    if config.heldout == 0:
+        raise UserError("task.heldout is 0: no problems are held out; write a share, for example 0.02")
+    return load_task(config, seed).heldout()
 
 
-def _create_dataset(name: str, size: int, seed: int, params: dict[str, Any]) -> Any:
-    import difflib
-
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"task.datasets names {name!r}, which reasoning-gym does not have; did you mean {close}?")
-    try:
-        return reasoning_gym.create_dataset(name, size=max(size, 1), seed=seed, **params)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"task.datasets {name}: reasoning-gym refuses the parameters {params}: {error}") from None
+def _split(problems: Problems, config: TaskConfig, seed: int, rows: np.ndarray, digests: np.ndarray) -> Task:
+    if not config.heldout:
+        return Task(problems, seed, rows)
+    out = chosen_share(digests[rows], config.heldout, seed)
+    if out.all() or not out.any():
+        which = "all" if out.all() else "none"
+        raise UserError(f"task.heldout is {config.heldout}: of {len(rows)} problems that holds out {which}; write another share")
+    task = Task(problems, seed, rows[~out], rows[out])
+    task.notes.append(f"task: {int(out.sum())} of {len(rows)} problems are held out (task.heldout {config.heldout:g})")
+    return task
 
 
-def _read_jsonl(path: Path, instruction: str) -> list[Problem]:
-    if not path.is_file():
-        raise UserError(f"task.path {path}: there is no such file")
-    problems = []
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, start=1):
-            if raw.strip():
-                problems.append(_jsonl_problem(path, number, raw, instruction))
-    if not problems:
-        raise UserError(f"{path}: no problems; write one JSON object with prompt and answer on each line")
-    return problems
-
-
-def _jsonl_problem(path: Path, number: int, raw: bytes, instruction: str) -> Problem:
-    try:
-        entry = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start}): save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}): is the line cut off?") from None
-    missing = [k for k in ("prompt", "answer") if not isinstance(entry, dict) or k not in entry]
-    if missing:
-        raise UserError(f'{path}:{number}: no {" and no ".join(missing)}; write {{"prompt": ..., "answer": ...}}')
-    question = str(entry["prompt"]) + (" " + instruction if instruction else "")
-    answer = str(entry["answer"])
-    difficulty = entry.get("difficulty", 0.0)
-    if isinstance(difficulty, bool) or not isinstance(difficulty, int | float):
-        raise UserError(f"{path}:{number}: difficulty is {difficulty!r}; write a number, or leave it out")
-    return Problem(f"{path.name}/{number}", question, answer, math_score(answer), entry, path.stem, float(difficulty))
+def _says_duplicates(found: Survey, first: np.ndarray, config: TaskConfig, source: RowSource) -> str:
+    """Says how many rows repeat the prompt of an earlier one, and how many of those give it another answer."""
+    repeats = np.flatnonzero(first != np.arange(len(first)))
+    other = repeats[found.golds[repeats] != found.golds[first[repeats]]]
+    fate = (
+        "left out (task.duplicates drop)"
+        if config.duplicates == "drop"
+        else "each is asked (task.duplicates: drop keeps the first)"
+    )
+    text = f"task: {len(repeats)} of {len(first)} rows repeat the prompt of an earlier one; {fate}"
+    if not len(other):
+        return text
+    where = f"{source.place(int(other[0]))} and {source.place(int(first[other[0]]))}"
+    return f"{text}; {len(other)} of them with another answer, such as {where}"

@@ -19,12 +19,12 @@ from rl.errors import UserError
 from rl.estimate import describe
 from rl.interruption import Interruption
 from rl.machine import fit_process
+from rl.prompt_check import check_recipe
 from rl.report import write_report
 from rl.run_state import Checkpoint, find_checkpoint
 from rl.starting import starting_policy
 from rl.strict import parse
 from rl.summary import read_metrics, summarise, table
-from rl.tasks import load_task
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator, write_config
 
@@ -74,8 +74,8 @@ def train(args: argparse.Namespace) -> None:
     """A run, from its recipe or from where it stopped, to its report."""
     if args.dry_run:
         config = load_config(args.config, args.overrides)
-        load_task(config.task, config.seed)
-        print("\n".join(describe(config, Path(args.config), int(os.environ.get("WORLD_SIZE", "1")))))
+        said = check_recipe(config)
+        print("\n".join([*describe(config, Path(args.config), int(os.environ.get("WORLD_SIZE", "1"))), *said]))
         return
     config, run, checkpoint = prepare(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -22,6 +22,7 @@ from rl.groups import RankRollouts
 from rl.interruption import Interruption
 from rl.metrics import RankStep, rank_record, step_metrics
 from rl.policy_learner import PolicyLearner
+from rl.prompt_check import check_prompts
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
 from rl.rewards.verifiable import load_reward
@@ -64,12 +65,15 @@ class Trainer:
             raise UserError(
                 f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
             )
-        self.choice = prompt_choice(load_task(config.task, config.seed), config.seed, config.task.curriculum)
+        self.source = starting_policy(config)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.task = load_task(config.task, config.seed)
+        for line in check_prompts(self.task, config, self.tokenizer):
+            tracker.say(line)
+        self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
         if config.task.reward is not None:
             load_reward(config.task.reward)  # a wrong name is said here, not by a worker
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
-        self.source = starting_policy(config)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
         shared = is_shared(config.scale)
         self.decoded = self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
@@ -99,7 +103,7 @@ class Trainer:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         if self.worker.groups.lengths is not None:
             self.worker.groups.lengths.restore(checkpoint.path / "lengths.safetensors", self.first_step)
-        self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.choice.problems)
+        self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
         if self.accelerator.is_main_process:
             for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
                 keep_first_lines(self.run_dir / name, checkpoint.steps_done)

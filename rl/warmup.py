@@ -18,7 +18,7 @@ from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
-from rl.prompts import encode_prompt
+from rl.prompts import encode_problem
 from rl.tasks import reasoning_gym_problems
 from rl.worked_solutions import with_rechecks, worked_solution
 
@@ -32,6 +32,7 @@ def warmed_policy_path(config: RunConfig) -> Path:
         del settings["rechecks"]  # so that what was cached before there was such a key is found
     parts: list[object] = [config.policy.model, settings, datasets]
     parts += [config.task.instruction, config.task.system]
+    parts += [config.task.chat_template_kwargs] if config.task.chat_template_kwargs else []
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
 
@@ -111,6 +112,6 @@ def _examples(config: RunConfig, tokenizer: Any) -> tuple[list[list[int]], list[
         while float(torch.rand((), generator=generator)) < warmup.rechecks:
             times += 1
         text = with_rechecks(worked_solution(problem.dataset, problem.entry), times)
-        prompts.append(encode_prompt(tokenizer, problem.question, config.task.system))
+        prompts.append(encode_problem(tokenizer, problem, config.task))
         solutions.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
     return prompts, solutions

@@ -16,7 +16,7 @@ from pebble import ProcessPool
 
 from rl.rewards.verifiable import load_reward, verifiable_reward
 from rl.task_config import TaskConfig
-from rl.tasks import Problem, load_task
+from rl.tasks import Problem, Task, load_task
 
 
 @dataclass(slots=True)
@@ -137,14 +137,14 @@ def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
-_problems: dict[str, Problem] = {}  # of a worker
+_task: Task | None = None  # of a worker
 _reward: Any = verifiable_reward
 
 
 def _prepare(config: TaskConfig, seed: int) -> None:
-    global _reward
+    global _task, _reward
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's to answer
-    _problems.update({p.key: p for p in load_task(config, seed).problems})
+    _task = load_task(config, seed, check=False)  # the trainer has checked it
     if config.reward is not None:
         _reward = load_reward(config.reward)
 
@@ -152,6 +152,7 @@ def _prepare(config: TaskConfig, seed: int) -> None:
 def _score(keys: list[str], texts: list[str]) -> tuple[list[float], float, float]:
     """Scores, and from when to when they were computed."""
     begin = time.time()
-    asked = [_problems[key] for key in keys]
+    assert _task is not None
+    asked = [_task.find(key) for key in keys]
     scores = _reward(prompts=[p.question for p in asked], completions=texts, problem=asked, answer=[p.answer for p in asked])
     return [float(s) for s in scores], begin, time.time()

@@ -1,0 +1,90 @@
+"""Problems from the rows of a file or a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from rl.data.conversations import question_of, with_ending
+from rl.data.jsonl import JsonlFile
+from rl.data.row_error import RowError
+from rl.data.rows import read_row
+from rl.data.survey import RowSource, Survey, survey
+from rl.data.tables import huggingface_table, parquet_table
+from rl.errors import UserError
+from rl.problems import KEPT, Problem
+from rl.rewards.verifiable import math_score
+from rl.task_config import TaskConfig
+
+
+class RowProblems:
+    """The rows of a file or a table, each read when it is wanted.
+
+    Attributes:
+        source: Of the rows.
+    """
+
+    def __init__(self, source: RowSource, config: TaskConfig) -> None:
+        self.source, self._config = source, config
+        self._made = lru_cache(KEPT)(self._make)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> Problem:
+        return self._made(number)
+
+    def _make(self, number: int) -> Problem:
+        entry = self.source.entry(number)
+        try:
+            row = read_row(entry, self._config.columns, self._config.reward is None)
+        except RowError as error:
+            raise UserError(f"{self.source.place(number)}: {error}") from None
+        turns = with_ending(row.turns, " " + self._config.instruction) if self._config.instruction else row.turns
+        return Problem(
+            self.source.key(number),
+            question_of(turns),
+            row.gold,
+            _scored_when_wanted(row.gold),
+            entry,
+            row.source or self.source.name,
+            row.difficulty,
+            turns if row.conversational else None,
+        )
+
+    def row_of(self, key: str) -> int | None:
+        return self.source.row_of(key)
+
+    @cache  # noqa: B019  # as long-lived as the data
+    def survey(self) -> Survey:
+        """What is known of all rows, after reading each once."""
+        return survey(self.source, self._config)
+
+    def difficulties(self) -> np.ndarray:
+        return self.survey().difficulties
+
+
+def _scored_when_wanted(gold: str) -> Callable[[str], float]:
+    """The scorer of a reference answer, which is not parsed before the first completion is scored."""
+
+    @cache
+    def scorer() -> Callable[[str], float]:
+        return math_score(gold)
+
+    return lambda completion: scorer()(completion)
+
+
+def rows_of(config: TaskConfig) -> RowSource:
+    """The file or table that a recipe names.
+
+    Raises:
+        UserError: when it cannot be had.
+    """
+    if config.path is None:
+        raise UserError(f"task.source is {config.source}: name what to read in task.path")
+    if config.source == "jsonl":
+        return JsonlFile(Path(config.path))
+    return parquet_table(Path(config.path)) if config.source == "parquet" else huggingface_table(config)

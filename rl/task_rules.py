@@ -1,0 +1,34 @@
+"""Which values of a recipe's task section contradict each other."""
+
+from __future__ import annotations
+
+from rl.sections import RunConfig
+
+# what encoding a prompt decides itself; `tools` and `documents` are the template's own arguments, as `enable_thinking` is
+_DECIDED = {
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages", "padding",
+    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs",
+    "truncation",
+}  # fmt: skip
+
+
+def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    """Each rule with what to say where it does not hold."""
+    task = config.task
+    gym, hub = task.source == "reasoning_gym", task.source == "huggingface"
+    decided = sorted(_DECIDED & task.chat_template_kwargs.keys())
+    return [
+        (
+            gym or task.path is not None,
+            f"task.source is {task.source}: name {'its directory or id' if hub else 'the file'} in task.path",
+        ),
+        (not gym or task.path is None, "task.path is not read by task.source reasoning_gym: write jsonl, parquet or huggingface"),
+        (not gym or bool(task.datasets), "task.datasets is empty: name at least one"),
+        (
+            not gym or task.size >= config.rollout.prompts_per_step,
+            "task.size is less than rollout.prompts_per_step: a step would repeat a prompt",
+        ),
+        (hub or (task.subset is None and task.split == "train"), "task.split and task.subset are of task.source huggingface"),
+        (0 <= task.heldout < 1, f"task.heldout is {task.heldout}: write a share from 0 to below 1"),
+        (not decided, f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out"),
+    ]
