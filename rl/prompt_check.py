@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import httpx
 import numpy as np
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from rl.config import RunConfig
@@ -57,7 +59,7 @@ def check_count(task: Task, config: RunConfig, lines: Sequence[str]) -> None:
     wanted, there = config.rollout.prompts_per_step, len(task.rows)
     if there < wanted:
         raise UserError(
-            f"task: there are {there} problems to ask and rollout.prompts_per_step is {wanted}, so a step would repeat a prompt: "
+            f"task: {there} problems to ask are fewer than rollout.prompts_per_step ({wanted}), so a step would repeat a prompt: "
             f"write at most {there}, or add problems{''.join(f' ({line})' for line in lines)}"
         )
 
@@ -69,12 +71,30 @@ def check_recipe(config: RunConfig) -> list[str]:
         UserError: as `load_task` and `check_prompts`.
     """
     task = load_task(config.task, config.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(cached_policy(config.policy.model) or config.policy.model)
-    except Exception:  # no hub, no such model, no tokenizer in it: what is wrong with the policy is said elsewhere
+    tokenizer = _tokenizer(config.policy.model)
+    if tokenizer is None:
         check_count(task, config, task.notes)
         return [*task.notes, f"{config.policy.model}: no tokenizer at hand: prompts were neither put into a template nor measured"]
     return check_prompts(task, config, tokenizer)
+
+
+def _tokenizer(model: str) -> Any:
+    """A policy's tokenizer, from where the policy lies or from the hub; None where it cannot be had, which is said elsewhere."""
+    path = cached_policy(model)
+    try:
+        return AutoTokenizer.from_pretrained(
+            model if path is None else path, local_files_only=path is not None or not _hub_answers()
+        )
+    except Exception:  # no such model, a gated one, no tokenizer in it
+        return None
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, in seconds: its client goes on trying for most of a minute."""
+    try:
+        return not constants.HF_HUB_OFFLINE and httpx.head(constants.ENDPOINT, timeout=3.0) is not None
+    except httpx.HTTPError:
+        return False
 
 
 def _try_template(task: Task, config: RunConfig, tokenizer: Any) -> list[str]:

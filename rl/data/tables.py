@@ -67,9 +67,7 @@ def parquet_table(path: Path) -> Table:
     """
     if not path.is_file():
         raise UserError(f"task.path {path}: there is no such file")
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _library()
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train")
     except Exception as error:  # whatever pyarrow finds wrong with it
@@ -83,9 +81,7 @@ def huggingface_table(config: TaskConfig) -> Table:
     Raises:
         UserError: when it cannot be had: says whether it is missing, gated, or the hub out of reach.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
+    datasets = _library()
     assert config.path is not None
     path, place = Path(config.path), f"{config.path} ({config.split})"
     try:
@@ -105,6 +101,15 @@ def huggingface_table(config: TaskConfig) -> Table:
     if not hasattr(rows, "features"):
         raise UserError(f"task.split is {config.split!r}: name one split")
     return Table(rows, place, path.name)
+
+
+def _library() -> Any:
+    """``datasets``, silent: it takes a second to import, and what goes wrong is said in a line of ours."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 def _why(error: BaseException, local: bool) -> str:

@@ -1,6 +1,7 @@
 """Which problems are asked, and learning rates over a run."""
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -60,6 +61,19 @@ def test_difficulties_come_from_the_recipe_and_the_data(tmp_path):
     lines.write_text('{"prompt": "1+1", "answer": "2", "difficulty": "hard"}\n')
     with pytest.raises(UserError, match=r"p\.jsonl:1: difficulty is 'hard'; write a number"):
         load_task(jsonl, 0)
+
+
+def test_the_nearest_are_those_of_a_sorted_list():
+    """Against sorting all problems by their distance: the same distances in the same order, for targets between and on levels."""
+    chance = random.Random(0)
+    difficulties = [float(chance.randrange(12)) for _ in range(60)]
+    for target in (0.0, 3.5, 4.0, 6.2, 11.0):
+        choice = Curriculum(task(difficulties), 0, CurriculumConfig(start=target))
+        asked = choice.choose(0, 40)
+        assert len({p.key for p in asked}) == 40
+        assert [abs(p.difficulty - target) for p in asked] == sorted(abs(d - target) for d in difficulties)[:40]
+    halves = Curriculum(task([1.0] * 30 + [2.0] * 30), 0, CurriculumConfig(start=1.5))
+    assert 10 < sum(p.difficulty == 1.0 for p in halves.choose(0, 30)) < 20
 
 
 def test_groups_that_say_nothing():

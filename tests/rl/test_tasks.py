@@ -1,13 +1,17 @@
 """Problems, their order, their scorers, and files that are broken."""
 
 import json
+import random
+from collections import Counter
+from itertools import islice
 
 import pytest
 
+from rl.data.order import epoch_order, shuffled
 from rl.errors import UserError
 from rl.rewards.verifiable import final_answer, load_reward, math_score, verifiable_reward
 from rl.task_config import DatasetConfig, TaskConfig
-from rl.tasks import load_task
+from rl.tasks import Problem, Task, load_heldout_task, load_task
 from rl.worked_solutions import worked_solution
 
 CHAIN = TaskConfig(datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=40, instruction="Think.")
@@ -37,6 +41,48 @@ def test_mixture_and_epochs():
     assert [p.key for p in load_task(CHAIN, seed=0).batch(7, 8)] == second[16:24]
 
 
+def test_a_step_that_reaches_into_the_next_epoch_asks_again_with_other_seeds():
+    task = Task([Problem(f"{i}", f"q{i}", "", lambda text: 0.0, {}, "") for i in range(5)], seed=0)
+    asked = [(p.key, p.repeat) for p in task.batch(0, 12)]
+    assert len(set(asked)) == 12 and {key for key, repeat in asked if repeat == 1} == {"0", "1", "2", "3", "4"}
+    assert max(repeat for _, repeat in asked) == 2
+
+
+def test_orders_of_a_large_epoch_cost_no_more_in_later_steps():
+    """Every number once; what is drawn without an order of all is a permutation, too."""
+    order = epoch_order(100_000, 7, 3)
+    assert sorted(order) == list(range(100_000)) and list(order[:4]) == list(epoch_order(100_000, 7, 3)[:4])
+    assert list(order[:9]) != list(epoch_order(100_000, 7, 4)[:9]) and list(order[:9]) != list(epoch_order(100_000, 8, 3)[:9])
+    assert sorted(shuffled(1000, random.Random(0))) == list(range(1000))
+    firsts = Counter(next(shuffled(5, random.Random(i))) for i in range(5000))
+    assert set(firsts) == set(range(5)) and max(firsts.values()) < 1.2 * min(firsts.values())
+    few = list(islice(shuffled(10**12, random.Random(0)), 5))
+    assert len(set(few)) == 5 and all(0 <= i < 10**12 for i in few)
+
+
+def test_reasoning_gyms_problems_are_made_when_they_are_wanted():
+    config = TaskConfig(datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=10**6)
+    task, again = load_task(config, seed=0), load_task(config, seed=0, check=False)
+    asked = task.batch(5, 8)
+    assert [again.find(p.key).question for p in asked] == [p.question for p in asked]
+    assert len(task.problems) == 10**6 and task.problems[750_000].key == "1/0" and task.problems[749_999].key == "0/749999"
+    for unknown in ("0/750000", "2/0", "x/1", "1"):
+        with pytest.raises(KeyError):
+            task.find(unknown)
+
+
+def test_held_out_problems_are_those_that_are_left_out():
+    config = TaskConfig(datasets=CHAIN.datasets, size=40, heldout=0.25)
+    trained, out = load_task(config, seed=0), load_heldout_task(config, seed=0)
+    keys = [{p.key for p in task.problems} for task in (trained, out)]
+    assert keys[0] | keys[1] == {p.key for p in load_task(CHAIN, seed=0).problems} and not keys[0] & keys[1]
+    assert {p.key for step in range(20) for p in trained.batch(step, 8)} == keys[0]
+    with pytest.raises(UserError, match=r"task\.heldout is 0: no problems are held out"):
+        load_heldout_task(CHAIN, seed=0)
+    with pytest.raises(UserError, match="holds out none"):
+        load_task(TaskConfig(datasets=CHAIN.datasets, size=2, heldout=1e-9), seed=0)
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("Answer: 7", "7"), ("Answer: 3\nno, Answer: 4 \nmore", "4"), ("7", None), ("Answer:", None), ("Answer:\n5", None)],
@@ -46,6 +92,7 @@ def test_final_answer(text, answer):
 
 
 def test_math_verify_scores_equal_forms():
+    assert math_score("east")("Answer: east") == 1.0 and math_score("east")("Answer: west") == 0.0
     score = math_score("\\frac{1}{2}")
     assert score("so it is 1/3. Answer: 0.5") == 1.0
     assert score("Answer: 2") == 0.0
