@@ -43,14 +43,32 @@ def read_state(stem: Path) -> dict[str, Any]:
     """
     try:
         tensors = load_file(stem.with_suffix(".safetensors"))
-        rest = json.loads(stem.with_suffix(".json").read_text())
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise OptimizerStateError(f"{stem}: truncated or missing ({error}); resume from another checkpoint") from None
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *rest["scalars"].items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": rest["param_groups"]}
+    try:
+        groups = [_checked_group(group) for group in rest["param_groups"]]
+        for key, value in [*tensors.items(), *rest["scalars"].items()]:
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OptimizerStateError(
+            f"{stem}: not an optimizer's state ({type(error).__name__}: {error}); resume from another checkpoint"
+        ) from None
+    return {"state": state, "param_groups": groups}
+
+
+def _checked_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Refuses with ValueError or TypeError what no AdamW has written: ``params`` numbers, every setting a number, a truth value, a
+    pair of numbers, or None."""
+    for name, value in group.items():
+        values = value if isinstance(value, list) else [value]
+        if name == "params" and not all(type(v) is int for v in values):
+            raise ValueError("params are not numbers")
+        if not all(v is None or isinstance(v, int | float) for v in values):
+            raise ValueError(f"{name} is {value!r:.40}")
+    return {**group, "params": list(group["params"]), "lr": float(group["lr"])}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
@@ -60,6 +78,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
         OptimizerStateError: truncated or missing files, or those of another optimizer.
     """
     try:
-        optimizer.load_state_dict(read_state(stem))
-    except ValueError as error:
+        state = read_state(stem)
+        check_shapes(state, [p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError) as error:
         raise OptimizerStateError(f"{stem}: of another optimizer ({error})") from None
+
+
+def check_shapes(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
+    """Compares the moments of a state dict with the parameters that they belong to; AdamW itself finds out at its next step.
+
+    Raises:
+        ValueError: where a moment has another shape, or belongs to no parameter.
+    """
+    for index, entry in state["state"].items():
+        if not 0 <= index < len(parameters):
+            raise ValueError(f"it has moments of parameter {index}, there are {len(parameters)} parameters")
+        for name, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(parameters[index].shape)}")

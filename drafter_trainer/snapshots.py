@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from drafter_trainer.checksums import changed_files, write_checksums
 from drafter_trainer.optimizer_state import write_state
 from rollout.drafters.eagle3_model import Eagle3Model
 
@@ -60,6 +61,7 @@ class DrafterSnapshots:
         try:
             save_drafter(model, building, torch.float32)
             write_state(state, building / "optimizer")
+            write_checksums(building)
             shutil.rmtree(final, ignore_errors=True)
             building.rename(final)
         except (OSError, SafetensorError):
@@ -80,6 +82,10 @@ class DrafterSnapshots:
         """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that was passed over."""
         problems: list[str] = []
         for step, path in self._newest_first():
+            changed = changed_files(path)
+            if changed:
+                problems += [f"{path / name}: {reason}" for name, reason in changed.items()]
+                continue
             try:
                 return (step, path, load_drafter(path, vocab_size, hidden_size)), problems
             except DrafterError as error:

@@ -3,7 +3,10 @@
 ``--resume RUN`` goes on from the last whole checkpoint of a run, with the recipe that the run keeps.
 """
 
+from rl.launchers import end_with_launcher
+
 if __name__ == "__main__":
+    end_with_launcher()  # before anything that takes long
     from rl.train_command import main  # here: scoring processes import this file anew, and need none of it
 
     main(__doc__)

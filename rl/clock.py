@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -13,20 +14,34 @@ from rl.metrics import Span
 
 
 class Clock:
-    """Phases of a step on a clock that the ranks of one machine share."""
+    """Phases of a step on a clock that nobody sets: all processes of one machine read the same (CLOCK_MONOTONIC), and another
+    machine's begins when it hears that the step has.
+
+    Args:
+        accelerator: Of the run. Making a clock is collective.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        origin = [time.time()]
+        origin: list[object] = [time.monotonic(), _machine()]
         broadcast_object_list(origin)
-        self._origin = origin[0]
+        self._origin = float(origin[0]) if origin[1] == _machine() else time.monotonic()  # type: ignore[arg-type]
         self.spans: list[Span] = []
 
     def since(self, moment: float) -> float:
-        """Seconds from the step's beginning to a moment, which is in seconds since the epoch."""
+        """Seconds from the step's beginning to a moment, which is `time.monotonic` of a process on this machine."""
         return moment - self._origin
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        begin = time.time() - self._origin
+        """Notes when a phase of this rank's step began and ended."""
+        begin = time.monotonic() - self._origin
         yield
-        self.spans.append(Span(name, begin, time.time() - self._origin))
+        self.spans.append(Span(name, begin, time.monotonic() - self._origin))
+
+
+def _machine() -> str:
+    """Tells running kernels apart."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

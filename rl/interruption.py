@@ -1,18 +1,20 @@
-"""Ending a run between two steps: Ctrl-C, or a file named ``stop`` in its directory."""
+"""Ending a run between two steps: Ctrl-C, a signal of the machine's, or a file named ``stop`` in its directory."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_ONE_PRESS = 2.0  # seconds in which a terminal and a launcher may both pass on the same Ctrl-C
+ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a person, a launcher or cluster, a cluster before its time limit
+ONE_PRESS = 1.0  # seconds in which a terminal and a launcher may both pass on the same signal
 
 
 class Interruption:
-    """Whether a run was asked to stop after its present step. The first Ctrl-C asks, a later one interrupts at once.
+    """Whether a run was asked to stop after its present step. The first signal asks, a later one ends the process at once.
 
     Args:
         run: The run's directory: a file ``stop`` in it asks too, from wherever it is seen.
@@ -22,24 +24,34 @@ class Interruption:
     def __init__(self, run: Path, says: bool = True) -> None:
         self._file, self._says = run / "stop", says
         self._asked: float | None = None
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
+        self.signal: int | None = None
 
     def __enter__(self) -> Interruption:
         self._file.unlink(missing_ok=True)  # of a run that was stopped before
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in ASKS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and time.monotonic() - self._asked > _ONE_PRESS:
-            raise KeyboardInterrupt
+        if self._asked is not None and time.monotonic() - self._asked > ONE_PRESS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         if self._asked is None and self._says:
-            print("\npaceline: stopping after this step; Ctrl-C again to stop now", flush=True)
-        self._asked = self._asked or time.monotonic()
+            again = "Ctrl-C again" if number == signal.SIGINT else f"{signal.Signals(number).name} again"
+            print(f"\npaceline: stopping after this step; {again} to stop now", flush=True)
+        self._asked, self.signal = self._asked or time.monotonic(), self.signal or number
 
     @property
     def asked(self) -> bool:
         """Whether to stop once this step is over."""
         return self._asked is not None or self._file.exists()
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that was stopped: 0 after a Ctrl-C or the file, else 128 and the signal's number, as shells have
+        it, so that a cluster takes it for unfinished."""
+        return 0 if self.signal in (None, signal.SIGINT) else 128 + int(self.signal)

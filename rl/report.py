@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rl.errors import UserError
+from rl.files import read_lines, write_whole
 from rl.summary import PHASES, read_metrics, summarise
 
 _COLOURS = dict(zip(PHASES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
@@ -35,9 +35,7 @@ def write_report(run: Path) -> Path:
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run}: no metrics.jsonl; name the directory of a run that has finished a step")
     metrics = read_metrics(run)
-    timeline = [json.loads(line) for line in (run / "timeline.jsonl").read_text(encoding="utf-8").splitlines()]
-    if not metrics:
-        raise UserError(f"{run}: metrics.jsonl is empty; the run has not finished a step yet")
+    summary, timeline = summarise(metrics), _timeline(run)
     sections = [
         ("Reward", _figure(lambda ax: plot_reward(ax, metrics))),
         ("Completion lengths", _figure(lambda ax: plot_lengths(ax, timeline))),
@@ -47,16 +45,25 @@ def write_report(run: Path) -> Path:
         ("The last step, rank by rank", _figure(lambda ax: plot_timeline(ax, timeline[-1]))),
     ]
     body = "".join(f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{png}'>" for title, png in sections)
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summarise(metrics).items())
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items())
     out = run / "report.html"
-    out.write_text(_PAGE.format(title=html.escape(run.name), table=rows, body=body), encoding="utf-8")
+    write_whole(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
     return out
+
+
+def _timeline(run: Path) -> Steps:
+    """The steps of ``timeline.jsonl`` that are whole; UserError where there is none."""
+    steps, _ = read_lines(run / "timeline.jsonl")
+    whole = [step for step in steps if isinstance(step.get("ranks"), list) and step["ranks"]]
+    if not whole:
+        raise UserError(f"{run / 'timeline.jsonl'}: holds no finished step; the report's plots need it")
+    return whole
 
 
 def write_picture(run: Path, out: Path) -> Path:
     """Four of the report's plots in one PNG."""
     metrics = read_metrics(run)
-    timeline = [json.loads(line) for line in (run / "timeline.jsonl").read_text(encoding="utf-8").splitlines()]
+    timeline = _timeline(run)
     figure, axes = plt.subplots(2, 2, figsize=(13, 7), dpi=90)
     plot_reward(axes[0, 0], metrics)
     plot_acceptance(axes[0, 1], metrics)

@@ -1,9 +1,11 @@
-"""A run on disk: one whole checkpoint, replaced atomically, and what it takes to go on from it."""
+"""A run on disk: whole checkpoints, replaced atomically, and what it takes to go on from one."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,41 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from drafter_trainer.checkpoint import save_drafter
+from drafter_trainer.checksums import changed_files, sync, write_checksums
 from drafter_trainer.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
 from rl.errors import UserError
+from rl.files import read_lines, read_object, write_whole
 from rl.lora import save_adapters
 from rl.policies import copy_tokenizer
 from rl.sharding import Trained, WholeState
 from rollout.drafters.eagle3_model import Eagle3Model
 from rollout.strategy import Selector
 
+# Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the newest broken has it.
+CHECKPOINTS = ("checkpoint", "checkpoint.old")
+_EXTRAS = (
+    "drafter_optimizer",
+    "drafter",
+    "selector.json",
+    "lengths.safetensors",
+)  # what a run can do without: only speed depends on it
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `find_checkpoint` found: the directory, the number of whole steps behind it, and what else a run had come to."""
+    """What `find_checkpoint` found.
+
+    Attributes:
+        path: Its directory.
+        steps_done: The number of whole steps behind it.
+        state: What else a run had come to.
+        broken: Parts that must be left out, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and ``lengths.safetensors``.
+    """
 
     path: Path
     steps_done: int
     state: dict[str, Any] = field(default_factory=dict)
+    broken: frozenset[str] = frozenset()
 
 
 def save_checkpoint(
@@ -46,8 +67,10 @@ def save_checkpoint(
     lengths: dict[str, torch.Tensor] | None = None,
     adapters: dict[str, torch.Tensor] | None = None,
     state: dict[str, Any] | None = None,
+    recipe: dict[str, Any] | None = None,
 ) -> None:
-    """Writes ``checkpoint/`` of a run beside the old one, then swaps them by renaming: at every instant one whole one exists.
+    """Writes ``checkpoint/`` of a run beside the last one, waits until it is on the disk, then swaps them by renaming: at every
+    instant a whole one exists. The last one stays as ``checkpoint.old`` until the next is begun.
 
     Args:
         run: The run's directory.
@@ -61,6 +84,7 @@ def save_checkpoint(
         lengths: The length predictor's weights, where the recipe has one.
         adapters: Weights of adapters by their names in the policy, where the recipe has them.
         state: What else a run had come to.
+        recipe: Of the run, as plain data: what may not change when it goes on is compared with it.
 
     Raises:
         UserError: when the disk is full or not writable; the previous checkpoint stays.
@@ -68,6 +92,8 @@ def save_checkpoint(
     building, final, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
     try:
         shutil.rmtree(building, ignore_errors=True)
+        if final.exists():  # else the older one is all there is
+            shutil.rmtree(old, ignore_errors=True)
         building.mkdir(parents=True)
         policy.save_pretrained(building / "policy", state_dict=state_of_policy.weights)
         copy_tokenizer(tokenizer_from, building / "policy")
@@ -80,16 +106,18 @@ def save_checkpoint(
             write_state(state_of_critic.optimizer, building / "critic_optimizer")
         if lengths is not None:
             save_file(lengths, building / "lengths.safetensors")
+        if recipe is not None:
+            (building / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         # Random numbers are functions of (seed, step): the step is all the state that they have.
         (building / "state.json").write_text(json.dumps({"steps_done": steps_done, **(state or {})}))
+        write_checksums(building)
+        if final.exists():
+            final.rename(old)
+        building.rename(final)
+        sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}") from None
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    building.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_drafting(
@@ -103,21 +131,78 @@ def save_drafting(
         (folder / "selector.json").write_text(json.dumps(selector))
 
 
-def find_checkpoint(run: Path) -> Checkpoint:
-    """The last whole checkpoint of a run.
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has come as far as its first checkpoint, whole or not."""
+    return any((run / name).is_dir() for name in CHECKPOINTS)
+
+
+def find_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -> Checkpoint:
+    """Finds the last whole checkpoint of a run. Every file is compared with its checksum.
+
+    Args:
+        run: The run's directory.
+        say: Gets a line about every checkpoint that is passed over and every part that is left out.
 
     Raises:
         UserError: when there is none.
     """
-    for name in ("checkpoint", "checkpoint.old"):
-        state = run / name / "state.json"
-        if state.is_file():
-            try:
-                kept = json.loads(state.read_text())
-                return Checkpoint(run / name, int(kept["steps_done"]), kept)
-            except (json.JSONDecodeError, KeyError, ValueError):
-                raise UserError(f"{state}: not a checkpoint's state; delete {run / name} to go on from an older one") from None
+    problems: list[str] = []
+    for path in (run / name for name in CHECKPOINTS):
+        if not path.is_dir():
+            continue
+        try:
+            found = _checked(path, say)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            say(f"{problem}; going on from the older {path}, after step {found.steps_done}")
+        return found
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}; no older checkpoint is whole: put back a copy of that file, or start anew with another out="
+        )
     raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")
+
+
+def _checked(path: Path, say: Callable[[str], None]) -> Checkpoint:
+    changed = changed_files(path)
+    if changed is None:
+        say(f"{path}: no checksums to compare its files with (from an older release, or lost); going on without")
+    broken: set[str] = set()
+    for name, reason in (changed or {}).items():
+        extra = next((part for part in _EXTRAS if name.startswith(part)), None)
+        if extra is None:
+            raise UserError(f"{path / name}: {reason}")
+        broken.add(extra)
+        say(f"{path / name}: {reason}; going on without")
+    state = read_object(path / "state.json")
+    for key, (kind, required) in _STATE.items():
+        value = state.get(key)
+        fits = isinstance(value, kind) and not isinstance(value, bool) and (not isinstance(value, float) or math.isfinite(value))
+        if not fits and (required or value is not None):
+            raise UserError(f"{path / 'state.json'}: {key} is {value!r:.40}")
+    if state["steps_done"] < 0:
+        raise UserError(f"{path / 'state.json'}: steps_done is {state['steps_done']}")
+    return Checkpoint(path, state["steps_done"], state, frozenset(broken))
+
+
+_STATE: dict[str, tuple[Any, bool]] = {
+    "steps_done": (int, True),
+    "kl_coef": (int | float, False),
+    "entropy": (int | float, False),
+    "prompts": (dict, False),
+    "guard": (dict, False),
+    "open": (list, False),
+}
+
+
+def set_aside_broken(run: Path, used: Checkpoint) -> None:
+    """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one that is used is not deleted in its favour."""
+    newest = run / CHECKPOINTS[0]
+    if used.path != newest and newest.exists():
+        shutil.rmtree(run / "checkpoint.broken", ignore_errors=True)
+        newest.rename(run / "checkpoint.broken")
 
 
 def restore_moments(trained: Trained, stem: Path) -> None:
@@ -130,38 +215,47 @@ def restore_moments(trained: Trained, stem: Path) -> None:
         trained.load_optimizer_state(read_state(stem))
     except OptimizerStateError as error:
         raise UserError(str(error)) from None
-    except ValueError as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{stem}: of another optimizer ({error}); resume with the recipe of the run") from None
 
 
-def restore_selector(checkpoint: Checkpoint, selector: Selector) -> None:
-    """Goes on from what the checkpoint's strategy selector had learned, where it has one.
+def restore_selector(checkpoint: Checkpoint, selector: Selector) -> str | None:
+    """Goes on from what the checkpoint's strategy selector had learned, where it has one that can be read.
 
-    Raises:
-        UserError: when it is there but broken, or of another selector.
+    Returns:
+        A line where it has one that cannot be: the selector then learns anew.
     """
     path = checkpoint.path / "selector.json"
-    if not path.is_file():
-        return
+    if "selector.json" in checkpoint.broken or not path.exists():
+        return None
     try:
-        selector.load_state(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: truncated ({error}); delete it to learn anew") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        state = read_object(path)
+        _check_leaves(state)
+        selector.load_state(state)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return f"{path}: {reason}; strategies are measured anew"
+    return None
 
 
-def keep_first_lines(path: Path, steps_done: int) -> None:
-    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and a cut-off last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < steps_done:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.rename(path)
+def _check_leaves(value: Any) -> None:
+    """Refuses numbers that are none: what was measured is finite."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_leaves(inner)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a measured number is {value}")
+
+
+def keep_first_lines(path: Path, steps_done: int) -> int:
+    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and those that are broken.
+
+    Returns:
+        How many broken lines there were, beside a last one that a kill has cut off.
+    """
+    if not path.exists():
+        return 0
+    lines, broken = read_lines(path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    cut = bool(text) and not text.endswith("\n") and broken > 0
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < steps_done))
+    return broken - cut

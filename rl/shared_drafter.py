@@ -77,6 +77,8 @@ class SharedDrafter:
             return
         model, moments = found
         self._worker.create_drafter(None, model)
+        if "drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path:
+            return
         try:
             self._restore_moments(moments)
         except OptimizerStateError as error:
@@ -90,7 +92,7 @@ class SharedDrafter:
             self._tell(problem)
         if found is not None and found[0] >= checkpoint.steps_done:
             return found[2], found[1] / "optimizer"
-        if not (checkpoint.path / "drafter").is_dir():
+        if "drafter" in checkpoint.broken or not (checkpoint.path / "drafter").is_dir():
             return None
         try:
             return self._load(checkpoint.path / "drafter"), checkpoint.path / "drafter_optimizer"

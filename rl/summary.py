@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from rl.errors import UserError
+from rl.files import read_lines
+
 PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update", "gather", "sync")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps of ``metrics.jsonl``."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The steps of ``metrics.jsonl``; a line that a kill has cut off is left out.
+
+    Raises:
+        UserError: when there is none.
+    """
+    steps, _ = read_lines(run / "metrics.jsonl")
+    if not steps:
+        raise UserError(f"{run / 'metrics.jsonl'}: holds no finished step")
+    return steps
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its steps."""
+    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its steps.
+
+    Raises:
+        UserError: when a step lacks a number.
+    """
+    try:
+        return _summarise(metrics)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"metrics.jsonl: a line is not what a step writes ({reason}); take it out to get a report") from None
+
+
+def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     quarter = max(len(metrics) // 4, 1)
     first, last = metrics[:quarter], metrics[-quarter:]
     measured = [m for m in metrics if "measure/rollout_speedup" in m]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from rl.config import RunConfig, to_dict
+from rl.errors import UserError
+from rl.files import append_line, read_object, write_whole
 from rollout import StepRecord
 
 
@@ -24,13 +27,15 @@ class Tracker:
         config: The recipe.
         run: The run's directory.
         active: Whether this is rank 0.
+        first_step: Where the run goes on from: what a board shows of later steps, which were lost, is taken back.
     """
 
-    def __init__(self, config: RunConfig, run: Path, active: bool) -> None:
+    def __init__(self, config: RunConfig, run: Path, active: bool, first_step: int = 0) -> None:
         self.active = active
         self.console = Console(file=sys.stdout)
         self._run = run
         self._config = config
+        self._first_step = first_step
         self._wandb: Any = None
         self._board: Any = None
         self._progress: Progress | None = None
@@ -49,11 +54,13 @@ class Tracker:
                 dir=str(self._run),
                 mode=tracking.wandb,
                 config=to_dict(self._config),
+                id=_wandb_id(self._run),
+                resume="allow",
             )
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._run / "tensorboard"))
+            self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=self._first_step or None)
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -87,8 +94,8 @@ class Tracker:
         """Writes one step's metrics, and each rank's timeline."""
         if not self.active:
             return
-        _append(self._run / "metrics.jsonl", {"step": step, **metrics})
-        _append(self._run / "timeline.jsonl", {"step": step, "ranks": timeline})
+        append_line(self._run / "metrics.jsonl", {"step": step, **metrics})
+        append_line(self._run / "timeline.jsonl", {"step": step, "ranks": timeline})
         scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
@@ -122,6 +129,12 @@ class RolloutProgress:
             self._progress.remove_task(self._task)
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def _wandb_id(run: Path) -> str:
+    """The id under which a run is known to wandb, from its start to its end; kept in ``wandb.json``."""
+    path = run / "wandb.json"
+    try:
+        return str(read_object(path)["id"])
+    except (UserError, KeyError):
+        made = secrets.token_hex(6)
+        write_whole(path, json.dumps({"id": made}) + "\n")
+        return made

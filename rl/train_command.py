@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,28 +15,37 @@ import torch.distributed
 from drafter_trainer.checkpoint import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import user_errors
-from rl.config import RunConfig, check, load_config
+from rl.config import RunConfig, load_config
 from rl.errors import UserError
 from rl.estimate import describe
+from rl.files import disk_errors, write_whole
 from rl.interruption import Interruption
+from rl.launchers import end_with_launcher
 from rl.machine import fit_process
+from rl.opening import is_main, main_speaks_first, on_main, open_run, say_on_main
 from rl.prompt_check import check_recipe
 from rl.report import write_report
-from rl.run_state import Checkpoint, find_checkpoint
+from rl.resuming import resumed_recipe
+from rl.run_lock import RunLock
+from rl.run_state import has_checkpoint
 from rl.starting import starting_policy
-from rl.strict import parse
 from rl.summary import read_metrics, summarise, table
+from rl.tiny_step import try_tiny_step
 from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator, write_config
+from rl.trainer import Trainer, make_accelerator
 
 
 def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", nargs="?", help="a recipe, unless resuming")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--dry-run", action="store_true", help="check the recipe and print what it will take, without training")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run to go on with")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the recipe, print what it will take, and try a tiny step of it"
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run to go on with, also with other key=value")
     args = parser.parse_intermixed_args(arguments)
+    if args.resume is not None and args.config is not None and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
     if (args.config is None) == (args.resume is None):
         parser.error("name a recipe or --resume RUN")
     if args.dry_run and args.resume is not None:
@@ -43,66 +53,80 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     return args
 
 
-def prepare(args: argparse.Namespace) -> tuple[RunConfig, Path, Checkpoint | None]:
-    """The recipe, the run's directory, and where to go on from."""
-    if args.resume is None:
-        config = load_config(args.config, args.overrides)
-        run = Path(config.out)
-        if (run / "metrics.jsonl").exists():
-            raise UserError(f"out is {run}, which holds a run: write another out=..., or --resume {run}")
-        return config, run, None
-    kept = args.resume / "config.json"
-    if not kept.is_file():
-        raise UserError(f"--resume {args.resume}: no config.json there; name the directory of a run")
-    config = parse(RunConfig, json.loads(kept.read_text()), where=str(kept))
-    check(config)
-    return config, args.resume, find_checkpoint(args.resume)
+def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
+    """The recipe and the run's directory.
+
+    Raises:
+        UserError: for a mistake in the recipe, a directory that holds finished work, or changes that a run does not bear.
+    """
+    if args.resume is not None:
+        return resumed_recipe(args.resume, args.overrides, say_on_main), args.resume
+    config = load_config(args.config, args.overrides)
+    run = Path(config.out)
+    if has_checkpoint(run) or (run / "summary.json").exists():
+        raise UserError(f"out is {run}, which holds a run: write another out=..., or --resume {run}")
+    return config, run
 
 
 def main(description: str | None) -> None:
     """The whole command, with errors of the user's as one line."""
-    with user_errors():
-        train(parse_arguments(description))
+    end_with_launcher()
+    with user_errors(), main_speaks_first():
+        run(sys.argv[1:], description)
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str], description: str | None = None) -> None:
     """The same with arguments of one's own, and errors as they are."""
-    train(parse_arguments(None, arguments))
+    status = train(parse_arguments(description, arguments))
+    if status:
+        raise SystemExit(status)
 
 
-def train(args: argparse.Namespace) -> None:
-    """A run, from its recipe or from where it stopped, to its report."""
+def train(args: argparse.Namespace) -> int:
+    """A run, from its recipe or from where it stopped, to its report. Returns the status to exit with."""
     if args.dry_run:
-        config = load_config(args.config, args.overrides)
-        said = check_recipe(config)
-        print("\n".join([*describe(config, Path(args.config), int(os.environ.get("WORLD_SIZE", "1"))), *said]))
-        return
-    config, run, checkpoint = prepare(args)
+        dry_run(args)
+        return 0
+    config, run = find_run(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    starting_policy(config)  # before there is a process group: once there is one, transformers writes models on rank 0 only
-    accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
-    if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        write_config(config, run)
-    accelerator.wait_for_everyone()
-    with Tracker(config, run, accelerator.is_main_process) as tracker:
-        tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
-        with Interruption(run, accelerator.is_main_process) as interruption:
-            whole = Trainer(config, run, accelerator, checkpoint, tracker).run(interruption)
-        if accelerator.is_main_process and whole:
-            finish(config, run, tracker)
-        elif accelerator.is_main_process:
-            tracker.say(f"stopped; go on with --resume {run}")
-    accelerator.wait_for_everyone()
+    with disk_errors(run), RunLock(run, active=is_main()):
+        starting_policy(config)  # before there is a process group: once there is one, transformers writes models on rank 0 only
+        accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
+        checkpoint = on_main(
+            accelerator, lambda: open_run(config, run, accelerator.num_processes, args.resume is not None, args.overrides)
+        )
+        with Tracker(config, run, accelerator.is_main_process, 0 if checkpoint is None else checkpoint.steps_done) as tracker:
+            tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
+            with Interruption(run, accelerator.is_main_process) as interruption:
+                whole = Trainer(config, run, accelerator, checkpoint, tracker).run(interruption)
+            if accelerator.is_main_process and whole:
+                finish(config, run, tracker)
+            elif accelerator.is_main_process:
+                tracker.say(f"stopped; go on with --resume {run}")
+        accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    return 0 if whole else interruption.status
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Checks a recipe, prints what it will take, and tries two tiny steps of it."""
+    config = load_config(args.config, args.overrides)
+    said = check_recipe(config)
+    print("\n".join([*describe(config, Path(args.config), int(os.environ.get("WORLD_SIZE", "1"))), *said]), flush=True)
+    print(try_tiny_step(config))
 
 
 def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
-    """Report, summary and exported drafter."""
-    summary = summarise(read_metrics(run))
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    paths = {"report": str(write_report(run)), "policy": str(run / "checkpoint" / "policy")}
+    """Report, summary and exported drafter. What of them cannot be made is said: the policy is in the checkpoint."""
+    paths = {"policy": str(run / "checkpoint" / "policy")}
+    try:
+        summary = summarise(read_metrics(run))
+        write_whole(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        tracker.console.print(table(summary))
+        paths["report"] = str(write_report(run))
+    except UserError as error:
+        tracker.say(f"report: {error}")
     if (run / "checkpoint" / "drafter").is_dir():
         number = 0
         while (out := run / ("drafter" if number == 0 else f"drafter-{number}")).exists():
@@ -111,6 +135,5 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
             paths["drafter"] = str(export_drafter(run, out))
         except DrafterError as error:
             tracker.say(f"drafter: {error}")
-    tracker.console.print(table(summary))
     for name, path in paths.items():  # outside the table, which would cut them short
         tracker.console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

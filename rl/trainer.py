@@ -21,18 +21,14 @@ from rl.errors import UserError
 from rl.groups import RankRollouts
 from rl.interruption import Interruption
 from rl.metrics import RankStep, rank_record, step_metrics
+from rl.opening import on_main
 from rl.policy_learner import PolicyLearner
 from rl.prompt_check import check_prompts
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
 from rl.rewards.verifiable import load_reward
 from rl.rollouts import RolloutWorker
-from rl.run_state import (
-    Checkpoint,
-    keep_first_lines,
-    restore_selector,
-    save_checkpoint,
-)
+from rl.run_state import Checkpoint, restore_selector, save_checkpoint
 from rl.shaping import Shaping
 from rl.sharding import is_shared
 from rl.shared_drafter import SharedDrafter
@@ -96,17 +92,24 @@ class Trainer:
         if self.vllm is not None:
             self.vllm.update_policy(self.learner.weights())
         self.drafter.resume(checkpoint)
-        restore_selector(checkpoint, self.worker.engine.speculation.selector)
-        self.choice.load_state(checkpoint.state.get("prompts", {}))
-        self.guard.load_state(checkpoint.state.get("guard", {}))
-        self.learner.entropy = checkpoint.state.get("entropy")
+        problem = restore_selector(checkpoint, self.worker.engine.speculation.selector)
+        if problem is not None:
+            self.tracker.say(problem)
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if self.worker.groups.lengths is not None:
-            self.worker.groups.lengths.restore(checkpoint.path / "lengths.safetensors", self.first_step)
-        self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
-        if self.accelerator.is_main_process:
-            for name in ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl"):
-                keep_first_lines(self.run_dir / name, checkpoint.steps_done)
+        if self.worker.groups.lengths is not None and not self.worker.groups.lengths.restore(
+            checkpoint.path / "lengths.safetensors", self.first_step
+        ):
+            self.tracker.say(f"{checkpoint.path / 'lengths.safetensors'}: cannot be read; lengths are learned anew")
+        try:
+            self.choice.load_state(checkpoint.state.get("prompts", {}))
+            self.guard.load_state(checkpoint.state.get("guard", {}))
+            self.learner.entropy = checkpoint.state.get("entropy")
+            self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{checkpoint.path / 'state.json'}: not a checkpoint's state ({reason}); put back a copy of it, or start anew"
+            ) from None
 
     def run(self, interruption: Interruption | None = None) -> bool:
         """All remaining steps, or those until it is asked to stop: then the last one is saved.
@@ -140,8 +143,8 @@ class Trainer:
         return step + 1 == self.config.steps
 
     def _stops(self, interruption: Interruption | None) -> bool:
-        """Whether the main rank was asked to stop. Collective."""
-        return bool(gather_object([interruption is not None and interruption.asked])[0])
+        """Whether any rank was asked to stop: a cluster may tell those of one machine. Collective."""
+        return any(gather_object([interruption is not None and interruption.asked]))
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
@@ -263,11 +266,13 @@ class Trainer:
                 file.write(json.dumps(sample) + "\n")
 
     def _save(self, steps_done: int) -> None:
+        """Writes a checkpoint. Collective; where it cannot be written, every rank ends."""
         policy, adapters = self.learner.state()
         critic = None if self.learner.critic is None else self.learner.critic.state()
         carried = gather_object(self.worker.groups.open_state())
-        if self.accelerator.is_main_process:
-            spot = self.worker.spot
+        spot = self.worker.spot
+
+        def write() -> None:
             save_checkpoint(
                 self.run_dir,
                 steps_done=steps_done,
@@ -287,8 +292,10 @@ class Trainer:
                     "guard": self.guard.state(),
                     "open": carried,
                 },
+                recipe=to_dict(self.config),
             )
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, write)
 
 
 def _line(step: int, steps: int, m: dict[str, Any]) -> str:
@@ -305,8 +312,3 @@ def make_accelerator(config: RunConfig, timeout: timedelta) -> Accelerator:
     gives up with an error."""
     handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.policy.mixed_precision, kwargs_handlers=handlers)
-
-
-def write_config(config: RunConfig, run: Path) -> None:
-    """Keeps the recipe, as resolved, with the run."""
-    (run / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")

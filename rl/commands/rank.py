@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from rl.launchers import end_with_launcher
+
 
 def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
     """The command that starts the ranks of a run on this machine: torchrun for several, else one process.
@@ -11,11 +13,12 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
         ranks: How many.
         arguments: Those of launch/train.py.
     """
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    several = ["-m", "rl.commands.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     return [sys.executable, *several, "-m", "rl.commands.rank", *arguments]
 
 
 if __name__ == "__main__":
+    end_with_launcher()  # before anything that takes long
     from rl.train_command import main  # here: scoring processes import this file anew, and need none of it
 
     main(None)

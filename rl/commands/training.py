@@ -1,4 +1,4 @@
-"""Training: a process a rank, and a Ctrl-C that leaves a run to go on from."""
+"""Training: a process a rank, and a Ctrl-C or SIGTERM that leaves a run to go on from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -15,6 +16,7 @@ from typer import Argument, Option
 from rl.cli import Overrides, user_errors
 from rl.commands.rank import rank_command
 from rl.errors import UserError
+from rl.interruption import ASKS, ONE_PRESS
 
 
 def train(
@@ -24,13 +26,18 @@ def train(
     dry_run: Annotated[bool, Option("--dry-run", help="check the recipe and print what it will take, without training")] = False,
     resume: Annotated[Path | None, Option(help="directory of a run to go on with")] = None,
 ) -> None:
-    """Trains a recipe's policy. Ctrl-C stops after the step, with a checkpoint to go on from; a second one stops at once."""
+    """Trains a recipe's policy. Ctrl-C or SIGTERM stops after the step, with a checkpoint to go on from; a second one at once.
+
+    --resume RUN key=value goes on with other values of keys that a run bears to change, such as steps.
+    """
     with user_errors():
+        if resume is not None and config is not None and "=" in config:
+            overrides, config = [config, *(overrides or ())], None
         if (config is None) == (resume is None):
             raise UserError("train: name a recipe or --resume RUN")
         if ranks < 1:
             raise UserError(f"train: --ranks is {ranks}: write at least 1")
-        named = [] if config is None else [config, *(overrides or ())]
+        named = list(overrides or ()) if config is None else [config, *(overrides or ())]
         options = [*(["--dry-run"] if dry_run else []), *(["--resume", str(resume)] if resume is not None else [])]
         run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
@@ -54,21 +61,30 @@ def _directory(config: str | None, overrides: list[str] | None, resume: Path | N
 
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:
     """Ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process alone, which asks them to stop by a
-    file, for torchrun would give them half a minute."""
+    file, for torchrun would give them half a minute. They end with this process, however it ends."""
     job = subprocess.Popen(rank_command(ranks, arguments), start_new_session=True)
-    asked = False
+    first: tuple[int, float] | None = None
 
     def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked or not run.is_dir():
-            os.killpg(job.pid, signal.SIGTERM)
-            return
-        asked = True
-        (run / "stop").touch()
-        print("\npaceline: stopping after this step; Ctrl-C again to stop now", flush=True)
+        nonlocal first
+        if first is None and run.is_dir():
+            (run / "stop").touch()
+            print(f"\npaceline: stopping after this step; {_name(number)} again to stop now", flush=True)
+            first = number, time.monotonic()
+        elif first is None or time.monotonic() - first[1] > ONE_PRESS:
+            first = first or (number, 0.0)
+            os.killpg(job.pid, signal.SIGKILL)  # the agent, with which its ranks end
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in ASKS}
     try:
-        return job.wait()
+        status = job.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if first is None or (first[0] == signal.SIGINT and status == 0):
+        return status
+    return 128 + first[0]
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

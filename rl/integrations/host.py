@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ class HostedRollouts:
             raise UserError(f"{folder / 'state.json'}: {error}; remove {folder} to begin with a new drafter") from None
         found = Checkpoint(folder, self._calls)
         self.drafter.resume(found)
-        restore_selector(found, self.engine.speculation.selector)
+        if (problem := restore_selector(found, self.engine.speculation.selector)) is not None:
+            warnings.warn(problem, stacklevel=2)
 
     def finish(self) -> Path | None:
         """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on the main rank."""

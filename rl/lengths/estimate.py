@@ -70,17 +70,22 @@ class PredictedLengths:
                 errors += [pinball(np.array([predicted]), np.array([[length]]), self._quantile) for length in lengths]
         return taught, errors
 
-    def restore(self, path: Path, seen: int) -> None:
+    def restore(self, path: Path, seen: int) -> bool:
         """Goes on with the head of a checkpoint, or anew where that has none that can be read: only speed depends on it.
 
         Args:
             path: Of its weights.
             seen: Steps that it has learned from.
+
+        Returns:
+            Whether there was one.
         """
         try:
             self.head.load_state(load_file(path), seen * _ENOUGH)
         except (OSError, SafetensorError, RuntimeError):
             self.head.seen = 0
+            return False
+        return True
 
     def learn(self, taught: Sequence[dict[str, Any]]) -> float:
         """Trains the head on what all ranks' groups taught; ranks that learn the same stay the same."""

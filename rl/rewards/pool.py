@@ -14,6 +14,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
+from rl.launchers import end_with_parent
 from rl.rewards.verifiable import load_reward, verifiable_reward
 from rl.task_config import TaskConfig
 from rl.tasks import Problem, Task, load_task
@@ -28,7 +29,7 @@ class Scores:
         timeouts: Completions whose scoring took too long.
         errors: Completions whose scorer raised, died, or returned something else than finite numbers.
         problem: The first of these, in one line.
-        busy: When something was being scored: begins and ends, seconds since the epoch, one after the other.
+        busy: When something was being scored: begins and ends, by `time.monotonic`, one after the other.
     """
 
     values: dict[int, float] = field(default_factory=dict)
@@ -143,7 +144,9 @@ _reward: Any = verifiable_reward
 
 def _prepare(config: TaskConfig, seed: int) -> None:
     global _task, _reward
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the trainer's to answer
+    end_with_parent()
+    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal's or a cluster's, which the trainer answers
+        signal.signal(number, signal.SIG_IGN)
     _task = load_task(config, seed, check=False)  # the trainer has checked it
     if config.reward is not None:
         _reward = load_reward(config.reward)
@@ -151,8 +154,8 @@ def _prepare(config: TaskConfig, seed: int) -> None:
 
 def _score(keys: list[str], texts: list[str]) -> tuple[list[float], float, float]:
     """Scores, and from when to when they were computed."""
-    begin = time.time()
+    begin = time.monotonic()
     assert _task is not None
     asked = [_task.find(key) for key in keys]
     scores = _reward(prompts=[p.question for p in asked], completions=texts, problem=asked, answer=[p.answer for p in asked])
-    return [float(s) for s in scores], begin, time.time()
+    return [float(s) for s in scores], begin, time.monotonic()

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from rl.sharding.base import AdamWSettings, Trained
+from drafter_trainer.optimizer_state import check_shapes
+from rl.sharding.base import AdamWSettings, Trained, trainable
 
 
 class Replicated(Trained):
@@ -56,4 +57,5 @@ class Replicated(Trained):
         return state
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        check_shapes(state, trainable(self.bare))
         self._optimizer.load_state_dict(state)

@@ -205,12 +205,15 @@ class BanditSelector:
             ValueError: for something else than such a state.
         """
         try:
-            self.cost.load_state(state["cost"])
+            measured = {}
             for batch, context, name, steps in state["windows"]:
-                arm = self._measured[Bucket(batch, context), Strategy.parse(name)] = _Arm(deque())
+                arm = measured[Bucket(batch, context), Strategy.parse(name)] = _Arm(deque())
                 for at, tokens, seconds in steps:
-                    arm.add(at, tokens, seconds)
-            self._buckets = {Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]}
+                    arm.add(int(at), float(tokens), float(seconds))
+            buckets = {Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]}
+            self.cost.load_state(state["cost"])
+            self._measured.update(measured)  # only now: of a state that is broken nothing is taken over
+            self._buckets = buckets
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a selector's state ({type(error).__name__}: {error}): delete it to learn anew") from None
 

@@ -77,7 +77,7 @@ class Acceptance:
 
     def restore(self, kept: Sequence[float], tried: Sequence[float]) -> None:
         """Takes over counts."""
-        self.kept, self.tried = list(kept), list(tried)
+        self.kept, self.tried = [float(k) for k in kept], [float(t) for t in tried]
         self._recent = [(0.0, 0.0)] * len(self.kept)
 
     def rates(self, depth: int, doubt: float = 0.0, idle: int = 0) -> list[float]:
@@ -221,13 +221,16 @@ class CostModel:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave."""
-        self._forward = {(Bucket(b, c), Strategy.parse(s)): v for b, c, s, v in state["forward"]}
-        self._draft = {(Bucket(b, c), Strategy.parse(s)): v for b, c, s, v in state["draft"]}
-        self._level = {(batch, name): v for batch, name, v in state["level"]}
-        self._rest = dict(state["rest"])
+        forward = {(Bucket(b, c), Strategy.parse(s)): float(v) for b, c, s, v in state["forward"]}
+        draft = {(Bucket(b, c), Strategy.parse(s)): float(v) for b, c, s, v in state["draft"]}
+        level = {(batch, name): float(v) for batch, name, v in state["level"]}
+        rest = {batch: float(v) for batch, v in state["rest"]}
+        acceptance = {}
         for name, tree, kept, tried in state["acceptance"]:
-            known = self.acceptance[name, tree] = Acceptance(_PRIOR_TREE if tree else _PRIOR_CHAIN)
+            known = acceptance[name, tree] = Acceptance(_PRIOR_TREE if tree else _PRIOR_CHAIN)
             known.restore(kept, tried)
+        self._forward, self._draft, self._level, self._rest = forward, draft, level, rest
+        self.acceptance.update(acceptance)
 
 
 def _mix(means: dict[Any, float], key: Any, value: float) -> None:

@@ -18,7 +18,7 @@ from rl.run_state import (
 )
 from rl.sharding import AdamWSettings, WholeState
 from rl.sharding.replicated import Replicated
-from rollout.strategy import PLAIN, FixedSelector
+from rollout.strategy import BanditSelector, CostModel, Strategy
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -91,7 +91,7 @@ def test_checkpoints_replace_each_other_whole(tmp_path, tokenizer):
     for steps in (1, 2):
         save(run, steps, tokenizer)
         assert find_checkpoint(run).steps_done == steps
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint", "checkpoint.old"]  # the last one stays, in case this one breaks
     assert (run / "checkpoint" / "policy" / "tokenizer.json").is_file()
 
 
@@ -127,9 +127,24 @@ def test_metrics_are_cut_back(tmp_path):
     keep_first_lines(tmp_path / "absent.jsonl", 3)
 
 
-def test_a_broken_selector_state_is_named_and_a_missing_one_is_none(tmp_path):
-    checkpoint = Checkpoint(tmp_path, 1)
-    assert restore_selector(checkpoint, FixedSelector(PLAIN)) is None
-    (tmp_path / "selector.json").write_text('{"cost": ')
-    with pytest.raises(UserError, match="truncated"):
-        restore_selector(checkpoint, FixedSelector(PLAIN))
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"cost": ',
+        "[]",
+        "",
+        "{}",
+        '{"cost": {"forward": 3}, "windows": [], "spent": []}',
+        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [], "acceptance": []}, "windows": [[1]], "spent": []}',
+        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [[1, NaN]], "acceptance": []}, "windows": [], "spent": []}',
+    ],
+)
+def test_a_broken_selector_state_is_said_and_nothing_of_it_stays(tmp_path, broken):
+    cost = CostModel(lambda batch, tokens, context: 1.0, lambda drafter, batch: 1.0)
+    selector = BanditSelector(lambda name: [Strategy(name, 2)], ["suffix"], cost)
+    fresh = selector.state()
+    assert restore_selector(Checkpoint(tmp_path, 1), selector) is None  # there is none
+    (tmp_path / "selector.json").write_text(broken)
+    said = restore_selector(Checkpoint(tmp_path, 1), selector)
+    assert said.startswith(f"{tmp_path}/selector.json: ") and said.endswith("measured anew") and "\n" not in said
+    assert selector.state() == fresh
