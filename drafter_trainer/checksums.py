@@ -70,6 +70,15 @@ def changed_files(folder: Path) -> dict[str, str] | None:
     return wrong
 
 
+def prefix_sum(path: Path, size: int | None = None) -> tuple[int, str]:
+    """Returns the length and the CRC-32 of a file's first ``size`` bytes, or of all: for files that only grow."""
+    value, read = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE if size is None else min(_PIECE, size - read)):
+            value, read = zlib.crc32(piece, value), read + len(piece)
+    return read, f"{value:08x}"
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or a directory's entries, are on the disk. Not every file system can do that for directories."""
     descriptor = os.open(path, os.O_RDONLY)

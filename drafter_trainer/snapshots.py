@@ -83,7 +83,9 @@ class DrafterSnapshots:
         problems: list[str] = []
         for step, path in self._newest_first():
             changed = changed_files(path)
-            if changed:
+            if changed is None:
+                problems.append(f"{path}: no checksums to compare its files with; taken as it is")
+            elif changed:
                 problems += [f"{path / name}: {reason}" for name, reason in changed.items()]
                 continue
             try:

@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list
 from rl.config import RunConfig
 from rl.errors import UserError
 from rl.files import disk_errors
-from rl.resuming import keep_recipe, record_resume, refuse_other_recipe
-from rl.run_state import Checkpoint, find_checkpoint, has_checkpoint, keep_first_lines, set_aside_broken
+from rl.resuming import compare_recipes, keep_recipe, record_resume
+from rl.run_state import Checkpoint, changed_logs, find_checkpoint, has_checkpoint, keep_first_lines, set_aside_broken
 
 T = TypeVar("T")
 _LINES = ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl")
@@ -90,7 +90,10 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
         checkpoint = None
         if resume and has_checkpoint(run):
             checkpoint = find_checkpoint(run, say_on_main)
-            refuse_other_recipe(config, checkpoint)
+            if (changed := compare_recipes(config, checkpoint)) is not None:
+                say_on_main(changed)
+            for line in changed_logs(run, checkpoint):
+                say_on_main(line)
             set_aside_broken(run, checkpoint)
         elif resume:
             say_on_main(f"{run} has no checkpoint yet: it was stopped before its first save, and starts from its beginning")

@@ -47,9 +47,7 @@ def kept_recipe(run: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], 
     if not run.is_dir():
         raise UserError(f"--resume {run}: no such directory, so no config.json; name the directory of a run")
     try:
-        data = read_object(path)
-        parse(RunConfig, data, where=str(path))
-        return data, path
+        return read_object(path), path
     except UserError as error:
         for name in CHECKPOINTS:
             with contextlib.suppress(UserError):
@@ -82,18 +80,24 @@ def resumed_recipe(run: Path, overrides: Sequence[str], say: Callable[[str], Non
     return config
 
 
-def refuse_other_recipe(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """Compares the recipe with the one that the checkpoint was made with, as ``config.json`` may have been edited.
+def compare_recipes(config: RunConfig, checkpoint: Checkpoint) -> str | None:
+    """Compares the recipe with the one that the checkpoint was made with: ``config.json`` may have been edited, or broken.
+
+    Returns:
+        A line that names what has changed, where something has.
 
     Raises:
         UserError: where a key differs without which the checkpoint means nothing, or no step is left.
     """
-    path = checkpoint.path / "recipe.json"
-    if path.exists():  # a checkpoint of an older release has none
-        kept = to_dict(parse(RunConfig, read_object(path), where=str(path)))
-        _refuse_changes(kept, to_dict(config), str(path))
     if config.steps < checkpoint.steps_done:
         raise UserError(f"steps is {config.steps}: {checkpoint.path} has {checkpoint.steps_done} steps behind it; write more")
+    path = checkpoint.path / "recipe.json"
+    if not path.exists():  # a checkpoint of an older release
+        return None
+    kept = to_dict(parse(RunConfig, read_object(path), where=str(path)))
+    _refuse_changes(kept, to_dict(config), str(path))
+    changed = [f"{key} {before!r:.40} → {after!r:.40}" for key, (before, after) in changes(kept, to_dict(config)).items()]
+    return f"other than before: {', '.join(changed)}" if changed else None
 
 
 def changes(before: Any, after: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from drafter_trainer.checkpoint import save_drafter
-from drafter_trainer.checksums import changed_files, sync, write_checksums
+from drafter_trainer.checksums import changed_files, prefix_sum, sync, write_checksums
 from drafter_trainer.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
 from rl.errors import UserError
 from rl.files import read_lines, read_object, write_whole
@@ -28,6 +28,7 @@ from rollout.strategy import Selector
 
 # Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the newest broken has it.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
+LOGS = ("metrics.jsonl", "timeline.jsonl")  # from which the report takes its numbers
 _EXTRAS = (
     "drafter_optimizer",
     "drafter",
@@ -109,7 +110,8 @@ def save_checkpoint(
         if recipe is not None:
             (building / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         # Random numbers are functions of (seed, step): the step is all the state that they have.
-        (building / "state.json").write_text(json.dumps({"steps_done": steps_done, **(state or {})}))
+        kept = {"steps_done": steps_done, "logs": _log_sums(run), **(state or {})}
+        (building / "state.json").write_text(json.dumps(kept))
         write_checksums(building)
         if final.exists():
             final.rename(old)
@@ -194,7 +196,26 @@ _STATE: dict[str, tuple[Any, bool]] = {
     "prompts": (dict, False),
     "guard": (dict, False),
     "open": (list, False),
+    "logs": (dict, False),
 }
+
+
+def _log_sums(run: Path) -> dict[str, tuple[int, str]]:
+    return {name: prefix_sum(run / name) for name in LOGS if (run / name).is_file()}
+
+
+def changed_logs(run: Path, checkpoint: Checkpoint) -> list[str]:
+    """A line for each of a run's logs that is not as it was when the checkpoint was made, beside what was added since."""
+    said = []
+    for name, kept in checkpoint.state.get("logs", {}).items():
+        try:
+            if list(prefix_sum(run / name, kept[0])) == list(kept):
+                continue
+            reason = "has changed"
+        except OSError as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        said.append(f"{run / name} {reason} since the checkpoint was made: the report's numbers may be wrong")
+    return said
 
 
 def set_aside_broken(run: Path, used: Checkpoint) -> None:
