@@ -11,7 +11,7 @@ import torch
 from rl.bench import RolloutBench
 from rollout import mean_acceptance_length
 from rollout.drafters import DraftRules
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 from rollout.verify import VERIFIERS, Uniforms, Verification, Verifier
 from rollout.verify.optimal import (
     chain_acceptance,
@@ -72,6 +72,9 @@ class Watching:
         self._verifier, self._keep, self._calls = verifier, keep, 0
         self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self.overlap = self.accepted = self.seen = 0.0
+
+    def refusal(self, kind: DraftKind, chain: bool) -> str | None:
+        return self._verifier.refusal(kind, chain)
 
     def __call__(self, probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
         outcome = self._verifier(probs, draft, uniforms)

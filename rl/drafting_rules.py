@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from rl.drafting_sections import SpeculationConfig
 from rl.errors import UserError
 from rl.sections import RunConfig
 from rollout import Strategy
 from rollout.drafters import DRAFTERS, DraftRules
-from rollout.trees import MOST_NODES
+from rollout.drafters.coverage import refusal, stated_kind
+from rollout.strategy import default_arms
+from rollout.trees import MOST_NODES, DraftKind
+from rollout.verify import VERIFIERS
 
 
 def check_drafting(config: RunConfig) -> None:
@@ -38,18 +42,6 @@ def check_drafting(config: RunConfig) -> None:
         (
             "composite" not in s.drafters or {"suffix", "eagle3"} <= set(s.drafters),
             "speculation.drafters has composite, which joins suffix and eagle3: list those too",
-        ),
-        (
-            s.verifier is None or s.draw != "likeliest",
-            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another speculation.draw",
-        ),
-        (
-            s.verifier != "spectr" or s.draw == "replacement",
-            "speculation.verifier spectr wants siblings drawn independently: write speculation.draw: replacement",
-        ),
-        (
-            s.verifier not in ("chain", "block") or _only_chains(s),
-            f"speculation.verifier {s.verifier} reads chains: name only such in speculation.strategy or arms, and no stand drafter",
         ),
         (
             s.draw == "likeliest" or "composite" not in s.drafters,
@@ -82,11 +74,34 @@ def check_drafting(config: RunConfig) -> None:
             close = difflib.get_close_matches(name, DRAFTERS, n=1, cutoff=0.0)[0]
             raise UserError(f"speculation.drafters has {name!r}; did you mean {close}?")
     try:
-        draft_rules(s)
-        for text in s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy):
-            Strategy.parse(text)
+        made = draft_rules(s)
+        named = [Strategy.parse(text) for text in (s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy))]
     except ValueError as error:
         raise UserError(f"speculation: {error}") from None
+    _check_verifier(s, made, named)
+
+
+def _check_verifier(s: SpeculationConfig, rules: DraftRules, named: Sequence[Strategy]) -> None:
+    """That the verifier is needed, and covers what every drafter drafts for every strategy that may run.
+
+    Raises:
+        UserError: for the first strategy whose drafts it would change the distribution of.
+    """
+    if s.verifier is None:
+        return
+    adaptive = s.strategy == "adaptive" and not s.arms
+    usual = [a for name in s.drafters for a in default_arms(name, s.max_nodes, getattr(DRAFTERS[name], "chains_only", False))]
+    may_run = [a for a in (usual if adaptive else named) if a.drafter in DRAFTERS]
+    kinds = {stated_kind(DRAFTERS[a.drafter], a, rules) for a in may_run if a.drafter is not None}
+    if kinds <= {DraftKind.FIXED} and s.draw == "likeliest":
+        raise UserError(
+            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another speculation.draw"
+        )
+    for arm in may_run:
+        problem = None if arm.drafter is None else refusal(VERIFIERS[s.verifier], DRAFTERS[arm.drafter], arm, rules)
+        if problem is not None:
+            where = f"speculation.arms (empty stands for {arm} too)" if adaptive else f"speculation, strategy {arm}"
+            raise UserError(f"{where}: {problem}")
 
 
 def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
@@ -136,11 +151,6 @@ def refuse(rules: list[tuple[bool, str]]) -> None:
     for holds, message in rules:
         if not holds:
             raise UserError(message)
-
-
-def _only_chains(s: SpeculationConfig) -> bool:
-    named = s.arms if s.strategy == "adaptive" else (s.strategy,)
-    return bool(named) and not any("x" in text for text in named) and "stand" not in s.drafters
 
 
 def draft_rules(s: SpeculationConfig) -> DraftRules:

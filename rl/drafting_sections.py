@@ -21,7 +21,8 @@ class SpeculationConfig:
         tree: Shape of trees: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or ``static``.
         draw: Draft the ``likeliest`` tokens, or draw them, siblings with ``replacement`` or ``without_replacement``.
         verifier: Of drawn drafts: ``chain``, ``block``, ``recursive`` or ``spectr``; null takes chain for chains and recursive
-            for trees.
+            for trees. Chains are covered by all; trees by ``recursive``, and those drawn with ``replacement`` also by ``spectr``.
+            The ``stand`` drafter always draws siblings without replacement. What a verifier does not cover is refused.
         stop: When chains of model-based drafters end: ``fixed`` (at their depth), ``svip`` or ``specdec``.
         stop_threshold: Of that rule.
         tree_gain: Least expected tokens that another level of an ``opt_tree`` must bring.

@@ -1,7 +1,7 @@
 """What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier.
 
 A drafter can only cost time, never a rollout: one that raises, or whose draft is not one (ids outside the vocabulary, probabilities
-that are not finite), is left out from then on, with one warning.
+that are no distribution, a kind that the verifier does not cover), is left out from then on, with one warning.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from rollout.calibration import calibrate_forward
 from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
+from rollout.drafters.coverage import refusal
 from rollout.model_runner import ModelRunner
 from rollout.sequence import SequenceState
 from rollout.strategy import (
@@ -25,8 +26,8 @@ from rollout.strategy import (
     Strategy,
     default_arms,
 )
-from rollout.trees import DraftTree, no_draft
-from rollout.verify import VERIFIERS, Verifier
+from rollout.trees import DraftKind, DraftTree, no_draft
+from rollout.verify import VERIFIERS, Verifier, default_verifier
 
 
 class DrafterWarning(RuntimeWarning):
@@ -57,11 +58,26 @@ class Speculation:
         self._budgets = BUDGETS[budgets]
 
     def add_drafter(self, drafter: Drafter) -> None:
-        """Makes a drafter available to strategies, under its name."""
+        """Makes a drafter available to strategies, under its name.
+
+        Raises:
+            ValueError: for one that reads what the engine does not keep, or drafts for a chosen strategy what the verifier does not
+                cover.
+        """
         if drafter.needs_taps and not self._runner.tap_layers:
             raise ValueError(f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers")
+        replaced = self.drafters.get(drafter.name)
         self.drafters[drafter.name] = drafter
-        self.selector.drafter_changed(drafter.name)
+        try:
+            for strategy in self.selector.strategies():
+                self._check_covered(strategy, self.verifier)
+            self.selector.drafter_changed(drafter.name)
+        except ValueError:
+            if replaced is None:
+                del self.drafters[drafter.name]
+            else:
+                self.drafters[drafter.name] = replaced
+            raise
 
     def use_strategy(self, strategy: Strategy | str) -> None:
         """Fixes what every step runs: a `Strategy`, or what its ``str`` gives; ``"adaptive"`` is `adapt`.
@@ -81,19 +97,25 @@ class Speculation:
 
         Args:
             arms: Strategies to choose from, beside plain decoding; those of drafters that are added later count from then on.
-                None at all takes chains and trees of every drafter.
+                None at all takes chains and trees of every drafter, as far as the verifier covers them.
             **options: Of `BanditSelector`.
 
         Raises:
-            ValueError: for a strategy that verifies more tokens than the engine can.
+            ValueError: for a strategy that verifies more tokens than the engine can, or drafts what the verifier does not cover.
         """
         for arm in arms:
             self._check_size(arm)
+            self._check_covered(arm, self.verifier)
 
         def arms_of(name: str) -> list[Strategy]:
             if arms:
-                return [arm for arm in arms if arm.drafter == name]
-            return default_arms(name, self.max_nodes, getattr(self.drafters[name], "chains_only", False))
+                of_drafter = [arm for arm in arms if arm.drafter == name]
+                for arm in of_drafter:
+                    self._check_covered(arm, self.verifier)
+                return of_drafter
+            drafter = self.drafters[name]
+            usual = default_arms(name, self.max_nodes, getattr(drafter, "chains_only", False))
+            return [arm for arm in usual if refusal(self.verifier, drafter, arm) is None]
 
         forward = calibrate_forward(self._runner, self._slots, self.max_nodes + 1)
         cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
@@ -103,6 +125,13 @@ class Speculation:
         if strategy.drafter is not None and strategy.drafter not in self.drafters:
             raise ValueError(f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}")
         self._check_size(strategy)
+        self._check_covered(strategy, self.verifier)
+
+    def _check_covered(self, strategy: Strategy, verifier: Verifier | None) -> None:
+        drafter = None if strategy.drafter is None else self.drafters.get(strategy.drafter)
+        problem = None if drafter is None else refusal(verifier, drafter, strategy)
+        if problem is not None:
+            raise ValueError(f"strategy {strategy}: {problem}")
 
     def _check_size(self, strategy: Strategy) -> None:
         if strategy.nodes > self.max_nodes:
@@ -113,12 +142,17 @@ class Speculation:
         for chains and recursive for trees.
 
         Raises:
-            ValueError: for an unknown name.
+            ValueError: for an unknown name, a function that does not state which drafts it covers, and a verifier that does not
+                cover what the present strategies draft.
         """
         if isinstance(verifier, str):
             if verifier not in VERIFIERS:
                 raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
             verifier = VERIFIERS[verifier]
+        if verifier is not None and not hasattr(verifier, "refusal"):
+            raise ValueError(f"{verifier!r} does not state which drafts it covers: wrap it in rollout.verify.StatedVerifier")
+        for strategy in self.selector.strategies():
+            self._check_covered(strategy, verifier)
         self.verifier = verifier
 
     def propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
@@ -143,13 +177,19 @@ class Speculation:
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
         try:
             draft = self.drafters[name].propose(DraftContext(active, taps), strategy).to(self._runner.cache.device)
-            problem = draft.problem(self._runner.vocab_size)
+            problem = draft.problem(len(active), self._runner.vocab_size) or self._not_covered(draft)
         except Exception as error:  # whatever a drafter does wrong, rollouts go on
             problem = f"{type(error).__name__}: {error}"
         if problem is None:
             return draft
         self._leave_out(name, problem)
         return None
+
+    def _not_covered(self, draft: DraftTree) -> str | None:
+        if draft.kind is DraftKind.FIXED or draft.nodes == 0:
+            return None
+        chain = draft.parents is None
+        return (self.verifier or default_verifier(chain)).refusal(draft.kind, chain)
 
     def _leave_out(self, name: str, problem: str) -> None:
         del self.drafters[name]

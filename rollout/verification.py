@@ -14,8 +14,8 @@ from rollout.native import Kernels, load_kernels
 from rollout.randomness import Stream, step_uniforms, uniforms
 from rollout.sampling import draw_tokens, processed_probs
 from rollout.sequence import SequenceState
-from rollout.trees import DraftTree, chain_parents, tree_shape
-from rollout.verify import Uniforms, Verifier, verify_chain, verify_deterministic, verify_recursive
+from rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
+from rollout.verify import Uniforms, Verifier, default_verifier, verify_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,12 @@ def verify_batch(
     """
     counts = draft.lengths.numpy() + 1
     first = np.array([len(s.tokens) for s in sequences])
-    if draft.probs is None or draft.nodes == 0:
+    if draft.kind is DraftKind.FIXED or draft.nodes == 0:
         kernels = load_kernels(logits.device.type, logits.dtype)
         if kernels is not None and not any(s.request.params.truncated for s in sequences):
             return _followed(kernels, sequences, logits, draft, counts, first)
         return _deterministic(sequences, logits, draft, counts, first)
-    if verifier is None:
-        verifier = verify_chain if draft.parents is None else verify_recursive
-    return _sampled(sequences, logits, draft, counts, first, verifier)
+    return _sampled(sequences, logits, draft, counts, first, verifier or default_verifier(draft.parents is None))
 
 
 def _followed(

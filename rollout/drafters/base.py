@@ -51,7 +51,12 @@ class Drafter(Protocol):
     """Proposes tokens. Holds state for slots (and for prompts) only; it may be wrong, never unfaithful.
 
     The contract that losslessness needs: draft tokens are either a function of what is committed (``DraftTree.probs`` is None)
-    or were drawn from the very distributions reported in ``DraftTree.probs``.
+    or were drawn from the very distributions reported in ``DraftTree.probs``, and ``DraftTree.kind`` says how. Verifiers take the
+    kind at its word and refuse the ones that they do not cover.
+
+    A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which says beforehand of what kind the drafts for a
+    `Strategy` are (``rules`` are the `DraftRules` of model-based drafters). A verifier that does not cover them is then refused
+    where it is chosen, not at the first draft; and ``chains_only = True`` says that it drafts nothing but chains.
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 State = TypeVar("State")
 Following = Callable[[State], Iterable[tuple[float, int, State]]]
@@ -52,4 +52,4 @@ def pack(rows: Sequence[Row], width: int) -> DraftTree:
     lengths = torch.tensor([len(row) for row in rows])
     padded = [row + [(0, len(row) - 1 + i) for i in range(nodes - len(row))] for row in rows]
     both = torch.tensor(padded, dtype=torch.long).view(len(rows), nodes, 2)
-    return DraftTree(both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous())
+    return DraftTree(both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous(), kind=DraftKind.FIXED)

@@ -15,7 +15,7 @@ from rollout.model_runner import ModelRunner
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
 from rollout.transformers_api import hidden_states_in
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 
 class ClaspDrafter(StatelessSlots):
@@ -51,6 +51,10 @@ class ClaspDrafter(StatelessSlots):
         first = (layers - skipped) // 2  # until the first search: the middle
         self.left_out: tuple[int, ...] = tuple(range(first, first + skipped))
         self._drafts = 0
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return rules.kind(1)
 
     @torch.no_grad()
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:

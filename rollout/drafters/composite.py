@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from rollout.drafters.base import DraftContext, Drafter, StatelessSlots
+from rollout.drafters.growing import DraftRules
 from rollout.drafters.suffix import SuffixDrafter
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree, chain_parents
+from rollout.trees import DraftKind, DraftTree, chain_parents
 
 
 class CompositeDrafter(StatelessSlots):
@@ -27,12 +28,16 @@ class CompositeDrafter(StatelessSlots):
     def __init__(self, suffix: SuffixDrafter, model: Drafter, threshold: int = 5) -> None:
         self._suffix, self._model, self.threshold = suffix, model, threshold
 
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return DraftKind.FIXED
+
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         long = [self._suffix.matched(s) >= self.threshold for s in context.sequences]
         if all(long):
             return self._suffix.propose(context, strategy)
         modelled = self._model.propose(context, strategy)
-        if modelled.probs is not None:
+        if modelled.kind is not DraftKind.FIXED:
             raise ValueError("the composite drafter joins drafts of likeliest tokens: write rollout.draft: likeliest")
         if not any(long):
             return modelled
@@ -46,11 +51,11 @@ def join(one: DraftTree, other: DraftTree, choose_one: list[bool]) -> DraftTree:
     tokens = torch.where(chosen[:, None], _widen(one.tokens.cpu(), nodes), _widen(other.tokens.cpu(), nodes))
     lengths = torch.where(chosen, one.lengths, other.lengths)
     if one.parents is None and other.parents is None:
-        return DraftTree(tokens, lengths)
+        return DraftTree(tokens, lengths, kind=DraftKind.FIXED)
     ours, theirs = (
         _widen(chain_parents(*d.tokens.shape) if d.parents is None else d.parents.cpu(), nodes, fill=-1) for d in (one, other)
     )
-    return DraftTree(tokens, lengths, torch.where(chosen[:, None], ours, theirs))
+    return DraftTree(tokens, lengths, torch.where(chosen[:, None], ours, theirs), kind=DraftKind.FIXED)
 
 
 def _widen(x: torch.Tensor, nodes: int, fill: int = 0) -> torch.Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Hashable, Iterator
 
 from rollout.drafters.base import DraftContext, StatelessSlots
 from rollout.drafters.best_first import best_first, pack
+from rollout.drafters.growing import DraftRules
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 _MOST_MATCHES = 32
 
@@ -35,6 +36,10 @@ class ConsensusDrafter(StatelessSlots):
         self.longest, self.shortest = longest, shortest
         self._index: dict[Hashable, dict[tuple[int, ...], list[Place]]] = {}
         self._live: dict[Hashable, set[SequenceState]] = defaultdict(set)
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         return pack([best_first(self._places(s), _vote, strategy) for s in context.sequences], strategy.width)

@@ -13,7 +13,7 @@ from rollout.drafters.growing import DraftRules
 from rollout.model_runner import Chunk, ModelRunner
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import MOST_NODES, DraftTree
+from rollout.trees import MOST_NODES, DraftKind, DraftTree
 
 
 class DraftModelDrafter:
@@ -52,6 +52,10 @@ class DraftModelDrafter:
         self.rules = DraftRules() if rules is None else rules
         self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MOST_NODES)
         self._seen = [0] * slots
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return rules.kind(strategy.width)
 
     @torch.no_grad()
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:

@@ -14,7 +14,7 @@ from rollout.drafters.growing import DraftRules, request_temperatures
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import MOST_NODES, DraftTree
+from rollout.trees import MOST_NODES, DraftKind, DraftTree
 
 
 class Eagle3Drafter:
@@ -77,6 +77,10 @@ class Eagle3Drafter:
         self._weights.load_state_dict(source.state_dict())
         self._network.refresh()
         self.vocabulary = self._weights.vocabulary.clone()
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return rules.kind(strategy.width)
 
     @torch.no_grad()
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:

@@ -13,7 +13,7 @@ from rollout.randomness import Stream, step_uniforms
 from rollout.sequence import SequenceState
 from rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 from rollout.trees.chain import StopPolicy, grow_chain
 from rollout.trees.drawn import grow_dyspec, grow_static
 from rollout.trees.growth import Brancher, TreeLimits, Uniform
@@ -63,6 +63,12 @@ class DraftRules:
             raise ValueError("tree static is for drawn tokens: write draw replacement or without_replacement, or tree dynamic")
         made = STOP_POLICIES[self.stop]
         self.policy = None if made is None else made(self.stop_threshold)
+
+    def kind(self, width: int) -> DraftKind:
+        """How drafts of that width come about; what the builders in `rollout.trees` set themselves."""
+        if self.draw == "likeliest":
+            return DraftKind.FIXED
+        return DraftKind.WITH_REPLACEMENT if width == 1 or self.draw == "replacement" else DraftKind.WITHOUT_REPLACEMENT
 
     def grow(self, brancher: Brancher, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
         """The draft that the strategy asks for."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rollout.drafters.base import DraftContext, StatelessSlots
 from rollout.drafters.best_first import pack
+from rollout.drafters.growing import DraftRules
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 
 class NgramDrafter(StatelessSlots):
@@ -25,6 +26,10 @@ class NgramDrafter(StatelessSlots):
     def __init__(self, longest: int = 4, shortest: int = 2) -> None:
         self.longest, self.shortest = longest, shortest
         self._seen: dict[SequenceState, tuple[dict[tuple[int, ...], int], int]] = {}
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         rows = [[(token, i - 1) for i, token in enumerate(self._copy(s, strategy.depth))] for s in context.sequences]

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from rollout.drafters.growing import DraftRules
 from rollout.randomness import Stream, step_uniforms
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 from rollout.trees.growth import draw_without_replacement
 
 _KEPT = 8
@@ -25,7 +26,7 @@ class StandDrafter(StatelessSlots):
     reasoning traces repeat each other, and at high temperature a drawn draft with probabilities is accepted more often than a
     repeated token. For each context of up to 3 tokens the 8 likeliest next tokens' logits of its last verification are kept; a
     draft takes the longest known context and draws siblings without replacement by Gumbel-top-k, halving the branching each
-    level. Verified recursively.
+    level.
 
     The paper optimises the tree's shape on data beforehand; here depth, width and nodes come from the strategy, which the selector
     chooses from measured times.
@@ -40,6 +41,10 @@ class StandDrafter(StatelessSlots):
         self.max_contexts = max_contexts
         self._table: OrderedDict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules | None = None) -> DraftKind:
+        return DraftKind.WITH_REPLACEMENT if strategy.width == 1 else DraftKind.WITHOUT_REPLACEMENT
+
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         rows = [self._draw_row(s, strategy) for s in context.sequences]
         nodes = max(len(row) for row in rows)
@@ -53,8 +58,8 @@ class StandDrafter(StatelessSlots):
             for j, (token, parent, known, q) in enumerate(row):
                 tokens[i, j], parents[i, j], ids[i, j], probs[i, j] = token, parent, known, q
         lengths = torch.tensor([len(row) for row in rows])
-        arrays = [torch.from_numpy(x) for x in (tokens, parents, probs, ids)]
-        return DraftTree(arrays[0], lengths, arrays[1], arrays[2], arrays[3])
+        drawn, above, drawn_from, vocabulary = (torch.from_numpy(x) for x in (tokens, parents, probs, ids))
+        return DraftTree(drawn, lengths, None if strategy.width == 1 else above, drawn_from, vocabulary, self.drafts(strategy))
 
     def _draw_row(self, sequence: SequenceState, strategy: Strategy) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
         """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of drawing."""

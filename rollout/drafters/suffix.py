@@ -9,10 +9,11 @@ from functools import partial
 
 from rollout.drafters.base import DraftContext, StatelessSlots
 from rollout.drafters.best_first import Row, best_first, pack
+from rollout.drafters.growing import DraftRules
 from rollout.drafters.suffix_automaton import SuffixAutomaton
 from rollout.sequence import SequenceState
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 _UNSEEN = 0.5  # weight of what has not been seen, against one occurrence of what has
 
@@ -57,6 +58,10 @@ class SuffixDrafter(StatelessSlots):
         self.max_states, self.decay, self.shared = max_states, decay, shared
         self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
         self._states = 0
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         rows: list[Row] = []

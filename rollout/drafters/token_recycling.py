@@ -8,8 +8,9 @@ import torch
 
 from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
 from rollout.drafters.best_first import best_first, pack
+from rollout.drafters.growing import DraftRules
 from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from rollout.trees import DraftKind, DraftTree
 
 _CANDIDATES = 8
 _PRIOR = (8.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5)
@@ -32,6 +33,10 @@ class TokenRecyclingDrafter(StatelessSlots):
     def __init__(self, vocab_size: int) -> None:
         self._successors = torch.full((vocab_size, _CANDIDATES), -1)
         self._hits = list(_PRIOR)
+
+    @staticmethod
+    def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         tried = sum(self._hits) * 1.2

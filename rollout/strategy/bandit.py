@@ -155,6 +155,9 @@ class BanditSelector:
             seconds *= 1 - _TIME_DOUBT
         return self.cost.hoped_tokens(arm) / seconds
 
+    def strategies(self) -> Sequence[Strategy]:
+        return [arm for arms in self.arms.values() for arm in arms]
+
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""
         steady = self.cost.add(feedback)

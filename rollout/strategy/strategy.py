@@ -109,6 +109,10 @@ class Selector(Protocol):
         """The strategy for a batch of ``active`` sequences, the longest of ``context`` tokens."""
         ...
 
+    def strategies(self) -> Sequence[Strategy]:
+        """All that it may choose."""
+        ...
+
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""
         ...
@@ -138,6 +142,9 @@ class FixedSelector:
 
     def choose(self, active: int, context: int) -> Strategy:
         return self.strategy
+
+    def strategies(self) -> Sequence[Strategy]:
+        return (self.strategy,)
 
     def record(self, feedback: StepFeedback) -> None:
         """Nothing to learn."""

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from rollout.sampling import draw
-from rollout.trees.draft_tree import DraftTree
+from rollout.trees.draft_tree import DraftKind, DraftTree
 from rollout.trees.growth import Brancher, Uniform, log_probs, target_ids
 
 
@@ -76,5 +76,6 @@ def grow_chain(
             above = torch.full((batch, 1), level - 1, device=logits.device)
             logits = brancher.expand(tokens[-1][:, None], above)[:, 0]
     if uniform is None:
-        return DraftTree(torch.stack(tokens, 1), lengths)
-    return DraftTree(torch.stack(tokens, 1), lengths, None, torch.stack(probs, 1), brancher.vocabulary)
+        return DraftTree(torch.stack(tokens, 1), lengths, kind=DraftKind.FIXED)
+    kind = DraftKind.WITH_REPLACEMENT
+    return DraftTree(torch.stack(tokens, 1), lengths, None, torch.stack(probs, 1), brancher.vocabulary, kind)

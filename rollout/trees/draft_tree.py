@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, replace
 
 import torch
 
 MOST_NODES = 63  # ancestors are the bits of an int64
+_ROUNDING = 1e-3  # by which a reported distribution's sum may differ from one
+
+
+class DraftKind(enum.StrEnum):
+    """How a draft's tokens came about, which decides what verifies them without changing the target's distribution."""
+
+    FIXED = "fixed"  # a function of what is committed, siblings distinct; ``probs`` plays no part
+    WITH_REPLACEMENT = "drawn with replacement"  # siblings independently, from one distribution, their number fixed before
+    WITHOUT_REPLACEMENT = "drawn without replacement"  # each sibling from what the ones before it left, or adaptively many of them
+    UNLABELLED = "of a kind it does not state"  # a tree with ``probs`` whose drafter says no more
 
 
 @dataclass(slots=True)
@@ -25,6 +36,9 @@ class DraftTree:
             function of what is already committed.
         vocabulary: The target ids that the W entries of ``probs`` stand for, in increasing order: int64 [W] for all nodes,
             int64 [B, N, W] for each node its own; None when W is the target's vocabulary.
+        kind: How the tokens came about, set where they are drawn. Where it is left out, a draft without ``probs`` is fixed, and a
+            chain with ``probs`` is drawn with replacement, having no siblings; a tree with ``probs`` stays unlabelled, and only
+            verifiers that take every drawn tree verify it.
     """
 
     tokens: torch.Tensor
@@ -32,6 +46,15 @@ class DraftTree:
     parents: torch.Tensor | None = None
     probs: torch.Tensor | None = None
     vocabulary: torch.Tensor | None = None
+    kind: DraftKind = DraftKind.UNLABELLED
+
+    def __post_init__(self) -> None:
+        if self.kind is not DraftKind.UNLABELLED:
+            return
+        if self.probs is None:
+            self.kind = DraftKind.FIXED
+        elif self.parents is None:
+            self.kind = DraftKind.WITH_REPLACEMENT
 
     @property
     def nodes(self) -> int:
@@ -54,22 +77,58 @@ class DraftTree:
             None if self.parents is None else self.parents[:, :n],
             None if self.probs is None else self.probs[:, :n],
             self.vocabulary if self.vocabulary is None or self.vocabulary.ndim == 1 else self.vocabulary[:, :n],
+            self.kind,
         )
 
-    def problem(self, vocab_size: int) -> str | None:
-        """Why this is no draft over ``vocab_size`` ids, or None. Ids on a GPU are not looked at: that would wait for it."""
-        if self.probs is not None and not bool(torch.isfinite(self.probs).all()):
-            return "its draft probabilities are not finite"
+    def problem(self, batch: int, vocab_size: int) -> str | None:
+        """Why this is no draft of ``batch`` rows over ``vocab_size`` ids, or None, in one line.
+
+        Ids on a GPU are not looked at: that would wait for it.
+        """
+        shape = tuple(self.tokens.shape)
+        if len(shape) != 2 or shape[0] != batch or self.lengths.shape != (batch,):
+            return f"its tokens are {list(shape)} and its lengths {list(self.lengths.shape)} for a batch of {batch}"
+        if batch and not 0 <= int(self.lengths.min()) <= int(self.lengths.max()) <= shape[1]:
+            return f"its lengths are not within 0..{shape[1]}, the nodes it has"
+        if self.parents is not None and (problem := self._problem_with_parents()) is not None:
+            return problem
         if self.tokens.device.type == "cpu" and self.tokens.numel():
             low, high = (int(x) for x in self.tokens.aminmax())
             if low < 0 or high >= vocab_size:
                 return f"it drafted the id {low if low < 0 else high}, which is not in the vocabulary"
-        return None
+        return None if self.kind is DraftKind.FIXED else self._problem_with_probs()
+
+    def _problem_with_parents(self) -> str | None:
+        assert self.parents is not None
+        if self.parents.shape != self.tokens.shape:
+            return f"its parents are {list(self.parents.shape)}, its tokens {list(self.tokens.shape)}"
+        if self.parents.device.type != "cpu":
+            return None
+        above = self.parents[self._real()]
+        own = torch.arange(self.nodes).expand_as(self.parents)[self._real()]
+        return None if bool(((above >= -1) & (above < own)).all()) else "it has a node that does not come after its parent"
+
+    def _problem_with_probs(self) -> str | None:
+        if self.probs is None:
+            return f"its tokens are {self.kind}, and it gives no probs"
+        if self.probs.ndim != 3 or self.probs.shape[:2] != self.tokens.shape:
+            return f"its probs are {list(self.probs.shape)}, its tokens {list(self.tokens.shape)}"
+        total, least = self.probs.sum(-1), self.probs.amin(-1) if self.probs.shape[2] else torch.full(self.tokens.shape, -1.0)
+        unreal = ~self._real()
+        if not bool((((total - 1).abs() < _ROUNDING) & (least >= 0) | unreal).all()):  # NaN is neither
+            return "its draft probabilities are not finite, or are no distribution"
+        possible = bool(((draft_mass(self) > 0) | unreal).all())
+        return None if possible else "it drafted a token that its own probs exclude, so it was not drawn from them"
+
+    def _real(self) -> torch.Tensor:
+        """bool [B, N], on the device of the tokens."""
+        device = self.tokens.device
+        return torch.arange(self.nodes, device=device) < self.lengths.to(device)[:, None]
 
     def to(self, device: torch.device) -> DraftTree:
         """The same draft on ``device``."""
-        moved = [None if x is None else x.to(device) for x in (self.parents, self.probs, self.vocabulary)]
-        return DraftTree(self.tokens.to(device), self.lengths, *moved)
+        parents, probs, vocabulary = (None if x is None else x.to(device) for x in (self.parents, self.probs, self.vocabulary))
+        return DraftTree(self.tokens.to(device), self.lengths, parents, probs, vocabulary, self.kind)
 
 
 def no_draft(batch: int, device: torch.device) -> DraftTree:
@@ -100,6 +159,18 @@ def tree_shape(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         reach = (reach @ reach).clamp_(max=1)
     reach = reach > 0
     return reach.sum(-1), (reach.long() << index).sum(-1)
+
+
+def draft_mass(draft: DraftTree) -> torch.Tensor:
+    """q(x) of every node's own token: float32 [B, N]; 0 where ``vocabulary`` does not have it."""
+    assert draft.probs is not None
+    if draft.vocabulary is None:
+        return draft.probs.gather(-1, draft.tokens[..., None])[..., 0]
+    wanted = draft.tokens[..., None]
+    last = draft.vocabulary.shape[-1] - 1
+    column = torch.searchsorted(draft.vocabulary, wanted).clamp(max=last)
+    found = draft.vocabulary[column] if draft.vocabulary.ndim == 1 else draft.vocabulary.gather(-1, column)
+    return torch.where(found == wanted, draft.probs.gather(-1, column), 0.0)[..., 0]
 
 
 def child_table(draft: DraftTree) -> torch.Tensor:

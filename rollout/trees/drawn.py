@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rollout.sampling import draw
-from rollout.trees.draft_tree import MOST_NODES, DraftTree
+from rollout.trees.draft_tree import MOST_NODES, DraftKind, DraftTree
 from rollout.trees.growth import Brancher, TreeLimits, Uniform, draw_without_replacement, log_probs, target_ids
 
 
@@ -80,6 +80,7 @@ class _Drawn:
         self._kept: dict[int, torch.Tensor] = {}
         self._level = log_probs(brancher.root(), brancher.temperatures).exp()[:, None]
         self._expanded: list[int] = []
+        self._kind = DraftKind.WITH_REPLACEMENT
 
     @property
     def nodes(self) -> int:
@@ -104,6 +105,7 @@ class _Drawn:
         else:
             noise = self._numbers(count * width).view(batch, count, width)
             columns, q = draw_without_replacement(self._level, noise, children)
+            self._kind = DraftKind.WITHOUT_REPLACEMENT
         first = self.nodes
         self._columns.append(columns.flatten(1))
         self._probs.append(q.flatten(1, 2))
@@ -139,7 +141,7 @@ class _Drawn:
         parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
         if not self._kept:
             lengths = torch.full((batch,), nodes)
-            return DraftTree(target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary)
+            return DraftTree(target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary, self._kind)
         real = torch.cat([self._kept[first] for first in sorted(self._kept)], 1).to(columns.device)
         order = (~real).long().sort(dim=-1, stable=True).indices
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(nodes, device=order.device).expand_as(order))
@@ -149,4 +151,5 @@ class _Drawn:
         most = int(lengths.max())
         picked = order[:, :most]
         picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))
-        return DraftTree(target_ids(columns.gather(1, picked), vocabulary), lengths, parents[:, :most], picked_probs, vocabulary)
+        tokens = target_ids(columns.gather(1, picked), vocabulary)
+        return DraftTree(tokens, lengths, parents[:, :most], picked_probs, vocabulary, self._kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rollout.trees.draft_tree import DraftTree
+from rollout.trees.draft_tree import DraftKind, DraftTree
 from rollout.trees.growth import Brancher, TreeLimits, log_probs, target_ids
 
 
@@ -104,4 +104,4 @@ class _Candidates:
         above = self._parents.gather(1, kept)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
         lengths = torch.full((len(kept),), nodes)
-        return DraftTree(self._tokens.gather(1, kept), lengths, parents)
+        return DraftTree(self._tokens.gather(1, kept), lengths, parents, kind=DraftKind.FIXED)

@@ -1,18 +1,12 @@
 """Lossless verifiers: pure functions of what the target says, the draft, and uniforms. A new one is one file and one line here."""
 
-from collections.abc import Callable
-
-import torch
-
-from rollout.trees import DraftTree
 from rollout.verify.block import verify_block
 from rollout.verify.chain import verify_chain
 from rollout.verify.deterministic import verify_deterministic
 from rollout.verify.outcome import Uniforms, Verification
 from rollout.verify.recursive import verify_recursive
 from rollout.verify.spectr import verify_spectr
-
-Verifier = Callable[[torch.Tensor, DraftTree, Uniforms], Verification]
+from rollout.verify.verifier import StatedVerifier, Verifier, verifier
 
 VERIFIERS: dict[str, Verifier] = {
     "chain": verify_chain,
@@ -21,11 +15,20 @@ VERIFIERS: dict[str, Verifier] = {
     "spectr": verify_spectr,
 }
 
+
+def default_verifier(chain: bool) -> Verifier:
+    """What verifies drawn drafts where nothing was chosen: token by token for chains, recursive for trees."""
+    return verify_chain if chain else verify_recursive
+
+
 __all__ = [
     "VERIFIERS",
+    "StatedVerifier",
     "Uniforms",
     "Verification",
     "Verifier",
+    "default_verifier",
+    "verifier",
     "verify_block",
     "verify_chain",
     "verify_deterministic",

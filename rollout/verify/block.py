@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from rollout.sampling import draw
-from rollout.trees import DraftTree
-from rollout.verify.outcome import Uniforms, Verification, chain_path, check_chain, draft_mass, drawn_from, subtract
+from rollout.trees import DraftTree, draft_mass
+from rollout.verify.outcome import Uniforms, Verification, chain_path, drawn_from, subtract
+from rollout.verify.verifier import verifier
 
 
+@verifier("block", trees=False)
 def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
     """Block verification (Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv 2403.10444, Algorithm 2).
 
@@ -22,6 +24,8 @@ def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     then have the target's law, and no verifier of one chain accepts more in expectation; a prefix that token-by-token verification
     would give up at its first rejection is kept where later tokens make up for it.
 
+    The proof takes the draft's length at each prefix as given, so that a chain may end where its own earlier tokens say so.
+
     Every uniform takes part in every outcome: unlike in chain verification, none may be used again at the next step.
 
     Args:
@@ -32,7 +36,6 @@ def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     Raises:
         ValueError: for a tree.
     """
-    check_chain(draft, "block")
     q_mass = draft_mass(draft).double()
     p_mass = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
     lengths = draft.lengths.to(p_mass.device)

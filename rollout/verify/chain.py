@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from rollout.sampling import draw
-from rollout.trees import DraftTree
-from rollout.verify.outcome import Uniforms, Verification, chain_path, check_chain, draft_mass, drawn_from, leading_run, residual
+from rollout.trees import DraftTree, draft_mass
+from rollout.verify.outcome import Uniforms, Verification, chain_path, drawn_from, leading_run, residual
+from rollout.verify.verifier import verifier
 
 
+@verifier("chain", trees=False)
 def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
     """Speculative sampling (Leviathan et al., arXiv 2211.17192, Algorithm 1; Chen et al., arXiv 2302.01318, Algorithm 2).
 
@@ -29,7 +31,6 @@ def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     Raises:
         ValueError: for a tree.
     """
-    check_chain(draft, "chain")
     p = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
     lengths = draft.lengths.to(p.device)
     accepted = leading_run(uniforms.accept.to(p) * draft_mass(draft).double() < p, lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rollout.trees import DraftTree, child_table
+from rollout.trees import DraftKind, DraftTree, child_table
 from rollout.verify.outcome import Verification, chain_path, leading_run
 
 
@@ -21,8 +21,13 @@ def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:
     Args:
         drawn: int64 [B, N + 1], the target's draw after the last committed token and after each node; nodes of one depth share
             their random number.
-        draft: A chain or tree of N nodes, siblings distinct; its ``probs`` must be None.
+        draft: A chain or tree of N nodes; its kind must be fixed. Of equal siblings the first counts.
+
+    Raises:
+        ValueError: for a drawn draft.
     """
+    if draft.kind is not DraftKind.FIXED:
+        raise ValueError(f"following the target's draws is for fixed drafts, this one is {draft.kind}: take one of VERIFIERS")
     if draft.parents is None:
         accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths)
         return Verification(chain_path(draft), accepted, drawn.gather(1, accepted[:, None])[:, 0])
@@ -34,7 +39,8 @@ def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:
         children = table[rows, node + 1]
         hit = (children >= 0) & (draft.tokens.gather(1, children.clamp(min=0)) == drawn[rows, node + 1, None])
         alive = alive & hit.any(-1)
-        node = torch.where(alive, torch.where(hit, children, 0).sum(-1), node)
+        first = children.gather(1, hit.long().argmax(-1, keepdim=True))[:, 0]
+        node = torch.where(alive, first, node)
         path[:, level] = node
         accepted = accepted + alive
         if drawn.device.type == "cpu" and not bool(alive.any()):

@@ -45,17 +45,6 @@ def drawn_from(draft: DraftTree, nodes: torch.Tensor) -> tuple[torch.Tensor, tor
     return draft.probs[rows, nodes], draft.vocabulary[rows, nodes] if own and draft.vocabulary is not None else draft.vocabulary
 
 
-def draft_mass(draft: DraftTree) -> torch.Tensor:
-    """q(x) of every node's own token: float32 [B, N]."""
-    assert draft.probs is not None
-    column = draft.tokens
-    if draft.vocabulary is not None and draft.vocabulary.ndim == 1:
-        column = torch.searchsorted(draft.vocabulary, draft.tokens)
-    elif draft.vocabulary is not None:
-        column = torch.searchsorted(draft.vocabulary, draft.tokens[..., None])[..., 0]
-    return draft.probs.gather(-1, column.clamp(max=draft.probs.shape[-1] - 1)[..., None])[..., 0]
-
-
 def subtract(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """max(0, p − q), not normalised.
 
@@ -90,9 +79,3 @@ def leading_run(kept: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def chain_path(draft: DraftTree) -> torch.Tensor:
     """The path through a chain: int64 [B, N]."""
     return torch.arange(draft.nodes, device=draft.tokens.device).expand_as(draft.tokens)
-
-
-def check_chain(draft: DraftTree, verifier: str) -> None:
-    """Raises ValueError for a tree."""
-    if draft.parents is not None:
-        raise ValueError(f"{verifier} verification reads chains, this draft is a tree: write rollout.verifier: recursive")

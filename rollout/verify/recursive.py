@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 
 from rollout.sampling import draw
-from rollout.trees import DraftTree, child_table
-from rollout.verify.outcome import Uniforms, Verification, draft_mass, drawn_from, residual
+from rollout.trees import DraftKind, DraftTree, child_table, draft_mass
+from rollout.verify.outcome import Uniforms, Verification, drawn_from, residual
+from rollout.verify.verifier import verifier
 
 Siblings = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+@verifier("recursive", covers=(DraftKind.WITH_REPLACEMENT, DraftKind.WITHOUT_REPLACEMENT, DraftKind.UNLABELLED))
 def verify_recursive(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
     """Recursive rejection sampling over the children of each node.
 
@@ -25,7 +27,8 @@ def verify_recursive(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uni
     after the last child draw from what is left. By chain verification's theorem, given all that came before, the token found from
     (p_i, q_i, p_{i+1}) has distribution p_i; by induction backwards over i the committed one has p_1. Siblings that are drawn
     independently have q_i = q; those drawn without replacement (as Gumbel-top-k does) have q_i = q without the earlier ones,
-    normalised; `DraftTree.probs` holds q_i itself, so both are this one function.
+    normalised; `DraftTree.probs` holds q_i itself, so both are this one function, and so is a tree that does not
+    state its kind.
 
     How many children a node has may depend on everything drawn before each of them, not on what it turns out to be.
 

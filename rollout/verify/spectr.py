@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from rollout.trees import DraftTree, child_table
-from rollout.verify.outcome import Uniforms, Verification, draft_mass, drawn_from
+from rollout.trees import DraftKind, DraftTree, child_table, draft_mass
+from rollout.verify.outcome import Uniforms, Verification, drawn_from
 from rollout.verify.recursive import descend
+from rollout.verify.verifier import verifier
 
 _HALVINGS = 40
 
 
+@verifier("spectr", covers=(DraftKind.WITH_REPLACEMENT,))
 def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
     """k-sequential selection (Sun et al., "SpecTr", arXiv 2310.15141, Algorithm 2, K-SEQ).
 
@@ -19,11 +21,16 @@ def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Unifor
     a = 1 − (1 − β)^k, and it then has distribution min(q, p/ρ)/β. Where none is, draw from
     (p − min(q, p/ρ) · a/β) / (1 − a), which is a distribution as long as a ≤ ρβ. So the committed token has distribution p. The
     least such ρ, where a = ρβ, is found by bisection; acceptance is then within a factor 1 − 1/e of the best possible.
+    The candidates must be independent and their number k known before they are drawn: (1 − β)^k is the probability that all are
+    refused only then. Siblings drawn without replacement are neither, and would leave the committed token with another law.
 
     Args:
         target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and after each node.
-        draft: Trees of up to N nodes with ``probs``, siblings drawn independently.
+        draft: Trees of up to N nodes with ``probs``, siblings drawn with replacement.
         uniforms: The random numbers.
+
+    Raises:
+        ValueError: for siblings drawn in another way.
     """
     mass = draft_mass(draft).double()
     table = child_table(draft)

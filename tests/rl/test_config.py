@@ -64,6 +64,28 @@ def test_a_bare_no_is_one_of_the_words():
     assert load_config(TINY, ["policy.mixed_precision=no"]).policy.mixed_precision == "no"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["drafters=[stand]", "strategy=stand:3x3/6"],
+            "strategy stand:3x3/6: spectr verification does not cover siblings drawn without",
+        ),
+        (["drafters=[stand]"], "empty stands for stand:3x3/6 too"),
+        (["drafters=[eagle3]", "draw=without_replacement", "tree=static", "strategy=eagle3:3x3/6"], "without replacement"),
+        (["drafters=[eagle3]", "draw=replacement", "tree=static", "strategy=eagle3:3x3/6"], None),
+        (["drafters=[stand]", "strategy=stand:3"], None),
+    ],
+)
+def test_a_verifier_that_would_change_the_distribution_is_refused(overrides, says):
+    given = [f"speculation.{text}" for text in ("verifier=spectr", *overrides)]
+    if says is None:
+        assert load_config(TINY, given).speculation.verifier == "spectr"
+    else:
+        with pytest.raises(UserError, match=says):
+            load_config(TINY, given)
+
+
 def test_overrides_and_yaml_floats(tmp_path):
     config = load_config(TINY, ["update.lr=2e-6", "rollout.stop_strings=['x']", "policy.warmup={examples: 3}"])
     assert config.update.lr == 2e-6
