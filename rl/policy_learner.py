@@ -19,6 +19,7 @@ from rl.critic import Critic, CriticReport, ValueModel
 from rl.groups import RankRollouts
 from rl.log_probs import PolicyLogProbs
 from rl.lora import merged
+from rl.mergeable import adapted_layers
 from rl.policies import load_policy, recompute_activations
 from rl.reference import Reference
 from rl.run_state import Checkpoint, restore_moments
@@ -60,6 +61,7 @@ class PolicyLearner:
         text = policy.config.get_text_config()
         self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
         module = PolicyLogProbs(policy)
+        self._adapted = None if config.scale.lora is None else adapted_layers(module)
         settings = AdamWSettings(update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision)
         self._trained = shard(module, config.scale, accelerator, settings)
         self._updater = PolicyUpdater(
@@ -81,8 +83,7 @@ class PolicyLearner:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's present weights, whole, by their names without adapters. Collective; good until the next step."""
-        lora = self._config.scale.lora
-        for name, tensor in merged(self._trained.full_weights, None if lora is None else lora.alpha / lora.rank):
+        for name, tensor in merged(self._trained.full_weights, self._adapted):
             yield name.removeprefix(_WRAPPED), tensor
 
     def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rl.config import RunConfig
 from rl.errors import UserError
-from rl.lora import add_adapters, load_adapters
-from rl.policies import fetch_policy, load_policy
+from rl.lora import AdapterBase, add_adapters, load_adapters
+from rl.policies import cache_dir, fetch_policy, load_policy
 from rl.run_state import Checkpoint
 from rl.warmup import warmed_policy_path
 
@@ -37,10 +37,23 @@ def trained_policy(config: RunConfig, source: Path, device: torch.device, checkp
     if config.scale.lora is None:
         return load_policy(_whole_weights(source, checkpoint), device)
     policy = load_policy(source, device)
-    add_adapters(policy, config.scale.lora, config.seed)
+    add_adapters(policy, config.scale.lora, config.seed, adapter_base(config.policy.model, source))
     if checkpoint is not None:
         load_adapters(policy, checkpoint.path / "adapter")
     return policy
+
+
+def adapter_base(model: str, source: Path) -> AdapterBase:
+    """What adapters of a run belong to: the hub's id and commit where the policy is the hub's own, else its directory.
+
+    Args:
+        model: ``policy.model``.
+        source: Where the policy that the run starts from lies.
+    """
+    cached = source.parent
+    if Path(model).is_dir() or cached.name != "snapshots" or cache_dir() in source.parents:
+        return AdapterBase(str(source.absolute()))
+    return AdapterBase(model, source.name)
 
 
 def decoding_copy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:

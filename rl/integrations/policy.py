@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from rl.errors import UserError
 from rl.lora import merged
+from rl.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
 from rl.sharding.gathering import in_parts, whole_parameters
 from rl.starting import copy_weights
 
@@ -20,7 +21,7 @@ class HostPolicy:
     """A host's policy.
 
     Args:
-        model: Unwrapped: a transformers causal LM, or peft's model around one with plain LoRA adapters. Its parameters may be
+        model: Unwrapped: a transformers causal LM, also with peft's plain LoRA adapters in it or around it. Its parameters may be
             partitioned by ZeRO 3 or FSDP2.
         dtype: Of a copy.
         device: Of a copy.
@@ -29,18 +30,22 @@ class HostPolicy:
         decoded: What the engine is to be built on: the host's own module, or the copy.
 
     Raises:
-        UserError: for adapters that are more than W + scaling · B A, and for flattened parameters (FSDP1).
+        UserError: for adapters that are not known to merge exactly (`rl.mergeable`), quantized weights, and flattened parameters
+            (FSDP1).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        adapters = getattr(model, "peft_config", None)
-        self._scaling = None if adapters is None else _lora_scaling(adapters)
-        self._source: nn.Module = model if adapters is None else model.base_model.model  # type: ignore[assignment,union-attr]
+        self._adapter = _adapter_in_use(model)
+        around = self._adapter is not None and not isinstance(model, PreTrainedModel)
+        self._source: nn.Module = model.get_base_model() if around else model  # type: ignore[operator]
         if any("_flat_param" in name for name, _ in self._source.named_parameters()):
             raise UserError("the policy is sharded by FSDP's first form, without names of parameters: use FSDP2 (fsdp_version: 2)")
         if not isinstance(self._source, PreTrainedModel):
             raise UserError(f"the policy is a {type(self._source).__name__}: hand over the unwrapped transformers causal LM")
-        self.shared = self._scaling is None and not in_parts(self._source)
+        if getattr(self._source, "hf_quantizer", None) is not None:
+            raise UserError("the policy is quantized: rollouts follow the weights that are trained; load it in bfloat16")
+        self._layers()
+        self.shared = self._adapter is None and not in_parts(self._source)
         self.decoded = self._source if self.shared else _empty_copy(self._source, dtype, device)
 
     def refresh(self) -> None:
@@ -52,7 +57,16 @@ class HostPolicy:
         def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
             return whole_parameters(self._source, wanted)
 
-        return merged(whole, self._scaling)
+        return merged(whole, self._layers())
+
+    def _layers(self) -> dict[str, AdaptedLayer] | None:
+        """The adapted layers as they are now: their scaling may be changed, and the adapter in use."""
+        if self._adapter is None:
+            return None
+        try:
+            return adapted_layers(self._source, self._adapter)
+        except ValueError as error:
+            raise UserError(f"the policy's adapters: {error}") from None
 
 
 def _empty_copy(source: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -63,14 +77,24 @@ def _empty_copy(source: PreTrainedModel, dtype: torch.dtype, device: torch.devic
     return made.to(device=device, dtype=dtype).eval().requires_grad_(False)  # type: ignore[call-arg]
 
 
-def _lora_scaling(adapters: Any) -> float:
-    """B A's factor, where peft's config says nothing that merging would leave out."""
-    config = adapters.get("default")
-    if config is None or len(adapters) > 1:
-        raise UserError(f"the policy has the adapters {', '.join(adapters)}: rollouts follow one, named default")
-    asked = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "megatron_config")
-    more = [name for name in asked if getattr(config, name, None)]
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA" or getattr(config, "bias", "none") != "none" or more:
-        what = ", ".join(more) or f"{config.peft_type} with bias {getattr(config, 'bias', None)}"
-        raise UserError(f"the policy's adapters are more than plain LoRA ({what}): rollouts merge W + scaling · B A only")
-    return float(config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
+def _adapter_in_use(model: Any) -> str | None:
+    """The name of the one adapter that the policy runs with; None for a policy without any.
+
+    Raises:
+        UserError: for several at once, and for adapters whose config asks for more than plain LoRA.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    names = sorted({name for layer in layers for name in layer.active_adapters}) if layers else list(configs)
+    if len(names) != 1:
+        in_use = ", ".join(names) or "none"
+        raise UserError(f"the policy runs with the adapters {in_use}: rollouts follow one, set_adapter({next(iter(configs))!r})")
+    try:
+        check_adapter_config(configs[names[0]])
+    except ValueError as error:
+        raise UserError(f"the policy's adapters: {error}") from None
+    return names[0]

@@ -19,6 +19,7 @@ from rl.config import LoraConfig, ScaleConfig
 from rl.errors import UserError
 from rl.log_probs import PolicyLogProbs
 from rl.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
+from rl.mergeable import adapted_layers
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch, PromptRow, Sample, pack
 from rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
@@ -213,9 +214,8 @@ class TestAdapters:
     def test_merged_weights_are_pefts(self, tmp_path):
         """Saved in peft's format and merged by peft: the weights that the engine gets."""
         policy, trained = self.trained()
-        ours = {
-            name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, self.LORA.alpha / self.LORA.rank)
-        }
+        layers = adapted_layers(trained.bare)
+        ours = {name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, layers)}
         found = trained.full_weights(lambda name: ".lora_" in name)
         save_adapters(policy, {name.removeprefix("policy."): t for name, t in found}, tmp_path)
         theirs = dict(PeftModel.from_pretrained(tiny_llama(), tmp_path).merge_and_unload().named_parameters())
