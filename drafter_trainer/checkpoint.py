@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
-from rollout.drafters.eagle3_model import ARCHITECTURE, Eagle3Model
-
-
-class DrafterError(Exception):
-    """A drafter directory that cannot be used: one line with the file and what is wrong."""
+from drafter_trainer.drafter_config import read_drafter_config
+from drafter_trainer.errors import DrafterError
+from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
 def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -38,7 +37,7 @@ def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch
         (building / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tensors = {n: p.detach().to(dtype).contiguous() for n, p in model.named_parameters()}
         tensors |= {"d2t": model.d2t, "t2d": model.t2d}
-        save_file(tensors, building / "model.safetensors")
+        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         building.chmod(0o755)
         if directory.exists():
             shutil.rmtree(directory)
@@ -47,46 +46,129 @@ def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch
         shutil.rmtree(building, ignore_errors=True)
 
 
-def load_drafter(directory: Path, target_vocab_size: int, target_hidden_size: int) -> Eagle3Model:
-    """Reads a drafter as float32 and checks that it fits the target.
+def load_drafter(
+    directory: Path,
+    target_vocab_size: int,
+    target_hidden_size: int,
+    *,
+    tap_layers: Sequence[int] | None = None,
+    draft_vocab_size: int | None = None,
+) -> Eagle3Model:
+    """Reads a drafter as float32 and checks that it is whole and fits the target.
+
+    Args:
+        directory: With ``config.json`` and ``model.safetensors``.
+        target_vocab_size, target_hidden_size: Of the policy.
+        tap_layers: Layers whose inputs the engine keeps; None where the drafter's are taken.
+        draft_vocab_size: Tokens that it must draft; None where its own are taken.
 
     Raises:
-        DrafterError: missing or truncated files, another architecture, another vocabulary or width.
+        DrafterError: for files that are missing, truncated or broken, weights that are not finite or not those that the config
+            says, another architecture, and a drafter of another target.
     """
-    config = _read_config(directory)
+    config = read_drafter_config(directory)
     if config.vocab_size != target_vocab_size:
         raise DrafterError(f"{directory}: the drafter was made for {config.vocab_size} tokens, the policy has {target_vocab_size}")
     if config.hidden_size != target_hidden_size:
         raise DrafterError(f"{directory}: the drafter is {config.hidden_size} wide, the policy {target_hidden_size}")
+    taps = list(config.eagle_aux_hidden_state_layer_ids)
+    if tap_layers is not None and taps != list(tap_layers):
+        raise DrafterError(
+            f"{directory}: the drafter was trained on the inputs of layers {taps}, the engine keeps those of {list(tap_layers)}; "
+            f"write drafter.tap_layers: {taps}"
+        )
+    if draft_vocab_size is not None and config.draft_vocab_size != draft_vocab_size:
+        raise DrafterError(
+            f"{directory}: the drafter drafts {config.draft_vocab_size} tokens, drafter.draft_vocab_size is {draft_vocab_size}; "
+            f"write drafter.draft_vocab_size: {config.draft_vocab_size}"
+        )
     weights = directory / "model.safetensors"
-    if not weights.is_file():
-        raise DrafterError(f"{weights}: missing; copy the whole directory that export_drafter.py wrote")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise DrafterError(f"{weights}: truncated or not safetensors ({error}); export the drafter again") from None
-    if "d2t" not in tensors or len(tensors["d2t"]) != config.draft_vocab_size:
-        raise DrafterError(f"{weights}: no d2t of {config.draft_vocab_size} entries; export the drafter again")
-    model = Eagle3Model(config, tensors["d2t"] + torch.arange(config.draft_vocab_size))
-    missing, unexpected = model.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, strict=False
-    )
-    missing = [name for name in missing if not name.startswith("rotary.")]
-    if missing or unexpected:
-        raise DrafterError(f"{weights}: does not match its config (missing {missing[:2]}, unexpected {unexpected[:2]})")
+    tensors = _read_weights(weights)
+    problem = _shape_problem(tensors, config) or _value_problem(tensors, config)
+    if problem is not None:
+        raise DrafterError(f"{weights}: {problem}")
+    model = Eagle3Model(config, _vocabulary(tensors))
+    learned = {name: tensor.float() for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    model.load_state_dict(learned, strict=False)  # d2t and t2d follow from the vocabulary, the rotary table from the config
     return model
 
 
-def _read_config(directory: Path) -> LlamaConfig:
-    path = directory / "config.json"
+def load_drafter_of(directory: Path, policy: Path) -> Eagle3Model:
+    """Reads a drafter for the policy in a directory, as `load_drafter` does.
+
+    Raises:
+        DrafterError: as there, and for a policy whose config cannot be read.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DrafterError(f"{path}: missing; name a directory that export_drafter.py wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DrafterError(f"{path}: not JSON ({error})") from None
-    if data.get("architectures") != [ARCHITECTURE]:
-        raise DrafterError(f"{path}: architectures is {data.get('architectures')}, not [{ARCHITECTURE!r}]")
-    for key in ("model_type", "torch_dtype", "rope_theta", "transformers_version"):
-        data.pop(key, None)
-    return LlamaConfig(**data)
+        target = AutoConfig.from_pretrained(policy).get_text_config()
+    except Exception as error:  # whatever is wrong with the file, transformers says it in its own way
+        raise DrafterError(f"{policy}: the policy's config cannot be read ({' '.join(str(error).split())[:160]})") from None
+    return load_drafter(directory, target.vocab_size, target.hidden_size)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise DrafterError(f"{path}: missing; copy the whole directory that paceline export wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DrafterError(f"{path}: truncated or not safetensors ({reason}); export the drafter again") from None
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the format, by name."""
+    heads, kv_heads, dim = attention_shape(config)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    assert hidden is not None and inner is not None
+    layer = {
+        "self_attn.q_proj": (heads * dim, 2 * hidden),
+        "self_attn.k_proj": (kv_heads * dim, 2 * hidden),
+        "self_attn.v_proj": (kv_heads * dim, 2 * hidden),
+        "self_attn.o_proj": (hidden, heads * dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        **dict.fromkeys(("input_layernorm", "hidden_norm", "post_attention_layernorm"), (hidden,)),
+    }
+    return {
+        "fc.weight": (hidden, len(config.eagle_aux_hidden_state_layer_ids) * hidden),
+        **{f"midlayer.{name}.weight": shape for name, shape in layer.items()},
+        "norm.weight": (hidden,),
+        "lm_head.weight": (config.draft_vocab_size, hidden),
+        "d2t": (config.draft_vocab_size,),
+        "t2d": (config.vocab_size,),
+    }
+
+
+def _shape_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str | None:
+    """What does not match the config, before anything of its size is made; None where all does."""
+    expected = _shapes(config)
+    missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unexpected:
+        return f"does not match its config (missing {missing[:2]}, unexpected {unexpected[:2]}); export the drafter again"
+    for name, shape in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            return f"{name} has the shape {tuple(tensor.shape)}, its config says {shape}; export the drafter again"
+        if name not in ("d2t", "t2d") and not (tensor.is_floating_point() and tensor.itemsize >= 2):
+            return f"{name} is {tensor.dtype}; write float32, bfloat16 or float16"
+    if tensors["d2t"].dtype not in (torch.int64, torch.int32) or tensors["t2d"].dtype not in (torch.bool, torch.uint8):
+        return f"d2t is {tensors['d2t'].dtype} and t2d {tensors['t2d'].dtype}; write int64 and bool"
+    return None
+
+
+def _value_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str | None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            return f"{name} has NaN or infinite values; export an earlier drafter"
+    vocabulary = _vocabulary(tensors)
+    if not bool((vocabulary.diff() > 0).all()) or not 0 <= int(vocabulary[0]) <= int(vocabulary[-1]) < config.vocab_size:
+        return f"d2t does not lead to {config.draft_vocab_size} increasing token ids below {config.vocab_size}"
+    known = torch.zeros(config.vocab_size, dtype=torch.bool)
+    known[vocabulary] = True
+    return None if torch.equal(known, tensors["t2d"].bool()) else "t2d marks other tokens than d2t leads to"
+
+
+def _vocabulary(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))

@@ -16,6 +16,11 @@ from drafter_trainer.unroll import Interrupted, Objective, Unrolled, unrolled_lo
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
+def first_non_finite(model: Eagle3Model) -> str | None:
+    """The name of a parameter with NaN or infinite values; None where all are finite."""
+    return next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+
+
 class DrafterLearner:
     """Owns the trainable drafter and its optimizer.
 
@@ -58,6 +63,11 @@ class DrafterLearner:
         """
         load_optimizer(self.optimizer, stem)
         self.scale_rate(1.0)
+
+    def start_over(self, weights: Eagle3Model) -> None:
+        """Goes on from these weights, with an optimizer that has seen nothing."""
+        self.model.load_state_dict(weights.state_dict())
+        self.optimizer.state.clear()
 
     def scale_rate(self, multiple: float) -> None:
         """Learns at so many times its learning rate from now on."""

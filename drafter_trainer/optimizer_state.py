@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from drafter_trainer.errors import OptimizerStateError
 
-class OptimizerStateError(Exception):
-    """Files that cannot be used: one line with the stem and what is wrong."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
@@ -21,7 +23,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
 
 
 def write_state(state: dict[str, Any], stem: Path) -> None:
-    """The same of a state dict."""
+    """Writes a state dict as `save_optimizer` does."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -31,69 +33,98 @@ def write_state(state: dict[str, Any], stem: Path) -> None:
                 tensors[key] = value.contiguous()
             else:
                 scalars[key] = value
-    save_file(tensors, stem.with_suffix(".safetensors"))
+    save_file(tensors, stem.with_suffix(".safetensors"), metadata={"format": "pt"})
     stem.with_suffix(".json").write_text(json.dumps({"scalars": scalars, "param_groups": state["param_groups"]}))
 
 
 def read_state(stem: Path) -> dict[str, Any]:
-    """What `write_state` wrote.
+    """Reads what `write_state` wrote. Whether it fits an optimizer, `check_moments` tells.
 
     Raises:
-        OptimizerStateError: truncated or missing files.
+        OptimizerStateError: truncated, missing or malformed files.
     """
     try:
         tensors = load_file(stem.with_suffix(".safetensors"))
         rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise OptimizerStateError(f"{stem}: truncated or missing ({error}); resume from another checkpoint") from None
+        reason = " ".join(str(error).split())[:160]
+        raise OptimizerStateError(f"{stem}: truncated or missing ({reason}); resume from another checkpoint") from None
+    scalars, groups = (rest.get("scalars"), rest.get("param_groups")) if isinstance(rest, dict) else (None, None)
+    if not isinstance(scalars, dict) or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise OptimizerStateError(f"{stem}.json: not an optimizer's scalars and param_groups; resume from another checkpoint")
     state: dict[int, dict[str, Any]] = {}
-    try:
-        groups = [_checked_group(group) for group in rest["param_groups"]]
-        for key, value in [*tensors.items(), *rest["scalars"].items()]:
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise OptimizerStateError(
-            f"{stem}: not an optimizer's state ({type(error).__name__}: {error}); resume from another checkpoint"
-        ) from None
+    for key, value in [*tensors.items(), *scalars.items()]:
+        index, _, name = key.partition(".")
+        if not index.isdecimal() or not name:
+            raise OptimizerStateError(
+                f"{stem}: {key[:60]!r} is not a parameter's number and a name; resume from another checkpoint"
+            )
+        state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
 
 
-def _checked_group(group: dict[str, Any]) -> dict[str, Any]:
-    """Refuses with ValueError or TypeError what no AdamW has written: ``params`` numbers, every setting a number, a truth value, a
-    pair of numbers, or None."""
-    for name, value in group.items():
-        values = value if isinstance(value, list) else [value]
-        if name == "params" and not all(type(v) is int for v in values):
-            raise ValueError("params are not numbers")
-        if not all(v is None or isinstance(v, int | float) for v in values):
-            raise ValueError(f"{name} is {value!r:.40}")
-    return {**group, "params": list(group["params"]), "lr": float(group["lr"])}
+def check_moments(entries: Mapping[int, Mapping[str, Any]], shapes: Sequence[torch.Size]) -> None:
+    """Checks that AdamW can go on from a state. A parameter that never had a gradient has no entry.
+
+    Args:
+        entries: ``state`` of a state dict.
+        shapes: Of the optimizer's parameters, in order.
+
+    Raises:
+        ValueError: for the state of other parameters, and values that AdamW cannot have left.
+    """
+    if max(entries, default=-1) >= len(shapes):
+        raise ValueError(f"it is of {max(entries) + 1} parameters, not {len(shapes)}")
+    for index, entry in entries.items():
+        problem = _problem(entry, shapes[index])
+        if problem is not None:
+            raise ValueError(f"parameter {index}: {problem}")
+
+
+def _problem(entry: Mapping[str, Any], shape: torch.Size) -> str | None:
+    """Why an entry cannot be a parameter's; None where it can."""
+    missing = [name for name in ("step", *_MOMENTS) if name not in entry]
+    if missing:
+        return f"it has no {missing[0]}"
+    for name, value in entry.items():
+        if name == "step":
+            number = float(value) if _is_number(value) else math.nan
+            if not (math.isfinite(number) and number >= 0):
+                return f"step is {str(value)[:60]}, not a count"
+        elif not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return f"{name} is a {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, not floating-point"
+        elif value.shape != shape:
+            return f"{name} has the shape {tuple(value.shape)}, not {tuple(shape)}"
+        elif not bool(value.isfinite().all()):
+            return f"{name} has NaN or infinite values"
+    return "exp_avg_sq has values below zero" if bool((entry["exp_avg_sq"] < 0).any()) else None
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def take_over_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Gives an optimizer the moments of a state dict; its learning rate and other settings stay its own.
+
+    Raises:
+        ValueError: for the state of another optimizer; this one is as it was.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_moments(state["state"], [p.shape for p in parameters])
+    optimizer.load_state_dict({"state": dict(state["state"]), "param_groups": own})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Restores what `save_optimizer` wrote.
+    """Restores the moments that `save_optimizer` wrote.
 
     Raises:
-        OptimizerStateError: truncated or missing files, or those of another optimizer.
+        OptimizerStateError: truncated, missing or malformed files, or those of another optimizer.
     """
     try:
-        state = read_state(stem)
-        check_shapes(state, [p for group in optimizer.param_groups for p in group["params"]])
-        optimizer.load_state_dict(state)
-    except (KeyError, TypeError, ValueError) as error:
+        take_over_moments(optimizer, read_state(stem))
+    except ValueError as error:
         raise OptimizerStateError(f"{stem}: of another optimizer ({error})") from None
-
-
-def check_shapes(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
-    """Compares the moments of a state dict with the parameters that they belong to; AdamW itself finds out at its next step.
-
-    Raises:
-        ValueError: where a moment has another shape, or belongs to no parameter.
-    """
-    for index, entry in state["state"].items():
-        if not 0 <= index < len(parameters):
-            raise ValueError(f"it has moments of parameter {index}, there are {len(parameters)} parameters")
-        for name, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameters[index].shape:
-                raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(parameters[index].shape)}")

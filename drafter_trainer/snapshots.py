@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from drafter_trainer.checkpoint import load_drafter, save_drafter
 from drafter_trainer.checksums import changed_files, write_checksums
+from drafter_trainer.errors import DrafterError
 from drafter_trainer.optimizer_state import write_state
 from rollout.drafters.eagle3_model import Eagle3Model
 
@@ -78,8 +79,13 @@ class DrafterSnapshots:
                 found.append((int(number), path))
         return sorted(found, reverse=True)
 
-    def newest(self, vocab_size: int, hidden_size: int) -> tuple[tuple[int, Path, Eagle3Model] | None, list[str]]:
-        """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that was passed over."""
+    def newest(self, vocab_size: int, hidden_size: int, **wanted: Any) -> tuple[tuple[int, Path, Eagle3Model] | None, list[str]]:
+        """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that was passed over.
+
+        Args:
+            vocab_size, hidden_size: Of the policy.
+            **wanted: ``tap_layers`` and ``draft_vocab_size`` of `load_drafter`.
+        """
         problems: list[str] = []
         for step, path in self._newest_first():
             changed = changed_files(path)
@@ -89,7 +95,7 @@ class DrafterSnapshots:
                 problems += [f"{path / name}: {reason}" for name, reason in changed.items()]
                 continue
             try:
-                return (step, path, load_drafter(path, vocab_size, hidden_size)), problems
+                return (step, path, load_drafter(path, vocab_size, hidden_size, **wanted)), problems
             except DrafterError as error:
                 problems.append(str(error))
         return None, problems

@@ -11,7 +11,7 @@ import torch
 
 from drafter_trainer.buffer import Piece, TraceBuffer
 from drafter_trainer.hedge import tracking_weights
-from drafter_trainer.learner import DrafterLearner
+from drafter_trainer.learner import DrafterLearner, first_non_finite
 from drafter_trainer.unroll import Interrupted, Unrolled
 from rollout.drafters.eagle3_model import Eagle3Model
 
@@ -171,6 +171,7 @@ class SpotTrainer:
     def _approve(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> bool:
         """Judges the newest weights. Returns whether there was time for it."""
         candidates = []
+        self._mend()
         for learner in self.learners:
             judged = self._judge(learner.model, stop)
             if judged is None:
@@ -191,6 +192,20 @@ class SpotTrainer:
             else:
                 self._hold_against(number, judged - serving)
         return True
+
+    def _mend(self) -> None:
+        """A learner whose weights are not finite any more goes on from the approved ones, with an optimizer that has seen
+        nothing: its moments would spoil them again."""
+        for learner in self.learners:
+            if first_non_finite(learner.model) is not None:
+                learner.start_over(self.approved)
+
+    def forget_approved(self) -> None:
+        """What was approved turned out to be unusable: all learners go on from the serving weights."""
+        _copy_weights(self.serving, self.approved)
+        for learner in self.learners:
+            learner.start_over(self.serving)
+        self._proposed = self._unserved = self._unjudged = 0
 
     def _hold_against(self, number: int, differences: torch.Tensor) -> None:
         """A learner that was worse three times in a row goes on from the approved weights. A judgement of a few sequences is

@@ -86,8 +86,9 @@ class RolloutBench:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.policy = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval()
         text = self.policy.config.get_text_config()
-        self.taps = default_tap_layers(text.num_hidden_layers)
         self.drafter = None if run is None else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
+        trained = None if self.drafter is None else self.drafter.config.eagle_aux_hidden_state_layer_ids
+        self.taps = default_tap_layers(text.num_hidden_layers) if trained is None else tuple(trained)
         self._parts = DrafterParts(eagle3=self.drafter, composite_match=config.speculation.composite_match)
         self._parts.clasp_skipped = config.speculation.clasp_skipped
         r = config.rollout

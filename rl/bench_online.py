@@ -124,7 +124,7 @@ def compare_online(config: RunConfig, start: Path, seconds: float, out: Path, sa
     with Tracker(quiet, out, active=False) as tracker:
         trainer = Trainer(quiet, out, accelerator, None, tracker)
         runner = trainer.worker.engine.runner
-        drafter = load_drafter(start, runner.vocab_size, runner.hidden_size)
+        drafter = load_drafter(start, runner.vocab_size, runner.hidden_size, tap_layers=trainer.worker.tap_layers)
         trainer.worker.create_drafter(None, drafter)
         comparison = _SideBySide(quiet, trainer, drafter, seconds, say)
         trainer.drafter = comparison

@@ -59,7 +59,10 @@ class DrafterConfig:
     Attributes:
         start: Directory of a drafter to start from, as warmup_drafter.py and export_drafter.py write it; null makes one after the
             first step.
-        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts.
+        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts, or those of ``start``, which must
+            be as many.
+        tap_layers: Three layers whose inputs it reads, in order; empty takes 2, L // 2 and L − 3 of the policy's L layers. Those of
+            ``start`` must be these.
         vocabulary_every: RL steps after which they are chosen anew from the step's rollouts; 0 keeps them.
         schedule: ``idle`` trains only while other ranks still decode, so that no step waits; ``always`` goes through the passes
             after each rank's rollouts, whoever waits: for one rank alone, or where acceptance matters more than time; ``never``
@@ -91,6 +94,7 @@ class DrafterConfig:
 
     start: str | None = None
     draft_vocab_size: int = 4096
+    tap_layers: tuple[int, ...] = ()
     vocabulary_every: int = 0
     schedule: Literal["idle", "always", "never"] = "idle"
     least_idle_ranks: int = 1

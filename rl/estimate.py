@@ -15,6 +15,7 @@ from rl.lora import add_adapters
 from rl.policies import cached_policy
 from rl.sharding import is_shared, trainable, zero_stage
 from rl.shipped import shipped_folder
+from rl.starting import starting_drafter
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
@@ -161,6 +162,7 @@ def describe(config: RunConfig, path: Path, ranks: int) -> list[str]:
     policy = policy_config(config.policy.model)
     if policy is None:
         return [*lines, f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated"]
+    starting_drafter(config, policy)  # whether it can be used
     found = estimate(config, policy, ranks)
     width = max(len(name) for name in found.memory)
     lines += [f"  {name:<{width}}  {size / 1e9:7.2f} GB" for name, size in found.memory.items() if size]

@@ -77,15 +77,15 @@ def adapted_layers(module: nn.Module, adapter: str = "default") -> dict[str, Ada
 
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     found = {}
-    layer: Any
-    for name, layer in module.named_modules():
-        if isinstance(layer, AuxiliaryTrainingWrapper):
+    for name, part in module.named_modules():
+        if isinstance(part, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"{name} is trained or kept as a {type(layer).__name__}, which is not known to merge exactly: "
+                f"{name} is trained or kept as a {type(part).__name__}, which is not known to merge exactly: "
                 "leave modules_to_save and trainable_token_indices out"
             )
-        if not isinstance(layer, BaseTunerLayer):
+        if not isinstance(part, BaseTunerLayer):
             continue
+        layer: Any = part
         reason = _inexact(layer, adapter, uses)
         if reason is not None:
             raise ValueError(f"{name}: {reason}")

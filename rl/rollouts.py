@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from drafter_trainer.initial import initial_drafter
+from drafter_trainer.learner import first_non_finite
 from drafter_trainer.spot import LearnerReport, SpotTrainer
 from drafter_trainer.vocabulary import move_vocabulary
 from rl.config import RunConfig, draft_rules
@@ -19,6 +20,7 @@ from rl.groups import Groups, OnFinish, OnStep, RankRollouts
 from rl.policies import fetch_policy, load_policy
 from rl.prompts import stop_token_ids
 from rl.shaping import length_terms
+from rl.starting import tap_layers
 from rl.tasks import Problem
 from rl.vllm_rollouts import VllmRollouts
 from rollout import (
@@ -27,7 +29,6 @@ from rollout import (
     RolloutEngine,
     SamplingParams,
     Strategy,
-    default_tap_layers,
 )
 from rollout.drafters import Eagle3Drafter
 from rollout.drafters.build import DrafterParts, build_drafter
@@ -48,17 +49,18 @@ class RolloutWorker:
 
     Attributes:
         groups: Makes the rollouts, and carries what is not over.
+        policy_config: The policy's.
     """
 
     def __init__(
         self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0, vllm: VllmRollouts | None = None
     ) -> None:
         self.config, self._vllm = config, vllm
-        self._policy = policy
+        self._policy, self.policy_config = policy, policy.config
         self._tokenizer = tokenizer
         self._wants_eagle3 = "eagle3" in config.speculation.drafters
         r = config.rollout
-        self.tap_layers = default_tap_layers(policy.config.get_text_config().num_hidden_layers)
+        self.tap_layers = tap_layers(config.drafter, policy.config)
         self.dtype = getattr(torch, r.dtype)
         self._drafter_config = self._check_drafter() if self._wants_eagle3 else None
         self.engine = self._build_engine()
@@ -205,6 +207,9 @@ class RolloutWorker:
         """The engine drafts with the weights to be served. Returns one line when they are unusable and the old ones stay."""
         if self.spot is None:
             return None
+        broken = first_non_finite(self.spot.serving)
+        if broken is not None:
+            return f"its {broken} has NaN or infinite values: the last good drafter stays in use"
         if self._vllm is not None:
             self._vllm.update_drafter(self.spot.serving)
             return None

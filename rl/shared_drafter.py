@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from drafter_trainer.checkpoint import DrafterError, load_drafter
+from drafter_trainer.checkpoint import load_drafter
 from drafter_trainer.coordinator import Coordinator, connect_store
-from drafter_trainer.optimizer_state import OptimizerStateError
+from drafter_trainer.errors import DrafterError, OptimizerStateError
 from drafter_trainer.snapshots import DrafterSnapshots
 from drafter_trainer.spot import LearnerReport
 from drafter_trainer.vocabulary import choose_vocabulary
@@ -21,14 +22,15 @@ from rl.groups import RankRollouts
 from rl.rollouts import RolloutWorker
 from rl.run_state import Checkpoint
 from rl.schedules import rate_at
+from rl.starting import starting_drafter
 from rollout.drafters.eagle3_model import Eagle3Model
 
 
 class SharedDrafter:
     """One rank's side of it.
 
-    A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one line, and a fresh one is
-    made after the next step's rollouts.
+    A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one line, and the run goes on
+    from ``drafter.start``, or with a new one that is made after the next step's rollouts.
 
     Args:
         config: The recipe.
@@ -41,67 +43,85 @@ class SharedDrafter:
     def __init__(
         self, config: RunConfig, worker: RolloutWorker, accelerator: Accelerator, run: Path, say: Callable[[str], None]
     ) -> None:
-        self._config, self._steps = config.drafter, config.steps
+        self._run_config, self._config, self._steps = config, config.drafter, config.steps
         self._worker, self._accelerator, self._say = worker, accelerator, say
         ranks = accelerator.num_processes
         self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
 
     def start(self) -> None:
-        """From ``drafter.start``; with its optimizer's state where that is there.
+        """Begins with ``drafter.start``, and with its optimizer's state where that is there.
 
         Raises:
             UserError: where it cannot be used.
         """
-        if self._config.start is None or not self._worker.needs_drafter:
+        if not self._worker.needs_drafter:
             return
-        path = Path(self._config.start)
-        try:
-            self._worker.create_drafter(None, self._load(path))
-            if (path / "optimizer.json").is_file():
-                self._restore_moments(path / "optimizer")
-        except (DrafterError, OptimizerStateError) as error:
-            raise UserError(f"drafter.start: {error}") from None
+        model = starting_drafter(self._run_config, self._worker.policy_config)
+        if model is None:
+            return
+        self._worker.create_drafter(None, model)
+        moments = Path(str(self._config.start)) / "optimizer"
+        if moments.with_suffix(".json").is_file():
+            try:
+                self._restore_moments(moments)
+            except OptimizerStateError as error:
+                raise UserError(f"drafter.start: {error}; delete {moments}.* to begin without it") from None
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """The newest whole snapshot, also one made after the checkpoint (a drafter that is ahead costs acceptance at most); else
-        the checkpoint's own."""
+        """Goes on with the newest whole snapshot, also one made after the checkpoint (a drafter that is ahead costs acceptance at
+        most); else with the checkpoint's own, or ``drafter.start``. Where none can be read a new one is made, and a line says so.
+        Collective."""
         if not self._worker.needs_drafter:
             return
         found = self._newest(checkpoint)
         names = gather_object([None if found is None else str(found[1])])
-        if found is None:
-            return
         if len(set(names)) > 1:
             self._tell("ranks cannot read the same one; a fresh one is made")
             return
+        if found is None:
+            return
         model, moments = found
         self._worker.create_drafter(None, model)
-        if "drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path:
+        if moments is None or ("drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path):
             return
         try:
             self._restore_moments(moments)
         except OptimizerStateError as error:
-            self._tell(str(error))
+            self._tell(f"{error}; its optimizer begins anew")
 
-    def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path] | None:
+    def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
         """A drafter and where its optimizer's state lies."""
         runner = self._worker.engine.runner
-        found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size)
+        wanted: dict[str, Any] = {"tap_layers": self._worker.tap_layers, "draft_vocab_size": self._config.draft_vocab_size}
+        found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
         for problem in problems:
             self._tell(problem)
         if found is not None and found[0] >= checkpoint.steps_done:
             return found[2], found[1] / "optimizer"
-        if "drafter" in checkpoint.broken or not (checkpoint.path / "drafter").is_dir():
-            return None
-        try:
-            return self._load(checkpoint.path / "drafter"), checkpoint.path / "drafter_optimizer"
-        except DrafterError as error:
-            self._tell(f"{error}; a fresh one is made")
-            return None
+        kept = checkpoint.path / "drafter"
+        if "drafter" not in checkpoint.broken:
+            if not kept.is_dir():
+                return None  # the run had none yet
+            try:
+                model = load_drafter(kept, runner.vocab_size, runner.hidden_size, **wanted)
+                return model, checkpoint.path / "drafter_optimizer"
+            except DrafterError as error:
+                self._tell(str(error))
+        return self._begun_again()
 
-    def _load(self, path: Path) -> Eagle3Model:
-        return load_drafter(path, self._worker.engine.runner.vocab_size, self._worker.engine.runner.hidden_size)
+    def _begun_again(self) -> tuple[Eagle3Model, None] | None:
+        """The drafter that the run began from; None, and a line, where there is none."""
+        model: Eagle3Model | None = None
+        try:
+            model = starting_drafter(self._run_config, self._worker.policy_config)
+        except UserError as error:
+            self._tell(str(error))
+        if model is None:
+            self._tell("a fresh one is made")
+            return None
+        self._tell(f"it begins again from {self._config.start}")
+        return model, None
 
     def _restore_moments(self, stem: Path) -> None:
         assert self._worker.spot is not None
@@ -147,7 +167,12 @@ class SharedDrafter:
         updates = sum(gather_object([report.approved]))
         if updates:
             share = report.approved / updates
-            spot.adopt([self._accelerator.reduce(p.detach() * share, "sum") for p in spot.approved.parameters()])
+            mean = [self._accelerator.reduce(p.detach() * share, "sum") for p in spot.approved.parameters()]
+            if all(bool(tensor.isfinite().all()) for tensor in mean):
+                spot.adopt(mean)
+            else:
+                self._tell("what was trained has NaN or infinite values; the last good drafter stays in use")
+                spot.forget_approved()
         every = self._config.vocabulary_every
         anew = every > 0 and (step + 1) % every == 0
         if anew:

@@ -1,4 +1,4 @@
-"""The policy at the start of a run, or where one goes on: as it is trained, and as the engine decodes with it."""
+"""What a run starts from, or where one goes on: the policy, as it is trained and as the engine decodes it, and a first drafter."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from rl.config import RunConfig
+from drafter_trainer.checkpoint import load_drafter
+from drafter_trainer.errors import DrafterError
+from rl.config import DrafterConfig, RunConfig
 from rl.errors import UserError
 from rl.lora import AdapterBase, add_adapters, load_adapters
 from rl.policies import cache_dir, fetch_policy, load_policy
 from rl.run_state import Checkpoint
 from rl.warmup import warmed_policy_path
+from rollout import default_tap_layers
+from rollout.drafters.eagle3_model import Eagle3Model
 
 
 def starting_policy(config: RunConfig) -> Path:
@@ -41,6 +45,35 @@ def trained_policy(config: RunConfig, source: Path, device: torch.device, checkp
     if checkpoint is not None:
         load_adapters(policy, checkpoint.path / "adapter")
     return policy
+
+
+def tap_layers(drafter: DrafterConfig, policy: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers whose inputs the EAGLE-3 drafter reads.
+
+    Raises:
+        UserError: for ``drafter.tap_layers`` that the policy does not have.
+    """
+    layers = policy.get_text_config().num_hidden_layers
+    chosen = drafter.tap_layers or default_tap_layers(layers)
+    if len(chosen) != 3 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < layers:
+        raise UserError(f"drafter.tap_layers is {list(chosen)}: write three layers from 0 to {layers - 1}, in order, or []")
+    return chosen
+
+
+def starting_drafter(config: RunConfig, policy: PreTrainedConfig) -> Eagle3Model | None:
+    """The drafter in ``drafter.start``, float32; None where none is named, or none is wanted.
+
+    Raises:
+        UserError: where it cannot be used with the policy and the recipe.
+    """
+    d, text = config.drafter, policy.get_text_config()
+    if d.start is None or "eagle3" not in config.speculation.drafters:
+        return None
+    taps = tap_layers(d, policy)
+    try:
+        return load_drafter(Path(d.start), text.vocab_size, text.hidden_size, tap_layers=taps, draft_vocab_size=d.draft_vocab_size)
+    except DrafterError as error:
+        raise UserError(f"drafter.start: {error}") from None
 
 
 def adapter_base(model: str, source: Path) -> AdapterBase:

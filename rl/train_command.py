@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from drafter_trainer.checkpoint import DrafterError
+from drafter_trainer.errors import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import user_errors
 from rl.config import RunConfig, load_config

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from drafter_trainer.checkpoint import DrafterError
+from drafter_trainer.errors import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import Overrides, user_errors
 from rl.command_line import command_line

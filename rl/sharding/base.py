@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from drafter_trainer.optimizer_state import check_moments
+
 
 @dataclass(frozen=True, slots=True)
 class AdamWSettings:
@@ -95,11 +97,8 @@ def checked_moments(state: dict[str, Any], parameters: list[nn.Parameter], shape
     entries = state["state"]
     if entries and len(entries) != len(parameters):
         raise ValueError(f"it is of {len(entries)} parameters, not {len(parameters)}")
-    found = [entries.get(i, {}) for i in range(len(parameters))]
-    for entry, shape in zip(found, shapes, strict=True):
-        if entry and entry["exp_avg"].shape != shape:
-            raise ValueError(f"a moment has the shape {tuple(entry['exp_avg'].shape)}, not {tuple(shape)}")
-    return found
+    check_moments(entries, shapes)
+    return [entries.get(i, {}) for i in range(len(parameters))]
 
 
 def as_state(entries: list[dict[str, Any]], group: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from drafter_trainer.optimizer_state import check_shapes
-from rl.sharding.base import AdamWSettings, Trained, trainable
+from drafter_trainer.optimizer_state import take_over_moments
+from rl.sharding.base import AdamWSettings, Trained
 
 
 class Replicated(Trained):
@@ -57,5 +57,4 @@ class Replicated(Trained):
         return state
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        check_shapes(state, trainable(self.bare))
-        self._optimizer.load_state_dict(state)
+        take_over_moments(self._optimizer, state)

@@ -23,7 +23,7 @@ from tests.support import tiny_eagle3, tiny_llama
 
 
 def stepped(model):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for i in range(3):
         optimizer.zero_grad()
         model(torch.tensor([[1, 2, 3 + i]])).logits.square().mean().backward()

@@ -81,7 +81,12 @@ def test_the_tiny_task_is_learned_behind_a_server(home):
     environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= serve_environment(exchange, "127.0.0.1")
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen([*command, "--enforce-eager", "--gpu-memory-utilization", "0.5", "--dtype", "float32"], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [*command, "--enforce-eager", "--gpu-memory-utilization", "0.5", "--dtype", "float32"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
         with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger changes no weights

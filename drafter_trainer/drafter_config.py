@@ -1,0 +1,117 @@
+"""A drafter's ``config.json``, read with suspicion: it may be of another project, cut off, or edited by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from drafter_trainer.errors import DrafterError
+from rollout.drafters.eagle3_model import ARCHITECTURE
+
+_TAPS = "eagle_aux_hidden_state_layer_ids"
+_COUNTS = (
+    *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings"),
+)
+# Variants of the layer that servers know and `Eagle3Model` does not compute.
+_VARIANTS = ("norm_before_residual", "attention_bias", "mlp_bias")
+# Keys of the directory rather than of the layer; transformers wants no model_type of another class.
+_DROPPED = ("model_type", "torch_dtype", "dtype", "rope_theta", "transformers_version", "eagle_config", "auto_map")
+
+
+def read_drafter_config(directory: Path) -> LlamaConfig:
+    """The configuration of a drafter, as `eagle3_config` makes it.
+
+    Raises:
+        DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3 layer.
+    """
+    path = directory / "config.json"
+    data = _read(path)
+    if data.get("architectures") != [ARCHITECTURE]:
+        raise DrafterError(f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]")
+    _fill_in(data)
+    problem = _problem(data)
+    if problem is not None:
+        raise DrafterError(f"{path}: {problem}")
+    try:
+        return LlamaConfig(**{key: value for key, value in data.items() if key not in _DROPPED})
+    except Exception as error:  # transformers checks the other keys, each in its own way
+        raise DrafterError(f"{path}: transformers cannot read it ({_short(error)})") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DrafterError(f"{path}: missing; name a directory that paceline export or paceline warmup-drafter wrote") from None
+    except OSError as error:
+        raise DrafterError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise DrafterError(f"{path}: not JSON ({_short(error)})") from None
+    if not isinstance(data, dict):
+        raise DrafterError(f"{path}: holds a {type(data).__name__}, not an object with keys")
+    return data
+
+
+def _fill_in(data: dict[str, Any]) -> None:
+    """Adds what other writers keep under other keys, or leave out because it follows from the rest."""
+    nested = data.get("eagle_config")
+    if _TAPS not in data and isinstance(nested, dict) and _TAPS in nested:
+        data[_TAPS] = nested[_TAPS]
+    if "rope_parameters" not in data and data.get("rope_scaling") is None:
+        data["rope_parameters"] = {"rope_type": "default", "rope_theta": data.get("rope_theta", 10000.0)}
+    if data.get("num_key_value_heads") is None:
+        data["num_key_value_heads"] = data.get("num_attention_heads")
+    heads, width = data.get("num_attention_heads"), data.get("hidden_size")
+    if data.get("head_dim") is None and _is_count(heads) and _is_count(width):
+        data["head_dim"] = width // heads  # type: ignore[operator]
+
+
+def _problem(data: dict[str, Any]) -> str | None:
+    """The first key whose value cannot be used; None where all can."""
+    for key in _COUNTS:
+        if not _is_count(data.get(key)):
+            return f"{key} is {_short(data.get(key))}; write a whole number above 0"
+    taps = data.get(_TAPS)
+    if not isinstance(taps, list) or len(taps) != 3 or not all(_is_count(layer, least=0) for layer in taps):
+        return f"{_TAPS} is {_short(taps)}; write the three layers whose inputs the drafter was trained on"
+    if data.get("num_hidden_layers") != 1:
+        return f"num_hidden_layers is {_short(data.get('num_hidden_layers'))}; an EAGLE-3 drafter has 1"
+    if data["draft_vocab_size"] > data["vocab_size"]:
+        return f"draft_vocab_size is {data['draft_vocab_size']}, of {data['vocab_size']} tokens in all"
+    if data["num_attention_heads"] % data["num_key_value_heads"] or data["head_dim"] % 2:
+        return "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
+    if data.get("target_hidden_size") not in (None, data["hidden_size"]):
+        return f"target_hidden_size is {_short(data['target_hidden_size'])}; only drafters as wide as their target can be used"
+    for key in _VARIANTS:
+        if data.get(key):
+            return f"{key} is {_short(data[key])}; only drafters without it can be used"
+    epsilon = data.get("rms_norm_eps", 1e-5)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        return f"rms_norm_eps is {_short(epsilon)}; write a number such as 1e-05"
+    return _rope_problem(data)
+
+
+def _rope_problem(data: dict[str, Any]) -> str | None:
+    if data.get("rope_scaling") is not None:
+        return "rope_scaling is set; only drafters with plain rotary embeddings can be used"
+    rope = data.get("rope_parameters")
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        return f"rope_parameters is {_short(rope)}; only drafters with rope_type default can be used"
+    theta = rope.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
+        return f"rope_theta is {_short(theta)}; write a number above 0"
+    return None
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def _short(value: Any) -> str:
+    text = " ".join((repr(value) if not isinstance(value, Exception) else str(value)).split())
+    return text if len(text) <= 120 else text[:119] + "…"
