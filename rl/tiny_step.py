@@ -116,7 +116,7 @@ def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
 def _draft(trainer: Trainer) -> list[str]:
     """Decodes with every drafter once: which of them a run uses, times decide."""
     engine = trainer.worker.engine
-    problem = trainer.choice.problems[0]
+    problem = trainer.choice.choose(0, 1)[0]
     requests = trainer.worker.groups.requests([problem], step=0)[:2]
     short = [Request(r.prompt_ids, replace(r.params, max_tokens=8), r.seed) for r in requests]
     for name in engine.drafters:

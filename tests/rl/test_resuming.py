@@ -196,7 +196,7 @@ def test_a_state_that_is_none_is_one_line(run, capsys, state):
     for name in ("checkpoint", "checkpoint.old"):
         (run / name / "checksums.json").unlink()
         (run / name / "state.json").write_text(state)
-    with pytest.raises(UserError, match="checkpoint/state.json: ") as refused:
+    with pytest.raises(UserError, match=r"checkpoint/state\.json: ") as refused:
         opened(run, capsys)
     assert "\n" not in str(refused.value)
 
