@@ -96,6 +96,7 @@ class RolloutStats:
         drafted: Draft tokens verified.
         accepted: Draft tokens that were accepted.
         preempted: Times that its cache was given up for others and read again.
+        prefilled: Known tokens that forwards read for it; those copied from a sequence that begins the same do not count.
         seconds: Wall time from submission to finish, of the last call.
     """
 
@@ -103,6 +104,7 @@ class RolloutStats:
     drafted: int = 0
     accepted: int = 0
     preempted: int = 0
+    prefilled: int = 0
     seconds: float = 0.0
 
 

@@ -14,6 +14,7 @@ from rollout.api import FinishReason, Request, Rollout
 from rollout.drafters.base import Drafter, VerifiedStep
 from rollout.entropies import drawn_entropies
 from rollout.graph_pool import CudaCapturer, PlainCapturer
+from rollout.kept_prefixes import KeptPrefixes
 from rollout.lengths import LengthEstimate
 from rollout.model_runner import Chunk, ModelRunner
 from rollout.prefill import PromptLogits, prefill, split_prefill
@@ -68,6 +69,7 @@ class RolloutEngine:
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
+        kept: Keys and values of ended sequences, for later calls; keeps nothing until its ``most_tokens`` is set.
         records: The decode steps of the last call.
         prefill_seconds: What reading prompts took in the last call.
 
@@ -118,6 +120,7 @@ class RolloutEngine:
         self.speculation = Speculation(self.runner, max_slots, max_nodes, budgets)
         self.records: list[StepRecord] = []
         self.prefill_seconds = 0.0
+        self.kept = KeptPrefixes(self.runner.cache)
         self._prompts = PromptLogits()
         self._decode_text = decode_text
         self._cancelled: set[int] = set()
@@ -152,6 +155,7 @@ class RolloutEngine:
     def refresh_weights(self) -> None:
         """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
         self.runner.refresh_weights()
+        self.kept.clear()
         self.policy_version += 1
 
     def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -310,7 +314,7 @@ class RolloutEngine:
         self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
         clock = StepClock(self._device)
         held = self._prompts.held(self.scheduler.active[:before])
-        logits = prefill(self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before])
+        logits = prefill(self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before], self.kept)
         self._prompts.keep(admitted, logits)
         clock.mark()
         self.prefill_seconds += sum(clock.seconds())
@@ -459,6 +463,8 @@ class RolloutEngine:
         if sequence.finish is FinishReason.FAILED and slot is not None:
             error = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
             self.runner.cache.clear_slot(slot)
+        elif slot is not None:
+            self.kept.keep(sequence, slot)
         self.speculation.forget(sequence)
         whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
         traced = self.collect_traces and whole and slot is not None

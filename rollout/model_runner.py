@@ -281,12 +281,14 @@ class ModelRunner:
         """A copy of what the forwards saw of the sequence in ``slot``."""
         features = self.cache.taps[slot, : len(sequence.tokens) - 1]
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
+        final = final.clone()
+        final[: sequence.num_prompt - 1] = 0  # an earlier turn's, where its keys were kept
         refusals = [r for r in sequence.refusals if r.position < len(sequence.tokens)]  # a stop may have cut the rest
         return DistillationTrace(
             torch.tensor(sequence.tokens),
             sequence.num_prompt,
             taps.clone(),
-            final.clone(),
+            final,
             torch.tensor([[r.position, r.token] for r in refusals], dtype=torch.long).view(-1, 2),
             torch.stack([r.final for r in refusals]) if refusals else final[:0].clone(),
         )

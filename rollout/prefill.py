@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from rollout.kept_prefixes import KeptPrefixes
 from rollout.model_runner import Chunk, ModelRunner
 from rollout.sequence import SequenceState
 
@@ -40,9 +41,10 @@ def prefill(
     most: int,
     held: Mapping[tuple[int, ...], tuple[int, torch.Tensor]],
     active: Sequence[SequenceState] = (),
+    kept: KeptPrefixes | None = None,
 ) -> torch.Tensor:
     """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those admitted before, and what
-    branches off from a sequence in flight is copied from it.
+    branches off from a sequence in flight, or begins like one of an earlier call that is kept, is copied from it.
 
     Args:
         runner: Its cache has room.
@@ -50,24 +52,24 @@ def prefill(
         most: Tokens that one forward reads.
         held: From `PromptLogits.held`.
         active: Sequences in the first slots, admitted before.
+        kept: Of earlier calls.
 
     Returns:
         Logits [len(admitted), V] after each one's last token.
     """
     readers: dict[tuple[int, ...], list[int]] = {}
-    first_kept: dict[int, int] = {}
+    sequences = dict(admitted)
     for slot, sequence in admitted:
         readers.setdefault(tuple(sequence.tokens), []).append(slot)
-        first_kept[slot] = sequence.num_prompt - 1
     last: dict[int, torch.Tensor] = {}
     chunks = []
     for tokens, slots in readers.items():
         if tokens in held:
             continue
-        source, start = _longest_beginning(tokens, first_kept[slots[0]] + 1, active)
-        if start:
-            runner.cache.copy_slot(source, [slots[0]], start)
-        chunks.append(Chunk(slots[0], tokens[start:], start, first_kept[slots[0]]))
+        reader = sequences[slots[0]]
+        start = _copy_beginning(runner, reader, slots[0], active, kept)
+        reader.stats.prefilled += len(tokens) - start
+        chunks.append(Chunk(slots[0], tokens[start:], start, reader.num_prompt - 1))
     for pieces in split_prefill(chunks, most):
         last.update({piece.slot: row for piece, row in zip(pieces, runner.prefill(pieces), strict=True)})
     for tokens, slots in readers.items():
@@ -77,6 +79,17 @@ def prefill(
         if tokens in held:
             last[slots[0]] = held[tokens][1]
     return torch.stack([last[readers[tuple(sequence.tokens)][0]] for _, sequence in admitted])
+
+
+def _copy_beginning(
+    runner: ModelRunner, sequence: SequenceState, slot: int, active: Sequence[SequenceState], kept: KeptPrefixes | None
+) -> int:
+    """Copies into a sequence's slot as much of its beginning as there is elsewhere. Returns how many tokens that was."""
+    source, start = _longest_beginning(sequence.tokens, sequence.num_prompt, active)
+    restored = kept.restore(sequence, slot, start) if kept is not None else 0
+    if start and not restored:
+        runner.cache.copy_slot(source, [slot], start)
+    return restored or start
 
 
 def _longest_beginning(tokens: Sequence[int], num_prompt: int, active: Sequence[SequenceState]) -> tuple[int, int]:
