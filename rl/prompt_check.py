@@ -125,7 +125,7 @@ def _try_template(task: Task, config: RunConfig, tokenizer: Any) -> list[str]:
 def _examples(task: Task) -> list[Problem]:
     """A problem of each sequence of roles."""
     if isinstance(task.source, RowProblems):
-        return [task.source[row] for row in list(task.source.survey().shapes.values())[:_SHAPES]]
+        return [task.source[row] for row in list(task.source.survey.shapes.values())[:_SHAPES]]
     return [task.problems[0]]
 
 
@@ -216,7 +216,7 @@ def _bounds(task: Task, config: RunConfig, tokenizer: Any) -> np.ndarray:
     it adds to an empty one."""
     if not isinstance(task.source, RowProblems):
         return np.full(len(task.source), np.iinfo(np.int64).max)  # made when they are wanted: nothing is known of their sizes
-    survey = task.source.survey()
+    survey = task.source.survey
     empty = Problem("", "x", "", lambda completion: 0.0, {}, "")
     added = len(encode_problem(tokenizer, empty, config.task)) + len(config.task.instruction.encode()) + 64
     added += max((len(config.length.budget_prompt) for _ in config.length.budgets), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +58,13 @@ class RowProblems:
     def row_of(self, key: str) -> int | None:
         return self.source.row_of(key)
 
-    @cache  # noqa: B019  # as long-lived as the data
+    @cached_property
     def survey(self) -> Survey:
         """What is known of all rows, after reading each once."""
         return survey(self.source, self._config)
 
     def difficulties(self) -> np.ndarray:
-        return self.survey().difficulties
+        return self.survey.difficulties
 
 
 def _scored_when_wanted(gold: str) -> Callable[[str], float]:

@@ -28,6 +28,10 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
             not gym or task.size >= config.rollout.prompts_per_step,
             "task.size is less than rollout.prompts_per_step: a step would repeat a prompt",
         ),
+        (
+            config.policy.warmup is None or bool(task.datasets),
+            "policy.warmup learns worked solutions of task.datasets, which is empty: name some, or write policy.warmup: null",
+        ),
         (hub or (task.subset is None and task.split == "train"), "task.split and task.subset are of task.source huggingface"),
         (0 <= task.heldout < 1, f"task.heldout is {task.heldout}: write a share from 0 to below 1"),
         (not decided, f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out"),

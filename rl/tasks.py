@@ -144,7 +144,7 @@ def load_task(config: TaskConfig, seed: int, check: bool = True) -> Task:
     problems = RowProblems(rows_of(config), config)
     if not check:
         return Task(problems, seed)
-    found = problems.survey()
+    found = problems.survey
     _, first, again = np.unique(found.prompts, return_index=True, return_inverse=True)
     rows = np.sort(first) if config.duplicates == "drop" else np.arange(len(problems))
     task = _split(problems, config, seed, rows, found.prompts)

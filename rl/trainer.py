@@ -228,7 +228,7 @@ class Trainer:
             if silent <= 0:
                 break
             more = self.choice.more(step, silent, number, rank)
-            again, scored, rewarded = self._round(more, step, number, clock)
+            again, scored, rewarded = self._round(more, step, number * ranks + rank, clock)  # ranks may draw the same problem
             done, rewards = done.joined(again), [*rewards, *rewarded]
             scores.note(scored)
         if scores.problem is not None:

@@ -29,6 +29,8 @@ def conversation_of(value: Any, column: str) -> tuple[Message, ...]:
         if _LISTED.match(value):
             raise RowError(f"{column} is text that holds a list of messages: write the list itself, without quotes around it")
         return ({"role": "user", "content": value},)
+    if isinstance(value, dict) and all(isinstance(value.get(name), list) for name in ("role", "content")):
+        value = [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]  # a table's columns of turns
     if not isinstance(value, list | tuple) or not value:
         raise RowError(f"{column} is {kind_of(value) if value != [] else 'an empty list'}: {_WRITE}")
     turns = tuple(_turn(message, f"{column}[{i}]") for i, message in enumerate(value))

@@ -9,6 +9,7 @@ from typing import Any
 from rl.data.row_error import RowError, kind_of
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+_LINES = re.compile(r"\s*\n\s*")
 _MATH = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
 _ONE_LINE = 200  # characters: a longer `solution` is prose, and no completion can equal it
 
@@ -36,7 +37,7 @@ def gold_of(value: Any, column: str) -> str:
         text = _last_boxed(text, column)
     elif column == "solution" and ("\n" in text or len(text) > _ONE_LINE):
         raise RowError("solution marks no answer: write it in \\boxed{}, after ####, or in a column answer of its own")
-    text = _without_dollars(text)
+    text = _LINES.sub(" ", _without_dollars(text))  # an answer is read from one line; to LaTeX both are spaces
     if not text:
         raise RowError(f"{column} holds no answer: write one, or leave the row out")
     return text

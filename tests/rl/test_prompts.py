@@ -1,13 +1,18 @@
 """Problems put into chat templates: whole conversations, template arguments, and templates that refuse."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
+from rl.config import load_config
 from rl.errors import UserError
+from rl.groups import Groups
 from rl.policies import fetch_policy
 from rl.problems import Problem
-from rl.prompts import encode_problem, encode_prompt, seed_key
+from rl.prompts import encode_problem, encode_prompt
 from rl.task_config import TaskConfig
+from rollout import SamplingParams
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 QWEN3 = PLAIN + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
@@ -80,6 +85,8 @@ def test_special_tokens_are_the_templates_alone(tokenizer):
         assert encode_problem(tokenizer, problem(), TaskConfig()).count(tokenizer.bos_token_id) == 1
 
 
-def test_a_problem_that_a_step_asks_again_has_other_seeds():
-    again = Problem("p/1", "", "", lambda text: 0.0, {}, "", repeat=1)
-    assert seed_key(problem()) == "p/1" != seed_key(again)
+def test_a_problem_that_a_step_asks_again_has_other_seeds(tokenizer):
+    """Or its samples would be copies, token for token; they still share drafts."""
+    config = load_config("configs/tiny.yaml", ["rollout.group_size=3"])
+    requests = Groups(config, None, tokenizer, SamplingParams()).requests([problem(), replace(problem(), repeat=1)], step=0)
+    assert len({r.seed for r in requests}) == 6 and {r.group for r in requests} == {"p/1"}

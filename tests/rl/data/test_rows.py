@@ -24,6 +24,11 @@ def read(entry, needs_gold=True, **columns):
         ({"problem": "Add.", "level": "Level 3", "type": "Algebra", "solution": MATH}, "Add.", r"\frac{1}{2}"),
         ({"problem": "Add.", "solution": "prose\nof two lines", "answer": "1/2"}, "Add.", "1/2"),
         ({"prompt": CHAT, "answer": "4"}, "What is 2 + 2?", "4"),
+        (
+            {"prompt": {"role": ["system", "user"], "content": ["Be brief.", "What is 2 + 2?"]}, "answer": "4"},
+            "What is 2 + 2?",
+            "4",
+        ),
         ({"messages": CHAT, "answer": "4"}, "What is 2 + 2?", "4"),
         ({"messages": "What is 2 + 2?", "answer": "4"}, "What is 2 + 2?", "4"),
         (
@@ -59,6 +64,7 @@ def test_known_shapes(entry, question, gold):
         (r"$\frac12$", r"\frac12"),
         ("$$x$$", "x"),
         (r"\( 3 \)", "3"),
+        ("\\begin{pmatrix}\n  1 \\\\ 2\n\\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
         ("$1$ or $2$", "$1$ or $2$"),
         (" east ", "east"),
         (0.5, "0.5"),
