@@ -56,7 +56,9 @@ def changed_files(folder: Path) -> dict[str, str] | None:
         except OSError as error:
             wrong[name] = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
             continue
-        if size != entry["bytes"]:
+        if not path.is_file():
+            wrong[name] = "not a file"
+        elif size != entry["bytes"]:
             wrong[name] = f"it has {size} bytes, {entry['bytes']} were written"
         else:
             whole[name] = path

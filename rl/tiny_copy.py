@@ -54,13 +54,12 @@ def _shorten_lists(config: PreTrainedConfig, known: dict[str, Any], layers: int)
 
 def _shorten_factors(config: PreTrainedConfig, head: int) -> None:
     """Rotary embeddings with a factor for each frequency: as many as there now are."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = getattr(config, name, None)
-        if isinstance(rope, dict):
-            now = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-            for key, value in rope.items():
-                if isinstance(value, list) and value:
-                    rope[key] = value[: max(math.ceil(len(value) * now / head), 1)]
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        now = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        for key, value in rope.items():
+            if isinstance(value, list) and value:
+                rope[key] = value[: max(math.ceil(len(value) * now / head), 1)]
 
 
 def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folder: Path) -> None:

@@ -41,7 +41,7 @@ _KEYS = {
     "rl/critic": "critic",
     "rl/update": "update, with policy.mixed_precision",
     "rl/log_probs": "update, with policy.mixed_precision",
-    "rl/policy_learner": "update",
+    "rl/policy_learner": "update, with policy.mixed_precision",
     "rl/run_state": "checkpoints",
     "rollout/drafters": "speculation.drafters",
     "rollout/verify": "speculation.verifier",

@@ -141,7 +141,8 @@ def test_every_recipe_is_valid_and_says_what_it_takes(recipe):
 def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     arguments = [str(TINY), f"out={tmp_path / 'run'}", "--dry-run"]
     train_here(monkeypatch, *arguments)
-    assert "valid; 4 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    said = capsys.readouterr().out
+    assert "valid; 4 steps" in said and "tried: 3 steps" in said and not (tmp_path / "run").exists()
     for wrong, says in (
         ("update.kl=k1", "update.kl k1 has no gradient"),
         ("scale.deepspeed=none.json", "scale.deepspeed none.json: No such file"),

@@ -4,12 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from drafter_trainer.checksums import write_checksums
 from rl.config import load_config, to_dict
 from rl.errors import UserError
+from rl.files import append_line
 from rl.opening import open_run
-from rl.resuming import changes, resumed_recipe
+from rl.policies import fetch_policy, load_policy
+from rl.resuming import changes, keep_recipe, resumed_recipe
+from rl.run_state import save_checkpoint
+from rl.sharding import WholeState
+from rl.train_command import find_run, parse_arguments
 from tests.support import ROOT, train_here
 
 PLAIN = ("speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0", "measure.plain_every=0", "task.size=4")
@@ -17,12 +23,31 @@ PLAIN = ("speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coe
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny run of two steps with two checkpoints."""
+    """What a tiny run of two steps leaves, with two checkpoints."""
     folder = tmp_path_factory.mktemp("made")
+    run = folder / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PACELINE_CACHE", str(folder / "cache"))
-        patch.setattr("rl.report.write_report", lambda run: run / "report.html")
-        train_here(patch, str(ROOT / "configs" / "tiny.yaml"), f"out={folder / 'run'}", "steps=2", *PLAIN)
+        source = fetch_policy("tiny-llama")
+        policy = load_policy(source)
+        config = load_config(ROOT / "configs" / "tiny.yaml", [f"out={run}", "steps=2", *PLAIN])
+        run.mkdir()
+        keep_recipe(config, run)
+        (run / "summary.json").write_text("{}")
+        for step in (0, 1):
+            for name in ("metrics.jsonl", "timeline.jsonl"):
+                append_line(run / name, {"step": step})
+            save_checkpoint(
+                run,
+                steps_done=step + 1,
+                policy=policy,
+                tokenizer_from=source,
+                state_of_policy=WholeState(dict(policy.named_parameters()), torch.optim.AdamW(policy.parameters()).state_dict()),
+                drafter=None,
+                drafter_optimizer=None,
+                selector=None,
+                recipe=to_dict(config),
+            )
     return folder
 
 
@@ -46,14 +71,24 @@ def steps_of(run):
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_on_with_other_values_which_are_recorded(run, monkeypatch, capsys):
+@pytest.mark.ci
+def test_a_run_goes_on_with_other_values_which_are_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    train_here(monkeypatch, str(ROOT / "configs" / "tiny.yaml"), f"out={run}", "steps=2", *PLAIN)
     train_here(monkeypatch, "--resume", str(run), "steps=3", "save_every=7")
     assert steps_of(run) == [0, 1, 2]
     assert json.loads((run / "config.json").read_text())["save_every"] == 7
     resumed = [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
     assert [(r["step"], r["ranks"], r["changed"]) for r in resumed] == [(2, 1, ["steps=3", "save_every=7"])]
     assert "steps 2 → 3" in capsys.readouterr().out
-    assert (run / "checkpoint" / "recipe.json").is_file() and (run / "checkpoint.old" / "recipe.json").is_file()
+    for name, steps in (("checkpoint", 3), ("checkpoint.old", 2)):
+        assert json.loads((run / name / "state.json").read_text())["steps_done"] == steps
+    for name in ("checkpoint", "checkpoint.old"):
+        shutil.rmtree(run / name)
+    (run / "summary.json").unlink()
+    train_here(monkeypatch, str(ROOT / "configs" / "tiny.yaml"), f"out={run}", "steps=1", *PLAIN)  # where nothing whole is
+    assert steps_of(run) == [0] and (run / "checkpoint").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +170,7 @@ def test_where_no_checkpoint_is_whole_both_are_named(run, monkeypatch, capsys):
     assert "checkpoint/optimizer.safetensors: it has 0 bytes" in said and "no older checkpoint is whole" in said
 
 
-def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, monkeypatch, capsys):
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, capsys):
     """Resumed, or started again where it was."""
     for name in ("checkpoint", "checkpoint.old"):
         shutil.rmtree(run / name)
@@ -144,9 +179,11 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, monkeypatch, 
     found, said = opened(run, capsys)
     assert found is None and "starts from its beginning" in said
     assert steps_of(run) == [] and not (run / "drafters").exists()
-    train_here(monkeypatch, str(ROOT / "configs" / "tiny.yaml"), f"out={run}", "steps=1", *PLAIN)
-    assert steps_of(run) == [0] and (run / "checkpoint").is_dir()
-    assert "holds a run" in refused(monkeypatch, capsys, ROOT / "configs" / "tiny.yaml", f"out={run}")
+    args = parse_arguments(None, [str(ROOT / "configs" / "tiny.yaml"), f"out={run}"])
+    assert find_run(args)[1] == run  # and may be started again
+    (run / "checkpoint").mkdir()
+    with pytest.raises(UserError, match="holds a run"):
+        find_run(args)
 
 
 def test_a_broken_recipe_is_read_from_the_checkpoint(run):

@@ -1,13 +1,17 @@
 """A run's files: optimizers without pickle, checkpoints swapped whole, metrics cut back to the checkpoint."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from drafter_trainer.checksums import changed_files, write_checksums
 from drafter_trainer.optimizer_state import save_optimizer
 from rl.errors import UserError
+from rl.files import write_whole
 from rl.run_state import (
     Checkpoint,
     find_checkpoint,
@@ -148,3 +152,67 @@ def test_a_broken_selector_state_is_said_and_nothing_of_it_stays(tmp_path, broke
     said = restore_selector(Checkpoint(tmp_path, 1), selector)
     assert said.startswith(f"{tmp_path}/selector.json: ") and said.endswith("measured anew") and "\n" not in said
     assert selector.state() == fresh
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    assert write_whole(path, "one")
+    before = path.stat()
+    assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino  # nothing is written that is there
+    monkeypatch.setattr("rl.files.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "two")
+    assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def full_disk(*arguments):
+    raise OSError(28, "No space left on device")
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a").write_bytes(bytes(range(64)))
+    (tmp_path / "b").write_bytes(b"")
+    write_checksums(tmp_path)
+    assert changed_files(tmp_path) == {}
+    for bit in range(64 * 8):
+        data = bytearray(range(64))
+        data[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "below" / "a").write_bytes(data)
+        assert list(changed_files(tmp_path)) == ["below/a"]
+    (tmp_path / "b").unlink()
+    assert changed_files(tmp_path)["b"] == "missing"
+    (tmp_path / "checksums.json").write_text("{}")
+    assert changed_files(tmp_path) is None
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, tokenizer, monkeypatch):
+    """A power cut after the rename must not find files without their content."""
+    run, order = tmp_path / "run", []
+    sync, rename = os.fsync, Path.rename
+    monkeypatch.setattr("os.fsync", lambda file: (order.append(str(Path(f"/proc/self/fd/{file}").readlink())), sync(file)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (order.append(f"renamed {path.name}"), rename(path, target))[1])
+    save(run, 1, tokenizer)
+    before = order[: order.index("renamed checkpoint.new")]
+    synced = {Path(place).relative_to(run / "checkpoint.new") for place in before if place.startswith(str(run / "checkpoint.new"))}
+    files = {path.relative_to(run / "checkpoint") for path in (run / "checkpoint").rglob("*")}
+    assert files <= synced
+    assert order[-1] == str(run)
+
+
+@pytest.mark.parametrize(
+    "groups", ["{}", '[{"params": ["a"], "lr": 1}]', '[{"lr": 1}]', '[{"params": [0], "lr": "x"}]', "3", '[{"params": [0]}]']
+)
+def test_an_optimizers_json_that_is_none_is_one_line(tmp_path, groups):
+    model = tiny_llama()
+    save_optimizer(stepped(model), tmp_path / "optimizer")
+    (tmp_path / "optimizer.json").write_text(f'{{"scalars": {{}}, "param_groups": {groups}}}')
+    with pytest.raises(UserError, match="optimizer: ") as refused:
+        restore_moments(trained(model), tmp_path / "optimizer")
+    assert "\n" not in str(refused.value)
+
+
+def test_moments_of_another_shape_are_refused(tmp_path):
+    save_optimizer(stepped(tiny_llama(hidden=32)), tmp_path / "optimizer")
+    with pytest.raises(UserError, match="of another optimizer"):
+        restore_moments(trained(tiny_llama()), tmp_path / "optimizer")
