@@ -22,13 +22,7 @@ lock: setup
 		--no-annotate --custom-compile-command "make lock" --quiet -o $(LOCK)
 
 quickstart: setup
-	@echo "fetching the policy"
-	$(BIN)/python launch/fetch_model.py
-	$(BIN)/python launch/warmup_policy.py configs/quickstart.yaml
-	@echo "a first drafter for it, from its own samples"
-	@test -d runs/quickstart-drafter || $(BIN)/python launch/warmup_drafter.py configs/quickstart.yaml runs/quickstart-drafter --minutes 1.5
-	$(BIN)/torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml \
-		drafter.start=runs/quickstart-drafter out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/paceline train configs/quickstart.yaml --ranks 2 out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 # vLLM for the CPU in an environment of its own, with Paceline beside it: a peer in the benchmarks, a backend for rollouts, a server.
 peers: .venv-peers/installed

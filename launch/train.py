@@ -7,6 +7,10 @@ from rl.launchers import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
-    from rl.train_command import main  # here: scoring processes import this file anew, and need none of it
+    # here: scoring processes import this file anew, and need none of it
+    from rl.cli import say_first
+
+    say_first("loading torch and transformers")
+    from rl.train_command import main
 
     main(__doc__)

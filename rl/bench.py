@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from drafter_trainer.checkpoint import load_drafter
 from rl.bench_peers import Peers
+from rl.bench_results import Keep, ignore
 from rl.config import RunConfig, draft_rules
 from rl.prompts import encode_problem, stable_seed, stop_token_ids
 from rl.starting import starting_policy
@@ -192,8 +193,10 @@ class RolloutBench:
         for name in [name for name in engine.drafters if name not in ("eagle3", "clasp", "draft_model")]:
             engine.drafters[name] = build_drafter(name, engine, self._parts)
 
-    def run(self, peers: Peers | None, say: Callable[[str], None], only: Sequence[str] | None = None) -> list[Measurement]:
-        """Every method on every workload, or on those named, beside peers where there are any."""
+    def run(
+        self, peers: Peers | None, say: Callable[[str], None], only: Sequence[str] | None = None, keep: Keep = ignore
+    ) -> list[Measurement]:
+        """Every method on every workload, or on those named, beside peers where there are any; ``keep`` gets each as it comes."""
         workloads = self.workloads(only)
         for w in workloads:
             lengths = sorted(r.params.max_tokens for r in w.timed)
@@ -204,13 +207,17 @@ class RolloutBench:
             if peers is not None:
                 for method, tokens, seconds in peers.generate(w.slots, w.timed, w.warm, self.repeats):
                     results.append(Measurement(w.name, method, tokens, seconds))
+                    keep(results[-1])
+                    say(_line(results[-1]))
             engine = self.engine(w.slots, max(r.params.max_tokens for r in w.timed))
-            results += [self.measure(w, method, strategy, engine) for method, strategy in self.methods().items()]
-            for m in results[-len(self.methods()) - 1 :]:
-                say(_line(m))
+            for method, strategy in self.methods().items():
+                results.append(self.measure(w, method, strategy, engine))
+                keep(results[-1])
+                say(_line(results[-1]))
         if peers is not None:
             for name, method, tokens, seconds in peers.vllm({w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats):
                 results.append(Measurement(name, method, tokens, seconds))
+                keep(results[-1])
                 say(_line(results[-1]))
         order = [w.name for w in workloads]
         return sorted(results, key=lambda m: order.index(m.workload))

@@ -17,36 +17,43 @@ from rl.command_line import command_line
 
 def measure_rollout(args: argparse.Namespace) -> None:
     """Decoding speed of one policy, its peers', and where a step's time goes."""
-    from rich.console import Console
-
     from rl.bench import RolloutBench
     from rl.bench_peers import Peers
-    from rl.bench_report import profile_table, results_table, write
+    from rl.bench_report import draw_results, profile_table, results_table
+    from rl.bench_results import Results, json_path
     from rl.bench_step import logprob_gap, profile_step, refresh_seconds
     from rl.config import load_config
+    from rl.console import console
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
-    console = Console(width=160)
+    terminal = console()
     bench = RolloutBench(load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap, args.own_problems)
-    profiles = [profile_step(bench.policy, batch) for batch in (1, 4, 16, 32)]
-    console.print(profile_table(profiles))
-    refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads(("16",))[0].timed[:32])
-    console.print(f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}")
-    peers = None if args.alone else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
-    results = bench.run(peers, lambda line: console.print(line, highlight=False), args.workloads)
-    console.print(results_table(results))
-    extra = {"refresh_seconds": refresh, "logprob_gap_mean": gap[0], "logprob_gap_max": gap[1]}
-    write(results, profiles, extra, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        profiles = []
+        for batch in (1, 4, 16, 32):
+            profiles.append(profile_step(bench.policy, batch))
+            results.add("profiles", profiles[-1])
+        terminal.print(profile_table(profiles))
+        refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads(("16",))[0].timed[:32])
+        results.note(refresh_seconds=refresh, logprob_gap_mean=gap[0], logprob_gap_max=gap[1])
+        terminal.print(
+            f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}"
+        )
+        peers = None if args.alone else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
+        rows = bench.run(peers, lambda line: terminal.print(line, highlight=False), args.workloads, results.into("results"))
+        results.put("results", rows)  # in the order of the workloads
+    terminal.print(results_table(rows))
+    draw_results(rows, json_path(args.out).with_suffix(".png"))
 
 
 def compare_updates(args: argparse.Namespace) -> None:
     """Tokens a second of the update, by method."""
-    from rich.console import Console
     from rich.table import Table
 
     from rl.bench_update import measure_update
     from rl.config import load_config
+    from rl.console import console
     from rl.machine import fit_process
 
     if not args.untuned:
@@ -56,14 +63,15 @@ def compare_updates(args: argparse.Namespace) -> None:
     for m in results:
         row = (f"{m.tokens / m.seconds:.0f}", f"{results[0].seconds / m.seconds:.2f}", f"{m.bound / m.seconds:.0%}")
         table.add_row(m.method, *row)
-    Console().print(table)
+    console().print(table)
 
 
 def compare_runs(args: argparse.Namespace) -> None:
     """Reward, rise and speed of finished runs, as a table and as JSON."""
-    from rich.console import Console
     from rich.table import Table
 
+    from rl.bench_results import Results
+    from rl.console import console
     from rl.summary import read_metrics, summarise
 
     table = Table("run", "seed", "first quarter", "last quarter", "rise ÷ its standard error", "rollout ÷ plain", "peak GB")
@@ -74,27 +82,29 @@ def compare_runs(args: argparse.Namespace) -> None:
         ratio = (s["reward_after"] - s["reward_before"]) / s["reward_rise_std_error"]
         row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
         table.add_row(run.name, str(s["seed"]), *(f"{x:.3f}" for x in row))
-    Console().print(table)
-    args.out.write_text(json.dumps({"command": command_line(), "runs": records}, indent=2) + "\n")
+    console().print(table)
+    with Results(args.out, command_line()) as results:
+        results.note(runs=records)
 
 
 def measure_gpu(args: argparse.Namespace) -> None:
     """One GPU: graphs, steps, verification and drafting."""
     import torch
 
-    from rl.bench_gpu import measure, write_gpu
+    from rl.bench_gpu import device, measure
+    from rl.bench_results import Results
     from rl.errors import UserError
 
     if not torch.cuda.is_available():
         raise UserError("bench.py gpu: no CUDA device is visible; run it on a machine with one")
-    reports = []
-    for shape in args.shapes:
-        reports.append(measure(shape, lambda line: print(line, flush=True)))
-        for name, value in reports[-1].graph_memory.items():
-            print(f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}", flush=True)
-        for batch, milliseconds, share in reports[-1].drafter:
-            print(f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step", flush=True)
-        write_gpu(reports, args.out, command_line())
+    with Results(args.out, command_line(), device=device()) as results:
+        for shape in args.shapes:
+            report = measure(shape, lambda line: print(line, flush=True))
+            results.add("reports", report)
+            for name, value in report.graph_memory.items():
+                print(f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}", flush=True)
+            for batch, milliseconds, share in report.drafter:
+                print(f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step", flush=True)
 
 
 def print_plans(args: argparse.Namespace) -> None:
@@ -110,19 +120,20 @@ def compare_drafters(args: argparse.Namespace) -> None:
     """Drafters by temperature and batch, by sharing, or by position."""
     from rl.bench import RolloutBench
     from rl.bench_drafting import compare_drafters, compare_sharing, measure_positions
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
-    if args.sharing:
-        rows: list = compare_sharing(RolloutBench(config, args.run, 1, 64), epochs=3, samples=8, strategy="suffix:4")
-    elif args.positions:
-        rows = measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None))
-    else:
-        rows = compare_drafters(config, args.run, args.temperatures, args.batches, print)
-    write_rows({"rows": rows}, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        keep = results.into("rows")
+        if args.sharing:
+            compare_sharing(RolloutBench(config, args.run, 1, 64), 3, 8, "suffix:4", keep)
+        elif args.positions:
+            measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None), keep)
+        else:
+            compare_drafters(config, args.run, args.temperatures, args.batches, print, keep)
 
 
 def compare_verifiers(args: argparse.Namespace) -> None:
@@ -130,19 +141,19 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from rl.bench import RolloutBench
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_verifiers import measure_verifiers
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
-    tables: dict[str, list] = {}
-    for temperature in args.temperatures:
-        bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
-        rows, bounds = measure_verifiers(bench, args.batches[-1], pairs=96, candidates=(1, 2, 3, 4), say=print)
-        tables |= {f"verifiers, T = {temperature}": rows, f"bounds, T = {temperature}": bounds}
-    write_rows(tables, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        for temperature in args.temperatures:
+            bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
+            keep = results.into(f"verifiers, T = {temperature}")
+            _, bounds = measure_verifiers(bench, args.batches[-1], 96, (1, 2, 3, 4), print, keep)
+            results.put(f"bounds, T = {temperature}", bounds)
 
 
 def compare_selection(args: argparse.Namespace) -> None:
@@ -150,75 +161,76 @@ def compare_selection(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from rl.bench import RolloutBench
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_selection import compare_selection, measure_whole_batch
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
-    tables: dict[str, list] = {}
-    for temperature in args.temperatures:
-        warm = replace(config, rollout=replace(config.rollout, temperature=temperature))
-        bench = RolloutBench(warm, args.run, 1, args.tail_cap)
-        tables[f"selection, T = {temperature}"] = compare_selection(bench, args.batches, print)
-        if not args.whole_batch:
-            continue
-        whole = measure_whole_batch(bench, bench.workloads(("tail",))[0])
-        print(f"{whole.workload}: {whole.ratio:.2f} x plain of at most {whole.bound:.2f}")
-        tables[f"whole batch, T = {temperature}"] = [whole]
-    write_rows(tables, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        for temperature in args.temperatures:
+            warm = replace(config, rollout=replace(config.rollout, temperature=temperature))
+            bench = RolloutBench(warm, args.run, 1, args.tail_cap)
+            compare_selection(bench, args.batches, print, results.into(f"selection, T = {temperature}"))
+            if args.whole_batch:
+                whole = measure_whole_batch(bench, bench.workloads(("tail",))[0])
+                print(f"{whole.workload}: {whole.ratio:.2f} x plain of at most {whole.bound:.2f}")
+                results.add(f"whole batch, T = {temperature}", whole)
 
 
 def compare_served(args: argparse.Namespace) -> None:
     """The exported drafter in vLLM."""
     from rl.bench import RolloutBench
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_served import compare_served
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
-    row = compare_served(RolloutBench(load_config(args.config), args.run, 1, 64), args.peers, args.prompts, args.depth)
+    with Results(args.out, command_line()) as results:
+        row = compare_served(RolloutBench(load_config(args.config), args.run, 1, 64), args.peers, args.prompts, args.depth)
+        results.add("rows", row)
     print(
         f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine {row.engine:.3f}, vLLM {row.vllm:.3f}"
     )
     print(f"vLLM / engine {row.ratio:.3f}")
-    write_rows({"rows": [row]}, args.out, command_line())
 
 
 def compare_losses(args: argparse.Namespace) -> None:
     """Distillation losses by second of training."""
     from rl.bench import RolloutBench
     from rl.bench_losses import collection_cost, compare_losses
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
     bench = RolloutBench(load_config(args.config), args.run, 1, 64)
-    cost = collection_cost(bench, passes=3)
-    print(f"collecting traces: {cost.share:.1%} of rollout time")
-    rows = compare_losses(bench, args.seconds, args.sequences, print)
-    write_rows({"collection": [cost], "rows": rows}, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        cost = collection_cost(bench, passes=3)
+        results.add("collection", cost)
+        print(f"collecting traces: {cost.share:.1%} of rollout time")
+        compare_losses(bench, args.seconds, args.sequences, print, results.into("rows"))
 
 
 def compare_idle(args: argparse.Namespace) -> None:
     """Training on idle ranks against a frozen drafter."""
     from rl.bench_idle import compare_idle
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
 
-    frozen, trained = rows = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print)
+    with Results(args.out, command_line()) as results:
+        keep = results.into("rows")
+        frozen, trained = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print, keep)
     print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
     print(f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ", end="")
     print(f"{trained.update_longer:+.1%}; a snapshot takes {1e3 * trained.snapshot:.0f} ms of a step")
-    write_rows({"rows": rows}, args.out, command_line())
 
 
 def compare_learning(args: argparse.Namespace) -> None:
     """Finished runs with speculation beside such without."""
     from rl.bench_learning import compare_learning, learning_row
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
 
     speculating, plain = ([learning_row(run) for run in runs] for runs in (args.speculating, args.plain))
     found = compare_learning(speculating, plain)
@@ -230,32 +242,35 @@ def compare_learning(args: argparse.Namespace) -> None:
         f"rollouts {found.rollout_ratio:.2f}x, steps {found.step_ratio:.2f}x of {found.bound:.2f}x (Amdahl, at this rollout ratio)"
     )
     print(f"{found.limit:.2f}x would be the steps' ratio if rollouts took no time")
-    tables: dict[str, list] = {"runs": [*speculating, *plain], "comparison": [found]}
-    write_rows(tables, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        results.put("runs", [*speculating, *plain])
+        results.add("comparison", found)
 
 
 def compare_sharding(args: argparse.Namespace) -> None:
     """A recipe in every way that weights can lie."""
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_sharding import compare_sharding
 
-    rows = compare_sharding(args.config, args.overrides, args.runs, args.ranks, print)
-    write_rows({"rows": rows}, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        compare_sharding(args.config, args.overrides, args.runs, args.ranks, print, results.into("rows"))
 
 
 def compare_online(args: argparse.Namespace) -> None:
     """Online learners beside each other on one moving policy."""
     from rl.bench_online import compare_online
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.config import load_config
     from rl.machine import fit_process
 
     fit_process(local_world_size=1)
-    rows = compare_online(load_config(args.config, args.overrides), args.start, args.seconds, args.runs, print)
+    config = load_config(args.config, args.overrides)
+    with Results(args.out, command_line()) as results:
+        rows = compare_online(config, args.start, args.seconds, args.runs, print, lambda rows: results.put("rows", rows))
+        results.put("rows", rows)
     for row in rows:
         mean = sum(row.lengths) / len(row.lengths)
         print(f"{row.variant:<50} {row.updates:>4} updates  mean length {mean:.3f}  regret {row.regret[-1]:+.2f}")
-    write_rows({"rows": rows}, args.out, command_line())
 
 
 def draw_plots(args: argparse.Namespace) -> None:
@@ -268,28 +283,17 @@ def draw_plots(args: argparse.Namespace) -> None:
 
 def compare_speculation_end_to_end(args: argparse.Namespace) -> None:
     """The recipe plainly and adaptively."""
-    from dataclasses import asdict
-
+    from rl.bench_results import Results
     from rl.bench_speculation import compare_speculation
-    from rl.config import load_config
-    from rl.warmup import warm_up
 
-    config = load_config(args.config, args.overrides)
-    if config.policy.warmup is not None:
-        warm_up(config)
-    plain, adaptive = compare_speculation(args.config, args.overrides, args.runs)
-    ratios = {"rollout": plain.rollout / adaptive.rollout, "step": plain.step / adaptive.step}
-    bound = plain.step / (plain.step - plain.rollout)
+    with Results(args.out, command_line()) as results:
+        plain, adaptive = compare_speculation(args.config, args.overrides, args.runs, print, results.into("runs"))
+        ratios = {"rollout": plain.rollout / adaptive.rollout, "step": plain.step / adaptive.step}
+        bound = plain.step / (plain.step - plain.rollout)
+        results.note(ratios=ratios, bound=bound)
     for times in (plain, adaptive):
         print(times)
     print(f"rollout {ratios['rollout']:.2f}x, whole step {ratios['step']:.2f}x of at most {bound:.2f}x (Amdahl)")
-    record = {
-        "command": command_line(),
-        "runs": [asdict(plain), asdict(adaptive)],
-        "ratios": ratios,
-        "bound": bound,
-    }
-    args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rl.bench import RolloutBench, Workload
+from rl.bench_results import Keep, ignore
 from rl.config import RunConfig
 from rl.prompts import stable_seed
 from rl.warmup import fine_tune
@@ -53,9 +54,14 @@ class DrafterRow:
 
 
 def compare_drafters(
-    config: RunConfig, run: Path, temperatures: Sequence[float], batches: Sequence[str], say: Callable[[str], None]
+    config: RunConfig,
+    run: Path,
+    temperatures: Sequence[float],
+    batches: Sequence[str],
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[DrafterRow]:
-    """Every drafter's chains and trees, then EAGLE-3 under other rules."""
+    """Every drafter's chains and trees, then EAGLE-3 under other rules; each row is handed to ``keep`` as it comes."""
     rows = []
     for temperature in temperatures:
         bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), run, 1, 64)
@@ -63,6 +69,7 @@ def compare_drafters(
         for w in bench.workloads(batches):
             for row in _rows(bench, w, temperature):
                 rows.append(row)
+                keep(row)
                 say(
                     f"T {temperature}  {w.name:>3}  {row.strategy:<18} {row.rules:<26} accepted {row.acceptance_length:.2f}  "
                     f"drafting {row.draft_ms_per_token:.2f} ms/token  {row.ratio:.2f} x plain"
@@ -111,7 +118,7 @@ class SharingRow:
     acceptance_length: float
 
 
-def compare_sharing(bench: RolloutBench, epochs: int, samples: int, strategy: str) -> list[SharingRow]:
+def compare_sharing(bench: RolloutBench, epochs: int, samples: int, strategy: str, keep: Keep = ignore) -> list[SharingRow]:
     """Samples of a group one after another, over several epochs with new seeds: what earlier ones leave for later ones."""
     problems = bench.problems[:8]
     rows = []
@@ -125,6 +132,7 @@ def compare_sharing(bench: RolloutBench, epochs: int, samples: int, strategy: st
                     replace(r, seed=stable_seed(7, epoch, str(r.group), sample)) for r in bench.requests(problems, len(problems), 1)
                 ]
                 rows.append(SharingRow(shared, epoch, sample, mean_acceptance_length(engine.generate(requests))))
+                keep(rows[-1])
     return rows
 
 
@@ -140,7 +148,9 @@ class PositionRow:
     draft_ms_per_token: float
 
 
-def measure_positions(bench: RolloutBench, until: int, stretch: int, windows: Sequence[int | None]) -> list[PositionRow]:
+def measure_positions(
+    bench: RolloutBench, until: int, stretch: int, windows: Sequence[int | None], keep: Keep = ignore
+) -> list[PositionRow]:
     """Four texts of ``until`` tokens (stop tokens ignored), drafted by EAGLE-3 with each window, and by the suffix drafter."""
     rows: list[PositionRow] = []
     params = replace(bench.params, max_tokens=until, stop_token_ids=())
@@ -150,7 +160,9 @@ def measure_positions(bench: RolloutBench, until: int, stretch: int, windows: Se
         if name == "eagle3":
             engine.add_drafter(_eagle3(bench, engine, window))
         engine.use_strategy(Strategy(name, 3))
-        rows += _stretches(name, window, engine, requests, stretch)
+        for row in _stretches(name, window, engine, requests, stretch):
+            rows.append(row)
+            keep(row)
     return rows
 
 

@@ -6,11 +6,9 @@ Needs torch and transformers only. Nothing here is timed on a CPU.
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -200,8 +198,6 @@ def _drafter(
         report.drafter.append((batch, seconds * 1e3, seconds / graphs[batch, 1]))
 
 
-def write_gpu(reports: list[GpuReport], out: Path, command: str) -> None:
-    """``out``.json with everything, the device and the command."""
-    device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
-    data = {"command": command, "device": device, "reports": [asdict(r) for r in reports]}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+def device() -> dict[str, str]:
+    """The GPU that was measured, for the results."""
+    return {"name": torch.cuda.get_device_name(), "torch": torch.__version__}

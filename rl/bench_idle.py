@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import mean, quarters, train_recipe
 
 
@@ -47,7 +48,13 @@ class IdleRow:
 
 
 def compare_idle(
-    config: Path, overrides: Sequence[str], start: Path, out: Path, ranks: int, say: Callable[[str], None]
+    config: Path,
+    overrides: Sequence[str],
+    start: Path,
+    out: Path,
+    ranks: int,
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[IdleRow]:
     """Trains the recipe twice from the same policy, drafter and seed: drafter frozen, and trained on idle ranks.
 
@@ -58,12 +65,13 @@ def compare_idle(
     frozen: list[dict[str, Any]] = []
     for schedule in ("never", "idle"):
         options = [*overrides, f"drafter.start={start}", f"drafter.schedule={schedule}", "measure.plain_every=0"]
-        metrics = train_recipe(config, options, out / schedule, ranks)
+        metrics = train_recipe(config, options, out / schedule, ranks, say)
         frozen = frozen or metrics
         row = idle_row(schedule, metrics, frozen)
         say(f"{schedule}: a step {row.step:.2f} s, {row.updates} updates, {row.inside:.0%} of training in idle time")
         say(f"{schedule}: acceptance length by quarter {', '.join(f'{a:.2f}' for a in row.acceptance)}")
         rows.append(row)
+        keep(row)
     return rows
 
 

@@ -10,28 +10,28 @@ from rl.command_line import command_line
 
 def compare_rewards(args: argparse.Namespace) -> None:
     """Length-aware rewards beside plain GRPO."""
-    from rich.console import Console
     from rich.table import Table
 
     from rl.bench_lengths import compare_rewards
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
+    from rl.console import console
 
-    rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print)
+    with Results(args.out, command_line()) as results:
+        rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
     table = Table("recipe", "accuracy", "less plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds a step")
     for r in rows:
         change = f"{r.accuracy_change:+.3f} ± {r.accuracy_error:.3f}"
         table.add_row(
             r.recipe, f"{r.accuracy:.3f}", change, f"{r.length:.1f}", f"{r.length_ratio:.2f}", f"{r.entropy:.3f}", f"{r.step:.1f}"
         )
-    Console(width=140).print(table)
-    write_rows({"rows": rows}, args.out, command_line())
+    console().print(table)
 
 
 def compare_prediction(args: argparse.Namespace) -> None:
     """Length predictors, and the engine with their word."""
     from rl.bench import RolloutBench
     from rl.bench_prediction import compare_orders, compare_predictors, observe
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.config import load_config
     from rl.machine import fit_process
 
@@ -42,24 +42,29 @@ def compare_prediction(args: argparse.Namespace) -> None:
     lengths = sorted(n for e in seen.examples for n in e.lengths)
     middle, high = lengths[len(lengths) // 2], lengths[len(lengths) * 99 // 100]
     print(f"{len(lengths)} completions: median {middle}, p99 {high}, {seen.loops} loops")
-    rows = compare_predictors(known, held_out, bench.params.max_tokens)
-    for r in rows:
-        print(f"{r.predictor:<42} median {r.at_median:.2f} ± {r.error_median:.2f}  0.9: {r.at_ninety:.2f} ± {r.error_ninety:.2f}")
-    orders = compare_orders(bench, known, held_out, args.slots, None, print)
-    print(f"with room for {args.cache_tokens} tokens:")
-    tight = compare_orders(bench, known, held_out, args.slots, args.cache_tokens, print)
-    write_rows({"predictors": rows, "orders": orders, "little_cache": tight}, args.out, command_line())
+    with Results(args.out, command_line()) as results:
+        rows = compare_predictors(known, held_out, bench.params.max_tokens)
+        results.put("predictors", rows)
+        for r in rows:
+            print(
+                f"{r.predictor:<42} median {r.at_median:.2f} ± {r.error_median:.2f}  0.9: {r.at_ninety:.2f} ± {r.error_ninety:.2f}"
+            )
+        compare_orders(bench, known, held_out, args.slots, None, print, results.into("orders"))
+        print(f"with room for {args.cache_tokens} tokens:")
+        compare_orders(bench, known, held_out, args.slots, args.cache_tokens, print, results.into("little_cache"))
 
 
 def compare_remedies(args: argparse.Namespace) -> None:
     """Remedies of the tail on one workload."""
-    from rich.console import Console
     from rich.table import Table
 
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_tail import REMEDIES, compare_remedies
+    from rl.console import console
 
-    rows = compare_remedies(args.config, args.overrides, args.only or list(REMEDIES), args.runs, args.ranks, print)
+    with Results(args.out, command_line()) as results:
+        names, keep = args.only or list(REMEDIES), results.into("rows")
+        rows = compare_remedies(args.config, args.overrides, names, args.runs, args.ranks, print, keep)
     base = rows[0]
     table = Table("remedy", "rollout s", "step s", "÷ none, by completion", "length", "drawn", "reward", "entropy", "ratio spread")
     for r in rows:
@@ -74,8 +79,7 @@ def compare_remedies(args: argparse.Namespace) -> None:
             f"{r.entropy_before:.3f} → {r.entropy_after:.3f}",
             f"{r.ratio_spread:.4f}",
         )
-    Console(width=160).print(table)
-    write_rows({"rows": rows}, args.out, command_line())
+    console().print(table)
 
 
 LENGTH_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

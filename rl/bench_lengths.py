@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import finished_run, mean, quarters
 
 
@@ -36,7 +37,12 @@ class RewardRow:
 
 
 def compare_rewards(
-    recipes: Sequence[Path], base: Path, seeds: Sequence[int], folder: Path, say: Callable[[str], None]
+    recipes: Sequence[Path],
+    base: Path,
+    seeds: Sequence[int],
+    folder: Path,
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[RewardRow]:
     """Rows of plain GRPO and of each recipe.
 
@@ -46,27 +52,32 @@ def compare_rewards(
         seeds: At least two.
         folder: Where the runs are or go.
         say: Progress.
+        keep: Takes each row as it comes.
     """
-    found = {}
+    plain: list[list[float]] = []
+    rows = []
     for recipe in (base, *recipes):
         metrics = [finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, say) for seed in seeds]
         names = ("reward/exact", "length/mean", "update/entropy", "time/step")
-        found[recipe.stem] = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
-    plain, rows = found[base.stem], []
-    for name, runs in found.items():
-        changes = [run[0] - other[0] for run, other in zip(runs, plain, strict=True)]
-        accuracy, length, entropy, step = (mean([run[i] for run in runs]) for i in range(4))
-        rows.append(
-            RewardRow(
-                recipe=name,
-                accuracy=accuracy,
-                length=length,
-                accuracy_change=mean(changes),
-                accuracy_error=stdev(changes) / len(changes) ** 0.5,
-                length_ratio=length / mean([run[1] for run in plain]),
-                entropy=entropy,
-                step=step,
-                seeds=[(run[0], run[1]) for run in runs],
-            )
-        )
+        runs = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
+        plain = plain or runs
+        rows.append(_row(recipe.stem, runs, plain))
+        keep(rows[-1])
     return rows
+
+
+def _row(recipe: str, runs: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> RewardRow:
+    """A recipe's row: accuracy, length, entropy and seconds of a step of each seed, beside plain GRPO's."""
+    changes = [run[0] - other[0] for run, other in zip(runs, plain, strict=True)]
+    accuracy, length, entropy, step = (mean([run[i] for run in runs]) for i in range(4))
+    return RewardRow(
+        recipe=recipe,
+        accuracy=accuracy,
+        length=length,
+        accuracy_change=mean(changes),
+        accuracy_error=stdev(changes) / len(changes) ** 0.5,
+        length_ratio=length / mean([run[1] for run in plain]),
+        entropy=entropy,
+        step=step,
+        seeds=[(run[0], run[1]) for run in runs],
+    )

@@ -16,6 +16,7 @@ from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.unroll import Objective
 from drafter_trainer.vocabulary import choose_vocabulary
 from rl.bench import RolloutBench
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import is_over
 from rollout import PLAIN, Rollout, RolloutEngine
 from rollout.drafters.eagle3_model import eagle3_config
@@ -60,7 +61,9 @@ class LossRow:
     by_position: list[float]
 
 
-def compare_losses(bench: RolloutBench, seconds: float, sequences: int, say: Callable[[str], None]) -> list[LossRow]:
+def compare_losses(
+    bench: RolloutBench, seconds: float, sequences: int, say: Callable[[str], None], keep: Keep = ignore
+) -> list[LossRow]:
     """Every variant from the same start, on the same traces, in the same order."""
     rollouts = _traced(bench, sequences)
     texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
@@ -89,6 +92,7 @@ def compare_losses(bench: RolloutBench, seconds: float, sequences: int, say: Cal
         (pieces,) = buffer.held_out_batches(_JUDGED, 1)
         judged = learner.evaluate(pieces)
         rows.append(LossRow(name, report.updates, report.seconds, judged.length, judged.likeliest_length, judged.acceptance))
+        keep(rows[-1])
         say(f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest {judged.likeliest_length:.3f}")
     return rows
 

@@ -112,10 +112,13 @@ class _SideBySide(SharedDrafter):
         return _Judge(pieces, learner)
 
 
-def compare_online(config: RunConfig, start: Path, seconds: float, out: Path, say: Callable[[str], None]) -> list[OnlineRow]:
+def compare_online(
+    config: RunConfig, start: Path, seconds: float, out: Path, say: Callable[[str], None], keep: Callable[[list[OnlineRow]], None]
+) -> list[OnlineRow]:
     """Trains the recipe's policy in this process; after each step's rollouts every variant learns for ``seconds``.
 
-    Fixed drafters in hindsight are the one all start from and every variant's, every six steps.
+    Fixed drafters in hindsight are the one all start from and every variant's, every six steps: only at the end is there a regret.
+    Until then ``keep`` gets the rows without it after each step.
     """
     frozen = replace(config.drafter, schedule="never", start=None)
     quiet = replace(config, out=str(out), drafter=frozen, measure=replace(config.measure, plain_every=0))
@@ -131,6 +134,7 @@ def compare_online(config: RunConfig, start: Path, seconds: float, out: Path, sa
         with trainer.scoring:
             for step in range(quiet.steps):
                 trainer.step(step)
+                keep([OnlineRow(name, comparison.updates[name], lengths, []) for name, lengths in comparison.lengths.items()])
     return _rows(comparison)
 
 

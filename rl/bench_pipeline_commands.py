@@ -11,13 +11,16 @@ from rl.command_line import command_line
 
 def compare_trl(args: argparse.Namespace) -> None:
     """TRL's own generation, and ours in TRL."""
-    from rich.console import Console
     from rich.table import Table
 
-    from rl.bench_report import write_rows
+    from rl.bench_results import Results
     from rl.bench_trl import compare_trl
+    from rl.console import console
 
-    rows, pair = compare_trl(str(args.config), args.drafter, args.runs, args.ranks, args.overrides, print)
+    with Results(args.out, command_line()) as results:
+        keep = results.into("rows")
+        rows, pair = compare_trl(str(args.config), args.drafter, args.runs, args.ranks, args.overrides, print, keep)
+        results.add("pair", pair)
     table = Table("rollouts", "steps", "step s", "generation s", "tokens", "reward, first and last half")
     for r in rows:
         half = len(r.rewards) // 2
@@ -30,14 +33,13 @@ def compare_trl(args: argparse.Namespace) -> None:
             f"{r.tokens:.1f}",
             f"{halves[0]:.3f} → {halves[1]:.3f}",
         )
-    console = Console(width=160)
-    console.print(table)
-    console.print(
+    terminal = console()
+    terminal.print(table)
+    terminal.print(
         f"step {pair.step_ratio:.2f}, at equal lengths {pair.equal_lengths:.2f} of at most {pair.limit:.2f}; "
         f"generation {pair.generation_ratio:.2f}, by token {pair.by_token:.2f}; "
         f"reward {pair.reward_difference:+.3f} ± {pair.reward_error:.3f}"
     )
-    write_rows({"rows": rows, "pair": [pair]}, args.out, command_line())
 
 
 PIPELINE_COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {"trl": compare_trl}

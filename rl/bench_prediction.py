@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rl.bench import RolloutBench
+from rl.bench_results import Keep, ignore
 from rl.lengths.predictor import Example, Kind, LengthPredictor
 from rl.lengths.statistics import is_loop, pinball
 from rl.tasks import load_task
@@ -132,7 +133,13 @@ def _by_prompt(predicted: np.ndarray, lengths: np.ndarray, q: float) -> np.ndarr
 
 
 def compare_orders(
-    bench: RolloutBench, known: Observed, held_out: Observed, slots: int, cache_tokens: int | None, say: Callable[[str], None]
+    bench: RolloutBench,
+    known: Observed,
+    held_out: Observed,
+    slots: int,
+    cache_tokens: int | None,
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[OrderRow]:
     """The held-out prompts' completions, in arrival order, by prediction, and by what they turned out to be.
 
@@ -142,6 +149,7 @@ def compare_orders(
         slots: Sequences decoded together.
         cache_tokens: That the cache holds; None for no limit but the slots'.
         say: Progress.
+        keep: Takes each row as it comes.
     """
     longest = bench.params.max_tokens
     head = trained("prod_d", known.examples, longest, seed=0)
@@ -171,5 +179,6 @@ def compare_orders(
         rollouts = engine.generate(requests)
         seconds = time.perf_counter() - begin
         rows.append(OrderRow(name, len(engine.records), seconds, sum(r.stats.preempted for r in rollouts)))
+        keep(rows[-1])
         say(f"{name}: {rows[-1].steps} steps, {seconds:.1f} s, {rows[-1].preempted} preempted")
     return rows

@@ -1,19 +1,14 @@
-"""Tables, JSON and a plot of a rollout benchmark."""
+"""Tables and a plot of a rollout benchmark."""
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 from rich.table import Table
 
 from rl.bench import Measurement
@@ -65,28 +60,8 @@ def profile_table(profiles: Sequence[StepProfile]) -> Table:
     return t
 
 
-def write(results: Sequence[Measurement], profiles: Sequence[StepProfile], extra: dict[str, Any], out: Path, command: str) -> None:
-    """``out``.json with every number and the command, and ``out``.png."""
-    data = {
-        "command": command,
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
-        **extra,
-        "results": [asdict(m) for m in results],
-        "profiles": [asdict(p) for p in profiles],
-    }
-    out.with_suffix(".json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-    _plot(results, out.with_suffix(".png"))
-
-
-def write_rows(tables: dict[str, list[Any]], out: Path, command: str) -> None:
-    """``out``.json: tables of dataclass rows, the machine and the command."""
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    data = {"command": command, "machine": machine} | {name: [asdict(row) for row in rows] for name, rows in tables.items()}
-    out.with_suffix(".json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def _plot(results: Sequence[Measurement], path: Path) -> None:
+def draw_results(results: Sequence[Measurement], path: Path) -> None:
+    """Draws every method's tokens a second ÷ plain decoding's, by workload."""
     methods = list(dict.fromkeys(m.method for m in results))
     workloads = list(dict.fromkeys(m.workload for m in results))
     figure, ax = plt.subplots(figsize=(10, 4), dpi=110)

@@ -4,52 +4,84 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rl.errors import UserError
+from rl.progress import duration
 from rl.summary import read_metrics
 
+_POLL = 0.5  # seconds
+_BETWEEN_LINES = 30.0  # seconds
+Say = Callable[[str], None]
 
-def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int) -> list[dict[str, Any]]:
+
+def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say) -> list[dict[str, Any]]:
     """Trains a recipe with ``launch/train.py`` and returns the metrics of its steps.
 
     Raises:
         UserError: when the run fails, with what it said itself, or its last line.
     """
-    run_ranks("train.py", [str(config), *overrides], out, ranks)
+    run_ranks("train.py", [str(config), *overrides], out, ranks, say)
     return read_metrics(out)
 
 
-def run_ranks(script: str, arguments: Sequence[str], out: Path, ranks: int) -> None:
-    """A script of launch/ under torchrun, to its end.
+def run_ranks(script: str, arguments: Sequence[str], out: Path, ranks: int, say: Say) -> None:
+    """Runs a script of launch/ under torchrun to its end, and says now and then how far it is.
 
     Args:
         script: Its name.
         arguments: Of it, but ``out``.
         out: The run's directory.
         ranks: On this machine.
+        say: Takes a line at the beginning and every half a minute.
 
     Raises:
         UserError: when it fails, with what it said itself, or its last line.
     """
+    with tempfile.TemporaryFile("w+") as errors:
+        job = subprocess.Popen([*_launcher(script, ranks), *arguments, f"out={out}"], stdout=subprocess.DEVNULL, stderr=errors)
+        say(f"training {out}")
+        try:
+            _watch(job, out, say)
+        finally:
+            if job.poll() is None:
+                job.terminate()
+                job.wait()
+        if job.returncode == 0:
+            return
+        errors.seek(0)
+        lines = errors.read().strip().splitlines() or ["no message"]
+    own = [line.removeprefix("paceline: ") for line in lines if line.startswith("paceline: ")]
+    raise UserError(f"the run {out} failed: {(own or lines[-1:])[0]}")
+
+
+def _launcher(script: str, ranks: int) -> list[str]:
     path = Path(__file__).parents[1] / "launch" / script
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    result = subprocess.run([*launcher, str(path), *arguments, f"out={out}"], capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        own = [line.removeprefix("paceline: ") for line in lines if line.startswith("paceline: ")]
-        raise UserError(f"the run {out} failed: {(own or lines[-1:])[0]}")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(path)]
 
 
-def finished_run(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The same, unless ``out`` is already there and finished."""
+def _watch(job: subprocess.Popen[bytes], out: Path, say: Say) -> None:
+    """Waits for a run, and says now and then which step it has done, by the lines of its metrics."""
+    said, began = time.monotonic(), time.monotonic()
+    while job.poll() is None:
+        time.sleep(_POLL)
+        now = time.monotonic()
+        if now - said >= _BETWEEN_LINES:
+            said = now
+            metrics = next((p for p in (out / "metrics.jsonl", out / "steps.jsonl") if p.is_file()), None)
+            done = metrics.read_bytes().count(b"\n") if metrics is not None else 0
+            say(f"  {out}: {f'step {done} done' if done else 'starting'}, {duration(now - began)}")
+
+
+def finished_run(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say) -> list[dict[str, Any]]:
+    """Trains a recipe as `train_recipe` does, unless ``out`` is already there and finished."""
     if (out / "summary.json").is_file():
         return read_metrics(out)
-    say(f"training {out}")
-    return train_recipe(config, overrides, out, ranks)
+    return train_recipe(config, overrides, out, ranks, say)
 
 
 def quarters(values: Sequence[float]) -> list[float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from rl.bench import Measurement, RolloutBench, Workload
+from rl.bench_results import Keep, ignore
 from rollout import PLAIN, RolloutEngine, Strategy
 from rollout.strategy import FixedSelector, Selector, default_arms
 
@@ -54,7 +55,9 @@ class SelectionRow:
         return self.speed("adaptive") / self.speed("plain")
 
 
-def compare_selection(bench: RolloutBench, batches: list[str], say: Callable[[str], None]) -> list[SelectionRow]:
+def compare_selection(
+    bench: RolloutBench, batches: list[str], say: Callable[[str], None], keep: Keep = ignore
+) -> list[SelectionRow]:
     """Exhaustive search over the default arms at each batch size, then the bandit once it has seen 200 steps of other requests."""
     rows = []
     for w in bench.workloads(batches):
@@ -76,6 +79,7 @@ def compare_selection(bench: RolloutBench, batches: list[str], say: Callable[[st
             f"({row.share_of_best:.1%} of it, {row.over_plain:.2f} x plain)"
         )
         rows.append(row)
+        keep(row)
     return rows
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import mean, train_recipe
 
 WAYS = {
@@ -39,7 +40,7 @@ class ShardingRow:
 
 
 def compare_sharding(
-    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None]
+    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None], keep: Keep = ignore
 ) -> list[ShardingRow]:
     """Trains the recipe from the same policy and seed in every way.
 
@@ -48,7 +49,7 @@ def compare_sharding(
     """
     rows: list[ShardingRow] = []
     for way, options in WAYS.items():
-        metrics = train_recipe(config, [*overrides, *options], out / way.lower().replace(" ", ""), ranks)
+        metrics = train_recipe(config, [*overrides, *options], out / way.lower().replace(" ", ""), ranks, say)
         losses = [m["update/loss"] for m in metrics]
         first = rows[0].losses if rows else losses
         timed = metrics[1:] or metrics
@@ -64,4 +65,5 @@ def compare_sharding(
         )
         say(f"{way}: loss within {row.loss_gap:.1e}, gather {row.gather:.2f} s, update {row.update:.2f} s, {row.peak_gb:.1f} GB")
         rows.append(row)
+        keep(row)
     return rows

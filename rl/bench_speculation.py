@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rl.bench_runs import mean, quarters, train_recipe
+from rl.bench_results import Keep, ignore
+from rl.bench_runs import Say, mean, quarters, train_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,22 @@ class RunTimes:
     length_max: int
 
 
-def compare_speculation(config: Path, overrides: Sequence[str], out: Path) -> list[RunTimes]:
+def compare_speculation(config: Path, overrides: Sequence[str], out: Path, say: Say, keep: Keep = ignore) -> list[RunTimes]:
     """Trains the recipe plainly and adaptively, from the same policy and seed.
 
     Raises:
         UserError: when a run fails, with its last line.
     """
-    return [_train(config, [*overrides, "measure.plain_every=0"], strategy, out / strategy) for strategy in ("plain", "adaptive")]
+    rows = []
+    for strategy in ("plain", "adaptive"):
+        rows.append(_train(config, [*overrides, "measure.plain_every=0"], strategy, out / strategy, say))
+        keep(rows[-1])
+    return rows
 
 
-def _train(config: Path, overrides: Sequence[str], strategy: str, out: Path) -> RunTimes:
+def _train(config: Path, overrides: Sequence[str], strategy: str, out: Path, say: Say) -> RunTimes:
     ranks = max(torch.cuda.device_count(), 1)
-    metrics = train_recipe(config, [*overrides, f"speculation.strategy={strategy}"], out, ranks)
+    metrics = train_recipe(config, [*overrides, f"speculation.strategy={strategy}"], out, ranks, say)
     timed = metrics[1:] or metrics
     return RunTimes(
         strategy=strategy,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import finished_run, mean, quarters
 
 _PLAIN = ("speculation.strategy=plain", "speculation.drafters=[suffix]")
@@ -65,13 +66,20 @@ class RemedyRow:
 
 
 def compare_remedies(
-    config: Path, overrides: Sequence[str], names: Sequence[str], folder: Path, ranks: int, say: Callable[[str], None]
+    config: Path,
+    overrides: Sequence[str],
+    names: Sequence[str],
+    folder: Path,
+    ranks: int,
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[RemedyRow]:
     """Trains a recipe with each remedy, where its run is not there yet, and tells what its steps took."""
     rows = []
     for name in names:
         run = folder / name.replace(",", "").replace(" ", "-")
         rows.append(_row(name, finished_run(config, [*overrides, *REMEDIES[name]], run, ranks, say)))
+        keep(rows[-1])
     return rows
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from rl.bench_results import Keep, ignore
 from rl.bench_runs import mean, run_ranks
+from rl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,13 @@ class TrlPair:
 
 
 def compare_trl(
-    config: str, drafter: Path, folder: Path, ranks: int, overrides: Sequence[str], say: Callable[[str], None]
+    config: str,
+    drafter: Path,
+    folder: Path,
+    ranks: int,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> tuple[list[TrlRow], TrlPair]:
     """Trains a recipe's task in TRL with either, where that is not there yet.
 
@@ -65,9 +73,11 @@ def compare_trl(
     for side in ("trl", "paceline"):
         out = folder / side
         if not (out / "steps.jsonl").is_file():
-            say(f"training {out}")
-            run_ranks("train_trl.py", [config, "--rollouts", side, "--drafter", str(drafter), *overrides], out, ranks)
+            if not drafter.is_dir():
+                raise UserError(f"--drafter {drafter}: not there; make it with paceline warmup {config} --drafter {drafter}")
+            run_ranks("train_trl.py", [config, "--rollouts", side, "--drafter", str(drafter), *overrides], out, ranks, say)
         rows.append(_row(side, [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]))
+        keep(rows[-1])
     theirs, ours = rows
     by_token = theirs.generation / theirs.tokens / (ours.generation / ours.tokens)
     differences = [a - b for a, b in zip(ours.rewards, theirs.rewards, strict=True)]

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rl.config import RunConfig
-from rl.estimate import machine_speed
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
+from rl.places import machine_speed
 from rl.starting import starting_policy
 
 _PROMPT = 60

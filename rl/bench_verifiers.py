@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rl.bench import RolloutBench
+from rl.bench_results import Keep, ignore
 from rollout import mean_acceptance_length
 from rollout.drafters import DraftRules
 from rollout.trees import DraftKind, DraftTree
@@ -114,7 +115,12 @@ CASES = (
 
 
 def measure_verifiers(
-    bench: RolloutBench, batch: str, pairs: int, candidates: tuple[int, ...], say: Callable[[str], None]
+    bench: RolloutBench,
+    batch: str,
+    pairs: int,
+    candidates: tuple[int, ...],
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> tuple[list[VerifierRow], list[BoundRow]]:
     """Every verifier in the engine on one workload, twice over with new seeds; then theory and bounds on nodes it met."""
     (w,) = bench.workloads((batch,))
@@ -130,6 +136,7 @@ def measure_verifiers(
         first = sum(a > 0 for a, _ in steps) / len(steps)
         nodes = max(d for _, d in steps)
         rows.append(VerifierRow(strategy, "likeliest", "deterministic", nodes, mean_acceptance_length(rollouts), first, None))
+        keep(rows[-1])
     for strategy, draw, name in CASES:
         engine = bench.engine(w.slots, longest, DraftRules("static", draw), ("eagle3",))
         watching = Watching(VERIFIERS[name], pairs if (name, strategy) == ("chain", "eagle3:1") else 0)
@@ -140,6 +147,7 @@ def measure_verifiers(
         theory = watching.overlap / watching.seen if name == "chain" else None
         acceptance = watching.accepted / watching.seen
         rows.append(VerifierRow(strategy, draw, name, nodes, mean_acceptance_length(rollouts), acceptance, theory))
+        keep(rows[-1])
         met += watching.pairs
         say(f"{strategy:<14} {draw:<20} {name:<10} accepted length {rows[-1].acceptance_length:.3f}  first level {acceptance:.4f}")
     return rows, list(_bounds(met, candidates))

@@ -1,13 +1,13 @@
-"""What commands share."""
+"""What commands share. Imports nothing that takes long: help and mistakes are answered at once."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-import transformers
 from typer import Argument
 
 from drafter_trainer.errors import DrafterError
@@ -18,13 +18,24 @@ Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its traceback.
-
-    Also silences the progress bars of transformers' loading and saving, which would bury the run's own.
-    """
-    transformers.utils.logging.disable_progress_bar()
+    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its traceback."""
     try:
         yield
     except (UserError, DrafterError) as error:
         print(f"paceline: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def say_first(doing: str, *, data: bool = False) -> None:
+    """Says what a command is about to do, before it imports torch and transformers, which takes seconds.
+
+    Says nothing where torch is imported already, nor on any rank of a run but the first.
+
+    Args:
+        doing: A phrase such as ``reading the recipe``.
+        data: Whether standard output is for a script to read, such as a path: the line then goes to a terminal's standard error
+            or nowhere.
+    """
+    if "torch" in sys.modules or os.environ.get("RANK", "0") != "0" or (data and not sys.stderr.isatty()):
+        return
+    print(f"{doing} …", file=sys.stderr if data else sys.stdout, flush=True)

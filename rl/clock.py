@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rl.metrics import Span
+from rl.progress import Phase
 
 
 class Clock:
@@ -19,9 +20,11 @@ class Clock:
 
     Args:
         accelerator: Of the run. Making a clock is collective.
+        shown: Shows a phase of this name to the user while it lasts.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, shown: Callable[[str], AbstractContextManager[Phase]]) -> None:
+        self._shown = shown
         origin: list[object] = [time.monotonic(), _machine()]
         broadcast_object_list(origin)
         self._origin = float(origin[0]) if origin[1] == _machine() else time.monotonic()  # type: ignore[arg-type]
@@ -32,10 +35,11 @@ class Clock:
         return moment - self._origin
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Notes when a phase of this rank's step began and ended."""
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Notes when a phase of this rank's step began and ended, and shows how far it is by the `Phase` that it yields."""
         begin = time.monotonic() - self._origin
-        yield
+        with self._shown(name) as shown:
+            yield shown
         self.spans.append(Span(name, begin, time.monotonic() - self._origin))
 
 

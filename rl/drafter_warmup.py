@@ -53,11 +53,20 @@ class WarmupReport:
     curve: list[tuple[float, float]] = field(default_factory=list)
 
 
-def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[str], None]) -> WarmupReport:
+OnRound = Callable[[float, str], None]
+
+
+def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound | None = None) -> WarmupReport:
     """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter to ``out``.
 
     The learning rate falls linearly with time, from three times the recipe's to a third of it. Written is the last drafter that did
     better on sequences kept back.
+
+    Args:
+        config: The recipe, whose starting policy is there.
+        minutes: Of sampling and training together.
+        out: New directory.
+        on_round: Called after each round with the seconds so far and a line about it.
 
     Raises:
         UserError: for a recipe without the eagle3 drafter.
@@ -99,7 +108,9 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, say: Callable[[st
             spot.adopt([p.detach() for p in spot.approved.parameters()])
             worker.take_over_drafter()
             report.curve.append((time.perf_counter() - started, trained.candidate_length))
-        say(f"{60 * minutes * spent():5.0f} s  {report.updates} updates  expected acceptance length {trained.candidate_length:.2f}")
+        if on_round is not None:
+            seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"
+            on_round(60 * minutes * spent(), seen)
     report.greedy, report.sampled = (_measure(worker, config, t) for t in (0.0, config.rollout.temperature))
     save_drafter(spot.serving, out, torch.float32)
     save_optimizer(spot.learner.optimizer, out / "optimizer")

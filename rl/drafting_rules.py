@@ -51,6 +51,10 @@ def check_drafting(config: RunConfig) -> None:
             len(d.ensemble) > 0 and all(multiple > 0 for multiple in d.ensemble),
             f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one drafter",
         ),
+        (
+            d.warmup_minutes is None or d.warmup_minutes > 0,
+            f"drafter.warmup_minutes is {d.warmup_minutes}: write minutes above 0, or null",
+        ),
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
         (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
         (

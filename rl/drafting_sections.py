@@ -58,7 +58,9 @@ class DrafterConfig:
 
     Attributes:
         start: Directory of a drafter to start from, as warmup_drafter.py and export_drafter.py write it; null makes one after the
-            first step.
+            first step, or before it by ``warmup_minutes``.
+        warmup_minutes: Without ``start``, make a first drafter from the policy's own samples before the run, for so many minutes of
+            sampling and training; it is cached, and other runs of the recipe find it. Null makes none.
         draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts, or those of ``start``, which must
             be as many.
         tap_layers: Three layers whose inputs it reads, in order; empty takes 2, L // 2 and L − 3 of the policy's L layers. Those of
@@ -93,6 +95,7 @@ class DrafterConfig:
     """
 
     start: str | None = None
+    warmup_minutes: float | None = None
     draft_vocab_size: int = 4096
     tap_layers: tuple[int, ...] = ()
     vocabulary_every: int = 0

@@ -1,45 +1,71 @@
-"""What a recipe will take, before anything is loaded: memory of a rank, and the least time of a step on this machine."""
+"""What a recipe will take, before anything is loaded: memory of a rank by part, and the time of a step."""
 
 from __future__ import annotations
 
-import time
+import os
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rl.config import LoraConfig, RunConfig
 from rl.lora import add_adapters
+from rl.places import Place
 from rl.policies import cached_policy
 from rl.sharding import is_shared, trainable, zero_stage
 from rl.shipped import shipped_folder
-from rl.starting import starting_drafter
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
 
 _SHAPES = shipped_folder() / "shapes"
-_TRAINED = 16  # bytes of a float32 parameter with its gradient and Adam's two moments
+KEYS_AND_VALUES = "keys, values and taps"
+_MOMENTS = 8  # bytes of Adam's two for a parameter
+_CONTEXT = {"cuda": int(1e9), "cpu": int(0.7e9)}  # CUDA's context and workspaces; Python with torch and transformers imported
+_VLLM_SHARE = 0.9  # of a GPU, that vLLM takes unless told otherwise (gpu_memory_utilization)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something that takes memory.
+
+    Attributes:
+        what: Its name.
+        size: Bytes on one rank.
+        whole: Bytes of all of it, where it is shared out among ranks or cut to what is free; else ``size``.
+    """
+
+    what: str
+    size: int
+    whole: int
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one rank.
+    """Of one rank; all are alike.
 
     Attributes:
-        memory: Bytes by what takes them.
-        rollout, update: Seconds of a step that cannot be undercut on this machine without speculation, if every completion takes
-            half of ``rollout.max_tokens``.
-        bandwidth, flops: Of this machine, as a rank has them: bytes and operations a second.
+        parts: What takes memory.
+        room: Bytes left for keys and values by all other parts; may be negative.
+        tokens: That the keys and values hold.
+        rollout, update: Seconds of a step without speculation if every completion takes half of ``rollout.max_tokens``; None where
+            the device's speed is not known.
     """
 
-    memory: dict[str, int]
-    rollout: float
-    update: float
-    bandwidth: float
-    flops: float
+    parts: list[Part]
+    room: int
+    tokens: int
+    rollout: float | None
+    update: float | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.size for part in self.parts)
+
+    def size(self, what: str) -> int:
+        """Bytes of a part on a rank; 0 where there is none."""
+        return sum(part.size for part in self.parts if part.what == what)
 
 
 def policy_config(model: str) -> PreTrainedConfig | None:
@@ -52,66 +78,146 @@ def policy_config(model: str) -> PreTrainedConfig | None:
         return None
 
 
-def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> Estimate:
+def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int, place: Place) -> Estimate:
     """A recipe on a policy.
 
     Args:
         config: The recipe.
         policy: From `policy_config`.
         ranks: That share the step's prompts, and what ``scale`` shards.
+        place: What each has.
     """
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(policy).num_parameters()
-    memory = _memory(config, policy, parameters, ranks)
-    bandwidth, flops = machine_speed(torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32)
-    r = config.rollout
-    sequences, length = r.prompts_per_step * r.group_size // ranks, r.max_tokens / 2
-    width = getattr(torch, r.dtype).itemsize
-    together = min(r.max_slots, sequences)
-    decode = max(parameters * width / bandwidth, 2 * parameters * together / flops)
-    passes = 8 if config.policy.gradient_checkpointing else 6  # forward 2, backward 4, and the forward again
-    tokens = sequences * length + sequences / r.group_size * (r.max_context - r.max_tokens)
-    return Estimate(memory, -(-sequences // together) * length * decode, passes * parameters * tokens / flops, bandwidth, flops)
+    parts = [*_trained(config, policy, parameters, ranks), *_beside(config, policy, parameters, ranks)]
+    if config.rollout.vllm is not None and not config.rollout.vllm.servers:
+        parts += _vllm(config, parameters, place)
+    parts.append(Part("libraries", _CONTEXT[place.device], _CONTEXT[place.device]))
+    room = place.memory - sum(part.size for part in parts)
+    shape = cache_shape(config, policy)
+    wanted = shape.token_bytes * shape.slots * shape.capacity
+    limit = config.rollout.kv_memory_gb
+    held = max(min(wanted, room if limit is None else int(limit * 1e9)), shape.token_bytes * shape.capacity)
+    parts.insert(-1, Part(KEYS_AND_VALUES, held, wanted))
+    tokens = held // shape.token_bytes
+    rollout, update = step_seconds(config, parameters, ranks, place, shape, tokens)
+    return Estimate([part for part in parts if part.size], room, tokens, rollout, update)
 
 
-def _training_bytes(config: RunConfig, parameters: int, trained: int, ranks: int) -> int:
-    """Weights, gradients and Adam's moments of one rank: what a stage of ZeRO shards is divided by the ranks (table 1 of arXiv
-    1910.02054, with float32 weights instead of 16-bit ones and copies of them)."""
+def _sharded(config: RunConfig) -> int:
+    """The stage of ZeRO that a recipe shards by; FSDP2 shards what stage 3 does."""
     scale = config.scale
-    stage = 3 if scale.fsdp2 else zero_stage(scale.deepspeed) if scale.deepspeed is not None else 0
-    weights, gradients, moments = 4 * parameters, 4 * trained, 8 * trained
-    sharded = [moments, gradients, weights][:stage]
-    whole = [moments, gradients, weights][stage:]
-    return sum(whole) + sum(-(-part // ranks) for part in sharded)
+    return 3 if scale.fsdp2 else zero_stage(scale.deepspeed) if scale.deepspeed is not None else 0
 
 
-def _memory(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks: int) -> dict[str, int]:
+def _in_training(what: str, config: RunConfig, parameters: int, trained: int, ranks: int, stage: int) -> list[Part]:
+    """Weights, gradients and Adam's moments of one rank: what a stage of ZeRO shards is divided by the ranks (table 1 of arXiv
+    1910.02054, with float32 weights instead of 16-bit ones and copies of them). DeepSpeed steps on its own copy of the weights.
+    """
+    sizes = {"Adam's moments": _MOMENTS * trained, "gradients": 4 * trained, "weights": 4 * parameters}
+    sharded = list(sizes)[:stage]
+    if config.scale.deepspeed is not None and stage:
+        sizes["weights that DeepSpeed steps on"] = 4 * trained
+        sharded.append("weights that DeepSpeed steps on")
+    order = ("weights", "weights that DeepSpeed steps on", "gradients", "Adam's moments")
+    return [
+        Part(f"{what}{name}", -(-sizes[name] // ranks) if name in sharded else sizes[name], sizes[name])
+        for name in order
+        if name in sizes
+    ]
+
+
+def _trained(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks: int) -> list[Part]:
+    lora, stage = config.scale.lora, _sharded(config)
+    trained = parameters if lora is None else _adapter_parameters(policy, lora)
+    parts = _in_training("", config, parameters, trained, ranks, stage)
+    if config.policy.mixed_precision == "bf16":
+        cast = 2 * parameters if stage < 3 else 6 * _largest_layer(policy)
+        parts.append(_alike("weights in bfloat16, for a forward" if stage < 3 else "a layer's weights, gathered", cast))
+    if config.update.advantage == "gae":
+        parts += _in_training("critic: ", config, parameters, parameters, ranks, 0)
+    return parts
+
+
+def _beside(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks: int) -> list[Part]:
+    """The engine's weights, activations, the reference, the drafter."""
+    dtype = getattr(torch, config.rollout.dtype)
+    parts = []
+    if dtype != torch.float32 or not is_shared(config.scale):
+        parts.append(_alike("engine's copy of the weights", parameters * dtype.itemsize))
+    parts.append(_alike("activations of a micro-batch", _activations(config, policy)))
+    if config.update.kl_coef > 0 and (config.scale.lora is None or config.scale.sharded):
+        parts.append(_alike("reference policy", 4 * parameters))
+    if "eagle3" in config.speculation.drafters:
+        text, drafter = policy.get_text_config(), config.drafter
+        taps = default_tap_layers(text.num_hidden_layers)
+        size = parameter_count(eagle3_config(policy, drafter.draft_vocab_size, taps))
+        trained = 0 if drafter.schedule == "never" else size * (8 + _MOMENTS) * len(drafter.ensemble)
+        parts.append(_alike("drafter in training", trained))
+        parts.append(_alike("drafter, served and approved", size * (8 + dtype.itemsize)))
+        if drafter.schedule != "never":
+            kept = min(drafter.memory_tokens, (drafter.previous_steps + 1) * int(_sequences(config, ranks) * _length(config)))
+            parts.append(_alike("drafter's traces", kept * (len(taps) + 1) * text.hidden_size * dtype.itemsize))
+    return parts
+
+
+def _alike(what: str, size: int) -> Part:
+    return Part(what, size, size)
+
+
+def _vllm(config: RunConfig, parameters: int, place: Place) -> list[Part]:
+    """vLLM in the process: its own weights, and what it keeps for keys and values beside the engine's."""
+    options, r = (config.rollout.vllm.options if config.rollout.vllm is not None else {}), config.rollout
+    weights = parameters * getattr(torch, r.dtype).itemsize
+    if r.kv_memory_gb is not None:
+        cache = int(r.kv_memory_gb * 1e9)
+    elif place.device == "cpu":
+        cache = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)
+    else:
+        cache = max(int(float(options.get("gpu_memory_utilization", _VLLM_SHARE)) * place.memory) - weights, 0)
+    return [_alike("vLLM's weights", weights), _alike("vLLM's keys and values", cache)]
+
+
+def cache_shape(config: RunConfig, policy: PreTrainedConfig) -> CacheShape:
+    """What the engine's cache holds where memory allows: every slot at its longest, the drafts of a step included."""
     r, text = config.rollout, policy.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     taps = default_tap_layers(text.num_hidden_layers) if "eagle3" in config.speculation.drafters else ()
-    dtype = getattr(torch, r.dtype)
     width = text.hidden_size * (len(taps) + 1) if taps else 0
-    shape = CacheShape(text.num_hidden_layers, kv_heads, head_dim, r.max_slots, r.max_context, width, dtype)
-    cache = shape.token_bytes * r.max_slots * (r.max_context + config.speculation.max_nodes + 2)
-    lora = config.scale.lora
-    trained = parameters if lora is None else _adapter_parameters(policy, lora)
-    copied = dtype != torch.float32 or not is_shared(config.scale)
-    memory = {
-        "policy, gradients and Adam": _training_bytes(config, parameters, trained, ranks),
-        "the engine's copy of the policy": parameters * dtype.itemsize if copied else 0,
-        "keys, values and taps": cache if r.kv_memory_gb is None else min(cache, int(r.kv_memory_gb * 1e9)),
-        "activations of a micro-batch": _activations(config, policy),
-    }
-    if config.update.kl_coef > 0 and (lora is None or config.scale.sharded):
-        memory["reference policy"] = 4 * parameters
-    if config.update.advantage == "gae":
-        memory["critic, gradients and Adam"] = _training_bytes(config, parameters, parameters, ranks)
-    if taps:
-        size = parameter_count(eagle3_config(policy, config.drafter.draft_vocab_size, taps))
-        memory["drafters in training, served and approved"] = size * (_TRAINED * len(config.drafter.ensemble) + 8 + dtype.itemsize)
-    return memory
+    capacity = r.max_context + config.speculation.max_nodes + 2
+    return CacheShape(text.num_hidden_layers, kv_heads, head_dim, r.max_slots, capacity, width, getattr(torch, r.dtype))
+
+
+def _sequences(config: RunConfig, ranks: int) -> float:
+    return config.rollout.prompts_per_step * config.rollout.group_size / ranks
+
+
+def _length(config: RunConfig) -> float:
+    """Tokens of prompt and completion that an estimate reckons with: half of the longest completion, and the longest prompt."""
+    return config.rollout.max_tokens / 2 + config.rollout.max_context - config.rollout.max_tokens
+
+
+def step_seconds(
+    config: RunConfig, parameters: int, ranks: int, place: Place, shape: CacheShape, tokens: int
+) -> tuple[float | None, float | None]:
+    """Seconds of a step's rollouts and of its update on one rank, without speculation.
+
+    A decode step reads the weights once, and the keys and values of every sequence that it decodes, or computes 2 operations for
+    each weight and sequence; an update computes 6 a weight and token, or 8 with recomputed activations.
+    """
+    if place.bandwidth is None or place.flops is None:
+        return None, None
+    r = config.rollout
+    sequences, length = _sequences(config, ranks), r.max_tokens / 2
+    width = getattr(torch, r.dtype).itemsize
+    together = min(float(r.max_slots), sequences, max(tokens / _length(config), 1.0))
+    keys = together * _length(config) * 2 * shape.layers * shape.kv_heads * shape.head_dim * width
+    decode = max((parameters * width + keys) / place.bandwidth, 2 * parameters * together / place.flops)
+    passes = 8 if config.policy.gradient_checkpointing else 6  # forward 2, backward 4, and the forward again
+    trained = sequences * length + sequences / r.group_size * (r.max_context - r.max_tokens)
+    return sequences / together * length * decode, passes * parameters * trained / place.flops
 
 
 def _adapter_parameters(policy: PreTrainedConfig, lora: LoraConfig) -> int:
@@ -119,6 +225,15 @@ def _adapter_parameters(policy: PreTrainedConfig, lora: LoraConfig) -> int:
         model = AutoModelForCausalLM.from_config(policy)
         add_adapters(model, lora, seed=0)
     return sum(p.numel() for p in trainable(model))
+
+
+def _largest_layer(policy: PreTrainedConfig) -> int:
+    """Parameters of the module that a sharded forward gathers at the most: a decoder layer or the embedding."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(policy)
+    embedding = model.get_input_embeddings().weight.numel()
+    layers = policy.get_text_config().num_hidden_layers
+    return max(embedding, (model.num_parameters() - embedding) // layers)
 
 
 def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
@@ -130,45 +245,3 @@ def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
     layers = text.num_hidden_layers
     each = layer + layers * size * text.hidden_size if config.policy.gradient_checkpointing else layer * layers
     return config.update.tokens_per_microbatch * each
-
-
-@cache
-def machine_speed(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second of reading, and operations a second of a product: the best of three."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    line = torch.ones(64 << 20, dtype=torch.float32, device=device)
-    left = torch.ones(2048, 2048, dtype=dtype, device=device)
-
-    def best(work: object) -> float:
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            work()  # type: ignore[operator]
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return line.nbytes / best(lambda: line.sum()), 2 * 2048**3 / best(lambda: left @ left)
-
-
-def describe(config: RunConfig, path: Path, ranks: int) -> list[str]:
-    """The estimate in lines of text; one that says why where there is none."""
-    lines = [
-        f"{path}: valid; {config.steps} steps of {config.rollout.prompts_per_step} prompts × {config.rollout.group_size} samples"
-    ]
-    if config.scale.deepspeed is not None:
-        zero_stage(config.scale.deepspeed)  # whether the file can be used
-    policy = policy_config(config.policy.model)
-    if policy is None:
-        return [*lines, f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated"]
-    starting_drafter(config, policy)  # whether it can be used
-    found = estimate(config, policy, ranks)
-    width = max(len(name) for name in found.memory)
-    lines += [f"  {name:<{width}}  {size / 1e9:7.2f} GB" for name, size in found.memory.items() if size]
-    lines.append(f"  {'a rank':<{width}}  {sum(found.memory.values()) / 1e9:7.2f} GB")
-    lines.append(
-        f"a step, at the least (completions of {config.rollout.max_tokens // 2} tokens, {found.bandwidth / 1e9:.0f} GB/s, "
-        f"{found.flops / 1e12:.2f} TFLOP/s here): rollouts {found.rollout:.1f} s without speculation, update {found.update:.1f} s"
-    )
-    return lines

@@ -21,6 +21,7 @@ from rl.log_probs import PolicyLogProbs
 from rl.lora import merged
 from rl.mergeable import adapted_layers
 from rl.policies import load_policy, recompute_activations
+from rl.progress import Phase
 from rl.reference import Reference
 from rl.run_state import Checkpoint, restore_moments
 from rl.shaping import Shaped
@@ -107,7 +108,7 @@ class PolicyLearner:
         return [replace(s, reference=logprobs) for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)]
 
     def learn(
-        self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int
+        self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int, shown: Phase | None = None
     ) -> tuple[UpdateReport, CriticReport, list[float]]:
         """Updates on a step's rollouts. Collective.
 
@@ -116,6 +117,7 @@ class PolicyLearner:
             samples: Of those, from `samples`.
             shaped: The reward of each.
             step: Of the run.
+            shown: Shows how far the policy's update is.
 
         Returns:
             The policy's report, the critic's, and the mean advantage of each completion.
@@ -139,7 +141,7 @@ class PolicyLearner:
         judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
         report = UpdateReport()
         if self.critic is None or step >= self._config.critic.warmup_steps:
-            report = self._updater.run(counted, step, kl_coef, self.entropy)
+            report = self._updater.run(counted, step, kl_coef, self.entropy, shown)
             kl, entropy, tokens = self._total(torch.tensor([report.kl, report.entropy, float(report.tokens)])).tolist()
             self.kl.observe(kl / max(tokens, 1.0))
             self.entropy = entropy / tokens if tokens else self.entropy

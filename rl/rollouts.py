@@ -22,6 +22,7 @@ from rl.prompts import stop_token_ids
 from rl.shaping import length_terms
 from rl.starting import tap_layers
 from rl.tasks import Problem
+from rl.tracking import RolloutProgress
 from rl.vllm_rollouts import VllmRollouts
 from rollout import (
     PLAIN,
@@ -150,16 +151,25 @@ class RolloutWorker:
         done = self.groups.rollout(problems, step, on_step, on_finish)
         failed = [r for r in done.rollouts if r.finish_reason is FinishReason.FAILED]
         if failed and len(failed) == len(done.rollouts):
-            raise UserError(f"step {step}: all {len(failed)} requests failed: {failed[0].error}")
+            raise UserError(f"all {len(failed)} requests of a step failed: {failed[0].error}")
         return done
 
-    def measure_plain(self, done: RankRollouts) -> None:
-        """Decodes the same requests again without speculation and notes the time, for a paired ratio."""
+    def measure_plain(self, done: RankRollouts, progress: RolloutProgress | None = None) -> None:
+        """Decodes the same requests again without speculation and notes the time, for a paired ratio.
+
+        Args:
+            done: Rollouts of this rank; the time is noted there.
+            progress: Shows how far it is.
+        """
         selector, collect = self.engine.speculation.selector, self.engine.collect_traces
         self.engine.use_strategy(PLAIN)
         self.engine.collect_traces = False
         begin = time.perf_counter()
-        again = self.engine.generate([r.request for r in done.rollouts])
+        requests = [r.request for r in done.rollouts]
+        if progress is None:
+            again = self.engine.generate(requests)
+        else:
+            again = self.engine.generate(requests, progress.on_step, on_finish=progress.on_finish)
         done.plain_seconds = time.perf_counter() - begin
         self.engine.speculation.selector, self.engine.collect_traces = selector, collect
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]

@@ -12,7 +12,7 @@ from rl.task_config import TaskConfig
 
 @dataclass(frozen=True, slots=True)
 class WarmupConfig:
-    """Supervised warm-up on worked solutions, by ``launch/warmup_policy.py``.
+    """Supervised warm-up on worked solutions, before a run or by ``paceline warmup``; it is cached.
 
     Attributes:
         examples: Worked solutions, each seen once.

@@ -31,7 +31,7 @@ def starting_policy(config: RunConfig) -> Path:
     path = warmed_policy_path(config)
     if not path.is_dir():
         raise UserError(
-            "policy.warmup: the warmed-up policy is not there yet; run python launch/warmup_policy.py with this recipe first"
+            "policy.warmup: the warmed-up policy is not there yet; run paceline warmup with this recipe and overrides first"
         )
     return path
 

@@ -16,19 +16,20 @@ from drafter_trainer.errors import DrafterError
 from drafter_trainer.export import export_drafter
 from rl.cli import user_errors
 from rl.config import RunConfig, load_config
+from rl.dry_run import describe
 from rl.errors import UserError
-from rl.estimate import describe
 from rl.files import disk_errors, write_whole
 from rl.interruption import Interruption
 from rl.launchers import end_with_launcher
 from rl.machine import fit_process
 from rl.opening import is_main, main_speaks_first, on_main, open_run, say_on_main
+from rl.preparation import check_same_start, prepare
+from rl.progress import Display
 from rl.prompt_check import check_recipe
 from rl.report import write_report
 from rl.resuming import resumed_recipe
 from rl.run_lock import RunLock
 from rl.run_state import has_checkpoint
-from rl.starting import starting_policy
 from rl.summary import read_metrics, summarise, table
 from rl.tiny_step import try_tiny_step
 from rl.tracking import Tracker
@@ -42,6 +43,8 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     parser.add_argument(
         "--dry-run", action="store_true", help="check the recipe, print what it will take, and try a tiny step of it"
     )
+    parser.add_argument("--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named")
+    parser.add_argument("--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run to go on with, also with other key=value")
     args = parser.parse_intermixed_args(arguments)
     if args.resume is not None and args.config is not None and "=" in args.config:
@@ -89,31 +92,42 @@ def train(args: argparse.Namespace) -> int:
         return 0
     config, run = find_run(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with disk_errors(run), RunLock(run, active=is_main()):
-        starting_policy(config)  # before there is a process group: once there is one, transformers writes models on rank 0 only
-        accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
-        checkpoint = on_main(
-            accelerator, lambda: open_run(config, run, accelerator.num_processes, args.resume is not None, args.overrides)
-        )
-        with Tracker(config, run, accelerator.is_main_process, 0 if checkpoint is None else checkpoint.steps_done) as tracker:
-            tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
-            with Interruption(run, accelerator.is_main_process) as interruption:
-                whole = Trainer(config, run, accelerator, checkpoint, tracker).run(interruption)
-            if accelerator.is_main_process and whole:
-                finish(config, run, tracker)
-            elif accelerator.is_main_process:
-                tracker.say(f"stopped; go on with --resume {run}")
-        accelerator.wait_for_everyone()
+    with Display(active=is_main()) as display:
+        # before there is a process group: once there is one, transformers writes models on rank 0 only
+        config = prepare(config, display, drafter=not has_checkpoint(run))
+        with disk_errors(run), RunLock(run, active=is_main()):
+            interruption, whole = train_ranks(config, run, args, display)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0 if whole else interruption.status
+
+
+def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display: Display) -> tuple[Interruption, bool]:
+    """The part of a run in which its ranks work together. Collective. Returns what may have stopped it, and whether it is whole."""
+    accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
+    check_same_start(config, accelerator)
+    main, resume = accelerator.is_main_process, args.resume is not None
+    checkpoint = on_main(accelerator, lambda: open_run(config, run, accelerator.num_processes, resume, args.overrides))
+    with Tracker(config, run, main, 0 if checkpoint is None else checkpoint.steps_done, display) as tracker:
+        tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
+        with Interruption(run, main) as interruption:
+            with display.phase("loading the policy, measuring the engine's forwards"):
+                trainer = Trainer(config, run, accelerator, checkpoint, tracker)
+            whole = trainer.run(interruption)
+        if main and whole:
+            finish(config, run, tracker)
+        elif main:
+            tracker.say(f"stopped; go on with --resume {run}")
+    accelerator.wait_for_everyone()
+    return interruption, whole
 
 
 def dry_run(args: argparse.Namespace) -> None:
     """Checks a recipe, prints what it will take, and tries two tiny steps of it."""
     config = load_config(args.config, args.overrides)
     said = check_recipe(config)
-    print("\n".join([*describe(config, Path(args.config), int(os.environ.get("WORLD_SIZE", "1"))), *said]), flush=True)
+    ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *said]), flush=True)
     print(try_tiny_step(config))
 
 
@@ -123,8 +137,9 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
     try:
         summary = summarise(read_metrics(run))
         write_whole(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        tracker.console.print(table(summary))
-        paths["report"] = str(write_report(run))
+        tracker.display.show(table(summary))
+        with tracker.display.phase("report"):
+            paths["report"] = str(write_report(run))
     except UserError as error:
         tracker.say(f"report: {error}")
     if (run / "checkpoint" / "drafter").is_dir():
@@ -136,4 +151,4 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
         except DrafterError as error:
             tracker.say(f"drafter: {error}")
     for name, path in paths.items():  # outside the table, which would cut them short
-        tracker.console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+        tracker.say(f"{name}: {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from rl.shared_drafter import SharedDrafter
 from rl.stability import Guard
 from rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
 from rl.tasks import Problem, load_task
-from rl.tracking import Tracker
+from rl.tracking import RolloutProgress, Tracker
 from rl.vllm_rollouts import VllmRollouts
 from rollout import FinishReason, Rollout, StepRecord
 
@@ -120,13 +121,14 @@ class Trainer:
         Returns:
             Whether no step remains.
         """
-        with self.scoring:
+        with self.scoring, self.tracker.steps(self.first_step) as whole:
             step = self.first_step - 1
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self.step(step)
                 collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
-                self.tracker.say(_line(step, self.config.steps, metrics))
+                self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
+                whole.update(step + 1 - self.first_step)
                 if collapse is not None and self.config.length.guard.action == "stop":
                     raise UserError(f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in {self.run_dir}")
                 if collapse is not None:
@@ -148,7 +150,7 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One RL step. Returns its metrics and every rank's record."""
-        clock = Clock(self.accelerator)
+        clock = Clock(self.accelerator, partial(self.tracker.phase, step))
         self.drafter.coordinator.begin(step)
         done, scores, rewards = self._rollouts(step, clock)
         dense = self._demand_answers(done, rewards, step, clock)
@@ -159,14 +161,14 @@ class Trainer:
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
         if self.config.measure.plain_every and (step + 1) % self.config.measure.plain_every == 0:
-            with clock.phase("measure"):
-                self.worker.measure_plain(done)
+            with clock.phase("measure") as shown:
+                self.worker.measure_plain(done, RolloutProgress(shown, len(done.rollouts)))
                 self.accelerator.wait_for_everyone()
-        with clock.phase("update"):
+        with clock.phase("update") as shown:
             shaped = self.shaping.shape(done.rollouts, done.budgets, rewards)
             if dense is not None:
                 shaped = replace(shaped, tokens=dense.advantages, more=tuple(dense.answers))
-            update, critic, advantages = self.learner.learn(done, samples, shaped, step)
+            update, critic, advantages = self.learner.learn(done, samples, shaped, step, shown)
         if self.decoded is not self.policy:
             with clock.phase("gather"):
                 copy_weights(self.learner.weights(), self.decoded)
@@ -236,16 +238,19 @@ class Trainer:
         return done, scores, rewards
 
     def _round(self, problems: list[Problem], step: int, number: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
-        with clock.phase("rollout"):
-            progress = self.tracker.rollout_progress(step, len(problems) * self.config.rollout.group_size)
+        with clock.phase("rollout") as shown:
+            progress = RolloutProgress(shown, len(problems) * self.config.rollout.group_size)
 
             def on_step(record: StepRecord) -> None:
                 self.drafter.coordinator.beat()
-                progress(record)
+                progress.on_step(record)
+
+            def on_finish(index: int, problem: Problem, rollout: Rollout) -> None:
+                progress.on_finish()
+                self._finished(index, problem, rollout)
 
             # a problem may come again in a later round: with seeds of its own
-            done = self.worker.rollout(problems, step + number * _ROUND, on_step, self._finished)
-            progress.close()
+            done = self.worker.rollout(problems, step + number * _ROUND, on_step, on_finish)
         with clock.phase("score"):
             scores = self.scoring.collect()
         return done, scores, [scores.values.get(place, self.config.task.score_failed) for place in done.places]

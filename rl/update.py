@@ -16,6 +16,7 @@ from rl.balance import Scored
 from rl.config import UpdateConfig
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
+from rl.progress import Phase
 from rl.schedules import rate_at
 from rl.scoring import by_completion, micro_batches
 from rl.sharding import Trained
@@ -68,8 +69,17 @@ class PolicyUpdater:
         self._accelerator, self._trained = accelerator, trained
         self._config, self._temperature, self._longest, self._steps = config, temperature, longest, steps
         self._masking = False
+        self._shown: Phase | None = None
+        self._tokens = 0
 
-    def run(self, samples: Sequence[Scored], step: int, kl_coef: float = 0.0, entropy: float | None = None) -> UpdateReport:
+    def run(
+        self,
+        samples: Sequence[Scored],
+        step: int,
+        kl_coef: float = 0.0,
+        entropy: float | None = None,
+        shown: Phase | None = None,
+    ) -> UpdateReport:
         """One pass over this rank's samples in ``minibatches`` optimizer steps.
 
         Args:
@@ -77,8 +87,10 @@ class PolicyUpdater:
             step: Of the run, for the learning rate.
             kl_coef: β of the penalty in the loss.
             entropy: Of a token, over all ranks, in the update before; None where there was none.
+            shown: Shows how many tokens are done.
         """
-        report = UpdateReport()
+        report, self._shown = UpdateReport(), shown
+        self._tokens = sum(len(s.completion) for s in samples if self.moves(s, kl_coef))
         self._masking = self._config.mask_mastered is not None and entropy is not None and entropy < self._config.mastered_below
         self._trained.module.train()
         rate = rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
@@ -171,6 +183,8 @@ class PolicyUpdater:
         ratio = torch.exp(before - engine)
         kept = ratio.clamp(max=self._config.importance_cap)
         report.tokens += len(gap)
+        if self._shown is not None:
+            self._shown.update(report.tokens, total=self._tokens, unit="tokens")
         report.loss += float(loss.detach().sum())
         report.entropy += float(entropy.detach().sum())
         report.clipped += float(clipped.sum())

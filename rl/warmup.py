@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
+from rl.once import made_once
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
 from rl.prompts import encode_problem
@@ -38,7 +39,8 @@ def warmed_policy_path(config: RunConfig) -> Path:
 
 
 def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
-    """Fine-tunes the policy on worked solutions of its task and caches the result. Does nothing when it is there.
+    """Fine-tunes the policy on worked solutions of its task and caches the result, in one process at a time. Does nothing when it
+    is there.
 
     Args:
         config: A recipe with ``policy.warmup``.
@@ -47,10 +49,12 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
     Returns:
         The cached directory, which holds ``warmup.json`` with the loss curve and the seconds it took.
     """
-    assert config.policy.warmup is not None
+    return made_once(warmed_policy_path(config), lambda: make_warmed_policy(config, on_step))
+
+
+def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None] | None = None) -> None:
+    """Does what `warm_up` does, for a caller that has seen to it that no other process does."""
     final = warmed_policy_path(config)
-    if final.is_dir():
-        return final
     source = fetch_policy(config.policy.model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +68,6 @@ def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None
         report = {"seconds": time.perf_counter() - started, "losses": losses}
         (building / "warmup.json").write_text(json.dumps(report))
         building.rename(final)
-    return final
 
 
 def fine_tune(

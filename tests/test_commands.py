@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 import tomllib
+from importlib.metadata import version
 
 import pytest
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
@@ -28,6 +30,45 @@ runner = CliRunner()
 def test_help_names_every_command():
     said = runner.invoke(app, ["--help"]).output
     assert all(name in said for name in ("train", "bench", "report", "evaluate", "export", "serve", "warmup", "fetch", "doctor"))
+
+
+LIGHT = """
+import sys
+from typer.testing import CliRunner
+from rl.commands.app import app
+
+for command in ([], *([name] for name in sys.argv[1:])):
+    done = CliRunner().invoke(app, [*command, "--help"])
+    assert done.exit_code == 0 and "usage" in done.output.lower(), (command, done.output)
+    assert "No such" not in done.output
+heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "rollout", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_imports_nothing_that_takes_long():
+    """Every command's; a module that imports torch at its top would make all of them slow."""
+    names = list(typer.main.get_command(app).commands)
+    assert len(names) >= 9
+    done = subprocess.run([sys.executable, "-c", LIGHT, *names], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", typer.main.get_command(app).commands.values(), ids=lambda command: command.name)
+def test_every_option_says_what_it_is(command):
+    assert command.help and (command.help.endswith(".") or command.name == "bench")
+    for parameter in command.params:
+        assert parameter.name == "help" or parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_version_and_mistyped_commands():
+    assert runner.invoke(app, ["--version"]).output == f"paceline {version('paceline')}\n"
+    assert "train" in runner.invoke(app, []).output
+    wrong = runner.invoke(app, ["trian", "quickstart"])
+    assert wrong.exit_code == 2
+    assert "Did you mean 'train'" in wrong.output + wrong.stderr
+    option = runner.invoke(app, ["train", "tiny", "--rank", "2"])
+    assert option.exit_code == 2 and "--ranks" in option.output + option.stderr
 
 
 def test_recipes_that_ship_have_names(tmp_path, monkeypatch):

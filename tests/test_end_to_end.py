@@ -101,7 +101,6 @@ def test_user_errors_are_one_line(tmp_path, cache, monkeypatch, capsys):
         (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.0001"], "the KV cache needs"),
         (["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"], "the target has 99 tokens"),
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
-        (["configs/quickstart.yaml", f"out={tmp_path / 'q'}", "policy.warmup.seed=99"], "run python launch/warmup_policy.py"),
     ]:
         with pytest.raises(SystemExit) as left:
             train_here(monkeypatch, *arguments)

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from rl.commands.doctor import doctor
+from rl.cli import say_first
 from rl.commands.drafters import export, serve
 from rl.commands.policies import fetch, warm_up_policy
 from rl.commands.results import evaluate, report
 from rl.commands.training import train
 
 app = typer.Typer(
-    help="Lossless, adaptive speculative rollouts for reasoning RL, with a drafter distilled on the way.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"paceline {version('paceline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def paceline(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Lossless, adaptive speculative rollouts for reasoning RL, with a drafter distilled on the way."""
+
+
 app.command()(train)
 app.command()(report)
 app.command()(evaluate)
@@ -23,7 +43,15 @@ app.command()(export)
 app.command()(serve)
 app.command("warmup")(warm_up_policy)
 app.command()(fetch)
-app.command()(doctor)
+
+
+@app.command()
+def doctor() -> None:
+    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot run."""
+    say_first("looking at this machine; a tiny run at the end takes half a minute")
+    from rl.commands.doctor import doctor as examine
+
+    examine()
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from rl.bench_commands import COMMANDS
-from rl.cli import user_errors
+from rl.bench_results import check_target
+from rl.cli import say_first, user_errors
 
 NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
 
@@ -141,6 +142,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args(arguments)
     with user_errors():
+        if "out" in args:
+            check_target(args.out)
+        say_first(f"bench {args.command}: loading torch and transformers")
         COMMANDS[args.command](args)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from rich.console import Console
 from rich.table import Table
 
 from rl.commands.trial import TrialFailed, run_trial
+from rl.console import console
 from rl.machine import threads_of_rank
 from rl.policies import SMOLLM2, cache_dir, cached_policy
 from rollout.machine_limits import memory_limit, usable_cores
@@ -54,7 +54,7 @@ def doctor() -> None:
     table = Table("", "found", "serves", "what to do", title="paceline doctor")
     for f in found:
         table.add_row(f.what, f.found, _SIGNS[f.good], "" if f.good else f.advice)
-    Console().print(table)
+    console().print(table)
     missing = [f.what for f in found if f.needed and not f.good]
     if missing:
         print(f"the main job cannot run here: {', '.join(missing)}")

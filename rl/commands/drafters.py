@@ -5,23 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
-from drafter_trainer.errors import DrafterError
-from drafter_trainer.export import export_drafter
-from rl.cli import Overrides, user_errors
+from rl.cli import Overrides, say_first, user_errors
 from rl.command_line import command_line
-from rl.config import load_config
-from rl.drafter_warmup import warm_drafter
 from rl.errors import UserError
-from rl.machine import fit_process
-from rl.warmup import warm_up
-from rollout.backends.exchange import TOKEN, token_file
-from rollout.backends.vllm_server import LOOPBACK, serve_command, serve_environment, sglang_command
 
 
 def warm_up_drafter(
@@ -35,27 +26,27 @@ def warm_up_drafter(
     with user_errors():
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
+        say_first(f"a first drafter for {config}: loading torch and transformers")
+        from rl.config import load_config
+        from rl.machine import fit_process
+        from rl.preparation import make_drafter, prepare
+        from rl.progress import Display
+
         recipe = load_config(config, overrides or ())
         fit_process(local_world_size=1)
-        if recipe.policy.warmup is not None:
-            warm_up(recipe)
-        report = warm_drafter(recipe, minutes, out, lambda line: print(line, flush=True))
-        record = {"command": command_line(), **asdict(report)}
-        (out / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
-        print(
-            f"{report.sampling_seconds:.0f} s of sampling, {report.training_seconds:.0f} s of training, {report.updates} updates; "
-            f"acceptance length, chains of 4: {report.greedy:.2f} greedy, {report.sampled:.2f} at {recipe.rollout.temperature}"
-        )
+        with Display() as display:
+            prepare(recipe, display, drafter=False)
+            make_drafter(recipe, minutes, out, command_line(), display)
         print(out)
 
 
 def export(run: Annotated[Path, Argument(help="directory of a run")], out: Annotated[Path, Argument(help="new directory")]) -> None:
     """Writes a run's drafter as a directory that vLLM and SGLang load."""
+    say_first("exporting the drafter: loading torch", data=True)
+    from drafter_trainer.export import export_drafter
+
     with user_errors():
-        try:
-            print(export_drafter(run, out))
-        except DrafterError as error:
-            raise UserError(str(error)) from None
+        print(export_drafter(run, out))
 
 
 def serve(
@@ -80,6 +71,9 @@ def serve(
         if not (run / "drafter").is_dir():
             drafter = None
             print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
+        say_first("starting the server", data=True)
+        from rollout.backends.vllm_server import serve_command, sglang_command
+
         if sglang:
             print(shlex.join(sglang_command(policy, drafter, depth, host, port, more or ())))
             return
@@ -119,6 +113,9 @@ def _schedule(text: str) -> list[tuple[int, int, int]]:
 
 def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
     """Becomes the server, or only says how it would be started."""
+    from rollout.backends.exchange import TOKEN, token_file
+    from rollout.backends.vllm_server import LOOPBACK, serve_environment
+
     environment: dict[str, str] = {}
     if exchange is not None:
         try:

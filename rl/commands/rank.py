@@ -19,6 +19,10 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
-    from rl.train_command import main  # here: scoring processes import this file anew, and need none of it
+    # here: scoring processes import this file anew, and need none of it
+    from rl.cli import say_first
+
+    say_first("loading torch and transformers")
+    from rl.train_command import main
 
     main(None)

@@ -9,11 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import Overrides, user_errors
-from rl.config import load_config
-from rl.machine import fit_process
-from rl.report import write_picture, write_report
-from rl.starting import starting_policy
+from rl.cli import Overrides, say_first, user_errors
 
 
 def report(
@@ -21,6 +17,8 @@ def report(
     picture: Annotated[Path | None, Option(help="also write four of its plots as one PNG")] = None,
 ) -> None:
     """Writes a run's report, one self-contained HTML file."""
+    from rl.report import write_picture, write_report
+
     with user_errors():
         print(write_report(run))
         if picture is not None:
@@ -41,7 +39,11 @@ def evaluate(
     With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the output distribution, so it
     is for evaluation alone.
     """
+    say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
+    from rl.config import load_config
     from rl.evaluate import Evaluator
+    from rl.machine import fit_process
+    from rl.starting import starting_policy
 
     with user_errors():
         fit_process(local_world_size=1)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import Overrides, user_errors
+from rl.cli import Overrides, say_first, user_errors
 from rl.commands.rank import rank_command
 from rl.errors import UserError
 from rl.interruption import ASKS, ONE_PRESS
@@ -24,6 +24,9 @@ def train(
     overrides: Overrides = None,
     ranks: Annotated[int, Option(help="processes on this machine; several machines: torchrun launch/train.py")] = 1,
     dry_run: Annotated[bool, Option("--dry-run", help="check the recipe and print what it will take, without training")] = False,
+    gpu: Annotated[
+        float | None, Option(metavar="GB", help="with --dry-run: memory of each rank's GPU; else this machine's")
+    ] = None,
     resume: Annotated[Path | None, Option(help="directory of a run to go on with")] = None,
 ) -> None:
     """Trains a recipe's policy. Ctrl-C or SIGTERM stops after the step, with a checkpoint to go on from; a second one at once.
@@ -39,11 +42,13 @@ def train(
             raise UserError(f"train: --ranks is {ranks}: write at least 1")
         named = list(overrides or ()) if config is None else [config, *(overrides or ())]
         options = [*(["--dry-run"] if dry_run else []), *(["--resume", str(resume)] if resume is not None else [])]
+        say_first(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
         run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
             from rl.train_command import run as run_here
 
-            run_here([*named, *options])
+            size = [] if gpu is None else ["--gpu", str(gpu)]
+            run_here([*named, *options, "--ranks", str(ranks), *size])
         elif ranks == 1:
             os.execv(sys.executable, rank_command(1, [*named, *options]))
         else:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rl.config import load_config
+from rl.dry_run import describe
 from rl.errors import UserError
-from rl.estimate import describe
 from tests.support import ROOT, tiny_trainer
 
 BUDGETS = ["length.budgets=[4, 8]", "rollout.max_tokens=12"]
@@ -59,7 +59,7 @@ def runs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "length").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_length_recipe_is_valid(recipe):
-    assert "valid" in describe(load_config(recipe), recipe, ranks=1)[0]
+    assert "valid" in describe(load_config(recipe), recipe, ranks=1, gpu=80)[0]
 
 
 def test_which_pairs_are_refused():

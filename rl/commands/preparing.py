@@ -1,0 +1,36 @@
+"""The process in which a run's start is made: ``python -m rl.commands.preparing policy|drafter RECIPE.json COMMAND``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rl.cli import user_errors
+
+
+def main(what: str, recipe: str, command: str) -> None:
+    """Makes one thing, see `rl.preparation`.
+
+    Args:
+        what: ``policy`` or ``drafter``.
+        recipe: JSON file with the whole recipe.
+        command: What the user typed, for the record.
+    """
+    from rl.config import RunConfig
+    from rl.machine import fit_process
+    from rl.preparation import make_first_drafter, make_policy
+    from rl.progress import Display
+    from rl.strict import parse
+
+    with user_errors(), Display() as display:
+        config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)
+        fit_process(local_world_size=1)
+        if what == "policy":
+            make_policy(config, display)
+        else:
+            make_first_drafter(config, command, display)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""Rows of a benchmark are on disk as they come."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rl import bench_runs, bench_sharding
+from rl.bench_results import Results, check_target
+from rl.commands import bench
+from rl.commands.bench import main
+from rl.errors import UserError
+from tests.support import ROOT
+
+
+@dataclass
+class Row:
+    name: str
+    value: float
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_each_row_is_there_at_once_and_an_earlier_result_until_the_end(tmp_path):
+    path = tmp_path / "new" / "folder" / "speed.json"
+    check_target(path.with_suffix(""))
+    path.write_text('{"command": "earlier", "rows": [1, 2, 3]}')
+    with Results(path.with_suffix(""), "paceline bench speed") as results:
+        for number in range(3):
+            results.into("rows")(Row(f"row {number}", number / 2))
+            assert [row["value"] for row in read(path)["rows"]] == [0.5 * i for i in range(number + 1)]
+            assert read(path)["unfinished"] is True
+            assert read(path.with_name("speed.before.json"))["command"] == "earlier"
+        results.note(total=1.5)
+    assert "unfinished" not in read(path)
+    assert read(path)["total"] == 1.5 and read(path)["command"] == "paceline bench speed" and "torch" in read(path)["machine"]
+    assert [p.name for p in path.parent.iterdir()] == ["speed.json"]
+
+
+def test_what_fails_keeps_its_rows(tmp_path):
+    with pytest.raises(ZeroDivisionError), Results(tmp_path / "out.json", "command") as results:
+        results.add("rows", Row("first", 1.0))
+        raise ZeroDivisionError
+    assert read(tmp_path / "out.json")["rows"] == [{"name": "first", "value": 1.0}]
+    assert read(tmp_path / "out.json")["unfinished"] is True
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import dataclass
+from pathlib import Path
+from rl.bench_results import Results
+
+@dataclass
+class Row:
+    value: int
+
+with Results(Path(sys.argv[1]), "command", machine={}) as results:
+    for number in range(5):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        results.add("rows", Row(number))
+"""
+
+
+def test_a_killed_benchmark_keeps_its_rows(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")], env=environment, check=False)
+    assert done.returncode == -9
+    assert [row["value"] for row in read(tmp_path / "out.json")["rows"]] == [0, 1, 2]
+
+
+def test_a_target_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.json").mkdir()
+    monkeypatch.setitem(bench.COMMANDS, "sharding", lambda args: pytest.fail("measured"))
+    for out in (tmp_path / "file" / "below", tmp_path / "taken", Path("/proc/none/out")):
+        with pytest.raises(SystemExit) as left:
+            main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(out)])
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and f"--out {out}" in said and len(said.splitlines()) == 1
+
+
+def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch):
+    """Two ways are measured, the third fails: the file has two rows."""
+    step = {"update/loss": 0.1, "time/update": 1.0, "time/step": 2.0, "memory/peak_gb": 1.0, "engine/logprob_gap_max": 0.0}
+    left = iter([[step, step], [step, step]])
+
+    def train(config, overrides, out, ranks, say):
+        found = next(left, None)
+        if found is None:
+            raise UserError("the run failed")
+        return found
+
+    monkeypatch.setattr(bench_sharding, "train_recipe", train)
+    with pytest.raises(SystemExit):
+        main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert [row["way"] for row in read(tmp_path / "out.json")["rows"]] == ["replicated", "ZeRO 0"]
+
+
+def test_a_benchmarks_run_says_how_far_it_is(tmp_path, monkeypatch):
+    """Steps of a run in another process are read from its metrics."""
+    script = "import pathlib, sys, time\nout = pathlib.Path(sys.argv[-1].removeprefix('out='))\nout.mkdir()\n"
+    script += "for step in range(3):\n    (out / 'metrics.jsonl').open('a').write('{}\\n')\n    time.sleep(0.15)\n"
+    script += "print('paceline: no such thing', file=sys.stderr)\nsys.exit(2 if 'fail' in sys.argv else 0)\n"
+    monkeypatch.setattr(bench_runs, "_launcher", lambda script_name, ranks: [sys.executable, "-c", script])
+    monkeypatch.setattr(bench_runs, "_POLL", 0.02)
+    monkeypatch.setattr(bench_runs, "_BETWEEN_LINES", 0.0)
+    said = []
+    bench_runs.run_ranks("train.py", [], tmp_path / "run", 1, said.append)
+    assert [line for line in said if "step 2" in line] and "run" in said[0]
+    with pytest.raises(UserError, match="failed: no such thing"):
+        bench_runs.run_ranks("train.py", ["fail"], tmp_path / "other", 1, said.append)
