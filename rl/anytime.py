@@ -82,17 +82,31 @@ class Anytime:
         answers = self._engine.generate(requests)
         return thoughts, [Cut(i, level, rollout) for (i, level), rollout in zip(cuts, answers, strict=True)]
 
-    def text(self, done: RankRollouts, cut: Cut) -> str:
+    def text(self, done: RankRollouts, cut: Cut, decode: Callable[[Sequence[int]], str]) -> str:
         """The cut thought with its answer, to be scored."""
         thought = done.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
-        said = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (thought, cut.rollout.token_ids)]
-        return said[0] + self._marker + said[1]
+        return decode(thought) + self._marker + decode(cut.rollout.token_ids)
 
-    def hand_over(self, done: RankRollouts, cuts: Sequence[Cut], score: Callable[[int, Problem, str], None]) -> None:
-        """Gives the answers to a scorer, under their numbers."""
+    def hand_over(
+        self,
+        done: RankRollouts,
+        cuts: Sequence[Cut],
+        decode: Callable[[Sequence[int]], str],
+        score: Callable[[int, Problem, str, Sequence[int]], None],
+    ) -> None:
+        """Gives the answers to a scorer, under their numbers.
+
+        Args:
+            done: The step's completions.
+            cuts: From `demand`.
+            decode: Token ids to the text that scorers read.
+            score: Takes number, problem, text and token ids.
+        """
         for number, cut in enumerate(cuts):
             if cut.rollout.finish_reason is not FinishReason.FAILED:
-                score(number, done.problems[cut.sample], self.text(done, cut))
+                thought = done.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
+                ids = [*thought, *self._marker_ids, *cut.rollout.token_ids]
+                score(number, done.problems[cut.sample], self.text(done, cut, decode), ids)
 
     def credit(
         self, done: RankRollouts, thoughts: Sequence[int], rewards: Sequence[float], cuts: Sequence[Cut], scores: Sequence[float]

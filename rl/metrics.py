@@ -80,6 +80,7 @@ def rank_record(step: RankStep) -> dict[str, Any]:
         "shaped": list(step.shaped),
         "score_timeouts": scores.timeouts,
         "score_errors": scores.errors,
+        "reward_parts": scores.parts,
         "advantages": [float(a) for a in step.advantages],
         "lengths": [len(r.token_ids) for r in done.rollouts],
         "carried": step.carried,
@@ -148,6 +149,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/drafted": sum(r["drafted"] for r in ranks),
         "rollout/accepted": sum(r["accepted"] for r in ranks),
     }
+    metrics |= _part_metrics(ranks)
     metrics |= prompt_statistics(keys, lengths.reshape(-1, group_size))
     anytime = [r["anytime"] for r in ranks if r["anytime"]]
     if anytime:
@@ -162,6 +164,17 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         metrics["measure/adaptive_seconds"] = rollout
         metrics["measure/rollout_speedup"] = plain / rollout
         metrics["measure/identical"] = float(np.mean([r["plain_identical"] for r in ranks]))
+    return metrics
+
+
+def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean and standard deviation of each reward function's rewards, without those of completions to which it does not apply."""
+    metrics = {}
+    for name in dict.fromkeys(name for rank in ranks for name in rank.get("reward_parts", {})):
+        found = [value for rank in ranks for value in rank.get("reward_parts", {}).get(name, []) if value is not None]
+        if found:
+            metrics[f"rewards/{name}/mean"] = float(np.mean(found))
+            metrics[f"rewards/{name}/std"] = float(np.std(found))
     return metrics
 
 

@@ -31,7 +31,7 @@ _FIXED = (
     "length.predictor",
     "drafter.draft_vocab_size",
 )
-_FREE = ("task.score_", "task.reward")  # of those: how scoring is done
+_FREE = ("task.score_", "task.reward", "task.sandbox")  # of those: how scoring is done
 
 
 def kept_recipe(run: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:

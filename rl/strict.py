@@ -51,10 +51,12 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where, key)
+        kinds = [a for a in arguments if a is not type(None)]  # a value, or a list of sections in its place
+        lists = [a for a in kinds if typing.get_origin(a) is tuple]
+        return _convert(lists[0] if lists and isinstance(value, list | tuple) else kinds[0], value, where, key)
     if origin is Literal:
-        if value is False and "no" in arguments:  # YAML 1.1 reads a bare no as false
-            return "no"
+        if value is False and (written := [word for word in ("no", "off") if word in arguments]):
+            return written[0]  # YAML 1.1 reads a bare no or off as false
         if value not in arguments:
             close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.3)
             hint_text = f"; did you mean {close[0]}?" if close else ""

@@ -51,6 +51,14 @@ class ColumnsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RewardConfig:
+    """One of several reward functions: ``module:function``, and the weight by which its rewards are multiplied."""
+
+    reward: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TaskConfig:
     """Where problems come from.
 
@@ -69,11 +77,17 @@ class TaskConfig:
         instruction: Appended to each question, in a conversation to the user's last turn.
         system: System message, for policies with a chat template, where a row has none; null leaves the template's own.
         chat_template_kwargs: Further arguments of the chat template, such as ``{enable_thinking: false}``.
-        reward: ``module:function`` in TRL's reward signature; null takes each problem's own scorer.
+        reward: ``module:function`` in TRL's reward signature, or a list of ``{reward: module:function, weight: 0.5}``, whose
+            weighted rewards are added up; null takes each problem's own scorer.
+        reward_sees_special_tokens: Whether ``reward`` gets completions with their special tokens, such as those around thoughts;
+            the one that ends a completion is left out.
         score_workers: Processes of a rank that score.
         score_seconds: Longest that scoring a completion may take.
         score_deadline: Longest that a step waits for scores once its rollouts are over, in seconds.
         score_failed: Reward where scoring took too long or failed.
+        score_memory: GB that a scoring process may allocate beyond what it holds once the data is loaded; null sets no limit.
+        sandbox: ``auto`` lets scorers neither use the network nor write files, as far as the machine can prevent it, and says what
+            it cannot; ``require`` refuses machines that cannot; ``off`` confines nothing, for rewards that ask a judge.
     """
 
     source: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"] = "reasoning_gym"
@@ -89,8 +103,11 @@ class TaskConfig:
     instruction: str = ""
     system: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    reward: str | None = None
+    reward: str | tuple[RewardConfig, ...] | None = None
+    reward_sees_special_tokens: bool = False
     score_workers: int = 1
     score_seconds: float = 10.0
     score_deadline: float = 60.0
     score_failed: float = 0.0
+    score_memory: float | None = 8.0
+    sandbox: Literal["auto", "require", "off"] = "auto"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rl.sections import RunConfig
 
 # what encoding a prompt decides itself; `tools` and `documents` are the template's own arguments, as `enable_thinking` is
@@ -34,5 +36,18 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (hub or (task.subset is None and task.split == "train"), "task.split and task.subset are of task.source huggingface"),
         (0 <= task.heldout < 1, f"task.heldout is {task.heldout}: write a share from 0 to below 1"),
+        (
+            math.isfinite(task.score_failed) and (task.score_memory is None or task.score_memory > 0),
+            "task.score_failed must be a finite number, task.score_memory above 0, or null",
+        ),
+        (
+            isinstance(task.reward, str | None)
+            or (bool(task.reward) and all(math.isfinite(entry.weight) and entry.reward for entry in task.reward)),
+            "task.reward: write {reward: module:function, weight: a finite number} for each, at least one, or null",
+        ),
+        (
+            task.reward is not None or not task.reward_sees_special_tokens,
+            "task.reward_sees_special_tokens is about task.reward, which is null: the problems' own scorers read plain text",
+        ),
         (not decided, f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out"),
     ]

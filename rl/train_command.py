@@ -28,6 +28,7 @@ from rl.progress import Display
 from rl.prompt_check import check_recipe
 from rl.report import write_report
 from rl.resuming import resumed_recipe
+from rl.rewards.example import score_example
 from rl.run_lock import RunLock
 from rl.run_state import has_checkpoint
 from rl.summary import read_metrics, summarise, table
@@ -128,6 +129,7 @@ def dry_run(args: argparse.Namespace) -> None:
     said = check_recipe(config)
     ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *said]), flush=True)
+    print("\n".join(score_example(config.task, config.seed, config.rollout.group_size)), flush=True)
     print(try_tiny_step(config))
 
 

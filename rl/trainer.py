@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -27,7 +28,6 @@ from rl.policy_learner import PolicyLearner
 from rl.prompt_check import check_prompts
 from rl.prompt_choice import prompt_choice
 from rl.rewards.pool import Scores, ScoringPool
-from rl.rewards.verifiable import load_reward
 from rl.rollouts import RolloutWorker
 from rl.run_state import Checkpoint, restore_selector, save_checkpoint
 from rl.shaping import Shaping
@@ -41,6 +41,10 @@ from rl.vllm_rollouts import VllmRollouts
 from rollout import FinishReason, Rollout, StepRecord
 
 _ROUND = 10**9  # steps that there will never be
+
+
+class ScoringFailed(Exception):
+    """No completion of a step has a reward; the message says why."""
 
 
 class Trainer:
@@ -68,8 +72,6 @@ class Trainer:
         for line in check_prompts(self.task, config, self.tokenizer):
             tracker.say(line)
         self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
-        if config.task.reward is not None:
-            load_reward(config.task.reward)  # a wrong name is said here, not by a worker
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
         self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
         shared = is_shared(config.scale)
@@ -82,11 +84,16 @@ class Trainer:
         self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
         self.guard = Guard(config.length.guard)
+        self.scoring.wait_ready()  # a wrong reward is said before the first step
+        if self.scoring.notice is not None:
+            tracker.say(self.scoring.notice)
+        self._said: set[str] = set()
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
         else:
             self.drafter.start()
+        self._saved = self.first_step
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.first_step = checkpoint.steps_done
@@ -124,7 +131,7 @@ class Trainer:
         with self.scoring, self.tracker.steps(self.first_step) as whole:
             step = self.first_step - 1
             for step in range(self.first_step, self.config.steps):
-                metrics, timeline = self.step(step)
+                metrics, timeline = self._step_or_save(step)
                 collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
                 self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
@@ -137,12 +144,23 @@ class Trainer:
                 stop = self._stops(interruption)
                 if last or stop or (step + 1) % self.config.save_every == 0:
                     self._save(step + 1)
+                    self._saved = step + 1
                 if stop:
                     break
         self.drafter.finish()
         if self.vllm is not None:
             self.vllm.close()
         return step + 1 == self.config.steps
+
+    def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The step; when none of its completions can be scored, what the steps before it made is saved first."""
+        try:
+            return self.step(step)
+        except ScoringFailed as error:
+            if step > self._saved:
+                self._save(step)
+            kept = f"what it had learned by then is in {self.run_dir / 'checkpoint'}" if step else "nothing was trained"
+            raise UserError(f"{error}; the run stops, {kept}") from None
 
     def _stops(self, interruption: Interruption | None) -> bool:
         """Whether any rank was asked to stop: a cluster may tell those of one machine. Collective."""
@@ -207,7 +225,7 @@ class Trainer:
         with clock.phase("rollout"):
             thoughts, cuts = self.anytime.demand(done, step)
         with clock.phase("score"):
-            self.anytime.hand_over(done, cuts, self.scoring.add)
+            self.anytime.hand_over(done, cuts, self._scored_text, self.scoring.add)
             found = self.scoring.collect()
         scores = [found.values.get(number, self.config.task.score_failed) for number in range(len(cuts))]
         return self.anytime.credit(done, thoughts, rewards, cuts, scores)
@@ -233,9 +251,31 @@ class Trainer:
             again, scored, rewarded = self._round(more, step, number * ranks + rank, clock)  # ranks may draw the same problem
             done, rewards = done.joined(again), [*rewards, *rewarded]
             scores.note(scored)
-        if scores.problem is not None:
-            self.tracker.say(f"reward: {scores.problem}; such completions get {self.config.task.score_failed:g}")
+        self._say_failures(step, scores)
         return done, scores, rewards
+
+    def _say_failures(self, step: int, scores: Scores) -> None:
+        """Says how many completions have no score. Collective.
+
+        Raises:
+            ScoringFailed: on every rank, when no completion of any has one.
+        """
+        asked, failed, problems, notices = zip(
+            *gather_object([(scores.asked, scores.failed, scores.problem, scores.notice)]), strict=True
+        )
+        problem = next((p for p in problems if p is not None), None)
+        notice = next((n for n in notices if n is not None), None)
+        if notice is not None and notice not in self._said:
+            self._said.add(notice)
+            self.tracker.say(notice)
+        if not sum(failed):
+            return
+        if sum(failed) == sum(asked):
+            raise ScoringFailed(f"step {step + 1}: none of the {sum(asked)} completions has a reward: {problem}")
+        self.tracker.say(
+            f"reward: {sum(failed)} of {sum(asked)} completions have no score ({problem}); "
+            f"they get {self.config.task.score_failed:g}"
+        )
 
     def _round(self, problems: list[Problem], step: int, number: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
         with clock.phase("rollout") as shown:
@@ -258,7 +298,16 @@ class Trainer:
     def _finished(self, index: int, problem: Problem, rollout: Rollout) -> None:
         """A rollout is over: it is scored while others are decoded."""
         if rollout.finish_reason is not FinishReason.FAILED:
-            self.scoring.add(index, problem, str(self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)))
+            self.scoring.add(index, problem, self._scored_text(rollout.token_ids), rollout.token_ids)
+
+    def _scored_text(self, token_ids: Sequence[int]) -> str:
+        """What a scorer reads of a completion: with its special tokens, but for those that end it, where the recipe says so."""
+        if not self.config.task.reward_sees_special_tokens:
+            return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        end = len(token_ids)
+        while end and token_ids[end - 1] in self.worker.params.stop_token_ids:
+            end -= 1
+        return str(self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False))
 
     def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
         """The first completion of each prompt of rank 0, to read what the policy does."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import math
-import multiprocessing
-import signal
+import queue
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from pebble import ProcessPool
-
-from rl.launchers import end_with_parent
-from rl.rewards.verifiable import load_reward, verifiable_reward
+from rl.errors import UserError
+from rl.rewards.functions import Score, reward_configs
+from rl.rewards.process import Died, NotStarted, TookTooLong
+from rl.rewards.sandbox import unconfined
+from rl.rewards.scoring_thread import Job, ScoringThread
 from rl.task_config import TaskConfig
-from rl.tasks import Problem, Task, load_task
+from rl.tasks import Problem
+
+_TICK = 0.1
+_DENIED = (
+    "task.reward asks for the network, which scorers may not use: if it asks a judge, write task.sandbox=off; "
+    "its scores may be what it makes of a judge that never answers"
+)
 
 
 @dataclass(slots=True)
@@ -29,7 +35,10 @@ class Scores:
         timeouts: Completions whose scoring took too long.
         errors: Completions whose scorer raised, died, or returned something else than finite numbers.
         problem: The first of these, in one line.
-        busy: When something was being scored: begins and ends, by `time.monotonic`, one after the other.
+        busy: When something was being scored: begins and ends, seconds on the monotonic clock, one after the other.
+        parts: By reward function, what each returned for each completion; None where it does not apply.
+        asked: Completions that were to be scored.
+        notice: Something else that the user should know, in one line.
     """
 
     values: dict[int, float] = field(default_factory=dict)
@@ -37,94 +46,172 @@ class Scores:
     errors: int = 0
     problem: str | None = None
     busy: list[tuple[float, float]] = field(default_factory=list)
+    parts: dict[str, list[float | None]] = field(default_factory=dict)
+    asked: int = 0
+    notice: str | None = None
+
+    @property
+    def failed(self) -> int:
+        """Completions without a score."""
+        return self.timeouts + self.errors
 
     def note(self, more: Scores) -> None:
-        """Counts what went wrong with others too."""
+        """Adds what was counted with other completions."""
         self.timeouts += more.timeouts
         self.errors += more.errors
-        self.problem = self.problem or more.problem
+        self.asked += more.asked
+        self.problem, self.notice = self.problem or more.problem, self.notice or more.notice
         self.busy += more.busy
+        for name, values in more.parts.items():
+            self.parts.setdefault(name, []).extend(values)
 
 
 class ScoringPool:
     """Completions go in as they end, and are scored while others are still decoded.
 
-    The problems' own scorers get one completion at a time; a reward function of the user's gets the samples of a prompt together,
-    once the last of them has ended, so that it may compare them. Workers make the task anew from the recipe: a data set's scorer
-    cannot be sent.
+    The problems' own scorers get one completion at a time; reward functions of the user's get the samples of a prompt together,
+    once the last of them has ended, so that they may compare them. Workers make the task anew from the recipe: a data set's scorer
+    cannot be sent. A process that ends is replaced: one that scored costs what it scored, an idle one nothing.
 
     Args:
         config: The recipe's task section.
         seed: Of the task.
         group_size: Samples of a prompt.
+
+    Raises:
+        UserError: when ``task.sandbox`` is ``require`` and this machine cannot confine scorers.
     """
 
     def __init__(self, config: TaskConfig, seed: int, group_size: int) -> None:
         self._config, self._group_size = config, group_size
-        context: Any = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(config.score_workers, initializer=_prepare, initargs=(config, seed), context=context)
-        self._jobs: list[tuple[list[int], Any]] = []
-        self._groups: dict[int, list[tuple[int, Problem, str]]] = {}
+        missing = [] if config.sandbox == "off" else unconfined()
+        if missing and config.sandbox == "require":
+            raise UserError(f"task.sandbox is require, but this machine cannot confine {', '.join(missing)}; write auto")
+        self.notice = f"scorers are not confined in: {', '.join(missing)}; see docs/rewards.md" if missing else None
+        self._together = bool(reward_configs(config))
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: list[Job] = []
+        self._numbers = 0
+        self._groups: dict[int, list[tuple[int, Problem, str, Sequence[int]]]] = {}
+        self._workers = [ScoringThread(config, seed, self._queue) for _ in range(config.score_workers)]
+        for worker in self._workers:
+            worker.start()
 
-    def add(self, index: int, problem: Problem, text: str) -> None:
+    def wait_ready(self) -> None:
+        """Waits for the first scoring process.
+
+        Raises:
+            UserError: when none starts; it says why.
+        """
+        while not any(worker.up for worker in self._workers):
+            if all(worker.tried.is_set() for worker in self._workers):
+                raise UserError(next((w.failure for w in self._workers if w.failure), "no scoring process starts"))
+            self._workers[0].tried.wait(_TICK)
+
+    def add(self, index: int, problem: Problem, text: str, token_ids: Sequence[int] = ()) -> None:
         """A completion has ended.
 
         Args:
             index: Its place in the step; the samples of a prompt are adjacent.
             problem: What it answers.
             text: Of the completion.
+            token_ids: Of the completion, for reward functions that read them.
         """
-        if self._config.reward is None:
-            self._schedule([(index, problem, text)])
+        if not self._together:
+            self._schedule([(index, problem, text, ())])
             return
         group = self._groups.setdefault(index // self._group_size, [])
-        group.append((index, problem, text))
+        group.append((index, problem, text, token_ids))
         if len(group) == self._group_size:
             self._schedule(self._groups.pop(index // self._group_size))
 
-    def _schedule(self, completions: Sequence[tuple[int, Problem, str]]) -> None:
+    def _schedule(self, completions: Sequence[tuple[int, Problem, str, Sequence[int]]]) -> None:
         ordered = sorted(completions, key=lambda c: c[0])
-        keys, texts = [p.key for _, p, _ in ordered], [text for _, _, text in ordered]
-        limit = self._config.score_seconds * len(ordered)
-        self._jobs.append(([i for i, _, _ in ordered], self._pool.schedule(_score, args=(keys, texts), timeout=limit)))
+        self._numbers += 1
+        asked = {
+            "job": self._numbers,
+            "keys": [problem.key for _, problem, _, _ in ordered],
+            "texts": [text for _, _, text, _ in ordered],
+            "ids": [[int(token) for token in ids] for _, _, _, ids in ordered],
+        }
+        self._jobs.append(Job(self._numbers, [place for place, _, _, _ in ordered], asked))
+        self._queue.put(self._jobs[-1])
 
     def collect(self) -> Scores:
-        """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds."""
+        """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds in which there is a process
+        that scores."""
         for group in self._groups.values():  # those that lack a failed sample
             self._schedule(group)
         jobs, self._jobs, self._groups = self._jobs, [], {}
-        scores, end = Scores(), time.monotonic() + self._config.score_deadline
-        for indices, job in jobs:
-            values = self._result(job, max(end - time.monotonic(), 0.0), len(indices), scores)
-            scores.values.update(zip(indices, values, strict=True))
+        self._wait(jobs)
+        scores = Scores()
+        for job in jobs:
+            values = self._values(job, scores)
+            scores.values.update(zip(job.places, values, strict=True))
         scores.busy = joined(scores.busy)
         return scores
 
-    def _result(self, job: Any, wait: float, count: int, scores: Scores) -> list[float]:
+    def _wait(self, jobs: Sequence[Job]) -> None:
+        """Waits for the jobs, and gives up those that are not done in time."""
+        pending, left = {job.answer for job in jobs}, self._config.score_deadline
+        while pending and left > 0:
+            begin = time.monotonic()
+            pending = wait(pending, timeout=min(_TICK, left), return_when=FIRST_COMPLETED).not_done
+            if any(worker.up for worker in self._workers):  # a start takes no time from those that wait
+                left -= time.monotonic() - begin
+        for job in jobs:
+            if job.answer.cancel():
+                for worker in self._workers:
+                    worker.abandon(job)
+
+    def _values(self, job: Job, scores: Scores) -> list[float]:
+        """The rewards of a job's completions; what has none is counted."""
+        count = len(job.places)
+        scores.asked += count
         try:
-            values, begin, end = job.result(timeout=wait)
-            scores.busy.append((begin, end))
-            if len(values) == count and all(math.isfinite(v) for v in values):
-                return [float(v) for v in values]
-            problem = f"scores are {values!r:.80}, not {count} finite numbers"
-            scores.errors += count
-        except concurrent.futures.TimeoutError:
-            job.cancel()
+            found = self._read(job.answer.result(timeout=0), count, scores)
+        except (TookTooLong, CancelledError):
             limits = f"{self._config.score_seconds:g} s a completion, or {self._config.score_deadline:g} s after the rollouts"
-            problem = f"scoring took longer than {limits}"
             scores.timeouts += count
-        except Exception as error:  # whatever a scorer does, also when it takes its process with it
-            problem = f"the scorer failed ({type(error).__name__}: {error})"
-            scores.errors += count
-        scores.problem = scores.problem or " ".join(problem.split())
-        return [self._config.score_failed] * count
+            scores.problem = scores.problem or f"scoring took longer than {limits}"
+            return [self._config.score_failed] * count
+        except (Died, NotStarted) as error:
+            found = [str(error)] * count
+        reasons = [score for score in found if isinstance(score, str)]
+        scores.errors += len(reasons)
+        if reasons and scores.problem is None:
+            scores.problem = "".join(c for c in " ".join(reasons[0].split()) if c.isprintable())
+        return [self._config.score_failed if isinstance(score, str) else score for score in found]
+
+    def _read(self, answer: dict[str, Any], count: int, scores: Scores) -> list[Score]:
+        """The scores in an answer. It comes from a process that is not trusted.
+
+        Raises:
+            Died: when it is none.
+        """
+        try:
+            found: list[Score] = [s if isinstance(s, str) else float(s) for s in answer["scores"]]
+            parts = {str(n): [None if v is None else float(v) for v in values] for n, values in answer["parts"].items()}
+            begin, end = (float(moment) for moment in answer["span"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found, parts, begin, end = [], {}, 0.0, 0.0
+        if len(found) != count or not all(isinstance(s, str) or math.isfinite(s) for s in found) or not begin <= end:
+            raise Died("the scorer's process answers with something else than scores")
+        scores.busy.append((begin, end))
+        for name, values in parts.items():
+            scores.parts.setdefault(name, []).extend(values)
+        if answer.get("denied"):
+            scores.notice = _DENIED
+        return found
 
     def __enter__(self) -> ScoringPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._pool.stop()
-        self._pool.join()
+        for worker in self._workers:
+            worker.close()
+        for worker in self._workers:
+            worker.join(timeout=5.0)  # one that is about to start a process ends with this one
 
 
 def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -136,26 +223,3 @@ def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             found.append((begin, end))
     return found
-
-
-_task: Task | None = None  # of a worker
-_reward: Any = verifiable_reward
-
-
-def _prepare(config: TaskConfig, seed: int) -> None:
-    global _task, _reward
-    end_with_parent()
-    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal's or a cluster's, which the trainer answers
-        signal.signal(number, signal.SIG_IGN)
-    _task = load_task(config, seed, check=False)  # the trainer has checked it
-    if config.reward is not None:
-        _reward = load_reward(config.reward)
-
-
-def _score(keys: list[str], texts: list[str]) -> tuple[list[float], float, float]:
-    """Scores, and from when to when they were computed."""
-    begin = time.monotonic()
-    assert _task is not None
-    asked = [_task.find(key) for key in keys]
-    scores = _reward(prompts=[p.question for p in asked], completions=texts, problem=asked, answer=[p.answer for p in asked])
-    return [float(s) for s in scores], begin, time.monotonic()

@@ -122,7 +122,7 @@ def _processes(launcher: int) -> dict[str, list[psutil.Process]]:
                 found["agent"].append(process)
             elif "rl.commands.rank" in words:
                 found["rank"].append(process)
-            elif any("spawn_main" in word for word in words):
+            elif "rl.rewards.worker" in words:
                 found["scorer"].append(process)
     except psutil.NoSuchProcess:
         pass

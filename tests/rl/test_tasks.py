@@ -9,7 +9,9 @@ import pytest
 
 from rl.data.order import epoch_order, shuffled
 from rl.errors import UserError
-from rl.rewards.verifiable import final_answer, load_reward, math_score, verifiable_reward
+from rl.rewards.answers import final_answer
+from rl.rewards.functions import load_reward
+from rl.rewards.verifiable import math_score, verifiable_reward
 from rl.task_config import DatasetConfig, TaskConfig
 from rl.tasks import Problem, Task, load_heldout_task, load_task
 from rl.worked_solutions import worked_solution
