@@ -204,6 +204,7 @@ def test_a_machine_that_cannot_confine_is_named_or_refused(odd, monkeypatch):
         assert pool.notice is None
 
 
+@pytest.mark.ci
 def test_an_example_is_scored_before_the_run(odd):
     answer = f"Answer: {load_task(odd, seed=0).problems[0].answer}"
     (said,) = score_example(odd, 0, 2)

@@ -9,6 +9,7 @@ from rl.run_state import find_checkpoint
 from tests.support import ROOT, tiny_trainer, train_here
 
 
+@pytest.mark.ci
 def test_a_reward_sees_special_tokens_and_ids_on_request(tmp_path, monkeypatch):
     """The token "1" is made a special one, as those around thoughts are. Each reward function has its own line of metrics."""
     shown = "[1.0 if '1' in text else None for text in completions]"
