@@ -99,7 +99,7 @@ class RolloutWorker:
                 tap_layers=self.tap_layers if self._wants_eagle3 else (),
                 collect_traces=self._wants_eagle3,
                 collect_entropies=any(term.needs_entropies for term in length_terms(self.config.length)),
-                decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
+                decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
                 kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
                 budgets=self.config.speculation.budgets,
             )

@@ -94,7 +94,7 @@ class RolloutConfig:
         max_context: Longest prompt and completion together.
         max_slots: Sequences a rank decodes together.
         temperature, top_k, top_p: Sampling; training uses the temperature, so RL wants top_k 0 and top_p 1.
-        stop_strings: Completions also end with these.
+        stop_strings: Completions also end with these; special tokens such as ``<|im_end|>`` count by their text.
         dtype: The engine's arithmetic.
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
         resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing; such groups

@@ -4,12 +4,14 @@ from rollout.api import DistillationTrace, FinishReason, Request, Rollout, Rollo
 from rollout.engine import RolloutEngine, StepRecord
 from rollout.lengths import LengthEstimate, ObservedLengths
 from rollout.model_runner import default_tap_layers
+from rollout.requests import EngineBusyError
 from rollout.results import mean_acceptance_length
 from rollout.strategy import PLAIN, Strategy
 
 __all__ = [
     "PLAIN",
     "DistillationTrace",
+    "EngineBusyError",
     "FinishReason",
     "LengthEstimate",
     "ObservedLengths",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from rollout.values import listed, real_number, shown, token_list, whole_number
+
+COLDEST, HOTTEST = 1e-30, 1e30  # temperatures, which and whose inverses float32 holds with room for logits
 
 
 class FinishReason(enum.StrEnum):
@@ -25,15 +28,17 @@ class SamplingParams:
     """How one completion is sampled.
 
     Args:
-        temperature: Softmax temperature. ``0`` is greedy decoding; negative, infinite or NaN is an error.
+        temperature: Softmax temperature. ``0`` is greedy decoding; negative, infinite or NaN is an error. Logits are divided by
+            a temperature within 1e-30 and 1e30, beyond which float32 could not tell it from greedy or uniform drawing.
         top_k: Keep the ``top_k`` most likely tokens; ``0`` keeps all.
         top_p: Keep the smallest set of most likely tokens whose mass reaches ``top_p``, in ``(0, 1]``.
         max_tokens: Most tokens to produce, at least 1.
-        stop_token_ids: The completion ends with the first of these (it is kept in the token ids).
-        stop_strings: The completion ends with the token that completes one of these. Needs an engine with a tokenizer.
+        stop_token_ids: The completion ends with the first of these (it is kept in the token ids). One id stands for itself.
+        stop_strings: The completion ends with the token that completes one of these; special tokens count by their text. One
+            string stands for itself. Needs an engine with ``decode_text``.
 
     Raises:
-        ValueError: one line that names the field, for any value out of range.
+        ValueError: one line that names the field, for any value out of range or of another type.
     """
 
     temperature: float = 1.0
@@ -44,20 +49,44 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: write 0 for greedy or a finite number above 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}: write 0 (all tokens) or a positive count")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}: write a number in (0, 1]")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}: write at least 1")
-        if any(not s for s in self.stop_strings):
+        self.check()
+
+    def check(self) -> None:
+        """Refuses what is out of range and keeps plain numbers, whichever library's were given.
+
+        Raises:
+            ValueError: one line that names the field.
+        """
+        temperature, top_p = real_number(self.temperature), real_number(self.top_p)
+        top_k, max_tokens = whole_number(self.top_k), whole_number(self.max_tokens)
+        ids = token_list(self.stop_token_ids if whole_number(self.stop_token_ids) is None else [self.stop_token_ids])
+        strings = [self.stop_strings] if isinstance(self.stop_strings, str) else listed(self.stop_strings)
+        if temperature is None or temperature < 0:
+            raise ValueError(f"temperature is {shown(self.temperature)}: write 0 for greedy or a finite number above 0")
+        if top_k is None or top_k < 0:
+            raise ValueError(f"top_k is {shown(self.top_k)}: write 0 (all tokens) or a positive whole number")
+        if top_p is None or not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {shown(self.top_p)}: write a number in (0, 1]")
+        if max_tokens is None or max_tokens < 1:
+            raise ValueError(f"max_tokens is {shown(self.max_tokens)}: write a whole number, at least 1")
+        if ids is None:
+            raise ValueError(f"stop_token_ids is {shown(self.stop_token_ids)}: write a tuple of token ids")
+        if strings is None or not all(isinstance(s, str) for s in strings):
+            raise ValueError(f"stop_strings is {shown(self.stop_strings)}: write a tuple of strings")
+        if "" in strings:
             raise ValueError("stop_strings has an empty string: it would stop every completion at once; remove it")
+        plain = (temperature, top_k, top_p, max_tokens, tuple(ids), tuple(strings))
+        for name, value in zip(self.__slots__, plain, strict=True):
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by: the temperature, 1 where it is 0, as float32 can hold it and its inverse."""
+        return 1.0 if self.greedy else min(max(self.temperature, COLDEST), HOTTEST)
 
     @property
     def truncated(self) -> bool:
@@ -67,15 +96,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to produce.
+    """One completion to produce. What cannot be served is said by the engine, in the rollout of this request alone.
 
     Args:
-        prompt_ids: Token ids of the prompt, at least one.
+        prompt_ids: Token ids of the prompt, at least one: a list, tuple, or one-dimensional array or tensor.
         params: How to sample.
         seed: Every random number of this request is a function of (seed, position), so the result does not depend on
-            which other requests are decoded beside it (up to the rounding of batched matrix products).
-        group: Requests with an equal group are samples of one prompt. They share a prefill and model-free drafts,
-            also with earlier requests of the same group. ``None`` shares nothing.
+            which other requests are decoded beside it (up to the rounding of batched matrix products). Any whole number; it
+            counts modulo 2^64.
+        group: Any hashable value. Requests with an equal group are samples of one prompt. They share a prefill and model-free
+            drafts, also with earlier requests of the same group. ``None`` shares nothing.
         resume: A paused rollout of the same prompt to go on from. With unchanged weights the result is the one that was paused
             without the pause; with new weights its earlier tokens keep the log-probs and version they were drawn under.
     """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from rollout.lengths import LengthEstimate
 from rollout.model_runner import Chunk, ModelRunner
 from rollout.prefill import PromptLogits, prefill, split_prefill
 from rollout.refusals import note_refusals
-from rollout.requests import problem_with
+from rollout.requests import EngineBusyError, RequestLimits, problem_with, refused_rollout
 from rollout.results import finished_rollout, snapshot
 from rollout.scheduler import Scheduler
 from rollout.sequence import SequenceState
@@ -28,9 +30,11 @@ from rollout.stopping import StopCondition, TextDecoder
 from rollout.strategy import PLAIN, StepFeedback, Strategy
 from rollout.timing import StepClock
 from rollout.trees import MOST_NODES, DraftTree, no_draft
+from rollout.values import listed, shown, whole_number
 from rollout.verification import verify_batch
 from rollout.verify import Verifier
 
+_NOT_FINITE = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
 OnMark = Callable[[list[tuple[int, Rollout]]], Sequence[Request]]
 
 
@@ -57,7 +61,8 @@ class RolloutEngine:
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
         collect_entropies: Note the entropy that each token was drawn under (`Rollout.entropies`).
-        decode_text: Token ids → text, needed for stop strings only.
+        decode_text: Token ids → text, needed for stop strings only. It should keep special tokens, or a stop string that is one is
+            never met: ``lambda ids: tokenizer.decode(ids, skip_special_tokens=False)``.
         kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` × ``max_context`` needs,
             sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
@@ -124,6 +129,8 @@ class RolloutEngine:
         self._prompts = PromptLogits()
         self._decode_text = decode_text
         self._cancelled: set[int] = set()
+        self._stops: dict[int, StopCondition] = {}
+        self._held = threading.Lock()
         self._device = model.device
 
     @staticmethod
@@ -137,26 +144,31 @@ class RolloutEngine:
         return self.speculation.drafters
 
     def add_drafter(self, drafter: Drafter) -> None:
-        """Makes a drafter available to strategies, under its name."""
-        self.speculation.add_drafter(drafter)
+        """Makes a drafter available to strategies, under its name: see `Speculation.add_drafter`."""
+        with self._alone("add_drafter"):
+            self.speculation.add_drafter(drafter)
 
     def use_strategy(self, strategy: Strategy | str) -> None:
         """Fixes what every step runs, or ``"adaptive"``: see `Speculation.use_strategy`."""
-        self.speculation.use_strategy(strategy)
+        with self._alone("use_strategy"):
+            self.speculation.use_strategy(strategy)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
         """Chooses at each step from measured times: see `Speculation.adapt`."""
-        self.speculation.adapt(arms, **options)
+        with self._alone("adapt"):
+            self.speculation.adapt(arms, **options)
 
     def verify_with(self, verifier: Verifier | str | None) -> None:
         """Verifies drawn drafts by this: see `Speculation.verify_with`."""
-        self.speculation.verify_with(verifier)
+        with self._alone("verify_with"):
+            self.speculation.verify_with(verifier)
 
     def refresh_weights(self) -> None:
         """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
-        self.runner.refresh_weights()
-        self.kept.clear()
-        self.policy_version += 1
+        with self._alone("refresh_weights"):
+            self.runner.refresh_weights()
+            self.kept.clear()
+            self.policy_version += 1
 
     def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """How the policy reads prompts, for predictions about what it will say. Not while requests are in flight.
@@ -167,21 +179,36 @@ class RolloutEngine:
         Returns:
             float32 [len(prompts), hidden], what the output head reads after the last token.
         """
-        found = [self.runner.prompt_states(part) for part in self._portions(prompts)]
+        with self._alone("prompt_states"):
+            found = [self.runner.prompt_states(part) for part in self._portions(prompts)]
         return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
 
     def read_traces(self, rollouts: Sequence[Rollout]) -> None:
         """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have: one forward of the
         present policy over each. Needs ``tap_layers``; not while requests are in flight."""
-        drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
-        waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
-        for part in self._portions([s.tokens[:-1] for s in waiting]):
-            here, waiting = waiting[: len(part)], waiting[len(part) :]
-            chunks = [Chunk(slot, tokens, 0, s.num_prompt - 1) for slot, (tokens, s) in enumerate(zip(part, here, strict=True))]
-            for pieces in split_prefill(chunks, self.prefill_tokens):
-                self.runner.prefill(pieces)
-            for slot, s in enumerate(here):
-                rollouts[s.index].trace = self.runner.trace(s, slot)
+        with self._alone("read_traces"):
+            drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
+            waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
+            for part in self._portions([s.tokens[:-1] for s in waiting]):
+                here, waiting = waiting[: len(part)], waiting[len(part) :]
+                chunks = [Chunk(slot, tokens, 0, s.num_prompt - 1) for slot, (tokens, s) in enumerate(zip(part, here, strict=True))]
+                for pieces in split_prefill(chunks, self.prefill_tokens):
+                    self.runner.prefill(pieces)
+                for slot, s in enumerate(here):
+                    rollouts[s.index].trace = self.runner.trace(s, slot)
+
+    @contextmanager
+    def _alone(self, call: str) -> Iterator[None]:
+        """Holds the engine for one call, of whatever thread: two at once would share slots."""
+        if not self._held.acquire(blocking=False):
+            raise EngineBusyError(
+                f"{call} while the engine serves another call: wait for it, and finish a stream or close() it; for more at once "
+                "use more engines, or generate's arrivals"
+            )
+        try:
+            yield
+        finally:
+            self._held.release()
 
     def _portions(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """As many at a time as one forward reads and the cache, made ready for them, holds."""
@@ -222,18 +249,31 @@ class RolloutEngine:
                 requests that it returns are added to these: those that ``resume`` what they were shown branch off there, and
                 what the two have in common is copied, not read again.
             arrivals: Asked after each decode step for requests that have come meanwhile; they are added to these.
+
+        Raises:
+            EngineBusyError: while the engine serves another call, of this thread or another.
+            ValueError: for limits that are none.
         """
         done: dict[int, Rollout] = {}
-        for index, rollout in self._run(requests, on_step, token_budget, segment, mark, on_mark, arrivals):
-            done[index] = rollout
-            if on_finish is not None:
-                on_finish(index, rollout)
+        with closing(self._run(requests, on_step, token_budget, segment, mark, on_mark, arrivals)) as run:
+            for index, rollout in run:
+                done[index] = rollout
+                if on_finish is not None:
+                    on_finish(index, rollout)
         return [done[index] for index in sorted(done)]
 
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
-        """Each rollout as it finishes."""
-        for _, rollout in self._run(requests, None, token_budget):
-            yield rollout
+        """Each rollout as it finishes.
+
+        The engine serves nothing else until the stream is exhausted, closed (``close()``, or the end of a loop over it), or
+        no longer referred to; what was unfinished then is dropped.
+
+        Raises:
+            EngineBusyError: at the first rollout, while the engine serves another call.
+        """
+        with closing(self._run(requests, None, token_budget)) as run:
+            for _, rollout in run:
+                yield rollout
 
     def cancel(self, request: Request) -> None:
         """Ends a request in flight before its next step, from a callback, the consumer of `stream`, or another thread.
@@ -251,55 +291,73 @@ class RolloutEngine:
         mark: int | None = None,
         on_mark: OnMark | None = None,
         arrivals: Callable[[], Sequence[Request]] | None = None,
+    ) -> Generator[tuple[int, Rollout], None, None]:
+        _check_bounds(token_budget=token_budget, segment=segment, mark=mark)
+        given = listed(requests)
+        if given is None:
+            raise ValueError(f"requests is {shown(requests)}: give a list of rollout.Request")
+        with self._alone("generate or stream"):
+            try:
+                yield from self._decode(given, on_step, token_budget, segment, mark, on_mark, arrivals)
+            finally:
+                self._abandon()
+
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None,
+        token_budget: int | None,
+        segment: int | None,
+        mark: int | None,
+        on_mark: OnMark | None,
+        arrivals: Callable[[], Sequence[Request]] | None,
     ) -> Iterator[tuple[int, Rollout]]:
         self.records = []
         self.prefill_seconds = 0.0
         self._cancelled.clear()
         started = time.perf_counter()
         left = float("inf") if token_budget is None else token_budget
-        try:
-            count = len(requests)
-            yield from self._submit(requests, 0, segment, mark)
-            while self.scheduler.has_work:
-                if left <= 0:
-                    yield from self._pause()
-                    return
-                yield from self._drop_cancelled()
-                self._make_room()
-                left -= self._admit()
+        count = len(requests)
+        yield from self._submit(requests, 0, segment, mark)
+        while self.scheduler.has_work:
+            if left <= 0:
+                yield from self._pause()
+                return
+            yield from self._drop_cancelled()
+            self._make_room()
+            left -= self._admit()
+            yield from self._retire()
+            if self.scheduler.active:
+                feedback, committed = self._step()
+                left -= committed
                 yield from self._retire()
-                if self.scheduler.active:
-                    feedback, committed = self._step()
-                    left -= committed
-                    yield from self._retire()
-                    more = [*self._at_marks(on_mark), *(arrivals() if arrivals is not None else ())]
-                    yield from self._submit(more, count, segment, mark)
-                    count += len(more)
-                    at = time.perf_counter() - started
-                    record = StepRecord(at, feedback.active, str(feedback.strategy), committed, feedback)
-                    self.records.append(record)
-                    if on_step is not None:
-                        on_step(record)
-        finally:
-            self._abandon()
+                more = [*self._at_marks(on_mark), *((arrivals() or ()) if arrivals is not None else ())]
+                yield from self._submit(more, count, segment, mark)
+                count += len(more)
+                at = time.perf_counter() - started
+                record = StepRecord(at, feedback.active, str(feedback.strategy), committed, feedback)
+                self.records.append(record)
+                if on_step is not None:
+                    on_step(record)
 
     def _at_marks(self, on_mark: OnMark | None) -> Sequence[Request]:
         """What branches off from sequences that have come to a mark."""
         there = [s for s in self.scheduler.active if s.at_mark()] if on_mark is not None else []
-        return on_mark([(s.index, snapshot(s)) for s in there]) if there and on_mark is not None else ()
+        return (on_mark([(s.index, snapshot(s)) for s in there]) or ()) if there and on_mark is not None else ()
 
     def _submit(
         self, requests: Sequence[Request], first: int, segment: int | None, mark: int | None
     ) -> Iterator[tuple[int, Rollout]]:
-        accepted = []
+        accepted, limits = [], RequestLimits(self.max_context, self.runner.vocab_size, self._decode_text is not None)
         for index, request in enumerate(requests, first):
-            problem = problem_with(request, self.max_context, self.runner.vocab_size, self._decode_text is not None)
+            problem = problem_with(request, limits)
+            if problem is not None:
+                yield index, refused_rollout(request, problem)
+                continue
             limit = min(self.max_context, len(request.prompt_ids) + request.params.max_tokens)
             sequence = SequenceState(request, index, limit, segment, mark)
-            if problem is None:
-                accepted.append(sequence)
-            else:
-                yield index, self._finished(sequence, slot=None, error=problem)
+            self._stops[id(sequence)] = StopCondition(request.params, self._decode_text)
+            accepted.append(sequence)
         if accepted:
             self.scheduler.submit(accepted)
 
@@ -398,17 +456,17 @@ class RolloutEngine:
                 committed += count
                 sequence.entropies += entropies[row][:count] if entropies is not None else ()
             else:
-                sequence.finish = FinishReason.FAILED
+                sequence.finish, sequence.error = FinishReason.FAILED, _NOT_FINITE
         return [len(path) for path in outcome.paths], committed
 
     def _commit(self, sequence: SequenceState, tokens: list[int], logprobs: list[float]) -> int:
         """Appends tokens up to the one that ends the sequence. Returns how many."""
-        stop = StopCondition(sequence, self._decode_text)
+        stop = self._stops[id(sequence)]
         count = 0
         for token, logprob in zip(tokens, logprobs, strict=True):
             sequence.append(token, logprob, self.policy_version)
             count += 1
-            sequence.finish = stop.reason()
+            sequence.finish = stop.reason(sequence)
             if sequence.finish is not None:
                 break
         self.speculation.observe(sequence, count)
@@ -419,7 +477,7 @@ class RolloutEngine:
         ended = [(slot, s) for slot, s in enumerate(self.scheduler.active) if s.finish is not None]
         if not ended:
             return
-        rollouts = [(s.index, self._finished(s, slot, error=None)) for slot, s in ended]
+        rollouts = [(s.index, self._finished(s, slot)) for slot, s in ended]
         for _, sequence in ended:
             if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
                 self.scheduler.lengths.observe(sequence.request, len(sequence.tokens) - sequence.num_prompt)
@@ -446,7 +504,7 @@ class RolloutEngine:
         gone = [s for s in self.scheduler.waiting if s.finish is FinishReason.CANCELLED]
         for sequence in gone:
             self.scheduler.waiting.remove(sequence)
-            yield sequence.index, self._finished(sequence, slot=None, error=None)
+            yield sequence.index, self._finished(sequence, slot=None)
         yield from self._retire()
 
     def _pause(self) -> Iterator[tuple[int, Rollout]]:
@@ -456,24 +514,34 @@ class RolloutEngine:
         waiting = list(self.scheduler.waiting)
         self.scheduler.waiting.clear()
         for sequence in waiting:
-            yield sequence.index, self._finished(sequence, slot=None, error=None)
+            yield sequence.index, self._finished(sequence, slot=None)
         yield from self._retire()
 
-    def _finished(self, sequence: SequenceState, slot: int | None, error: str | None) -> Rollout:
+    def _finished(self, sequence: SequenceState, slot: int | None) -> Rollout:
         if sequence.finish is FinishReason.FAILED and slot is not None:
-            error = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
             self.runner.cache.clear_slot(slot)
         elif slot is not None:
             self.kept.keep(sequence, slot)
         self.speculation.forget(sequence)
+        del self._stops[id(sequence)]
         whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
         traced = self.collect_traces and whole and slot is not None
-        return finished_rollout(sequence, error, self.runner.trace(sequence, slot) if traced and slot is not None else None)
+        return finished_rollout(sequence, self.runner.trace(sequence, slot) if traced and slot is not None else None)
 
     def _abandon(self) -> None:
         """Frees every slot: nothing of one call is left for the next, also when its consumer stopped early."""
         for slot, sequence in enumerate(self.scheduler.active):
             self.speculation.vacate(slot, slot)
             self.speculation.forget(sequence)
+        for sequence in self.scheduler.waiting:  # those that were preempted are known to drafters too
+            self.speculation.forget(sequence)
         self.scheduler.clear()
+        self._stops.clear()
         self._prompts.clear()
+
+
+def _check_bounds(token_budget: int | None, **counts: int | None) -> None:
+    for name, value, least in (("token_budget", token_budget, 0), *((name, value, 1) for name, value in counts.items())):
+        number = None if value is None else whole_number(value)
+        if value is not None and (number is None or number < least):
+            raise ValueError(f"{name} is {shown(value)}: write a whole number, at least {least}, or None")

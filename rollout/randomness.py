@@ -27,6 +27,11 @@ class Stream(enum.IntEnum):
 _STEP_NUMBERS = 1 << 24  # more than one step of one request uses
 
 
+def reduced_seed(seed: int) -> int:
+    """A seed modulo 2^64: what `uniforms` can tell apart."""
+    return seed % 2**64
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -38,7 +43,7 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> torch.
     """Uniform numbers in [0, 1).
 
     Args:
-        seeds: int64 [B], one a request.
+        seeds: uint64 or int64 [B], one a request.
         positions: int64 [B, Q], absolute position of the token each number decides.
         stream: Which of the request's sequences.
 
@@ -55,7 +60,7 @@ def step_uniforms(seeds: np.ndarray, roots: np.ndarray, first: int, count: int, 
     """Uniform numbers of one decode step, used at no other: a step that decided something with them must not lend them to the next.
 
     Args:
-        seeds: int64 [B], one a request.
+        seeds: uint64 or int64 [B], one a request.
         roots: int64 [B], tokens committed before the step, which no other step of the request shares.
         first, count: Numbers ``first .. first + count - 1`` of the step.
         stream: Which of the request's sequences.

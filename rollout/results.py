@@ -10,18 +10,18 @@ from rollout.api import DistillationTrace, FinishReason, Rollout
 from rollout.sequence import SequenceState
 
 
-def finished_rollout(sequence: SequenceState, error: str | None, trace: DistillationTrace | None) -> Rollout:
-    """What the user gets for a sequence; ``error`` makes it a failed one."""
+def finished_rollout(sequence: SequenceState, trace: DistillationTrace | None) -> Rollout:
+    """What the user gets for a sequence."""
     sequence.stats.seconds = time.perf_counter() - sequence.started
     return Rollout(
         request=sequence.request,
         token_ids=sequence.tokens[sequence.num_prompt :],
         logprobs=sequence.logprobs,
-        finish_reason=FinishReason.FAILED if error else sequence.finish or FinishReason.FAILED,
+        finish_reason=sequence.finish or FinishReason.FAILED,
         stats=sequence.stats,
         segments=sequence.segments,
         entropies=sequence.entropies if len(sequence.entropies) == len(sequence.logprobs) > 0 else None,
-        error=error,
+        error=sequence.error,
         trace=trace,
     )
 

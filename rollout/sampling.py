@@ -26,9 +26,9 @@ def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> t
         float32 [B, Q, V]; a row of non-finite logits gives NaN, which the caller must check.
     """
     scaled = logits.float()
-    temperatures = [p.temperature if not p.greedy else 1.0 for p in params]
-    if any(t != 1.0 for t in temperatures):
-        scaled = scaled / torch.tensor(temperatures, device=logits.device).view(-1, 1, 1)
+    divisors = [p.divisor for p in params]
+    if any(d != 1.0 for d in divisors):  # below the largest, so that no quotient overflows but to zero probability
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / torch.tensor(divisors, device=logits.device).view(-1, 1, 1)
     probs = torch.softmax(scaled, dim=-1)
     cuts: dict[tuple[int, float], list[int]] = {}
     for row, p in enumerate(params):
@@ -92,8 +92,24 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], uniform:
         temperature is 0). A row of unusable logits has log-prob NaN.
     """
     kernels = load_kernels(logits.device.type, logits.dtype)
-    if kernels is not None and not any(p.truncated for p in params):
-        return kernels.draw(logits, torch.tensor([p.temperature for p in params], dtype=torch.float32), uniform)
+    if kernels is None:
+        return _draw_processed(logits, params, uniform)
+    tokens, logprobs = kernels.draw(logits, kernel_temperatures(params), uniform)
+    cut = [row for row, p in enumerate(params) if p.truncated]
+    if cut:  # the others are drawn as they would be without these beside them, bit for bit
+        tokens[cut], logprobs[cut] = _draw_processed(logits[cut], [params[row] for row in cut], uniform[cut])
+    return tokens, logprobs
+
+
+def kernel_temperatures(params: Sequence[SamplingParams]) -> torch.Tensor:
+    """float32, as the native kernels take them: 0 is greedy."""
+    return torch.tensor([0.0 if p.greedy else p.divisor for p in params], dtype=torch.float32)
+
+
+def _draw_processed(
+    logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw_tokens` on torch's operators."""
     probs = processed_probs(logits[:, None], params)[:, 0]
     tokens = draw(probs, uniform.to(logits.device))
     greedy = torch.tensor([p.greedy for p in params], device=logits.device)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rollout.api import FinishReason, Request, RolloutStats
+from rollout.randomness import reduced_seed
+from rollout.values import token_list
 
 if TYPE_CHECKING:
     from rollout.refusals import Refusal
@@ -22,12 +28,14 @@ class SequenceState:
         limit: Most tokens of prompt and completion together.
         segment: Most tokens to commit before it is paused; None for no such limit.
         mark: Tokens between two places where the caller may let others branch off; None for no such places.
+        seed: The request's, modulo 2^64.
         tokens: Prompt and what is committed so far.
         num_prompt: Length of the prompt.
         began: Tokens that were there at first, of an earlier call's too, or at the last mark.
         logprobs: One for each committed token.
         stats: Filled as it goes.
         finish: Why it ended, once it has.
+        error: One line, where it failed.
         predicted: Expected completion tokens, where something is known.
         segments: (policy version, tokens committed under it), oldest first.
         refusals: Draft tokens that were refused, where that is collected.
@@ -39,12 +47,14 @@ class SequenceState:
     limit: int
     segment: int | None = None
     mark: int | None = None
+    seed: int = field(init=False)
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     began: int = field(init=False)
     logprobs: list[float] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
     finish: FinishReason | None = None
+    error: str | None = None
     predicted: float | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -52,7 +62,8 @@ class SequenceState:
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_ids)
+        self.seed = reduced_seed(operator.index(self.request.seed))
+        self.tokens = token_list(self.request.prompt_ids) or []
         self.num_prompt = len(self.tokens)
         earlier = self.request.resume
         if earlier is not None:
@@ -95,3 +106,8 @@ class SequenceState:
             self.segments[-1] = version, self.segments[-1][1] + 1
         else:
             self.segments.append((version, 1))
+
+
+def seeds_of(sequences: Iterable[SequenceState]) -> np.ndarray:
+    """uint64, one a sequence."""
+    return np.array([s.seed for s in sequences], dtype=np.uint64)

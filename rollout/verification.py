@@ -12,8 +12,8 @@ import torch
 from rollout.api import SamplingParams
 from rollout.native import Kernels, load_kernels
 from rollout.randomness import Stream, step_uniforms, uniforms
-from rollout.sampling import draw_tokens, processed_probs
-from rollout.sequence import SequenceState
+from rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
+from rollout.sequence import SequenceState, seeds_of
 from rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
 from rollout.verify import Uniforms, Verifier, default_verifier, verify_deterministic
 
@@ -71,9 +71,9 @@ def _followed(
     """The same as `_deterministic`, drawing on the way down only."""
     rows, nodes = torch.from_numpy(counts.cumsum() - counts), draft.lengths
     parents = chain_parents(*draft.tokens.shape) if draft.parents is None else draft.parents
-    seeds = np.array([s.request.seed for s in sequences])
+    seeds = seeds_of(sequences)
     numbers = uniforms(seeds, first[:, None] + np.arange(draft.nodes + 1), Stream.TARGET)
-    temperatures = torch.tensor([s.request.params.temperature for s in sequences], dtype=torch.float32)
+    temperatures = kernel_temperatures([s.request.params for s in sequences])
     path, kept, drawn, logprobs = kernels.follow(logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers))
     lengths, values = kept.tolist(), logprobs.tolist()
     return BatchOutcome(
@@ -90,7 +90,7 @@ def _deterministic(
     ends = counts.cumsum()
     starts = ends - counts
     params = [p for s, count in zip(sequences, counts, strict=True) for p in [s.request.params] * int(count)]
-    seeds = np.repeat([s.request.seed for s in sequences], counts)
+    seeds = np.repeat(seeds_of(sequences), counts)
     parents = None if draft.parents is None else draft.parents.cpu()
     positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
@@ -141,7 +141,7 @@ def _sampled(
     at = np.minimum(np.arange(nodes + 1), counts[:, None] - 1)  # past a sequence's end its last row stands in
     padded = logits[torch.from_numpy((counts.cumsum() - counts)[:, None] + at).to(device)]
     probs = processed_probs(padded, params)
-    seeds = np.array([s.request.seed for s in sequences])
+    seeds = seeds_of(sequences)
     numbers = Uniforms(
         uniforms(seeds, first[:, None] + np.arange(nodes + 1), Stream.TARGET).to(device),
         step_uniforms(seeds, first, 0, nodes, Stream.ACCEPT).to(device),

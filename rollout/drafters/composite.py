@@ -21,11 +21,17 @@ class CompositeDrafter(StatelessSlots):
         suffix: Finds matches; also added to the engine, which keeps it informed.
         model: Drafts the rest; also added to the engine. Its drafts must be of the likeliest tokens.
         threshold: Tokens that a match must have.
+
+    Raises:
+        ValueError: for a model that draws its drafts.
     """
 
     name = "composite"
 
     def __init__(self, suffix: SuffixDrafter, model: Drafter, threshold: int = 5) -> None:
+        rules = getattr(model, "rules", None)
+        if rules is not None and rules.draw != "likeliest":
+            raise ValueError(f"the composite drafter joins drafts of likeliest tokens, {model.name} draws {rules.draw}")
         self._suffix, self._model, self.threshold = suffix, model, threshold
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch
 
 from rollout.drafters.base import VerifiedStep
 from rollout.randomness import Stream, step_uniforms
-from rollout.sequence import SequenceState
+from rollout.sequence import SequenceState, seeds_of
 from rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from rollout.strategy.strategy import Strategy
 from rollout.trees import DraftKind, DraftTree
@@ -72,7 +72,7 @@ class DraftRules:
 
     def grow(self, brancher: Brancher, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
         """The draft that the strategy asks for."""
-        seeds = np.array([s.request.seed for s in sequences])
+        seeds = seeds_of(sequences)
         roots = np.array([len(s.tokens) for s in sequences])
 
         def numbers(first: int, count: int) -> torch.Tensor:
@@ -97,4 +97,4 @@ class DraftRules:
 
 def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
     """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own probabilities."""
-    return torch.tensor([s.request.params.temperature or 1.0 for s in sequences], device=device)
+    return torch.tensor([s.request.params.divisor for s in sequences], device=device)

@@ -10,7 +10,7 @@ import torch
 from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
 from rollout.drafters.growing import DraftRules
 from rollout.randomness import Stream, step_uniforms
-from rollout.sequence import SequenceState
+from rollout.sequence import SequenceState, seeds_of
 from rollout.strategy.strategy import Strategy
 from rollout.trees import DraftKind, DraftTree
 from rollout.trees.growth import draw_without_replacement
@@ -64,8 +64,8 @@ class StandDrafter(StatelessSlots):
     def _draw_row(self, sequence: SequenceState, strategy: Strategy) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
         """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of drawing."""
         row: list[tuple[int, int, np.ndarray, np.ndarray]] = []
-        temperature = sequence.request.params.temperature or 1.0
-        seed, root = np.array([sequence.request.seed]), np.array([len(sequence.tokens)])
+        temperature = sequence.request.params.divisor
+        seed, root = seeds_of([sequence]), np.array([len(sequence.tokens)])
         level: list[tuple[int, tuple[int, ...]]] = [(-1, tuple(sequence.tokens[-_LONGEST:]))]
         width, used = strategy.width, 0
         for _ in range(strategy.depth):
@@ -75,8 +75,7 @@ class StandDrafter(StatelessSlots):
                 count = min(width, strategy.nodes - len(row))
                 if known is None or count <= 0:
                     continue
-                scaled = known[1] / temperature
-                q = torch.from_numpy(np.exp(scaled - scaled.max())).float()
+                q = torch.from_numpy(np.exp((known[1] - known[1].max()) / temperature)).float()
                 noise = step_uniforms(seed, root, used, len(q), Stream.DRAFT)[0]
                 used += len(q)
                 columns, drawn_from = draw_without_replacement(q / q.sum(), noise, min(count, len(q)))

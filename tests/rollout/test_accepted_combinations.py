@@ -1,0 +1,248 @@
+"""Whatever combination of drafter, draw, tree, verifier and shape is accepted keeps the law of four tokens; the others are refused.
+
+The grid comes from the registries. The law is enumerated in float64 through transformers' own forward, and shares no code with the
+engine or the other statistical tests.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from rl.config import load_config
+from rl.errors import UserError
+from rollout import Request, RolloutEngine, SamplingParams, Strategy, default_tap_layers
+from rollout.drafters import DRAFTERS, DraftRules
+from rollout.drafters.build import DrafterParts, build_drafter
+from rollout.drafters.coverage import stated_kind
+from rollout.drafters.growing import DRAWS, TREES
+from rollout.strategy.stop_policy import STOP_POLICIES
+from rollout.trees import DraftKind
+from rollout.verify import VERIFIERS
+from tests.support import tiny_eagle3, tiny_llama
+
+VOCAB, LENGTH = 5, 4
+PROMPT = (1, 3, 2, 3)
+FEWEST = 5  # expected in a cell of the test; rarer outcomes are pooled
+SHAPES = ("{}:3", "{}:3x3/8")
+NEEDED = {"composite": ("suffix", "eagle3")}  # which drafters one is made of
+MODELS = {name for name, made in DRAFTERS.items() if "rules" in inspect.signature(made).parameters} | set(NEEDED)
+
+
+@dataclass(frozen=True)
+class Combination:
+    drafter: str
+    tree: str
+    draw: str
+    stop: str
+    verifier: str | None
+    shape: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.strategy, self.tree, self.draw, self.stop, self.verifier or "default")))
+
+    @property
+    def strategy(self) -> str:
+        return self.shape.format(self.drafter)
+
+    def rules(self) -> DraftRules:
+        return DraftRules(self.tree, self.draw, self.stop, 1.0 if self.stop == "svip" else 0.5)
+
+    def engine(self, slots: int = 1000) -> RolloutEngine:
+        """An engine that runs this combination; ValueError where it is refused."""
+        model = target()
+        taps = default_tap_layers(model.config.num_hidden_layers)
+        engine = RolloutEngine(model, dtype=torch.float32, max_slots=slots, max_context=16, max_nodes=8, tap_layers=taps)
+        parts = DrafterParts(self.rules(), tiny_eagle3(model), draft_model=small_model(), composite_match=2, clasp_skipped=0.5)
+        for name in (*NEEDED.get(self.drafter, ()), self.drafter):
+            engine.add_drafter(build_drafter(name, engine, parts))
+        engine.verify_with(self.verifier)
+        engine.use_strategy(self.strategy)
+        return engine
+
+    def recipe(self) -> None:
+        """UserError where a recipe with this combination is refused."""
+        drafters = ",".join((*NEEDED.get(self.drafter, ()), self.drafter))
+        extra = ["draft_model=x"] if self.drafter == "draft_model" else []
+        values = [
+            f"drafters=[{drafters}]",
+            f"strategy={self.strategy}",
+            f"tree={self.tree}",
+            f"draw={self.draw}",
+            f"stop={self.stop}",
+            *extra,
+        ]
+        verifier = [] if self.verifier is None else [f"verifier={self.verifier}"]
+        load_config("configs/tiny.yaml", [f"speculation.{value}" for value in (*values, *verifier)])
+
+    def possible(self) -> bool:
+        """Whether tree, draw and stop rule fit each other."""
+        try:
+            self.rules()
+        except ValueError:
+            return False
+        return True
+
+    @property
+    def key(self) -> tuple:
+        """The fields, with a stand-in for those that play no part."""
+        chain = "x" not in self.shape or getattr(DRAFTERS[self.drafter], "chains_only", False)
+        if self.drafter not in MODELS:
+            return self.drafter, "dynamic", "likeliest", "fixed", self.verifier, self.shape
+        tree = {"likeliest": "dynamic", "replacement": "static", "without_replacement": "static"}[self.draw] if chain else self.tree
+        return self.drafter, tree, self.draw, self.stop if chain else "fixed", self.verifier, self.shape
+
+    @property
+    def fixed(self) -> bool:
+        """Whether no verifier takes part, because the drafts are fixed."""
+        return stated_kind(DRAFTERS[self.drafter], Strategy.parse(self.strategy), self.rules()) is DraftKind.FIXED
+
+
+@cache
+def target():
+    return tiny_llama(VOCAB, layers=2, sharpness=10.0, hidden=32)
+
+
+@cache
+def small_model():
+    return tiny_llama(VOCAB, seed=3, layers=1, sharpness=8.0, hidden=32)
+
+
+def every_combination():
+    for drafter, tree, draw, stop, verifier, shape in itertools.product(
+        DRAFTERS, TREES, DRAWS, STOP_POLICIES, (None, *VERIFIERS), SHAPES
+    ):
+        yield Combination(drafter, tree, draw, stop, verifier, shape)
+
+
+@cache
+def refused(key: tuple) -> str | None:
+    """The engine's line about the combinations of a key, or None where it runs them."""
+    try:
+        Combination(*key).engine(slots=1)
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error), key
+        return str(error)
+    return None
+
+
+@cache
+def accepted() -> tuple[Combination, ...]:
+    """Those that the engine runs, without those that differ in what plays no part."""
+    found: dict[tuple, Combination] = {}
+    for c in every_combination():
+        if c.possible() and refused(c.key) is None:
+            key = (*c.key[:4], None, c.shape) if c.fixed else c.key
+            found.setdefault(key, Combination(*key))
+    return tuple(found.values())
+
+
+def law(params: SamplingParams) -> np.ndarray:
+    """P(t1 … t4): float64 [VOCAB] * 4, from full forwards of the model in float64."""
+    model = copy.deepcopy(target()).double()
+    prefixes = list(itertools.product(range(VOCAB), repeat=LENGTH - 1))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*PROMPT, *p] for p in prefixes])).logits[:, len(PROMPT) - 1 :]
+    rows = logits.numpy() / params.temperature
+    if params.top_k:
+        kth = np.sort(rows, -1)[..., -params.top_k, None]
+        rows = np.where(rows < kth, -np.inf, rows)
+    p = np.exp(rows - rows.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    joint = np.zeros((VOCAB,) * LENGTH)
+    for row, prefix in zip(p, prefixes, strict=True):
+        joint[prefix] = np.prod([row[i, token] for i, token in enumerate(prefix)]) * row[LENGTH - 1]
+    assert abs(joint.sum() - 1) < 1e-9
+    return joint
+
+
+def drawn(engine: RolloutEngine, params: SamplingParams, samples: int) -> np.ndarray:
+    """How often the engine gave each four tokens, as float64 [VOCAB] * 4; a fifth token leaves drafts their depth."""
+    counts = np.zeros((VOCAB,) * LENGTH)
+    for start in range(0, samples, 10_000):
+        batch = range(start, min(start + 10_000, samples))
+        for rollout in engine.stream([Request(PROMPT, params, seed=seed, group="one prompt") for seed in batch]):
+            assert rollout.error is None
+            counts[tuple(rollout.token_ids[:LENGTH])] += 1
+    assert counts.sum() == samples
+    return counts
+
+
+def chi_square(counts: np.ndarray, joint: np.ndarray) -> float:
+    """p-value; 0 where something impossible was drawn."""
+    if counts[joint == 0].any():
+        return 0.0
+    expected, seen = joint[joint > 0] * counts.sum(), counts[joint > 0]
+    rare = expected < FEWEST
+    expected = np.append(expected[~rare], expected[rare].sum())
+    seen = np.append(seen[~rare], seen[rare].sum())
+    if expected[-1] < FEWEST:  # of the pool itself
+        expected, seen = np.append(expected[:-2], expected[-2:].sum()), np.append(seen[:-2], seen[-2:].sum())
+    return float(stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue)
+
+
+SETTINGS = (SamplingParams(max_tokens=LENGTH + 1), SamplingParams(temperature=0.7, top_k=4, max_tokens=LENGTH + 1))
+
+
+def p_values(combinations, params: SamplingParams, samples: int) -> dict[str, float]:
+    joint = law(params)
+    return {str(c): chi_square(drawn(c.engine(), params, samples), joint) for c in combinations}
+
+
+def least(values: dict[str, float]) -> str:
+    name = min(values, key=values.__getitem__)
+    return f"{len(values)} combinations, least p {values[name]:.2g} ({name}), bound {0.001 / len(values):.2g}"
+
+
+def test_what_a_recipe_accepts_the_engine_accepts():
+    seen, refusals = set(), 0
+    for c in every_combination():
+        if c.stop != "fixed" or c.key in seen or not c.possible():
+            continue
+        seen.add(c.key)
+        try:
+            c.recipe()
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+        else:
+            assert refused(c.key) is None, c
+    assert refusals > len(seen) / 4
+
+
+@pytest.mark.ci
+def test_law_of_four_tokens_of_drawn_trees():
+    """What is most easily wrong: siblings."""
+    combinations = [c for c in accepted() if not c.fixed and c.shape == SHAPES[1] and c.verifier is not None]
+    values = p_values(combinations, SETTINGS[0], 8_000)
+    assert min(values.values()) > 0.001 / len(values), least(values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("params", SETTINGS, ids=["T 1", "T 0.7, top 4"])
+def test_law_of_four_tokens(params, capsys):
+    """Every accepted combination, 40,000 samples each; the bound is Bonferroni's."""
+    values = p_values(accepted(), params, 40_000)
+    with capsys.disabled():
+        print(f"\n{least(values)}")
+    assert min(values.values()) > 0.001 / len(values), least(values)
+
+
+@pytest.mark.ci
+def test_a_combination_that_should_have_been_refused_is_seen(monkeypatch):
+    """The stand drafter's siblings, drawn without replacement, under spectr: the test has the power to tell."""
+    from rollout.verify.verifier import StatedVerifier
+
+    wrong = Combination("stand", "dynamic", "likeliest", "fixed", "spectr", SHAPES[1])
+    with pytest.raises(ValueError, match="does not cover siblings drawn without replacement"):
+        wrong.engine()
+    monkeypatch.setattr(StatedVerifier, "refusal", lambda self, kind, chain: None)
+    assert p_values([wrong], SETTINGS[0], 40_000)[str(wrong)] < 1e-6
