@@ -1,6 +1,7 @@
 """The native kernels against float64 references, and what happens where they cannot be built."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -197,3 +198,101 @@ def test_the_library_is_built_once(monkeypatch, tmp_path):
     stamp = first.stat().st_mtime_ns
     assert build.build_library() == first
     assert first.stat().st_mtime_ns == stamp
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "_privately_built", {})
+    return tmp_path / "paceline" / "native"
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Writes the number of its runs; what it makes is a real library, copied."""
+    real = build.build_library()
+    made = tmp_path / "g++"
+    made.write_text(f'#!/bin/sh\necho run >> {tmp_path}/runs\nfor last; do :; done\ncp {real} "$last"\n')
+    made.chmod(0o755)
+    monkeypatch.setenv("CXX", str(made))
+    return lambda: len((tmp_path / "runs").read_text().split()) if (tmp_path / "runs").exists() else 0
+
+
+def loaded() -> bool:
+    return native.load_kernels.__wrapped__("cpu", torch.float32) is not None
+
+
+def others_write_to_the_directory(folder, path):
+    folder.chmod(0o777)
+
+
+def others_write_to_the_file(folder, path):
+    path.chmod(0o722)
+
+
+def another_users_file(folder, path):
+    os.chown(path, 12345, -1)
+
+
+def another_users_directory(folder, path):
+    os.chown(folder, 12345, -1)
+
+
+def a_link_elsewhere(folder, path):
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        *(others_write_to_the_directory, others_write_to_the_file, a_link_elsewhere),
+        pytest.param(another_users_file, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")),
+        pytest.param(another_users_directory, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")),
+    ],
+)
+def test_a_cache_that_others_can_write_to_is_not_loaded(compiler, cache, caplog, tamper):
+    path = build.build_library()
+    assert path.parent == cache and compiler() == 1
+    assert not cache.stat().st_mode & 0o077 and not path.stat().st_mode & 0o077
+    tamper(cache, path)
+    again = build.build_library()
+    assert again.parent != cache and compiler() == 2
+    assert loaded() and build.build_library() == again
+    assert len(caplog.records) == 1 and "built for this process alone" in caplog.text
+
+
+def test_a_broken_library_is_built_anew(compiler, cache):
+    path = build.build_library()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert build.build_library() == path
+    assert compiler() == 2 and loaded()
+
+
+def test_a_cache_that_cannot_be_made_is_gone_without(compiler, cache, caplog):
+    cache.parent.write_text("a file")
+    assert loaded() and loaded()
+    assert compiler() == 1 and len(caplog.records) == 1
+
+
+def test_a_user_without_a_home(compiler, cache, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert loaded()
+    assert "home directory" in caplog.text
+
+
+def test_nowhere_to_build_is_said_in_a_line(compiler, cache, monkeypatch, caplog):
+    cache.parent.write_text("a file")
+    monkeypatch.setattr(build.tempfile, "mkdtemp", lambda prefix: (_ for _ in ()).throw(OSError("no space left on device")))
+    assert not loaded()
+    assert "no space left on device" in caplog.records[-1].getMessage()
+
+
+def test_ranks_that_build_at_once_all_get_a_library(compiler, cache):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: build.build_library(), range(4)))
+    assert len(set(paths)) == 1 and paths[0].exists()
+    assert [p.name for p in cache.iterdir()] == [paths[0].name]
