@@ -32,7 +32,9 @@ def sampling(request: Request) -> dict[str, Any]:
         "ignore_eos": True,
         **_NEUTRAL,
     }
-    return {**found, "stop": list(p.stop_strings)} if p.stop_strings else found
+    if p.stop_strings:  # which may be special tokens: vLLM looks for them in the text that it writes
+        found |= {"stop": list(p.stop_strings), "skip_special_tokens": False}
+    return found
 
 
 def finished(
