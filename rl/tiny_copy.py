@@ -62,6 +62,9 @@ def _shorten_factors(config: PreTrainedConfig, head: int) -> None:
                 rope[key] = value[: max(math.ceil(len(value) * now / head), 1)]
 
 
+_TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
 def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folder: Path) -> None:
     """Writes a random policy of the same kind with its tokenizer.
 
@@ -80,3 +83,6 @@ def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folde
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     copy_tokenizer(source, folder)
+    if tokenizer_from is None:
+        tokenizer.chat_template = _TURNS  # or conversations of several turns could not be asked
+        tokenizer.save_pretrained(folder)

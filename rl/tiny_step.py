@@ -147,7 +147,12 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
         steps=_STEPS,
         save_every=_STEPS,
         policy=replace(config.policy, model=policy, warmup=None),
-        task=replace(config.task, size=min(config.task.size, 8)),
+        task=replace(
+            config.task,
+            size=min(config.task.size, 8),
+            heldout=0.0,  # of 8 problems none may be held out, or all
+            chat_template_kwargs=config.task.chat_template_kwargs if own_tokenizer else {},
+        ),
         rollout=rollout,
         speculation=replace(s, draft_model=None if s.draft_model is None else policy),
         update=replace(config.update, minibatches=min(config.update.minibatches, 2)),

@@ -124,6 +124,7 @@ def test_repeated_prompts_are_counted_and_dropped_on_request(recipe):
 
 
 def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rl.train_command.try_tiny_step", lambda config: "")
     model = tmp_path / "model"
     shutil.copytree(fetch_policy("tiny-llama"), model)
     recipe([*rows_of(5, 6, 300), {"prompt": "aaaaa", "answer": "5"}])
@@ -137,3 +138,15 @@ def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
     assert "the policy's chat template refuses a system message (System role not supported)" in capsys.readouterr().err
     monkeypatch.setattr(prompt_check, "cached_policy", lambda model: tmp_path / "none")
     assert "no tokenizer at hand" in check_recipe(load_config("configs/tiny.yaml", over))[-1]
+
+
+@pytest.mark.ci
+def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_same(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    turns = [*SYSTEM, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2 ="}]
+    recipe([{"prompt": turns, "answer": "4"}, {"prompt": "1 + 1 =", "answer": "2"}, *rows_of(3, 4, 5, 6)])
+    over = ["task.source=jsonl", f"task.path={tmp_path / 'p.jsonl'}", "rollout.prompts_per_step=2", "task.heldout=0.3"]
+    model = "policy.model=Qwen/Qwen2.5-7B-Instruct"
+    train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", model, "task.chat_template_kwargs={enable_thinking: false}", *over)
+    out = capsys.readouterr().out
+    assert "no tokenizer at hand" in out and "of 6 problems are held out" in out and "with a tokenizer of characters" in out
