@@ -243,8 +243,8 @@ def test_bench_has_its_own_help():
     assert "selection" in runner.invoke(app, ["bench", "--help"]).output
 
 
-def _interrupted(tmp_path, ranks):
-    """Starts a long run, presses Ctrl-C in its first steps, and returns what it said with its exit status."""
+def _interrupted(tmp_path, ranks, number):
+    """Starts a long run, sends it a signal in its first steps, and returns what it said with its exit status."""
     command = [sys.executable, "-m", "rl.commands.app", "train", "tiny", f"out={tmp_path / 'run'}", "steps=40", "save_every=100"]
     more = ["measure.plain_every=0", "drafter.schedule=never", "--ranks", str(ranks)]
     environment = {**os.environ, "PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -256,20 +256,23 @@ def _interrupted(tmp_path, ranks):
             break
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.2)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(number)
     return job.communicate(timeout=120)[0], job.returncode
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ctrl_c_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "number", "left_with"),
+    [(1, signal.SIGINT, 0), (2, signal.SIGINT, 0), (1, signal.SIGTERM, 143), (2, signal.SIGTERM, 143)],
+)
+def test_a_signal_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks, number, left_with):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     fetch_policy("tiny-llama")
-    said, status = _interrupted(tmp_path, ranks)
+    said, status = _interrupted(tmp_path, ranks, number)
     assert "stopping after this step" in said
     assert re.search(r"stopped; go on with --resume\s+\S+run\s", said), said
     assert "Traceback" not in said
-    assert status == 0
+    assert status == left_with
     done = len(read_metrics(tmp_path / "run"))
     assert 1 <= done < 40
     state = json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())
