@@ -93,11 +93,10 @@ def train(args: argparse.Namespace) -> int:
         return 0
     config, run = find_run(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with Display(active=is_main()) as display:
+    with Display(active=is_main()) as display, disk_errors(run), RunLock(run, active=is_main()):
         # before there is a process group: once there is one, transformers writes models on rank 0 only
         config = prepare(config, display, drafter=not has_checkpoint(run))
-        with disk_errors(run), RunLock(run, active=is_main()):
-            interruption, whole = train_ranks(config, run, args, display)
+        interruption, whole = train_ranks(config, run, args, display)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0 if whole else interruption.status
@@ -124,7 +123,7 @@ def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display:
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Checks a recipe, prints what it will take, and tries two tiny steps of it."""
+    """Checks a recipe, prints what it will take, and tries a few tiny steps of it."""
     config = load_config(args.config, args.overrides)
     said = check_recipe(config)
     ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))

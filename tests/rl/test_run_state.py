@@ -200,14 +200,12 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, tokeniz
     assert order[-1] == str(run)
 
 
-@pytest.mark.parametrize(
-    "groups", ["{}", '[{"params": ["a"], "lr": 1}]', '[{"lr": 1}]', '[{"params": [0], "lr": "x"}]', "3", '[{"params": [0]}]']
-)
-def test_an_optimizers_json_that_is_none_is_one_line(tmp_path, groups):
+@pytest.mark.parametrize("content", ["", "3", "{}", '{"scalars": {}, "param_groups": 3}', '{"scalars": [], "param_groups": []}'])
+def test_an_optimizers_json_that_is_none_is_one_line(tmp_path, content):
     model = tiny_llama()
     save_optimizer(stepped(model), tmp_path / "optimizer")
-    (tmp_path / "optimizer.json").write_text(f'{{"scalars": {{}}, "param_groups": {groups}}}')
-    with pytest.raises(UserError, match="optimizer: ") as refused:
+    (tmp_path / "optimizer.json").write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}/optimizer") as refused:
         restore_moments(trained(model), tmp_path / "optimizer")
     assert "\n" not in str(refused.value)
 
