@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -176,11 +177,15 @@ def _process_group(config: RunConfig) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    before = dict(os.environ)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them beside the group
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _keys_of(error: BaseException) -> str:
