@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
@@ -17,15 +19,17 @@ from drafter_trainer.spot import LearnerReport
 from rl.config import RunConfig, check_drafting
 from rl.errors import UserError
 from rl.groups import RankRollouts
-from rl.integrations.policy import HostPolicy
 from rl.rollouts import RolloutWorker
 from rl.run_state import Checkpoint, restore_selector, save_drafting
 from rl.shared_drafter import SharedDrafter
 from rl.strict import parse
 from rollout import FinishReason, Request, StepRecord, mean_acceptance_length
 
+if TYPE_CHECKING:
+    from rl.integrations.policy import HostPolicy
+
 _SECTIONS = {"speculation", "drafter", "rollout", "measure"}
-_ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb"}
+_ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb", "stop_strings"}
 
 
 def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone: bool) -> RunConfig:
@@ -62,7 +66,7 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
 
 class HostedRollouts:
     """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the host has one, and calls
-    `refresh` before the first rollouts and after each update.
+    `refresh` before rollouts.
 
     Args:
         config: From `host_config`; ``out`` is where drafters and traces go.
@@ -75,17 +79,27 @@ class HostedRollouts:
     def __init__(
         self, config: RunConfig, policy: HostPolicy, tokenizer: Any, accelerator: Accelerator, say: Callable[[str], None]
     ) -> None:
-        self.config, self._policy, self._accelerator = config, policy, accelerator
+        self.config, self.policy, self._accelerator = config, policy, accelerator
+        self._decoded_with: Any = None
         self.worker = RolloutWorker(config, policy.decoded, tokenizer, accelerator.process_index)
         self.engine = self.worker.engine
         self.drafter = SharedDrafter(config, self.worker, accelerator, Path(config.out), say)
         self.drafter.start()
         self._calls = 0
 
-    def refresh(self) -> None:
-        """Decodes with the host's present weights from now on. Collective where those lie in parts."""
-        self._policy.refresh()
-        self.engine.refresh_weights()
+    def refresh(self) -> bool:
+        """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies where anything has
+        changed since the last call. Collective where they lie in parts. Returns whether it renewed them."""
+        now = self.policy.fingerprint()
+        changed = now is None or now != self._decoded_with
+        if self.policy.in_parts:
+            changed = any_rank(self._accelerator, changed)
+        if changed:
+            self._decoded_with = None  # until all of it has succeeded
+            self.policy.refresh()
+            self.engine.refresh_weights()
+            self._decoded_with = now
+        return changed
 
     def rollouts(self, requests: Sequence[Request]) -> RankRollouts:
         """This rank's completions, in the order of ``requests``.
@@ -154,6 +168,18 @@ class HostedRollouts:
         if (problem := restore_selector(found, self.engine.speculation.selector)) is not None:
             warnings.warn(problem, stacklevel=2)
 
+    def take_over(self, earlier: HostedRollouts) -> None:
+        """Goes on with the drafter of another one of the same run. Collective."""
+        earlier.drafter.finish()
+        folder = Path(self.config.out) / "handover"
+        if self._accelerator.is_main_process:
+            earlier.save(folder)
+        self._accelerator.wait_for_everyone()
+        self.load(folder)
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def finish(self) -> Path | None:
         """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on the main rank."""
         self.drafter.finish()
@@ -162,6 +188,12 @@ class HostedRollouts:
         path = Path(self.config.out) / "drafter"
         save_drafter(self.worker.spot.serving, path)
         return path
+
+
+def any_rank(accelerator: Accelerator, value: bool) -> bool:
+    """Whether it is so on some rank. Collective."""
+    count = torch.tensor([int(value)], device=accelerator.device)
+    return bool(accelerator.reduce(count, "sum").item())
 
 
 def step_report(done: RankRollouts, report: LearnerReport) -> dict[str, float]:

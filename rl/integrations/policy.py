@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rl.errors import UserError
+from rl.integrations.fingerprint import fingerprint, tensors_held
 from rl.lora import merged
 from rl.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
 from rl.sharding.gathering import in_parts, whole_parameters
@@ -47,11 +49,31 @@ class HostPolicy:
         self._layers()
         self.shared = self._adapter is None and not in_parts(self._source)
         self.decoded = self._source if self.shared else _empty_copy(self._source, dtype, device)
+        self._model, self._parameters = model, list(self._source.parameters())
 
     def refresh(self) -> None:
         """Brings a copy up to the host's present weights. Collective where those lie in parts."""
         if not self.shared:
             copy_weights(self._weights(), self.decoded)
+            _copy_buffers(self._source, self.decoded)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no rank holds the whole weights."""
+        return in_parts(self._source)
+
+    def fingerprint(self) -> Hashable | None:
+        """What changes whenever this rank's weights do, or what adapters do with them; None where that cannot be told."""
+        held = tensors_held(self._source)
+        return None if held is None else (fingerprint(held), _adapter_state(self._source))
+
+    def reads(self, model: nn.Module) -> bool:
+        """Whether the engine, built on `decoded`, follows this model: the same modules, and the same parameters if it shares them
+        (sharding a model, for one, puts others in their place)."""
+        if model is not self._model or (self.shared and in_parts(self._source)):
+            return False
+        now = list(self._source.parameters())
+        return not self.shared or (len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters)))
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,7 +96,26 @@ def _empty_copy(source: PreTrainedModel, dtype: torch.dtype, device: torch.devic
     with torch.random.fork_rng():
         made: PreTrainedModel = type(source)(copy.deepcopy(source.config))
     made.generation_config = source.generation_config
-    return made.to(device=device, dtype=dtype).eval().requires_grad_(False)  # type: ignore[call-arg]
+    for parameter in made.parameters():
+        parameter.data = parameter.to(dtype)  # buffers, such as rotary frequencies, keep the precision that they were made in
+    return made.to(device=device).eval().requires_grad_(False)  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    theirs = dict(source.named_buffers())
+    for name, buffer in target.named_buffers():
+        if name in theirs and theirs[name].shape == buffer.shape:
+            buffer.copy_(theirs[name])
+
+
+def _adapter_state(source: nn.Module) -> Hashable:
+    """What peft's layers do with their adapters at the moment: which are in use, by what factor, and which are merged."""
+    layers: list[Any] = [module for module in source.modules() if hasattr(module, "merged_adapters")]
+    return tuple(
+        (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters, tuple(getattr(m, "scaling", {}).items()))
+        for m in layers
+    )
 
 
 def _adapter_in_use(model: Any) -> str | None:

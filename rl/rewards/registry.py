@@ -104,24 +104,24 @@ class LengthAware:
         longest: int,
         correct_from: float = 1.0,
     ) -> None:
-        self._reward, self._group_size, self._longest, self._correct_from = reward, group_size, longest, correct_from
+        self._reward, self.group_size, self.longest, self._correct_from = reward, group_size, longest, correct_from
         self._terms = [load_term(entry, "terms") for entry in terms]
         self.needs_entropies = any(term.needs_entropies for term in self._terms)
         self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         rewards = torch.tensor(self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32)
-        if len(rewards) % self._group_size:
+        if len(rewards) % self.group_size:
             raise ValueError(
-                f"{len(rewards)} completions are no groups of {self._group_size}: make per_device_train_batch_size a multiple of it"
+                f"{len(rewards)} completions are no groups of {self.group_size}: make per_device_train_batch_size a multiple of it"
             )
         budgets, entropies = columns.get("budget"), columns.get("entropies")
         samples = Samples(
             rewards,
             rewards >= self._correct_from,
             torch.tensor([len(ids) for ids in columns["completion_ids"]]),
-            self._group_size,
-            self._longest,
+            self.group_size,
+            self.longest,
             None if budgets is None else torch.tensor(budgets, dtype=torch.float32),
             None if entropies is None else [torch.tensor(e, dtype=torch.float32) for e in entropies],
             columns.get("answers"),

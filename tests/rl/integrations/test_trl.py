@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from drafter_trainer.checkpoint import load_drafter
 from rl.commands.trial import share_of_digits
 from rl.errors import UserError
 from rl.integrations.trl import RLOOTrainer, paceline_rollouts
+from rl.integrations.trl_arguments import check_trainer
 from rl.policies import fetch_policy
 from rl.rewards.registry import LengthAware
 from tests.support import forward_logprobs
@@ -96,6 +98,117 @@ def test_grpo_draws_from_the_present_policy(tiny, tmp_path, adapters):
     assert all(not math.isnan(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     drafter = load_drafter(tmp_path / "trl" / "paceline" / "drafter", trainer.model.config.vocab_size, 64)
     assert drafter.config.draft_vocab_size == 48
+
+
+def written_through_data(model):
+    for parameter in adapters_of(model):
+        parameter.data.normal_(0, 0.1)
+
+
+def put_in_place_of_data(model):
+    for parameter in adapters_of(model):
+        parameter.data = torch.randn_like(parameter) * 0.1
+
+
+def loaded(model):
+    model.load_state_dict({name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+
+
+def scaled(model):
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(3.0)
+
+
+def adapters_of(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_rollouts_follow_the_weights_whoever_wrote_them(tiny, tmp_path):
+    """Also where the trainer's step has not moved: a second train(), a checkpoint that was loaded, writes by hand."""
+    from peft import LoraConfig
+
+    rollouts = paceline_rollouts()
+    watched = Watched(rollouts, 1.0)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    trainer = trainer_for(tiny, tmp_path, watched, peft_config=lora, max_steps=1, per_device_eval_batch_size=4)
+    few = Dataset.from_list(PROMPTS[:1])
+    trainer.train()
+    trainer.train()
+    trainer.evaluate(few)
+    version = rollouts._hosted.engine.policy_version
+    trainer.evaluate(few)
+    assert rollouts._hosted.engine.policy_version == version  # nothing had changed
+    for change in (written_through_data, put_in_place_of_data, loaded):
+        change(trainer.model)
+        trainer.evaluate(few)
+        version += 1
+        assert rollouts._hosted.engine.policy_version == version, change
+    assert len(watched.errors) == 2 * 8 + 5 * 4
+    assert max(watched.errors) < 1e-3
+
+
+def test_what_adapters_do_is_part_of_the_weights(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    from rl.integrations.policy import HostPolicy
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
+    policy = HostPolicy(model, torch.float32, torch.device("cpu"))
+    seen = [policy.fingerprint()]
+    assert policy.fingerprint() == seen[0]
+    scaled(model)
+    seen.append(policy.fingerprint())
+    model.base_model.disable_adapter_layers()
+    seen.append(policy.fingerprint())
+    assert len(set(seen)) == 3
+
+
+def test_copies_keep_the_precision_of_rotary_frequencies(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    from rl.integrations.policy import HostPolicy
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
+    policy = HostPolicy(model, torch.bfloat16, torch.device("cpu"))
+    policy.refresh()
+    ours, theirs = dict(policy.decoded.named_buffers()), dict(model.base_model.model.named_buffers())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {p.dtype for p in policy.decoded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("same_trainer", [False, True])
+def test_rollouts_follow_another_model(tiny, tmp_path, same_trainer, caplog):
+    """Of another trainer, or new modules in the same one's: the drafter goes on there."""
+    rollouts = paceline_rollouts(**DRAFTING)
+    watched = Watched(rollouts, 1.0)
+    first = trainer_for(tiny, tmp_path / "first", watched)
+    first.train()
+    drafter = rollouts._hosted.worker.spot.serving.fc.weight.clone()
+    second = first if same_trainer else trainer_for(tiny, tmp_path / "second", watched, per_device_eval_batch_size=4)
+    second.model.lm_head.weight = torch.nn.Parameter(torch.randn_like(second.model.lm_head.weight))
+    second.evaluate(Dataset.from_list(PROMPTS))
+    assert max(watched.errors) < 1e-3
+    warned = [record.message for record in caplog.records if record.name == "paceline"]
+    if same_trainer:
+        assert torch.equal(rollouts._hosted.worker.spot.serving.fc.weight, drafter)
+        assert len(warned) == 1 and "modules were replaced" in warned[0]
+        assert not (tmp_path / "first" / "trl" / "paceline" / "handover").exists()
+    else:
+        assert rollouts._hosted.worker.spot is None and not warned
+
+
+def test_sampling_follows_the_trainer(tiny, tmp_path):
+    """A temperature that is changed between two evaluations counts."""
+    watched = Watched(paceline_rollouts(), 1.0)
+    trainer = trainer_for(tiny, tmp_path, watched, per_device_eval_batch_size=4)
+    trainer.evaluate(Dataset.from_list(PROMPTS[:1]))
+    trainer.temperature = watched.temperature = 0.5
+    trainer.max_completion_length = 5
+    trainer.evaluate(Dataset.from_list(PROMPTS[:1]))
+    assert max(watched.errors) < 1e-3
+    assert max(map(len, watched.calls[1])) <= 5 < max(map(len, watched.calls[0]))
 
 
 @pytest.mark.ci
@@ -182,23 +295,88 @@ def test_length_aware_rewards_read_what_rollouts_carry(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sections", "options", "said"),
+    ("sections", "said"),
     [
-        ({"update": {}}, {}, "update is not a section"),
-        ({"rollout": {"temperature": 0.5}}, {}, "the trainer's to decide"),
-        ({"rollout": {"max_contxt": 5}}, {}, "the trainer's to decide"),
-        ({"drafter": {"reward_weight": 0.5}}, {}, "reward_weight"),
-        ({"speculation": {"drafters": ["sufix"]}}, {}, "suffix"),
-        ({"rollout": {"max_context": 100000}}, {}, "reads 1024 tokens"),
-        ({}, {"min_p": 0.1}, "min_p"),
-        ({}, {"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"update": {}}, "update is not a section"),
+        ({"rollout": {"temperature": 0.5}}, "the trainer's to decide"),
+        ({"rollout": {"max_contxt": 5}}, "the trainer's to decide"),
+        ({"drafter": {"reward_weight": 0.5}}, "reward_weight"),
+        ({"speculation": {"drafters": ["sufix"]}}, "suffix"),
+        ({"speculation": {"max_nodes": "many"}}, "max_nodes"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(tiny, tmp_path, sections, options, said):
-    trainer = trainer_for(tiny, tmp_path, paceline_rollouts(**sections), **options)
+def test_sections_are_checked_where_they_are_written(sections, said):
+    with pytest.raises(UserError, match=said) as found:
+        paceline_rollouts(**sections)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"min_p": 0.1}, "min_p is 0.1: write top_p or top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1: write 1.0"),
+        ({"cache_implementation": "static"}, "cache_implementation is static: leave it out"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching is True: leave it out"),
+        ({"use_vllm": True}, "use_vllm is True: write use_vllm=False"),
+        ({"vllm_importance_sampling_mode": "token_mask"}, "vllm_importance_sampling_mode is token_mask: leave it out"),
+        ({"generation_kwargs": {"num_beams": 4}}, "generation_kwargs.num_beams is 4: leave it out"),
+        ({"generation_kwargs": {"temperature": 0.3}}, "generation_kwargs.temperature is 0.3: write it as the argument temperature"),
+        ({"generation_kwargs": {"stop_strings": ["x"]}}, "stop_strings.*paceline_rollouts"),
+        ({"temperature": 0.0}, "temperature is 0: write a number above 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"max_completion_length": None}, "max_completion_length is None: write"),
+        ({"min_p": 0.1, "top_p": 1.5}, "min_p.*; top_p"),
+    ],
+)
+def test_arguments_are_checked_where_they_are_handed_over(tmp_path, options, said):
+    with pytest.raises(UserError, match=said) as found:
+        paceline_rollouts(GRPOConfig(**common(tmp_path, **options)))
+    assert "\n" not in str(found.value)
+
+
+def test_arguments_that_change_nothing_pass(tmp_path):
+    neutral = {"do_sample": True, "num_beams": 1, "repetition_penalty": 1.0, "min_p": None}
+    paceline_rollouts(GRPOConfig(**common(tmp_path, generation_kwargs=neutral, min_p=0.0, top_k=0)))
+    paceline_rollouts(RLOOConfig(**common(tmp_path)))
+    with pytest.raises(UserError, match="args is a dict"):
+        paceline_rollouts(common(tmp_path))
+
+
+def one(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rollouts": {"rollout": {"max_context": 100000}}}, "reads 1024 tokens"),
+        ({"min_p": 0.1}, "min_p is 0.1"),
+        ({"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 8, 12)}, r"group_size=8.*num_generations=4"),
+        ({"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 4, 64)}, r"longest=64.*max_completion_length=12"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_drawn(tiny, tmp_path, options, said):
+    rollouts = paceline_rollouts(**options.pop("rollouts", {}))
+    trainer = trainer_for(tiny, tmp_path, rollouts, **options)
     with pytest.raises(UserError, match=said) as found:
         trainer.train()
     assert "\n" not in str(found.value)
+
+
+def test_trainers_and_places_that_rollouts_cannot_follow(tiny, tmp_path):
+    trainer = trainer_for(tiny, tmp_path, None)
+    model = trainer.model
+    check_trainer(trainer, model)
+    trainer.tools = [print]
+    with pytest.raises(UserError, match=r"tools is given: .*docs/multi_turn.md"):
+        check_trainer(trainer, model)
+    trainer.tools = []
+    model.lm_head.to("meta")
+    with pytest.raises(UserError, match="on a disk in part"):
+        check_trainer(trainer, model)
+    with pytest.raises(UserError, match="this is a Namespace"):
+        check_trainer(Namespace(), model)
 
 
 def test_adapters_beyond_plain_lora_are_refused(tiny):
