@@ -68,9 +68,9 @@ class HostPolicy:
         return None if held is None else (fingerprint(held), _adapter_state(self._source))
 
     def reads(self, model: nn.Module) -> bool:
-        """Whether the engine, built on `decoded`, follows this model: the same modules, and the same parameters if it shares them
-        (sharding a model, for one, puts others in their place)."""
-        if model is not self._model or (self.shared and in_parts(self._source)):
+        """Whether the engine, built on `decoded`, follows this model: the same modules and adapter, and the same parameters if it
+        shares them (sharding a model, for one, puts others in their place)."""
+        if model is not self._model or (self.shared and in_parts(self._source)) or _adapter_in_use(model) != self._adapter:
             return False
         now = list(self._source.parameters())
         return not self.shared or (len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters)))

@@ -97,7 +97,9 @@ class PacelineRollouts(TrainerCallback):
             found["answers"] = [answer_start(r.token_ids, self._answer, trainer.processing_class) for r in rollouts]
         return found
 
-    def converse(self, prompts: list[Any], trainer: Any, environment: Environment, turns: int) -> dict[str, Any]:
+    def converse(
+        self, prompts: list[Any], trainer: Any, environment: Environment, turns: int, turn_tokens: int | None = None
+    ) -> dict[str, Any]:
         """Plays conversations with an environment, in TRL's ``rollout_func`` contract with ``env_mask``: see docs/multi_turn.md.
 
         A conversation ends when the environment returns None, after ``turns`` of the policy's turns, or where the trainer's
@@ -110,6 +112,7 @@ class PacelineRollouts(TrainerCallback):
             environment: Called after each of the policy's turns, in order of the prompts. Returns a text, token ids or chat
                 messages to answer with, or None to end the conversation; after the last turn it is not read.
             turns: Most turns of the policy's, at least 1.
+            turn_tokens: Most tokens of one turn, at least 1; None leaves what ``max_completion_length`` leaves.
 
         Returns:
             ``prompt_ids``, ``completion_ids``, ``logprobs``, ``env_mask``, one list for each prompt, and a column for each key that
@@ -118,21 +121,23 @@ class PacelineRollouts(TrainerCallback):
         Raises:
             UserError: for turns that are no count, answers of another type, and rewards that read entropies.
         """
-        if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
-            raise UserError(f"paceline: turns is {turns!r}: write a count of at least 1")
+        for name, count in {"turns": turns, "turn_tokens": 1 if turn_tokens is None else turn_tokens}.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise UserError(f"paceline: {name} is {count!r}: write a count of at least 1")
+        if any(getattr(f, "needs_entropies", False) for f in trainer.reward_funcs):
+            raise UserError("paceline: rewards that read entropies judge one turn: use another reward with converse()")
         talks = [Conversation(p, list(ids)) for p, ids in zip(prompts, self._tokenized(prompts, trainer), strict=True)]
         for turn in range(turns):
             going = [talk for talk in talks if not talk.over]
             if not any_rank(trainer.accelerator, bool(going)):
                 break
-            room = [trainer.max_completion_length - len(talk.completion_ids) for talk in going]
+            longest = trainer.max_completion_length if turn_tokens is None else turn_tokens
+            room = [min(longest, trainer.max_completion_length - len(talk.completion_ids)) for talk in going]
             rollouts = self.complete([talk.token_ids for talk in going], trainer, max_tokens=room, keep=True)
             for talk, rollout in zip(going, rollouts, strict=True):
                 self._take_turn(talk, rollout, trainer, environment, last=turn + 1 == turns)
         assert self._hosted is not None
         self._hosted.engine.kept.clear()
-        if self._entropies:
-            raise UserError("paceline: rewards that read entropies judge one turn: use another reward with converse()")
         names = {name: None for talk in talks for name in talk.columns}
         found = {name: [getattr(talk, name) for talk in talks] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
         return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}

@@ -40,6 +40,8 @@ def test_zero3_draws_and_learns_as_whole_weights_do(tmp_path, monkeypatch):
     for ranks in (whole, parts):
         assert max(ranks[0]["errors"] + ranks[1]["errors"]) == 0
         assert ranks[0]["tokens"] != ranks[1]["tokens"]
+        assert len(ranks[0]["errors"]) == 4
+        assert all(ranks[0]["talk"]) and ranks[1]["talk"].count(0) > 1
     for rank in (0, 1):
         assert whole[rank]["tokens"] == parts[rank]["tokens"]
         assert whole[rank]["norms"] == pytest.approx(parts[rank]["norms"], rel=1e-4)

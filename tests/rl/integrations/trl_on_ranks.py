@@ -41,7 +41,7 @@ def main():
         found = rollouts(prompts, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
         weights = {name: tensor.clone() for name, tensor in whole_parameters(model, lambda name: True)}
-        decoded = dict(rollouts._hosted.worker._policy.named_parameters())
+        decoded = dict(rollouts._hosted.policy.decoded.named_parameters())
         errors.append(max(float((weights[name] - p).abs().max()) for name, p in decoded.items()))
         tokens.append(found["completion_ids"])
         return found
@@ -56,9 +56,16 @@ def main():
     )
     trainer.train()
     rank = trainer.accelerator.process_index
+    if rank == 1:  # weights that change on one rank alone: both must gather them
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                getattr(parameter, "ds_tensor", parameter).mul_(1.01)
+    watched([f"{i} + 1 =" for i in range(3)], trainer)
+    answers = [None, "?"]  # rank 0's conversations end with their first turn, and it plays on with rank 1
+    found = rollouts.converse(["4 + 1 ="], trainer, lambda talk: answers[rank], turns=3, turn_tokens=4)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    report = {"errors": errors, "tokens": tokens, "losses": losses, "norms": norms}
+    report = {"errors": errors, "tokens": tokens[:3], "talk": found["env_mask"][0], "losses": losses, "norms": norms}
     Path(OUT, f"rank-{rank}.json").write_text(json.dumps(report))
 
 
