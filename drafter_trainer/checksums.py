@@ -31,7 +31,7 @@ def write_checksums(folder: Path) -> None:
         sums = _all_sums(paths, pool)
         for written in on_disk:
             written.result()
-    (folder / NAME).write_text(json.dumps({"block": _BLOCK, "files": sums}, indent=1) + "\n")
+    (folder / NAME).write_text(json.dumps({"block": _BLOCK, "files": sums, "own": _own_sum(sums)}, indent=1) + "\n")
     sync(folder / NAME)
     for place in {path.parent for path in paths.values()} | {folder}:
         sync(place)
@@ -125,11 +125,17 @@ def _sum(path: Path, begin: int) -> str:
     return f"{value:08x}"
 
 
+def _own_sum(sums: dict[str, dict[str, Any]]) -> str:
+    """Of the checksums themselves: a bit may flip in them, too."""
+    return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
+
+
 def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         files = kept["files"]
-        if kept["block"] != _BLOCK or not all(isinstance(f["bytes"], int) and isinstance(f["crc32"], list) for f in files.values()):
+        whole = kept["own"] == _own_sum(files) and kept["block"] == _BLOCK
+        if not whole or not all(isinstance(f["bytes"], int) and isinstance(f["crc32"], list) for f in files.values()):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
