@@ -77,30 +77,31 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     drafter = {"draft_vocab_size": config.drafter.draft_vocab_size, "schedule": args.schedule, "start": args.drafter}
-    ours = paceline_rollouts(drafter=drafter, rollout={"max_slots": r.max_slots, "max_context": r.max_context})
+    arguments = GRPOConfig(
+        output_dir=config.out,
+        model_init_kwargs={"dtype": args.weights},
+        per_device_train_batch_size=r.group_size,
+        gradient_accumulation_steps=r.prompts_per_step // ranks,
+        num_generations=r.group_size,
+        max_completion_length=r.max_tokens,
+        chat_template_kwargs=config.task.chat_template_kwargs,
+        temperature=r.temperature,
+        learning_rate=config.update.lr,
+        lr_scheduler_type="constant",
+        max_steps=config.steps,
+        beta=config.update.kl_coef,
+        seed=config.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=config.policy.mixed_precision == "bf16",
+    )
+    ours = paceline_rollouts(arguments, drafter=drafter, rollout={"max_slots": r.max_slots, "max_context": r.max_context})
     trainer = GRPOTrainer(
         model=str(source),
         reward_funcs=correct,
-        args=GRPOConfig(
-            output_dir=config.out,
-            model_init_kwargs={"dtype": args.weights},
-            per_device_train_batch_size=r.group_size,
-            gradient_accumulation_steps=r.prompts_per_step // ranks,
-            num_generations=r.group_size,
-            max_completion_length=r.max_tokens,
-            chat_template_kwargs=config.task.chat_template_kwargs,
-            temperature=r.temperature,
-            learning_rate=config.update.lr,
-            lr_scheduler_type="constant",
-            max_steps=config.steps,
-            beta=config.update.kl_coef,
-            seed=config.seed,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=config.policy.mixed_precision == "bf16",
-        ),
+        args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(source),
         callbacks=[clock],

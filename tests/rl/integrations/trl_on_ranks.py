@@ -56,10 +56,8 @@ def main():
     )
     trainer.train()
     rank = trainer.accelerator.process_index
-    if rank == 1:  # weights that change on one rank alone: both must gather them
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                getattr(parameter, "ds_tensor", parameter).mul_(1.01)
+    if rank == 1:
+        rollouts._hosted._decoded_with = None  # as if weights had changed on one rank alone: both must gather them
     watched([f"{i} + 1 =" for i in range(3)], trainer)
     answers = [None, "?"]  # rank 0's conversations end with their first turn, and it plays on with rank 1
     found = rollouts.converse(["4 + 1 ="], trainer, lambda talk: answers[rank], turns=3, turn_tokens=4)
