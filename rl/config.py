@@ -15,6 +15,7 @@ from rl.errors import UserError
 from rl.recipe_rules import check
 from rl.sections import (
     CriticConfig,
+    EvaluationConfig,
     LoraConfig,
     MeasureConfig,
     PolicyConfig,
@@ -31,6 +32,7 @@ from rl.strict import apply_override, parse
 __all__ = [
     "CriticConfig",
     "DrafterConfig",
+    "EvaluationConfig",
     "LoraConfig",
     "MeasureConfig",
     "PolicyConfig",

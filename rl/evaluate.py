@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel
 
 from rl.config import RunConfig
+from rl.errors import UserError
+from rl.evaluation_problems import evaluation_problems, fitting
 from rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
 from rl.policies import load_policy
-from rl.prompts import encode_problem, stable_seed, stop_token_ids
+from rl.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
+from rl.rewards.pool import ScoringPool
 from rl.tasks import Problem, load_task
 from rollout import Request, Rollout, RolloutEngine, SamplingParams, default_tap_layers
 
@@ -27,6 +30,8 @@ class Evaluation:
         accuracy: Mean reward.
         length, longest: Tokens: mean, and of the longest.
         completions: How many.
+        unscored: How many of them have no reward; the mean is of the others.
+        problem: Why the first of those has none, in one line.
     """
 
     way: str
@@ -34,36 +39,67 @@ class Evaluation:
     length: float
     longest: int
     completions: int
+    unscored: int = 0
+    problem: str | None = None
 
 
 class Evaluator:
-    """Holds a policy and problems that were drawn apart from the recipe's.
+    """Holds a policy and problems that it was not trained on, sampled, stopped, asked and rewarded as in the run.
 
     Args:
-        config: The recipe, for its task and its sampling.
-        path: Of the policy.
-        prompts: Problems.
-        samples: Of each.
+        config: The recipe: its task, its sampling, ``evaluation.path`` and ``evaluation.temperature``.
+        path: Directory of the policy.
+        prompts: How many problems, at most.
+        samples: Completions of each.
+
+    Attributes:
+        origin: Where the problems come from, in words.
+
+    Raises:
+        UserError: when the data has no problems that are not trained on, or the policy cannot be decoded.
     """
 
     def __init__(self, config: RunConfig, path: Path, prompts: int, samples: int) -> None:
         self._config, self._samples = config, samples
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.policy: PreTrainedModel = load_policy(path, dtype=getattr(torch, config.rollout.dtype)).eval()
-        self.problems = load_task(replace(config.task, size=prompts), seed=777).problems
-        r = config.rollout
+        self._asked = fitting(evaluation_problems(config, prompts), self.tokenizer, config)
+        self.problems, self.origin = self._asked.problems, self._asked.origin
+        r, temperature = config.rollout, config.evaluation.temperature
         stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
-        self._params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, stops)
+        temperature = r.temperature if temperature is None else temperature
+        self._params = SamplingParams(temperature, r.top_k, r.top_p, r.max_tokens, stops, r.stop_strings)
 
     def exact(self) -> Evaluation:
         """By the engine: the policy's own distribution."""
         rollouts = self._decode(self.problems)
-        scores = [p.score(self._text(r.token_ids)) for p, r in zip(self._owners(self.problems), rollouts, strict=True)]
-        return _evaluation("exact", scores, [len(r.token_ids) for r in rollouts])
+        return self._evaluation("exact", [r.token_ids for r in rollouts])
+
+    def _evaluation(self, way: str, completions: Sequence[Sequence[int]]) -> Evaluation:
+        """Scores completions in processes of their own, by the recipe's reward.
+
+        Raises:
+            UserError: when none of them has a score.
+        """
+        owners = self._owners(self.problems)
+        with ScoringPool(self._asked.task, self._asked.seed, self._samples) as pool:
+            pool.wait_ready()
+            for index, (problem, ids) in enumerate(zip(owners, completions, strict=True)):
+                pool.add(index, problem, scored_text(self.tokenizer, ids, self._config.task, self._params.stop_token_ids), ids)
+            scores = pool.collect()
+        scored = [value for index, value in scores.values.items() if index not in scores.unscored]
+        if not scored:
+            raise UserError(f"none of the {len(owners)} completions has a reward: {scores.problem}")
+        lengths = [len(ids) for ids in completions]
+        unscored = len(owners) - len(scored)
+        return Evaluation(
+            way, sum(scored) / len(scored), sum(lengths) / len(lengths), max(lengths), len(lengths), unscored, scores.problem
+        )
 
     def predictor(self, prompts: int) -> RemainingLength:
-        """A head of the tokens left, trained on the policy's completions of yet other problems."""
-        others = load_task(replace(self._config.task, size=prompts), seed=778).problems
+        """A head of the tokens left, trained on the policy's completions of problems that are trained on, not evaluated."""
+        task = load_task(self._config.task, self._config.seed)
+        others = task.batch(0, min(prompts, len(task.rows)))
         embeddings: Any = self.policy.get_input_embeddings().weight
         head = RemainingLength(self.policy.config.get_text_config().hidden_size, embeddings)
         train_remaining(head, steps_of(self._decode(others, traces=True)))
@@ -71,14 +107,12 @@ class Evaluator:
 
     def steered(self, head: RemainingLength, budget: int, batch: int = 32) -> Evaluation:
         """LOSSY: by transformers' generate, with budget guidance."""
-        owners, scores, lengths = self._owners(self.problems), [], []
+        owners, completions = self._owners(self.problems), list[list[int]]()
         torch.manual_seed(0)
         for start in range(0, len(owners), batch):
             part = owners[start : start + batch]
-            for problem, ids in zip(part, self._generate([self._prompt(p) for p in part], head, budget), strict=True):
-                scores.append(problem.score(self._text(ids)))
-                lengths.append(len(ids))
-        return _evaluation(f"LOSSY, steered to {budget} tokens", scores, lengths)
+            completions += self._generate([self._prompt(p) for p in part], head, budget)
+        return self._evaluation(f"LOSSY, steered to {budget} tokens", completions)
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[list[int]], head: RemainingLength, budget: int) -> list[list[int]]:
@@ -130,7 +164,3 @@ class Evaluator:
         owners = self._owners(problems)
         seeds = [stable_seed(0, 0, p.key, i) for i, p in enumerate(owners)]
         return engine.generate([Request(self._prompt(p), self._params, s, group=p.key) for p, s in zip(owners, seeds, strict=True)])
-
-
-def _evaluation(way: str, scores: Sequence[float], lengths: Sequence[int]) -> Evaluation:
-    return Evaluation(way, sum(scores) / len(scores), sum(lengths) / len(lengths), max(lengths), len(scores))

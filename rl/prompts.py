@@ -85,6 +85,23 @@ def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any])
     raise UserError(f"the policy's chat template refuses {' → '.join(t['role'] for t in turns)}: {reason}")
 
 
+def scored_text(tokenizer: Any, token_ids: Sequence[int], config: TaskConfig, stops: Sequence[int]) -> str:
+    """What a scorer reads of a completion: with its special tokens, but for those that end it, where the recipe says so.
+
+    Args:
+        tokenizer: The policy's.
+        token_ids: Of the completion.
+        config: The task section, for ``reward_sees_special_tokens``.
+        stops: Token ids that end a completion.
+    """
+    if not config.reward_sees_special_tokens:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    end = len(token_ids)
+    while end and token_ids[end - 1] in stops:
+        end -= 1
+    return str(tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False))
+
+
 def stop_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """Every end-of-sequence id that the tokenizer or the model's generation config names."""
     named = getattr(generation_config, "eos_token_id", None)

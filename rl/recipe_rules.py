@@ -37,6 +37,7 @@ def check(config: RunConfig) -> None:
         *tree_rules(config),
         *length_rules(config),
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
+        *evaluation_rules(config),
         (not (scale.deepspeed and scale.fsdp2), "scale.deepspeed and scale.fsdp2 both shard the policy: choose one"),
         (scale.timeout_minutes > 0, f"scale.timeout_minutes is {scale.timeout_minutes}: write a number above 0"),
         (
@@ -78,6 +79,21 @@ def check(config: RunConfig) -> None:
     ]
     refuse(rules)
     check_drafting(config)
+
+
+def evaluation_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    """Rules about evaluations and the checkpoints that a run keeps."""
+    e = config.evaluation
+    return [
+        (config.eval_every >= 0, f"eval_every is {config.eval_every}: write 0 for no evaluations, or steps"),
+        (config.keep_last >= 1, f"keep_last is {config.keep_last}: write at least 1"),
+        (not config.keep_best or config.eval_every > 0, "keep_best needs evaluations: write eval_every, for example 10"),
+        (e.prompts >= 1 and e.samples >= 1, "evaluation.prompts and evaluation.samples must be at least 1"),
+        (
+            e.temperature is None or 0 <= e.temperature < float("inf"),
+            f"evaluation.temperature is {e.temperature}: write 0 for greedy or a number above 0",
+        ),
+    ]
 
 
 def tree_rules(config: RunConfig) -> list[tuple[bool, str]]:

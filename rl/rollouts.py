@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class RolloutWorker:
             self.engine.use_strategy(PLAIN if waiting else wanted)
         except ValueError as error:
             raise UserError(f"speculation.strategy: {error}") from None
+
+    @property
+    def evaluation_params(self) -> SamplingParams:
+        """How completions of an evaluation are sampled."""
+        temperature = self.config.evaluation.temperature
+        return self.params if temperature is None else replace(self.params, temperature=temperature)
 
     @property
     def needs_drafter(self) -> bool:

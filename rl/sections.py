@@ -247,6 +247,24 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationConfig:
+    """Problems that the run is not trained on: from ``path``, else the share that ``task.heldout`` sets aside, else others that
+    reasoning-gym makes. They are asked every ``eval_every`` steps, and by ``paceline evaluate``.
+
+    Attributes:
+        path: A file or data set of its own, read as ``task`` is; null takes the others.
+        prompts: Problems of an evaluation within the run, at most.
+        samples: Completions of each.
+        temperature: Of these completions; null takes the rollouts', 0 is greedy.
+    """
+
+    path: str | None = None
+    prompts: int = 64
+    samples: int = 1
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrackingConfig:
     """Metrics always go to ``metrics.jsonl``; these add to it."""
 
@@ -264,12 +282,18 @@ class RunConfig:
         seed: Every random number follows from it.
         steps: RL steps.
         save_every: Steps between checkpoints (the last step is always saved).
+        keep_last: Checkpoints of the last saves to keep; those before the last one are in ``checkpoints/step-N``.
+        keep_best: Keep the checkpoint of the best evaluation in ``checkpoints/best``.
+        eval_every: Steps between evaluations, of which the last step always has one; 0 never evaluates.
     """
 
     out: str = "runs/run"
     seed: int = 0
     steps: int = 10
     save_every: int = 5
+    keep_last: int = 1
+    keep_best: bool = False
+    eval_every: int = 0
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -280,4 +304,5 @@ class RunConfig:
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -25,6 +25,7 @@ _NAMES = {
     "drafter": "drafter training",
     "wait": "waiting for the other ranks",
     "measure": "the same plainly, to measure",
+    "evaluate": "evaluation",
     "gather": "gathering weights",
     "sync": "sharing weights and drafter",
 }  # of phases, as they are shown

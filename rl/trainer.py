@@ -22,13 +22,16 @@ from rl.config import RunConfig, to_dict
 from rl.errors import UserError
 from rl.groups import RankRollouts
 from rl.interruption import Interruption
+from rl.kept_checkpoints import keep_checkpoint
 from rl.metrics import RankStep, rank_record, step_metrics
 from rl.opening import on_main
 from rl.policy_learner import PolicyLearner
 from rl.prompt_check import check_prompts
 from rl.prompt_choice import prompt_choice
+from rl.prompts import scored_text
 from rl.rewards.pool import Scores, ScoringPool
 from rl.rollouts import RolloutWorker
+from rl.run_evaluation import RunEvaluation
 from rl.run_state import Checkpoint, restore_selector, save_checkpoint
 from rl.shaping import Shaping
 from rl.sharding import is_shared
@@ -88,6 +91,11 @@ class Trainer:
         if self.scoring.notice is not None:
             tracker.say(self.scoring.notice)
         self._said: set[str] = set()
+        self.evaluation: RunEvaluation | None = None
+        if config.eval_every:
+            decoder = None if self.vllm is None else self.vllm.backend
+            self.evaluation = RunEvaluation(config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator)
+            tracker.say(self.evaluation.origin)
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -111,6 +119,8 @@ class Trainer:
         try:
             self.choice.load_state(checkpoint.state.get("prompts", {}))
             self.guard.load_state(checkpoint.state.get("guard", {}))
+            if self.evaluation is not None:
+                self.evaluation.load_state(checkpoint.state.get("evaluation", {}))
             self.learner.entropy = checkpoint.state.get("entropy")
             self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -132,6 +142,8 @@ class Trainer:
             step = self.first_step - 1
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self._step_or_save(step)
+                last = step + 1 == self.config.steps
+                best = self._evaluate(step, metrics, last)
                 collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
                 self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
@@ -140,10 +152,10 @@ class Trainer:
                     raise UserError(f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in {self.run_dir}")
                 if collapse is not None:
                     self.tracker.say(collapse)
-                last = step + 1 == self.config.steps
                 stop = self._stops(interruption)
-                if last or stop or (step + 1) % self.config.save_every == 0:
-                    self._save(step + 1)
+                keep = best and self.config.keep_best
+                if last or stop or keep or (step + 1) % self.config.save_every == 0:
+                    self._save(step + 1, keep)
                     self._saved = step + 1
                 if stop:
                     break
@@ -151,6 +163,15 @@ class Trainer:
         if self.vllm is not None:
             self.vllm.close()
         return step + 1 == self.config.steps
+
+    def _evaluate(self, step: int, metrics: dict[str, Any], last: bool) -> bool:
+        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so far. Collective."""
+        if self.evaluation is None or not (last or (step + 1) % self.config.eval_every == 0):
+            return False
+        with self.tracker.phase(step, "evaluate"):
+            found, best = self.evaluation.run(step + 1)
+        metrics.update(found)
+        return best
 
     def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The step; when none of its completions can be scored, what the steps before it made is saved first."""
@@ -301,13 +322,7 @@ class Trainer:
             self.scoring.add(index, problem, self._scored_text(rollout.token_ids), rollout.token_ids)
 
     def _scored_text(self, token_ids: Sequence[int]) -> str:
-        """What a scorer reads of a completion: with its special tokens, but for those that end it, where the recipe says so."""
-        if not self.config.task.reward_sees_special_tokens:
-            return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-        end = len(token_ids)
-        while end and token_ids[end - 1] in self.worker.params.stop_token_ids:
-            end -= 1
-        return str(self.tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False))
+        return scored_text(self.tokenizer, token_ids, self.config.task, self.worker.params.stop_token_ids)
 
     def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
         """The first completion of each prompt of rank 0, to read what the policy does."""
@@ -319,7 +334,7 @@ class Trainer:
                 sample = {"step": step, "question": done.problems[i].question, "completion": text, "reward": rewards[i]}
                 file.write(json.dumps(sample) + "\n")
 
-    def _save(self, steps_done: int) -> None:
+    def _save(self, steps_done: int, best: bool = False) -> None:
         """Writes a checkpoint. Collective; where it cannot be written, every rank ends."""
         policy, adapters = self.learner.state()
         critic = None if self.learner.critic is None else self.learner.critic.state()
@@ -344,20 +359,23 @@ class Trainer:
                     "entropy": self.learner.entropy,
                     "prompts": self.choice.state(),
                     "guard": self.guard.state(),
+                    "evaluation": {} if self.evaluation is None else self.evaluation.state(),
                     "open": carried,
                 },
                 recipe=to_dict(self.config),
             )
+            keep_checkpoint(self.run_dir, steps_done, self.config.keep_last, best)
 
         on_main(self.accelerator, write)
 
 
 def _line(step: int, steps: int, m: dict[str, Any]) -> str:
     speedup = f"  {m['measure/rollout_speedup']:.2f}x plain" if "measure/rollout_speedup" in m else ""
+    evaluated = f"  evaluation {m['eval/reward']:.3f}" if "eval/reward" in m else ""
     return (
         f"step {step + 1:>3}/{steps}  reward {m['reward/mean']:.3f}  length {m['length/mean']:.0f} (max {m['length/max']})  "
         f"accepted length {m['rollout/acceptance_length']:.2f}  rollout {m['rollout/seconds']:.1f} s  "
-        f"update {m['time/update']:.1f} s{speedup}"
+        f"update {m['time/update']:.1f} s{speedup}{evaluated}"
     )
 
 

@@ -26,36 +26,52 @@ def report(
 
 
 def evaluate(
-    config: Annotated[str, Argument(help="a recipe, for its task and sampling")],
+    config: Annotated[str | None, Argument(help="a recipe, for its task and sampling; the run's own unless one is named")] = None,
     overrides: Overrides = None,
-    run: Annotated[Path | None, Option(help="a finished run; else the policy that the recipe starts from")] = None,
+    run: Annotated[Path | None, Option(help="a run; else the policy that the recipe starts from is evaluated")] = None,
+    checkpoint: Annotated[str | None, Option(help="best or step-N, of those the run has kept; else its last one")] = None,
     prompts: Annotated[int, Option(help="problems that were not trained on")] = 64,
     samples: Annotated[int, Option(help="of each")] = 4,
     budgets: Annotated[str, Option(help='tokens to steer to, such as "24 48"; LOSSY')] = "",
     out: Annotated[Path | None, Option(help="JSON file")] = None,
 ) -> None:
-    """A policy on problems it was not trained on.
+    """A policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or others by reasoning-gym; with
+    the recipe's reward, stop strings and template.
 
     With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the output distribution, so it
     is for evaluation alone.
     """
     say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
-    from rl.config import load_config
+    from rl.errors import UserError
     from rl.evaluate import Evaluator
+    from rl.evaluated_policy import evaluated_policy
+    from rl.files import write_whole
     from rl.machine import fit_process
     from rl.starting import starting_policy
 
     with user_errors():
+        recipe, policy = evaluated_policy(config, list(overrides or ()), run, checkpoint)
+        try:
+            steered = [int(budget) for budget in budgets.split()]
+        except ValueError:
+            raise UserError(f"--budgets {budgets!r}: write numbers of tokens, for example '24 48'") from None
+        if prompts < 1 or samples < 1:
+            raise UserError("--prompts and --samples must be at least 1")
         fit_process(local_world_size=1)
-        recipe = load_config(config, overrides or ())
-        policy = starting_policy(recipe) if run is None else run / "checkpoint" / "policy"
-        evaluator = Evaluator(recipe, policy, prompts, samples)
+        evaluator = Evaluator(recipe, starting_policy(recipe) if policy is None else policy, prompts, samples)
+        reward = recipe.task.reward if recipe.task.reward is not None else "the problems' own scorers"
+        print(f"{len(evaluator.problems)} problems, {evaluator.origin}; rewarded by {reward}", flush=True)
         rows = [evaluator.exact()]
-        if budgets:
+        if steered:
             head = evaluator.predictor(prompts)
-            rows += [evaluator.steered(head, int(budget)) for budget in budgets.split()]
+            rows += [evaluator.steered(head, budget) for budget in steered]
         for row in rows:
             lengths = f"length {row.length:.1f}, at most {row.longest}"
-            print(f"{row.way:<34} accuracy {row.accuracy:.3f}  {lengths}  ({row.completions} completions)")
+            failed = f"; {row.unscored} without a reward ({row.problem})" if row.unscored else ""
+            print(f"{row.way:<34} accuracy {row.accuracy:.3f}  {lengths}  ({row.completions} completions{failed})")
         if out is not None:
-            out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"--out {out}: {error}") from None

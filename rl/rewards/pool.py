@@ -38,6 +38,7 @@ class Scores:
         busy: When something was being scored: begins and ends, seconds on the monotonic clock, one after the other.
         parts: By reward function, what each returned for each completion; None where it does not apply.
         asked: Completions that were to be scored.
+        unscored: Those of them without a score, which have ``task.score_failed`` in ``values``.
         notice: Something else that the user should know, in one line.
     """
 
@@ -48,6 +49,7 @@ class Scores:
     busy: list[tuple[float, float]] = field(default_factory=list)
     parts: dict[str, list[float | None]] = field(default_factory=dict)
     asked: int = 0
+    unscored: set[int] = field(default_factory=set)
     notice: str | None = None
 
     @property
@@ -174,11 +176,13 @@ class ScoringPool:
             limits = f"{self._config.score_seconds:g} s a completion, or {self._config.score_deadline:g} s after the rollouts"
             scores.timeouts += count
             scores.problem = scores.problem or f"scoring took longer than {limits}"
+            scores.unscored.update(job.places)
             return [self._config.score_failed] * count
         except (Died, NotStarted) as error:
             found = [str(error)] * count
         reasons = [score for score in found if isinstance(score, str)]
         scores.errors += len(reasons)
+        scores.unscored.update(place for place, score in zip(job.places, found, strict=True) if isinstance(score, str))
         if reasons and scores.problem is None:
             scores.problem = "".join(c for c in " ".join(reasons[0].split()) if c.isprintable())
         return [self._config.score_failed if isinstance(score, str) else score for score in found]

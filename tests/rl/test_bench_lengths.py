@@ -20,7 +20,8 @@ from tests.support import ROOT, engine_for, tiny_llama
 
 def made(run: Path, **columns: list[float]) -> None:
     run.mkdir(parents=True)
-    steps = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = zip(*columns.values(), strict=True)
+    steps = [{"step": step, **dict(zip(columns, values, strict=True))} for step, values in enumerate(rows)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (run / "summary.json").write_text("{}")
 
