@@ -128,9 +128,7 @@ class Campaign:
         assert len(rollout.logprobs) == len(rollout.token_ids)
 
     def check_all(self, rollouts: Sequence[Rollout], requests: Sequence[Any], own: set[int]) -> None:
-        assert [r.request for r in rollouts] == requests or all(a.request is b for a, b in zip(rollouts, requests, strict=True)), (
-            "rollouts are not in the order of their requests"
-        )
+        assert [id(r.request) for r in rollouts] == [id(r) for r in requests], "rollouts are not in the order of their requests"
         for i, rollout in enumerate(rollouts):
             self.check(rollout, i in own)
 

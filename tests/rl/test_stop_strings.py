@@ -23,7 +23,7 @@ def test_a_special_token_stops(worker, where):
     """Tokens are drawn evenly, so that one in 99 is the special one."""
     tokenizer = worker._tokenizer
     special = tokenizer.unk_token_id
-    requests = [Request([5, 6], SamplingParams(temperature=1e30, max_tokens=60), seed=i) for i in range(40)]
+    requests = [Request([5, 6], SamplingParams(temperature=1e30, max_tokens=60), seed=i) for i in range(16)]
     free = [r.token_ids for r in worker.engine.generate(requests)]
     at = next((ids, i) for ids in free for i, token in enumerate(ids) if token == special and i > 0)
     before = tokenizer.decode([at[0][at[1] - 1]])
