@@ -146,6 +146,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/tokens_per_second": float(lengths.sum() / rollout),
         "rollout/acceptance_length": float((lengths - 1).clip(min=0).sum() / steps) if steps else 1.0,
         "memory/peak_gb": sum(r["peak_bytes"] for r in ranks) / 1e9,
+        **_speculation_metrics(ranks),
         "rollout/drafted": sum(r["drafted"] for r in ranks),
         "rollout/accepted": sum(r["accepted"] for r in ranks),
     }
@@ -176,6 +177,27 @@ def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
             metrics[f"rewards/{name}/mean"] = float(np.mean(found))
             metrics[f"rewards/{name}/std"] = float(np.std(found))
     return metrics
+
+
+def _speculation_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Sequences decoded together on average over all ranks' time of decoding, and the shares of it in which drafts were verified and
+    made."""
+    whole = together = speculating = 0.0
+    for rank in ranks:
+        before = 0.0
+        for at, active, strategy in rank["tail"]:
+            took, before = max(at - before, 0.0), at
+            whole += took
+            together += took * active
+            speculating += took * (strategy != "plain")
+    drafting = sum(counts["draft_ms"] for rank in ranks for counts in rank["by_drafter"].values()) / 1e3
+    if not whole:
+        return {}
+    return {
+        "rollout/active_mean": together / whole,
+        "rollout/speculating_share": speculating / whole,
+        "rollout/drafting_share": drafting / whole,
+    }
 
 
 def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:

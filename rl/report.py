@@ -85,6 +85,8 @@ td{{padding:.15em 1em .15em 0;border-bottom:1px solid #ddd}}</style>
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{k} {_show(v)}" for k, v in value.items())
     return f"{value:.3f}" if isinstance(value, float) else str(value)

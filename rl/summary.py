@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rl.errors import UserError
 from rl.files import read_lines
+from rl.verdict import verdict
 
 PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update", "gather", "sync")
 
@@ -68,6 +69,7 @@ def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         summary["step_speedup"] = (seconds + saved) / seconds
         summary["step_speedup_bound"] = 1 / (1 - _plain_share(measured))
         summary["measured_steps"] = len(measured)
+        summary["speculation"] = verdict(metrics)
     return summary
 
 

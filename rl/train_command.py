@@ -139,6 +139,8 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
         summary = summarise(read_metrics(run))
         write_whole(run / "summary.json", json.dumps(summary, indent=2) + "\n")
         tracker.display.show(table(summary))
+        for line in summary.get("speculation", ()):
+            tracker.say(line)
         with tracker.display.phase("report"):
             paths["report"] = str(write_report(run))
     except UserError as error:

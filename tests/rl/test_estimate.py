@@ -72,7 +72,7 @@ def test_vllm_in_the_process_has_weights_and_a_cache_of_its_own(monkeypatch):
     assert found.size("vLLM's weights") + found.size("vLLM's keys and values") == int(0.9 * 80e9)
     less = load_config(TINY, ["rollout.vllm={options: {gpu_memory_utilization: 0.5}}", *base])
     assert estimate(less, policy, 1, gpu_of(80)).size("vLLM's keys and values") < 0.5 * 80e9
-    served = load_config(TINY, ["rollout.vllm={servers: ['http://a:1']}", *base])
+    served = load_config(TINY, ["rollout.vllm={servers: ['http://a:1'], exchange: there}", *base])
     assert estimate(served, policy, 1, gpu_of(80)).size("vLLM's weights") == 0
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     here = dataclasses.replace(FAST, device="cpu")

@@ -82,6 +82,9 @@ def test_step_metrics_by_hand():
     assert m["measure/rollout_speedup"] == pytest.approx(5.8 / 2.9)
     assert m["rollout/acceptance_length"] == pytest.approx((101 - 8) / 50)
     assert m["rollout/acceptance_length_suffix"] == pytest.approx(2.5)
+    assert m["rollout/active_mean"] == pytest.approx((0.5 * 4 + 0.5 * 2 + 1.0 * 1) / 2)
+    assert m["rollout/speculating_share"] == pytest.approx(1.5 / 2)
+    assert m["rollout/drafting_share"] == pytest.approx(0.014 / 4)
     assert m["update/entropy"] == 0.5
     assert m["engine/importance_truncated"] == pytest.approx(0.1)
     assert m["engine/effective_share"] == pytest.approx(100**2 / (100 * 125))
@@ -125,6 +128,7 @@ def test_report_holds_every_plot_and_summary_the_bound(tmp_path):
     assert write_picture(tmp_path, tmp_path / "p.png").stat().st_size > 20_000
     summary = summarise([json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()])
     assert summary["rollout_speedup"] == pytest.approx(6.0 / 2.9)
+    assert summary["speculation"][0] in page and "2.07x" in summary["speculation"][0]
     # a step lasts from 0 to 6.6; plainly 3.1 more, of which rollouts take 6
     assert summary["step_speedup"] == pytest.approx(9.7 / 6.6)
     assert summary["step_speedup_bound"] == pytest.approx(9.7 / 3.7)
