@@ -125,8 +125,8 @@ def _batch(measured: Sequence[dict[str, Any]]) -> list[str]:
     longest = max(m["length/max"] for m in known)
     return [
         f"the batch is large: {active:.0f} sequences together on average, drafts in {speculating:.0%} of the time, "
-        f"completions of up to {longest} tokens: at such batches a forward is bound by arithmetic; speculation pays in long tails and at few sequences "
-        "(more ranks, or longer rollout.max_tokens)"
+        f"completions of up to {longest} tokens: at such batches a forward is bound by arithmetic; speculation pays in long tails "
+        "and at few sequences (more ranks, or longer rollout.max_tokens)"
     ]
 
 
