@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from rl.errors import UserError
 
 _POLL = 0.2  # seconds
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of network file systems: work may then be done twice, and is kept once
 _PATIENCE = 3.0  # seconds of waiting before it is said
 
 
@@ -65,9 +67,21 @@ def alone(lock: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         yield
 
 
+def put(building: Path, final: Path) -> None:
+    """Renames a directory that is whole to where it is looked for, unless another process was faster."""
+    try:
+        building.rename(final)
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
 def _taken(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return True

@@ -25,7 +25,7 @@ from rl.config import RunConfig, to_dict
 from rl.drafter_warmup import WarmupReport, warm_drafter
 from rl.errors import UserError
 from rl.machine import threads_of_rank
-from rl.once import alone, made_once
+from rl.once import alone, made_once, put
 from rl.policies import cache_dir, cached_policy, fetch_policy
 from rl.progress import Display
 from rl.warmup import make_warmed_policy, warmed_policy_path
@@ -87,7 +87,7 @@ def _in_a_process(what: str, config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(json.dumps(to_dict(config)))
-        command = [sys.executable, "-m", "rl.commands.preparing", what, str(recipe), command_line()]
+        command = [sys.executable, "-m", "rl.commands.preparing", what, str(recipe), command_line(), str(os.getpid())]
         job = subprocess.Popen(command, env=_environment(os.environ))
         try:
             status = job.wait()
@@ -124,7 +124,7 @@ def make_first_drafter(config: RunConfig, command: str, display: Display) -> Non
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
         building = Path(scratch) / "drafter"
         make_drafter(config, config.drafter.warmup_minutes, building, command, display)
-        building.rename(final)
+        put(building, final)
 
 
 def make_drafter(config: RunConfig, minutes: float, out: Path, command: str, display: Display) -> WarmupReport:

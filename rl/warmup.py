@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
-from rl.once import made_once
+from rl.once import made_once, put
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
 from rl.prompts import encode_problem
@@ -67,7 +67,7 @@ def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], N
         copy_tokenizer(source, building)
         report = {"seconds": time.perf_counter() - started, "losses": losses}
         (building / "warmup.json").write_text(json.dumps(report))
-        building.rename(final)
+        put(building, final)
 
 
 def fine_tune(

@@ -1,4 +1,4 @@
-"""The process in which a run's start is made: ``python -m rl.commands.preparing policy|drafter RECIPE.json COMMAND``."""
+"""The process in which a run's start is made: ``python -m rl.commands.preparing policy|drafter RECIPE.json COMMAND PARENT``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import sys
 from pathlib import Path
 
 from rl.cli import user_errors
+from rl.errors import UserError
+from rl.launchers import end_with_parent
 
 
-def main(what: str, recipe: str, command: str) -> None:
+def main(what: str, recipe: str, command: str, parent: str) -> None:
     """Makes one thing, see `rl.preparation`.
 
     Args:
         what: ``policy`` or ``drafter``.
         recipe: JSON file with the whole recipe.
         command: What the user typed, for the record.
+        parent: Id of the process that waits for this one, which ends with it.
     """
+    end_with_parent(int(parent))
     from rl.config import RunConfig
     from rl.machine import fit_process
     from rl.preparation import make_first_drafter, make_policy
@@ -26,10 +30,13 @@ def main(what: str, recipe: str, command: str) -> None:
     with user_errors(), Display() as display:
         config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)
         fit_process(local_world_size=1)
-        if what == "policy":
-            make_policy(config, display)
-        else:
-            make_first_drafter(config, command, display)
+        try:
+            if what == "policy":
+                make_policy(config, display)
+            else:
+                make_first_drafter(config, command, display)
+        except OSError as error:
+            raise UserError(f"{error}: free some disk or set PACELINE_CACHE, then give the same command again") from None
 
 
 if __name__ == "__main__":
