@@ -87,7 +87,11 @@ def load_drafter(
     problem = _shape_problem(tensors, config) or _value_problem(tensors, config)
     if problem is not None:
         raise DrafterError(f"{weights}: {problem}")
-    model = Eagle3Model(config, _vocabulary(tensors))
+    try:
+        model = Eagle3Model(config, _vocabulary(tensors))
+    except Exception as error:  # keys beyond those that are checked, as transformers' parts of the layer read them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise DrafterError(f"{directory / 'config.json'}: no drafter can be built from it ({reason})") from None
     learned = {name: tensor.float() for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
     model.load_state_dict(learned, strict=False)  # d2t and t2d follow from the vocabulary, the rotary table from the config
     return model

@@ -47,7 +47,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise DrafterError(f"{path}: missing; name a directory that paceline export or paceline warmup-drafter wrote") from None
+        raise DrafterError(f"{path}: missing; name a directory that paceline export or paceline warmup --drafter wrote") from None
     except OSError as error:
         raise DrafterError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -90,6 +90,8 @@ def _problem(data: dict[str, Any]) -> str | None:
     for key in _VARIANTS:
         if data.get(key):
             return f"{key} is {_short(data[key])}; only drafters without it can be used"
+    if data.get("hidden_act", "silu") != "silu":
+        return f"hidden_act is {_short(data['hidden_act'])}; only drafters with silu can be used"
     epsilon = data.get("rms_norm_eps", 1e-5)
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
         return f"rms_norm_eps is {_short(epsilon)}; write a number such as 1e-05"
@@ -100,8 +102,12 @@ def _rope_problem(data: dict[str, Any]) -> str | None:
     if data.get("rope_scaling") is not None:
         return "rope_scaling is set; only drafters with plain rotary embeddings can be used"
     rope = data.get("rope_parameters")
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        return f"rope_parameters is {_short(rope)}; only drafters with rope_type default can be used"
+    if (
+        not isinstance(rope, dict)
+        or rope.get("rope_type", "default") != "default"
+        or not rope.keys() <= {"rope_type", "rope_theta"}
+    ):
+        return f"rope_parameters is {_short(rope)}; only drafters with rope_type default, and a rope_theta, can be used"
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
         return f"rope_theta is {_short(theta)}; write a number above 0"

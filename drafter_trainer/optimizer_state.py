@@ -90,7 +90,7 @@ def _problem(entry: Mapping[str, Any], shape: torch.Size) -> str | None:
         if name == "step":
             number = float(value) if _is_number(value) else math.nan
             if not (math.isfinite(number) and number >= 0):
-                return f"step is {str(value)[:60]}, not a count"
+                return "step is not a count"
         elif not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return f"{name} is a {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, not floating-point"
         elif value.shape != shape:

@@ -57,7 +57,7 @@ class DrafterConfig:
     """The EAGLE-3 drafter and its training.
 
     Attributes:
-        start: Directory of a drafter to start from, as warmup_drafter.py and export_drafter.py write it; null makes one after the
+        start: Directory of a drafter to start from, as paceline warmup and paceline export write it; null makes one after the
             first step, or before it by ``warmup_minutes``.
         warmup_minutes: Without ``start``, make a first drafter from the policy's own samples before the run, for so many minutes of
             sampling and training; it is cached, and other runs of the recipe find it. Null makes none.

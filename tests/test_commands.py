@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,20 +17,23 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+from drafter_trainer.checkpoint import save_drafter
 from rl.commands import doctor, trial
 from rl.commands.app import app
 from rl.commands.doctor import Finding, findings
 from rl.config import load_config
 from rl.policies import fetch_policy
 from rl.summary import read_metrics
-from tests.support import ROOT
+from tests.support import ROOT, tiny_eagle3, tiny_llama
 
 runner = CliRunner()
 
 
 def test_help_names_every_command():
     said = runner.invoke(app, ["--help"]).output
-    assert all(name in said for name in ("train", "bench", "report", "evaluate", "export", "serve", "warmup", "fetch", "doctor"))
+    assert all(
+        name in said for name in ("train", "bench", "report", "evaluate", "export", "serve", "push", "warmup", "fetch", "doctor")
+    )
 
 
 LIGHT = """
@@ -91,6 +95,9 @@ def test_recipes_that_ship_have_names(tmp_path, monkeypatch):
         (["train", "tiny", "--ranks", "0"], "--ranks is 0"),
         (["export", "nowhere", "out"], "nowhere"),
         (["serve", "nowhere"], "finished run"),
+        (["push", "nowhere"], "name repositories with --policy, --adapter or --drafter"),
+        (["push", "nowhere", "--policy", "name"], "--policy name: write owner/name"),
+        (["push", "nowhere", "--policy", "owner/name"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["warmup", "tiny"], "nothing to do"),
     ],
@@ -103,9 +110,9 @@ def test_mistakes_are_one_line(arguments, said):
 
 
 def test_serve_prints_what_it_would_run(tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoint" / "policy").mkdir(parents=True)
-    (run / "drafter").mkdir()
+    run, target = tmp_path / "run", tiny_llama()
+    target.config.save_pretrained(run / "checkpoint" / "policy")
+    save_drafter(tiny_eagle3(target), run / "drafter")
     (run / "config.json").write_text(json.dumps({"rollout": {"max_context": 384}}))
     vllm = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "[[1,8,3],[9,64,0]]", "--", "--dtype", "float32"]).output
     assert vllm.startswith("vllm serve ")
@@ -122,7 +129,11 @@ def test_serve_prints_what_it_would_run(tmp_path):
     assert updated.startswith("VLLM_SERVER_DEV_MODE=1 ")
     assert f'PACELINE_UPDATE_TOKEN="$(cat {exchange}/update-token)"' in updated
     assert (exchange / "update-token").read_text() not in updated
-    (run / "drafter").rmdir()
+    (run / "drafter" / "model.safetensors").write_bytes(b"cut")
+    cut = runner.invoke(app, ["serve", str(run), "--print"])
+    assert cut.exit_code == 2
+    assert "model.safetensors: truncated or not safetensors" in cut.stderr
+    shutil.rmtree(run / "drafter")
     plain = runner.invoke(app, ["serve", str(run), "--print"])
     assert "serving without drafts" in plain.output
     assert "--speculative-config" not in plain.output

@@ -9,6 +9,7 @@ import typer
 from rl.cli import say_first
 from rl.commands.drafters import export, serve
 from rl.commands.policies import fetch, warm_up_policy
+from rl.commands.publishing import push
 from rl.commands.results import evaluate, report
 from rl.commands.training import train
 
@@ -41,6 +42,7 @@ app.command()(report)
 app.command()(evaluate)
 app.command()(export)
 app.command()(serve)
+app.command()(push)
 app.command("warmup")(warm_up_policy)
 app.command()(fetch)
 

@@ -72,8 +72,11 @@ def serve(
             drafter = None
             print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
         say_first("starting the server", data=True)
+        from drafter_trainer.checkpoint import load_drafter_of
         from rollout.backends.vllm_server import serve_command, sglang_command
 
+        if drafter is not None:
+            load_drafter_of(drafter, policy)  # what is wrong with it is said here, not by the server
         if sglang:
             print(shlex.join(sglang_command(policy, drafter, depth, host, port, more or ())))
             return

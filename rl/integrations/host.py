@@ -14,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from drafter_trainer.card import DrafterFacts, drafter_card, license_of
 from drafter_trainer.checkpoint import save_drafter
+from drafter_trainer.export import hub_id
 from drafter_trainer.spot import LearnerReport
 from rl.config import RunConfig, check_drafting
 from rl.errors import UserError
@@ -79,13 +81,14 @@ class HostedRollouts:
     def __init__(
         self, config: RunConfig, policy: HostPolicy, tokenizer: Any, accelerator: Accelerator, say: Callable[[str], None]
     ) -> None:
-        self.config, self.policy, self._accelerator = config, policy, accelerator
+        self.config, self.policy, self._accelerator, self._say = config, policy, accelerator, say
         self._decoded_with: Any = None
         self.worker = RolloutWorker(config, policy.decoded, tokenizer, accelerator.process_index)
         self.engine = self.worker.engine
         self.drafter = SharedDrafter(config, self.worker, accelerator, Path(config.out), say)
         self.drafter.start()
         self._calls = 0
+        self._acceptance_length: float | None = None
 
     def refresh(self) -> bool:
         """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies where anything has
@@ -132,6 +135,8 @@ class HostedRollouts:
             self._accelerator.wait_for_everyone()
         self.drafter.share(done, report, self._calls)
         self._calls += 1
+        if any(record.strategy.startswith("eagle3") for record in done.records):
+            self._acceptance_length = mean_acceptance_length(done.rollouts)
         return done, report
 
     def save(self, folder: Path) -> None:
@@ -185,8 +190,21 @@ class HostedRollouts:
         self.drafter.finish()
         if self.worker.spot is None or not self._accelerator.is_main_process:
             return None
-        path = Path(self.config.out) / "drafter"
-        save_drafter(self.worker.spot.serving, path)
+        path, drafter = Path(self.config.out) / "drafter", self.worker.spot.serving
+        name = str(self.worker.policy_config.name_or_path)
+        facts = DrafterFacts(
+            target=name,
+            base_model=hub_id(name, path),
+            license=license_of(Path(name)),
+            temperature=self.config.rollout.temperature,
+            acceptance_length=self._acceptance_length,
+        )
+        try:
+            save_drafter(drafter, path)
+            (path / "README.md").write_text(drafter_card(facts, drafter.config.draft_vocab_size, path.name), encoding="utf-8")
+        except (OSError, SafetensorError) as error:  # the training that is over stays
+            self._say(f"{path}: the drafter could not be written ({error}); the last checkpoint has it")
+            return None
         return path
 
 

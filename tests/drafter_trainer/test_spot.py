@@ -16,7 +16,7 @@ from torch.distributed import HashStore, TCPStore
 from drafter_trainer.coordinator import Coordinator, connect_store
 from drafter_trainer.hedge import tracking_weights
 from drafter_trainer.initial import initial_drafter
-from drafter_trainer.spot import SpotTrainer
+from drafter_trainer.spot import LearnerReport, SpotTrainer
 from drafter_trainer.vocabulary import move_vocabulary
 from rollout.drafters.eagle3_model import eagle3_config
 from tests.drafter_trainer.test_unroll import buffer_of, learner_for, traces_of
@@ -101,6 +101,25 @@ def test_only_what_does_better_is_served(rollouts):
     report = ruined.run(lambda: False)
     assert report.updates > 0 and report.approved == 0
     assert torch.equal(weights(ruined.approved), before)
+
+
+def test_weights_that_are_not_finite_are_never_approved(rollouts):
+    """Also where nothing is kept back to judge by; training goes on from the approved weights, with fresh moments."""
+    spot = spot_for(rollouts, judge_every=1, held_out_every=0)
+    before = weights(spot.approved).clone()
+    with torch.no_grad():
+        spot.learner.model.fc.weight[0, 0] = float("nan")
+        spot.learner.model.lm_head.weight.fill_(float("inf"))
+    spot._unjudged = 1
+    assert spot._approve(LearnerReport(), torch.zeros(0), lambda: False)
+    assert torch.equal(weights(spot.approved), before) and torch.equal(weights(spot.learner.model), before)
+    report = spot.run(lambda: False)
+    assert report.approved > 0 and bool(weights(spot.approved).isfinite().all())
+    with torch.no_grad():
+        spot.approved.fc.weight[0, 0] = float("nan")
+    spot.forget_approved()
+    assert torch.equal(weights(spot.approved), before) and torch.equal(weights(spot.learner.model), before)
+    assert not spot.learner.optimizer.state
 
 
 def test_weights_refused_three_times_are_given_up(rollouts, monkeypatch):

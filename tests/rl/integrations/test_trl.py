@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
@@ -98,6 +99,8 @@ def test_grpo_draws_from_the_present_policy(tiny, tmp_path, adapters):
     assert all(not math.isnan(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     drafter = load_drafter(tmp_path / "trl" / "paceline" / "drafter", trainer.model.config.vocab_size, 64)
     assert drafter.config.draft_vocab_size == 48
+    card = ModelCard.load(tmp_path / "trl" / "paceline" / "drafter" / "README.md")
+    assert "eagle3" in card.data.tags and str(tiny) in card.text and "at temperature 0.7" in card.text
 
 
 def written_through_data(model):

@@ -1,0 +1,99 @@
+"""The model card of a drafter directory: what it drafts for, how well, and how to serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_TAGS = ["eagle3", "speculative-decoding", "draft-model", "vllm", "sglang", "paceline"]
+_DEPTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterFacts:
+    """What is known of a drafter beside its weights.
+
+    Attributes:
+        target: The policy it drafts for: a hub id, a directory or a name.
+        base_model: The target's id on the Hugging Face hub; None where it has none.
+        license: As the hub writes it, such as ``apache-2.0``; None where it is not known.
+        steps: RL steps that its target had been trained; None where that is not known.
+        temperature: Of the rollouts that it learned from.
+        acceptance_length: Tokens of a forward of the target, as measured in the run; None where it was not.
+        acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty where it was not measured.
+    """
+
+    target: str
+    base_model: str | None = None
+    license: str | None = None
+    steps: int | None = None
+    temperature: float | None = None
+    acceptance_length: float | None = None
+    acceptance: Sequence[float] = ()
+
+
+def drafter_card(facts: DrafterFacts, draft_vocab_size: int, name: str = "DRAFTER") -> str:
+    """The text of ``README.md``, with the front matter that the hub reads.
+
+    Args:
+        facts: Of the drafter.
+        draft_vocab_size: Tokens that it can draft.
+        name: What the commands call the drafter: its hub id or directory.
+    """
+    front = ModelCardData(
+        base_model=facts.base_model,
+        license=facts.license,
+        library_name="vllm",
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+    )
+    target = facts.base_model or "TARGET"
+    trained = "" if facts.steps is None else f", after {facts.steps} RL steps"
+    sampled = "" if facts.temperature is None else f", sampled at temperature {facts.temperature:g}"
+    length = "not measured" if facts.acceptance_length is None else f"{facts.acceptance_length:.2f} tokens a forward of the target"
+    positions = ", ".join(f"{a:.2f}" for a in facts.acceptance) or "not measured"
+    return f"""---
+{front.to_yaml()}
+---
+
+# EAGLE-3 drafter for `{facts.base_model or facts.target}`
+
+Distilled by Paceline while its target was trained.
+
+- Target: `{facts.target}`{trained}
+- Data: the target's own rollouts{sampled}
+- Draft vocabulary: {draft_vocab_size} tokens
+- Acceptance length in the run: {length}
+- Expected acceptance at draft positions 1, 2, …: {positions} (Σ min(p, q))
+- Format: `LlamaForCausalLMEagle3`. The input embedding is the target's and is not stored here.
+
+## Serving
+
+{"" if facts.base_model else "`TARGET` stands for the target's directory or hub id."}
+With vLLM:
+
+```bash
+vllm serve {target} \\
+  --speculative-config '{{"method": "eagle3", "model": "{name}", "num_speculative_tokens": {_DEPTH}}}'
+```
+
+With SGLang:
+
+```bash
+python -m sglang.launch_server --model-path {target} \\
+  --speculative-algorithm EAGLE3 --speculative-draft-model-path {name} \\
+  --speculative-num-steps {_DEPTH} --speculative-eagle-topk 1 --speculative-num-draft-tokens {_DEPTH + 1}
+```
+"""
+
+
+def license_of(directory: Path) -> str | None:
+    """The license in the front matter of a directory's ``README.md``; None where there is none to be read."""
+    try:
+        found = ModelCard.load(directory / "README.md").data.license
+    except Exception:  # whatever somebody's card holds: without a license to copy, none is stated
+        return None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,121 @@
+"""A run's drafter: the start directory as it is, and a broken one that costs acceptance, never the run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from drafter_trainer.checkpoint import load_drafter, save_drafter
+from drafter_trainer.optimizer_state import save_optimizer
+from rl.config import load_config
+from rl.errors import UserError
+from rl.estimate import describe
+from rl.run_state import Checkpoint
+from rl.starting import starting_drafter, tap_layers
+from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from tests.support import ROOT, tiny_llama, tiny_trainer
+
+TINY = ROOT / "configs" / "tiny.yaml"
+DRAFTS = ("speculation.drafters=[eagle3]", "drafter.schedule=always", "drafter.draft_vocab_size=24", "rollout.prompts_per_step=2")
+
+
+def drafter_for(layers=(1, 2, 2)) -> Eagle3Model:
+    """For the tiny policy: it drafts the last 24 of its 99 tokens, which no run would choose."""
+    torch.manual_seed(0)
+    return Eagle3Model(eagle3_config(tiny_llama(99).config, 24, layers), torch.arange(75, 99))
+
+
+@pytest.fixture
+def start(tmp_path):
+    drafter = drafter_for()
+    save_drafter(drafter, tmp_path / "start", torch.float32)
+    save_optimizer(torch.optim.AdamW(drafter.parameters()), tmp_path / "start" / "optimizer")
+    return tmp_path / "start"
+
+
+def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(start, tmp_path, monkeypatch):
+    said: list[str] = []
+    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS, f"drafter.start={start}") as trainer:
+        trainer.step(0)
+        shared, worker = trainer.drafter, trainer.worker
+        assert worker.spot is not None and worker.spot.serving.vocabulary.tolist() == list(range(75, 99))
+        shared._say = said.append
+
+        # what was trained turns out not to be finite: the engine keeps what it has, and so does the next step
+        good = worker.spot.serving.fc.weight.clone()
+        with torch.no_grad():
+            worker.spot.approved.fc.weight.fill_(float("nan"))
+        done, report = trainer.worker.rollout(trainer.choice.problems[:2], 1), worker.train_drafter(lambda: True)
+        report.approved = 1
+        shared.share(done, report, 1)
+        assert "NaN or infinite values; the last good drafter stays in use" in said.pop()
+        assert torch.equal(worker.spot.serving.fc.weight, good)
+        assert torch.equal(worker.engine.drafters["eagle3"]._weights.fc.weight.float(), good.to(worker.dtype).float())
+        with torch.no_grad():
+            worker.spot.serving.fc.weight[0, 0] = float("inf")
+        assert "fc.weight has NaN or infinite values" in worker.take_over_drafter()
+
+        # resuming: a broken checkpoint leads back to the start, broken moments begin anew, and without a start a fresh one is made
+        kept = tmp_path / "kept"
+        shutil.copytree(start, kept / "drafter")
+        (kept / "drafter_optimizer.json").write_text("[]")
+        snapshots = tmp_path / "run" / "drafters"
+        shared.finish()
+        shutil.rmtree(snapshots, ignore_errors=True)
+
+        def resumed(path) -> list[str]:
+            said.clear()
+            worker.spot = None
+            shared.resume(Checkpoint(path, 1))
+            return said
+
+        assert "its optimizer begins anew" in resumed(kept)[-1] and worker.spot is not None
+        for broken in (b"", b"{}", (start / "model.safetensors").read_bytes()[:-9]):
+            (kept / "drafter" / "model.safetensors").write_bytes(broken)
+            assert f"it begins again from {start}" in resumed(kept)[-1]
+            assert worker.spot is not None and worker.spot.serving.vocabulary.tolist() == list(range(75, 99))
+        (start / "config.json").write_text("[]")
+        assert resumed(kept)[-1] == "drafter: a fresh one is made" and len(said) == 3
+        assert worker.spot is None and worker.needs_drafter
+        assert all("\n" not in line for line in said)
+
+
+def test_a_start_of_another_recipe_says_what_to_write(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    policy = tiny_llama(99).config
+
+    def recipe(*options: str):
+        return load_config(TINY, [*DRAFTS, f"drafter.start={start}", *options])
+
+    drafter = starting_drafter(recipe(), policy)
+    assert drafter is not None and drafter.config.draft_vocab_size == 24
+    assert starting_drafter(recipe("speculation.drafters=[suffix]"), policy) is None
+    with pytest.raises(UserError, match=r"drafter.start: .*write drafter.draft_vocab_size: 24"):
+        starting_drafter(recipe("drafter.draft_vocab_size=48"), policy)
+    save_drafter(drafter_for((0, 1, 2)), start)
+    with pytest.raises(UserError, match=r"drafter.start: .*layers \[0, 1, 2\], .*write drafter.tap_layers: \[0, 1, 2\]"):
+        starting_drafter(recipe(), policy)
+    with pytest.raises(UserError, match=r"drafter.start: .*write drafter.tap_layers: \[0, 1, 2\]"):  # --dry-run says it too
+        describe(recipe(), TINY, 1)
+    assert starting_drafter(recipe("drafter.tap_layers=[0,1,2]"), policy) is not None
+    with pytest.raises(UserError, match=r"made for 99 tokens, the policy has 120"):
+        starting_drafter(recipe(), tiny_llama(120).config)
+
+
+@pytest.mark.parametrize("layers", ["[0,1]", "[2,1,0]", "[0,1,4]", "[-1,0,1]"])
+def test_layers_that_the_policy_does_not_have_are_one_line(layers):
+    config = load_config(TINY, [f"drafter.tap_layers={layers}"])
+    with pytest.raises(UserError, match="write three layers from 0 to 3, in order"):
+        tap_layers(config.drafter, LlamaConfig(num_hidden_layers=4))
+
+
+def test_a_run_reads_the_layers_that_its_recipe_names(tmp_path, monkeypatch):
+    options = (*DRAFTS, "drafter.tap_layers=[0,1,2]", "steps=1", "save_every=1")
+    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *options) as trainer:
+        trainer.run()
+        assert trainer.worker.engine.runner.tap_layers == (0, 1, 2)
+    saved = tmp_path / "run" / "checkpoint" / "drafter"
+    assert json.loads((saved / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    load_drafter(saved, 99, 64, tap_layers=(0, 1, 2))
