@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rl.config import load_config
+from rl.dry_run import describe
 from rl.errors import UserError
 from rl.integrations.policy import HostPolicy
 from rl.lora import AdapterBase, add_adapters, merged, save_adapters
@@ -266,11 +267,8 @@ def test_a_runs_policy_is_its_base_and_adapter(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_refuses_what_a_run_would(tmp_path, monkeypatch):
-    from rl.estimate import estimate, policy_config
-
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
-    config = load_config(ROOT / "configs" / "tiny.yaml", ["scale.lora={rank: 4, targets: [q_proj, lm_head]}"])
-    policy = policy_config("tiny-llama")
-    assert policy is not None
+    recipe = ROOT / "configs" / "tiny.yaml"
+    config = load_config(recipe, ["scale.lora={rank: 4, targets: [q_proj, lm_head]}"])
     with pytest.raises(UserError, match=r"scale\.lora\.targets: lm_head"):
-        estimate(config, policy, 1)
+        describe(config, recipe, 1)

@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 from drafter_trainer.checkpoint import load_drafter, save_drafter
 from drafter_trainer.optimizer_state import save_optimizer
 from rl.config import load_config
+from rl.dry_run import describe
 from rl.errors import UserError
-from rl.estimate import describe
 from rl.run_state import Checkpoint
 from rl.starting import starting_drafter, tap_layers
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
@@ -47,7 +47,7 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         good = worker.spot.serving.fc.weight.clone()
         with torch.no_grad():
             worker.spot.approved.fc.weight.fill_(float("nan"))
-        done, report = trainer.worker.rollout(trainer.choice.problems[:2], 1), worker.train_drafter(lambda: True)
+        done, report = worker.rollout(trainer.choice.choose(1, 2), 1), worker.train_drafter(lambda: True)
         report.approved = 1
         shared.share(done, report, 1)
         assert "NaN or infinite values; the last good drafter stays in use" in said.pop()
