@@ -120,6 +120,9 @@ def _padded(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def teacher_probs(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens."""
-    logits = head(final).float() / temperature
+    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens.
+
+    The engine's traces may be of another precision than the head, which is the trainer's.
+    """
+    logits = head(final.to(next(head.parameters()).dtype)).float() / temperature
     return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from drafter_trainer.checkpoint import load_drafter
 from rl.bench_peers import Peers
 from rl.bench_results import Keep, ignore
 from rl.config import RunConfig, draft_rules
+from rl.policies import load_policy, load_tokenizer
+from rl.policy_engine import policy_engine
 from rl.prompts import encode_problem, stable_seed, stop_token_ids
 from rl.starting import starting_policy
 from rl.task_config import DatasetConfig
@@ -84,8 +86,8 @@ class RolloutBench:
     def __init__(self, config: RunConfig, run: Path | None, repeats: int, tail_cap: int = 1024, own_problems: bool = False) -> None:
         self.config, self.repeats, self.tail_cap = config, repeats, tail_cap
         self.path = starting_policy(config) if run is None else run / "checkpoint" / "policy"
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.policy = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.bfloat16).eval()
+        self.tokenizer = load_tokenizer(self.path)
+        self.policy = load_policy(self.path, dtype=torch.bfloat16).eval()
         text = self.policy.config.get_text_config()
         self.drafter = None if run is None else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
         trained = None if self.drafter is None else self.drafter.config.eagle_aux_hidden_state_layer_ids
@@ -174,7 +176,7 @@ class RolloutBench:
         """An engine with this policy's drafters, or those named; traces are of use to a drafter's training."""
         s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
-        engine = RolloutEngine(
+        engine = policy_engine(
             self.policy,
             max_slots=slots,
             max_context=context,

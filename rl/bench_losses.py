@@ -18,6 +18,7 @@ from drafter_trainer.vocabulary import choose_vocabulary
 from rl.bench import RolloutBench
 from rl.bench_results import Keep, ignore
 from rl.bench_runs import is_over
+from rl.policy_engine import policy_engine
 from rollout import PLAIN, Rollout, RolloutEngine
 from rollout.drafters.eagle3_model import eagle3_config
 
@@ -105,7 +106,7 @@ def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:
 
 
 def _collecting(bench: RolloutBench, longest: int, collects: bool) -> RolloutEngine:
-    return RolloutEngine(
+    return policy_engine(
         bench.policy, max_slots=32, max_context=160 + longest, tap_layers=bench.taps if collects else (), collect_traces=collects
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from rl.policy_engine import policy_engine
 from rollout import Request, RolloutEngine, SamplingParams
 from rollout.fused_layer import FusedLayer
 from rollout.native import Kernels
@@ -48,7 +49,7 @@ class StepProfile:
 
 def profile_step(policy: PreTrainedModel, batch: int) -> StepProfile:
     """Measures a step; see `StepProfile`."""
-    engine = RolloutEngine(policy, max_slots=batch, max_context=_CONTEXT + 80)
+    engine = policy_engine(policy, max_slots=batch, max_context=_CONTEXT + 80)
     requests = [Request([5 + i] * (_CONTEXT - 20), SamplingParams(max_tokens=41), seed=i) for i in range(batch)]
     engine.generate(requests)
     engine.generate(requests)
@@ -125,7 +126,7 @@ def _read_weights(policy: PreTrainedModel) -> float:
 
 def refresh_seconds(policy: PreTrainedModel) -> float:
     """Seconds that `RolloutEngine.refresh_weights` takes, the fastest of three."""
-    engine = RolloutEngine(policy, max_slots=1, max_context=64)
+    engine = policy_engine(policy, max_slots=1, max_context=64)
     times = []
     for _ in range(3):
         begin = time.perf_counter()
@@ -137,7 +138,7 @@ def refresh_seconds(policy: PreTrainedModel) -> float:
 @torch.no_grad()
 def logprob_gap(policy: PreTrainedModel, requests: list[Request]) -> tuple[float, float]:
     """Mean and largest |log-prob of the engine − log-prob of the trainer's own bfloat16 forward| over sampled tokens."""
-    engine = RolloutEngine(policy, max_slots=16, max_context=512)
+    engine = policy_engine(policy, max_slots=16, max_context=512)
     gaps = []
     for rollout in engine.generate(requests):
         start = len(rollout.request.prompt_ids) - 1

@@ -18,6 +18,7 @@ from rl.balance import Scored
 from rl.config import RunConfig
 from rl.errors import UserError
 from rl.log_probs import PACKED_ATTENTION
+from rl.packed_check import decoder_of, turn_off_dropout
 from rl.packed_step import packed_step
 from rl.packing import PackedBatch
 from rl.run_state import restore_moments
@@ -35,8 +36,9 @@ class ValueModel(nn.Module):
 
     def __init__(self, start: PreTrainedModel) -> None:
         super().__init__()
+        turn_off_dropout(start)
         use_attention(start, PACKED_ATTENTION)
-        self.decoder = start.base_model
+        self.decoder = decoder_of(start)
         self.head = nn.Linear(start.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from drafter_trainer.checkpoint import save_drafter
 from drafter_trainer.optimizer_state import save_optimizer
@@ -17,7 +16,7 @@ from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
 from rl.config import RunConfig
 from rl.errors import UserError
-from rl.policies import load_policy
+from rl.policies import load_policy, load_tokenizer
 from rl.rollouts import RolloutWorker
 from rl.starting import starting_policy
 from rl.tasks import load_task
@@ -75,7 +74,7 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound
         raise UserError("speculation.drafters has no eagle3: there is no drafter to warm up")
     source = starting_policy(config)
     policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu").to(getattr(torch, config.rollout.dtype)).eval()
-    worker = RolloutWorker(config, policy.requires_grad_(False), AutoTokenizer.from_pretrained(source))
+    worker = RolloutWorker(config, policy.requires_grad_(False), load_tokenizer(source))
     task = load_task(config.task, config.seed)
     report, started = WarmupReport(), time.perf_counter()
     size, vocab = config.drafter.draft_vocab_size, worker.engine.runner.vocab_size

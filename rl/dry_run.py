@@ -11,6 +11,7 @@ from rl.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy
 from rl.places import Place, gpu_of, this_machine
 from rl.sharding import zero_stage
 from rl.starting import starting_drafter
+from rl.tiny_policy import check_policy
 
 
 def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None, local_ranks: int | None = None) -> list[str]:
@@ -33,6 +34,9 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
     policy = policy_config(config.policy.model)
     if policy is None:
         return [*lines, f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated"]
+    untried = check_policy(policy, r.max_context)
+    if untried is not None:
+        lines.append(f"{untried}: the run itself will check it")
     starting_drafter(config, policy)  # whether it can be used
     dtype = torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32
     place = this_machine(ranks if local_ranks is None else local_ranks, policy, dtype) if gpu is None else gpu_of(gpu)

@@ -6,12 +6,14 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rl.config import LoraConfig, RunConfig
+from rl.hub import HubUnreachable, hub_config
 from rl.lora import add_adapters
 from rl.places import Place
 from rl.policies import cached_policy
+from rl.policy_files import read_config
 from rl.sharding import is_shared, trainable, zero_stage
 from rl.shipped import shipped_folder
 from rollout import default_tap_layers
@@ -69,13 +71,21 @@ class Estimate:
 
 
 def policy_config(model: str) -> PreTrainedConfig | None:
-    """The policy's configuration, without its weights: from where it lies, from configs/shapes, or from the hub; else None."""
+    """The policy's configuration, without its weights: from where it lies, from configs/shapes, or from the hub.
+
+    Returns:
+        None where the hub is not reachable and nothing is at hand.
+
+    Raises:
+        UserError: when the hub does not hand it out, or it is not one of a causal language model.
+    """
     shape = _SHAPES / f"{model.replace('/', '--')}.json"
     path = cached_policy(model) or (shape if shape.is_file() else None)
     try:
-        return AutoConfig.from_pretrained(model if path is None else path)
-    except (OSError, ValueError):
+        path = hub_config(model) if path is None else path
+    except HubUnreachable:
         return None
+    return read_config(path)
 
 
 def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int, place: Place) -> Estimate:

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from rl.config import RunConfig
 from rl.errors import UserError
 from rl.evaluation_problems import evaluation_problems, fitting
 from rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
-from rl.policies import load_policy
+from rl.policies import load_policy, load_tokenizer
+from rl.policy_engine import policy_engine
 from rl.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
 from rl.rewards.pool import ScoringPool
 from rl.tasks import Problem, load_task
-from rollout import Request, Rollout, RolloutEngine, SamplingParams, default_tap_layers
+from rollout import FinishReason, Request, Rollout, SamplingParams, default_tap_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Evaluator:
 
     def __init__(self, config: RunConfig, path: Path, prompts: int, samples: int) -> None:
         self._config, self._samples = config, samples
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
         self.policy: PreTrainedModel = load_policy(path, dtype=getattr(torch, config.rollout.dtype)).eval()
         self._asked = fitting(evaluation_problems(config, prompts), self.tokenizer, config)
         self.problems, self.origin = self._asked.problems, self._asked.origin
@@ -73,6 +74,9 @@ class Evaluator:
     def exact(self) -> Evaluation:
         """By the engine: the policy's own distribution."""
         rollouts = self._decode(self.problems)
+        failed = next((r for r in rollouts if r.finish_reason is FinishReason.FAILED), None)
+        if failed is not None:
+            raise UserError(f"evaluation: a completion failed: {failed.error}")
         return self._evaluation("exact", [r.token_ids for r in rollouts])
 
     def _evaluation(self, way: str, completions: Sequence[Sequence[int]]) -> Evaluation:
@@ -153,13 +157,14 @@ class Evaluator:
 
     def _decode(self, problems: Sequence[Problem], traces: bool = False) -> list[Rollout]:
         r = self._config.rollout
-        engine = RolloutEngine(
+        engine = policy_engine(
             self.policy,
             dtype=getattr(torch, r.dtype),
             max_slots=r.max_slots,
             max_context=r.max_context,
             tap_layers=default_tap_layers(self.policy.config.get_text_config().num_hidden_layers) if traces else (),
             collect_traces=traces,
+            decode_text=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
         )
         owners = self._owners(problems)
         seeds = [stable_seed(0, 0, p.key, i) for i, p in enumerate(owners)]

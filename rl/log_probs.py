@@ -11,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rl.errors import UserError
+from rl.packed_check import check_head, check_packing, decoder_of, turn_off_dropout
 from rl.packing import PackedBatch
-from rollout.attention import grouped_attention
+from rollout.attention import check_attention, check_window, grouped_attention
+from rollout.model_shape import check_family
+from rollout.text_limits import text_limit
 from rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"
@@ -56,11 +59,11 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    packed: PackedBatch,
+    packed: PackedBatch | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over a packed line: a token sees its prompt and its own sample, nothing else.
 
@@ -73,7 +76,15 @@ def packed_attention(
 
     Returns:
         [1, T, H, d].
+
+    Raises:
+        NotImplementedError: for attention that computes something else, see `rollout.attention.check_attention`.
+        TypeError: when the model hands its caller's keyword arguments to no attention function.
     """
+    if packed is None:
+        raise TypeError("its attention functions get no keyword arguments of the model's caller")
+    check_attention(module, attention_mask, others)
+    check_window(module, sliding_window)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = packed.visible
     if sliding_window is not None:
@@ -98,17 +109,26 @@ class PolicyLogProbs(nn.Module):
     """The policy as a map from packed sequences to log-probabilities: what accelerate wraps and the optimizer updates.
 
     Args:
-        policy: A causal LM whose logits are its output head applied to its decoder's output.
+        policy: A causal LM whose logits are its output head applied to its decoder's output. Its dropout is turned off: what is
+            trained is the distribution that was drawn from.
 
     Raises:
-        UserError: when the logits are made in some other way (soft-capped or scaled), which would train another model.
+        UserError: when the logits are made in some other way (soft-capped or scaled), or a packed line gives other log-probs than
+            its sequences alone: either would train another model.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
         self.policy = policy
-        _check_head(policy)
+        try:
+            check_family(policy)
+        except ValueError as error:
+            raise UserError(f"policy.model: {error}") from None
+        self._limit = text_limit(policy)
+        turn_off_dropout(policy)
+        wanted = check_head(policy)
         use_attention(policy, PACKED_ATTENTION)
+        check_packing(policy, lambda batch: self(batch, 1.0)[0], wanted)
 
     def forward(self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
@@ -120,8 +140,16 @@ class PolicyLogProbs(nn.Module):
 
         Returns:
             Two float32 [M], in nats.
+
+        Raises:
+            UserError: for a sequence past the length that the policy sets to its texts.
         """
-        hidden = self.policy.base_model(
+        if self._limit is not None and int(batch.positions.max()) >= self._limit.tokens:
+            name = type(self.policy).__name__
+            raise UserError(
+                f"{name} {self._limit.reason} past {self._limit.tokens} tokens: write rollout.max_context of at most that"
+            )
+        hidden = decoder_of(self.policy)(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]
         head = self.policy.get_output_embeddings()
@@ -187,15 +215,3 @@ def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
 def _log_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     return torch.log_softmax(logits, dim=-1)
-
-
-@torch.no_grad()
-def _check_head(policy: PreTrainedModel) -> None:
-    probe = torch.tensor([[1, 2, 3]], device=policy.device) % policy.config.get_text_config().vocab_size
-    hidden = policy.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    expected = policy(input_ids=probe, use_cache=False).logits.float()
-    made = policy.get_output_embeddings()(hidden).float()
-    if not torch.allclose(made, expected, rtol=1e-2, atol=1e-2):
-        raise UserError(
-            f"{type(policy).__name__} caps or scales its logits, which training does not support: choose another policy"
-        )

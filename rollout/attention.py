@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,11 @@ from rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
 _FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
+# Arguments of attention functions that change nothing: models run in eval mode, positions are in the rotated queries and keys.
+_WITHOUT_EFFECT = {
+    "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits", "seen_attention", "forward_batch", "packed",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -130,6 +136,41 @@ def grouped_attention(
     return out.view(batch, heads, queries, dim).transpose(1, 2)
 
 
+def check_attention(module: nn.Module, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
+    """Refuses attention that computes more than scaled, causal, windowed and soft-capped products.
+
+    Args:
+        module: The attention module.
+        mask: Given to its attention function; transformers makes none for functions of ours, so that one is the module's own.
+        others: All other arguments of the attention function, except scaling, window and soft-capping.
+
+    Raises:
+        NotImplementedError: with the reason, to be read after "this model".
+    """
+    if others.get("s_aux") is not None:
+        raise NotImplementedError("uses attention sinks, which change the softmax")
+    if mask is not None:
+        raise NotImplementedError(f"adds a mask of its own to the scores of {type(module).__name__}")
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
+    if unknown:
+        raise NotImplementedError(f"hands {', '.join(unknown)} to its attention, whose effect is not known")
+
+
+def check_window(module: nn.Module, window: int | None) -> None:
+    """Refuses attention whose window only transformers' mask knows.
+
+    Args:
+        module: The attention module of a layer.
+        window: What its attention function is told.
+
+    Raises:
+        NotImplementedError: with the reason, to be read after "this model".
+    """
+    kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and index is not None and index < len(kinds) and kinds[index] == "sliding_attention" and window is None:
+        raise NotImplementedError(f"does not tell the attention of {type(module).__name__} how wide its window is")
+
+
 def slot_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -137,20 +178,21 @@ def slot_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    forward_batch: ForwardBatch,
+    forward_batch: ForwardBatch | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over `SlotCache`; ``forward_batch`` arrives through the model's keyword arguments.
 
     Raises:
-        NotImplementedError: for attention sinks, which change the softmax.
+        NotImplementedError: for attention that computes something else, see `check_attention`.
+        TypeError: when the model hands its caller's keyword arguments to no attention function.
     """
-    if s_aux is not None:
-        raise NotImplementedError("this model uses attention sinks, which the engine does not support")
+    if forward_batch is None:
+        raise TypeError("its attention functions get no keyword arguments of the model's caller")
+    check_attention(module, attention_mask, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] <= _FEW_QUERIES or softcap is not None:
         bias = forward_batch.bias(sliding_window, query.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from rollout.sequence import SequenceState
 from rollout.speculation import Speculation
 from rollout.stopping import StopCondition, TextDecoder
 from rollout.strategy import PLAIN, StepFeedback, Strategy
+from rollout.text_limits import TextLimit
 from rollout.timing import StepClock
 from rollout.trees import MOST_NODES, DraftTree, no_draft
 from rollout.values import listed, shown, whole_number
@@ -53,10 +55,10 @@ class RolloutEngine:
     """Decodes rollouts on the trainer's own parameters, losslessly, with speculation where measured times say it pays.
 
     Args:
-        model: The trainer's unwrapped causal LM (any transformers decoder without attention sinks).
+        model: The trainer's unwrapped causal LM; docs/models.md lists the families that are tested.
         dtype: What to compute in; parameters are shared with the trainer where this is their dtype.
         max_slots: Sequences decoded together.
-        max_context: Most tokens of prompt and completion together.
+        max_context: Most tokens of prompt and completion together; fewer where the model sets a limit to its texts, with a warning.
         max_nodes: Most draft tokens of a sequence that one forward verifies.
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
@@ -80,7 +82,7 @@ class RolloutEngine:
 
     Raises:
         MemoryError: when the cache cannot hold one sequence of ``max_context``, with numbers.
-        ValueError: for a model whose attention cannot be replaced.
+        ValueError: for a model that cannot run in the engine.
     """
 
     def __init__(
@@ -103,7 +105,6 @@ class RolloutEngine:
     ) -> None:
         if collect_traces and not tap_layers:
             raise ValueError("collect_traces needs tap_layers: pass default_tap_layers(num_layers)")
-        self.max_context = max_context
         if not 1 <= max_nodes <= MOST_NODES:
             raise ValueError(f"max_nodes is {max_nodes}: write 1 to {MOST_NODES}")
         self.max_nodes = max_nodes
@@ -116,6 +117,7 @@ class RolloutEngine:
             tap_layers=tap_layers,
             limit_bytes=kv_memory_bytes,
         )
+        self.max_context = _fitting(max_context, type(model).__name__, self.runner.limit)
         self.scheduler = Scheduler(max_slots, lengths)
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
@@ -137,6 +139,11 @@ class RolloutEngine:
     def capacity_for(max_context: int, max_nodes: int) -> int:
         """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may overwrite."""
         return max_context + max_nodes + 2
+
+    @property
+    def fusion(self) -> str:
+        """Which decoder layers run fused, in one line."""
+        return self.runner.view.fusion
 
     @property
     def drafters(self) -> dict[str, Drafter]:
@@ -545,3 +552,14 @@ def _check_bounds(token_budget: int | None, **counts: int | None) -> None:
         number = None if value is None else whole_number(value)
         if value is not None and (number is None or number < least):
             raise ValueError(f"{name} is {shown(value)}: write a whole number, at least {least}, or None")
+
+
+def _fitting(max_context: int, name: str, limit: TextLimit | None) -> int:
+    if limit is None or max_context <= limit.tokens:
+        return max_context
+    warnings.warn(
+        f"{name} {limit.reason} past {limit.tokens} tokens: texts end there, not at max_context={max_context}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return limit.tokens

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rollout.attention import SLOT_ATTENTION
 from rollout.layer_probe import fuse_layers
 from rollout.packed_linear import can_pack, pack_linears
+from rollout.text_limits import fix_rotary
 from rollout.transformers_api import use_attention
 
 
@@ -41,6 +42,7 @@ class InferenceView:
         for parameter in model.parameters():
             memo[id(parameter)] = self._view_of(parameter, keep_source=id(parameter) in linear_only)
         self.module: PreTrainedModel = copy_sharing(model, memo)
+        fix_rotary(self.module)
         use_attention(self.module, SLOT_ATTENTION)
         self.fused = fuse_layers(self.module, model, dtype, pack) if fuse else []
         self._packed = pack_linears(self.module, model) if pack else []
@@ -51,6 +53,14 @@ class InferenceView:
         cast = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
         self._casts.append((cast, parameter))
         return cast
+
+    @property
+    def fusion(self) -> str:
+        """Which decoder layers run fused, in one line."""
+        layers = self.module.config.get_text_config().num_hidden_layers
+        native = sum(layer.takes_ragged for layer in self.fused)
+        packed = f", {len(self._packed)} other linear layers packed" if self._packed else ""
+        return f"{len(self.fused)} of {layers} decoder layers fused, {native} with native kernels{packed}"
 
     @property
     def takes_ragged(self) -> bool:

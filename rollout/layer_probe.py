@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, slot_attention
+from rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
 from rollout.fused_layer import FusedLayer, LayerParts
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.native import Kernels, RaggedTokens, load_kernels
@@ -40,6 +40,7 @@ class LayerCall:
 
 def _probe_attention(module: nn.Module, *args: Any, seen_attention: dict[int, dict[str, Any]], **kwargs: Any) -> Any:
     seen_attention[id(module)] = {name: value for name, value in kwargs.items() if name in _RULES and value is not None}
+    check_window(module, kwargs.get("sliding_window"))
     return slot_attention(module, *args, **kwargs)
 
 
@@ -123,26 +124,30 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
 
 
 def in_two_forwards(
-    cache: SlotCache, tokens: int, ragged: bool, forward: Callable[[slice, ForwardBatch], torch.Tensor]
+    cache: SlotCache, tokens: int, ragged: bool, forward: Callable[[slice, ForwardBatch], torch.Tensor], texts: int = 1
 ) -> torch.Tensor:
-    """Runs all tokens of one sequence but the last two, then those two, which read what the first forward has stored.
+    """Runs all tokens of each text but the last two, then those two, which read what the first forward has stored.
 
     Args:
-        cache: An empty cache with one slot.
-        tokens: How many, at least 3.
+        cache: An empty cache with a slot for each text.
+        tokens: How many a text has, at least 3.
         ragged: Whether the batches hold tokens without padding, for native kernels.
-        forward: Runs the tokens of a slice, whose batch the cache knows; returns [1, tokens of the slice, …].
+        forward: Runs the tokens of a slice of all texts, whose batch the cache knows; returns them as [texts, tokens, …], or end to
+            end where ``ragged``.
+        texts: How many are run side by side.
 
     Returns:
-        [1, tokens, …].
+        [texts, tokens, …].
     """
     outputs = []
-    positions = torch.arange(tokens, device=cache.device)[None]
+    positions = torch.arange(tokens, device=cache.device).expand(texts, -1)
     for part in (slice(0, tokens - 2), slice(tokens - 2, tokens)):
-        packed = RaggedTokens([0], [part.start], [part.stop - part.start]) if ragged else None
-        batch = ForwardBatch(slice(0, 1), chain_seats(positions[:, part]), span=tokens, ragged=packed)
+        length = part.stop - part.start
+        packed = RaggedTokens(range(texts), [part.start] * texts, [length] * texts) if ragged else None
+        batch = ForwardBatch(slice(0, texts), chain_seats(positions[:, part]), span=tokens, ragged=packed)
         cache.begin(batch)
-        outputs.append(forward(part, batch))
+        made = forward(part, batch)
+        outputs.append(made.view(texts, length, *made.shape[2:]))
     return torch.cat(outputs, dim=1)
 
 

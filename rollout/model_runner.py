@@ -18,8 +18,10 @@ from rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, po
 from rollout.graph_pool import Capturer, GraphPool
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import decoder_layers
+from rollout.model_shape import intermediate_size, observed_keys
 from rollout.native import RaggedTokens
 from rollout.sequence import SequenceState
+from rollout.text_limits import has_position_table, text_limit
 from rollout.transformers_api import hidden_states_in, run_causal_lm
 from rollout.trees import tree_shape
 from rollout.view_check import checked_view
@@ -65,6 +67,13 @@ class ModelRunner:
         capacity: Tokens a slot holds.
         tap_layers: Layers whose *inputs* are kept for every token; empty keeps nothing.
         limit_bytes: Memory allowed for the cache; None for what is free.
+
+    Attributes:
+        limit: The longest text that the model computes exactly, or None.
+
+    Raises:
+        ValueError: for a model that the engine cannot run.
+        MemoryError: when the cache cannot hold one sequence.
     """
 
     def __init__(
@@ -77,15 +86,17 @@ class ModelRunner:
         tap_layers: Sequence[int] = (),
         limit_bytes: int | None = None,
     ) -> None:
+        keys = observed_keys(model)
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self.tap_layers = tuple(tap_layers)
-        heads = config.num_attention_heads
+        self.limit = text_limit(model)
+        self._last_position = self.limit.tokens - 1 if self.limit is not None and has_position_table(model) else None
         shape = CacheShape(
-            layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            layers=keys.layers,
+            kv_heads=keys.kv_heads,
+            head_dim=keys.head_dim,
             slots=slots,
             capacity=capacity,
             taps=self.hidden_size * (len(self.tap_layers) + 1) if self.tap_layers else 0,
@@ -97,8 +108,8 @@ class ModelRunner:
         self.shape = ModelShape(
             layers=shape.layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=heads,
+            intermediate=intermediate_size(config),
+            heads=config.num_attention_heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             vocab=config.vocab_size,
@@ -261,9 +272,10 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
-        logits = run_causal_lm(
-            self.view.module, tokens, batch.positions, self.cache, 0 if keep is None else keep, forward_batch=batch
-        )
+        positions = batch.positions
+        if self._last_position is not None:  # padding, and drafts past the end of a text, have none in the table
+            positions = positions.clamp(max=self._last_position)
+        logits = run_causal_lm(self.view.module, tokens, positions, self.cache, 0 if keep is None else keep, forward_batch=batch)
         if self.tap_layers and store_taps:
             self._store_taps(batch, keep)
         self._captured.clear()

@@ -12,9 +12,11 @@ from rollout.attention import ForwardBatch
 from rollout.inference_view import InferenceView, copy_sharing
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import in_two_forwards
-from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, supports_attention_backend, use_attention, version
+from rollout.model_shape import one_line
+from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
 
-_TOKENS = 8
+_TEXTS, _TOKENS = 2, 8
+_PROGRAMMING = (TypeError, AttributeError, NameError, KeyError, IndexError, AssertionError)
 # Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03 in bfloat16; a wrong
 # mask gives 1 or more, a softmax scale off by a tenth 0.08 (benchmarks/versions.md). `layer_probe` compares each kind of layer
 # in float32 before.
@@ -35,35 +37,43 @@ def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) 
         shape: The engine's cache.
 
     Raises:
-        ValueError: for a model whose attention cannot be replaced, or which computes something else in the engine with the
-            installed release of transformers.
+        ValueError: for a model which computes something else in the engine with the installed release of transformers.
+        TypeError: and other errors of programming, where they are in the fused layers only.
     """
-    if not supports_attention_backend(model):
-        raise ValueError(
-            f"{type(model).__name__} does not let its attention be replaced (transformers' _supports_attention_backend is not "
-            "set): choose a model that does, as Llama, Qwen, Mistral and Gemma do"
-        )
     view, trouble = _attempt(model, dtype, shape, fuse=True)
     if view is not None and trouble is None:
         return view
     reason = trouble
-    if view is None or view.fused:
+    if not isinstance(reason, NotImplementedError) and (view is None or view.fused):
         view, trouble = _attempt(model, dtype, shape, fuse=False)
         if view is not None and trouble is None:
+            if isinstance(reason, _PROGRAMMING):
+                raise reason
             warnings.warn(
                 f"{type(model).__name__} decodes without fused layers, which is slower: with transformers {version()} they "
-                f"fail the engine's check ({reason}); transformers{TESTED_RELEASES} is tested",
+                f"fail the engine's check ({_said(reason)}); transformers{TESTED_RELEASES} is tested",
                 UnfusedWarning,
                 stacklevel=2,
             )
             return view
+    name = type(model).__name__
+    if isinstance(trouble, NotImplementedError) and str(trouble):
+        raise ValueError(f"{name} cannot run in the engine: it {_said(trouble)}; choose another policy, see docs/models.md")
     raise ValueError(
-        f"{type(model).__name__} does not run in the engine with transformers {version()}: {trouble}; install "
-        f"transformers{TESTED_RELEASES}, the releases that are tested, or choose another policy"
+        f"{name} does not run in the engine with transformers {version()}: {_said(trouble)}; if docs/models.md lists its family, "
+        f"install transformers{TESTED_RELEASES}, the releases that are tested, else choose another policy"
     )
 
 
-def _attempt(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape, fuse: bool) -> tuple[InferenceView | None, str | None]:
+def _said(trouble: Exception | str | None) -> str:
+    if isinstance(trouble, NotImplementedError):
+        return str(trouble)
+    return one_line(trouble) if isinstance(trouble, Exception) else str(trouble)
+
+
+def _attempt(
+    model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape, fuse: bool
+) -> tuple[InferenceView | None, Exception | str | None]:
     """A view, None where it cannot be made, and what is wrong with it, None where nothing is."""
     view = None
     try:
@@ -72,7 +82,7 @@ def _attempt(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape, fuse
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a release of transformers makes of our call is the reason to give
-        return view, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return view, error
     if gap <= _TOLERANCES.get(dtype, _STRICTEST):
         return view, None
     return view, f"its logits differ from transformers' own by {gap:.2g} of their norm"
@@ -82,8 +92,8 @@ def _attempt(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape, fuse
 def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) -> float:
     """How far a view's logits are from those of the policy's own forward in transformers, on a few tokens.
 
-    The view reads the tokens in two forwards over a cache of its own, as the engine does; transformers reads them in one forward
-    without a cache, with its eager attention.
+    The view reads two texts side by side in two forwards over a cache of its own, as the engine does; transformers reads each
+    alone in one forward without a cache, with its eager attention.
 
     Args:
         view: The engine's view of the model.
@@ -92,23 +102,26 @@ def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) ->
 
     Returns:
         ‖difference‖ / ‖logits‖, each token's logits less their mean: the median over the tokens of a forward, so that a token of
-        a mixture of experts that rounding sends to another expert does not count, and of the two forwards the larger. 0 where the
-        policy's own logits are not finite.
+        a mixture of experts that rounding sends to another expert does not count, and of both forwards and texts the largest. 0
+        where the policy's own logits are not finite.
     """
-    device = model.device
-    tokens = (torch.arange(1, _TOKENS + 1, device=device) * 7919 % model.config.get_text_config().vocab_size)[None]
+    device, vocabulary = model.device, model.config.get_text_config().vocab_size
+    tokens = torch.arange(1, _TEXTS * _TOKENS + 1, device=device).view(_TEXTS, _TOKENS) * 7919 % vocabulary
     reference = copy_sharing(model)
     use_attention(reference, "eager")
-    wanted = reference(input_ids=tokens, use_cache=False).logits[0].float()
-    cache = SlotCache(replace(shape, slots=1, capacity=_TOKENS, taps=0), device)
+    wanted = torch.cat([reference(input_ids=text[None], use_cache=False).logits for text in tokens]).float()
+    cache = SlotCache(replace(shape, slots=_TEXTS, capacity=_TOKENS, taps=0), device)
 
     def forward(part: slice, batch: ForwardBatch) -> torch.Tensor:
-        every = torch.arange(part.stop - part.start, device=device)
-        return run_causal_lm(view.module, tokens[:, part], batch.positions, cache, keep=every, forward_batch=batch)
+        read, positions = tokens[:, part], batch.positions
+        if batch.ragged is not None:
+            read, positions = read.reshape(1, -1), batch.ragged.seats[0]
+        every = torch.arange(read.shape[1], device=device)
+        return run_causal_lm(view.module, read, positions, cache, keep=every, forward_batch=batch)
 
-    got = in_two_forwards(cache, _TOKENS, view.takes_ragged, forward)[0].float()
+    got = in_two_forwards(cache, _TOKENS, view.takes_ragged, forward, _TEXTS).float()
     if not bool(wanted.isfinite().all()):
         return 0.0
     wanted, got = (x - x.mean(-1, keepdim=True) for x in (wanted, got))
     gaps = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    return max(float(part.median()) for part in (gaps[:-2], gaps[-2:]))
+    return max(float(part.median(dim=1).values.max()) for part in (gaps[:, :-2], gaps[:, -2:]))

@@ -176,7 +176,9 @@ def _trial() -> Iterator[Finding]:
     updates = int(seen.get("drafter/updates", 0))
     trained = f"{updates} updates, {'exported' if trial.exported else 'not exported'}"
     yield Finding("its drafter", trained, updates > 0 and trial.exported, needed=True, advice="the drafter was not trained")
-    if trial.unfused is not None:
+    if trial.unfused is None:
+        yield Finding("fused layers", trial.fusion, True)
+    else:
         yield Finding("fused layers", "not used: decoding is slower", False, advice=trial.unfused)
 
 

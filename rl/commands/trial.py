@@ -29,6 +29,7 @@ _RECIPE = (
     "measure.plain_every=1",
 )
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:[\w.]+(?:Error|Exception|Interrupt)|paceline)\b: .*)$")
+_FUSION = re.compile(r"\d+ of \d+ decoder layers fused.*")
 _UNFUSED = re.compile(r"UnfusedWarning: (.*)")
 
 
@@ -45,6 +46,7 @@ class Trial:
         seconds: Duration of the whole run, from the start of its processes.
         metrics: The last step's metrics, as in metrics.jsonl.
         exported: Whether the drafter was written in the format that vLLM and SGLang load.
+        fusion: Which decoder layers ran fused, as the run said.
         unfused: Why the engine decodes without fused layers, if it does.
     """
 
@@ -52,6 +54,7 @@ class Trial:
     seconds: float
     metrics: dict[str, Any]
     exported: bool
+    fusion: str
     unfused: str | None
 
 
@@ -78,9 +81,10 @@ def run_trial(ranks: int) -> Trial:
             metrics = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         except (OSError, ValueError, IndexError) as error:
             raise TrialFailed(f"the run left no metrics ({error})") from None
-        unfused = _UNFUSED.search(said)
+        unfused, fusion = _UNFUSED.search(said), _FUSION.search(said)
         exported = (run / "drafter" / "model.safetensors").is_file()
-        return Trial(ranks, seconds, metrics, exported, unfused.group(1) if unfused else None)
+        fused = fusion.group(0) if fusion else "not said"
+        return Trial(ranks, seconds, metrics, exported, fused, unfused.group(1) if unfused else None)
 
 
 def _finished(command: list[str]) -> str:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from rollout.model_shape import intermediate_size, key_shape
+
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,23 +30,29 @@ def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: S
         tap_layers: Layers whose inputs the drafter reads; three.
 
     Raises:
-        ValueError: when the draft vocabulary is larger than the target's.
+        ValueError: when the draft vocabulary is larger than the target's, or its embeddings are narrower than its hidden states.
     """
     text = target.get_text_config()
     if not 0 < draft_vocab_size <= text.vocab_size:
         raise ValueError(
             f"drafter.draft_vocab_size is {draft_vocab_size}, the target has {text.vocab_size} tokens: write at most that"
         )
+    if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
+        raise ValueError(
+            f"speculation.drafters has eagle3, which needs embeddings as wide as the hidden states: the target's have "
+            f"{text.word_embed_proj_dim} and {text.hidden_size} numbers; take other drafters"
+        )
+    keys = key_shape(text)
     extra: dict[str, Any] = {"draft_vocab_size": draft_vocab_size, "eagle_aux_hidden_state_layer_ids": list(tap_layers)}
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
+        intermediate_size=intermediate_size(text),
         num_hidden_layers=1,
         num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        num_key_value_heads=keys.kv_heads,
+        head_dim=keys.head_dim,
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-5),
         rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(text)},
