@@ -59,8 +59,7 @@ class InferenceView:
         """Which decoder layers run fused, in one line."""
         layers = self.module.config.get_text_config().num_hidden_layers
         native = sum(layer.takes_ragged for layer in self.fused)
-        packed = f", {len(self._packed)} other linear layers packed" if self._packed else ""
-        return f"{len(self.fused)} of {layers} decoder layers fused, {native} with native kernels{packed}"
+        return f"{len(self.fused)} of {layers} decoder layers fused, {native} with native kernels"
 
     @property
     def takes_ragged(self) -> bool:

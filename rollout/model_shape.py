@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rollout.inference_view import copy_sharing
-from rollout.transformers_api import DynamicCache, run_causal_lm, supports_attention_backend
+from rollout.transformers_api import DynamicCache, run_causal_lm, supports_attention_backend, use_attention
 
 _LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -85,7 +85,9 @@ def observed_keys(model: PreTrainedModel) -> KeyShape:
     cache = DynamicCache()
     tokens = torch.arange(1, 3, device=model.device)[None] % text.vocab_size
     try:
-        run_causal_lm(copy_sharing(model), tokens, torch.arange(2, device=model.device)[None], cache)
+        reference = copy_sharing(model)
+        use_attention(reference, "eager")  # the trainer's may be one over packed lines
+        run_causal_lm(reference, tokens, torch.arange(2, device=model.device)[None], cache)
         stored: list[Any] = cache.layers
         shapes = {(x.shape[1], x.shape[3]) for layer in stored for x in (layer.keys, layer.values)}
     except (MemoryError, torch.OutOfMemoryError):

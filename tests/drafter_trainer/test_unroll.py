@@ -15,7 +15,7 @@ from drafter_trainer.spot import SpotTrainer
 from drafter_trainer.store import StoredTrace
 from drafter_trainer.unroll import Objective, unrolled_loss
 from drafter_trainer.vocabulary import choose_vocabulary, coverage
-from rollout import Request, SamplingParams, Strategy, mean_acceptance_length
+from rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
 from rollout.drafters import DraftContext, Eagle3Drafter
 from rollout.drafters.eagle3_model import eagle3_config
 from rollout.sequence import SequenceState
@@ -206,3 +206,18 @@ def test_vocabulary_is_the_most_frequent_tokens(texts, size):
     assert (vocabulary.diff() > 0).all()
     best = coverage(texts, vocabulary)
     assert best >= coverage(texts, torch.arange(size)) - 1e-9
+
+
+def test_traces_of_another_precision_than_the_policys_train_the_drafter():
+    """As bfloat16 rollouts of a policy that is trained in float32 without autocast."""
+    model = tiny_llama(sharpness=4.0)
+    engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=4, max_context=64, tap_layers=(1, 2, 3), collect_traces=True)
+    rollouts = engine.generate([Request([3, 1, 4, i], SamplingParams(max_tokens=12), seed=i) for i in range(4)])
+    assert rollouts[0].trace is not None and rollouts[0].trace.final.dtype == torch.bfloat16
+    drafter = tiny_eagle3(model)
+    before = drafter.lm_head.weight.clone()
+    learner = learner_for(drafter, model, lr=1e-3)
+    pieces = [Piece(Entry(StoredTrace(r.trace)), 0, len(r.trace.token_ids) - 1) for r in rollouts]
+    assert learner.update(pieces, [1.0] * 4) is not None
+    assert not torch.equal(drafter.lm_head.weight, before)
+    assert all(0 <= share <= 1 for share in learner.evaluate(pieces).acceptance)

@@ -84,6 +84,9 @@ def check_packing(family) -> None:
                 PolicyLogProbs(model)
             return
         logprobs, _ = PolicyLogProbs(model).train()(pack(rows), 1.0)
+    RolloutEngine(
+        model, dtype=torch.float32, max_slots=2, max_context=64
+    )  # on the trainer's module, whose attention is another now
     torch.testing.assert_close(logprobs, torch.cat(expected), rtol=0, atol=1e-5)
 
 
