@@ -7,7 +7,7 @@ VLLM := 0.32.0
 VERL := 0.9.0
 OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint lock fresh setup peers pipelines clean
+.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint lock fresh faults setup peers pipelines clean
 
 setup: .venv/installed
 
@@ -57,6 +57,10 @@ test-newest:
 # Both commands as on a new machine: an empty clone, a home without caches.
 fresh:
 	$(PYTHON) tests/fresh.py
+
+# Requests, servers, broken files, kills and bad rewards in their full numbers; writes the table of docs/faults.md.
+faults: setup
+	$(BIN)/python -m tests.faults.campaign
 
 # The backend and the trainer with it, on real vLLM.
 test-vllm: peers
