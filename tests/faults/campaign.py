@@ -1,7 +1,7 @@
 """The whole fault campaign: requests, servers, broken files, kills and bad rewards, with one table of what came of them.
 
-``make faults`` (``python -m tests.faults.campaign``) takes about half an hour on two cores, writes ``benchmarks/faults.json`` as the
-parts end, and the table of ``docs/faults.md``. Names after the command run those parts alone.
+``make faults`` (``python -m tests.faults.campaign``) takes about half an hour on two cores, writes ``benchmarks/faults.json`` as
+the parts end, and the table of ``docs/faults.md``. Names after the command run those parts alone.
 """
 
 from __future__ import annotations
