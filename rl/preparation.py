@@ -91,10 +91,10 @@ def _in_a_process(what: str, config: RunConfig) -> None:
         job = subprocess.Popen(command, env=_environment(os.environ))
         try:
             status = job.wait()
-        except BaseException:
-            job.send_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # which a terminal sends to both
+            job.terminate()
             job.wait()
-            raise
+            raise SystemExit(128 + signal.SIGINT) from None
     if status == _DONE_BUT:
         raise SystemExit(status)
     if status:

@@ -72,7 +72,7 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if first is None and run.is_dir():
+        if first is None and (run / "config.json").is_file():  # else there is no step yet to stop after
             (run / "stop").touch()
             print(f"\npaceline: stopping after this step; {_name(number)} again to stop now", flush=True)
             first = number, time.monotonic()

@@ -107,7 +107,9 @@ def test_steps_are_counted_from_one_and_have_a_time_left(tmp_path, monkeypatch):
     display, out = shown_in_a_file(clock)
     with (
         display,
-        Tracker(load_config(ROOT / "configs" / "tiny.yaml", ["tracking.tensorboard=true"]), tmp_path, True, display) as tracker,
+        Tracker(
+            load_config(ROOT / "configs" / "tiny.yaml", ["tracking.tensorboard=true"]), tmp_path, True, display=display
+        ) as tracker,
     ):
         for step in range(4):
             with tracker.phase(step, "rollout") as phase:
