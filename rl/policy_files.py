@@ -27,8 +27,8 @@ def check_policy_files(path: Path) -> None:
     if (path / "adapter_config.json").is_file() and (path / "config.json").is_file():
         raise UserError(
             f"policy.model {path}: the directory holds a base model and a peft adapter, and which of them to train is not said: "
-            "merge them with peft's merge_and_unload() and name the directory of the merged model, or move adapter_config.json and "
-            "the adapter's weights away"
+            "merge them with peft's merge_and_unload() and name the directory of the merged model, or move adapter_config.json "
+            "and the adapter's weights away"
         )
     config = _read_json(path / "config.json")
     check_kind(config, f"policy.model {path}")

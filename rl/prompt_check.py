@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import httpx
 import numpy as np
-from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from rl.config import RunConfig
 from rl.errors import UserError
+from rl.hub import hub_answers
 from rl.policies import cached_policy
 from rl.problems import Problem
 from rl.prompts import encode_problem
@@ -83,18 +82,10 @@ def _tokenizer(model: str) -> Any:
     path = cached_policy(model)
     try:
         return AutoTokenizer.from_pretrained(
-            model if path is None else path, local_files_only=path is not None or not _hub_answers()
+            model if path is None else path, local_files_only=path is not None or not hub_answers()
         )
     except Exception:  # no such model, a gated one, no tokenizer in it
         return None
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached, in seconds: its client goes on trying for most of a minute."""
-    try:
-        return not constants.HF_HUB_OFFLINE and httpx.head(constants.ENDPOINT, timeout=3.0) is not None
-    except httpx.HTTPError:
-        return False
 
 
 def _try_template(task: Task, config: RunConfig, tokenizer: Any) -> list[str]:

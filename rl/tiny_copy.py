@@ -20,9 +20,11 @@ _LIMITS = {
     **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp"), 2 * _HIDDEN),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head"), _HEADS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    "num_experts_per_tok": 2,
-    "head_dim": _HIDDEN // _HEADS,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HIDDEN // _HEADS),
+    **dict.fromkeys(("qk_head_dim", "q_lora_rank", "kv_lora_rank"), 2 * _HIDDEN // _HEADS),
 }  # names that transformers' configurations give to sizes
 
 

@@ -40,9 +40,9 @@ def key_shape(config: PretrainedConfig) -> KeyShape:
         heads: int = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    except (AttributeError, RuntimeError, ValueError) as error:  # transformers raises one of its own where layers differ
+    except (AttributeError, RuntimeError):  # transformers raises one of its own where layers differ
         raise ValueError(
-            f"models of type {text.model_type} do not say one shape of keys for all layers ({one_line(error)})"
+            f"models of type {text.model_type} do not say one shape of keys for all layers: choose a policy of another family"
         ) from None
     return KeyShape(text.num_hidden_layers, kv_heads, head_dim)
 

@@ -135,7 +135,7 @@ BROKEN = [
     (pickled_weights, r"pytorch_model\.bin is pickled"),
     (lost_shard, "model-00002-of-00002.safetensors of its index"),
     (with_adapter, "holds a base model and a peft adapter"),
-    (adapter_alone, "holds a peft adapter without its base model"),
+    (adapter_alone, "holds adapters of an unnamed policy"),
 ]
 
 
