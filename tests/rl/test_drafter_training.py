@@ -96,7 +96,7 @@ def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "steps": 5}))
     output = finish(train("--resume", str(run)))
-    assert output.count("a fresh one is made") == 1 and "truncated" in output
+    assert output.count("a fresh one is made") == 1 and "bytes, " in output and "were written" in output
     assert [step["step"] for step in steps_of(run)] == list(range(5))
     load_drafter(run / "checkpoint" / "drafter", 99, 64)
 
