@@ -151,7 +151,8 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
         task=replace(
             config.task,
             size=min(config.task.size, 8),
-            heldout=0.0,  # of 8 problems none may be held out, or all
+            # of so few made problems none may be held out, or all; evaluations make others
+            heldout=0.0 if config.task.source == "reasoning_gym" else config.task.heldout,
             chat_template_kwargs=config.task.chat_template_kwargs if own_tokenizer else {},
         ),
         rollout=rollout,
@@ -164,6 +165,11 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
             draft_vocab_size=min(d.draft_vocab_size, 48),
             schedule="never" if d.schedule == "never" else "always",
             snapshots=0,
+        ),
+        evaluation=replace(
+            config.evaluation,
+            prompts=min(config.evaluation.prompts, _PROMPTS),
+            samples=min(config.evaluation.samples, _SAMPLES),
         ),
         measure=replace(config.measure, plain_every=min(config.measure.plain_every, 1)),
         tracking=replace(config.tracking, wandb="disabled", tensorboard=False),

@@ -1,5 +1,7 @@
 """What --dry-run tries: the recipe's own settings on a tiny policy of the same kind."""
 
+import json
+
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
 
@@ -47,9 +49,13 @@ def test_a_tiny_copy_is_of_the_same_kind_and_small(policy):
 
 
 @pytest.mark.ci
-def test_what_was_tried_is_said(tmp_path, monkeypatch):
+def test_what_was_tried_is_said(tmp_path, tmp_path_factory, monkeypatch):
+    """Evaluations of held-out rows too: they are tried on the rows that the run would hold out."""
+    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    task = ["task.source=jsonl", f"task.path={rows}", "task.datasets=[]", "task.heldout=0.2", "eval_every=50", "keep_best=true"]
     monkeypatch.chdir(tmp_path)
-    said = try_tiny_step(load_config(TINY))
+    said = try_tiny_step(load_config(TINY, task))
     assert "3 steps of 2 prompts × 4 samples" in said and "drafts by suffix, eagle3, composite" in said
     assert not list(tmp_path.iterdir())
 
