@@ -50,7 +50,13 @@ def evaluation_problems(config: RunConfig, count: int, seed: int = _SEED) -> Eva
     task, own = config.task, config.evaluation.path
     if own is not None:
         known = _SUFFIXES.get(Path(own).suffix.lower())
-        asked = replace(task, source=known or "huggingface", path=own, heldout=0.0, curriculum=None, duplicates="keep")
+        split = config.evaluation.split or task.split
+        if task.path is not None and Path(own).absolute() == Path(task.path).absolute() and (known or split == task.split):
+            raise UserError(
+                f"evaluation.path is {own}, which is trained on: name other problems, another split in evaluation.split, or write "
+                "task.heldout before the run, and no evaluation.path"
+            )
+        asked = replace(task, source=known or "huggingface", path=own, split=split, heldout=0.0, curriculum=None, duplicates="keep")
         return EvaluationProblems(_first(load_task(asked, config.seed), count), asked, config.seed, f"of {own}")
     if task.heldout:
         return EvaluationProblems(_first(load_heldout_task(task, config.seed), count), task, config.seed, "held out (task.heldout)")
@@ -110,7 +116,7 @@ def check_not_trained(config: RunConfig, trained: RunConfig) -> None:
 
 def _first(task: Task, count: int) -> list[Problem]:
     """Some of a task's problems, from all over it."""
-    return list(islice(_spread(task), count))
+    return task.batch(0, min(count, len(task.rows)))
 
 
 def _spread(task: Task) -> Sequence[Problem]:

@@ -32,7 +32,8 @@ def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
     try:
         if last > 1:
             _copy(run / "checkpoint", folder / f"step-{steps_done}")
-            for number, path in sorted(_steps(folder), reverse=True)[last:]:
+            # a run that went on from before some of them has given those up: they go first
+            for number, path in sorted(_steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True)[last:]:
                 shutil.rmtree(path, ignore_errors=number >= 0)
         if best:
             _copy(run / "checkpoint", folder / "best")

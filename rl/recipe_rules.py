@@ -88,6 +88,7 @@ def evaluation_rules(config: RunConfig) -> list[tuple[bool, str]]:
         (config.eval_every >= 0, f"eval_every is {config.eval_every}: write 0 for no evaluations, or steps"),
         (config.keep_last >= 1, f"keep_last is {config.keep_last}: write at least 1"),
         (not config.keep_best or config.eval_every > 0, "keep_best needs evaluations: write eval_every, for example 10"),
+        (e.split is None or e.path is not None, "evaluation.split is of a Hugging Face data set: name it in evaluation.path"),
         (e.prompts >= 1 and e.samples >= 1, "evaluation.prompts and evaluation.samples must be at least 1"),
         (
             e.temperature is None or 0 <= e.temperature < float("inf"),

@@ -19,6 +19,10 @@ from rollout import FinishReason, Request, Rollout
 from rollout.backends import Decoder
 
 
+class EvaluationFailed(UserError):
+    """No completion of any rank has a score; every rank raises it."""
+
+
 class RunEvaluation:
     """Evaluates the policy as it is decoded with, on every rank's share of the problems.
 
@@ -51,6 +55,7 @@ class RunEvaluation:
         self._decoder: Decoder = worker.engine if decoder is None else decoder
         self._accelerator = accelerator
         self._asked = fitting(evaluation_problems(config, config.evaluation.prompts), tokenizer, config)
+        self._of = repr((config.evaluation, config.task.reward))
         self.best: float | None = None
         self.best_step = 0
 
@@ -61,12 +66,12 @@ class RunEvaluation:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
-        return {"best": self.best, "best_step": self.best_step}
+        return {"best": self.best, "best_step": self.best_step, "of": self._of}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
-        best = state.get("best")
-        self.best, self.best_step = None if best is None else float(best), int(state.get("best_step", 0))
+        """Goes on from what `state` gave. A best of other problems or by another reward is forgotten, as it cannot be compared."""
+        best = state.get("best") if state.get("of") == self._of else None
+        self.best, self.best_step = None if best is None else float(best), 0 if best is None else int(state["best_step"])
 
     def run(self, steps_done: int) -> tuple[dict[str, float], bool]:
         """Evaluates. Collective.
@@ -75,13 +80,13 @@ class RunEvaluation:
             Metrics under ``eval/``, and whether the mean reward is the best so far.
 
         Raises:
-            UserError: when no completion of any rank has a score.
+            EvaluationFailed: when no completion of any rank has a score.
         """
         begin = time.monotonic()
         found = gather_object(self._share())
         rewards = [reward for reward, _, _ in found if reward is not None]
         if not rewards:
-            raise UserError(f"evaluation after step {steps_done}: none of the {len(found)} completions has a reward")
+            raise EvaluationFailed(f"evaluation after step {steps_done}: none of the {len(found)} completions has a reward")
         lengths = [length for _, length, _ in found]
         mean = sum(rewards) / len(rewards)
         better = self.best is None or mean > self.best

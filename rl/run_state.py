@@ -195,6 +195,7 @@ _STATE: dict[str, tuple[Any, bool]] = {
     "entropy": (int | float, False),
     "prompts": (dict, False),
     "guard": (dict, False),
+    "evaluation": (dict, False),
     "open": (list, False),
     "logs": (dict, False),
 }

@@ -253,12 +253,14 @@ class EvaluationConfig:
 
     Attributes:
         path: A file or data set of its own, read as ``task`` is; null takes the others.
+        split: Of a Hugging Face data set in ``path``, such as ``test``; null takes ``task.split``.
         prompts: Problems of an evaluation within the run, at most.
         samples: Completions of each.
         temperature: Of these completions; null takes the rollouts', 0 is greedy.
     """
 
     path: str | None = None
+    split: str | None = None
     prompts: int = 64
     samples: int = 1
     temperature: float | None = None

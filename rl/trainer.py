@@ -31,7 +31,7 @@ from rl.prompt_choice import prompt_choice
 from rl.prompts import scored_text
 from rl.rewards.pool import Scores, ScoringPool
 from rl.rollouts import RolloutWorker
-from rl.run_evaluation import RunEvaluation
+from rl.run_evaluation import EvaluationFailed, RunEvaluation
 from rl.run_state import Checkpoint, restore_selector, save_checkpoint
 from rl.shaping import Shaping
 from rl.sharding import is_shared
@@ -145,7 +145,7 @@ class Trainer:
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self._step_or_save(step)
                 last = step + 1 == self.config.steps
-                best = self._evaluate(step, metrics, last)
+                best = self._evaluate(step, metrics, timeline, last)
                 collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
                 self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
@@ -166,12 +166,20 @@ class Trainer:
             self.vllm.close()
         return step + 1 == self.config.steps
 
-    def _evaluate(self, step: int, metrics: dict[str, Any], last: bool) -> bool:
-        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so far. Collective."""
+    def _evaluate(self, step: int, metrics: dict[str, Any], timeline: list[dict[str, Any]], last: bool) -> bool:
+        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so far. Collective.
+
+        When no completion can be scored, the step is saved before the run ends.
+        """
         if self.evaluation is None or not (last or (step + 1) % self.config.eval_every == 0):
             return False
-        with self.tracker.phase(step, "evaluate"):
-            found, best = self.evaluation.run(step + 1)
+        try:
+            with self.tracker.phase(step, "evaluate"):
+                found, best = self.evaluation.run(step + 1)
+        except EvaluationFailed as error:
+            self.tracker.log(step, metrics, timeline)
+            self._save(step + 1)
+            raise UserError(f"{error}; the run stops, what it has learned is in {self.run_dir / 'checkpoint'}") from None
         metrics.update(found)
         return best
 

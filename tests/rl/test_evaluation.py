@@ -1,7 +1,10 @@
 """Evaluations on problems that are not trained on, within a run and after it, and the checkpoints that a run keeps."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -10,7 +13,9 @@ from rl.config import load_config
 from rl.errors import UserError
 from rl.evaluation_problems import check_not_trained, evaluation_problems, fitting
 from rl.kept_checkpoints import find_kept, keep_checkpoint
+from rl.run_evaluation import EvaluationFailed
 from rl.tasks import load_task
+from rl.trainer import Trainer
 from tests.support import ROOT, train_here
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -49,6 +54,39 @@ def test_prompts_without_room_are_left_out_and_counted(tmp_path):
 def test_a_file_without_held_out_problems_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"task\.heldout.*evaluation\.path"):
         evaluation_problems(of_rows(write_rows(tmp_path / "rows.jsonl", 12)), 4)
+
+
+@pytest.mark.parametrize("more", [[], ["evaluation.split=test"]])
+def test_the_file_that_is_trained_on_is_no_evaluation(tmp_path, monkeypatch, more):
+    path = write_rows(tmp_path / "rows.jsonl", 12)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="which is trained on"):
+        evaluation_problems(of_rows(path, "evaluation.path=rows.jsonl", *more), 4)
+
+
+def test_another_split_of_the_data_set_is_asked(tmp_path):
+    rows = {
+        name: [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(k, k + 9)] for name, k in (("train", 0), ("test", 50))
+    }
+    datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()}).save_to_disk(tmp_path / "sums")
+    task = ["task.source=huggingface", f"task.path={tmp_path / 'sums'}", "task.datasets=[]", f"evaluation.path={tmp_path / 'sums'}"]
+    asked = evaluation_problems(load_config(TINY, [*task, "evaluation.split=test"]), 4)
+    assert len(asked.problems) == 4 and all(int(p.answer) > 50 for p in asked.problems)
+    with pytest.raises(UserError, match=r"evaluation\.split"):
+        evaluation_problems(load_config(TINY, task), 4)
+
+
+def test_a_step_is_saved_before_an_evaluation_that_nothing_scores_ends_the_run(tmp_path):
+    trainer, done = object.__new__(Trainer), []
+    trainer.config, trainer.run_dir = load_config(TINY, ["eval_every=3"]), tmp_path
+    trainer.tracker = SimpleNamespace(phase=lambda *_: contextlib.nullcontext(), log=lambda step, *_: done.append(("log", step)))
+    trainer._save = lambda steps: done.append(("save", steps))
+    trainer.evaluation = SimpleNamespace(
+        run=lambda steps: (_ for _ in ()).throw(EvaluationFailed(f"evaluation after step {steps}"))
+    )
+    with pytest.raises(UserError, match=r"after step 3; .*checkpoint"):
+        trainer._evaluate(2, {}, [], False)
+    assert done == [("log", 2), ("save", 3)]
 
 
 def test_problems_of_their_own_file(tmp_path):
@@ -116,6 +154,13 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     assert find_kept(tmp_path, None) == tmp_path / "checkpoint"
     with pytest.raises(UserError, match="kept are best, step-3, step-4"):
         find_kept(tmp_path, "step-1")
+
+
+def test_checkpoints_that_a_run_has_given_up_go_first(tmp_path):
+    checkpoint(tmp_path, "any")
+    for step in (8, 10, 9):  # it goes on from 8: 10 is another future
+        keep_checkpoint(tmp_path, step, last=2, best=False)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-8", "step-9"]
 
 
 @pytest.mark.ci
