@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -82,7 +83,13 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
 
     before = {number: signal.signal(number, ask) for number in ASKS}
     try:
-        status = job.wait()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = job.wait(timeout=1.0)
+                break
+            with contextlib.suppress(OSError):
+                if first is not None:
+                    (run / "stop").touch()  # ranks that were about to start have removed it as an earlier run's
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from rl.commands.app import app
 from rl.interruption import Interruption
 
 RUN = """
@@ -53,3 +55,25 @@ def test_a_file_asks_too(tmp_path):
     with Interruption(tmp_path) as interruption:
         (tmp_path / "stop").touch()
         assert interruption.asked and interruption.status == 0
+
+
+_STARTING = """
+import os, pathlib, signal, sys, time
+stop, end = pathlib.Path(sys.argv[1], "stop"), time.monotonic() + 20
+time.sleep(0.5)
+os.kill(os.getppid(), signal.SIGINT)
+while not stop.exists():  # asked for while this is starting
+    time.sleep(0.02)
+stop.unlink()  # as ranks do with an earlier run's
+while not stop.exists():
+    if time.monotonic() > end:
+        sys.exit(9)
+    time.sleep(0.02)
+"""
+
+
+def test_a_stop_that_is_asked_for_while_ranks_start_is_not_lost(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("rl.commands.training.rank_command", lambda *_: [sys.executable, "-S", "-c", _STARTING, str(tmp_path)])
+    found = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--ranks", "2"])
+    assert found.exit_code == 0, found.output
