@@ -36,13 +36,13 @@ class EvaluationProblems:
     origin: str
 
 
-def evaluation_problems(config: RunConfig, count: int, seed: int = _SEED) -> EvaluationProblems:
+def evaluation_problems(config: RunConfig, count: int, trained: Task | None = None) -> EvaluationProblems:
     """Returns up to ``count`` problems that the recipe does not train on, the same in every call.
 
     Args:
         config: The recipe. ``evaluation.path`` comes first, then ``task.heldout``; reasoning-gym makes others.
         count: How many are wanted; a file or a held-out share may have fewer.
-        seed: Of what reasoning-gym makes.
+        trained: What the recipe trains on, where it is loaded already; its data is not read again.
 
     Raises:
         UserError: when the data has no problems that are not trained on.
@@ -59,21 +59,22 @@ def evaluation_problems(config: RunConfig, count: int, seed: int = _SEED) -> Eva
         asked = replace(task, source=known or "huggingface", path=own, split=split, heldout=0.0, curriculum=None, duplicates="keep")
         return EvaluationProblems(_first(load_task(asked, config.seed), count), asked, config.seed, f"of {own}")
     if task.heldout:
-        return EvaluationProblems(_first(load_heldout_task(task, config.seed), count), task, config.seed, "held out (task.heldout)")
+        heldout = load_heldout_task(task, config.seed) if trained is None else trained.heldout()
+        return EvaluationProblems(_first(heldout, count), task, config.seed, "held out (task.heldout)")
     if task.source != "reasoning_gym":
         raise UserError(
             f"task.path {task.path}: all of its problems are trained on; write task.heldout, for example 0.02, before the run, "
             "or name other problems in evaluation.path"
         )
-    trained = {problem.question for problem in load_task(task, config.seed).problems}
+    asked_in_training = {problem.question for problem in (trained or load_task(task, config.seed)).problems}
     made = replace(task, size=2 * count + 16, curriculum=None)
-    fresh = (p for p in _spread(load_task(made, seed)) if p.question not in trained)
+    fresh = (p for p in _spread(load_task(made, _SEED)) if p.question not in asked_in_training)
     problems = list(islice(fresh, count))
     if not problems:
         raise UserError(
             f"task.datasets: all of {made.size} new problems are among the {task.size} trained on; write a smaller task.size"
         )
-    return EvaluationProblems(problems, made, seed, "made by reasoning-gym, none of them trained on")
+    return EvaluationProblems(problems, made, _SEED, "made by reasoning-gym, none of them trained on")
 
 
 def fitting(asked: EvaluationProblems, tokenizer: Any, config: RunConfig) -> EvaluationProblems:

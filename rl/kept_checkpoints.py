@@ -69,9 +69,12 @@ def _copy(source: Path, target: Path) -> None:
     shutil.rmtree(building, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     shutil.copytree(source, building, copy_function=_link)
+    before = target.with_name(target.name + ".old")
+    shutil.rmtree(before, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(before)
     building.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:

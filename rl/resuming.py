@@ -26,6 +26,8 @@ _FIXED = (
     "rollout.prompts_per_step",
     "rollout.segment_tokens",
     "rollout.tree",
+    "rollout.max_context",  # leaves out prompts that have no room, as the endings of budgets do
+    "length.budgets",
     "update.advantage",
     "scale.lora",
     "length.predictor",

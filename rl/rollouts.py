@@ -36,6 +36,7 @@ from rollout import (
 from rollout.drafters import Eagle3Drafter
 from rollout.drafters.build import DrafterParts, build_drafter
 from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from rollout.kept_prefixes import KeptPrefixes
 
 _WITH_WEIGHTS = {"eagle3", "composite"}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
 
@@ -164,17 +165,20 @@ class RolloutWorker:
             done: Rollouts of this rank; the time is noted there.
             progress: Shows how far it is.
         """
-        selector, collect = self.engine.speculation.selector, self.engine.collect_traces
-        self.engine.use_strategy(PLAIN)
-        self.engine.collect_traces = False
-        begin = time.perf_counter()
+        engine = self.engine
+        before = engine.speculation.selector, engine.collect_traces, engine.kept
+        engine.use_strategy(PLAIN)
+        engine.collect_traces, engine.kept = False, KeptPrefixes(engine.runner.cache)  # which reads every prompt, as the first time
         requests = [r.request for r in done.rollouts]
-        if progress is None:
-            again = self.engine.generate(requests)
-        else:
-            again = self.engine.generate(requests, progress.on_step, on_finish=progress.on_finish)
+        begin = time.perf_counter()
+        try:
+            if progress is None:
+                again = engine.generate(requests)
+            else:
+                again = engine.generate(requests, progress.on_step, on_finish=progress.on_finish)
+        finally:
+            engine.speculation.selector, engine.collect_traces, engine.kept = before
         done.plain_seconds = time.perf_counter() - begin
-        self.engine.speculation.selector, self.engine.collect_traces = selector, collect
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
         done.plain_identical = sum(same) / len(same)
 

@@ -15,6 +15,7 @@ from rl.evaluation_problems import evaluation_problems, fitting
 from rl.prompts import encode_problem, stable_seed
 from rl.rewards.pool import ScoringPool
 from rl.rollouts import RolloutWorker
+from rl.tasks import Task
 from rollout import FinishReason, Request, Rollout
 from rollout.backends import Decoder
 
@@ -33,6 +34,7 @@ class RunEvaluation:
         tokenizer: The policy's.
         read: Token ids of a completion → the text that is scored.
         accelerator: Of this process.
+        trained: What the run trains on.
 
     Attributes:
         best: The highest mean reward so far, None before the first evaluation.
@@ -50,11 +52,12 @@ class RunEvaluation:
         tokenizer: Any,
         read: Callable[[list[int]], str],
         accelerator: Accelerator,
+        trained: Task,
     ) -> None:
         self._config, self._worker, self._tokenizer, self._read = config, worker, tokenizer, read
         self._decoder: Decoder = worker.engine if decoder is None else decoder
         self._accelerator = accelerator
-        self._asked = fitting(evaluation_problems(config, config.evaluation.prompts), tokenizer, config)
+        self._asked = fitting(evaluation_problems(config, config.evaluation.prompts, trained), tokenizer, config)
         self._of = repr((config.evaluation, config.task.reward))
         self.best: float | None = None
         self.best_step = 0

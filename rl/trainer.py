@@ -96,7 +96,7 @@ class Trainer:
         self.evaluation: RunEvaluation | None = None
         if config.eval_every:
             decoder = None if self.vllm is None else self.vllm.backend
-            self.evaluation = RunEvaluation(config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator)
+            self.evaluation = RunEvaluation(config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator, self.task)
             tracker.say(self.evaluation.origin)
         self.first_step = 0
         if checkpoint is not None:
@@ -258,6 +258,7 @@ class Trainer:
         with clock.phase("score"):
             self.anytime.hand_over(done, cuts, self._scored_text, self.scoring.add)
             found = self.scoring.collect()
+        self._say_failures(step, found)
         scores = [found.values.get(number, self.config.task.score_failed) for number in range(len(cuts))]
         return self.anytime.credit(done, thoughts, rewards, cuts, scores)
 

@@ -127,6 +127,19 @@ class PacelineRollouts(TrainerCallback):
         if any(getattr(f, "needs_entropies", False) for f in trainer.reward_funcs):
             raise UserError("paceline: rewards that read entropies judge one turn: use another reward with converse()")
         talks = [Conversation(p, list(ids)) for p, ids in zip(prompts, self._tokenized(prompts, trainer), strict=True)]
+        try:
+            self._take_turns(talks, trainer, environment, turns, turn_tokens)
+        finally:
+            if self._hosted is not None:
+                self._hosted.engine.kept.clear()
+        names = {name: None for talk in talks for name in talk.columns}
+        found = {name: [getattr(talk, name) for talk in talks] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
+        return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}
+
+    def _take_turns(
+        self, talks: list[Conversation], trainer: Any, environment: Environment, turns: int, turn_tokens: int | None
+    ) -> None:
+        """Plays until every conversation is over, or its turns are. Collective."""
         for turn in range(turns):
             going = [talk for talk in talks if not talk.over]
             if not any_rank(trainer.accelerator, bool(going)):
@@ -136,11 +149,6 @@ class PacelineRollouts(TrainerCallback):
             rollouts = self.complete([talk.token_ids for talk in going], trainer, max_tokens=room, keep=True)
             for talk, rollout in zip(going, rollouts, strict=True):
                 self._take_turn(talk, rollout, trainer, environment, last=turn + 1 == turns)
-        assert self._hosted is not None
-        self._hosted.engine.kept.clear()
-        names = {name: None for talk in talks for name in talk.columns}
-        found = {name: [getattr(talk, name) for talk in talks] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
-        return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}
 
     def _take_turn(self, talk: Conversation, rollout: Rollout, trainer: Any, environment: Environment, last: bool) -> None:
         """Adds a turn and, unless it is the conversation's last one, what the environment answers."""
