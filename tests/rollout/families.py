@@ -84,7 +84,14 @@ FAMILIES = (
     Family("glm4_moe", "GLM-4.5", {**_GROUPED, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}),
 )
 BY_KIND = {family.kind: family for family in FAMILIES}
-_LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 REFUSED = (
     (Family("deepseek_v3", "DeepSeek-V3, R1", {**_LATENT, "n_routed_experts": 8, "n_group": 2, "topk_group": 1}), "several shapes"),
     (Family("gpt_oss", "gpt-oss", {**_GROUPED, "head_dim": 16, "num_local_experts": 4}), "attention sinks"),

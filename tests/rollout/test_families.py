@@ -59,7 +59,7 @@ def test_greedy_equals_generate(family, strategy):
     check_greedy(family, [strategy], requests())
 
 
-@pytest.mark.parametrize("family", [*MORE, *(pytest.param(family, marks=pytest.mark.ci) for family in REST)], ids=kind)
+@pytest.mark.parametrize("family", [*MORE, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)], ids=kind)
 def test_greedy_equals_generate_in_other_families(family):
     few = [replace(r, params=SamplingParams(temperature=0, max_tokens=8 + i)) for i, r in enumerate(requests()[1:5])]
     check_greedy(family, [PLAIN, Strategy("suffix", 3)], few)
