@@ -238,7 +238,7 @@ def test_law_of_four_tokens_of_drawn_trees():
     drawing = ("stand", "eagle3")
     combinations = [c for c in accepted() if c.drafter in drawing and not c.fixed and c.shape == SHAPES[1] and c.verifier]
     assert len({(c.tree, c.draw, c.verifier) for c in combinations}) == 5
-    values = p_values(combinations, SETTINGS[0], 5_000)
+    values = p_values(combinations, SETTINGS[0], 2_500)
     assert min(values.values()) > 0.001 / len(values), least(values)
 
 
@@ -252,8 +252,10 @@ def test_law_of_four_tokens(params, capsys):
     assert min(values.values()) > 0.001 / len(values), least(values)
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(("drafter", "samples"), [("eagle3", 3_000), ("stand", 12_000)])
+@pytest.mark.parametrize(
+    ("drafter", "samples"),
+    [pytest.param("eagle3", 3_000, marks=pytest.mark.ci), pytest.param("stand", 12_000, marks=pytest.mark.slow)],
+)
 def test_a_combination_that_should_have_been_refused_is_seen(monkeypatch, drafter, samples):
     """Siblings drawn without replacement under spectr: the test has the power to tell."""
     wrong = Combination(drafter, "static", "without_replacement", "fixed", "spectr", SHAPES[1])
