@@ -91,6 +91,7 @@ def main(names: list[str]) -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() and names else {}
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("PACELINE_CACHE", cache)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads would only wait for each other
         for name in names or list(PARTS):
             print(f"faults: {name}", flush=True)
             begin, wrong = time.monotonic(), ""
