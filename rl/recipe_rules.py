@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rl.drafting_rules import check_drafting, refuse
 from rl.length_rules import length_rules
 from rl.sections import RunConfig
@@ -38,6 +40,7 @@ def check(config: RunConfig) -> None:
         *length_rules(config),
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         *evaluation_rules(config),
+        *range_rules(config),
         (not (scale.deepspeed and scale.fsdp2), "scale.deepspeed and scale.fsdp2 both shard the policy: choose one"),
         (scale.timeout_minutes > 0, f"scale.timeout_minutes is {scale.timeout_minutes}: write a number above 0"),
         (
@@ -79,6 +82,22 @@ def check(config: RunConfig) -> None:
     ]
     refuse(rules)
     check_drafting(config)
+
+
+def range_rules(config: RunConfig) -> list[tuple[bool, str]]:
+    """Rules about numbers that mean nothing below zero or beyond all bounds."""
+    above = {
+        "rollout.kv_memory_gb": config.rollout.kv_memory_gb,
+        "update.grad_clip": config.update.grad_clip,
+        "critic.grad_clip": config.critic.grad_clip,
+        "critic.value_clip": config.critic.value_clip,
+        "update.mastered_below": config.update.mastered_below,
+    }
+    from_zero = {"update.weight_decay": config.update.weight_decay, "update.clip_low": config.update.clip_low}
+    return [
+        *((value is None or 0 < value < math.inf, f"{key} is {value}: write a number above 0") for key, value in above.items()),
+        *((0 <= value < math.inf, f"{key} is {value}: write a number from 0") for key, value in from_zero.items()),
+    ]
 
 
 def evaluation_rules(config: RunConfig) -> list[tuple[bool, str]]:

@@ -205,3 +205,13 @@ def test_what_vllm_does_not_do_is_said(overrides, says):
     load_config(TINY, base)
     with pytest.raises(UserError, match=says):
         load_config(TINY, [*base, *overrides])
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["rollout.kv_memory_gb=.inf", "update.grad_clip=-3", "critic.value_clip=-3", "update.weight_decay=-3", "update.clip_low=.nan"],
+)
+def test_numbers_that_mean_nothing_are_refused(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=rf"{key} is {value.lstrip('.')}: write a number"):
+        load_config(TINY, [override])
