@@ -107,7 +107,7 @@ def test_online_learners_beside_each_other(tmp_path, cache):
     start = tmp_path / "drafter"
     command = [sys.executable, "launch/warmup_drafter.py", "configs/tiny.yaml", str(start), "--minutes", "0.02"]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=True)
-    rows = compare_online(config, start, 0.2, tmp_path / "run", lambda line: None)
+    rows = compare_online(config, start, 0.2, tmp_path / "run", lambda line: None, lambda rows: None)
     assert [row.variant for row in rows] == ["frozen", *ONLINE]
     assert all(len(row.lengths) == len(row.regret) == 2 and min(row.lengths) >= 1 for row in rows)
     assert rows[0].updates == 0 and rows[1].updates > 0
