@@ -153,7 +153,7 @@ def test_a_run_goes_on_over_two_jobs(cluster, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file() and requeued(cluster) == 1
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_accelerate_launches_by_the_examples_file(tmp_path):
     """Its keys are ones that accelerate knows; it says how many processes there are, and recipes all else."""
     example = yaml.safe_load((ROOT / "examples" / "accelerate.yaml").read_text())

@@ -120,7 +120,7 @@ def test_a_failed_preparation_ends_the_run(monkeypatch, tmp_path):
         monkeypatch.setattr(preparation.subprocess, "Popen", real)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkeypatch):
     """Two ranks make it once; another run finds it."""
     environment = {**os.environ, "PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
