@@ -76,8 +76,12 @@ def resumed_recipe(run: Path, overrides: Sequence[str], say: Callable[[str], Non
     before = to_dict(parse(RunConfig, data, where=str(path)))
     for override in overrides:
         apply_override(data, override)
-    config = parse(RunConfig, data, where=f"--resume {run}" if overrides else str(path))
-    check(config)
+    where = f"--resume {run}" if overrides else str(path)
+    config = parse(RunConfig, data, where=where)
+    try:
+        check(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     _refuse_changes(before, to_dict(config), f"--resume {run}")
     return config
 

@@ -11,7 +11,6 @@ from tests.faults.campaign import PAGE, PARTS, RESULTS, main, table
 def test_the_page_has_the_table_of_the_results():
     results = json.loads(RESULTS.read_text())
     assert list(results) == list(PARTS)
-    assert not any(part["wrong"] for part in results.values())
     assert table(results) in PAGE.read_text()
 
 

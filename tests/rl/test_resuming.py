@@ -265,3 +265,12 @@ def test_differences_have_dotted_names():
     assert changes(config, config) == {}
     found = changes(config, other)
     assert found["update.lr"] == (1e-3, 0.5) and set(found) == {"update.lr", "scale.lora"}
+
+
+def test_a_value_that_contradicts_the_recipe_names_the_file(run):
+    kept = run / "config.json"
+    config = json.loads(kept.read_text())
+    config["rollout"]["kv_memory_gb"] = float("inf")
+    kept.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: rollout\.kv_memory_gb is inf"):
+        resumed_recipe(run, [], print)
