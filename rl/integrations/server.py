@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -62,7 +63,7 @@ class EngineServer:
         self.version = 0
         self._config, self._policy, self._say = config, policy, say
         self._inbox: list[_Flight] = []
-        self._flying: list[_Flight] = []
+        self._flying: dict[int, _Flight] = {}  # those that are decoded, by their place in the engine's call
         self._change = threading.Condition()
         self._engine_free = threading.Lock()  # held while the engine decodes, or its weights change
         self._paused = self._updating = self._closed = False
@@ -91,12 +92,12 @@ class EngineServer:
         """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there were."""
         with self._change:
             waiting = self._take()
-            flying = [flight for flight in self._flying if not flight.future.done()]
-            for flight in flying:
+            flying = len(self._flying)
+            for flight in self._flying.values():
                 flight.ended = True
         for flight in waiting:
             flight.answer(_cancelled(flight.request))
-        return len(waiting) + len(flying)
+        return len(waiting) + flying
 
     def pause(self) -> None:
         """Returns once the engine does nothing; requests wait until `resume`."""
@@ -220,31 +221,39 @@ class EngineServer:
 
     def _decode(self, first: list[_Flight]) -> list[Rollout]:
         engine = self.worker.engine
-        flying = list(first)
-        with self._change:
-            self._flying = flying
+        places = itertools.count()
+
+        def take_off(flights: list[_Flight]) -> list[Request]:
+            for flight in flights:
+                self._flying[next(places)] = flight
+            return [flight.request for flight in flights]
 
         def arrivals() -> list[Request]:
             with self._change:
-                come = [] if self._held else self._take()
-                flying.extend(come)
-            for flight in flying:
-                if flight.ended or flight.future.cancelled():
-                    engine.cancel(flight.request)
-            return [flight.request for flight in come]
+                come = take_off([] if self._held else self._take())
+                for flight in self._flying.values():
+                    if flight.ended or flight.future.cancelled():
+                        engine.cancel(flight.request)
+            return come
 
         def over(index: int, rollout: Rollout) -> None:
-            flying[index].answer(rollout)
+            with self._change:
+                flight = self._flying.pop(index)
+            flight.answer(rollout)
 
         try:
-            return engine.generate([f.request for f in first], on_finish=over, arrivals=arrivals)
+            with self._change:
+                requests = take_off(first)
+            return engine.generate(requests, on_finish=over, arrivals=arrivals)
         except Exception as error:  # whatever it was, nobody must wait for ever
-            for flight in flying:
+            with self._change:
+                left = list(self._flying.values())
+            for flight in left:
                 flight.fail(error)
             return []
         finally:
             with self._change:
-                self._flying = []
+                self._flying.clear()
 
     def _learn(self, rollouts: list[Rollout]) -> None:
         """Trains the drafter on these until there is something else to do. A failure costs the drafter, never the serving."""
