@@ -18,7 +18,7 @@ from rl.policies import cached_policy
 from rl.problems import Problem
 from rl.prompts import encode_problem
 from rl.row_problems import RowProblems
-from rl.tasks import Task, load_task
+from rl.tasks import Task
 
 _TRIED = 4096  # prompts that are all encoded before the first step; of more only a sample is, and the rest when they are chosen
 _SAMPLE = 1024
@@ -63,13 +63,12 @@ def check_count(task: Task, config: RunConfig, lines: Sequence[str]) -> None:
         )
 
 
-def check_recipe(config: RunConfig) -> list[str]:
-    """`check_prompts` without a policy: with its tokenizer where that is at hand.
+def check_recipe(task: Task, config: RunConfig) -> list[str]:
+    """Does what `check_prompts` does without a loaded policy: with its tokenizer where that is at hand.
 
     Raises:
-        UserError: as `load_task` and `check_prompts`.
+        UserError: as `check_prompts`.
     """
-    task = load_task(config.task, config.seed)
     tokenizer = _tokenizer(config.policy.model)
     if tokenizer is None:
         check_count(task, config, task.notes)

@@ -32,6 +32,7 @@ from rl.rewards.example import score_example
 from rl.run_lock import RunLock
 from rl.run_state import has_checkpoint
 from rl.summary import read_metrics, summarise, table
+from rl.tasks import load_task
 from rl.tiny_step import try_tiny_step
 from rl.tracking import Tracker
 from rl.trainer import Trainer, make_accelerator
@@ -125,10 +126,12 @@ def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display:
 def dry_run(args: argparse.Namespace) -> None:
     """Checks a recipe, prints what it will take, and tries a few tiny steps of it."""
     config = load_config(args.config, args.overrides)
-    said = check_recipe(config)
+    task = load_task(config.task, config.seed)
+    first = task.problems[0]
+    said = check_recipe(task, config)
     ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
     print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *said]), flush=True)
-    print("\n".join(score_example(config.task, config.seed, config.rollout.group_size)), flush=True)
+    print("\n".join(score_example(first, config.task, config.seed, config.rollout.group_size)), flush=True)
     print(try_tiny_step(config))
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from rl.errors import UserError
+from rl.problems import Problem
 from rl.rewards.pool import ScoringPool
 from rl.task_config import TaskConfig
-from rl.tasks import load_task
 
 _IGNORANCE = "I do not know."
 
 
-def score_example(config: TaskConfig, seed: int, group_size: int) -> list[str]:
-    """Scores made-up completions of a real problem as a run would: one that ends in the reference answer, others without one.
+def score_example(problem: Problem, config: TaskConfig, seed: int, group_size: int) -> list[str]:
+    """Scores made-up completions of a problem as a run would: one that ends in the reference answer, others without one.
 
     Args:
+        problem: The first of the task.
         config: The recipe's task section.
         seed: Of the task.
         group_size: Samples of a prompt.
@@ -24,7 +25,6 @@ def score_example(config: TaskConfig, seed: int, group_size: int) -> list[str]:
     Raises:
         UserError: when a completion gets no score, or the reward is not found.
     """
-    problem = load_task(config, seed).problems[0]
     texts = [f"Answer: {problem.answer}", *[_IGNORANCE] * (group_size - 1)]
     with ScoringPool(config, seed, group_size) as pool:
         pool.wait_ready()

@@ -70,7 +70,7 @@ def test_what_is_left_must_make_a_step(recipe):
         checked(recipe(rows_of(300, 400)))
     gym = load_config("configs/tiny.yaml", ["task.heldout=0.9", "task.size=20", "rollout.prompts_per_step=16"])
     with pytest.raises(UserError, match=r"problems to ask are fewer than rollout\.prompts_per_step \(16\)"):
-        check_recipe(gym)
+        check_recipe(load_task(gym.task, gym.seed), gym)
 
 
 def test_of_many_long_prompts_a_sample_is_tried_and_the_rest_when_chosen(recipe, monkeypatch):
@@ -137,7 +137,8 @@ def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
         train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", "task.system=Be kind.", *over)
     assert "the policy's chat template refuses a system message (System role not supported)" in capsys.readouterr().err
     monkeypatch.setattr(prompt_check, "cached_policy", lambda model: tmp_path / "none")
-    assert "no tokenizer at hand" in check_recipe(load_config("configs/tiny.yaml", over))[-1]
+    config = load_config("configs/tiny.yaml", over)
+    assert "no tokenizer at hand" in check_recipe(load_task(config.task, config.seed), config)[-1]
 
 
 @pytest.mark.ci

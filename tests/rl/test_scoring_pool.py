@@ -206,12 +206,13 @@ def test_a_machine_that_cannot_confine_is_named_or_refused(odd, monkeypatch):
 
 @pytest.mark.ci
 def test_an_example_is_scored_before_the_run(odd):
-    answer = f"Answer: {load_task(odd, seed=0).problems[0].answer}"
-    (said,) = score_example(odd, 0, 2)
+    problem = load_task(odd, seed=0).problems[0]
+    answer = f"Answer: {problem.answer}"
+    (said,) = score_example(problem, odd, 0, 2)
     assert said == f"reward: to the first problem, {answer!r} scores {len(answer)}, 'I do not know.' 14"
     (Path.cwd() / "bad_example.py").write_text("def reward(**_):\n    raise ValueError('no such unit')\n")
     with pytest.raises(UserError, match=r"2 of 2 made-up completions have no score: .*no such unit"):
-        score_example(replace(odd, reward="bad_example:reward"), 0, 2)
+        score_example(problem, replace(odd, reward="bad_example:reward"), 0, 2)
 
 
 def test_tensors_and_arrays_are_rewards():
