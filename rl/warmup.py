@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
-from rl.once import made_once, put
+from rl.once import put
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
 from rl.prompts import encode_problem
@@ -38,22 +38,14 @@ def warmed_policy_path(config: RunConfig) -> Path:
     return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
 
 
-def warm_up(config: RunConfig, on_step: Callable[[int, int, float], None] | None = None) -> Path:
-    """Fine-tunes the policy on worked solutions of its task and caches the result, in one process at a time. Does nothing when it
-    is there.
+def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:
+    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with a ``warmup.json`` that
+    holds the loss curve and the seconds it took. The caller makes sure that no other process does the same.
 
     Args:
         config: A recipe with ``policy.warmup``.
         on_step: Called with (step, steps, loss).
-
-    Returns:
-        The cached directory, which holds ``warmup.json`` with the loss curve and the seconds it took.
     """
-    return made_once(warmed_policy_path(config), lambda: make_warmed_policy(config, on_step))
-
-
-def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None] | None = None) -> None:
-    """Does what `warm_up` does, for a caller that has seen to it that no other process does."""
     final = warmed_policy_path(config)
     source = fetch_policy(config.policy.model)
     tokenizer = load_tokenizer(source)
