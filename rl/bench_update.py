@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rl.config import RunConfig
 from rl.log_probs import PolicyLogProbs
 from rl.packing import PromptRow, Sample, pack, plan
-from rl.places import machine_speed
+from rl.places import product_speed
 from rl.starting import starting_policy
 
 _PROMPT = 60
@@ -50,7 +50,7 @@ def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list
         "packed": lambda: _packed_pass(packed, alone, budget),
         "packed, prompts shared": lambda: _packed_pass(packed, rows, budget),
     }
-    parameters, flops = padded.num_parameters(), machine_speed(torch.bfloat16)[1]
+    parameters, flops = padded.num_parameters(), product_speed(torch.bfloat16)
     results = []
     for name, run in methods.items():
         run()

@@ -56,7 +56,7 @@ def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype)
         policy: Its configuration; layers of its shape are timed.
         dtype: Of the update's products.
     """
-    reading, products = machine_speed(torch.float32)[0] * _READ_SHARE, layer_speed(policy.to_json_string(), dtype)
+    reading, products = reading_speed() * _READ_SHARE, layer_speed(policy.to_json_string(), dtype)
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
         return Place(name, memory, reading, products, _MEASURED, "cuda")
@@ -108,16 +108,22 @@ def layer_speed(policy: str, dtype: torch.dtype) -> float:
 
 
 @cache
-def machine_speed(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes a second of reading, and operations a second of a product: the best of three."""
+def reading_speed() -> float:
+    """Measures the bytes a second of reading memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     line = torch.ones(64 << 20, dtype=torch.float32, device=device)
-    left = torch.ones(2048, 2048, dtype=dtype, device=device)
+    return line.nbytes / _best(line.sum, device)
 
-    return line.nbytes / _best(line.sum, device), 2 * 2048**3 / _best(lambda: left @ left, device)
+
+def product_speed(dtype: torch.dtype) -> float:
+    """Measures the operations a second of a large matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left = torch.ones(2048, 2048, dtype=dtype, device=device)
+    return 2 * 2048**3 / _best(lambda: left @ left, device)
 
 
 def _best(work: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of up to three calls."""
     times: list[float] = []
     while len(times) < 3 and sum(times) < _TIMED_SECONDS:
         begin = time.perf_counter()
