@@ -14,15 +14,14 @@ from rl.starting import starting_drafter
 from rl.tiny_policy import check_policy
 
 
-def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None, local_ranks: int | None = None) -> list[str]:
+def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None) -> list[str]:
     """The estimate in lines of text; one that says why where there is none.
 
     Args:
         config: The recipe.
         path: Where it is from.
-        ranks: Of the run.
+        ranks: Of the run; they share this machine where no ``gpu`` is named.
         gpu: Gigabytes of each rank's GPU; None for this machine's devices.
-        local_ranks: Ranks that share this machine; None for all.
     """
     r = config.rollout
     of = f" on {ranks} ranks" if ranks > 1 else ""
@@ -39,7 +38,7 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
         lines.append(f"{untried}: the run itself will check it")
     starting_drafter(config, policy)  # whether it can be used
     dtype = torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32
-    place = this_machine(ranks if local_ranks is None else local_ranks, policy, dtype) if gpu is None else gpu_of(gpu)
+    place = this_machine(ranks, policy, dtype) if gpu is None else gpu_of(gpu)
     found = estimate(config, policy, ranks, place)
     sequences = cache_shape(config, policy)
     return [
