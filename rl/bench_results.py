@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from rl.errors import UserError
+from rl.files import write_whole
 
 Keep = Callable[[Any], None]  # takes a finished row
 
@@ -90,18 +91,15 @@ class Results:
     def _write(self) -> bool:
         """Replaces the file in one instant, and tells whether it could. A full disk is said and does not end the measurement: the
         next row may find room."""
-        building = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             if self._path.is_file() and "unfinished" not in json.loads(self._path.read_text(encoding="utf-8")):
                 self._path.replace(self._before)
         except (OSError, ValueError):
             pass  # nothing of an earlier run that could be kept
         try:
-            building.write_text(json.dumps(self._data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            building.replace(self._path)
+            write_whole(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
             return True
         except OSError as error:
-            building.unlink(missing_ok=True)
             print(f"{self._path}: not written ({error.strerror}); its rows are kept for the next attempt", flush=True)
             return False
 
