@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rl.errors import UserError
 from rl.hub import HubUnreachable, hub_snapshot
 from rl.lora import refuse_adapters_alone
+from rl.once import put
 from rl.policy_files import check_loaded, check_policy_files, one_line
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -103,11 +104,7 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             building = Path(scratch) / "model"
             building.mkdir()
             make(building)
-            try:
-                building.rename(final)
-            except OSError:
-                if not final.is_dir():  # else another process was faster
-                    raise
+            put(building, final)
     return final
 
 
