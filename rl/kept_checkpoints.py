@@ -32,9 +32,9 @@ def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
     try:
         if last > 1:
             _copy(run / "checkpoint", folder / f"step-{steps_done}")
-            # a run that went on from before some of them has given those up: they go first
-            for number, path in sorted(_steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True)[last:]:
-                shutil.rmtree(path, ignore_errors=number >= 0)
+            # steps above steps_done are of an attempt that the run went back behind: they are deleted first
+            for _, path in sorted(_steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True)[last:]:
+                shutil.rmtree(path, ignore_errors=True)
         if best:
             _copy(run / "checkpoint", folder / "best")
     except OSError as error:
@@ -53,7 +53,7 @@ def find_kept(run: Path, name: str | None) -> Path:
     """
     path = run / "checkpoint" if name is None else run / _FOLDER / name
     if not (path / "policy").is_dir():
-        kept = sorted(p.name for p in (run / _FOLDER).glob("*")) if (run / _FOLDER).is_dir() else []
+        kept = sorted(p.name for p in (run / _FOLDER).glob("*"))
         there = f"; kept are {', '.join(kept)}" if kept else "; name the directory of a run that has saved one"
         raise UserError(f"{path}: no checkpoint there{there}")
     return path
