@@ -17,10 +17,9 @@ from rl.config import RunConfig
 from rl.errors import UserError
 from rl.files import disk_errors
 from rl.resuming import compare_recipes, keep_recipe, record_resume
-from rl.run_state import Checkpoint, changed_logs, find_checkpoint, has_checkpoint, keep_first_lines, set_aside_broken
+from rl.run_state import LOGS, Checkpoint, changed_logs, find_checkpoint, has_checkpoint, keep_first_lines, set_aside_broken
 
 T = TypeVar("T")
-_LINES = ("metrics.jsonl", "timeline.jsonl", "rollouts.jsonl")
 _TO_SPEAK = 2.0  # seconds
 _OF_AN_ATTEMPT = ("drafters", "tensorboard", "checkpoint.new")
 
@@ -99,7 +98,7 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
             say_on_main(f"{run} has no checkpoint yet: it was stopped before its first save, and starts from its beginning")
         keep_recipe(config, run)
         done = 0 if checkpoint is None else checkpoint.steps_done
-        for name in _LINES:
+        for name in (*LOGS, "rollouts.jsonl"):
             if broken := keep_first_lines(run / name, done):
                 say_on_main(f"{run / name}: {broken} broken lines were left out")
         if checkpoint is None:

@@ -277,7 +277,6 @@ def keep_first_lines(path: Path, steps_done: int) -> int:
     if not path.exists():
         return 0
     lines, broken = read_lines(path)
-    text = path.read_text(encoding="utf-8", errors="replace")
-    cut = bool(text) and not text.endswith("\n") and broken > 0
+    cut = broken > 0 and not path.read_bytes().endswith(b"\n")
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < steps_done))
     return broken - cut
