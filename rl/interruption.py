@@ -13,6 +13,12 @@ ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a person, a launcher o
 ONE_PRESS = 1.0  # seconds in which a terminal and a launcher may both pass on the same signal
 
 
+def say_stopping(number: int) -> None:
+    """Answers, in the terminal, the first signal that asks a run to stop."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    print(f"\npaceline: stopping after this step; {name} again to stop now", flush=True)
+
+
 class Interruption:
     """Whether a run was asked to stop after its present step. The first signal asks, a later one ends the process at once.
 
@@ -41,8 +47,7 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._asked is None and self._says:
-            again = "Ctrl-C again" if number == signal.SIGINT else f"{signal.Signals(number).name} again"
-            print(f"\npaceline: stopping after this step; {again} to stop now", flush=True)
+            say_stopping(number)
         self._asked, self.signal = self._asked or time.monotonic(), self.signal or number
 
     @property

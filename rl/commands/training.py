@@ -17,7 +17,7 @@ from typer import Argument, Option
 from rl.cli import Overrides, say_first, user_errors
 from rl.commands.rank import rank_command
 from rl.errors import UserError
-from rl.interruption import ASKS, ONE_PRESS
+from rl.interruption import ASKS, ONE_PRESS, say_stopping
 
 
 def train(
@@ -75,7 +75,7 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
         nonlocal first
         if first is None and (run / "config.json").is_file():  # else there is no step yet to stop after
             (run / "stop").touch()
-            print(f"\npaceline: stopping after this step; {_name(number)} again to stop now", flush=True)
+            say_stopping(number)
             first = number, time.monotonic()
         elif first is None or time.monotonic() - first[1] > ONE_PRESS:
             first = first or (number, 0.0)
@@ -96,7 +96,3 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
     if first is None or (first[0] == signal.SIGINT and status == 0):
         return status
     return 128 + first[0]
-
-
-def _name(number: int) -> str:
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
