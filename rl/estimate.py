@@ -19,6 +19,7 @@ from rl.shipped import shipped_folder
 from rollout import default_tap_layers
 from rollout.drafters.eagle3_model import eagle3_config, parameter_count
 from rollout.kv_cache import CacheShape
+from rollout.model_shape import key_shape
 
 _SHAPES = shipped_folder() / "shapes"
 KEYS_AND_VALUES = "keys, values and taps"
@@ -190,14 +191,11 @@ def _vllm(config: RunConfig, parameters: int, place: Place) -> list[Part]:
 
 def cache_shape(config: RunConfig, policy: PreTrainedConfig) -> CacheShape:
     """What the engine's cache holds where memory allows: every slot at its longest, the drafts of a step included."""
-    r, text = config.rollout, policy.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    r, text, keys = config.rollout, policy.get_text_config(), key_shape(policy)
     taps = default_tap_layers(text.num_hidden_layers) if "eagle3" in config.speculation.drafters else ()
     width = text.hidden_size * (len(taps) + 1) if taps else 0
     capacity = r.max_context + config.speculation.max_nodes + 2
-    return CacheShape(text.num_hidden_layers, kv_heads, head_dim, r.max_slots, capacity, width, getattr(torch, r.dtype))
+    return CacheShape(keys.layers, keys.kv_heads, keys.head_dim, r.max_slots, capacity, width, getattr(torch, r.dtype))
 
 
 def _sequences(config: RunConfig, ranks: int) -> float:
