@@ -6,7 +6,6 @@ Each imports what it needs: `gpu` must run where only torch and transformers are
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,12 +71,13 @@ def compare_runs(args: argparse.Namespace) -> None:
 
     from rl.bench_results import Results
     from rl.console import console
+    from rl.files import read_object
     from rl.summary import read_metrics, summarise
 
     table = Table("run", "seed", "first quarter", "last quarter", "rise ÷ its standard error", "rollout ÷ plain", "peak GB")
     records = []
     for run in args.runs:
-        s = {"seed": json.loads((run / "config.json").read_text())["seed"], **summarise(read_metrics(run))}
+        s = {"seed": read_object(run / "config.json")["seed"], **summarise(read_metrics(run))}
         records.append(s)
         ratio = (s["reward_after"] - s["reward_before"]) / s["reward_rise_std_error"]
         row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
