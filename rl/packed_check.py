@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.packing import PackedBatch, PromptRow, Sample, pack
 
 _ROWS = (((1, 2, 3), ((4, 5, 6), (7, 8))), ((9, 10), ((11, 12, 13, 14),)))  # prompts, each with its samples
@@ -92,7 +92,7 @@ def check_packing(policy: PreTrainedModel, logprobs: Callable[[PackedBatch], tor
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{name} cannot be trained on packed sequences ({reason}): choose another policy, see docs/models.md"
         ) from None

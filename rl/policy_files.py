@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FROM_CODE = "the engine runs transformers' own classes only"
@@ -137,8 +137,3 @@ def check_loaded(path: Path, found: dict[str, Any]) -> None:
 def some(names: list[str]) -> str:
     """The first three of some names."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's message, or its type where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from drafter_trainer.export import drafter_facts, export_drafter, hub_id
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 
 _REFUSALS = {
     401: "the hub does not take the token: log in again with hf auth login, or set HF_TOKEN",
@@ -81,7 +81,7 @@ def _check_name(option: str, repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"{option} {repository}: {' '.join(str(error).split())[:160]}; write owner/name") from None
+        raise UserError(f"{option} {repository}: {one_line(error, 160)}; write owner/name") from None
     if repository.count("/") != 1:
         raise UserError(f"{option} {repository}: write owner/name")
 
@@ -117,8 +117,7 @@ def _upload(part: Part, private: bool) -> str:
         reason = _REFUSALS.get(status, " ".join((error.server_message or str(error)).split())[:200])
         raise UserError(f"{part.option} {part.repository}: {reason}") from None
     except (httpx.HTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{part.option} {part.repository}: the hub cannot be reached ({reason}); try again") from None
+        raise UserError(f"{part.option} {part.repository}: the hub cannot be reached ({one_line(error, 160)}); try again") from None
     return str(address)
 
 

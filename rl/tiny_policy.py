@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.log_probs import PolicyLogProbs
 from rl.policy_engine import check_context, policy_engine
-from rl.policy_files import check_kind, one_line
+from rl.policy_files import check_kind
 from rl.tiny_copy import tiny_config
 from rollout.model_shape import check_family, key_shape
 

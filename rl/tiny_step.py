@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from rl.config import RunConfig
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.estimate import policy_config
 from rl.policies import cached_policy
 from rl.tiny_copy import LAYERS, write_tiny_copy
@@ -80,7 +80,7 @@ def try_tiny_step(config: RunConfig) -> str:
         try:
             write_tiny_copy(policy, own, folder / "policy")
         except Exception as error:  # whatever a model's own code does with sizes that it was never tried with
-            return f"no step was tried: a small {policy.model_type} cannot be made ({type(error).__name__}: {_line(error)})"
+            return f"no step was tried: a small {policy.model_type} cannot be made ({type(error).__name__}: {one_line(error, 300)})"
         tiny = _tiny_recipe(config, folder, own is not None)
         with _process_group(config), warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
@@ -110,7 +110,7 @@ def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
     except UserError as error:
         raise UserError(f"a tiny step of the recipe fails: {error}") from None
     except Exception as error:
-        raise UserError(f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: {_line(error)}") from None
+        raise UserError(f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: {one_line(error, 300)}") from None
     return ", ".join(drafters), [line for line in listener.lines if line.startswith(("reward:", "drafter:"))]
 
 
@@ -204,7 +204,3 @@ def _keys_of(error: BaseException) -> str:
             if found is not None:
                 return f" ({found}; {place} line {frame.lineno})"
     return ""
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
