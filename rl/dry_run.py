@@ -15,7 +15,7 @@ from rl.tiny_policy import check_policy
 
 
 def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None) -> list[str]:
-    """The estimate in lines of text; one that says why where there is none.
+    """Describes what a recipe will take, in lines of text; where nothing can be estimated, a line says why.
 
     Args:
         config: The recipe.

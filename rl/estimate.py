@@ -45,12 +45,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one rank; all are alike.
+    """What one rank takes; all ranks take the same.
 
     Attributes:
         parts: What takes memory.
         room: Bytes left for keys and values by all other parts; may be negative.
-        tokens: That the keys and values hold.
+        tokens: Tokens that the cache of keys and values holds.
         rollout, update: Seconds of a step without speculation if every completion takes half of ``rollout.max_tokens``; None where
             the device's speed is not known.
     """
@@ -90,7 +90,7 @@ def policy_config(model: str) -> PreTrainedConfig | None:
 
 
 def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int, place: Place) -> Estimate:
-    """A recipe on a policy.
+    """Estimates what a recipe takes on a policy.
 
     Args:
         config: The recipe.

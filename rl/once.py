@@ -1,4 +1,4 @@
-"""Things that several processes want and one makes: a file lock, which the kernel gives back when its holder dies."""
+"""Things that several processes need and one of them makes, under a file lock, which the kernel releases when its holder dies."""
 
 from __future__ import annotations
 

@@ -36,10 +36,11 @@ def say_on_main(line: str) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does something on the main rank. Every rank gets what it returned, or ends where it failed. Collective.
+    """Does something on the main rank. Every rank returns what that returned, or ends where it failed. Collective.
 
     Raises:
-        UserError: the main rank's; of the others each leaves without a word.
+        UserError: on the main rank, when the work raises it.
+        SystemExit: on the other ranks then, so that the error is printed once.
     """
     told: list[T | None] = [None]
     error: UserError | None = None
@@ -75,9 +76,9 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
     Args:
         config: The recipe.
         run: The directory.
-        ranks: Of the run from now on.
-        resume: Whether it goes on.
-        overrides: What was changed to go on.
+        ranks: How many the run has from now on.
+        resume: Whether the run goes on, instead of starting.
+        overrides: ``key.sub=value`` each, given with ``--resume``.
 
     Returns:
         The checkpoint to go on from; None for the beginning.
@@ -102,7 +103,7 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
             if broken := keep_first_lines(run / name, done):
                 say_on_main(f"{run / name}: {broken} broken lines were left out")
         if checkpoint is None:
-            for name in _OF_AN_ATTEMPT:  # that came to nothing: what is newer than the run must not be found later
+            for name in _OF_AN_ATTEMPT:  # that ended before its first checkpoint: the run must not take it for its own
                 shutil.rmtree(run / name, ignore_errors=True)
             (run / "wandb.json").unlink(missing_ok=True)
         if resume:

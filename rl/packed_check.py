@@ -19,7 +19,7 @@ _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 def decoder_of(policy: PreTrainedModel) -> nn.Module:
     """The part of a causal LM below its output head."""
     found = policy.base_model
-    return found if found is not policy else policy.model  # Llama 4 names another attribute than the one that it has
+    return found if found is not policy else policy.model  # Llama 4's base_model_prefix names an attribute that it does not have
 
 
 def turn_off_dropout(policy: PreTrainedModel) -> None:
@@ -99,7 +99,7 @@ def check_packing(policy: PreTrainedModel, logprobs: Callable[[PackedBatch], tor
     finally:
         policy.train(training)
     if not bool(wanted.isfinite().all()):
-        return  # of weights that are not finite, which a step of training reports
+        return  # the weights are not finite, which a step of training reports
     gap = float((got - wanted).abs().nan_to_num(nan=torch.inf).max())
     if gap > _TOLERANCES.get(policy.dtype, 2e-3):
         raise UserError(

@@ -31,7 +31,7 @@ from rl.progress import Display
 from rl.warmup import make_warmed_policy, warmed_policy_path
 
 _OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
-_DONE_BUT = 2  # exit status after a user's error, which the process has said
+_USER_ERROR = 2  # exit status of a process that has printed a user's error
 
 
 def wants_first_drafter(config: RunConfig) -> bool:
@@ -65,10 +65,13 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
         The recipe, with ``drafter.start`` where a first drafter was wanted.
 
     Raises:
-        UserError: when the policy cannot be fetched, or a preparation fails, which has said why.
+        UserError: when the policy cannot be fetched, or the process that prepares something fails for another reason than a user's
+            error.
+        SystemExit: when that process has already printed a user's error, or after a Ctrl-C.
     """
     if cached_policy(config.policy.model) is None:
-        with alone(cache_dir() / "models" / "fetch.lock", display.say), display.phase(_fetching(config), announced=True):
+        doing = f"fetching the policy {config.policy.model}"
+        with alone(cache_dir() / "models" / "fetch.lock", display.say), display.phase(doing, announced=True):
             fetch_policy(config.policy.model)
     if config.policy.warmup is not None:
         made_once(warmed_policy_path(config), lambda: _in_a_process("policy", config), display.say)
@@ -76,10 +79,6 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
         return config
     path = made_once(first_drafter_path(config), lambda: _in_a_process("drafter", config), display.say)
     return replace(config, drafter=replace(config.drafter, start=str(path)))
-
-
-def _fetching(config: RunConfig) -> str:
-    return f"fetching the policy {config.policy.model}"
 
 
 def _in_a_process(what: str, config: RunConfig) -> None:
@@ -95,7 +94,7 @@ def _in_a_process(what: str, config: RunConfig) -> None:
             job.terminate()
             job.wait()
             raise SystemExit(128 + signal.SIGINT) from None
-    if status == _DONE_BUT:
+    if status == _USER_ERROR:
         raise SystemExit(status)
     if status:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
@@ -103,14 +102,14 @@ def _in_a_process(what: str, config: RunConfig) -> None:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Of a process that is no rank and computes with the cores of all ranks here."""
+    """Returns the environment of a process that is not a rank and uses the cores of all ranks on this machine."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     left = {k: v for k, v in environment.items() if k not in _OF_A_RANK and not k.startswith("TORCHELASTIC_")}
     return {**left, "OMP_NUM_THREADS": str(threads_of_rank(ranks) * ranks)}
 
 
 def make_policy(config: RunConfig, display: Display) -> None:
-    """Warms the recipe's policy up, with a bar. The caller has seen to it that no other process does."""
+    """Warms the recipe's policy up, with a progress bar. The caller makes sure that no other process does so."""
     assert config.policy.warmup is not None
     steps = config.policy.warmup.examples // config.policy.warmup.batch_size
     with display.phase("warming the policy up", steps, "steps", announced=True) as phase:
@@ -118,7 +117,7 @@ def make_policy(config: RunConfig, display: Display) -> None:
 
 
 def make_first_drafter(config: RunConfig, command: str, display: Display) -> None:
-    """Makes the recipe's first drafter in the cache, with a bar. The caller has seen to it that no other process does."""
+    """Makes the recipe's first drafter in the cache, with a progress bar. The caller makes sure that no other process does so."""
     assert config.drafter.warmup_minutes is not None
     final = first_drafter_path(config)
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
@@ -128,7 +127,7 @@ def make_first_drafter(config: RunConfig, command: str, display: Display) -> Non
 
 
 def make_drafter(config: RunConfig, minutes: float, out: Path, command: str, display: Display) -> WarmupReport:
-    """Makes a drafter for the recipe's policy in a new directory, with a bar; ``warmup.json`` there says what came of it."""
+    """Makes a drafter for the recipe's policy in a new directory, with a progress bar; ``warmup.json`` there holds the results."""
     with display.phase("a first drafter, from the policy's own samples", 60 * minutes, "s", announced=True) as phase:
         report = warm_drafter(config, minutes, out, phase.update)
     record = {"command": command, **asdict(report)}

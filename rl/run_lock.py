@@ -93,8 +93,8 @@ class RunLock:
                 raise self._refusal(now)
 
     def _owner(self) -> dict[str, Any] | None:
-        """Who wrote last and has not let go; None where nobody has, or it cannot be read. Opened anew, for a network file system
-        then asks its server."""
+        """Who wrote last and has not let go; None where nobody has, or it cannot be read. The file is
+        opened anew each time, so that a network file system asks its server."""
         try:
             found = json.loads(self._path.read_text(encoding="utf-8", errors="replace").rstrip("\0 \n"))
         except (OSError, ValueError):
@@ -111,8 +111,8 @@ class RunLock:
 
     def _beat(self, count: int) -> None:
         assert self._file is not None
-        text = json.dumps({**self._me, "count": count}).ljust(300) + "\n"  # as long each time: no reader sees a rest of the last
-        with contextlib.suppress(OSError):  # a full disk is for those to say who have something to lose
+        text = json.dumps({**self._me, "count": count}).ljust(300) + "\n"  # of one length: no rest of a longer text stays
+        with contextlib.suppress(OSError):  # a full disk is reported where checkpoints and logs are written
             os.pwrite(self._file, text.encode(), 0)
             os.fsync(self._file)
 
@@ -129,7 +129,7 @@ class RunLock:
         if self._beats is not None:
             self._beats.join()
         with contextlib.suppress(OSError):
-            os.ftruncate(self._file, 0)  # nobody; the file stays, for one that is removed could be locked twice
+            os.ftruncate(self._file, 0)  # nobody holds it; a removed file could be locked by two at once
         os.close(self._file)
         self._file = None
 

@@ -47,7 +47,7 @@ def tiny_config(policy: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shorten_lists(config: PreTrainedConfig, known: dict[str, Any], layers: int) -> None:
-    """One entry a layer: every kind of layer that there is comes first."""
+    """Cuts lists with an entry for each layer; every kind of layer keeps an entry."""
     for name, value in known.items():
         if isinstance(value, list) and len(value) == layers:
             kinds = [kind for i, kind in enumerate(value) if kind not in value[:i]]
@@ -55,7 +55,7 @@ def _shorten_lists(config: PreTrainedConfig, known: dict[str, Any], layers: int)
 
 
 def _shorten_factors(config: PreTrainedConfig, head: int) -> None:
-    """Rotary embeddings with a factor for each frequency: as many as there now are."""
+    """Cuts lists of rotary factors, one for each frequency, to the frequencies of the smaller heads."""
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict):
         now = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

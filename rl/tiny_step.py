@@ -110,12 +110,14 @@ def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
     except UserError as error:
         raise UserError(f"a tiny step of the recipe fails: {error}") from None
     except Exception as error:
-        raise UserError(f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: {one_line(error, 300)}") from None
+        raise UserError(
+            f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: {one_line(error, 300)}"
+        ) from None
     return ", ".join(drafters), [line for line in listener.lines if line.startswith(("reward:", "drafter:"))]
 
 
 def _draft(trainer: Trainer) -> list[str]:
-    """Decodes with every drafter once: which of them a run uses, times decide."""
+    """Decodes with every drafter once: a run chooses among them by measured times, which may leave some out."""
     engine = trainer.worker.engine
     problem = trainer.choice.choose(0, 1)[0]
     requests = trainer.worker.groups.requests([problem], step=0)[:2]
@@ -195,7 +197,7 @@ def _process_group(config: RunConfig) -> Iterator[None]:
 
 
 def _keys_of(error: BaseException) -> str:
-    """Which keys decide what the innermost of our files did in which it failed; empty where that is not known."""
+    """Names the recipe's keys that decide what the innermost of our files on the traceback does; empty where none is known."""
     root = str(Path(__file__).parents[1])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(root):

@@ -86,7 +86,7 @@ class Tracker:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Prints a line for the user."""
         self.display.say(text)
 
     def phase(self, step: int, name: str) -> AbstractContextManager[Phase]:

@@ -74,21 +74,21 @@ def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def main(description: str | None) -> None:
-    """The whole command, with errors of the user's as one line."""
+    """Runs the command of this process; a user's error is printed as one line."""
     end_with_launcher()
     with user_errors(), main_speaks_first():
         run(sys.argv[1:], description)
 
 
 def run(arguments: Sequence[str], description: str | None = None) -> None:
-    """The same with arguments of one's own, and errors as they are."""
+    """Runs the command with the given arguments; errors are raised."""
     status = train(parse_arguments(description, arguments))
     if status:
         raise SystemExit(status)
 
 
 def train(args: argparse.Namespace) -> int:
-    """A run, from its recipe or from where it stopped, to its report. Returns the status to exit with."""
+    """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit with."""
     if args.dry_run:
         dry_run(args)
         return 0
@@ -104,7 +104,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display: Display) -> tuple[Interruption, bool]:
-    """The part of a run in which its ranks work together. Collective. Returns what may have stopped it, and whether it is whole."""
+    """Trains with all ranks after the preparation. Collective. Returns what may have stopped it, and whether it is finished."""
     accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
     check_same_start(config, accelerator)
     main, resume = accelerator.is_main_process, args.resume is not None
@@ -136,7 +136,7 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
-    """Report, summary and exported drafter. What of them cannot be made is said: the policy is in the checkpoint."""
+    """Writes summary, report and exported drafter. One that cannot be made is said: the policy is in the checkpoint."""
     paths = {"policy": str(run / "checkpoint" / "policy")}
     try:
         summary = summarise(read_metrics(run))

@@ -43,7 +43,7 @@ from rl.tracking import RolloutProgress, Tracker
 from rl.vllm_rollouts import VllmRollouts
 from rollout import FinishReason, Rollout, StepRecord
 
-_ROUND = 10**9  # steps that there will never be
+_ROUND = 10**9  # more steps than any run has: added to the step for each further round, so that its seeds are new
 
 
 class ScoringFailed(Exception):

@@ -44,7 +44,7 @@ def verdict(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _reasons(metrics: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> list[str]:
-    """Why, the likeliest first."""
+    """Gives the reasons, the likeliest first."""
     found = [
         *_cold(metrics, measured),
         *_rejected(measured),

@@ -39,8 +39,8 @@ def warmed_policy_path(config: RunConfig) -> Path:
 
 
 def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:
-    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with a ``warmup.json`` that
-    holds the loss curve and the seconds it took. The caller makes sure that no other process does the same.
+    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with a ``warmup.json``
+    that holds the loss curve and the seconds it took. The caller makes sure that no other process does so.
 
     Args:
         config: A recipe with ``policy.warmup``.

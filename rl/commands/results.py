@@ -35,8 +35,8 @@ def evaluate(
     budgets: Annotated[str, Option(help='tokens to steer to, such as "24 48"; LOSSY')] = "",
     out: Annotated[Path | None, Option(help="JSON file")] = None,
 ) -> None:
-    """A policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or others by reasoning-gym; with
-    the recipe's reward, stop strings and template.
+    """Evaluates a policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or others by
+    reasoning-gym; with the recipe's reward, stop strings and template.
 
     With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the output distribution, so it
     is for evaluation alone.

@@ -71,7 +71,9 @@ def parquet_table(path: Path) -> Table:
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train")
     except Exception as error:  # whatever pyarrow finds wrong with it
-        raise UserError(f"task.path {path}: not a parquet file that can be read ({one_line(error.__cause__ or error, 300)})") from None
+        raise UserError(
+            f"task.path {path}: not a parquet file that can be read ({one_line(error.__cause__ or error, 300)})"
+        ) from None
     return Table(rows, str(path), path.stem)
 
 
