@@ -152,9 +152,6 @@ class Evaluator:
     def _prompt(self, problem: Problem) -> list[int]:
         return encode_problem(self.tokenizer, problem, self._config.task)
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
     def _decode(self, problems: Sequence[Problem], traces: bool = False) -> list[Rollout]:
         r = self._config.rollout
         engine = policy_engine(
