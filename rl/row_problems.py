@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ class RowProblems:
             self.source.key(number),
             question_of(turns),
             row.gold,
-            _scored_when_wanted(row.gold),
+            math_score(row.gold),
             entry,
             row.source or self.source.name,
             row.difficulty,
@@ -65,16 +64,6 @@ class RowProblems:
 
     def difficulties(self) -> np.ndarray:
         return self.survey.difficulties
-
-
-def _scored_when_wanted(gold: str) -> Callable[[str], float]:
-    """The scorer of a reference answer, which is not parsed before the first completion is scored."""
-
-    @cache
-    def scorer() -> Callable[[str], float]:
-        return math_score(gold)
-
-    return lambda completion: scorer()(completion)
 
 
 def rows_of(config: TaskConfig) -> RowSource:
