@@ -14,12 +14,12 @@ import numpy as np
 from rl.data.order import epoch_order, shuffled
 from rl.data.survey import RowSource, Survey, chosen_share
 from rl.errors import UserError
-from rl.gym_problems import GymProblems, reasoning_gym_problems
+from rl.gym_problems import GymProblems
 from rl.problems import Listed, Problem, Problems
 from rl.row_problems import RowProblems, rows_of
 from rl.task_config import TaskConfig
 
-__all__ = ["Problem", "Task", "load_heldout_task", "load_task", "reasoning_gym_problems"]
+__all__ = ["Problem", "Task", "load_heldout_task", "load_task"]
 
 
 class Task:

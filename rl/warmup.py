@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from rl.config import RunConfig
+from rl.gym_problems import reasoning_gym_problems
 from rl.log_probs import PolicyLogProbs
 from rl.once import put
 from rl.packing import PromptRow, Sample, pack, plan
 from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
 from rl.prompts import encode_problem
-from rl.tasks import reasoning_gym_problems
 from rl.worked_solutions import with_rechecks, worked_solution
 
 
