@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from drafter_trainer.vocabulary import choose_vocabulary, coverage
 from rl.config import RunConfig
 from rl.errors import UserError
 from rl.policies import load_policy, load_tokenizer
+from rl.problems import Problem
 from rl.rollouts import RolloutWorker
 from rl.starting import starting_policy
 from rl.tasks import load_task
@@ -110,15 +111,15 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound
         if on_round is not None:
             seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"
             on_round(60 * minutes * spent(), seen)
-    report.greedy, report.sampled = (_measure(worker, config, t) for t in (0.0, config.rollout.temperature))
+    others = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems[:_PROBLEMS]
+    report.greedy, report.sampled = (_measure(worker, config, others, t) for t in (0.0, config.rollout.temperature))
     save_drafter(spot.serving, out, torch.float32)
     save_optimizer(spot.learner.optimizer, out / "optimizer")
     return report
 
 
-def _measure(worker: RolloutWorker, config: RunConfig, temperature: float) -> float:
-    """Acceptance length of chains of four on other problems, decoded with the drafter as it is."""
-    problems = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems[:_PROBLEMS]
+def _measure(worker: RolloutWorker, config: RunConfig, problems: Sequence[Problem], temperature: float) -> float:
+    """Decodes problems in chains of four with the drafter as it is, and returns the acceptance length."""
     worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
     requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.groups.requests(problems, step=0)]
     return mean_acceptance_length(worker.engine.generate(requests[:: config.rollout.group_size]))
