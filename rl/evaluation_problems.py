@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -68,7 +67,7 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
         )
     asked_in_training = {problem.question for problem in (trained or load_task(task, config.seed)).problems}
     made = replace(task, size=2 * count + 16, curriculum=None)
-    fresh = (p for p in _spread(load_task(made, _SEED)) if p.question not in asked_in_training)
+    fresh = (p for p in _first(load_task(made, _SEED), made.size) if p.question not in asked_in_training)
     problems = list(islice(fresh, count))
     if not problems:
         raise UserError(
@@ -116,10 +115,5 @@ def check_not_trained(config: RunConfig, trained: RunConfig) -> None:
 
 
 def _first(task: Task, count: int) -> list[Problem]:
-    """Some of a task's problems, from all over it."""
+    """Returns the first problems of a task's first epoch, whose order takes them from all over the data."""
     return task.batch(0, min(count, len(task.rows)))
-
-
-def _spread(task: Task) -> Sequence[Problem]:
-    """A task's problems in the order of its first epoch."""
-    return task.batch(0, len(task.rows))
