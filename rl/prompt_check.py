@@ -189,10 +189,14 @@ class _Found:
         return said
 
 
+def _longest_ending(config: RunConfig) -> str:
+    """Returns the longest text that the recipe appends to a question to ask for a budget; empty where it asks for none."""
+    return max((" " + config.length.budget_prompt.format(budget=b) for b in config.length.budgets), key=len, default="")
+
+
 def _lengths(task: Task, config: RunConfig, tokenizer: Any) -> Any:
-    """Tokens of a problem's prompt by its number, with the longest ending that the recipe appends."""
-    ends = [" " + config.length.budget_prompt.format(budget=b) for b in config.length.budgets]
-    ending = max(ends, key=len, default="")
+    """Returns a function from a problem's number to the tokens of its prompt, with the longest ending that the recipe appends."""
+    ending = _longest_ending(config)
 
     @lru_cache(_TRIED)
     def length(row: int) -> int:
@@ -202,12 +206,12 @@ def _lengths(task: Task, config: RunConfig, tokenizer: Any) -> Any:
 
 
 def _bounds(task: Task, config: RunConfig, tokenizer: Any) -> np.ndarray:
-    """int64 [problems], what no prompt's tokens exceed: a byte is at least a token's share, and the template adds to each turn what
-    it adds to an empty one."""
+    """Returns int64 [problems], upper bounds of the prompts' tokens: no text has more tokens than bytes, and the chat template adds
+    to each turn at most what it adds to an empty one, and 64 tokens."""
     if not isinstance(task.source, RowProblems):
-        return np.full(len(task.source), np.iinfo(np.int64).max)  # made when they are wanted: nothing is known of their sizes
+        return np.full(len(task.source), np.iinfo(np.int64).max)  # problems that are made on demand: their sizes are not known
     survey = task.source.survey
     empty = Problem("", "x", "", lambda completion: 0.0, {}, "")
-    added = len(encode_problem(tokenizer, empty, config.task)) + len(config.task.instruction.encode()) + 64
-    added += max((len(config.length.budget_prompt) for _ in config.length.budgets), default=0)
+    added = len(encode_problem(tokenizer, empty, config.task)) + 64
+    added += len(config.task.instruction.encode()) + len(_longest_ending(config).encode())
     return survey.sizes.astype(np.int64) + added * survey.turns
