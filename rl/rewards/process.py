@@ -121,9 +121,8 @@ class ScorerProcess:
             raise Died("the scorer's process does not begin to score", idle=True) from None
 
     def end(self) -> None:
-        """Kills the process and all of its session."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """Kills the process and all of its session, and frees what belonged to it."""
+        self.kill()
         self._process.wait()
         for pipe in (self._requests, self._answers):
             with contextlib.suppress(OSError):
@@ -131,7 +130,7 @@ class ScorerProcess:
         self._folder.cleanup()
 
     def kill(self) -> None:
-        """Kills the process from another thread; the one that waits for its answer notices and ends it."""
+        """Kills the process and all of its session; from any thread: one that waits for an answer is told `Died`."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
