@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import huggingface_hub
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from drafter_trainer.export import drafter_facts, export_drafter, hub_id
@@ -110,8 +110,6 @@ def _upload(part: Part, private: bool) -> str:
             commit_message=f"The {part.option.removeprefix('--')} of a Paceline run",
         )
         api.upload_file(path_or_fileobj=part.card.encode(), path_in_repo="README.md", repo_id=part.repository)
-    except LocalTokenNotFoundError:
-        raise UserError(f"{part.option} {part.repository}: there is no token: log in with hf auth login, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         reason = _REFUSALS.get(status, " ".join((error.server_message or str(error)).split())[:200])
