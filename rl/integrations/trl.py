@@ -27,7 +27,7 @@ from rl.integrations.trl_arguments import check_arguments, check_trainer
 from rl.integrations.turns import Conversation, Environment, answer_ids
 from rl.prompts import stable_seed
 from rl.shaping import answer_start
-from rollout import Request, Rollout, SamplingParams
+from rollout import Request, Rollout
 
 _LOG = logging.getLogger("paceline")
 _ROOM_FOR_PROMPTS = 2048
@@ -200,7 +200,7 @@ class PacelineRollouts(TrainerCallback):
     def _requests(self, prompt_ids: Sequence[Sequence[int]], trainer: Any, max_tokens: Sequence[int] | None) -> list[Request]:
         """Seeds follow from the trainer's seed, the moment, the rank, the prompt, and which of its samples it is."""
         assert self._hosted is not None
-        params = _sampling(self._hosted.worker.params, trainer)
+        params = replace(self._hosted.worker.params, **_sampling(trainer))
         limits = [params.max_tokens] * len(prompt_ids) if max_tokens is None else max_tokens
         moment, rank, seen = self._moment(trainer), trainer.accelerator.process_index, Counter[str]()
         made = []
@@ -248,12 +248,9 @@ class PacelineRollouts(TrainerCallback):
             "steps": max(int(trainer.state.max_steps), 1),
             "policy": {"mixed_precision": "bf16" if args.bf16 else "no"},
             "rollout": {
+                **_sampling(trainer),
                 "group_size": max(trainer.num_generations, 2),
-                "max_tokens": longest,
                 "max_context": min(longest + _ROOM_FOR_PROMPTS, most),
-                "temperature": float(trainer.temperature),
-                "top_k": max(trainer.top_k or 0, 0),
-                "top_p": float(trainer.top_p),
                 "dtype": "bfloat16" if args.bf16 else "float32",
             },
         }
@@ -310,12 +307,11 @@ def _tokenizer_of(trainer: Any) -> Any:
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
 
-def _sampling(params: SamplingParams, trainer: Any) -> SamplingParams:
-    """How the trainer wants it at the moment."""
-    return replace(
-        params,
-        temperature=float(trainer.temperature),
-        top_k=max(trainer.top_k or 0, 0),
-        top_p=float(trainer.top_p),
-        max_tokens=trainer.max_completion_length,
-    )
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """Returns how the trainer samples at the moment, by the names of `SamplingParams` and of a recipe's ``rollout``."""
+    return {
+        "temperature": float(trainer.temperature),
+        "top_k": max(trainer.top_k or 0, 0),
+        "top_p": float(trainer.top_p),
+        "max_tokens": trainer.max_completion_length,
+    }
