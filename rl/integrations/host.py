@@ -20,6 +20,7 @@ from drafter_trainer.export import hub_id
 from drafter_trainer.spot import LearnerReport
 from rl.config import RunConfig, check_drafting
 from rl.errors import UserError
+from rl.files import read_object, write_whole
 from rl.groups import RankRollouts
 from rl.rollouts import RolloutWorker
 from rl.run_state import Checkpoint, restore_selector, save_drafting
@@ -154,7 +155,7 @@ class HostedRollouts:
                 spot.learner.optimizer if spot else None,
                 self.engine.speculation.selector.state(),
             )
-            (folder / "state.json").write_text(json.dumps({"calls": self._calls}))
+            write_whole(folder / "state.json", json.dumps({"calls": self._calls}))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: the drafter could not be written ({error}); free some disk") from None
 
@@ -165,9 +166,11 @@ class HostedRollouts:
             UserError: for files that are broken; a drafter that cannot be read is made anew, with one line.
         """
         try:
-            self._calls = int(json.loads((folder / "state.json").read_text())["calls"])
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder / 'state.json'}: {error}; remove {folder} to begin with a new drafter") from None
+            self._calls = int(read_object(folder / "state.json")["calls"])
+        except UserError as error:
+            raise UserError(f"{error}; remove {folder} to begin with a new drafter") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / 'state.json'}: no count of calls ({error}); remove {folder} to begin anew") from None
         found = Checkpoint(folder, self._calls)
         self.drafter.resume(found)
         if (problem := restore_selector(found, self.engine.speculation.selector)) is not None:
