@@ -178,13 +178,12 @@ def _meaning(path: Path) -> Any:
 
 def _go_on(run_: Path, whole_step: bool) -> None:
     """What ``--resume`` does before its first step; with ``whole_step`` that one too."""
-    overrides = ["steps=4"] if whole_step else []
     if whole_step:
-        train(["--resume", str(run_), *overrides])
+        train(["--resume", str(run_), "steps=4"])
         return
-    config = resumed_recipe(run_, overrides, print)
+    config = resumed_recipe(run_, [], print)
     accelerator = make_accelerator(config, timedelta(minutes=1))
-    checkpoint = open_run(config, run_, 1, True, overrides)
+    checkpoint = open_run(config, run_, 1, True, [])
     with Tracker(config, run_, active=True) as tracker:
         trainer = Trainer(config, run_, accelerator, checkpoint, tracker)
         with trainer.scoring:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 VICTIMS = ("launcher", "agent", "rank", "scorer")
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 _PATIENCE = 180.0  # seconds in which whatever was killed must be over, and whatever was started must go on
+_STEPS_TO_SPARE = 50  # more than a run makes between two kills
 _RECIPE = (
     "save_every=1", "speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0", "measure.plain_every=0",
     "rollout.max_tokens=12",
@@ -62,7 +63,8 @@ def run(count: int, seed: int, say: Callable[[Kill], None] = lambda kill: None) 
                 counts.update([kill.victim] + ([kill.wrong] if kill.wrong else []))
                 say(kill)
             steps = len(_steps(killed)) + 2
-            _end(job, killed)
+            job.send_signal(signal.SIGTERM)
+            job.wait(timeout=_PATIENCE)
             status, said = _finished(folder, _start(folder, "--resume", str(killed), f"steps={steps}"))
             whole_status, whole_said = _finished(
                 folder, _start(folder, "tiny", f"out={folder / 'whole'}", f"steps={steps}", *_RECIPE)
@@ -74,9 +76,6 @@ def run(count: int, seed: int, say: Callable[[Kill], None] = lambda kill: None) 
         kept, whole = _steps(killed), _steps(folder / "whole")
         counts["lost"] += sum(a != b for a, b in zip(kept, whole, strict=False)) + abs(len(kept) - len(whole))
     return dict(counts)
-
-
-_STEPS_TO_SPARE = 50  # more than a run makes between two kills
 
 
 def _kill_one(job: subprocess.Popen[str], run_: Path, chance: random.Random) -> tuple[subprocess.Popen[str], Kill]:
@@ -138,11 +137,6 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def _finished(folder: Path, job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.wait(timeout=_PATIENCE), (folder / "said").read_text(errors="replace")
-
-
-def _end(job: subprocess.Popen[str], run_: Path) -> None:
-    job.send_signal(signal.SIGTERM)
-    job.wait(timeout=_PATIENCE)
 
 
 def _slay(job: subprocess.Popen[str]) -> None:
