@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.mergeable import AdaptedLayer, adapted_layers
 from rl.sections import LoraConfig
 
@@ -62,7 +62,7 @@ def add_adapters(policy: PreTrainedModel, lora: LoraConfig, seed: int, base: Ada
             inject_adapter_in_model(config, policy)
         adapted_layers(policy)
     except (ValueError, TypeError) as error:
-        raise UserError(f"scale.lora.targets: {' '.join(str(error).split())[:240]}") from None
+        raise UserError(f"scale.lora.targets: {one_line(error, 240)}") from None
 
 
 def _linear_names(policy: PreTrainedModel) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl.data.conversations import Message, with_ending
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.problems import Problem
 from rl.task_config import TaskConfig
 
@@ -72,7 +72,7 @@ def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any])
     try:
         return apply(turns)
     except Exception as error:  # a template raises what it likes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error, 300)
     if turns[0]["role"] == "system":
         try:
             apply(turns[1:])

@@ -9,6 +9,7 @@ from typing import Any
 from rl.errors import UserError, one_line
 from rl.task_config import TaskConfig
 
+_REASON = 300  # characters of a library's own message
 _NO_TEXT = ("Image", "Audio", "Video", "Pdf")
 
 
@@ -72,7 +73,7 @@ def parquet_table(path: Path) -> Table:
         rows = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train")
     except Exception as error:  # whatever pyarrow finds wrong with it
         raise UserError(
-            f"task.path {path}: not a parquet file that can be read ({one_line(error.__cause__ or error, 300)})"
+            f"task.path {path}: not a parquet file that can be read ({one_line(error.__cause__ or error, _REASON)})"
         ) from None
     return Table(rows, str(path), path.stem)
 
@@ -123,11 +124,11 @@ def _why(error: BaseException, local: bool) -> str:
     names = " ".join(type(e).__name__ for e in chain)
     texts = " ".join(str(e).lower() for e in chain)
     if local:
-        return f"the directory holds no data set that can be read ({one_line(error, 300)})"
+        return f"the directory holds no data set that can be read ({one_line(error, _REASON)})"
     if "GatedRepo" in names or "gated" in texts:
         return "the data set is gated: accept its terms on its page at the hub and set HF_TOKEN"
     if "Offline" in names or "Connection" in names or "Timeout" in names or "offline" in texts or "couldn't reach" in texts:
-        return f"the hub cannot be reached ({one_line(error, 300)}): name a directory that datasets' save_to_disk wrote"
+        return f"the hub cannot be reached ({one_line(error, _REASON)}): name a directory that datasets' save_to_disk wrote"
     if "NotFound" in names:
         return "there is no such directory, and the hub has no such data set, or it is private: then set HF_TOKEN"
-    return one_line(error, 300)  # an unknown split or subset: the library's own words list those that there are
+    return one_line(error, _REASON)  # an unknown split or subset: the library's own words list those that there are

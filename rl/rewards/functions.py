@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.errors import UserError
+from rl.errors import UserError, one_line
 from rl.task_config import RewardConfig, TaskConfig
 
 _LARGEST = 3.4028234e38  # of float32, in which rewards are kept
@@ -59,9 +59,9 @@ def load_reward(path: str) -> Callable[..., Any]:
         found = operator.attrgetter(name)(importlib.import_module(module))
         found = found() if isinstance(found, type) else found
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"task.reward is {path!r}: {_one_line(error)}; write module:function") from None
+        raise UserError(f"task.reward is {path!r}: {one_line(error, 300)}; write module:function") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"task.reward is {path!r}: importing it fails ({type(error).__name__}: {_one_line(error)})") from None
+        raise UserError(f"task.reward is {path!r}: importing it fails ({type(error).__name__}: {one_line(error, 300)})") from None
     if not callable(found):
         raise UserError(f"task.reward is {path!r}, which is of type {type(found).__name__} and cannot be called; name a function")
     return found
@@ -160,7 +160,3 @@ def _number(value: Any) -> float | str | None:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     return number if abs(number) <= _LARGEST else f"{value!r:.60}, which is no finite number"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
