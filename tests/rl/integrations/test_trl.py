@@ -244,6 +244,10 @@ def test_a_checkpoint_keeps_the_drafter(tiny, tmp_path, caplog):
         load_drafter(path, 99, 64).fc.weight for path in (kept / "drafter", tmp_path / "whole" / "trl" / "paceline" / "drafter")
     ]
     assert 0 < (drafters[0] - drafters[1]).abs().max() < 0.1  # the whole run's has gone one step on from it
+    for broken in ("[2]", '{"calls": null}', "{}", "{"):
+        (kept / "state.json").write_text(broken)
+        with pytest.raises(UserError, match=r"state\.json: .*; remove .*/paceline to begin "):
+            rest.inner._hosted.load(kept)
 
 
 def test_evaluation_trains_no_drafter(tiny, tmp_path):
