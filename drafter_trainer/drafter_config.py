@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from drafter_trainer.errors import DrafterError
+from drafter_trainer.json_object import read_object
 from rollout.drafters.eagle3_model import ARCHITECTURE
 
 _TAPS = "eagle_aux_hidden_state_layer_ids"
@@ -30,7 +30,7 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
         DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3 layer.
     """
     path = directory / "config.json"
-    data = _read(path)
+    data = read_object(path, DrafterError, "missing; name a directory that paceline export or paceline warmup --drafter wrote")
     if data.get("architectures") != [ARCHITECTURE]:
         raise DrafterError(f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]")
     _fill_in(data)
@@ -41,20 +41,6 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
         return LlamaConfig(**{key: value for key, value in data.items() if key not in _DROPPED})
     except Exception as error:  # transformers checks the other keys, each in its own way
         raise DrafterError(f"{path}: transformers cannot read it ({_short(error)})") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise DrafterError(f"{path}: missing; name a directory that paceline export or paceline warmup --drafter wrote") from None
-    except OSError as error:
-        raise DrafterError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise DrafterError(f"{path}: not JSON ({_short(error)})") from None
-    if not isinstance(data, dict):
-        raise DrafterError(f"{path}: holds a {type(data).__name__}, not an object with keys")
-    return data
 
 
 def _fill_in(data: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from drafter_trainer import json_object
 from drafter_trainer.checksums import sync
 from rl.errors import UserError
 
@@ -56,17 +57,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: one line that names the file and what is wrong with it.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: truncated or not JSON ({' '.join(str(error).split())[:80]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, not an object")
-    return found
+    return json_object.read_object(path, UserError)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
