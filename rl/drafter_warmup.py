@@ -59,8 +59,8 @@ OnRound = Callable[[float, str], None]
 def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound | None = None) -> WarmupReport:
     """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter to ``out``.
 
-    The learning rate falls linearly with time, from three times the recipe's to a third of it. Written is the last drafter that did
-    better on sequences kept back.
+    The learning rate falls linearly with time, from three times the recipe's to a third of it. The drafter that is written
+    is the last one that did better on sequences kept back.
 
     Args:
         config: The recipe, whose starting policy is there.

@@ -118,7 +118,7 @@ def save_adapters(policy: PreTrainedModel, weights: dict[str, torch.Tensor], fol
 
 @contextmanager
 def without_adapters(policy: PreTrainedModel) -> Iterator[None]:
-    """The policy as it was before it had any."""
+    """Turns the policy's adapters off inside the block, where it is the policy that they were put into."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]

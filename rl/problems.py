@@ -10,7 +10,7 @@ import numpy as np
 
 from rl.data.conversations import Message
 
-KEPT = 2048  # problems that a collection keeps made: those of a few steps
+KEPT = 2048  # problems that a collection keeps in memory once they are made: those of a few steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Problem:
         dataset: Name of the data set.
         difficulty: For a curriculum, on the recipe's own scale.
         messages: The conversation to go on with, each turn with ``role`` and ``content``; None where the question is all.
-        repeat: How many times the same step asks it before this: its samples are drawn with other seeds.
+        repeat: How often the same step has asked it before; the samples of each time are drawn with other seeds.
     """
 
     key: str

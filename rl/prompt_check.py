@@ -20,7 +20,7 @@ from rl.prompts import encode_problem
 from rl.row_problems import RowProblems
 from rl.tasks import Task
 
-_TRIED = 4096  # prompts that are all encoded before the first step; of more only a sample is, and the rest when they are chosen
+_TRIED = 4096  # up to so many prompts are all encoded before the first step; of more, a sample is, and the others when chosen
 _SAMPLE = 1024
 _SHAPES = 64
 _FEWEST = 0.05  # share of prompts that must fit where most are tried only when they are chosen
@@ -48,9 +48,9 @@ def check_count(task: Task, config: RunConfig, lines: Sequence[str]) -> None:
     """Refuses a step that would have to repeat a prompt.
 
     Args:
-        task: After all that is left out.
+        task: Without the problems that are left out.
         config: The recipe.
-        lines: What was said of it.
+        lines: What the user has been told of the task; the error repeats it.
 
     Raises:
         UserError: where there are fewer problems than prompts in a step.
@@ -64,7 +64,7 @@ def check_count(task: Task, config: RunConfig, lines: Sequence[str]) -> None:
 
 
 def check_recipe(task: Task, config: RunConfig) -> list[str]:
-    """Does what `check_prompts` does without a loaded policy: with its tokenizer where that is at hand.
+    """Runs `check_prompts` without loading the policy. Where not even its tokenizer can be had, problems are counted alone.
 
     Raises:
         UserError: as `check_prompts`.

@@ -87,7 +87,8 @@ class Curriculum:
         return self._task.take(self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}"), count)
 
     def _nearest(self, seed: str) -> Iterator[int]:
-        """Places of problems, the nearest difficulties first, equally near ones in random order. It costs what is taken."""
+        """Yields places of problems, the nearest difficulties first, equally near ones in random order, at a cost that grows with
+        what is taken."""
         chance = random.Random(seed)
         above = int(np.searchsorted(self._levels, self.target))
         below = above - 1

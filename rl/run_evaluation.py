@@ -25,7 +25,7 @@ class EvaluationFailed(UserError):
 
 
 class RunEvaluation:
-    """Evaluates the policy as it is decoded with, on every rank's share of the problems.
+    """Evaluates the policy with the weights that the run decodes with; every rank takes a share of the problems.
 
     Args:
         config: The recipe, with ``eval_every`` above 0.

@@ -27,7 +27,7 @@ from rollout.drafters.eagle3_model import Eagle3Model
 
 
 class SharedDrafter:
-    """One rank's side of it.
+    """One rank's part in the drafter that all ranks share.
 
     A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one line, and the run goes on
     from ``drafter.start``, or with a new one that is made after the next step's rollouts.
@@ -150,8 +150,8 @@ class SharedDrafter:
         return report
 
     def share(self, done: RankRollouts, report: LearnerReport, step: int) -> None:
-        """Every rank drafts with the mean of what ranks have approved, by their updates. The first step's rollouts choose the
-        vocabulary. Collective.
+        """Lets every rank draft with the mean of the weights that ranks have approved, weighted by the updates in them. The first
+        step's rollouts choose the vocabulary. Collective.
 
         Args:
             done: This step's rollouts.

@@ -34,7 +34,10 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
             config.policy.warmup is None or bool(task.datasets),
             "policy.warmup learns worked solutions of task.datasets, which is empty: name some, or write policy.warmup: null",
         ),
-        (hub or (task.subset is None and task.split == "train"), "task.split and task.subset are of task.source huggingface"),
+        (
+            hub or (task.subset is None and task.split == "train"),
+            "task.split and task.subset are read with task.source huggingface only",
+        ),
         (0 <= task.heldout < 1, f"task.heldout is {task.heldout}: write a share from 0 to below 1"),
         (
             math.isfinite(task.score_failed) and (task.score_memory is None or task.score_memory > 0),

@@ -89,7 +89,7 @@ class Task:
         return self._numbered(asked)
 
     def take(self, places: Iterable[int], count: int) -> list[Problem]:
-        """The first ``count`` of those places among the asked problems whose problems may be asked."""
+        """Returns the first ``count`` problems that may be asked (`fits`) of those at ``places``, which count in `problems`."""
         return self._numbered(islice((place for place in places if self._may(place)), count))
 
     def _place(self, epoch: int, offset: int) -> int:
@@ -99,6 +99,7 @@ class Task:
         return self.fits is None or self.fits(int(self.rows[place]))
 
     def _numbered(self, places: Iterable[int]) -> list[Problem]:
+        """Returns the problems at these places; one that comes again says in ``repeat`` how often it came before."""
         seen: Counter[int] = Counter()
         problems = []
         for place in places:

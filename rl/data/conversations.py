@@ -14,7 +14,7 @@ _LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 
 
 def conversation_of(value: Any, column: str) -> tuple[Message, ...]:
-    """The turns of a prompt; text is a single turn of the user's.
+    """Returns the turns of a prompt; a text becomes one user turn.
 
     Args:
         value: As read from the row: text, or a list of messages with ``role`` and ``content``.
@@ -59,7 +59,7 @@ def _text_of(content: Any, place: str) -> str:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 what = f"a part of type {part['type']}" if isinstance(part, dict) and "type" in part else kind_of(part)
-                raise RowError(f"{place} holds {what}: only text is asked")
+                raise RowError(f"{place} holds {what}: prompts hold text only")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not content.strip():
         raise RowError(f"{place} is {kind_of(content)}: write text")

@@ -1,4 +1,4 @@
-"""One pass over a data set before the first step: every row is checked, and what choosing needs is kept as arrays."""
+"""One pass over a data set before the first step: checks every row, and keeps as arrays what later steps choose rows by."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def survey(source: RowSource, config: TaskConfig) -> Survey:
 
 
 def content(turns: tuple[Message, ...]) -> str:
-    """A conversation as one text; a single question is its own, however it was written down."""
+    """Returns a conversation as one text, by which prompts are compared. A single question gives the same text whether it was
+    written as text or as a list of messages."""
     if len(turns) == 1:
         return str(turns[0]["content"]).strip()
     return json.dumps([(turn["role"], turn["content"].strip()) for turn in turns], ensure_ascii=False)
@@ -95,13 +96,16 @@ def _digest(data: bytes) -> int:
 
 
 def chosen_share(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """bool [rows]: about this share of the rows, by their digests and the seed alone: the same rows on every machine, wherever they
-    stand in the file, and copies of a row together.
+    """Chooses about this share of the rows. The choice follows from digests and seed alone: it is the same on every machine and in
+    every order of the rows, and rows with equal digests are chosen together.
 
     Args:
         digests: uint64 [rows].
         share: From 0 to 1.
         seed: Of the choice.
+
+    Returns:
+        bool [rows].
     """
     mixed = digests ^ np.uint64(_digest(f"held out/{seed}".encode()))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser

@@ -32,7 +32,7 @@ class Table:
         for column, feature in rows.features.items():
             kind = type(getattr(feature, "feature", feature)).__name__
             if kind in _NO_TEXT:
-                raise UserError(f"{place}: column {column} is of type {kind}, and only text is asked: write a copy without it")
+                raise UserError(f"{place}: column {column} is of type {kind}, and prompts hold text only: write a copy without it")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -82,7 +82,7 @@ def huggingface_table(config: TaskConfig) -> Table:
     """A directory that ``save_to_disk`` wrote or that holds data files, or a data set of the hub's by its id.
 
     Raises:
-        UserError: when it cannot be had: says whether it is missing, gated, or the hub out of reach.
+        UserError: when it cannot be loaded; the message says whether it is missing or gated, or the hub cannot be reached.
     """
     datasets = _library()
     assert config.path is not None

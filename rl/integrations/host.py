@@ -125,8 +125,8 @@ class HostedRollouts:
         )
 
     def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:
-        """The same for a training step: a rank that has finished trains the drafter while others decode, and all of them share what
-        it became. Collective."""
+        """Makes the rollouts of a training step. A rank that has finished trains the drafter while others decode, and then all
+        ranks share what was trained. Collective."""
         self.drafter.coordinator.begin(self._calls)
         done = self.rollouts(requests)
         report = self.drafter.train(done, [0.0] * len(done.rollouts), self._calls)

@@ -73,7 +73,7 @@ class ScoringPool:
 
     The problems' own scorers get one completion at a time; reward functions of the user's get the samples of a prompt together,
     once the last of them has ended, so that they may compare them. Workers make the task anew from the recipe: a data set's scorer
-    cannot be sent. A process that ends is replaced: one that scored costs what it scored, an idle one nothing.
+    cannot be sent. A process that ends is replaced; the completions that it was scoring have no score, and an idle one loses none.
 
     Args:
         config: The recipe's task section.
@@ -219,7 +219,7 @@ class ScoringPool:
 
 
 def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans that overlap as one."""
+    """Merges spans that overlap."""
     found: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if found and begin <= found[-1][1]:

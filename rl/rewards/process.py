@@ -30,7 +30,7 @@ class Died(Exception):
     """A scoring process ended or became unusable while it scored.
 
     Attributes:
-        idle: Whether it had not begun with what it was asked: that was not the reason, and another process can be asked.
+        idle: Whether it had not begun with the job. The job was not the reason then, and another process can be asked.
     """
 
     def __init__(self, message: str, idle: bool = False) -> None:
@@ -39,7 +39,7 @@ class Died(Exception):
 
 
 class TookTooLong(Exception):
-    """A scoring process said nothing for as long as it had."""
+    """A scoring process did not answer within its time."""
 
 
 class ScorerProcess:

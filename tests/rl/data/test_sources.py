@@ -105,7 +105,7 @@ def test_tables_that_cannot_be_read_are_a_line(tmp_path, monkeypatch):
     assert "row 0: answer is null" in says(source="huggingface", path=str(tmp_path / "null"))
     images = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(), "answer": datasets.Value("string")})
     datasets.Dataset.from_list([{"prompt": "q", "image": None, "answer": "1"}], features=images).save_to_disk(tmp_path / "images")
-    assert "column image is of type Image, and only text is asked" in says(source="huggingface", path=str(tmp_path / "images"))
+    assert "column image is of type Image, and prompts hold text only" in says(source="huggingface", path=str(tmp_path / "images"))
 
 
 class GatedRepoError(Exception):
