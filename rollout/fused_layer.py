@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 from rollout.attention import ForwardBatch, slot_attention
 from rollout.native import AttentionRule, Kernels
 from rollout.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
-from rollout.transformers_api import Cache, OtherInterfaceError, hidden_states_in, of_type, rotary_in
+from rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
 
 _LAYER_PARTS = {
     "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -189,12 +189,12 @@ class FusedLayer(nn.Module):
             Hidden states [B, Q, hidden].
 
         Raises:
-            OtherInterfaceError: when one of the four is missing.
+            TypeError: when one of the four is missing.
         """
         hidden_states, rotary = hidden_states_in(args, kwargs), rotary_in(args, kwargs)
         cache, batch = of_type(Cache, args, kwargs), of_type(ForwardBatch, args, kwargs)
         if rotary is None:
-            raise OtherInterfaceError("a fused layer got no rotary embedding")
+            raise TypeError("a fused layer got no rotary embedding")
         qkv, o, gate_up, down = self._projections
         attended = self._attend(qkv(self._attention_in(hidden_states)), rotary, cache, batch)
         if self._attention_out is None:

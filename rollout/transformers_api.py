@@ -32,7 +32,6 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "ObservedCall",
-    "OtherInterfaceError",
     "cache_argument",
     "hidden_states_in",
     "of_type",
@@ -48,10 +47,6 @@ TESTED_RELEASES = ">=5.17,<5.25"  # as in pyproject.toml; a test compares the tw
 _CACHE_NAMES = ("cache", "past_key_values")
 
 T = TypeVar("T")
-
-
-class OtherInterfaceError(Exception):
-    """The installed release of transformers calls decoder layers otherwise than the engine knows."""
 
 
 def version() -> str:
@@ -124,24 +119,24 @@ def of_type(kind: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
     """The first argument of a call that is an instance of ``kind``.
 
     Raises:
-        OtherInterfaceError: when there is none.
+        TypeError: when there is none.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, kind):
             return value
-    raise OtherInterfaceError(f"transformers {version()} hands no {kind.__name__} to its decoder layers")
+    raise TypeError(f"transformers {version()} hands no {kind.__name__} to its decoder layers")
 
 
 def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """The hidden states [B, Q, hidden] among the arguments of a decoder layer or an output head.
 
     Raises:
-        OtherInterfaceError: when there are none.
+        TypeError: when there are none.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
             return value
-    raise OtherInterfaceError(f"transformers {version()} hands no hidden states to its decoder layers")
+    raise TypeError(f"transformers {version()} hands no hidden states to its decoder layers")
 
 
 def rotary_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
