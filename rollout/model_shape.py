@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from rollout.inference_view import copy_sharing
 from rollout.transformers_api import DynamicCache, run_causal_lm, supports_attention_backend, use_attention
+from rollout.values import error_line
 
 _LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -94,7 +95,7 @@ def observed_keys(model: PreTrainedModel) -> KeyShape:
         raise
     except Exception as error:  # whatever a model does in place of storing keys is the reason to give
         raise ValueError(
-            f"{name} cannot decode over a cache of keys and values ({one_line(error)}): choose another policy"
+            f"{name} cannot decode over a cache of keys and values ({error_line(error)}): choose another policy"
         ) from None
     if not cache.layers:  # stored elsewhere, which the engine's check will tell
         return key_shape(model.config)
@@ -106,8 +107,3 @@ def observed_keys(model: PreTrainedModel) -> KeyShape:
         )
     (kv_heads, head_dim), *_ = shapes
     return KeyShape(len(cache.layers), kv_heads, head_dim)
-
-
-def one_line(error: Exception) -> str:
-    """An error's type and the beginning of its message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout.api import FinishReason, Request, Rollout, RolloutStats, SamplingParams
-from rollout.values import shown, token_list, whole_number
+from rollout.values import error_line, shown, token_list, whole_number
 
 
 class EngineBusyError(ValueError):
@@ -40,7 +40,7 @@ def problem_with(request: Any, limits: RequestLimits) -> str | None:
     try:
         return _problem_with(request, limits)
     except Exception as error:  # an object whose own methods fail
-        return f"the request cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"the request cannot be read: {error_line(error)}"
 
 
 def _problem_with(request: Any, limits: RequestLimits) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rollout.api import FinishReason, SamplingParams
 from rollout.sequence import SequenceState
+from rollout.values import error_line
 
 TextDecoder = Callable[[Sequence[int]], str]
 
@@ -31,7 +32,7 @@ class StopCondition:
         try:
             met = self._meets_stop_string(sequence)
         except Exception as error:  # of the caller's own decoder; the other sequences go on
-            sequence.error = f"decode_text failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            sequence.error = f"decode_text failed: {error_line(error)}"
             return FinishReason.FAILED
         if sequence.tokens[-1] in self._stop_tokens or met:
             return FinishReason.STOP

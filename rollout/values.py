@@ -1,4 +1,4 @@
-"""Numbers and lists as users give them: Python's, numpy's or torch's, and nothing that only looks like one."""
+"""Reads numbers and lists that users give (Python's, numpy's or torch's), and writes values and errors on one line of a message."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     except Exception:  # a broken object is still named
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def error_line(error: Exception) -> str:
+    """An error's type and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def whole_number(value: Any) -> int | None:

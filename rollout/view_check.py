@@ -12,8 +12,8 @@ from rollout.attention import ForwardBatch
 from rollout.inference_view import InferenceView, copy_sharing
 from rollout.kv_cache import CacheShape, SlotCache
 from rollout.layer_probe import in_two_forwards
-from rollout.model_shape import one_line
 from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
+from rollout.values import error_line
 
 _TEXTS, _TOKENS = 2, 8
 # Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03 in bfloat16; a wrong
@@ -64,7 +64,7 @@ def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) 
 def _said(trouble: Exception | str | None) -> str:
     if isinstance(trouble, NotImplementedError):
         return str(trouble)
-    return one_line(trouble) if isinstance(trouble, Exception) else str(trouble)
+    return error_line(trouble) if isinstance(trouble, Exception) else str(trouble)
 
 
 def _attempt(

@@ -104,9 +104,8 @@ class DraftTree:
             return f"its parents are {list(self.parents.shape)}, its tokens {list(self.tokens.shape)}"
         if self.parents.device.type != "cpu":
             return None
-        above = self.parents[self._real()]
-        own = torch.arange(self.nodes).expand_as(self.parents)[self._real()]
-        return None if bool(((above >= -1) & (above < own)).all()) else "it has a node that does not come after its parent"
+        after = (self.parents >= -1) & (self.parents < torch.arange(self.nodes))
+        return None if bool((after | ~self._real()).all()) else "it has a node that does not come after its parent"
 
     def _problem_with_probs(self) -> str | None:
         if self.probs is None:
