@@ -19,7 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "constraints" / "locked.txt"
-REACHED_INTO = ("torch", "transformers", "trl", "peft", "accelerate")  # their new releases have broken Paceline, or could
+REACHED_INTO = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+)  # their new releases have broken Paceline, or could
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -75,7 +81,10 @@ def _install_torch(pip: Sequence[str], version: str) -> None:
             return
         # that index alone: with a second source, pip would take whichever has the newer release
         alone = {name: value for name, value in os.environ.items() if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")}
-        if _succeeds([*pip, "--retries", "1", "--index-url", _CPU_INDEX, wanted], {**alone, "PIP_CONFIG_FILE": os.devnull}):
+        if _succeeds(
+            [*pip, "--retries", "1", "--index-url", _CPU_INDEX, wanted],
+            {**alone, "PIP_CONFIG_FILE": os.devnull},
+        ):
             return
     _run([*pip, wanted])
 

@@ -9,8 +9,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafter_trainer.store import StoredTrace
-from rollout.api import Rollout
+from paceline.drafter_trainer.store import StoredTrace
+from paceline.rollout.api import Rollout
 
 _JUDGING_STEPS = 3
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from drafter_trainer.drafter_config import read_drafter_config
-from drafter_trainer.errors import DrafterError
-from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.drafter_trainer.drafter_config import read_drafter_config
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
 def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -157,7 +157,10 @@ def _shape_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str
             return f"{name} has the shape {tuple(tensor.shape)}, its config says {shape}; export the drafter again"
         if name not in ("d2t", "t2d") and not (tensor.is_floating_point() and tensor.itemsize >= 2):
             return f"{name} is {tensor.dtype}; write float32, bfloat16 or float16"
-    if tensors["d2t"].dtype not in (torch.int64, torch.int32) or tensors["t2d"].dtype not in (torch.bool, torch.uint8):
+    if tensors["d2t"].dtype not in (torch.int64, torch.int32) or tensors["t2d"].dtype not in (
+        torch.bool,
+        torch.uint8,
+    ):
         return f"d2t is {tensors['d2t'].dtype} and t2d {tensors['t2d'].dtype}; write int64 and bool"
     return None
 

@@ -37,7 +37,13 @@ class Coordinator:
         clock: Seconds, for tests.
     """
 
-    def __init__(self, store: Store | None, world: int, least_idle: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        store: Store | None,
+        world: int,
+        least_idle: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._store, self._world, self._least_idle, self._clock = store, world, least_idle, clock
         self._step = 0
         self._beats = -1
@@ -111,7 +117,13 @@ def connect_store(world: int) -> Store | None:
         return None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher that restarts its ranks keeps the store
     try:
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=_CONNECT_SECONDS), wait_for_workers=False)
+        store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=False,
+            timeout=timedelta(seconds=_CONNECT_SECONDS),
+            wait_for_workers=False,
+        )
         return dist.PrefixStore(f"paceline/{attempt}", store)
     except (RuntimeError, ValueError):
         return None

@@ -8,19 +8,34 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from drafter_trainer.errors import DrafterError
-from drafter_trainer.json_object import read_object
-from rollout.drafters.eagle3_model import ARCHITECTURE
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.json_object import read_object
+from paceline.rollout.drafters.eagle3_model import ARCHITECTURE
 
 _TAPS = "eagle_aux_hidden_state_layer_ids"
 _COUNTS = (
-    *("vocab_size", "draft_vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "vocab_size",
+        "draft_vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("head_dim", "max_position_embeddings"),
 )
 # Variants of the layer that servers know and `Eagle3Model` does not compute.
 _VARIANTS = ("norm_before_residual", "attention_bias", "mlp_bias")
 # Keys of the directory rather than of the layer; transformers wants no model_type of another class.
-_DROPPED = ("model_type", "torch_dtype", "dtype", "rope_theta", "transformers_version", "eagle_config", "auto_map")
+_DROPPED = (
+    "model_type",
+    "torch_dtype",
+    "dtype",
+    "rope_theta",
+    "transformers_version",
+    "eagle_config",
+    "auto_map",
+)
 
 
 def read_drafter_config(directory: Path) -> LlamaConfig:
@@ -30,7 +45,11 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
         DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3 layer.
     """
     path = directory / "config.json"
-    data = read_object(path, DrafterError, "missing; name a directory that paceline export or paceline warmup --drafter wrote")
+    data = read_object(
+        path,
+        DrafterError,
+        "missing; name a directory that paceline export or paceline warmup --drafter wrote",
+    )
     if data.get("architectures") != [ARCHITECTURE]:
         raise DrafterError(f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]")
     _fill_in(data)

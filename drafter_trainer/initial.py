@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from rollout.drafters.eagle3_model import Eagle3Model
-from rollout.model_runner import decoder_layers
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.model_runner import decoder_layers
 
 
 @torch.no_grad()

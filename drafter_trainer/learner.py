@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from drafter_trainer.buffer import Piece
-from drafter_trainer.optimistic import OptimisticAdamW
-from drafter_trainer.optimizer_state import load_optimizer
-from drafter_trainer.packing import DraftBatch, pack
-from drafter_trainer.unroll import Interrupted, Objective, Unrolled, unrolled_loss
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.buffer import Piece
+from paceline.drafter_trainer.optimistic import OptimisticAdamW
+from paceline.drafter_trainer.optimizer_state import load_optimizer
+from paceline.drafter_trainer.packing import DraftBatch, pack
+from paceline.drafter_trainer.unroll import Interrupted, Objective, Unrolled, unrolled_loss
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def first_non_finite(model: Eagle3Model) -> str | None:
@@ -76,7 +76,15 @@ class DrafterLearner:
 
     def _pack(self, pieces: Sequence[Piece], weights: Sequence[float]) -> DraftBatch:
         device = self.model.fc.weight.device
-        return pack(pieces, weights, self._head, self.model.vocabulary, self._temperature, self.objective.unroll, device)
+        return pack(
+            pieces,
+            weights,
+            self._head,
+            self.model.vocabulary,
+            self._temperature,
+            self.objective.unroll,
+            device,
+        )
 
     def update(self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None) -> Unrolled | None:
         """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite.

@@ -29,6 +29,9 @@ class OptimisticAdamW(torch.optim.AdamW):
                 else:
                     fresh.append((parameter, gradient))
         result = super().step(closure)
-        for parameter, gradient in fresh:  # only now: AdamW takes a parameter with any state for one it has seen
+        for (
+            parameter,
+            gradient,
+        ) in fresh:  # only now: AdamW takes a parameter with any state for one it has seen
             self.state[parameter]["hint"] = gradient
         return result

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from drafter_trainer.errors import OptimizerStateError
+from paceline.drafter_trainer.errors import OptimizerStateError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

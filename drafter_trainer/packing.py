@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from drafter_trainer.buffer import Piece
+from paceline.drafter_trainer.buffer import Piece
 
 _CHUNK = 256
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from drafter_trainer.checkpoint import load_drafter, save_drafter
-from drafter_trainer.checksums import changed_files, write_checksums
-from drafter_trainer.errors import DrafterError
-from drafter_trainer.optimizer_state import write_state
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.checkpoint import load_drafter, save_drafter
+from paceline.drafter_trainer.checksums import changed_files, write_checksums
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.optimizer_state import write_state
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class DrafterSnapshots:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from drafter_trainer.buffer import Piece, TraceBuffer
-from drafter_trainer.hedge import tracking_weights
-from drafter_trainer.learner import DrafterLearner, first_non_finite
-from drafter_trainer.unroll import Interrupted, Unrolled
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.buffer import Piece, TraceBuffer
+from paceline.drafter_trainer.hedge import tracking_weights
+from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
+from paceline.drafter_trainer.unroll import Interrupted, Unrolled
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _JUDGED = 4  # micro-batches that judge a drafter
 _PATIENCE = 3

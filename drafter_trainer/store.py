@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from rollout.api import DistillationTrace
+from paceline.rollout.api import DistillationTrace
 
 _TENSORS = ("token_ids", "taps", "final", "refused", "refused_final")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from drafter_trainer.losses import LOSSES
-from drafter_trainer.packing import DraftBatch
-from rollout.drafters.eagle3_model import Attend, Eagle3Model, attention_shape
+from paceline.drafter_trainer.losses import LOSSES
+from paceline.drafter_trainer.packing import DraftBatch
+from paceline.rollout.drafters.eagle3_model import Attend, Eagle3Model, attention_shape
 
 LENGTH_LOSS = "length"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def choose_vocabulary(texts: Iterable[Sequence[int]], size: int, vocab_size: int) -> torch.Tensor:

@@ -16,9 +16,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.cli import user_errors
-from rl.integrations.trl import paceline_rollouts
-from rl.policies import fetch_policy
+from paceline.rl.cli import user_errors
+from paceline.rl.integrations.trl import paceline_rollouts
+from paceline.rl.policies import fetch_policy
 
 ASK = "What is {}? <calc>EXPRESSION</calc> computes. End with Answer: NUMBER\n"
 REMINDER = "\nWrite <calc>EXPRESSION</calc> or Answer: NUMBER\n"

@@ -2,7 +2,7 @@
 
 import typer
 
-from rl.commands.drafters import export
+from paceline.rl.commands.drafters import export
 
 if __name__ == "__main__":
     typer.run(export)

@@ -2,7 +2,7 @@
 
 import typer
 
-from rl.commands.results import report
+from paceline.rl.commands.results import report
 
 if __name__ == "__main__":
     typer.run(report)

@@ -3,14 +3,14 @@
 ``--resume RUN`` goes on from the last whole checkpoint of a run, with the recipe that the run keeps.
 """
 
-from rl.launchers import end_with_launcher
+from paceline.rl.launchers import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
     # here: scoring processes import this file anew, and need none of it
-    from rl.cli import say_first
+    from paceline.rl.cli import say_first
 
     say_first("loading torch and transformers")
-    from rl.train_command import main
+    from paceline.rl.train_command import main
 
     main(__doc__)

@@ -16,13 +16,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.cli import user_errors
-from rl.config import load_config
-from rl.integrations.trl import paceline_rollouts  # marked: one import
-from rl.machine import fit_process
-from rl.prompts import messages_of
-from rl.starting import starting_policy
-from rl.tasks import load_task
+from paceline.rl.cli import user_errors
+from paceline.rl.config import load_config
+from paceline.rl.integrations.trl import paceline_rollouts  # marked: one import
+from paceline.rl.machine import fit_process
+from paceline.rl.prompts import messages_of
+from paceline.rl.starting import starting_policy
+from paceline.rl.tasks import load_task
 
 
 class Clock(TrainerCallback):
@@ -40,7 +40,11 @@ class Clock(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and "reward" in (logs or {}):
-            measured = {"step": state.global_step, "seconds": self.step_seconds, "generation": self.generation}
+            measured = {
+                "step": state.global_step,
+                "seconds": self.step_seconds,
+                "generation": self.generation,
+            }
             with self.path.open("a") as file:
                 file.write(json.dumps({**measured, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}) + "\n")
 
@@ -76,7 +80,11 @@ def main() -> None:
     clock.path.parent.mkdir(parents=True, exist_ok=True)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    drafter = {"draft_vocab_size": config.drafter.draft_vocab_size, "schedule": args.schedule, "start": args.drafter}
+    drafter = {
+        "draft_vocab_size": config.drafter.draft_vocab_size,
+        "schedule": args.schedule,
+        "start": args.drafter,
+    }
     arguments = GRPOConfig(
         output_dir=config.out,
         model_init_kwargs={"dtype": args.weights},

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rl.algorithms.grpo import group_advantages
-from rl.algorithms.kl import estimate_kl
-from rl.algorithms.ppo import generalised_advantages
-from rl.algorithms.reinforce_pp import normalise, rewards_to_go
-from rl.algorithms.rloo import leave_one_out_advantages
-from rl.algorithms.tree import tree_advantages
-from rl.config import CriticConfig, UpdateConfig
+from paceline.rl.algorithms.grpo import group_advantages
+from paceline.rl.algorithms.kl import estimate_kl
+from paceline.rl.algorithms.ppo import generalised_advantages
+from paceline.rl.algorithms.reinforce_pp import normalise, rewards_to_go
+from paceline.rl.algorithms.rloo import leave_one_out_advantages
+from paceline.rl.algorithms.tree import tree_advantages
+from paceline.rl.config import CriticConfig, UpdateConfig
 
 
 def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:
@@ -22,7 +22,10 @@ def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:
 
 
 def penalties(
-    config: UpdateConfig, coefficient: float, logprobs: Sequence[torch.Tensor], reference: Sequence[torch.Tensor] | None
+    config: UpdateConfig,
+    coefficient: float,
+    logprobs: Sequence[torch.Tensor],
+    reference: Sequence[torch.Tensor] | None,
 ) -> list[torch.Tensor]:
     """What the KL to the reference takes from each token's reward: zeros unless ``update.kl_in`` is ``reward``.
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from rl.algorithms.brpo import brpo_advantages
-from rl.balance import Scored
-from rl.groups import RankRollouts
-from rl.prompts import stable_seed
-from rl.sections import RunConfig
-from rl.shaping import answer_start
-from rl.tasks import Problem
-from rollout import FinishReason, Request, Rollout, RolloutEngine
+from paceline.rl.algorithms.brpo import brpo_advantages
+from paceline.rl.balance import Scored
+from paceline.rl.groups import RankRollouts
+from paceline.rl.prompts import stable_seed
+from paceline.rl.sections import RunConfig
+from paceline.rl.shaping import answer_start
+from paceline.rl.tasks import Problem
+from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,12 @@ class Anytime:
 
     def __init__(self, config: RunConfig, tokenizer: Any, engine: RolloutEngine) -> None:
         assert config.length.anytime is not None
-        self._config, self._anytime, self._tokenizer, self._engine = config, config.length.anytime, tokenizer, engine
+        self._config, self._anytime, self._tokenizer, self._engine = (
+            config,
+            config.length.anytime,
+            tokenizer,
+            engine,
+        )
         self._marker = "\n" + config.length.answer
         self._marker_ids = list(tokenizer(self._marker, add_special_tokens=False)["input_ids"])
 
@@ -109,7 +114,12 @@ class Anytime:
                 score(number, done.problems[cut.sample], self.text(done, cut, decode), ids)
 
     def credit(
-        self, done: RankRollouts, thoughts: Sequence[int], rewards: Sequence[float], cuts: Sequence[Cut], scores: Sequence[float]
+        self,
+        done: RankRollouts,
+        thoughts: Sequence[int],
+        rewards: Sequence[float],
+        cuts: Sequence[Cut],
+        scores: Sequence[float],
     ) -> Dense:
         """Advantages of thoughts and answers.
 

@@ -11,19 +11,28 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from drafter_trainer.checkpoint import load_drafter
-from rl.bench_peers import Peers
-from rl.bench_results import Keep, ignore
-from rl.config import RunConfig, draft_rules
-from rl.policies import load_policy, load_tokenizer
-from rl.policy_engine import policy_engine
-from rl.prompts import encode_problem, stable_seed, stop_token_ids
-from rl.starting import starting_policy
-from rl.task_config import DatasetConfig
-from rl.tasks import Problem, load_task
-from rollout import PLAIN, Request, Rollout, RolloutEngine, SamplingParams, Strategy, default_tap_layers, mean_acceptance_length
-from rollout.drafters import DraftRules
-from rollout.drafters.build import DrafterParts, build_drafter
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.rl.bench_peers import Peers
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.config import RunConfig, draft_rules
+from paceline.rl.policies import load_policy, load_tokenizer
+from paceline.rl.policy_engine import policy_engine
+from paceline.rl.prompts import encode_problem, stable_seed, stop_token_ids
+from paceline.rl.starting import starting_policy
+from paceline.rl.task_config import DatasetConfig
+from paceline.rl.tasks import Problem, load_task
+from paceline.rollout import (
+    PLAIN,
+    Request,
+    Rollout,
+    RolloutEngine,
+    SamplingParams,
+    Strategy,
+    default_tap_layers,
+    mean_acceptance_length,
+)
+from paceline.rollout.drafters import DraftRules
+from paceline.rollout.drafters.build import DrafterParts, build_drafter
 
 _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
 
@@ -83,7 +92,14 @@ class RolloutBench:
         own_problems: Ask the recipe's own problems, as its rollouts do epoch after epoch, instead of others of their kind.
     """
 
-    def __init__(self, config: RunConfig, run: Path | None, repeats: int, tail_cap: int = 1024, own_problems: bool = False) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path | None,
+        repeats: int,
+        tail_cap: int = 1024,
+        own_problems: bool = False,
+    ) -> None:
         self.config, self.repeats, self.tail_cap = config, repeats, tail_cap
         self.path = starting_policy(config) if run is None else run / "checkpoint" / "policy"
         self.tokenizer = load_tokenizer(self.path)
@@ -196,7 +212,11 @@ class RolloutBench:
             engine.drafters[name] = build_drafter(name, engine, self._parts)
 
     def run(
-        self, peers: Peers | None, say: Callable[[str], None], only: Sequence[str] | None = None, keep: Keep = ignore
+        self,
+        peers: Peers | None,
+        say: Callable[[str], None],
+        only: Sequence[str] | None = None,
+        keep: Keep = ignore,
     ) -> list[Measurement]:
         """Every method on every workload, or on those named, beside peers where there are any; ``keep`` gets each as it comes."""
         workloads = self.workloads(only)
@@ -246,7 +266,14 @@ def _measurement(workload: str, method: str, engine: RolloutEngine, rollouts: Se
     inside = sum(r.feedback.forward_seconds for r in engine.records) + drafting + engine.prefill_seconds
     acceptance = mean_acceptance_length(rollouts)
     return Measurement(
-        workload, method, tokens, seconds, acceptance, drafting / tokens * 1e3, 1 - inside / seconds, engine.prefill_seconds
+        workload,
+        method,
+        tokens,
+        seconds,
+        acceptance,
+        drafting / tokens * 1e3,
+        1 - inside / seconds,
+        engine.prefill_seconds,
     )
 
 

@@ -9,21 +9,21 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from rl.bench_length_commands import LENGTH_COMMANDS
-from rl.bench_pipeline_commands import PIPELINE_COMMANDS
-from rl.command_line import command_line
+from paceline.rl.bench_length_commands import LENGTH_COMMANDS
+from paceline.rl.bench_pipeline_commands import PIPELINE_COMMANDS
+from paceline.rl.command_line import command_line
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
     """Decoding speed of one policy, its peers', and where a step's time goes."""
-    from rl.bench import RolloutBench
-    from rl.bench_peers import Peers
-    from rl.bench_report import draw_results, profile_table, results_table
-    from rl.bench_results import Results, json_path
-    from rl.bench_step import logprob_gap, profile_step, refresh_seconds
-    from rl.config import load_config
-    from rl.console import console
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_peers import Peers
+    from paceline.rl.bench_report import draw_results, profile_table, results_table
+    from paceline.rl.bench_results import Results, json_path
+    from paceline.rl.bench_step import logprob_gap, profile_step, refresh_seconds
+    from paceline.rl.config import load_config
+    from paceline.rl.console import console
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     terminal = console()
@@ -34,7 +34,10 @@ def measure_rollout(args: argparse.Namespace) -> None:
             profiles.append(profile_step(bench.policy, batch))
             results.add("profiles", profiles[-1])
         terminal.print(profile_table(profiles))
-        refresh, gap = refresh_seconds(bench.policy), logprob_gap(bench.policy, bench.workloads(("16",))[0].timed[:32])
+        refresh, gap = (
+            refresh_seconds(bench.policy),
+            logprob_gap(bench.policy, bench.workloads(("16",))[0].timed[:32]),
+        )
         results.note(refresh_seconds=refresh, logprob_gap_mean=gap[0], logprob_gap_max=gap[1])
         terminal.print(
             f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}"
@@ -50,17 +53,21 @@ def compare_updates(args: argparse.Namespace) -> None:
     """Tokens a second of the update, by method."""
     from rich.table import Table
 
-    from rl.bench_update import measure_update
-    from rl.config import load_config
-    from rl.console import console
-    from rl.machine import fit_process
+    from paceline.rl.bench_update import measure_update
+    from paceline.rl.config import load_config
+    from paceline.rl.console import console
+    from paceline.rl.machine import fit_process
 
     if not args.untuned:
         fit_process(local_world_size=1)
     results = measure_update(load_config(args.config))
     table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations a second")
     for m in results:
-        row = (f"{m.tokens / m.seconds:.0f}", f"{results[0].seconds / m.seconds:.2f}", f"{m.bound / m.seconds:.0%}")
+        row = (
+            f"{m.tokens / m.seconds:.0f}",
+            f"{results[0].seconds / m.seconds:.2f}",
+            f"{m.bound / m.seconds:.0%}",
+        )
         table.add_row(m.method, *row)
     console().print(table)
 
@@ -69,18 +76,32 @@ def compare_runs(args: argparse.Namespace) -> None:
     """Reward, rise and speed of finished runs, as a table and as JSON."""
     from rich.table import Table
 
-    from rl.bench_results import Results
-    from rl.console import console
-    from rl.files import read_object
-    from rl.summary import read_metrics, summarise
+    from paceline.rl.bench_results import Results
+    from paceline.rl.console import console
+    from paceline.rl.files import read_object
+    from paceline.rl.summary import read_metrics, summarise
 
-    table = Table("run", "seed", "first quarter", "last quarter", "rise ÷ its standard error", "rollout ÷ plain", "peak GB")
+    table = Table(
+        "run",
+        "seed",
+        "first quarter",
+        "last quarter",
+        "rise ÷ its standard error",
+        "rollout ÷ plain",
+        "peak GB",
+    )
     records = []
     for run in args.runs:
         s = {"seed": read_object(run / "config.json")["seed"], **summarise(read_metrics(run))}
         records.append(s)
         ratio = (s["reward_after"] - s["reward_before"]) / s["reward_rise_std_error"]
-        row = (s["reward_before"], s["reward_after"], ratio, s.get("rollout_speedup", float("nan")), s["peak_memory_gb"])
+        row = (
+            s["reward_before"],
+            s["reward_after"],
+            ratio,
+            s.get("rollout_speedup", float("nan")),
+            s["peak_memory_gb"],
+        )
         table.add_row(run.name, str(s["seed"]), *(f"{x:.3f}" for x in row))
     console().print(table)
     with Results(args.out, command_line()) as results:
@@ -91,9 +112,9 @@ def measure_gpu(args: argparse.Namespace) -> None:
     """One GPU: graphs, steps, verification and drafting."""
     import torch
 
-    from rl.bench_gpu import device, measure
-    from rl.bench_results import Results
-    from rl.errors import UserError
+    from paceline.rl.bench_gpu import device, measure
+    from paceline.rl.bench_results import Results
+    from paceline.rl.errors import UserError
 
     if not torch.cuda.is_available():
         raise UserError("bench.py gpu: no CUDA device is visible; run it on a machine with one")
@@ -102,14 +123,20 @@ def measure_gpu(args: argparse.Namespace) -> None:
             report = measure(shape, lambda line: print(line, flush=True))
             results.add("reports", report)
             for name, value in report.graph_memory.items():
-                print(f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}", flush=True)
+                print(
+                    f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}",
+                    flush=True,
+                )
             for batch, milliseconds, share in report.drafter:
-                print(f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step", flush=True)
+                print(
+                    f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step",
+                    flush=True,
+                )
 
 
 def print_plans(args: argparse.Namespace) -> None:
     """Planned bytes of graphs."""
-    from rl.bench_gpu import SHAPES, planned
+    from paceline.rl.bench_gpu import SHAPES, planned
 
     for shape in SHAPES:
         count, bucketed, naive = planned(shape)
@@ -118,11 +145,11 @@ def print_plans(args: argparse.Namespace) -> None:
 
 def compare_drafters(args: argparse.Namespace) -> None:
     """Drafters by temperature and batch, by sharing, or by position."""
-    from rl.bench import RolloutBench
-    from rl.bench_drafting import compare_drafters, compare_sharing, measure_positions
-    from rl.bench_results import Results
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_drafting import compare_drafters, compare_sharing, measure_positions
+    from paceline.rl.bench_results import Results
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -140,11 +167,11 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     """Verifiers in the engine, their theory and their bounds."""
     from dataclasses import replace
 
-    from rl.bench import RolloutBench
-    from rl.bench_results import Results
-    from rl.bench_verifiers import measure_verifiers
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_verifiers import measure_verifiers
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -160,11 +187,11 @@ def compare_selection(args: argparse.Namespace) -> None:
     """The bandit against exhaustive search, and on whole batches."""
     from dataclasses import replace
 
-    from rl.bench import RolloutBench
-    from rl.bench_results import Results
-    from rl.bench_selection import compare_selection, measure_whole_batch
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_selection import compare_selection, measure_whole_batch
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -181,11 +208,11 @@ def compare_selection(args: argparse.Namespace) -> None:
 
 def compare_served(args: argparse.Namespace) -> None:
     """The exported drafter in vLLM."""
-    from rl.bench import RolloutBench
-    from rl.bench_results import Results
-    from rl.bench_served import compare_served
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_served import compare_served
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     with Results(args.out, command_line()) as results:
@@ -199,11 +226,11 @@ def compare_served(args: argparse.Namespace) -> None:
 
 def compare_losses(args: argparse.Namespace) -> None:
     """Distillation losses by second of training."""
-    from rl.bench import RolloutBench
-    from rl.bench_losses import collection_cost, compare_losses
-    from rl.bench_results import Results
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_losses import collection_cost, compare_losses
+    from paceline.rl.bench_results import Results
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     bench = RolloutBench(load_config(args.config), args.run, 1, 64)
@@ -216,21 +243,24 @@ def compare_losses(args: argparse.Namespace) -> None:
 
 def compare_idle(args: argparse.Namespace) -> None:
     """Training on idle ranks against a frozen drafter."""
-    from rl.bench_idle import compare_idle
-    from rl.bench_results import Results
+    from paceline.rl.bench_idle import compare_idle
+    from paceline.rl.bench_results import Results
 
     with Results(args.out, command_line()) as results:
         keep = results.into("rows")
         frozen, trained = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print, keep)
     print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
-    print(f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ", end="")
+    print(
+        f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ",
+        end="",
+    )
     print(f"{trained.update_longer:+.1%}; a snapshot takes {1e3 * trained.snapshot:.0f} ms of a step")
 
 
 def compare_learning(args: argparse.Namespace) -> None:
     """Finished runs with speculation beside such without."""
-    from rl.bench_learning import compare_learning, learning_row
-    from rl.bench_results import Results
+    from paceline.rl.bench_learning import compare_learning, learning_row
+    from paceline.rl.bench_results import Results
 
     speculating, plain = ([learning_row(run) for run in runs] for runs in (args.speculating, args.plain))
     found = compare_learning(speculating, plain)
@@ -249,8 +279,8 @@ def compare_learning(args: argparse.Namespace) -> None:
 
 def compare_sharding(args: argparse.Namespace) -> None:
     """A recipe in every way that weights can lie."""
-    from rl.bench_results import Results
-    from rl.bench_sharding import compare_sharding
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_sharding import compare_sharding
 
     with Results(args.out, command_line()) as results:
         compare_sharding(args.config, args.overrides, args.runs, args.ranks, print, results.into("rows"))
@@ -258,10 +288,10 @@ def compare_sharding(args: argparse.Namespace) -> None:
 
 def compare_online(args: argparse.Namespace) -> None:
     """Online learners beside each other on one moving policy."""
-    from rl.bench_online import compare_online
-    from rl.bench_results import Results
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench_online import compare_online
+    from paceline.rl.bench_results import Results
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     config = load_config(args.config, args.overrides)
@@ -275,7 +305,7 @@ def compare_online(args: argparse.Namespace) -> None:
 
 def draw_plots(args: argparse.Namespace) -> None:
     """Pictures beside the JSON files."""
-    from rl.bench_plots import draw_all
+    from paceline.rl.bench_plots import draw_all
 
     for path in draw_all(Path("benchmarks")):
         print(path)
@@ -283,8 +313,8 @@ def draw_plots(args: argparse.Namespace) -> None:
 
 def compare_speculation_end_to_end(args: argparse.Namespace) -> None:
     """The recipe plainly and adaptively."""
-    from rl.bench_results import Results
-    from rl.bench_speculation import compare_speculation
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_speculation import compare_speculation
 
     with Results(args.out, command_line()) as results:
         plain, adaptive = compare_speculation(args.config, args.overrides, args.runs, print, results.into("runs"))

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rl.bench import RolloutBench, Workload
-from rl.bench_results import Keep, ignore
-from rl.config import RunConfig
-from rl.prompts import stable_seed
-from rl.warmup import fine_tune
-from rollout import PLAIN, Request, RolloutEngine, Strategy, mean_acceptance_length
-from rollout.drafters import DraftRules, Eagle3Drafter, SuffixDrafter
+from paceline.rl.bench import RolloutBench, Workload
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.config import RunConfig
+from paceline.rl.prompts import stable_seed
+from paceline.rl.warmup import fine_tune
+from paceline.rollout import PLAIN, Request, RolloutEngine, Strategy, mean_acceptance_length
+from paceline.rollout.drafters import DraftRules, Eagle3Drafter, SuffixDrafter
 
 STRATEGIES = {
     "suffix": ("suffix:4", "suffix:4x3/8"),

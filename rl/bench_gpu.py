@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from rollout.attention import chain_seats
-from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from rollout.drafters.eagle3_network import PaddedNetwork
-from rollout.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
-from rollout.graph_pool import CudaCapturer, GraphPool
-from rollout.kv_cache import CacheShape, SlotCache
-from rollout.model_runner import MOST_ROWS, ModelRunner, default_tap_layers
+from paceline.rollout.attention import chain_seats
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.drafters.eagle3_network import PaddedNetwork
+from paceline.rollout.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.graph_pool import CudaCapturer, GraphPool
+from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model_runner import MOST_ROWS, ModelRunner, default_tap_layers
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
@@ -180,7 +180,11 @@ def _graph_memory(runner: ModelRunner, report: GpuReport) -> None:
 
 @torch.no_grad()
 def _drafter(
-    model: PreTrainedModel, runner: ModelRunner, taps: tuple[int, ...], graphs: dict[tuple[int, int], float], report: GpuReport
+    model: PreTrainedModel,
+    runner: ModelRunner,
+    taps: tuple[int, ...],
+    graphs: dict[tuple[int, int], float],
+    report: GpuReport,
 ) -> None:
     config = eagle3_config(model.config, 32000, taps)
     with torch.device("cuda"):

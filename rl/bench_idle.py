@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import mean, quarters, train_recipe
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import mean, quarters, train_recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,12 @@ def compare_idle(
     rows: list[IdleRow] = []
     frozen: list[dict[str, Any]] = []
     for schedule in ("never", "idle"):
-        options = [*overrides, f"drafter.start={start}", f"drafter.schedule={schedule}", "measure.plain_every=0"]
+        options = [
+            *overrides,
+            f"drafter.start={start}",
+            f"drafter.schedule={schedule}",
+            "measure.plain_every=0",
+        ]
         metrics = train_recipe(config, options, out / schedule, ranks, say)
         frozen = frozen or metrics
         row = idle_row(schedule, metrics, frozen)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 
-from rl.bench_runs import mean, quarters
-from rl.summary import read_metrics
+from paceline.rl.bench_runs import mean, quarters
+from paceline.rl.summary import read_metrics
 
 
 @dataclass(frozen=True, slots=True)

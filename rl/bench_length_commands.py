@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from rl.command_line import command_line
+from paceline.rl.command_line import command_line
 
 
 def compare_rewards(args: argparse.Namespace) -> None:
     """Length-aware rewards beside plain GRPO."""
     from rich.table import Table
 
-    from rl.bench_lengths import compare_rewards
-    from rl.bench_results import Results
-    from rl.console import console
+    from paceline.rl.bench_lengths import compare_rewards
+    from paceline.rl.bench_results import Results
+    from paceline.rl.console import console
 
     with Results(args.out, command_line()) as results:
         rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
@@ -22,18 +22,24 @@ def compare_rewards(args: argparse.Namespace) -> None:
     for r in rows:
         change = f"{r.accuracy_change:+.3f} ± {r.accuracy_error:.3f}"
         table.add_row(
-            r.recipe, f"{r.accuracy:.3f}", change, f"{r.length:.1f}", f"{r.length_ratio:.2f}", f"{r.entropy:.3f}", f"{r.step:.1f}"
+            r.recipe,
+            f"{r.accuracy:.3f}",
+            change,
+            f"{r.length:.1f}",
+            f"{r.length_ratio:.2f}",
+            f"{r.entropy:.3f}",
+            f"{r.step:.1f}",
         )
     console().print(table)
 
 
 def compare_prediction(args: argparse.Namespace) -> None:
     """Length predictors, and the engine with their word."""
-    from rl.bench import RolloutBench
-    from rl.bench_prediction import compare_orders, compare_predictors, observe
-    from rl.bench_results import Results
-    from rl.config import load_config
-    from rl.machine import fit_process
+    from paceline.rl.bench import RolloutBench
+    from paceline.rl.bench_prediction import compare_orders, compare_predictors, observe
+    from paceline.rl.bench_results import Results
+    from paceline.rl.config import load_config
+    from paceline.rl.machine import fit_process
 
     fit_process(local_world_size=1)
     bench = RolloutBench(load_config(args.config), args.run, 1)
@@ -58,15 +64,25 @@ def compare_remedies(args: argparse.Namespace) -> None:
     """Remedies of the tail on one workload."""
     from rich.table import Table
 
-    from rl.bench_results import Results
-    from rl.bench_tail import REMEDIES, compare_remedies
-    from rl.console import console
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_tail import REMEDIES, compare_remedies
+    from paceline.rl.console import console
 
     with Results(args.out, command_line()) as results:
         names, keep = args.only or list(REMEDIES), results.into("rows")
         rows = compare_remedies(args.config, args.overrides, names, args.runs, args.ranks, print, keep)
     base = rows[0]
-    table = Table("remedy", "rollout s", "step s", "÷ none, by completion", "length", "drawn", "reward", "entropy", "ratio spread")
+    table = Table(
+        "remedy",
+        "rollout s",
+        "step s",
+        "÷ none, by completion",
+        "length",
+        "drawn",
+        "reward",
+        "entropy",
+        "ratio spread",
+    )
     for r in rows:
         table.add_row(
             r.remedy,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import finished_run, mean, quarters
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import finished_run, mean, quarters
 
 
 @dataclass(frozen=True, slots=True)

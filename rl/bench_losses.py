@@ -9,18 +9,18 @@ from functools import partial
 
 import torch
 
-from drafter_trainer.buffer import TraceBuffer
-from drafter_trainer.initial import initial_drafter
-from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.spot import SpotTrainer
-from drafter_trainer.unroll import Objective
-from drafter_trainer.vocabulary import choose_vocabulary
-from rl.bench import RolloutBench
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import is_over
-from rl.policy_engine import policy_engine
-from rollout import PLAIN, Rollout, RolloutEngine
-from rollout.drafters.eagle3_model import eagle3_config
+from paceline.drafter_trainer.buffer import TraceBuffer
+from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.spot import SpotTrainer
+from paceline.drafter_trainer.unroll import Objective
+from paceline.drafter_trainer.vocabulary import choose_vocabulary
+from paceline.rl.bench import RolloutBench
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import is_over
+from paceline.rl.policy_engine import policy_engine
+from paceline.rollout import PLAIN, Rollout, RolloutEngine
+from paceline.rollout.drafters.eagle3_model import eagle3_config
 
 _ENDLESS = 10**6
 _JUDGED = 4096  # anchors kept back
@@ -92,7 +92,16 @@ def compare_losses(
         learner.objective = Objective(unroll=4)
         (pieces,) = buffer.held_out_batches(_JUDGED, 1)
         judged = learner.evaluate(pieces)
-        rows.append(LossRow(name, report.updates, report.seconds, judged.length, judged.likeliest_length, judged.acceptance))
+        rows.append(
+            LossRow(
+                name,
+                report.updates,
+                report.seconds,
+                judged.length,
+                judged.likeliest_length,
+                judged.acceptance,
+            )
+        )
         keep(rows[-1])
         say(f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest {judged.likeliest_length:.3f}")
     return rows
@@ -107,7 +116,11 @@ def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:
 
 def _collecting(bench: RolloutBench, longest: int, collects: bool) -> RolloutEngine:
     return policy_engine(
-        bench.policy, max_slots=32, max_context=160 + longest, tap_layers=bench.taps if collects else (), collect_traces=collects
+        bench.policy,
+        max_slots=32,
+        max_context=160 + longest,
+        tap_layers=bench.taps if collects else (),
+        collect_traces=collects,
     )
 
 

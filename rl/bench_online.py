@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from drafter_trainer.buffer import Piece, TraceBuffer
-from drafter_trainer.checkpoint import load_drafter
-from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.spot import LearnerReport, SpotTrainer
-from drafter_trainer.unroll import Objective
-from rl.bench_runs import is_over
-from rl.config import DrafterConfig, RunConfig
-from rl.distillation import spot_trainer, trace_buffer
-from rl.groups import RankRollouts
-from rl.shared_drafter import SharedDrafter
-from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.buffer import Piece, TraceBuffer
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.unroll import Objective
+from paceline.rl.bench_runs import is_over
+from paceline.rl.config import DrafterConfig, RunConfig
+from paceline.rl.distillation import spot_trainer, trace_buffer
+from paceline.rl.groups import RankRollouts
+from paceline.rl.shared_drafter import SharedDrafter
+from paceline.rl.tracking import Tracker
+from paceline.rl.trainer import Trainer, make_accelerator
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 VARIANTS: dict[str, Callable[[DrafterConfig], DrafterConfig]] = {
     "AdamW": lambda d: d,
@@ -68,7 +68,14 @@ class _Judge:
 class _SideBySide(SharedDrafter):
     """Gives every variant the same time on the same rollouts."""
 
-    def __init__(self, config: RunConfig, trainer: Trainer, start: Eagle3Model, seconds: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        start: Eagle3Model,
+        seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
         super().__init__(config, trainer.worker, trainer.accelerator, trainer.run_dir, say)
         self._policy, self._start, self._seconds = trainer.decoded, start, seconds
         self._temperature = config.rollout.temperature
@@ -107,13 +114,24 @@ class _SideBySide(SharedDrafter):
         autocast = partial(torch.autocast, self._policy.device.type, dtype=torch.bfloat16)
         objective = Objective(unroll=_CHAIN)
         learner = DrafterLearner(
-            self._start, embed.bfloat16(), head.bfloat16(), objective, lr=1.0, temperature=self._temperature, autocast=autocast
+            self._start,
+            embed.bfloat16(),
+            head.bfloat16(),
+            objective,
+            lr=1.0,
+            temperature=self._temperature,
+            autocast=autocast,
         )
         return _Judge(pieces, learner)
 
 
 def compare_online(
-    config: RunConfig, start: Path, seconds: float, out: Path, say: Callable[[str], None], keep: Callable[[list[OnlineRow]], None]
+    config: RunConfig,
+    start: Path,
+    seconds: float,
+    out: Path,
+    say: Callable[[str], None],
+    keep: Callable[[list[OnlineRow]], None],
 ) -> list[OnlineRow]:
     """Trains the recipe's policy in this process; after each step's rollouts every variant learns for ``seconds``.
 

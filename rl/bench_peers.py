@@ -13,12 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from rl.errors import UserError
-from rollout import Request
+from paceline.rl.errors import UserError
+from paceline.rollout import Request
 
 VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     "vLLM plain": None,
-    "vLLM n-gram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+    "vLLM n-gram": {
+        "method": "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    },
 }
 _TIMEOUT_SECONDS = 1800
 
@@ -124,7 +129,11 @@ class Peers:
 
 
 def _as_json(
-    slots: int, timed: Sequence[Request], warm: Sequence[Request], repeats: int, speculative: dict[str, Any] | None
+    slots: int,
+    timed: Sequence[Request],
+    warm: Sequence[Request],
+    repeats: int,
+    speculative: dict[str, Any] | None,
 ) -> dict[str, Any]:
     def plain(requests: Sequence[Request]) -> list[dict[str, Any]]:
         return [{"prompt": list(r.prompt_ids), "tokens": r.params.max_tokens, "seed": r.seed & 0xFFFFFFFF} for r in requests]

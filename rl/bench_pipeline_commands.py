@@ -6,16 +6,16 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from rl.command_line import command_line
+from paceline.rl.command_line import command_line
 
 
 def compare_trl(args: argparse.Namespace) -> None:
     """TRL's own generation, and ours in TRL."""
     from rich.table import Table
 
-    from rl.bench_results import Results
-    from rl.bench_trl import compare_trl
-    from rl.console import console
+    from paceline.rl.bench_results import Results
+    from paceline.rl.bench_trl import compare_trl
+    from paceline.rl.console import console
 
     with Results(args.out, command_line()) as results:
         keep = results.into("rows")

@@ -97,7 +97,12 @@ def _sharing(tables: dict[str, Rows]) -> plt.Figure:
         style = "o-" if shared else "o:"
         label = f"epoch {epoch + 1}, {'shared' if shared else 'alone'}"
         ax.plot(
-            [r["sample"] + 1 for r in rows], [r["acceptance_length"] for r in rows], style, color=f"C{epoch}", ms=3, label=label
+            [r["sample"] + 1 for r in rows],
+            [r["acceptance_length"] for r in rows],
+            style,
+            color=f"C{epoch}",
+            ms=3,
+            label=label,
         )
     ax.set(xlabel="sample of the group", ylabel="acceptance length, suffix:4")
     ax.legend(fontsize=7, ncol=2)

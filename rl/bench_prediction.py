@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rl.bench import RolloutBench
-from rl.bench_results import Keep, ignore
-from rl.lengths.predictor import Example, Kind, LengthPredictor
-from rl.lengths.statistics import is_loop, pinball
-from rl.tasks import load_task
-from rollout import Request
-from rollout.lengths import LengthEstimate
+from paceline.rl.bench import RolloutBench
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.lengths.predictor import Example, Kind, LengthPredictor
+from paceline.rl.lengths.statistics import is_loop, pinball
+from paceline.rl.tasks import load_task
+from paceline.rollout import Request
+from paceline.rollout.lengths import LengthEstimate
 
 _KINDS: tuple[Kind, ...] = ("prod_d", "prod_m", "one_shot")
 
@@ -114,7 +114,10 @@ def compare_predictors(known: Observed, held_out: Observed, longest: int, seeds:
             heads = [trained(kind, known.examples, longest, seed) for seed in range(seeds)]
             each = [_by_prompt(head.quantile(states, q).numpy(), lengths, q) for head in heads]
             losses.setdefault(kind, []).append(np.mean(each, axis=0))
-        constants = {"quantile of all prompts": np.quantile(learned, q), "mean of all prompts": learned.mean()}
+        constants = {
+            "quantile of all prompts": np.quantile(learned, q),
+            "mean of all prompts": learned.mean(),
+        }
         for name, value in constants.items():
             losses.setdefault(name, []).append(_by_prompt(np.full(len(lengths), value), lengths, q))
         half = lengths.shape[1] // 2  # what a prompt that is asked again is known by: its own earlier samples
@@ -155,7 +158,11 @@ def compare_orders(
     head = trained("prod_d", known.examples, longest, seed=0)
     predicted = head.quantile(torch.stack([e.state for e in held_out.examples]), 0.9).tolist()
     pairs = [
-        (replace(request, params=replace(request.params, max_tokens=length, stop_token_ids=())), predicted[number], length)
+        (
+            replace(request, params=replace(request.params, max_tokens=length, stop_token_ids=())),
+            predicted[number],
+            length,
+        )
         for number, (group, example) in enumerate(zip(held_out.requests, held_out.examples, strict=True))
         for request, length in zip(group, example.lengths, strict=True)
     ]

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from rl.bench import Measurement
-from rl.bench_step import StepProfile
+from paceline.rl.bench import Measurement
+from paceline.rl.bench_step import StepProfile
 
 
 def results_table(results: Sequence[Measurement]) -> Table:
@@ -69,9 +69,19 @@ def draw_results(results: Sequence[Measurement], path: Path) -> None:
     plain = {m.workload: m.tokens_per_second for m in results if m.method == "plain"}
     for i, method in enumerate(methods):
         points = [(workloads.index(m.workload), m.tokens_per_second / plain[m.workload]) for m in results if m.method == method]
-        ax.bar([x + (i - (len(methods) - 1) / 2) * width for x, _ in points], [y for _, y in points], width, label=method)
+        ax.bar(
+            [x + (i - (len(methods) - 1) / 2) * width for x, _ in points],
+            [y for _, y in points],
+            width,
+            label=method,
+        )
     ax.axhline(1, color="grey", lw=0.8)
-    ax.set(xticks=range(len(workloads)), xticklabels=workloads, xlabel="concurrent sequences", ylabel="tokens/s ÷ engine plain")
+    ax.set(
+        xticks=range(len(workloads)),
+        xticklabels=workloads,
+        xlabel="concurrent sequences",
+        ylabel="tokens/s ÷ engine plain",
+    )
     ax.legend(ncol=len(methods), fontsize=8)
     figure.tight_layout()
     figure.savefig(path)

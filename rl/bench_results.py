@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rl.errors import UserError
-from rl.files import write_whole
+from paceline.rl.errors import UserError
+from paceline.rl.files import write_whole
 
 Keep = Callable[[Any], None]  # takes a finished row
 
@@ -58,7 +58,11 @@ class Results:
 
     def __init__(self, out: Path, command: str, **head: Any) -> None:
         self._path, self._before = json_path(out), json_path(out).with_suffix(".before.json")
-        self._data: dict[str, Any] = {"command": command, "unfinished": True, **(head or {"machine": machine()})}
+        self._data: dict[str, Any] = {
+            "command": command,
+            "unfinished": True,
+            **(head or {"machine": machine()}),
+        }
 
     def __enter__(self) -> Results:
         return self
@@ -100,7 +104,10 @@ class Results:
             write_whole(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
             return True
         except OSError as error:
-            print(f"{self._path}: not written ({error.strerror}); its rows are kept for the next attempt", flush=True)
+            print(
+                f"{self._path}: not written ({error.strerror}); its rows are kept for the next attempt",
+                flush=True,
+            )
             return False
 
 
@@ -108,4 +115,8 @@ def machine() -> dict[str, Any]:
     """What a benchmark ran on."""
     import torch
 
-    return {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

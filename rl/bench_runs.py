@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.errors import UserError
-from rl.progress import duration
-from rl.summary import read_metrics
+from paceline.rl.errors import UserError
+from paceline.rl.progress import duration
+from paceline.rl.summary import read_metrics
 
 _POLL = 0.5  # seconds
 _BETWEEN_LINES = 30.0  # seconds
@@ -61,7 +61,15 @@ def run_ranks(script: str, arguments: Sequence[str], out: Path, ranks: int, say:
 
 def _launcher(script: str, ranks: int) -> list[str]:
     path = Path(__file__).parents[1] / "launch" / script
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(path)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        str(path),
+    ]
 
 
 def _watch(job: subprocess.Popen[bytes], out: Path, say: Say) -> None:

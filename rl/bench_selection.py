@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from rl.bench import Measurement, RolloutBench, Workload
-from rl.bench_results import Keep, ignore
-from rollout import PLAIN, RolloutEngine, Strategy
-from rollout.strategy import FixedSelector, Selector, default_arms
+from paceline.rl.bench import Measurement, RolloutBench, Workload
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rollout import PLAIN, RolloutEngine, Strategy
+from paceline.rollout.strategy import FixedSelector, Selector, default_arms
 
 _LEAST_STEPS = 200
 _FINALISTS, _FINAL_PASSES = 3, 3
@@ -131,7 +131,14 @@ def measure_whole_batch(bench: RolloutBench, w: Workload) -> AmdahlRow:
     assert plain.prefill_seconds is not None
     least = plain.prefill_seconds + (plain.seconds - plain.prefill_seconds) / (engine.max_nodes + 1)
     tail_ratio = tail_plain / tail if tail_plain > 0 and tail > 0 else None
-    return AmdahlRow(w.name, plain.seconds, adaptive.seconds, plain.seconds / adaptive.seconds, plain.seconds / least, tail_ratio)
+    return AmdahlRow(
+        w.name,
+        plain.seconds,
+        adaptive.seconds,
+        plain.seconds / adaptive.seconds,
+        plain.seconds / least,
+        tail_ratio,
+    )
 
 
 def _tail_seconds(engine: RolloutEngine) -> float:

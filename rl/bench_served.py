@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from drafter_trainer.checkpoint import save_drafter
-from rl.bench import RolloutBench
-from rl.bench_peers import Peers
-from rl.errors import UserError
-from rollout import Strategy, mean_acceptance_length
-from rollout.drafters import DraftRules
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.rl.bench import RolloutBench
+from paceline.rl.bench_peers import Peers
+from paceline.rl.errors import UserError
+from paceline.rollout import Strategy, mean_acceptance_length
+from paceline.rollout.drafters import DraftRules
 
 _SLOTS = 16
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import mean, train_recipe
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import mean, train_recipe
 
 WAYS = {
     "replicated": (),
@@ -40,7 +40,12 @@ class ShardingRow:
 
 
 def compare_sharding(
-    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Callable[[str], None], keep: Keep = ignore
+    config: Path,
+    overrides: Sequence[str],
+    out: Path,
+    ranks: int,
+    say: Callable[[str], None],
+    keep: Keep = ignore,
 ) -> list[ShardingRow]:
     """Trains the recipe from the same policy and seed in every way.
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import Say, mean, quarters, train_recipe
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import Say, mean, quarters, train_recipe
 
 
 @dataclass(frozen=True, slots=True)

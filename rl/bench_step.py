@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rl.policy_engine import policy_engine
-from rollout import Request, RolloutEngine, SamplingParams
-from rollout.fused_layer import FusedLayer
-from rollout.native import Kernels
-from rollout.packed_linear import PackedLinear
+from paceline.rl.policy_engine import policy_engine
+from paceline.rollout import Request, RolloutEngine, SamplingParams
+from paceline.rollout.fused_layer import FusedLayer
+from paceline.rollout.native import Kernels
+from paceline.rollout.packed_linear import PackedLinear
 
 _CONTEXT = 256
 _TIMED_PARTS: tuple[tuple[type, str, str], ...] = (

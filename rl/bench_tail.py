@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import finished_run, mean, quarters
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import finished_run, mean, quarters
 
 _PLAIN = ("speculation.strategy=plain", "speculation.drafters=[suffix]")
 _SEGMENTS = ("rollout.segment_tokens=48", "update.importance=token")
@@ -18,7 +18,12 @@ REMEDIES: dict[str, tuple[str, ...]] = {
     "none": _PLAIN,
     "speculation": (),
     "segments": (*_PLAIN, *_SEGMENTS),
-    "segments, mastered tokens masked": (*_PLAIN, *_SEGMENTS, "update.mask_mastered=0.99", "update.mastered_below=0.2"),
+    "segments, mastered tokens masked": (
+        *_PLAIN,
+        *_SEGMENTS,
+        "update.mask_mastered=0.99",
+        "update.mastered_below=0.2",
+    ),
     "shared beginnings": (*_PLAIN, *_TREE),
     "grpo_lambda": (*_PLAIN, *_BRIEF),
     "speculation and segments": _SEGMENTS,

@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from rl.bench_results import Keep, ignore
-from rl.bench_runs import mean, run_ranks
-from rl.errors import UserError
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rl.bench_runs import mean, run_ranks
+from paceline.rl.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,13 @@ def compare_trl(
         if not (out / "steps.jsonl").is_file():
             if not drafter.is_dir():
                 raise UserError(f"--drafter {drafter}: not there; make it with paceline warmup {config} --drafter {drafter}")
-            run_ranks("train_trl.py", [config, "--rollouts", side, "--drafter", str(drafter), *overrides], out, ranks, say)
+            run_ranks(
+                "train_trl.py",
+                [config, "--rollouts", side, "--drafter", str(drafter), *overrides],
+                out,
+                ranks,
+                say,
+            )
         rows.append(_row(side, [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]))
         keep(rows[-1])
     theirs, ours = rows

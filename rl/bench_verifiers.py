@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rl.bench import RolloutBench
-from rl.bench_results import Keep, ignore
-from rollout import mean_acceptance_length
-from rollout.drafters import DraftRules
-from rollout.trees import DraftKind, DraftTree
-from rollout.verify import VERIFIERS, Uniforms, Verification, Verifier
-from rollout.verify.optimal import (
+from paceline.rl.bench import RolloutBench
+from paceline.rl.bench_results import Keep, ignore
+from paceline.rollout import mean_acceptance_length
+from paceline.rollout.drafters import DraftRules
+from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.verify import VERIFIERS, Uniforms, Verification, Verifier
+from paceline.rollout.verify.optimal import (
     chain_acceptance,
     deterministic_acceptance,
     optimal_acceptance,

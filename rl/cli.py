@@ -10,8 +10,8 @@ from typing import Annotated
 
 from typer import Argument
 
-from drafter_trainer.errors import DrafterError
-from rl.errors import UserError
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.rl.errors import UserError
 
 Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY=VALUE]...")]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from rl.metrics import Span
-from rl.progress import Phase
+from paceline.rl.metrics import Span
+from paceline.rl.progress import Phase
 
 
 class Clock:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from rl.drafting_rules import check_drafting, draft_rules
-from rl.drafting_sections import DrafterConfig, SpeculationConfig
-from rl.errors import UserError
-from rl.recipe_rules import check
-from rl.sections import (
+from paceline.rl.drafting_rules import check_drafting, draft_rules
+from paceline.rl.drafting_sections import DrafterConfig, SpeculationConfig
+from paceline.rl.errors import UserError
+from paceline.rl.recipe_rules import check
+from paceline.rl.sections import (
     CriticConfig,
     EvaluationConfig,
     LoraConfig,
@@ -26,8 +26,8 @@ from rl.sections import (
     UpdateConfig,
     WarmupConfig,
 )
-from rl.shipped import shipped_folder, shipped_or_own
-from rl.strict import apply_override, parse
+from paceline.rl.shipped import shipped_folder, shipped_or_own
+from paceline.rl.strict import apply_override, parse
 
 __all__ = [
     "CriticConfig",

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl.algorithms.ppo import value_loss
-from rl.balance import Scored
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.log_probs import PACKED_ATTENTION
-from rl.packed_check import decoder_of, turn_off_dropout
-from rl.packed_step import packed_step
-from rl.packing import PackedBatch
-from rl.run_state import restore_moments
-from rl.scoring import Completion, by_completion, micro_batches
-from rl.sharding import AdamWSettings, WholeState, shard, whole_state
-from rollout.transformers_api import use_attention
+from paceline.rl.algorithms.ppo import value_loss
+from paceline.rl.balance import Scored
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.log_probs import PACKED_ATTENTION
+from paceline.rl.packed_check import decoder_of, turn_off_dropout
+from paceline.rl.packed_step import packed_step
+from paceline.rl.packing import PackedBatch
+from paceline.rl.run_state import restore_moments
+from paceline.rl.scoring import Completion, by_completion, micro_batches
+from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rollout.transformers_api import use_attention
 
 
 class ValueModel(nn.Module):
@@ -81,7 +81,11 @@ class Critic:
     """
 
     def __init__(self, accelerator: Accelerator, model: ValueModel, config: RunConfig, kept: Path | None) -> None:
-        self._accelerator, self._config, self._budget = accelerator, config.critic, config.update.tokens_per_microbatch
+        self._accelerator, self._config, self._budget = (
+            accelerator,
+            config.critic,
+            config.update.tokens_per_microbatch,
+        )
         if kept is not None:
             _load(model, kept / "critic.safetensors")
         settings = AdamWSettings(config.critic.lr, 0.0, config.critic.grad_clip, config.policy.mixed_precision)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from drafter_trainer.buffer import TraceBuffer
-from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.spot import SpotTrainer
-from drafter_trainer.unroll import Objective
-from rl.config import RunConfig
-from rl.prompts import stable_seed
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.buffer import TraceBuffer
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.spot import SpotTrainer
+from paceline.drafter_trainer.unroll import Objective
+from paceline.rl.config import RunConfig
+from paceline.rl.prompts import stable_seed
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:

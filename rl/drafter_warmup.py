@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from drafter_trainer.checkpoint import save_drafter
-from drafter_trainer.optimizer_state import save_optimizer
-from drafter_trainer.spot import SpotTrainer
-from drafter_trainer.vocabulary import choose_vocabulary, coverage
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.policies import load_policy, load_tokenizer
-from rl.problems import Problem
-from rl.rollouts import RolloutWorker
-from rl.starting import starting_policy
-from rl.tasks import load_task
-from rollout import Strategy, mean_acceptance_length
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.optimizer_state import save_optimizer
+from paceline.drafter_trainer.spot import SpotTrainer
+from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.policies import load_policy, load_tokenizer
+from paceline.rl.problems import Problem
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.starting import starting_policy
+from paceline.rl.tasks import load_task
+from paceline.rollout import Strategy, mean_acceptance_length
 
 _CHAIN = 4
 _PROBLEMS = 16

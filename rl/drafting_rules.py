@@ -6,15 +6,15 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from rl.drafting_sections import SpeculationConfig
-from rl.errors import UserError
-from rl.sections import RunConfig
-from rollout import Strategy
-from rollout.drafters import DRAFTERS, DraftRules
-from rollout.drafters.coverage import refusal, stated_kind
-from rollout.strategy import default_arms
-from rollout.trees import MOST_NODES, DraftKind
-from rollout.verify import VERIFIERS
+from paceline.rl.drafting_sections import SpeculationConfig
+from paceline.rl.errors import UserError
+from paceline.rl.sections import RunConfig
+from paceline.rollout import Strategy
+from paceline.rollout.drafters import DRAFTERS, DraftRules
+from paceline.rollout.drafters.coverage import refusal, stated_kind
+from paceline.rollout.strategy import default_arms
+from paceline.rollout.trees import MOST_NODES, DraftKind
+from paceline.rollout.verify import VERIFIERS
 
 
 def check_drafting(config: RunConfig) -> None:
@@ -26,8 +26,14 @@ def check_drafting(config: RunConfig) -> None:
     r, d, s = config.rollout, config.drafter, config.speculation
     rules = [
         (r.max_tokens >= 1, f"rollout.max_tokens is {r.max_tokens}: write at least 1"),
-        (r.max_tokens < r.max_context, "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too"),
-        (0 < r.temperature < float("inf"), f"rollout.temperature is {r.temperature}: RL samples; write a number above 0"),
+        (
+            r.max_tokens < r.max_context,
+            "rollout.max_context must exceed rollout.max_tokens: the prompt needs room too",
+        ),
+        (
+            0 < r.temperature < float("inf"),
+            f"rollout.temperature is {r.temperature}: RL samples; write a number above 0",
+        ),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
         (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
         (0 <= s.epsilon < 1, f"speculation.epsilon is {s.epsilon}: write a number in [0, 1)"),
@@ -56,7 +62,10 @@ def check_drafting(config: RunConfig) -> None:
             f"drafter.warmup_minutes is {d.warmup_minutes}: write minutes above 0, or null",
         ),
         (d.unroll >= 1, f"drafter.unroll is {d.unroll}: write at least 1"),
-        (d.mask_top is None or d.mask_top >= 1, f"drafter.mask_top is {d.mask_top}: write at least 1, or null"),
+        (
+            d.mask_top is None or d.mask_top >= 1,
+            f"drafter.mask_top is {d.mask_top}: write at least 1, or null",
+        ),
         (
             d.loss != "length" or not (d.feedback_only or d.on_policy),
             "drafter.loss length is of whole drafts: drafter.feedback_only and on_policy weigh single positions; leave them out",
@@ -67,8 +76,14 @@ def check_drafting(config: RunConfig) -> None:
             d.tokens_per_microbatch >= 16 and d.passes >= 1 and d.judge_every >= 1,
             "drafter.tokens_per_microbatch must be at least 16, passes and judge_every at least 1",
         ),
-        (d.held_out_every != 1, "drafter.held_out_every is 1: nothing would be left to train on; write 0, or at least 2"),
-        (0 <= d.previous_share < 1, f"drafter.previous_share is {d.previous_share}: write a number in [0, 1)"),
+        (
+            d.held_out_every != 1,
+            "drafter.held_out_every is 1: nothing would be left to train on; write 0, or at least 2",
+        ),
+        (
+            0 <= d.previous_share < 1,
+            f"drafter.previous_share is {d.previous_share}: write a number in [0, 1)",
+        ),
         (0 < d.age_decay <= 1, f"drafter.age_decay is {d.age_decay}: write a number in (0, 1]"),
         (0 <= d.reward_weight <= 1, f"drafter.reward_weight is {d.reward_weight}: write a number in [0, 1]"),
     ]
@@ -116,7 +131,10 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
     drafts = "eagle3" in s.drafters
     asks = [f"rollout.{name}" for name in ("segment_tokens", "tree") if getattr(r, name) is not None]
     return [
-        (not asks, f"rollout.vllm decodes whole completions: leave {', '.join(asks)} out, or decode with the engine"),
+        (
+            not asks,
+            f"rollout.vllm decodes whole completions: leave {', '.join(asks)} out, or decode with the engine",
+        ),
         (
             length.predictor == "observed",
             "length.predictor orders the engine's admission, rollout.vllm has its own: write observed",
@@ -125,8 +143,14 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
             not any(entry.get("name") == "pear" for entry in length.rewards),
             "length.rewards has pear, whose entropies vLLM does not give: decode with the engine",
         ),
-        (length.anytime is None, "length.anytime demands answers of cut thoughts from the engine: decode with it"),
-        (config.measure.plain_every == 0, "measure.plain_every decodes again with the engine: write 0 with rollout.vllm"),
+        (
+            length.anytime is None,
+            "length.anytime demands answers of cut thoughts from the engine: decode with it",
+        ),
+        (
+            config.measure.plain_every == 0,
+            "measure.plain_every decodes again with the engine: write 0 with rollout.vllm",
+        ),
         (
             not r.vllm.servers or r.vllm.exchange is not None,
             "rollout.vllm.servers read new weights from one directory: write it in rollout.vllm.exchange, and start them with "
@@ -142,7 +166,10 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "rollout.vllm takes a drafter at its start: name one in drafter.start (launch/warmup_drafter.py makes it), "
             "or write speculation.drafters: []",
         ),
-        (config.drafter.vocabulary_every == 0, "drafter.vocabulary_every changes what vLLM has loaded: write 0 with rollout.vllm"),
+        (
+            config.drafter.vocabulary_every == 0,
+            "drafter.vocabulary_every changes what vLLM has loaded: write 0 with rollout.vllm",
+        ),
         (
             re.fullmatch(r"adaptive|plain|eagle3:\d+", s.strategy) is not None,
             f"speculation.strategy is {s.strategy}: rollout.vllm knows adaptive, plain and eagle3:<depth>",

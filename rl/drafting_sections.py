@@ -13,7 +13,7 @@ class SpeculationConfig:
     Attributes:
         strategy: ``adaptive``, ``plain``, or one strategy for all steps: ``<drafter>:<depth>`` drafts chains,
             ``<drafter>:<depth>x<width>/<nodes>`` trees of that many nodes, for example ``eagle3:5x4/12``.
-        drafters: Which are built; names of `rollout.drafters.DRAFTERS`.
+        drafters: Which are built; names of `paceline.rollout.drafters.DRAFTERS`.
         arms: Strategies that ``adaptive`` chooses from; empty takes chains and trees of every drafter.
         selection: How it chooses: ``beg`` (ε-greedy) or ``thompson``.
         epsilon: Share of the time that explorations of ``beg`` may lose.

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from rl.config import RunConfig
-from rl.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy_config
-from rl.places import Place, gpu_of, this_machine
-from rl.sharding import zero_stage
-from rl.starting import starting_drafter
-from rl.tiny_policy import check_policy
+from paceline.rl.config import RunConfig
+from paceline.rl.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy_config
+from paceline.rl.places import Place, gpu_of, this_machine
+from paceline.rl.sharding import zero_stage
+from paceline.rl.starting import starting_drafter
+from paceline.rl.tiny_policy import check_policy
 
 
 def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None) -> list[str]:
@@ -32,7 +32,10 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
         zero_stage(config.scale.deepspeed)  # whether the file can be used
     policy = policy_config(config.policy.model)
     if policy is None:
-        return [*lines, f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated"]
+        return [
+            *lines,
+            f"{config.policy.model} is not at hand and the hub cannot be reached: nothing is estimated",
+        ]
     untried = check_policy(policy, r.max_context)
     if untried is not None:
         lines.append(f"{untried}: the run itself will check it")

@@ -8,23 +8,26 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from rl.config import LoraConfig, RunConfig
-from rl.hub import HubUnreachable, hub_config
-from rl.lora import add_adapters
-from rl.places import Place
-from rl.policies import cached_policy
-from rl.policy_files import read_config
-from rl.sharding import is_shared, trainable, zero_stage
-from rl.shipped import shipped_folder
-from rollout import default_tap_layers
-from rollout.drafters.eagle3_model import eagle3_config, parameter_count
-from rollout.kv_cache import CacheShape
-from rollout.model_shape import key_shape
+from paceline.rl.config import LoraConfig, RunConfig
+from paceline.rl.hub import HubUnreachable, hub_config
+from paceline.rl.lora import add_adapters
+from paceline.rl.places import Place
+from paceline.rl.policies import cached_policy
+from paceline.rl.policy_files import read_config
+from paceline.rl.sharding import is_shared, trainable, zero_stage
+from paceline.rl.shipped import shipped_folder
+from paceline.rollout import default_tap_layers
+from paceline.rollout.drafters.eagle3_model import eagle3_config, parameter_count
+from paceline.rollout.kv_cache import CacheShape
+from paceline.rollout.model_shape import key_shape
 
 _SHAPES = shipped_folder() / "shapes"
 KEYS_AND_VALUES = "keys, values and taps"
 _MOMENTS = 8  # bytes of Adam's two for a parameter
-_CONTEXT = {"cuda": int(1e9), "cpu": int(0.7e9)}  # CUDA's context and workspaces; Python with torch and transformers imported
+_CONTEXT = {
+    "cuda": int(1e9),
+    "cpu": int(0.7e9),
+}  # CUDA's context and workspaces; Python with torch and transformers imported
 _VLLM_SHARE = 0.9  # of a GPU, that vLLM takes unless told otherwise (gpu_memory_utilization)
 
 
@@ -167,7 +170,10 @@ def _beside(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks:
         parts.append(_alike("drafter in training", trained))
         parts.append(_alike("drafter, served and approved", size * (8 + dtype.itemsize)))
         if drafter.schedule != "never":
-            kept = min(drafter.memory_tokens, (drafter.previous_steps + 1) * int(_sequences(config, ranks) * _length(config)))
+            kept = min(
+                drafter.memory_tokens,
+                (drafter.previous_steps + 1) * int(_sequences(config, ranks) * _length(config)),
+            )
             parts.append(_alike("drafter's traces", kept * (len(taps) + 1) * text.hidden_size * dtype.itemsize))
     return parts
 

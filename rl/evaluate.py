@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.evaluation_problems import evaluation_problems, fitting
-from rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
-from rl.policies import load_policy, load_tokenizer
-from rl.policy_engine import policy_engine
-from rl.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
-from rl.rewards.pool import ScoringPool
-from rl.tasks import Problem, load_task
-from rollout import FinishReason, Request, Rollout, SamplingParams, default_tap_layers
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.evaluation_problems import evaluation_problems, fitting
+from paceline.rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
+from paceline.rl.policies import load_policy, load_tokenizer
+from paceline.rl.policy_engine import policy_engine
+from paceline.rl.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
+from paceline.rl.rewards.pool import ScoringPool
+from paceline.rl.tasks import Problem, load_task
+from paceline.rollout import FinishReason, Request, Rollout, SamplingParams, default_tap_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,12 @@ class Evaluator:
         with ScoringPool(self._asked.task, self._asked.seed, self._samples) as pool:
             pool.wait_ready()
             for index, (problem, ids) in enumerate(zip(owners, completions, strict=True)):
-                pool.add(index, problem, scored_text(self.tokenizer, ids, self._config.task, self._params.stop_token_ids), ids)
+                pool.add(
+                    index,
+                    problem,
+                    scored_text(self.tokenizer, ids, self._config.task, self._params.stop_token_ids),
+                    ids,
+                )
             scores = pool.collect()
         scored = [value for index, value in scores.values.items() if index not in scores.unscored]
         if not scored:
@@ -97,7 +102,13 @@ class Evaluator:
         lengths = [len(ids) for ids in completions]
         unscored = len(owners) - len(scored)
         return Evaluation(
-            way, sum(scored) / len(scored), sum(lengths) / len(lengths), max(lengths), len(lengths), unscored, scores.problem
+            way,
+            sum(scored) / len(scored),
+            sum(lengths) / len(lengths),
+            max(lengths),
+            len(lengths),
+            unscored,
+            scores.problem,
         )
 
     def predictor(self, prompts: int) -> RemainingLength:

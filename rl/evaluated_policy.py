@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl.config import RunConfig, check, load_config
-from rl.errors import UserError
-from rl.evaluation_problems import check_not_trained
-from rl.kept_checkpoints import find_kept
-from rl.resuming import kept_recipe
-from rl.strict import apply_override, parse
+from paceline.rl.config import RunConfig, check, load_config
+from paceline.rl.errors import UserError
+from paceline.rl.evaluation_problems import check_not_trained
+from paceline.rl.kept_checkpoints import find_kept
+from paceline.rl.resuming import kept_recipe
+from paceline.rl.strict import apply_override, parse
 
 
 def evaluated_policy(

@@ -7,15 +7,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.problems import Problem
-from rl.prompts import encode_problem
-from rl.task_config import TaskConfig
-from rl.tasks import Task, load_heldout_task, load_task
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.problems import Problem
+from paceline.rl.prompts import encode_problem
+from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks import Task, load_heldout_task, load_task
 
 _SEED = 777  # of reasoning-gym's problems for evaluation
-_SUFFIXES: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_SUFFIXES: dict[str, Literal["jsonl", "parquet"]] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,15 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
                 f"evaluation.path is {own}, which is trained on: name other problems, another split in evaluation.split, or write "
                 "task.heldout before the run, and no evaluation.path"
             )
-        asked = replace(task, source=known or "huggingface", path=own, split=split, heldout=0.0, curriculum=None, duplicates="keep")
+        asked = replace(
+            task,
+            source=known or "huggingface",
+            path=own,
+            split=split,
+            heldout=0.0,
+            curriculum=None,
+            duplicates="keep",
+        )
         return EvaluationProblems(_first(load_task(asked, config.seed), count), asked, config.seed, f"of {own}")
     if task.heldout:
         heldout = load_heldout_task(task, config.seed) if trained is None else trained.heldout()

@@ -10,11 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drafter_trainer import json_object
-from drafter_trainer.checksums import sync
-from rl.errors import UserError
+from paceline.drafter_trainer import json_object
+from paceline.drafter_trainer.checksums import sync
+from paceline.rl.errors import UserError
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.ESTALE, errno.EFBIG}
+_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ESTALE,
+    errno.EFBIG,
+}
 
 
 def write_whole(path: Path, text: str) -> bool:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rl.lengths.estimate import PredictedLengths
-from rl.prompts import encode_problem, seed_key, stable_seed
-from rl.sections import RunConfig
-from rl.segments import OpenGroup, restored
-from rl.shaping import assign_budgets
-from rl.tasks import Problem
-from rl.tree_rollout import Tree, grow
-from rollout import Request, Rollout, RolloutEngine, SamplingParams, StepRecord
-from rollout.backends import Decoder
+from paceline.rl.lengths.estimate import PredictedLengths
+from paceline.rl.prompts import encode_problem, seed_key, stable_seed
+from paceline.rl.sections import RunConfig
+from paceline.rl.segments import OpenGroup, restored
+from paceline.rl.shaping import assign_budgets
+from paceline.rl.tasks import Problem
+from paceline.rl.tree_rollout import Tree, grow
+from paceline.rollout import Request, Rollout, RolloutEngine, SamplingParams, StepRecord
+from paceline.rollout.backends import Decoder
 
 OnStep = Callable[[StepRecord], None] | None
 OnFinish = Callable[[int, Problem, Rollout], None] | None
@@ -81,7 +81,12 @@ class Groups:
     """
 
     def __init__(
-        self, config: RunConfig, engine: RolloutEngine, tokenizer: Any, params: SamplingParams, decoder: Decoder | None = None
+        self,
+        config: RunConfig,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        params: SamplingParams,
+        decoder: Decoder | None = None,
     ) -> None:
         self._config, self._engine, self._tokenizer, self._params = config, engine, tokenizer, params
         self._decoder = engine if decoder is None else decoder
@@ -163,7 +168,13 @@ class Groups:
 
         records = grow(self._engine, trees, self._config.rollout.tree, on_step, leaf)
         done = RankRollouts(
-            [], [], 0.0, records, places=list(range(size * len(trees))), paths=[], drawn=sum(t.drawn for t in trees)
+            [],
+            [],
+            0.0,
+            records,
+            places=list(range(size * len(trees))),
+            paths=[],
+            drawn=sum(t.drawn for t in trees),
         )
         for tree, group in zip(trees, new, strict=True):
             done.problems += [tree.problem] * size

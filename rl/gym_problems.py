@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from rl.errors import UserError
-from rl.problems import KEPT, Problem
-from rl.rewards.verifiable import reasoning_gym_score
-from rl.task_config import DatasetConfig, TaskConfig
+from paceline.rl.errors import UserError
+from paceline.rl.problems import KEPT, Problem
+from paceline.rl.rewards.verifiable import reasoning_gym_score
+from paceline.rl.task_config import DatasetConfig, TaskConfig
 
 
 class GymProblems:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session
 
-from rl.errors import UserError, one_line
+from paceline.rl.errors import UserError, one_line
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 

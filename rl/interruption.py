@@ -9,7 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a person, a launcher or cluster, a cluster before its time limit
+ASKS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # a person, a launcher or cluster, a cluster before its time limit
 ONE_PRESS = 1.0  # seconds in which a terminal and a launcher may both pass on the same signal
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 _FOLDER = "checkpoints"
 _STEP = re.compile(r"step-(\d+)")

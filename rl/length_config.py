@@ -52,7 +52,7 @@ class LengthConfig:
         budget_of: Whether each ``subgroup`` of a prompt's samples has one of the budgets, or each ``prompt`` draws one for all.
         budget_prompt: What is added to the question, with {budget} in it.
         predictor: What tells the scheduler how long completions will be: ``observed`` (means of earlier ones), or a head on the
-            policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot`` (`rl.lengths.predictor`).
+            policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot`` (`paceline.rl.lengths.predictor`).
         quantile: Of the predicted distribution that is planned with.
         anytime: Demand answers of cut thoughts, too; null does not.
         answer: Text after which the answer begins, and thinking ends.

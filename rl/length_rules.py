@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rl.sections import RunConfig
-from rl.shaping import length_terms
+from paceline.rl.sections import RunConfig
+from paceline.rl.shaping import length_terms
 
 
 def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
@@ -60,10 +60,18 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
 def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
     anytime, r, u = config.length.anytime, config.rollout, config.update
     if anytime is None:
-        return [(u.advantage != "brpo", "update.advantage brpo credits thoughts by demanded answers: write length.anytime")]
+        return [
+            (
+                u.advantage != "brpo",
+                "update.advantage brpo credits thoughts by demanded answers: write length.anytime",
+            )
+        ]
     budgets = list(anytime.budgets)
     return [
-        (u.advantage == "brpo", "length.anytime demands answers that only update.advantage: brpo is trained on: write that"),
+        (
+            u.advantage == "brpo",
+            "length.anytime demands answers that only update.advantage: brpo is trained on: write that",
+        ),
         (
             bool(budgets) and budgets == sorted(set(budgets)) and budgets[0] > 0 and budgets[-1] < r.max_tokens,
             f"length.anytime.budgets {budgets} must ascend from 1 and stay below rollout.max_tokens, {r.max_tokens}",
@@ -76,7 +84,10 @@ def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
             anytime.answers >= 2 and anytime.answer_tokens >= 1,
             "length.anytime.answers must be at least 2, which are compared with each other, and answer_tokens at least 1",
         ),
-        (not config.length.rewards, "length.anytime makes rewards dense, length.rewards shapes those at the end: choose one"),
+        (
+            not config.length.rewards,
+            "length.anytime makes rewards dense, length.rewards shapes those at the end: choose one",
+        ),
         (
             r.tree is None and r.segment_tokens is None and r.resample == 0,
             "length.anytime cuts a step's own whole completions: leave out rollout.tree, segment_tokens and resample",

@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rl.errors import UserError
-from rl.packed_check import check_head, check_packing, decoder_of, turn_off_dropout
-from rl.packing import PackedBatch
-from rollout.attention import check_attention, check_window, grouped_attention
-from rollout.model_shape import check_family
-from rollout.text_limits import text_limit
-from rollout.transformers_api import register_attention, use_attention
+from paceline.rl.errors import UserError
+from paceline.rl.packed_check import check_head, check_packing, decoder_of, turn_off_dropout
+from paceline.rl.packing import PackedBatch
+from paceline.rollout.attention import check_attention, check_window, grouped_attention
+from paceline.rollout.model_shape import check_family
+from paceline.rollout.text_limits import text_limit
+from paceline.rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"
 _LOGITS = 1 << 23  # that the output head makes at a time
@@ -78,7 +78,7 @@ def packed_attention(
         [1, T, H, d].
 
     Raises:
-        NotImplementedError: for attention that computes something else, see `rollout.attention.check_attention`.
+        NotImplementedError: for attention that computes something else, see `paceline.rollout.attention.check_attention`.
         TypeError: when the model hands its caller's keyword arguments to no attention function.
     """
     if packed is None:
@@ -182,7 +182,10 @@ class TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """logits: [M, V]; targets: int64 [M]. Returns two float32 [M]."""
-        logprobs, entropies = logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+        logprobs, entropies = (
+            logits.new_empty(len(logits), dtype=torch.float32),
+            logits.new_empty(len(logits), dtype=torch.float32),
+        )
         for rows in _row_blocks(logits):
             log_p = _log_softmax(logits[rows], temperature)
             logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]

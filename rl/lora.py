@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rl.errors import UserError, one_line
-from rl.mergeable import AdaptedLayer, adapted_layers
-from rl.sections import LoraConfig
+from paceline.rl.errors import UserError, one_line
+from paceline.rl.mergeable import AdaptedLayer, adapted_layers
+from paceline.rl.sections import LoraConfig
 
 _BASE = ".base_layer."
 _THEIRS = "base_model.model."  # what peft puts before each name
@@ -79,13 +79,14 @@ def _check_names(policy: PreTrainedModel, wanted: list[str]) -> None:
 
 
 def merged(
-    full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]], layers: Mapping[str, AdaptedLayer] | None
+    full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]],
+    layers: Mapping[str, AdaptedLayer] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole weights under the names that they have without adapters, W + scaling · B A where there is one (equation 3 of
     arXiv 2106.09685).
 
     Args:
-        full_weights: `rl.sharding.Trained.full_weights`, or the like.
+        full_weights: `paceline.rl.sharding.Trained.full_weights`, or the like.
         layers: From `adapted_layers`, by the names that ``full_weights`` uses; None where there are no adapters.
     """
     if layers is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rollout.machine_limits import usable_cores
+from paceline.rollout.machine_limits import usable_cores
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _THREADS = "OMP_NUM_THREADS"

@@ -18,9 +18,26 @@ from transformers.pytorch_utils import Conv1D
 # Fields of peft's LoraConfig that do not change what is merged, or whose effect the layers themselves tell. The test of merging
 # has a case for each of those that change the forward; every other field must have its default.
 _FREE = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
     *("runtime_config", "megatron_core", "qalora_group_size"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+    ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 _FIRST_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")

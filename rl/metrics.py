@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from drafter_trainer.spot import LearnerReport
-from rl.algorithms.importance import effective_share
-from rl.anytime import Dense
-from rl.critic import CriticReport
-from rl.groups import RankRollouts
-from rl.lengths.statistics import is_loop, prompt_statistics
-from rl.rewards.pool import Scores
-from rl.update import UpdateReport
-from rollout import FinishReason
+from paceline.drafter_trainer.spot import LearnerReport
+from paceline.rl.algorithms.importance import effective_share
+from paceline.rl.anytime import Dense
+from paceline.rl.critic import CriticReport
+from paceline.rl.groups import RankRollouts
+from paceline.rl.lengths.statistics import is_loop, prompt_statistics
+from paceline.rl.rewards.pool import Scores
+from paceline.rl.update import UpdateReport
+from paceline.rollout import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

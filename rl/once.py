@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 _POLL = 0.2  # seconds
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of network file systems: work may then be done twice, and is kept once
+_NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}  # of network file systems: work may then be done twice, and is kept once
 _PATIENCE = 3.0  # seconds of waiting before it is said
 
 

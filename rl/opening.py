@@ -13,11 +13,19 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.files import disk_errors
-from rl.resuming import compare_recipes, keep_recipe, record_resume
-from rl.run_state import LOGS, Checkpoint, changed_logs, find_checkpoint, has_checkpoint, keep_first_lines, set_aside_broken
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.files import disk_errors
+from paceline.rl.resuming import compare_recipes, keep_recipe, record_resume
+from paceline.rl.run_state import (
+    LOGS,
+    Checkpoint,
+    changed_logs,
+    find_checkpoint,
+    has_checkpoint,
+    keep_first_lines,
+    set_aside_broken,
+)
 
 T = TypeVar("T")
 _TO_SPEAK = 2.0  # seconds

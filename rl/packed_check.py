@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl.errors import UserError, one_line
-from rl.packing import PackedBatch, PromptRow, Sample, pack
+from paceline.rl.errors import UserError, one_line
+from paceline.rl.packing import PackedBatch, PromptRow, Sample, pack
 
 _ROWS = (((1, 2, 3), ((4, 5, 6), (7, 8))), ((9, 10), ((11, 12, 13, 14),)))  # prompts, each with its samples
 # Rounding moves log-probs by 1e-6 to 2e-4 in float32, by a few hundredths in 16 bits; what another sequence's tokens do is larger.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate import Accelerator
 
-from rl.packing import PackedBatch, PromptRow, Sample, pack
-from rl.sharding import Trained
+from paceline.rl.packing import PackedBatch, PromptRow, Sample, pack
+from paceline.rl.sharding import Trained
 
 
 def packed_step(

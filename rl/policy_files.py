@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rl.errors import UserError, one_line
+from paceline.rl.errors import UserError, one_line
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FROM_CODE = "the engine runs transformers' own classes only"

@@ -11,23 +11,23 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from rl.advantages import critic_advantages, penalties, token_advantages, uniform_groups
-from rl.algorithms.kl import KlCoefficient
-from rl.balance import Scored, compute_cost, spread
-from rl.config import RunConfig
-from rl.critic import Critic, CriticReport, ValueModel
-from rl.groups import RankRollouts
-from rl.log_probs import PolicyLogProbs
-from rl.lora import merged
-from rl.mergeable import adapted_layers
-from rl.policies import load_policy, recompute_activations
-from rl.progress import Phase
-from rl.reference import Reference
-from rl.run_state import Checkpoint, restore_moments
-from rl.shaping import Shaped
-from rl.sharding import AdamWSettings, WholeState, shard, whole_state
-from rl.update import PolicyUpdater, UpdateReport
-from rollout import FinishReason
+from paceline.rl.advantages import critic_advantages, penalties, token_advantages, uniform_groups
+from paceline.rl.algorithms.kl import KlCoefficient
+from paceline.rl.balance import Scored, compute_cost, spread
+from paceline.rl.config import RunConfig
+from paceline.rl.critic import Critic, CriticReport, ValueModel
+from paceline.rl.groups import RankRollouts
+from paceline.rl.log_probs import PolicyLogProbs
+from paceline.rl.lora import merged
+from paceline.rl.mergeable import adapted_layers
+from paceline.rl.policies import load_policy, recompute_activations
+from paceline.rl.progress import Phase
+from paceline.rl.reference import Reference
+from paceline.rl.run_state import Checkpoint, restore_moments
+from paceline.rl.shaping import Shaped
+from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rl.update import PolicyUpdater, UpdateReport
+from paceline.rollout import FinishReason
 
 _WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
 
@@ -53,7 +53,12 @@ class PolicyLearner:
     """
 
     def __init__(
-        self, config: RunConfig, policy: PreTrainedModel, start: Path, accelerator: Accelerator, checkpoint: Checkpoint | None
+        self,
+        config: RunConfig,
+        policy: PreTrainedModel,
+        start: Path,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self._config, self._accelerator = config, accelerator
         update = config.update
@@ -66,7 +71,12 @@ class PolicyLearner:
         settings = AdamWSettings(update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision)
         self._trained = shard(module, config.scale, accelerator, settings)
         self._updater = PolicyUpdater(
-            accelerator, self._trained, update, config.rollout.temperature, config.rollout.max_tokens, config.steps
+            accelerator,
+            self._trained,
+            update,
+            config.rollout.temperature,
+            config.rollout.max_tokens,
+            config.steps,
         )
         self.entropy: float | None = None
         self.kl = KlCoefficient(update.kl_coef, update.kl_target)
@@ -101,7 +111,10 @@ class PolicyLearner:
         has finished early computes them while others decode."""
         made = []
         for r in done.rollouts:
-            prompt, completion = torch.tensor(r.request.prompt_ids), torch.tensor(r.token_ids, dtype=torch.long)
+            prompt, completion = (
+                torch.tensor(r.request.prompt_ids),
+                torch.tensor(r.token_ids, dtype=torch.long),
+            )
             made.append(Scored(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion))))
         if self.reference is None:
             return made
@@ -145,7 +158,11 @@ class PolicyLearner:
             kl, entropy, tokens = self._total(torch.tensor([report.kl, report.entropy, float(report.tokens)])).tolist()
             self.kl.observe(kl / max(tokens, 1.0))
             self.entropy = entropy / tokens if tokens else self.entropy
-        return report, judged, [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages]
+        return (
+            report,
+            judged,
+            [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages],
+        )
 
     def _with_advantages(self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None) -> list[Scored]:
         config, rewards = self._config, shaped.rewards

@@ -20,17 +20,26 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rl.command_line import command_line
-from rl.config import RunConfig, to_dict
-from rl.drafter_warmup import WarmupReport, warm_drafter
-from rl.errors import UserError
-from rl.machine import threads_of_rank
-from rl.once import alone, made_once, put
-from rl.policies import cache_dir, cached_policy, fetch_policy
-from rl.progress import Display
-from rl.warmup import make_warmed_policy, warmed_policy_path
+from paceline.rl.command_line import command_line
+from paceline.rl.config import RunConfig, to_dict
+from paceline.rl.drafter_warmup import WarmupReport, warm_drafter
+from paceline.rl.errors import UserError
+from paceline.rl.machine import threads_of_rank
+from paceline.rl.once import alone, made_once, put
+from paceline.rl.policies import cache_dir, cached_policy, fetch_policy
+from paceline.rl.progress import Display
+from paceline.rl.warmup import make_warmed_policy, warmed_policy_path
 
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_A_RANK = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _USER_ERROR = 2  # exit status of a process that has printed a user's error
 
 
@@ -86,7 +95,15 @@ def _in_a_process(what: str, config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(json.dumps(to_dict(config)))
-        command = [sys.executable, "-m", "rl.commands.preparing", what, str(recipe), command_line(), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-m",
+            "paceline.rl.commands.preparing",
+            what,
+            str(recipe),
+            command_line(),
+            str(os.getpid()),
+        ]
         job = subprocess.Popen(command, env=_environment(os.environ))
         try:
             status = job.wait()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rl.data.conversations import Message
+from paceline.rl.data.conversations import Message
 
 KEPT = 2048  # problems that a collection keeps in memory once they are made: those of a few steps
 

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from rl.console import console as console_for
+from paceline.rl.console import console as console_for
 
 _FIRST_LINE, _BETWEEN_LINES = 15.0, 30.0  # seconds
 
@@ -129,7 +129,12 @@ class Display:
 
     @contextmanager
     def phase(
-        self, name: str, total: float | None = None, unit: str = "", announced: bool = False, lines: bool = True
+        self,
+        name: str,
+        total: float | None = None,
+        unit: str = "",
+        announced: bool = False,
+        lines: bool = True,
     ) -> Iterator[Phase]:
         """Shows a phase while the block runs; see `Phase`."""
         if self.bars is not None:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.hub import hub_answers
-from rl.policies import cached_policy
-from rl.problems import Problem
-from rl.prompts import encode_problem
-from rl.row_problems import RowProblems
-from rl.tasks import Task
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.hub import hub_answers
+from paceline.rl.policies import cached_policy
+from paceline.rl.problems import Problem
+from paceline.rl.prompts import encode_problem
+from paceline.rl.row_problems import RowProblems
+from paceline.rl.tasks import Task
 
 _TRIED = 4096  # up to so many prompts are all encoded before the first step; of more, a sample is, and the others when chosen
 _SAMPLE = 1024
@@ -72,7 +72,10 @@ def check_recipe(task: Task, config: RunConfig) -> list[str]:
     tokenizer = _tokenizer(config.policy.model)
     if tokenizer is None:
         check_count(task, config, task.notes)
-        return [*task.notes, f"{config.policy.model}: no tokenizer at hand: prompts were neither put into a template nor measured"]
+        return [
+            *task.notes,
+            f"{config.policy.model}: no tokenizer at hand: prompts were neither put into a template nor measured",
+        ]
     return check_prompts(task, config, tokenizer)
 
 
@@ -191,7 +194,11 @@ class _Found:
 
 def _longest_ending(config: RunConfig) -> str:
     """Returns the longest text that the recipe appends to a question to ask for a budget; empty where it asks for none."""
-    return max((" " + config.length.budget_prompt.format(budget=b) for b in config.length.budgets), key=len, default="")
+    return max(
+        (" " + config.length.budget_prompt.format(budget=b) for b in config.length.budgets),
+        key=len,
+        default="",
+    )
 
 
 def _lengths(task: Task, config: RunConfig, tokenizer: Any) -> Any:

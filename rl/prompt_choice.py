@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rl.data.order import shuffled
-from rl.task_config import CurriculumConfig
-from rl.tasks import Problem, Task
+from paceline.rl.data.order import shuffled
+from paceline.rl.task_config import CurriculumConfig
+from paceline.rl.tasks import Problem, Task
 
 
 class PromptChoice(Protocol):

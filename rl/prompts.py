@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rl.data.conversations import Message, with_ending
-from rl.errors import UserError, one_line
-from rl.problems import Problem
-from rl.task_config import TaskConfig
+from paceline.rl.data.conversations import Message, with_ending
+from paceline.rl.errors import UserError, one_line
+from paceline.rl.problems import Problem
+from paceline.rl.task_config import TaskConfig
 
 
 def encode_problem(tokenizer: Any, problem: Problem, config: TaskConfig, ending: str = "") -> list[int]:

@@ -14,8 +14,8 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from drafter_trainer.export import drafter_facts, export_drafter, hub_id
-from rl.errors import UserError, one_line
+from paceline.drafter_trainer.export import drafter_facts, export_drafter, hub_id
+from paceline.rl.errors import UserError, one_line
 
 _REFUSALS = {
     401: "the hub does not take the token: log in again with hf auth login, or set HF_TOKEN",
@@ -41,7 +41,13 @@ class Part:
 
 
 def push_run(
-    run: Path, *, policy: str | None, adapter: str | None, drafter: str | None, private: bool, say: Callable[[str], None]
+    run: Path,
+    *,
+    policy: str | None,
+    adapter: str | None,
+    drafter: str | None,
+    private: bool,
+    say: Callable[[str], None],
 ) -> None:
     """Uploads parts of a run, each to a repository of its own, which is made where it is not there. Everything is read and checked
     before the first is sent.

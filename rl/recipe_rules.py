@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from rl.drafting_rules import check_drafting, refuse
-from rl.length_rules import length_rules
-from rl.sections import RunConfig
-from rl.task_rules import task_rules
+from paceline.rl.drafting_rules import check_drafting, refuse
+from paceline.rl.length_rules import length_rules
+from paceline.rl.sections import RunConfig
+from paceline.rl.task_rules import task_rules
 
 
 def check(config: RunConfig) -> None:
@@ -18,7 +18,10 @@ def check(config: RunConfig) -> None:
     """
     r, u, scale = config.rollout, config.update, config.scale
     rules = [
-        (r.group_size >= 2, "rollout.group_size is 1: group-relative advantages need at least 2 samples of each prompt"),
+        (
+            r.group_size >= 2,
+            "rollout.group_size is 1: group-relative advantages need at least 2 samples of each prompt",
+        ),
         (r.resample >= 0, f"rollout.resample is {r.resample}: write a number from 0"),
         (
             r.resample == 0 or u.advantage in ("group", "rloo"),
@@ -41,8 +44,14 @@ def check(config: RunConfig) -> None:
         (config.steps >= 1 and config.save_every >= 1, "steps and save_every must be at least 1"),
         *evaluation_rules(config),
         *range_rules(config),
-        (not (scale.deepspeed and scale.fsdp2), "scale.deepspeed and scale.fsdp2 both shard the policy: choose one"),
-        (scale.timeout_minutes > 0, f"scale.timeout_minutes is {scale.timeout_minutes}: write a number above 0"),
+        (
+            not (scale.deepspeed and scale.fsdp2),
+            "scale.deepspeed and scale.fsdp2 both shard the policy: choose one",
+        ),
+        (
+            scale.timeout_minutes > 0,
+            f"scale.timeout_minutes is {scale.timeout_minutes}: write a number above 0",
+        ),
         (
             scale.lora is None or (scale.lora.rank >= 1 and scale.lora.alpha > 0),
             "scale.lora.rank must be at least 1, and alpha above 0",
@@ -63,8 +72,14 @@ def check(config: RunConfig) -> None:
             u.kl_coef == 0 or u.kl_in != "loss" or u.kl != "k1",
             "update.kl k1 has no gradient on average in the loss: write kl: k2 or k3, or kl_in: reward",
         ),
-        (u.kl_target is None or u.kl_coef > 0, "update.kl_target adapts update.kl_coef, which is 0: write where to start"),
-        (u.kl_target is None or u.kl_target > 0, f"update.kl_target is {u.kl_target}: write a number above 0, or null"),
+        (
+            u.kl_target is None or u.kl_coef > 0,
+            "update.kl_target adapts update.kl_coef, which is 0: write where to start",
+        ),
+        (
+            u.kl_target is None or u.kl_target > 0,
+            f"update.kl_target is {u.kl_target}: write a number above 0, or null",
+        ),
         (
             u.mask_mastered is None or (0 < u.mask_mastered < 1 and u.mastered_below > 0),
             "update.mask_mastered must lie in (0, 1), and update.mastered_below above 0",
@@ -106,8 +121,14 @@ def evaluation_rules(config: RunConfig) -> list[tuple[bool, str]]:
     return [
         (config.eval_every >= 0, f"eval_every is {config.eval_every}: write 0 for no evaluations, or steps"),
         (config.keep_last >= 1, f"keep_last is {config.keep_last}: write at least 1"),
-        (not config.keep_best or config.eval_every > 0, "keep_best needs evaluations: write eval_every, for example 10"),
-        (e.split is None or e.path is not None, "evaluation.split is of a Hugging Face data set: name it in evaluation.path"),
+        (
+            not config.keep_best or config.eval_every > 0,
+            "keep_best needs evaluations: write eval_every, for example 10",
+        ),
+        (
+            e.split is None or e.path is not None,
+            "evaluation.split is of a Hugging Face data set: name it in evaluation.path",
+        ),
         (e.prompts >= 1 and e.samples >= 1, "evaluation.prompts and evaluation.samples must be at least 1"),
         (
             e.temperature is None or 0 <= e.temperature < float("inf"),
@@ -121,15 +142,24 @@ def tree_rules(config: RunConfig) -> list[tuple[bool, str]]:
     r, tree = config.rollout, config.rollout.tree
     if tree is None:
         return [
-            (config.update.advantage != "tree", "update.advantage tree is of samples that share beginnings: write rollout.tree")
+            (
+                config.update.advantage != "tree",
+                "update.advantage tree is of samples that share beginnings: write rollout.tree",
+            )
         ]
     return [
         (
             tree.segment_tokens >= 1 and tree.width >= 2 and 1 <= tree.roots <= r.group_size,
             "rollout.tree: segment_tokens must be at least 1, width at least 2, roots between 1 and rollout.group_size",
         ),
-        (r.segment_tokens is None, "rollout.segment_tokens carries samples over steps, rollout.tree finishes a group: choose one"),
-        (config.measure.plain_every == 0, "measure.plain_every decodes samples apart: write 0 with rollout.tree"),
+        (
+            r.segment_tokens is None,
+            "rollout.segment_tokens carries samples over steps, rollout.tree finishes a group: choose one",
+        ),
+        (
+            config.measure.plain_every == 0,
+            "measure.plain_every decodes samples apart: write 0 with rollout.tree",
+        ),
         (
             not config.length.budgets or config.length.budget_of == "prompt",
             "rollout.tree shares beginnings of one prompt: write length.budget_of: prompt",

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from rl.config import RunConfig
-from rl.log_probs import PolicyLogProbs
-from rl.lora import without_adapters
-from rl.policies import load_policy
-from rl.scoring import Completion, by_completion
+from paceline.rl.config import RunConfig
+from paceline.rl.log_probs import PolicyLogProbs
+from paceline.rl.lora import without_adapters
+from paceline.rl.policies import load_policy
+from paceline.rl.scoring import Completion, by_completion
 
 
 class Reference:

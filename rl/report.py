@@ -17,9 +17,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rl.errors import UserError
-from rl.files import read_lines, write_whole
-from rl.summary import PHASES, read_metrics, summarise
+from paceline.rl.errors import UserError
+from paceline.rl.files import read_lines, write_whole
+from paceline.rl.summary import PHASES, read_metrics, summarise
 
 _COLOURS = dict(zip(PHASES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
 
@@ -69,7 +69,11 @@ def write_picture(run: Path, out: Path) -> Path:
     plot_acceptance(axes[0, 1], metrics)
     plot_tail(axes[1, 0], timeline[-1])
     plot_timeline(axes[1, 1], timeline[-1])
-    for ax, title in zip(axes.flat, ("reward", "acceptance length", "the tail of the last rollout", "the last step"), strict=True):
+    for ax, title in zip(
+        axes.flat,
+        ("reward", "acceptance length", "the tail of the last rollout", "the last step"),
+        strict=True,
+    ):
         ax.set_title(title)
     figure.tight_layout()
     figure.savefig(out)

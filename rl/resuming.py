@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rl.config import RunConfig, check, to_dict
-from rl.errors import UserError
-from rl.files import append_line, read_object, write_whole
-from rl.run_state import CHECKPOINTS, Checkpoint
-from rl.strict import apply_override, parse
+from paceline.rl.config import RunConfig, check, to_dict
+from paceline.rl.errors import UserError
+from paceline.rl.files import append_line, read_object, write_whole
+from paceline.rl.run_state import CHECKPOINTS, Checkpoint
+from paceline.rl.strict import apply_override, parse
 
 # A checkpoint means nothing without these: weights and moments of another model, half-finished groups of another size, a place in
 # another order of problems.

@@ -10,35 +10,32 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from drafter_trainer.initial import initial_drafter
-from drafter_trainer.learner import first_non_finite
-from drafter_trainer.spot import LearnerReport, SpotTrainer
-from drafter_trainer.vocabulary import move_vocabulary
-from rl.config import RunConfig, draft_rules
-from rl.distillation import reward_weights, spot_trainer, trace_buffer
-from rl.errors import UserError
-from rl.groups import Groups, OnFinish, OnStep, RankRollouts
-from rl.policies import fetch_policy, load_policy
-from rl.policy_engine import policy_engine
-from rl.prompts import stop_token_ids
-from rl.shaping import length_terms
-from rl.starting import tap_layers
-from rl.tasks import Problem
-from rl.tracking import RolloutProgress
-from rl.vllm_rollouts import VllmRollouts
-from rollout import (
-    PLAIN,
-    FinishReason,
-    RolloutEngine,
-    SamplingParams,
-    Strategy,
-)
-from rollout.drafters import Eagle3Drafter
-from rollout.drafters.build import DrafterParts, build_drafter
-from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from rollout.kept_prefixes import KeptPrefixes
+from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.learner import first_non_finite
+from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.vocabulary import move_vocabulary
+from paceline.rl.config import RunConfig, draft_rules
+from paceline.rl.distillation import reward_weights, spot_trainer, trace_buffer
+from paceline.rl.errors import UserError
+from paceline.rl.groups import Groups, OnFinish, OnStep, RankRollouts
+from paceline.rl.policies import fetch_policy, load_policy
+from paceline.rl.policy_engine import policy_engine
+from paceline.rl.prompts import stop_token_ids
+from paceline.rl.shaping import length_terms
+from paceline.rl.starting import tap_layers
+from paceline.rl.tasks import Problem
+from paceline.rl.tracking import RolloutProgress
+from paceline.rl.vllm_rollouts import VllmRollouts
+from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout.drafters import Eagle3Drafter
+from paceline.rollout.drafters.build import DrafterParts, build_drafter
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.kept_prefixes import KeptPrefixes
 
-_WITH_WEIGHTS = {"eagle3", "composite"}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
+_WITH_WEIGHTS = {
+    "eagle3",
+    "composite",
+}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
 
 
 class RolloutWorker:
@@ -57,7 +54,12 @@ class RolloutWorker:
     """
 
     def __init__(
-        self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, rank: int = 0, vllm: VllmRollouts | None = None
+        self,
+        config: RunConfig,
+        policy: PreTrainedModel,
+        tokenizer: Any,
+        rank: int = 0,
+        vllm: VllmRollouts | None = None,
     ) -> None:
         self.config, self._vllm = config, vllm
         self._policy, self.policy_config = policy, policy.config
@@ -168,7 +170,10 @@ class RolloutWorker:
         engine = self.engine
         before = engine.speculation.selector, engine.collect_traces, engine.kept
         engine.use_strategy(PLAIN)
-        engine.collect_traces, engine.kept = False, KeptPrefixes(engine.runner.cache)  # which reads every prompt, as the first time
+        engine.collect_traces, engine.kept = (
+            False,
+            KeptPrefixes(engine.runner.cache),
+        )  # which reads every prompt, as the first time
         requests = [r.request for r in done.rollouts]
         begin = time.perf_counter()
         try:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from rl.data.conversations import question_of, with_ending
-from rl.data.jsonl import JsonlFile
-from rl.data.row_error import RowError
-from rl.data.rows import read_row
-from rl.data.survey import RowSource, Survey, survey
-from rl.data.tables import huggingface_table, parquet_table
-from rl.errors import UserError
-from rl.problems import KEPT, Problem
-from rl.rewards.verifiable import math_score
-from rl.task_config import TaskConfig
+from paceline.rl.data.conversations import question_of, with_ending
+from paceline.rl.data.jsonl import JsonlFile
+from paceline.rl.data.row_error import RowError
+from paceline.rl.data.rows import read_row
+from paceline.rl.data.survey import RowSource, Survey, survey
+from paceline.rl.data.tables import huggingface_table, parquet_table
+from paceline.rl.errors import UserError
+from paceline.rl.problems import KEPT, Problem
+from paceline.rl.rewards.verifiable import math_score
+from paceline.rl.task_config import TaskConfig
 
 
 class RowProblems:

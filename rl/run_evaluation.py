@@ -9,15 +9,15 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.evaluation_problems import evaluation_problems, fitting
-from rl.prompts import encode_problem, stable_seed
-from rl.rewards.pool import ScoringPool
-from rl.rollouts import RolloutWorker
-from rl.tasks import Task
-from rollout import FinishReason, Request, Rollout
-from rollout.backends import Decoder
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.evaluation_problems import evaluation_problems, fitting
+from paceline.rl.prompts import encode_problem, stable_seed
+from paceline.rl.rewards.pool import ScoringPool
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.tasks import Task
+from paceline.rollout import FinishReason, Request, Rollout
+from paceline.rollout.backends import Decoder
 
 
 class EvaluationFailed(UserError):
@@ -74,7 +74,10 @@ class RunEvaluation:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave. A best of other problems or by another reward is forgotten, as it cannot be compared."""
         best = state.get("best") if state.get("of") == self._of else None
-        self.best, self.best_step = None if best is None else float(best), 0 if best is None else int(state["best_step"])
+        self.best, self.best_step = (
+            None if best is None else float(best),
+            0 if best is None else int(state["best_step"]),
+        )
 
     def run(self, steps_done: int) -> tuple[dict[str, float], bool]:
         """Evaluates. Collective.
@@ -105,7 +108,11 @@ class RunEvaluation:
 
     def _share(self) -> list[tuple[float | None, int, bool]]:
         """Reward, length, and whether it was cut, of each completion of this rank."""
-        rank, ranks, samples = self._accelerator.process_index, self._accelerator.num_processes, self._config.evaluation.samples
+        rank, ranks, samples = (
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            self._config.evaluation.samples,
+        )
         problems = self._asked.problems[rank::ranks]
         rollouts = self._decode([request for problem in problems for request in self._requests(problem)])
         with ScoringPool(self._asked.task, self._asked.seed, samples) as pool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 _BEAT = 5.0  # seconds between two signs of life
 _PATIENCE = 3 * _BEAT
@@ -60,7 +60,12 @@ class RunLock:
             os.close(self._file)
             self._file = None
             raise
-        self._me = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "born": _born(os.getpid())}
+        self._me = {
+            "host": socket.gethostname(),
+            "boot": _boot(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+        }
         self._me["since"] = datetime.now(UTC).isoformat(timespec="seconds")
         self._beat(0)
         self._beats = threading.Thread(target=self._go_on, name="run-lock", daemon=True)

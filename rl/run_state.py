@@ -15,16 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from drafter_trainer.checkpoint import save_drafter
-from drafter_trainer.checksums import changed_files, prefix_sum, sync, write_checksums
-from drafter_trainer.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
-from rl.errors import UserError
-from rl.files import read_lines, read_object, write_whole
-from rl.lora import save_adapters
-from rl.policies import copy_tokenizer
-from rl.sharding import Trained, WholeState
-from rollout.drafters.eagle3_model import Eagle3Model
-from rollout.strategy import Selector
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.checksums import changed_files, prefix_sum, sync, write_checksums
+from paceline.drafter_trainer.optimizer_state import (
+    OptimizerStateError,
+    read_state,
+    save_optimizer,
+    write_state,
+)
+from paceline.rl.errors import UserError
+from paceline.rl.files import read_lines, read_object, write_whole
+from paceline.rl.lora import save_adapters
+from paceline.rl.policies import copy_tokenizer
+from paceline.rl.sharding import Trained, WholeState
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.strategy import Selector
 
 # Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the newest broken has it.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
@@ -123,7 +128,10 @@ def save_checkpoint(
 
 
 def save_drafting(
-    folder: Path, drafter: Eagle3Model | None, optimizer: torch.optim.Optimizer | None, selector: dict[str, Any] | None
+    folder: Path,
+    drafter: Eagle3Model | None,
+    optimizer: torch.optim.Optimizer | None,
+    selector: dict[str, Any] | None,
 ) -> None:
     """Writes what speculation has learned: the drafter with its optimizer, and the selector's state. Errors come as they are."""
     if drafter is not None and optimizer is not None:

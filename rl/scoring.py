@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 
-from rl.packed_step import counts_for_nothing, in_step
-from rl.packing import PackedBatch, PromptRow, Sample, pack, plan
-from rl.sharding import Trained
+from paceline.rl.packed_step import counts_for_nothing, in_step
+from paceline.rl.packing import PackedBatch, PromptRow, Sample, pack, plan
+from paceline.rl.sharding import Trained
 
 
 class Completion(Protocol):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl.drafting_sections import DrafterConfig, SpeculationConfig
-from rl.length_config import LengthConfig
-from rl.task_config import TaskConfig
+from paceline.rl.drafting_sections import DrafterConfig, SpeculationConfig
+from paceline.rl.length_config import LengthConfig
+from paceline.rl.task_config import TaskConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rl.tasks import Problem
-from rollout import FinishReason, Request, Rollout, RolloutStats
+from paceline.rl.tasks import Problem
+from paceline.rollout import FinishReason, Request, Rollout, RolloutStats
 
 
 @dataclass(slots=True)
@@ -46,14 +46,21 @@ class OpenGroup:
     def state(self) -> dict[str, Any]:
         """What it takes to go on after a stop, as JSON; traces for the drafter are let go."""
         samples = [None if r is None else {n: getattr(r, n) for n in _KEPT} | {"stats": asdict(r.stats)} for r in self.rollouts]
-        return {"key": self.problem.key, "seeds": [r.seed for r in self.requests], "budgets": self.budgets, "rollouts": samples}
+        return {
+            "key": self.problem.key,
+            "seeds": [r.seed for r in self.requests],
+            "budgets": self.budgets,
+            "rollouts": samples,
+        }
 
 
 _KEPT = ("token_ids", "logprobs", "finish_reason", "segments", "entropies", "error")
 
 
 def restored(
-    state: Mapping[str, Any], find: Callable[[str], Problem], ask: Callable[[Problem, list[int], list[int] | None], list[Request]]
+    state: Mapping[str, Any],
+    find: Callable[[str], Problem],
+    ask: Callable[[Problem, list[int], list[int] | None], list[Request]],
 ) -> OpenGroup | None:
     """A group from its `OpenGroup.state`; None when the task no longer has its problem.
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from rl.balance import Scored
-from rl.length_config import LengthConfig
-from rl.rewards.registry import apply_terms, load_term
-from rl.rewards.terms import Samples, Term
-from rl.sections import RunConfig
-from rollout import Rollout
+from paceline.rl.balance import Scored
+from paceline.rl.length_config import LengthConfig
+from paceline.rl.rewards.registry import apply_terms, load_term
+from paceline.rl.rewards.terms import Samples, Term
+from paceline.rl.sections import RunConfig
+from paceline.rollout import Rollout
 
 
 @dataclass(frozen=True, slots=True)

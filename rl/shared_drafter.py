@@ -10,20 +10,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from drafter_trainer.checkpoint import load_drafter
-from drafter_trainer.coordinator import Coordinator, connect_store
-from drafter_trainer.errors import DrafterError, OptimizerStateError
-from drafter_trainer.snapshots import DrafterSnapshots
-from drafter_trainer.spot import LearnerReport
-from drafter_trainer.vocabulary import choose_vocabulary
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.groups import RankRollouts
-from rl.rollouts import RolloutWorker
-from rl.run_state import Checkpoint
-from rl.schedules import rate_at
-from rl.starting import starting_drafter
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.coordinator import Coordinator, connect_store
+from paceline.drafter_trainer.errors import DrafterError, OptimizerStateError
+from paceline.drafter_trainer.snapshots import DrafterSnapshots
+from paceline.drafter_trainer.spot import LearnerReport
+from paceline.drafter_trainer.vocabulary import choose_vocabulary
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.groups import RankRollouts
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.run_state import Checkpoint
+from paceline.rl.schedules import rate_at
+from paceline.rl.starting import starting_drafter
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class SharedDrafter:
@@ -41,7 +41,12 @@ class SharedDrafter:
     """
 
     def __init__(
-        self, config: RunConfig, worker: RolloutWorker, accelerator: Accelerator, run: Path, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        worker: RolloutWorker,
+        accelerator: Accelerator,
+        run: Path,
+        say: Callable[[str], None],
     ) -> None:
         self._run_config, self._config, self._steps = config, config.drafter, config.steps
         self._worker, self._accelerator, self._say = worker, accelerator, say
@@ -93,7 +98,10 @@ class SharedDrafter:
     def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
         """A drafter and where its optimizer's state lies."""
         runner = self._worker.engine.runner
-        wanted: dict[str, Any] = {"tap_layers": self._worker.tap_layers, "draft_vocab_size": self._config.draft_vocab_size}
+        wanted: dict[str, Any] = {
+            "tap_layers": self._worker.tap_layers,
+            "draft_vocab_size": self._config.draft_vocab_size,
+        }
         found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
         for problem in problems:
             self._tell(problem)

@@ -1,22 +1,13 @@
-"""Files that ship with Paceline: recipes, DeepSpeed's settings, shapes of models.
-
-In a checkout they are in configs/, in an installed wheel in the package ``paceline_recipes``.
-"""
+"""Files that ship with Paceline: recipes, DeepSpeed's settings, shapes of models."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 
 def shipped_folder() -> Path:
-    """Where they are."""
-    checkout = Path(__file__).parents[1] / "configs"
-    if checkout.is_dir():
-        return checkout
-    package = find_spec("paceline_recipes")
-    assert package is not None and package.submodule_search_locations  # the wheel has it
-    return Path(next(iter(package.submodule_search_locations)))
+    """Returns the directory of the recipes: configs/, which is installed as part of the package."""
+    return Path(__file__).parents[1] / "configs"
 
 
 def shipped_or_own(name: str | Path) -> Path:

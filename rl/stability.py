@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rl.length_config import GuardConfig
+from paceline.rl.length_config import GuardConfig
 
 
 class Guard:

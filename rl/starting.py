@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from drafter_trainer.checkpoint import load_drafter
-from drafter_trainer.errors import DrafterError
-from rl.config import DrafterConfig, RunConfig
-from rl.errors import UserError
-from rl.lora import AdapterBase, add_adapters, load_adapters
-from rl.policies import cache_dir, fetch_policy, load_policy
-from rl.run_state import Checkpoint
-from rl.warmup import warmed_policy_path
-from rollout import default_tap_layers
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.rl.config import DrafterConfig, RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.lora import AdapterBase, add_adapters, load_adapters
+from paceline.rl.policies import cache_dir, fetch_policy, load_policy
+from paceline.rl.run_state import Checkpoint
+from paceline.rl.warmup import warmed_policy_path
+from paceline.rollout import default_tap_layers
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def starting_policy(config: RunConfig) -> Path:
@@ -71,7 +71,13 @@ def starting_drafter(config: RunConfig, policy: PreTrainedConfig) -> Eagle3Model
         return None
     taps = tap_layers(d, policy)
     try:
-        return load_drafter(Path(d.start), text.vocab_size, text.hidden_size, tap_layers=taps, draft_vocab_size=d.draft_vocab_size)
+        return load_drafter(
+            Path(d.start),
+            text.vocab_size,
+            text.hidden_size,
+            tap_layers=taps,
+            draft_vocab_size=d.draft_vocab_size,
+        )
     except DrafterError as error:
         raise UserError(f"drafter.start: {error}") from None
 

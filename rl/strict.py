@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from rl.errors import UserError
-from rl.files import read_lines
-from rl.verdict import verdict
+from paceline.rl.errors import UserError
+from paceline.rl.files import read_lines
+from paceline.rl.verdict import verdict
 
 PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update", "gather", "sync")
 

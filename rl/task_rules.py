@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rl.sections import RunConfig
+from paceline.rl.sections import RunConfig
 
 # what encoding a prompt decides itself; `tools` and `documents` are the template's own arguments, as `enable_thinking` is
 _DECIDED = {
@@ -24,7 +24,10 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
             gym or task.path is not None,
             f"task.source is {task.source}: name {'its directory or id' if hub else 'the file'} in task.path",
         ),
-        (not gym or task.path is None, "task.path is not read by task.source reasoning_gym: write jsonl, parquet or huggingface"),
+        (
+            not gym or task.path is None,
+            "task.path is not read by task.source reasoning_gym: write jsonl, parquet or huggingface",
+        ),
         (not gym or bool(task.datasets), "task.datasets is empty: name at least one"),
         (
             not gym or task.size >= config.rollout.prompts_per_step,
@@ -52,5 +55,8 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
             task.reward is not None or not task.reward_sees_special_tokens,
             "task.reward_sees_special_tokens is about task.reward, which is null: the problems' own scorers read plain text",
         ),
-        (not decided, f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out"),
+        (
+            not decided,
+            f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out",
+        ),
     ]

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rl.data.order import epoch_order, shuffled
-from rl.data.survey import RowSource, Survey, chosen_share
-from rl.errors import UserError
-from rl.gym_problems import GymProblems
-from rl.problems import Listed, Problem, Problems
-from rl.row_problems import RowProblems, rows_of
-from rl.task_config import TaskConfig
+from paceline.rl.data.order import epoch_order, shuffled
+from paceline.rl.data.survey import RowSource, Survey, chosen_share
+from paceline.rl.errors import UserError
+from paceline.rl.gym_problems import GymProblems
+from paceline.rl.problems import Listed, Problem, Problems
+from paceline.rl.row_problems import RowProblems, rows_of
+from paceline.rl.task_config import TaskConfig
 
 __all__ = ["Problem", "Task", "load_heldout_task", "load_task"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from rl.policies import copy_tokenizer, fetch_policy
+from paceline.rl.policies import copy_tokenizer, fetch_policy
 
 LAYERS = 4
 _HIDDEN, _HEADS = 64, 4
@@ -80,7 +80,11 @@ def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folde
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer_from is None:
         config.vocab_size, config.max_position_embeddings = len(tokenizer), 8192
-        config.pad_token_id, config.bos_token_id, config.eos_token_id = tokenizer.pad_token_id, None, tokenizer.eos_token_id
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = (
+            tokenizer.pad_token_id,
+            None,
+            tokenizer.eos_token_id,
+        )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)

@@ -17,16 +17,21 @@ from pathlib import Path
 
 import torch
 
-from rl.config import RunConfig
-from rl.errors import UserError, one_line
-from rl.estimate import policy_config
-from rl.policies import cached_policy
-from rl.tiny_copy import LAYERS, write_tiny_copy
-from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator
-from rollout import Request, Strategy
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError, one_line
+from paceline.rl.estimate import policy_config
+from paceline.rl.policies import cached_policy
+from paceline.rl.tiny_copy import LAYERS, write_tiny_copy
+from paceline.rl.tracking import Tracker
+from paceline.rl.trainer import Trainer, make_accelerator
+from paceline.rollout import Request, Strategy
 
-_TOKENS, _SAMPLES, _PROMPTS, _STEPS = 16, 4, 2, 3  # the first step chooses the drafter's vocabulary, the second trains it
+_TOKENS, _SAMPLES, _PROMPTS, _STEPS = (
+    16,
+    4,
+    2,
+    3,
+)  # the first step chooses the drafter's vocabulary, the second trains it
 _KEYS = {
     "rl/rewards": "task.reward",
     "rl/tasks": "task",

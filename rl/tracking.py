@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rl.config import RunConfig, to_dict
-from rl.errors import UserError
-from rl.files import append_line, read_object, write_whole
-from rl.progress import Display, Phase, duration
-from rollout import StepRecord
+from paceline.rl.config import RunConfig, to_dict
+from paceline.rl.errors import UserError
+from paceline.rl.files import append_line, read_object, write_whole
+from paceline.rl.progress import Display, Phase, duration
+from paceline.rollout import StepRecord
 
 _STEPS_BACK = 5  # whose mean the time left goes by
 _NAMES = {

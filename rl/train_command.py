@@ -12,30 +12,30 @@ from pathlib import Path
 
 import torch.distributed
 
-from drafter_trainer.errors import DrafterError
-from drafter_trainer.export import export_drafter
-from rl.cli import user_errors
-from rl.config import RunConfig, load_config
-from rl.dry_run import describe
-from rl.errors import UserError
-from rl.files import disk_errors, write_whole
-from rl.interruption import Interruption
-from rl.launchers import end_with_launcher
-from rl.machine import fit_process
-from rl.opening import is_main, main_speaks_first, on_main, open_run, say_on_main
-from rl.preparation import check_same_start, prepare
-from rl.progress import Display
-from rl.prompt_check import check_recipe
-from rl.report import write_report
-from rl.resuming import resumed_recipe
-from rl.rewards.example import score_example
-from rl.run_lock import RunLock
-from rl.run_state import has_checkpoint
-from rl.summary import read_metrics, summarise, table
-from rl.tasks import load_task
-from rl.tiny_step import try_tiny_step
-from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.export import export_drafter
+from paceline.rl.cli import user_errors
+from paceline.rl.config import RunConfig, load_config
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
+from paceline.rl.files import disk_errors, write_whole
+from paceline.rl.interruption import Interruption
+from paceline.rl.launchers import end_with_launcher
+from paceline.rl.machine import fit_process
+from paceline.rl.opening import is_main, main_speaks_first, on_main, open_run, say_on_main
+from paceline.rl.preparation import check_same_start, prepare
+from paceline.rl.progress import Display
+from paceline.rl.prompt_check import check_recipe
+from paceline.rl.report import write_report
+from paceline.rl.resuming import resumed_recipe
+from paceline.rl.rewards.example import score_example
+from paceline.rl.run_lock import RunLock
+from paceline.rl.run_state import has_checkpoint
+from paceline.rl.summary import read_metrics, summarise, table
+from paceline.rl.tasks import load_task
+from paceline.rl.tiny_step import try_tiny_step
+from paceline.rl.tracking import Tracker
+from paceline.rl.trainer import Trainer, make_accelerator
 
 
 def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,11 +43,18 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     parser.add_argument("config", nargs="?", help="a recipe, unless resuming")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the recipe, print what it will take, and try a tiny step of it"
+        "--dry-run",
+        action="store_true",
+        help="check the recipe, print what it will take, and try a tiny step of it",
     )
     parser.add_argument("--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named")
     parser.add_argument("--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="directory of a run to go on with, also with other key=value")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="directory of a run to go on with, also with other key=value",
+    )
     args = parser.parse_intermixed_args(arguments)
     if args.resume is not None and args.config is not None and "=" in args.config:
         args.config, args.overrides = None, [args.config, *args.overrides]

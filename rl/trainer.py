@@ -14,34 +14,34 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
-from rl.advantages import uniform_groups
-from rl.anytime import Anytime, Dense
-from rl.clock import Clock
-from rl.config import RunConfig, to_dict
-from rl.errors import UserError
-from rl.groups import RankRollouts
-from rl.interruption import Interruption
-from rl.kept_checkpoints import keep_checkpoint
-from rl.metrics import RankStep, rank_record, step_metrics
-from rl.opening import on_main
-from rl.policies import load_tokenizer
-from rl.policy_learner import PolicyLearner
-from rl.prompt_check import check_prompts
-from rl.prompt_choice import prompt_choice
-from rl.prompts import scored_text
-from rl.rewards.pool import Scores, ScoringPool
-from rl.rollouts import RolloutWorker
-from rl.run_evaluation import EvaluationFailed, RunEvaluation
-from rl.run_state import Checkpoint, restore_selector, save_checkpoint
-from rl.shaping import Shaping
-from rl.sharding import is_shared
-from rl.shared_drafter import SharedDrafter
-from rl.stability import Guard
-from rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
-from rl.tasks import Problem, load_task
-from rl.tracking import RolloutProgress, Tracker
-from rl.vllm_rollouts import VllmRollouts
-from rollout import FinishReason, Rollout, StepRecord
+from paceline.rl.advantages import uniform_groups
+from paceline.rl.anytime import Anytime, Dense
+from paceline.rl.clock import Clock
+from paceline.rl.config import RunConfig, to_dict
+from paceline.rl.errors import UserError
+from paceline.rl.groups import RankRollouts
+from paceline.rl.interruption import Interruption
+from paceline.rl.kept_checkpoints import keep_checkpoint
+from paceline.rl.metrics import RankStep, rank_record, step_metrics
+from paceline.rl.opening import on_main
+from paceline.rl.policies import load_tokenizer
+from paceline.rl.policy_learner import PolicyLearner
+from paceline.rl.prompt_check import check_prompts
+from paceline.rl.prompt_choice import prompt_choice
+from paceline.rl.prompts import scored_text
+from paceline.rl.rewards.pool import Scores, ScoringPool
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.run_evaluation import EvaluationFailed, RunEvaluation
+from paceline.rl.run_state import Checkpoint, restore_selector, save_checkpoint
+from paceline.rl.shaping import Shaping
+from paceline.rl.sharding import is_shared
+from paceline.rl.shared_drafter import SharedDrafter
+from paceline.rl.stability import Guard
+from paceline.rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
+from paceline.rl.tasks import Problem, load_task
+from paceline.rl.tracking import RolloutProgress, Tracker
+from paceline.rl.vllm_rollouts import VllmRollouts
+from paceline.rollout import FinishReason, Rollout, StepRecord
 
 _ROUND = 10**9  # more steps than any run has: added to the step for each further round, so that its seeds are new
 
@@ -62,7 +62,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None, tracker: Tracker
+        self,
+        config: RunConfig,
+        run: Path,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None,
+        tracker: Tracker,
     ) -> None:
         self.config, self.run_dir, self.accelerator, self.tracker = config, run, accelerator, tracker
         if config.rollout.prompts_per_step % accelerator.num_processes:
@@ -272,7 +277,11 @@ class Trainer:
 
     def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
         """This rank's completions with their rewards; where groups say nothing and the recipe has it, others beside them."""
-        rank, ranks, rollout = self.accelerator.process_index, self.accelerator.num_processes, self.config.rollout
+        rank, ranks, rollout = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.config.rollout,
+        )
         problems = self.choice.choose(step, rollout.prompts_per_step)[rank::ranks]
         done, scores, rewards = self._round(problems, step, 0, clock)
         for number in range(1, rollout.resample + 1):
@@ -325,7 +334,11 @@ class Trainer:
             done = self.worker.rollout(problems, step + number * _ROUND, on_step, on_finish)
         with clock.phase("score"):
             scores = self.scoring.collect()
-        return done, scores, [scores.values.get(place, self.config.task.score_failed) for place in done.places]
+        return (
+            done,
+            scores,
+            [scores.values.get(place, self.config.task.score_failed) for place in done.places],
+        )
 
     def _finished(self, index: int, problem: Problem, rollout: Rollout) -> None:
         """A rollout is over: it is scored while others are decoded."""
@@ -342,7 +355,12 @@ class Trainer:
         with (self.run_dir / "rollouts.jsonl").open("a", encoding="utf-8") as file:
             for i in range(0, len(done.rollouts), self.config.rollout.group_size):
                 text = self.tokenizer.decode(done.rollouts[i].token_ids, skip_special_tokens=True)
-                sample = {"step": step, "question": done.problems[i].question, "completion": text, "reward": rewards[i]}
+                sample = {
+                    "step": step,
+                    "question": done.problems[i].question,
+                    "completion": text,
+                    "reward": rewards[i],
+                }
                 file.write(json.dumps(sample) + "\n")
 
     def _save(self, steps_done: int, best: bool = False) -> None:
@@ -393,5 +411,12 @@ def _line(step: int, steps: int, m: dict[str, Any]) -> str:
 def make_accelerator(config: RunConfig, timeout: timedelta) -> Accelerator:
     """The process group and precision of a run, from torchrun's environment. A rank that waits longer than ``timeout`` for another
     gives up with an error."""
-    handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timeout)]
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.policy.mixed_precision, kwargs_handlers=handlers)
+    handlers = [
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        InitProcessGroupKwargs(timeout=timeout),
+    ]
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.policy.mixed_precision,
+        kwargs_handlers=handlers,
+    )

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rl.lengths.statistics import is_loop
-from rl.sections import TreeConfig
-from rl.tasks import Problem
-from rollout import FinishReason, Request, Rollout, RolloutEngine, StepRecord
+from paceline.rl.lengths.statistics import is_loop
+from paceline.rl.sections import TreeConfig
+from paceline.rl.tasks import Problem
+from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine, StepRecord
 
 
 @dataclass(slots=True)

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from rl.algorithms.grpo import mastered_tokens, policy_loss, token_weights, weight_total
-from rl.algorithms.importance import importance_weights
-from rl.algorithms.kl import estimate_kl
-from rl.balance import Scored
-from rl.config import UpdateConfig
-from rl.packed_step import packed_step
-from rl.packing import PackedBatch
-from rl.progress import Phase
-from rl.schedules import rate_at
-from rl.scoring import by_completion, micro_batches
-from rl.sharding import Trained
+from paceline.rl.algorithms.grpo import mastered_tokens, policy_loss, token_weights, weight_total
+from paceline.rl.algorithms.importance import importance_weights
+from paceline.rl.algorithms.kl import estimate_kl
+from paceline.rl.balance import Scored
+from paceline.rl.config import UpdateConfig
+from paceline.rl.packed_step import packed_step
+from paceline.rl.packing import PackedBatch
+from paceline.rl.progress import Phase
+from paceline.rl.schedules import rate_at
+from paceline.rl.scoring import by_completion, micro_batches
+from paceline.rl.sharding import Trained
 
 
 @dataclass(slots=True)
@@ -110,10 +110,22 @@ class PolicyUpdater:
         """Log-probs before the first optimizer step, of samples that can have a gradient."""
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
-        return by_completion(lambda b: trained.bare(b, self._temperature)[0], samples, moving, budget, self._accelerator, trained)
+        return by_completion(
+            lambda b: trained.bare(b, self._temperature)[0],
+            samples,
+            moving,
+            budget,
+            self._accelerator,
+            trained,
+        )
 
     def _optimizer_step(
-        self, samples: Sequence[Scored], chosen: Sequence[int], old: dict[int, torch.Tensor], kl_coef: float, report: UpdateReport
+        self,
+        samples: Sequence[Scored],
+        chosen: Sequence[int],
+        old: dict[int, torch.Tensor],
+        kl_coef: float,
+        report: UpdateReport,
     ) -> None:
         device = self._accelerator.device
         lengths = torch.tensor([len(samples[i].completion) for i in chosen])

@@ -1,6 +1,6 @@
 """What speculation brought against plain decoding of the same requests, and where it lost, why and what to change.
 
-Everything is said from what was measured: `rl.metrics` has where each number comes from.
+Everything is said from what was measured: `paceline.rl.metrics` has where each number comes from.
 """
 
 from __future__ import annotations

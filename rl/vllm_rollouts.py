@@ -11,13 +11,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from drafter_trainer.checkpoint import save_drafter
-from rl.config import RunConfig
-from rl.errors import UserError
-from rl.sharding.gathering import in_buckets
-from rollout.backends import ServedBackend
-from rollout.backends.exchange import TOKEN, read_token
-from rollout.drafters.eagle3_model import Eagle3Model
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.rl.config import RunConfig
+from paceline.rl.errors import UserError
+from paceline.rl.sharding.gathering import in_buckets
+from paceline.rollout.backends import ServedBackend
+from paceline.rollout.backends.exchange import TOKEN, read_token
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _SHARD_BYTES = 2 << 30
 
@@ -46,7 +46,7 @@ class VllmRollouts:
         self.backend = self._servers() if self._vllm.servers else self._in_process(source)
 
     def _servers(self) -> ServedBackend:
-        from rollout.backends.vllm_server import VllmServers
+        from paceline.rollout.backends.vllm_server import VllmServers
 
         main = self._accelerator.is_main_process
         try:
@@ -73,7 +73,7 @@ class VllmRollouts:
         if r.kv_memory_gb is not None:
             options["kv_cache_memory_bytes"] = int(r.kv_memory_gb * 1e9)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # on a CPU it would take half the memory
-        from rollout.backends.vllm_engine import VllmEngine
+        from paceline.rollout.backends.vllm_engine import VllmEngine
 
         try:
             return VllmEngine(

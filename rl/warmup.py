@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rl.config import RunConfig
-from rl.gym_problems import reasoning_gym_problems
-from rl.log_probs import PolicyLogProbs
-from rl.once import put
-from rl.packing import PromptRow, Sample, pack, plan
-from rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
-from rl.prompts import encode_problem
-from rl.worked_solutions import with_rechecks, worked_solution
+from paceline.rl.config import RunConfig
+from paceline.rl.gym_problems import reasoning_gym_problems
+from paceline.rl.log_probs import PolicyLogProbs
+from paceline.rl.once import put
+from paceline.rl.packing import PromptRow, Sample, pack, plan
+from paceline.rl.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
+from paceline.rl.prompts import encode_problem
+from paceline.rl.worked_solutions import with_rechecks, worked_solution
 
 
 def warmed_policy_path(config: RunConfig) -> Path:
@@ -63,7 +63,10 @@ def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], N
 
 
 def fine_tune(
-    config: RunConfig, policy: PreTrainedModel, tokenizer: Any, on_step: Callable[[int, int, float], None] | None
+    config: RunConfig,
+    policy: PreTrainedModel,
+    tokenizer: Any,
+    on_step: Callable[[int, int, float], None] | None,
 ) -> list[float]:
     """Trains a model on worked solutions of the recipe's problems. Returns the loss of each step."""
     warmup = config.policy.warmup

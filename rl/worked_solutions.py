@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 
 def chain_sum(entry: dict[str, Any]) -> str:

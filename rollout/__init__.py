@@ -1,12 +1,19 @@
 """Paceline's rollout engine: lossless, adaptive speculative decoding on the trainer's own parameters."""
 
-from rollout.api import DistillationTrace, FinishReason, Request, Rollout, RolloutStats, SamplingParams
-from rollout.engine import RolloutEngine, StepRecord
-from rollout.lengths import LengthEstimate, ObservedLengths
-from rollout.model_runner import default_tap_layers
-from rollout.requests import EngineBusyError
-from rollout.results import mean_acceptance_length
-from rollout.strategy import PLAIN, Strategy
+from paceline.rollout.api import (
+    DistillationTrace,
+    FinishReason,
+    Request,
+    Rollout,
+    RolloutStats,
+    SamplingParams,
+)
+from paceline.rollout.engine import RolloutEngine, StepRecord
+from paceline.rollout.lengths import LengthEstimate, ObservedLengths
+from paceline.rollout.model_runner import default_tap_layers
+from paceline.rollout.requests import EngineBusyError
+from paceline.rollout.results import mean_acceptance_length
+from paceline.rollout.strategy import PLAIN, Strategy
 
 __all__ = [
     "PLAIN",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rollout.values import listed, real_number, shown, token_list, whole_number
+from paceline.rollout.values import listed, real_number, shown, token_list, whole_number
 
 COLDEST, HOTTEST = 1e-30, 1e30  # temperatures, which and whose inverses float32 holds with room for logits
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollout.native import RaggedTokens
-from rollout.transformers_api import register_attention
+from paceline.rollout.native import RaggedTokens
+from paceline.rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
 _FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
@@ -166,7 +166,10 @@ def check_window(module: nn.Module, window: int | None) -> None:
     Raises:
         NotImplementedError: with the reason, to be read after "this model".
     """
-    kinds, index = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    kinds, index = (
+        getattr(getattr(module, "config", None), "layer_types", None),
+        getattr(module, "layer_idx", None),
+    )
     if kinds and index is not None and index < len(kinds) and kinds[index] == "sliding_attention" and window is None:
         raise NotImplementedError(f"does not tell the attention of {type(module).__name__} how wide its window is")
 

@@ -13,28 +13,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from rollout.api import FinishReason, Request, Rollout
-from rollout.drafters.base import Drafter, VerifiedStep
-from rollout.entropies import drawn_entropies
-from rollout.graph_pool import CudaCapturer, PlainCapturer
-from rollout.kept_prefixes import KeptPrefixes
-from rollout.lengths import LengthEstimate
-from rollout.model_runner import Chunk, ModelRunner
-from rollout.prefill import PromptLogits, prefill, split_prefill
-from rollout.refusals import note_refusals
-from rollout.requests import EngineBusyError, RequestLimits, problem_with, refused_rollout
-from rollout.results import finished_rollout, snapshot
-from rollout.scheduler import Scheduler
-from rollout.sequence import SequenceState
-from rollout.speculation import Speculation
-from rollout.stopping import StopCondition, TextDecoder
-from rollout.strategy import PLAIN, StepFeedback, Strategy
-from rollout.text_limits import TextLimit
-from rollout.timing import StepClock
-from rollout.trees import MOST_NODES, DraftTree, no_draft
-from rollout.values import listed, shown, whole_number
-from rollout.verification import verify_batch
-from rollout.verify import Verifier
+from paceline.rollout.api import FinishReason, Request, Rollout
+from paceline.rollout.drafters.base import Drafter, VerifiedStep
+from paceline.rollout.entropies import drawn_entropies
+from paceline.rollout.graph_pool import CudaCapturer, PlainCapturer
+from paceline.rollout.kept_prefixes import KeptPrefixes
+from paceline.rollout.lengths import LengthEstimate
+from paceline.rollout.model_runner import Chunk, ModelRunner
+from paceline.rollout.prefill import PromptLogits, prefill, split_prefill
+from paceline.rollout.refusals import note_refusals
+from paceline.rollout.requests import EngineBusyError, RequestLimits, problem_with, refused_rollout
+from paceline.rollout.results import finished_rollout, snapshot
+from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.speculation import Speculation
+from paceline.rollout.stopping import StopCondition, TextDecoder
+from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.text_limits import TextLimit
+from paceline.rollout.timing import StepClock
+from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
+from paceline.rollout.values import listed, shown, whole_number
+from paceline.rollout.verification import verify_batch
+from paceline.rollout.verify import Verifier
 
 _NOT_FINITE = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
 OnMark = Callable[[list[tuple[int, Rollout]]], Sequence[Request]]
@@ -69,7 +69,7 @@ class RolloutEngine:
             sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
-        graphs: Decode through captured graphs (`rollout.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
+        graphs: Decode through captured graphs (`paceline.rollout.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
             buckets and runs them as they are, for tests.
         budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware`` for more where more
             is left to decode.
@@ -355,7 +355,10 @@ class RolloutEngine:
     def _submit(
         self, requests: Sequence[Request], first: int, segment: int | None, mark: int | None
     ) -> Iterator[tuple[int, Rollout]]:
-        accepted, limits = [], RequestLimits(self.max_context, self.runner.vocab_size, self._decode_text is not None)
+        accepted, limits = (
+            [],
+            RequestLimits(self.max_context, self.runner.vocab_size, self._decode_text is not None),
+        )
         for index, request in enumerate(requests, first):
             problem = problem_with(request, limits)
             if problem is not None:
@@ -548,7 +551,10 @@ class RolloutEngine:
 
 
 def _check_bounds(token_budget: int | None, **counts: int | None) -> None:
-    for name, value, least in (("token_budget", token_budget, 0), *((name, value, 1) for name, value in counts.items())):
+    for name, value, least in (
+        ("token_budget", token_budget, 0),
+        *((name, value, 1) for name, value in counts.items()),
+    ):
         number = None if value is None else whole_number(value)
         if value is not None and (number is None or number < least):
             raise ValueError(f"{name} is {shown(value)}: write a whole number, at least {least}, or None")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.sampling import processed_probs
-from rollout.sequence import SequenceState
-from rollout.trees import DraftTree
+from paceline.rollout.sampling import processed_probs
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.trees import DraftTree
 
 
 def drawn_entropies(

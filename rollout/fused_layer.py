@@ -2,9 +2,9 @@
 
 A transformers decoder layer of a Llama-like model runs about 160 operators for a token; at small batches on a CPU their
 dispatch, not their arithmetic, is half of the time. `FusedLayer` runs the same mathematics in four matrix products and five
-kernels (`rollout.native`), or in about 60 operators where those cannot be built. It is not written for a model: it is put
+kernels (`paceline.rollout.native`), or in about 60 operators where those cannot be built. It is not written for a model: it is put
 together from the parts that a layer *has* (`LayerParts`), and used only if, with random weights, it gives what the
-original layer gives (`rollout.layer_probe`). A layer with other parts, or other mathematics, stays as it is.
+original layer gives (`paceline.rollout.layer_probe`). A layer with other parts, or other mathematics, stays as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from rollout.attention import ForwardBatch, slot_attention
-from rollout.native import AttentionRule, Kernels
-from rollout.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
-from rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
+from paceline.rollout.attention import ForwardBatch, slot_attention
+from paceline.rollout.native import AttentionRule, Kernels
+from paceline.rollout.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
+from paceline.rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
 
 _LAYER_PARTS = {
     "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
@@ -152,7 +152,13 @@ class FusedLayer(nn.Module):
     """
 
     def __init__(
-        self, parts: LayerParts, index: int, attention: dict[str, Any], dtype: torch.dtype, packed: bool, kernels: Kernels | None
+        self,
+        parts: LayerParts,
+        index: int,
+        attention: dict[str, Any],
+        dtype: torch.dtype,
+        packed: bool,
+        kernels: Kernels | None,
     ) -> None:
         super().__init__()
 
@@ -166,7 +172,12 @@ class FusedLayer(nn.Module):
         self._attention_out = None if parts.attention_out is None else norm(parts.attention_out)
         self._mlp_out = None if parts.mlp_out is None else norm(parts.mlp_out)
         self._head_norms = () if parts.query is None or parts.key is None else (norm(parts.query, True), norm(parts.key, True))
-        self._projections: list[Projection] = [join(*parts.qkv), join(parts.o), join(*parts.gate_up), join(parts.down)]
+        self._projections: list[Projection] = [
+            join(*parts.qkv),
+            join(parts.o),
+            join(*parts.gate_up),
+            join(parts.down),
+        ]
         self._widths = [layer.out_features for layer in parts.qkv]
         self._activation = parts.activation
         self._kernels = kernels

@@ -109,7 +109,13 @@ def plan_keys(
 ) -> tuple[GraphKey, ...]:
     """Keys with at most ``max_rows`` rows, and those of one token at every batch; largest first, so that later ones fit in."""
     every = (GraphKey(phase, b, t, span) for b, t, span in itertools.product(batches, tokens, spans))
-    return tuple(sorted((k for k in every if k.tokens == 1 or k.rows <= max_rows), key=lambda k: (k.rows, k.span), reverse=True))
+    return tuple(
+        sorted(
+            (k for k in every if k.tokens == 1 or k.rows <= max_rows),
+            key=lambda k: (k.rows, k.span),
+            reverse=True,
+        )
+    )
 
 
 def plan_graphs(shape: ModelShape, keys: Sequence[GraphKey]) -> GraphPlan:

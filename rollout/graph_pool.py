@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from rollout.graph_plan import GraphKey, GraphPlan, smallest_bucket
+from paceline.rollout.graph_plan import GraphKey, GraphPlan, smallest_bucket
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -103,13 +103,21 @@ class GraphPool:
 
     def key_for(self, batch: int, tokens: int, span: int) -> GraphKey | None:
         """The bucket of a shape, or None."""
-        batch_bucket, token_bucket = smallest_bucket(batch, self._batches), smallest_bucket(tokens, self._tokens)
+        batch_bucket, token_bucket = (
+            smallest_bucket(batch, self._batches),
+            smallest_bucket(tokens, self._tokens),
+        )
         if batch_bucket is None or token_bucket is None:
             return None
         return GraphKey(self._phase, batch_bucket, token_bucket, span)
 
     def run(
-        self, tokens: torch.Tensor, seats: torch.Tensor, span: int, slots: int, carried: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        seats: torch.Tensor,
+        span: int,
+        slots: int,
+        carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where the caller must run
         the forward itself.

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.attention import SLOT_ATTENTION
-from rollout.layer_probe import fuse_layers
-from rollout.packed_linear import can_pack, pack_linears
-from rollout.text_limits import fix_rotary
-from rollout.transformers_api import use_attention
+from paceline.rollout.attention import SLOT_ATTENTION
+from paceline.rollout.layer_probe import fuse_layers
+from paceline.rollout.packed_linear import can_pack, pack_linears
+from paceline.rollout.text_limits import fix_rotary
+from paceline.rollout.transformers_api import use_attention
 
 
 class InferenceView:

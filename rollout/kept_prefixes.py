@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.kv_cache import SlotCache, available_bytes
-from rollout.sequence import SequenceState
+from paceline.rollout.kv_cache import SlotCache, available_bytes
+from paceline.rollout.sequence import SequenceState
 
 
 @dataclass(slots=True, eq=False)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.attention import ForwardBatch
-from rollout.machine_limits import available_memory
-from rollout.native import load_kernels
-from rollout.transformers_api import Cache
+from paceline.rollout.attention import ForwardBatch
+from paceline.rollout.machine_limits import available_memory
+from paceline.rollout.native import load_kernels
+from paceline.rollout.transformers_api import Cache
 
 SPAN_STEP = 128
 
@@ -150,7 +150,12 @@ class SlotCache(Cache):
         return (lines + batch.places[:, None, :]).reshape(-1)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores [B, KV, Q, d] keys and values; returns those that attention reads, [B, KV, span, d]."""
         assert self.batch is not None, "SlotCache.begin was not called"

@@ -11,11 +11,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
-from rollout.fused_layer import FusedLayer, LayerParts
-from rollout.kv_cache import CacheShape, SlotCache
-from rollout.native import Kernels, RaggedTokens, load_kernels
-from rollout.transformers_api import DynamicCache, ObservedCall, register_attention, rotary_in, run_causal_lm, use_attention
+from paceline.rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
+from paceline.rollout.fused_layer import FusedLayer, LayerParts
+from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.native import Kernels, RaggedTokens, load_kernels
+from paceline.rollout.transformers_api import (
+    DynamicCache,
+    ObservedCall,
+    register_attention,
+    rotary_in,
+    run_causal_lm,
+    use_attention,
+)
 
 _PROBE_ATTENTION = "paceline_probe"
 _RULES = ("scaling", "sliding_window", "softcap", "s_aux")
@@ -115,7 +122,14 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
         return in_two_forwards(cache, _TOKENS, ragged, forward)
 
     try:
-        fused = FusedLayer(parts, 0, call.attention, torch.float32, packed=False, kernels=kernels_for(parts, call, torch.float32))
+        fused = FusedLayer(
+            parts,
+            0,
+            call.attention,
+            torch.float32,
+            packed=False,
+            kernels=kernels_for(parts, call, torch.float32),
+        )
         wanted = run(original, ragged=False)
         got = run(fused, ragged=fused.takes_ragged)
     except (RuntimeError, ValueError):  # shapes or norms that a fused layer is not made for
@@ -124,7 +138,11 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
 
 
 def in_two_forwards(
-    cache: SlotCache, tokens: int, ragged: bool, forward: Callable[[slice, ForwardBatch], torch.Tensor], texts: int = 1
+    cache: SlotCache,
+    tokens: int,
+    ragged: bool,
+    forward: Callable[[slice, ForwardBatch], torch.Tensor],
+    texts: int = 1,
 ) -> torch.Tensor:
     """Runs all tokens of each text but the last two, then those two, which read what the first forward has stored.
 

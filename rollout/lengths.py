@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol
 
-from rollout.api import Request
+from paceline.rollout.api import Request
 
 _DECAY = 0.9
 

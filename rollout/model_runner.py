@@ -12,19 +12,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rollout.api import DistillationTrace
-from rollout.attention import ForwardBatch, chain_seats, tree_seats
-from rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
-from rollout.graph_pool import Capturer, GraphPool
-from rollout.kv_cache import CacheShape, SlotCache
-from rollout.layer_probe import decoder_layers
-from rollout.model_shape import intermediate_size, observed_keys
-from rollout.native import RaggedTokens
-from rollout.sequence import SequenceState
-from rollout.text_limits import has_position_table, text_limit
-from rollout.transformers_api import hidden_states_in, run_causal_lm
-from rollout.trees import tree_shape
-from rollout.view_check import checked_view
+from paceline.rollout.api import DistillationTrace
+from paceline.rollout.attention import ForwardBatch, chain_seats, tree_seats
+from paceline.rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.graph_pool import Capturer, GraphPool
+from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.layer_probe import decoder_layers
+from paceline.rollout.model_shape import intermediate_size, observed_keys
+from paceline.rollout.native import RaggedTokens
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.text_limits import has_position_table, text_limit
+from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
+from paceline.rollout.trees import tree_shape
+from paceline.rollout.view_check import checked_view
 
 MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
 
@@ -203,7 +203,11 @@ class ModelRunner:
 
     @torch.no_grad()
     def decode(
-        self, tokens: torch.Tensor, counts: Sequence[int], starts: Sequence[int], parents: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        counts: Sequence[int],
+        starts: Sequence[int],
+        parents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs the first ``counts[b]`` of the Q tokens of each of the first B slots.
 
@@ -268,7 +272,11 @@ class ModelRunner:
         return ForwardBatch(slice(0, 0), ragged.seats, span=self.cache.span, ragged=ragged)
 
     def _forward(
-        self, tokens: torch.Tensor, batch: ForwardBatch, keep: torch.Tensor | None = None, store_taps: bool = True
+        self,
+        tokens: torch.Tensor,
+        batch: ForwardBatch,
+        keep: torch.Tensor | None = None,
+        store_taps: bool = True,
     ) -> torch.Tensor:
         """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
@@ -311,7 +319,10 @@ class ModelRunner:
 
 
 def _ragged_tokens(
-    counts: Sequence[int], starts: Sequence[int], shape: tuple[torch.Tensor, torch.Tensor] | None, real: torch.Tensor | None
+    counts: Sequence[int],
+    starts: Sequence[int],
+    shape: tuple[torch.Tensor, torch.Tensor] | None,
+    real: torch.Tensor | None,
 ) -> RaggedTokens:
     if shape is None:
         return RaggedTokens(range(len(counts)), starts, counts)

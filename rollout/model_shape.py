@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rollout.inference_view import copy_sharing
-from rollout.transformers_api import DynamicCache, run_causal_lm, supports_attention_backend, use_attention
-from rollout.values import error_line
+from paceline.rollout.inference_view import copy_sharing
+from paceline.rollout.transformers_api import (
+    DynamicCache,
+    run_causal_lm,
+    supports_attention_backend,
+    use_attention,
+)
+from paceline.rollout.values import error_line
 
 _LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 

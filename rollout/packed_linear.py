@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from rollout.native.products import load_products
+from paceline.rollout.native.products import load_products
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

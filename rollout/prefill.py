@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from rollout.kept_prefixes import KeptPrefixes
-from rollout.model_runner import Chunk, ModelRunner
-from rollout.sequence import SequenceState
+from paceline.rollout.kept_prefixes import KeptPrefixes
+from paceline.rollout.model_runner import Chunk, ModelRunner
+from paceline.rollout.sequence import SequenceState
 
 
 class PromptLogits:
@@ -82,7 +82,11 @@ def prefill(
 
 
 def _copy_beginning(
-    runner: ModelRunner, sequence: SequenceState, slot: int, active: Sequence[SequenceState], kept: KeptPrefixes | None
+    runner: ModelRunner,
+    sequence: SequenceState,
+    slot: int,
+    active: Sequence[SequenceState],
+    kept: KeptPrefixes | None,
 ) -> int:
     """Copies into a sequence's slot as much of its beginning as there is elsewhere. Returns how many tokens that was."""
     source, start = _longest_beginning(sequence.tokens, sequence.num_prompt, active)

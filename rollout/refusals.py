@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.sequence import SequenceState
-from rollout.trees import DraftTree
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.trees import DraftTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,11 @@ class Refusal:
 
 
 def note_refusals(
-    active: Sequence[SequenceState], draft: DraftTree, paths: Sequence[Sequence[int]], taps: torch.Tensor, hidden_size: int
+    active: Sequence[SequenceState],
+    draft: DraftTree,
+    paths: Sequence[Sequence[int]],
+    taps: torch.Tensor,
+    hidden_size: int,
 ) -> None:
     """Adds each sequence's first refused token to its record. Call before accepted paths are moved.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.api import FinishReason, Request, Rollout, RolloutStats, SamplingParams
-from rollout.values import error_line, shown, token_list, whole_number
+from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats, SamplingParams
+from paceline.rollout.values import error_line, shown, token_list, whole_number
 
 
 class EngineBusyError(ValueError):
@@ -91,7 +91,10 @@ def _problem_with_resume(request: Request, prompt: list[int], earlier: Any, limi
 
 def _tells_of(earlier: Rollout, count: int) -> bool:
     """Whether everything that the rollout has by token is there for ``count`` of them."""
-    numbers: Sequence[Sequence[float]] = [earlier.logprobs, *([earlier.entropies] if earlier.entropies else [])]
+    numbers: Sequence[Sequence[float]] = [
+        earlier.logprobs,
+        *([earlier.entropies] if earlier.entropies else []),
+    ]
     whole = all(len(row) == count and all(isinstance(x, float | int) and not math.isnan(x) for x in row) for row in numbers)
     return whole and sum(n for _, n in earlier.segments) == count and isinstance(earlier.stats, RolloutStats)
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rollout.api import DistillationTrace, FinishReason, Rollout
-from rollout.sequence import SequenceState
+from paceline.rollout.api import DistillationTrace, FinishReason, Rollout
+from paceline.rollout.sequence import SequenceState
 
 
 def finished_rollout(sequence: SequenceState, trace: DistillationTrace | None) -> Rollout:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from rollout.api import SamplingParams
-from rollout.native import load_kernels
+from paceline.rollout.api import SamplingParams
+from paceline.rollout.native import load_kernels
 
 _BLOCK = 256
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from rollout.lengths import LengthEstimate, ObservedLengths
-from rollout.sequence import SequenceState
+from paceline.rollout.lengths import LengthEstimate, ObservedLengths
+from paceline.rollout.sequence import SequenceState
 
 _UNKNOWN_LENGTH = 128
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rollout.api import FinishReason, Request, RolloutStats
-from rollout.randomness import reduced_seed
-from rollout.values import token_list
+from paceline.rollout.api import FinishReason, Request, RolloutStats
+from paceline.rollout.randomness import reduced_seed
+from paceline.rollout.values import token_list
 
 if TYPE_CHECKING:
-    from rollout.refusals import Refusal
+    from paceline.rollout.refusals import Refusal
 
 
 @dataclass(slots=True, eq=False)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from rollout.calibration import calibrate_forward
-from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
-from rollout.drafters.coverage import refusal
-from rollout.model_runner import ModelRunner
-from rollout.sequence import SequenceState
-from rollout.strategy import (
+from paceline.rollout.calibration import calibrate_forward
+from paceline.rollout.drafters.base import DraftContext, Drafter, VerifiedStep
+from paceline.rollout.drafters.coverage import refusal
+from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy import (
     BUDGETS,
     BanditSelector,
     CostModel,
@@ -26,8 +26,8 @@ from rollout.strategy import (
     Strategy,
     default_arms,
 )
-from rollout.trees import DraftKind, DraftTree, no_draft
-from rollout.verify import VERIFIERS, Verifier, default_verifier
+from paceline.rollout.trees import DraftKind, DraftTree, no_draft
+from paceline.rollout.verify import VERIFIERS, Verifier, default_verifier
 
 
 class DrafterWarning(RuntimeWarning):
@@ -150,7 +150,9 @@ class Speculation:
                 raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
             verifier = VERIFIERS[verifier]
         if verifier is not None and not hasattr(verifier, "refusal"):
-            raise ValueError(f"{verifier!r} does not state which drafts it covers: wrap it in rollout.verify.StatedVerifier")
+            raise ValueError(
+                f"{verifier!r} does not state which drafts it covers: wrap it in paceline.rollout.verify.StatedVerifier"
+            )
         for strategy in self.selector.strategies():
             self._check_covered(strategy, verifier)
         self.verifier = verifier

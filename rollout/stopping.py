@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rollout.api import FinishReason, SamplingParams
-from rollout.sequence import SequenceState
-from rollout.values import error_line
+from paceline.rollout.api import FinishReason, SamplingParams
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.values import error_line
 
 TextDecoder = Callable[[Sequence[int]], str]
 

@@ -63,7 +63,10 @@ def _table_limits(model: PreTrainedModel) -> Iterator[TextLimit]:
 
 def has_position_table(model: PreTrainedModel) -> bool:
     """Whether positions are looked up in a table (GPT-2, OPT), whose end no position may pass."""
-    longest, words = getattr(model.config.get_text_config(), "max_position_embeddings", None), model.get_input_embeddings()
+    longest, words = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        model.get_input_embeddings(),
+    )
     if longest is None:
         return False
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)

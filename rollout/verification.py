@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.api import SamplingParams
-from rollout.native import Kernels, load_kernels
-from rollout.randomness import Stream, step_uniforms, uniforms
-from rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
-from rollout.sequence import SequenceState, seeds_of
-from rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
-from rollout.verify import Uniforms, Verifier, default_verifier, verify_deterministic
+from paceline.rollout.api import SamplingParams
+from paceline.rollout.native import Kernels, load_kernels
+from paceline.rollout.randomness import Stream, step_uniforms, uniforms
+from paceline.rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
+from paceline.rollout.sequence import SequenceState, seeds_of
+from paceline.rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
+from paceline.rollout.verify import Uniforms, Verifier, default_verifier, verify_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,10 @@ class BatchOutcome:
 
 
 def verify_batch(
-    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, verifier: Verifier | None = None
+    sequences: Sequence[SequenceState],
+    logits: torch.Tensor,
+    draft: DraftTree,
+    verifier: Verifier | None = None,
 ) -> BatchOutcome:
     """Accepts or rejects each sequence's draft.
 
@@ -85,7 +88,11 @@ def _followed(
 
 
 def _deterministic(
-    sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, counts: np.ndarray, first: np.ndarray
+    sequences: Sequence[SequenceState],
+    logits: torch.Tensor,
+    draft: DraftTree,
+    counts: np.ndarray,
+    first: np.ndarray,
 ) -> BatchOutcome:
     ends = counts.cumsum()
     starts = ends - counts
@@ -166,7 +173,11 @@ def _sampled(
 
 
 def _logprobs(
-    probs: torch.Tensor, logits: torch.Tensor, params: Sequence[SamplingParams], rows: torch.Tensor, tokens: torch.Tensor
+    probs: torch.Tensor,
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
 ) -> torch.Tensor:
     """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those of the unscaled
     distribution."""

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from rollout.attention import ForwardBatch
-from rollout.inference_view import InferenceView, copy_sharing
-from rollout.kv_cache import CacheShape, SlotCache
-from rollout.layer_probe import in_two_forwards
-from rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
-from rollout.values import error_line
+from paceline.rollout.attention import ForwardBatch
+from paceline.rollout.inference_view import InferenceView, copy_sharing
+from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.layer_probe import in_two_forwards
+from paceline.rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
+from paceline.rollout.values import error_line
 
 _TEXTS, _TOKENS = 2, 8
 # Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03 in bfloat16; a wrong

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main() -> None:
-    from rl import train_command, trainer
-    from rl.clock import Clock
+    from paceline.rl import train_command, trainer
+    from paceline.rl.clock import Clock
 
     wanted, met = sys.argv.pop(1), 0
     phase, save = Clock.phase, trainer.save_checkpoint

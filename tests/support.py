@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rl import train_command
-from rl.config import load_config
-from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator
-from rollout import Rollout, RolloutEngine, default_tap_layers
-from rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.drafters.build import DrafterParts, build_drafter
-from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from rollout.strategy import Strategy
-from rollout.trees import DraftTree
+from paceline.rl import train_command
+from paceline.rl.config import load_config
+from paceline.rl.tracking import Tracker
+from paceline.rl.trainer import Trainer, make_accelerator
+from paceline.rollout import Rollout, RolloutEngine, default_tap_layers
+from paceline.rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.build import DrafterParts, build_drafter
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.strategy import Strategy
+from paceline.rollout.trees import DraftTree
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,7 +150,12 @@ def tiny_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *op
     name = f"reward_{folder.name}"
     (folder / f"{name}.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
     monkeypatch.chdir(folder)
-    plain = ["speculation.drafters=[suffix]", "speculation.strategy=plain", "update.kl_coef=0.0", "measure.plain_every=0"]
+    plain = [
+        "speculation.drafters=[suffix]",
+        "speculation.strategy=plain",
+        "update.kl_coef=0.0",
+        "measure.plain_every=0",
+    ]
     one = [f"task.reward={name}:score", "update.minibatches=1", f"out={folder / 'run'}"]
     config = load_config(ROOT / "configs" / "tiny.yaml", [*plain, *one, *options])
     (folder / "run").mkdir()

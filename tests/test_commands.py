@@ -17,13 +17,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
-from drafter_trainer.checkpoint import save_drafter
-from rl.commands import doctor, trial
-from rl.commands.app import app
-from rl.commands.doctor import Finding, findings
-from rl.config import load_config
-from rl.policies import fetch_policy
-from rl.summary import read_metrics
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.rl.commands import doctor, trial
+from paceline.rl.commands.app import app
+from paceline.rl.commands.doctor import Finding, findings
+from paceline.rl.config import load_config
+from paceline.rl.policies import fetch_policy
+from paceline.rl.summary import read_metrics
 from tests.support import ROOT, tiny_eagle3, tiny_llama
 
 runner = CliRunner()
@@ -32,14 +32,26 @@ runner = CliRunner()
 def test_help_names_every_command():
     said = runner.invoke(app, ["--help"]).output
     assert all(
-        name in said for name in ("train", "bench", "report", "evaluate", "export", "serve", "push", "warmup", "fetch", "doctor")
+        name in said
+        for name in (
+            "train",
+            "bench",
+            "report",
+            "evaluate",
+            "export",
+            "serve",
+            "push",
+            "warmup",
+            "fetch",
+            "doctor",
+        )
     )
 
 
 LIGHT = """
 import sys
 from typer.testing import CliRunner
-from rl.commands.app import app
+from paceline.rl.commands.app import app
 
 for command in ([], *([name] for name in sys.argv[1:])):
     done = CliRunner().invoke(app, [*command, "--help"])
@@ -156,9 +168,12 @@ def test_doctor_says_what_it_saw(monkeypatch):
     assert int(said["its rollouts"].split()[0]) == 16
     assert float(said["its updates"].split()[-1]) > 0
     assert int(said["its drafter"].split()[0]) > 0
-    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter(found))
+    monkeypatch.setattr("paceline.rl.commands.doctor.findings", lambda: iter(found))
     assert "main job runs here" in runner.invoke(app, ["doctor"]).output
-    monkeypatch.setattr("rl.commands.doctor.findings", lambda: iter([Finding("torch", "2.0", False, needed=True, advice="pip")]))
+    monkeypatch.setattr(
+        "paceline.rl.commands.doctor.findings",
+        lambda: iter([Finding("torch", "2.0", False, needed=True, advice="pip")]),
+    )
     broken = runner.invoke(app, ["doctor"])
     assert broken.exit_code == 1
     assert "cannot run here: torch" in broken.output
@@ -208,7 +223,7 @@ llama.LlamaModel.forward = renamed
 
 
 BROKEN_FUSED_LAYERS = """
-from rollout.fused_layer import FusedLayer
+from paceline.rollout.fused_layer import FusedLayer
 
 
 def broken(self, *args, **kwargs):
@@ -223,7 +238,7 @@ def doctor_with(folder, patch):
     """``paceline doctor`` where every process runs ``patch`` at its start."""
     (folder / "sitecustomize.py").write_text(patch)
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COLUMNS": "400"}
-    command = [sys.executable, "-m", "rl.commands.app", "doctor"]
+    command = [sys.executable, "-m", "paceline.rl.commands.app", "doctor"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -248,7 +263,7 @@ def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(tmp_path):
 
 def test_bench_has_its_own_help():
     with pytest.raises(SystemExit):
-        from rl.commands.bench import main
+        from paceline.rl.commands.bench import main
 
         main(["--help"])
     assert "selection" in runner.invoke(app, ["bench", "--help"]).output
@@ -256,11 +271,30 @@ def test_bench_has_its_own_help():
 
 def _interrupted(tmp_path, ranks, number):
     """Starts a long run, sends it a signal in its first steps, and returns what it said with its exit status."""
-    command = [sys.executable, "-m", "rl.commands.app", "train", "tiny", f"out={tmp_path / 'run'}", "steps=40", "save_every=100"]
+    command = [
+        sys.executable,
+        "-m",
+        "paceline.rl.commands.app",
+        "train",
+        "tiny",
+        f"out={tmp_path / 'run'}",
+        "steps=40",
+        "save_every=100",
+    ]
     more = ["measure.plain_every=0", "drafter.schedule=never", "--ranks", str(ranks)]
-    environment = {**os.environ, "PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {
+        **os.environ,
+        "PACELINE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     job = subprocess.Popen(
-        [*command, *more], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *more],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     for _ in range(400):
         if (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1:

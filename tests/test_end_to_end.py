@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.checkpoint import load_drafter
 from tests.support import train_here
 
 ROOT = Path(__file__).parent.parent
@@ -18,9 +18,23 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 
 
 def train(*arguments, **options):
-    command = [*TORCHRUN, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "launch/train.py", *arguments]
+    command = [
+        *TORCHRUN,
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "launch/train.py",
+        *arguments,
+    ]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
     )
 
 
@@ -77,14 +91,24 @@ def last_saved(run: Path) -> int:
 
 def shape(metrics: dict) -> frozenset[str]:
     """The keys of a step, but for those that depend on which drafter the measured times chose, and on what was measured beside."""
-    optional = ("rollout/acceptance_length_", "rollout/draft_seconds_", "measure/", "time/measure", "drafter/")
+    optional = (
+        "rollout/acceptance_length_",
+        "rollout/draft_seconds_",
+        "measure/",
+        "time/measure",
+        "drafter/",
+    )
     return frozenset(key for key in metrics if not key.startswith(optional))
 
 
 def test_same_seed_same_run_after_resume(tmp_path, cache, monkeypatch):
     """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    plain = ["speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0"]  # without KL uniform groups are skipped
+    plain = [
+        "speculation.strategy=plain",
+        "speculation.drafters=[]",
+        "update.kl_coef=0",
+    ]  # without KL uniform groups are skipped
     train_here(monkeypatch, "configs/tiny.yaml", f"out={whole}", *plain)
     train_here(monkeypatch, "configs/tiny.yaml", f"out={cut}", "steps=2", *plain)
     config = json.loads((cut / "config.json").read_text())
@@ -99,7 +123,10 @@ def test_user_errors_are_one_line(tmp_path, cache, monkeypatch, capsys):
     for arguments, says in [
         (["configs/tiny.yaml", "rollout.group_sise=3"], "did you mean rollout.group_size"),
         (["configs/tiny.yaml", f"out={tmp_path / 'm'}", "rollout.kv_memory_gb=0.0001"], "the KV cache needs"),
-        (["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"], "the target has 99 tokens"),
+        (
+            ["configs/tiny.yaml", f"out={tmp_path / 'v'}", "drafter.draft_vocab_size=200"],
+            "the target has 99 tokens",
+        ),
         (["--resume", str(tmp_path / "nothing")], "no config.json"),
     ]:
         with pytest.raises(SystemExit) as left:
@@ -110,9 +137,16 @@ def test_user_errors_are_one_line(tmp_path, cache, monkeypatch, capsys):
 
 
 def test_export_and_report_scripts_name_what_is_missing(tmp_path):
-    for script, arguments in (("export_drafter.py", [str(tmp_path), str(tmp_path / "out")]), ("report.py", [str(tmp_path)])):
+    for script, arguments in (
+        ("export_drafter.py", [str(tmp_path), str(tmp_path / "out")]),
+        ("report.py", [str(tmp_path)]),
+    ):
         done = subprocess.run(
-            [sys.executable, f"launch/{script}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, f"launch/{script}", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 2
         assert str(tmp_path) in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from rl.summary import read_metrics
+from paceline.rl.summary import read_metrics
 from tests.support import ROOT
 
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
@@ -90,9 +90,12 @@ def requeued(cluster):
 def test_every_task_becomes_a_rank(cluster):
     job = cluster("tiny", "out=run", "update.lr=1e-5")
     assert job.wait(30) == 0, job.stdout.read()
-    started = sorted((json.loads(line) for line in (cluster.stubs / "ranks").read_text().splitlines()), key=lambda r: r[1]["RANK"])
+    started = sorted(
+        (json.loads(line) for line in (cluster.stubs / "ranks").read_text().splitlines()),
+        key=lambda r: r[1]["RANK"],
+    )
     for number, (arguments, environment) in enumerate(started):
-        assert arguments == ["-m", "rl.commands.rank", "tiny", "out=run", "update.lr=1e-5"]
+        assert arguments == ["-m", "paceline.rl.commands.rank", "tiny", "out=run", "update.lr=1e-5"]
         assert environment == {
             "RANK": str(number),
             "LOCAL_RANK": str(number),
@@ -132,7 +135,12 @@ def test_a_job_without_a_directory_is_told_so(cluster):
 @pytest.mark.ci
 def test_a_run_goes_on_over_two_jobs(cluster, tmp_path):
     """The signal before the time limit: a checkpoint, into the queue, and from there to the end."""
-    options = ["save_every=100", "measure.plain_every=0", "drafter.schedule=never", "speculation.strategy=plain"]
+    options = [
+        "save_every=100",
+        "measure.plain_every=0",
+        "drafter.schedule=never",
+        "speculation.strategy=plain",
+    ]
     job = cluster("tiny", "out=run", "steps=60", *options, python="real")
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").is_file():
@@ -160,8 +168,21 @@ def test_accelerate_launches_by_the_examples_file(tmp_path):
     assert (example["num_processes"], example["distributed_type"]) == (8, "MULTI_GPU")
     here = tmp_path / "accelerate.yaml"
     here.write_text(yaml.safe_dump(example | {"num_processes": 1, "distributed_type": "NO", "use_cpu": True}))
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(here)]
-    train = [str(ROOT / "launch" / "train.py"), "tiny", "steps=1", "measure.plain_every=0", f"out={tmp_path / 'run'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(here),
+    ]
+    train = [
+        str(ROOT / "launch" / "train.py"),
+        "tiny",
+        "steps=1",
+        "measure.plain_every=0",
+        f"out={tmp_path / 'run'}",
+    ]
     environment = os.environ | {"PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *train], env=environment, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

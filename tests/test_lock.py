@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from rollout.transformers_api import TESTED_RELEASES
+from paceline.rollout.transformers_api import TESTED_RELEASES
 from tests.support import ROOT
 
 LOCK = [

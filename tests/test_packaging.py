@@ -24,18 +24,17 @@ for name in {EXTRAS}:
         continue
     raise AssertionError(name + " is there")
 
-import drafter_trainer
-import rl.commands.app
-import rl.integrations.host
-import rollout.backends.vllm_server
-from rl.config import load_config
-from rollout.native.build import SOURCE
+from paceline import drafter_trainer, rl, rollout
+from paceline.rl.commands import app
+from paceline.rl.integrations import host
+from paceline.rollout.backends import vllm_server
+from paceline.rl.config import load_config
+from paceline.rollout.native.build import SOURCE
 
 assert "site-packages" in rl.__file__, rl.__file__
 assert SOURCE.is_file() and SOURCE.with_name("tiles.h").is_file()
 assert load_config("quickstart").steps == 20 and load_config("length/pear").length.rewards
-for package in (rl, rollout, drafter_trainer):
-    assert pathlib.Path(package.__file__).with_name("py.typed").is_file()
+assert pathlib.Path(rl.__file__).parents[1].joinpath("py.typed").is_file()
 """
 
 
@@ -49,8 +48,10 @@ def built(tmp_path_factory):
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     for name in filter(None, files):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():  # paceline/ links to the folders beside it
+            (source / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
             (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -61,14 +62,19 @@ def built(tmp_path_factory):
 def test_the_sdist_has_what_the_wheel_needs(built):
     with tarfile.open(next((built / "dist").glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "pyproject.toml", "configs/quickstart.yaml", "rollout/native/kernels.cpp"} <= names
+    assert {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert {"paceline/configs/quickstart.yaml", "paceline/rollout/native/kernels.cpp"} <= names
     wheel = next((built / "dist").glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         inside = archive.namelist()
         metadata = archive.read(next(name for name in inside if name.endswith("METADATA"))).decode()
-    modules = {str(p.relative_to(ROOT)) for package in ("rl", "rollout", "drafter_trainer") for p in (ROOT / package).rglob("*.py")}
+    modules = {
+        f"paceline/{path.relative_to(ROOT)}"
+        for package in ("rl", "rollout", "drafter_trainer")
+        for path in (ROOT / package).rglob("*.py")
+    }
     assert modules <= set(inside)
-    assert {"rl/py.typed", "rollout/py.typed", "drafter_trainer/py.typed", "paceline_recipes/quickstart.yaml"} <= set(inside)
+    assert {"paceline/py.typed", "paceline/configs/quickstart.yaml"} <= set(inside)
     assert not [name for name in inside if name.startswith(("tests/", "benchmarks/", "launch/"))]
     assert "License-Expression: Apache-2.0" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

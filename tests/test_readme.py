@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -64,11 +64,25 @@ def test_two_machines(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    options = [f"out={run}", "steps=2", "scale={fsdp2: true, lora: {rank: 4}}", "task.reward=digits:digits", "update.lr=1e-2"]
+    options = [
+        f"out={run}",
+        "steps=2",
+        "scale={fsdp2: true, lora: {rank: 4}}",
+        "task.reward=digits:digits",
+        "update.lr=1e-2",
+    ]
     nodes_of_one = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     nodes = [
         subprocess.Popen(
-            [*LAUNCHER, *nodes_of_one, "--rdzv-endpoint", endpoint, "launch/train.py", "configs/tiny.yaml", *options],
+            [
+                *LAUNCHER,
+                *nodes_of_one,
+                "--rdzv-endpoint",
+                endpoint,
+                "launch/train.py",
+                "configs/tiny.yaml",
+                *options,
+            ],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -87,9 +101,23 @@ def test_two_machines(tmp_path):
 
 def fails(phase: str, *options: str) -> str:
     """Trains on two ranks, of which one dies, or sleeps, in a phase of the second step. What the launcher says of it."""
-    command = [*LAUNCHER, "--standalone", "--nproc_per_node", "2", "tests/dying_rank.py", phase, "configs/tiny.yaml"]
+    command = [
+        *LAUNCHER,
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "tests/dying_rank.py",
+        phase,
+        "configs/tiny.yaml",
+    ]
     begin = time.monotonic()
-    done = subprocess.run([*command, "task.reward=digits:digits", *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "task.reward=digits:digits", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and time.monotonic() - begin < 90
     return done.stderr
 
@@ -98,7 +126,11 @@ PHASES = ["rollout", "score", "reference", "drafter", "wait", "gather", "sync", 
 
 
 @pytest.mark.parametrize(
-    "phase", [pytest.param("update", marks=pytest.mark.ci), *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES)]
+    "phase",
+    [
+        pytest.param("update", marks=pytest.mark.ci),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in PHASES),
+    ],
 )
 def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
     """In any phase, also of a policy in parts: the launcher ends the others at once, and the run goes on from its last step."""

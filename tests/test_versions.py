@@ -57,13 +57,20 @@ def test_reports_are_counted(tmp_path):
     file.write_text(REPORT)
     outcome = versions._read("newest", {"torch": "9.0"}, file, 3.0)
     assert (outcome.passed, outcome.failed, outcome.skipped) == (1, 2, 1)
-    assert outcome.failures == ["tests.rollout.test_greedy::test_equals_generate[b]", "tests.test_end_to_end::test_run"]
+    assert outcome.failures == [
+        "tests.rollout.test_greedy::test_equals_generate[b]",
+        "tests.test_end_to_end::test_run",
+    ]
     assert versions._read("newest", {}, tmp_path / "none.xml", 1.0).failures
 
 
 @pytest.mark.parametrize(("failures", "options", "status"), [([], [], 0), (["a::b"], [], 1), (["a::b"], ["--report-only"], 0)])
 def test_failures_fail_the_command_unless_it_only_reports(monkeypatch, capsys, failures, options, status):
-    monkeypatch.setattr(versions, "run", lambda name, quick: Outcome(name, {"torch": "9.0"}, 5, len(failures), 0, failures, 1.0))
+    monkeypatch.setattr(
+        versions,
+        "run",
+        lambda name, quick: Outcome(name, {"torch": "9.0"}, 5, len(failures), 0, failures, 1.0),
+    )
     monkeypatch.setattr(sys, "argv", ["versions.py", "newest", *options])
     if status:
         with pytest.raises(SystemExit) as ended:

@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "constraints"))
 from environment import REACHED_INTO, InstallFailed, make  # noqa: E402
 
-TESTS = ("tests/rollout", "tests/rl/test_losses_beside_trl.py", "tests/rl/integrations/test_trl.py", "tests/test_end_to_end.py")
+TESTS = (
+    "tests/rollout",
+    "tests/rl/test_losses_beside_trl.py",
+    "tests/rl/integrations/test_trl.py",
+    "tests/test_end_to_end.py",
+)
 QUICK = (
     *(
         f"tests/rollout/test_{name}.py"
@@ -63,7 +68,19 @@ def run(versions: str, quick: bool) -> Outcome:
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
     marked = "not slow and not vllm and not pipelines" + (" and not ci" if quick else "")
-    command = [str(python), "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", marked, f"--junitxml={report}"]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        "-m",
+        marked,
+        f"--junitxml={report}",
+    ]
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with contextlib.suppress(subprocess.TimeoutExpired):  # then the report is missing, which is said
@@ -99,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", help="oldest, locked, newest, or package==version,…")
     parser.add_argument(
-        "--quick", action="store_true", help="the tests that other versions are likeliest to break, in a quarter of the time"
+        "--quick",
+        action="store_true",
+        help="the tests that other versions are likeliest to break, in a quarter of the time",
     )
     parser.add_argument("--report-only", action="store_true", help="succeed whatever the tests say")
     parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")

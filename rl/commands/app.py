@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from rl.cli import say_first
-from rl.commands.drafters import export, serve
-from rl.commands.policies import fetch, warm_up_policy
-from rl.commands.publishing import push
-from rl.commands.results import evaluate, report
-from rl.commands.training import train
+from paceline.rl.cli import say_first
+from paceline.rl.commands.drafters import export, serve
+from paceline.rl.commands.policies import fetch, warm_up_policy
+from paceline.rl.commands.publishing import push
+from paceline.rl.commands.results import evaluate, report
+from paceline.rl.commands.training import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +51,7 @@ app.command()(fetch)
 def doctor() -> None:
     """Says what this machine can run and what is missing; exits with status 1 where the main job cannot run."""
     say_first("looking at this machine; a tiny run at the end takes half a minute")
-    from rl.commands.doctor import doctor as examine
+    from paceline.rl.commands.doctor import doctor as examine
 
     examine()
 
@@ -59,7 +59,7 @@ def doctor() -> None:
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Runs a benchmark; paceline bench --help lists them."""
-    from rl.commands.bench import main
+    from paceline.rl.commands.bench import main
 
     main(context.args, "paceline bench")
 

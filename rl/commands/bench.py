@@ -33,9 +33,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rl.bench_commands import COMMANDS
-from rl.bench_results import check_target
-from rl.cli import say_first, user_errors
+from paceline.rl.bench_commands import COMMANDS
+from paceline.rl.bench_results import check_target
+from paceline.rl.cli import say_first, user_errors
 
 NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
 
@@ -55,11 +55,16 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     rollout.add_argument("--repeats", type=int, default=2)
     rollout.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
     rollout.add_argument(
-        "--own-problems", action="store_true", help="what the recipe's rollouts ask, instead of others of the kind"
+        "--own-problems",
+        action="store_true",
+        help="what the recipe's rollouts ask, instead of others of the kind",
     )
     rollout.add_argument("--workloads", nargs="+", help="1, 4, 16, 32, 64 sequences, tail; all where none is named")
     rollout.add_argument(
-        "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter that has vLLM (make peers)"
+        "--peers",
+        type=Path,
+        default=Path(".venv-peers/bin/python"),
+        help="interpreter that has vLLM (make peers)",
     )
     rollout.add_argument("--alone", action="store_true", help="only this engine, no peers")
     rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
@@ -79,7 +84,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     gpu_rl.add_argument("--runs", type=Path, default=Path("runs/gpu-rl"), help="where the two runs go")
     gpu_rl.add_argument("--out", type=Path, default=Path("benchmarks/gpu_rl.json"))
     gpu_rl.add_argument("overrides", nargs="*", help="key=value")
-    for name, what in (("drafters", "drafters side by side"), ("verifiers", "verifiers"), ("selection", "the bandit")):
+    for name, what in (
+        ("drafters", "drafters side by side"),
+        ("verifiers", "verifiers"),
+        ("selection", "the bandit"),
+    ):
         command = commands.add_parser(name, help=what)
         command.add_argument("--config", required=True)
         command.add_argument("--run", type=Path, required=True, help="a finished run: its policy and drafter are used")
@@ -90,8 +99,17 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             command.add_argument("--sharing", action="store_true", help="measure sharing within groups instead")
             command.add_argument("--positions", type=int, help="measure acceptance by position up to here instead")
         if name == "selection":
-            command.add_argument("--whole-batch", action="store_true", help="also plain and adaptive on the long-tailed GRPO batch")
-            command.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+            command.add_argument(
+                "--whole-batch",
+                action="store_true",
+                help="also plain and adaptive on the long-tailed GRPO batch",
+            )
+            command.add_argument(
+                "--tail-cap",
+                type=int,
+                default=1024,
+                help="most tokens of a completion in the long-tailed batch",
+            )
     learning = commands.add_parser("learning", help="with speculation and without: the same learning")
     learning.add_argument("--speculating", type=Path, nargs="+", required=True, help="finished runs, one a seed")
     learning.add_argument("--plain", type=Path, nargs="+", required=True, help="those of the same seeds without speculation")
@@ -106,7 +124,10 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     served.add_argument("--config", required=True)
     served.add_argument("--run", type=Path, required=True, help="a finished run")
     served.add_argument(
-        "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="interpreter of an environment with vLLM"
+        "--peers",
+        type=Path,
+        default=Path(".venv-peers/bin/python"),
+        help="interpreter of an environment with vLLM",
     )
     served.add_argument("--prompts", type=int, default=64)
     served.add_argument("--depth", type=int, default=4, help="draft tokens of a step")

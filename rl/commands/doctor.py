@@ -17,12 +17,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.table import Table
 
-from rl.commands.trial import TrialFailed, run_trial
-from rl.console import console
-from rl.machine import threads_of_rank
-from rl.policies import SMOLLM2, cache_dir, cached_policy
-from rollout.machine_limits import memory_limit, usable_cores
-from rollout.native.build import NativeUnavailable, build_library
+from paceline.rl.commands.trial import TrialFailed, run_trial
+from paceline.rl.console import console
+from paceline.rl.machine import threads_of_rank
+from paceline.rl.policies import SMOLLM2, cache_dir, cached_policy
+from paceline.rollout.machine_limits import memory_limit, usable_cores
+from paceline.rollout.native.build import NativeUnavailable, build_library
 
 _QUICKSTART_GB = 20.0
 _LARGEST_GAP = 0.05  # nats; bfloat16 rounding makes a tenth of it
@@ -98,7 +98,13 @@ def _required() -> Iterator[Finding]:
             continue
         trouble = _import_trouble(modules.get(canonicalize_name(requirement.name), []))
         if trouble is not None:
-            yield Finding(requirement.name, f"{have}: {trouble}", False, needed=True, advice=f"install it anew: {install}")
+            yield Finding(
+                requirement.name,
+                f"{have}: {trouble}",
+                False,
+                needed=True,
+                advice=f"install it anew: {install}",
+            )
         elif not requirement.specifier.contains(have, prereleases=True):
             yield Finding(requirement.name, f"{have}, not tested", False, advice=f"if something fails, {install}")
         elif requirement.name in ("torch", "transformers"):
@@ -165,7 +171,11 @@ def _trial() -> Iterator[Finding]:
         yield Finding(whole, f"failed: {error}", False, needed=True, advice=advice)
         return
     seen = trial.metrics
-    yield Finding(whole, f"{trial.ranks} rank{'s' if trial.ranks > 1 else ''}, {trial.seconds:.0f} s from start to report", True)
+    yield Finding(
+        whole,
+        f"{trial.ranks} rank{'s' if trial.ranks > 1 else ''}, {trial.seconds:.0f} s from start to report",
+        True,
+    )
     gap = float(seen["engine/logprob_gap_mean"])
     drawn = f"{seen['rollout/completions']} completions, log-probs {gap:.1g} from the trainer's"
     apart = "what the engine draws is not what the trainer trains: install the releases that are tested"
@@ -175,7 +185,13 @@ def _trial() -> Iterator[Finding]:
     yield Finding("its updates", f"gradient norm {norm:.2g}", moved, needed=True, advice="the policy did not move")
     updates = int(seen.get("drafter/updates", 0))
     trained = f"{updates} updates, {'exported' if trial.exported else 'not exported'}"
-    yield Finding("its drafter", trained, updates > 0 and trial.exported, needed=True, advice="the drafter was not trained")
+    yield Finding(
+        "its drafter",
+        trained,
+        updates > 0 and trial.exported,
+        needed=True,
+        advice="the drafter was not trained",
+    )
     if trial.unfused is None:
         yield Finding("fused layers", trial.fusion, True)
     else:

@@ -10,9 +10,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import Overrides, say_first, user_errors
-from rl.command_line import command_line
-from rl.errors import UserError
+from paceline.rl.cli import Overrides, say_first, user_errors
+from paceline.rl.command_line import command_line
+from paceline.rl.errors import UserError
 
 
 def warm_up_drafter(
@@ -27,10 +27,10 @@ def warm_up_drafter(
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
         say_first(f"a first drafter for {config}: loading torch and transformers")
-        from rl.config import load_config
-        from rl.machine import fit_process
-        from rl.preparation import make_drafter, prepare
-        from rl.progress import Display
+        from paceline.rl.config import load_config
+        from paceline.rl.machine import fit_process
+        from paceline.rl.preparation import make_drafter, prepare
+        from paceline.rl.progress import Display
 
         recipe = load_config(config, overrides or ())
         fit_process(local_world_size=1)
@@ -40,10 +40,13 @@ def warm_up_drafter(
         print(out)
 
 
-def export(run: Annotated[Path, Argument(help="directory of a run")], out: Annotated[Path, Argument(help="new directory")]) -> None:
+def export(
+    run: Annotated[Path, Argument(help="directory of a run")],
+    out: Annotated[Path, Argument(help="new directory")],
+) -> None:
     """Writes a run's drafter as a directory that vLLM and SGLang load."""
     say_first("exporting the drafter: loading torch", data=True)
-    from drafter_trainer.export import export_drafter
+    from paceline.drafter_trainer.export import export_drafter
 
     with user_errors():
         print(export_drafter(run, out))
@@ -54,7 +57,8 @@ def serve(
     host: Annotated[str, Option(help="address to listen on; 0.0.0.0 for every network that this machine is in")] = "127.0.0.1",
     port: Annotated[int, Option(help="of the server")] = 8000,
     exchange: Annotated[
-        Path | None, Option(help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange")
+        Path | None,
+        Option(help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange"),
     ] = None,
     depth: Annotated[int, Option(help="draft tokens of a step")] = 4,
     schedule: Annotated[str, Option(help='draft tokens by batch size, such as "[[1,8,4],[9,64,0]]"; all alike where none')] = "[]",
@@ -72,8 +76,8 @@ def serve(
             drafter = None
             print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
         say_first("starting the server", data=True)
-        from drafter_trainer.checkpoint import load_drafter_of
-        from rollout.backends.vllm_server import serve_command, sglang_command
+        from paceline.drafter_trainer.checkpoint import load_drafter_of
+        from paceline.rollout.backends.vllm_server import serve_command, sglang_command
 
         if drafter is not None:
             load_drafter_of(drafter, policy)  # what is wrong with it is said here, not by the server
@@ -116,8 +120,8 @@ def _schedule(text: str) -> list[tuple[int, int, int]]:
 
 def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
     """Becomes the server, or only says how it would be started."""
-    from rollout.backends.exchange import TOKEN, token_file
-    from rollout.backends.vllm_server import LOOPBACK, serve_environment
+    from paceline.rollout.backends.exchange import TOKEN, token_file
+    from paceline.rollout.backends.vllm_server import LOOPBACK, serve_environment
 
     environment: dict[str, str] = {}
     if exchange is not None:
@@ -126,7 +130,10 @@ def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> 
         except (OSError, ValueError) as error:
             raise UserError(f"--exchange {exchange}: {error}") from None
     elif host not in LOOPBACK:
-        print(f"paceline: whoever reaches {host} can ask for completions; -- --api-key KEY asks for a key", flush=True)
+        print(
+            f"paceline: whoever reaches {host} can ask for completions; -- --api-key KEY asks for a key",
+            flush=True,
+        )
     token = f'"$(cat {shlex.quote(str(token_file(exchange)))})"' if exchange is not None else ""  # never on a screen
     said = [f"{name}={token if name in (TOKEN, 'VLLM_API_KEY') else shlex.quote(value)}" for name, value in environment.items()]
     print(*said, shlex.join(command), flush=True)

@@ -1,4 +1,4 @@
-"""The process in which a run's start is made: ``python -m rl.commands.preparing policy|drafter RECIPE.json COMMAND PARENT``."""
+"""The process in which a run's start is made: ``python -m paceline.rl.commands.preparing policy|drafter RECIPE.json COMMAND PARENT``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from rl.cli import user_errors
-from rl.errors import UserError
-from rl.launchers import end_with_parent
+from paceline.rl.cli import user_errors
+from paceline.rl.errors import UserError
+from paceline.rl.launchers import end_with_parent
 
 
 def main(what: str, recipe: str, command: str, parent: str) -> None:
-    """Makes one thing, see `rl.preparation`.
+    """Makes one thing, see `paceline.rl.preparation`.
 
     Args:
         what: ``policy`` or ``drafter``.
@@ -21,11 +21,11 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
         parent: Id of the process that waits for this one, which ends with it.
     """
     end_with_parent(int(parent))
-    from rl.config import RunConfig
-    from rl.machine import fit_process
-    from rl.preparation import make_first_drafter, make_policy
-    from rl.progress import Display
-    from rl.strict import parse
+    from paceline.rl.config import RunConfig
+    from paceline.rl.machine import fit_process
+    from paceline.rl.preparation import make_first_drafter, make_policy
+    from paceline.rl.progress import Display
+    from paceline.rl.strict import parse
 
     with user_errors(), Display() as display:
         config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import say_first, user_errors
+from paceline.rl.cli import say_first, user_errors
 
 
 def push(
@@ -19,7 +19,14 @@ def push(
 ) -> None:
     """Uploads a run's policy, adapter and drafter to the Hugging Face hub, each with a model card."""
     say_first("reading what is to be pushed")
-    from rl.publishing import push_run
+    from paceline.rl.publishing import push_run
 
     with user_errors():
-        push_run(run, policy=policy, adapter=adapter, drafter=drafter, private=private, say=lambda line: print(line, flush=True))
+        push_run(
+            run,
+            policy=policy,
+            adapter=adapter,
+            drafter=drafter,
+            private=private,
+            say=lambda line: print(line, flush=True),
+        )

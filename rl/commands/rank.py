@@ -1,9 +1,9 @@
-"""One rank of ``paceline train``: ``python -m rl.commands.rank``, with the arguments of launch/train.py."""
+"""One rank of ``paceline train``: ``python -m paceline.rl.commands.rank``, with the arguments of launch/train.py."""
 
 import sys
 from collections.abc import Sequence
 
-from rl.launchers import end_with_launcher
+from paceline.rl.launchers import end_with_launcher
 
 
 def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
@@ -13,16 +13,16 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
         ranks: How many.
         arguments: Those of launch/train.py.
     """
-    several = ["-m", "rl.commands.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return [sys.executable, *several, "-m", "rl.commands.rank", *arguments]
+    several = ["-m", "paceline.rl.commands.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *several, "-m", "paceline.rl.commands.rank", *arguments]
 
 
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
     # here: scoring processes import this file anew, and need none of it
-    from rl.cli import say_first
+    from paceline.rl.cli import say_first
 
     say_first("loading torch and transformers")
-    from rl.train_command import main
+    from paceline.rl.train_command import main
 
     main(None)

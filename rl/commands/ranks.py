@@ -1,4 +1,4 @@
-"""The ranks of a run on this machine, under torchrun's agent: ``python -m rl.commands.ranks``, with torchrun's arguments.
+"""The ranks of a run on this machine, under torchrun's agent: ``python -m paceline.rl.commands.ranks``, with torchrun's arguments.
 
 What a rank says of its end is what the user reads: the agent's own account of it, a page, is left out.
 """
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from rl.launchers import end_with_launcher
+from paceline.rl.launchers import end_with_launcher
 
 
 def main() -> int:
@@ -26,7 +26,10 @@ def main() -> int:
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
-        print(f"paceline: rank {rank} was ended by {name}; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            f"paceline: rank {rank} was ended by {name}; --resume goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 128 - int(failure.exitcode)
     except SignalException as ended:
         return 128 + int(ended.sigval)

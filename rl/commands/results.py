@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import Overrides, say_first, user_errors
+from paceline.rl.cli import Overrides, say_first, user_errors
 
 
 def report(
@@ -17,7 +17,7 @@ def report(
     picture: Annotated[Path | None, Option(help="also write four of its plots as one PNG")] = None,
 ) -> None:
     """Writes a run's report, one self-contained HTML file."""
-    from rl.report import write_picture, write_report
+    from paceline.rl.report import write_picture, write_report
 
     with user_errors():
         print(write_report(run))
@@ -42,12 +42,12 @@ def evaluate(
     is for evaluation alone.
     """
     say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
-    from rl.errors import UserError
-    from rl.evaluate import Evaluator
-    from rl.evaluated_policy import evaluated_policy
-    from rl.files import write_whole
-    from rl.machine import fit_process
-    from rl.starting import starting_policy
+    from paceline.rl.errors import UserError
+    from paceline.rl.evaluate import Evaluator
+    from paceline.rl.evaluated_policy import evaluated_policy
+    from paceline.rl.files import write_whole
+    from paceline.rl.machine import fit_process
+    from paceline.rl.starting import starting_policy
 
     with user_errors():
         recipe, policy = evaluated_policy(config, list(overrides or ()), run, checkpoint)

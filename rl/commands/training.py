@@ -14,10 +14,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from rl.cli import Overrides, say_first, user_errors
-from rl.commands.rank import rank_command
-from rl.errors import UserError
-from rl.interruption import ASKS, ONE_PRESS, say_stopping
+from paceline.rl.cli import Overrides, say_first, user_errors
+from paceline.rl.commands.rank import rank_command
+from paceline.rl.errors import UserError
+from paceline.rl.interruption import ASKS, ONE_PRESS, say_stopping
 
 
 def train(
@@ -26,7 +26,8 @@ def train(
     ranks: Annotated[int, Option(help="processes on this machine; several machines: torchrun launch/train.py")] = 1,
     dry_run: Annotated[bool, Option("--dry-run", help="check the recipe and print what it will take, without training")] = False,
     gpu: Annotated[
-        float | None, Option(metavar="GB", help="with --dry-run: memory of each rank's GPU; else this machine's")
+        float | None,
+        Option(metavar="GB", help="with --dry-run: memory of each rank's GPU; else this machine's"),
     ] = None,
     resume: Annotated[Path | None, Option(help="directory of a run to go on with")] = None,
 ) -> None:
@@ -42,11 +43,14 @@ def train(
         if ranks < 1:
             raise UserError(f"train: --ranks is {ranks}: write at least 1")
         named = list(overrides or ()) if config is None else [config, *(overrides or ())]
-        options = [*(["--dry-run"] if dry_run else []), *(["--resume", str(resume)] if resume is not None else [])]
+        options = [
+            *(["--dry-run"] if dry_run else []),
+            *(["--resume", str(resume)] if resume is not None else []),
+        ]
         say_first(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
         run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
-            from rl.train_command import run as run_here
+            from paceline.rl.train_command import run as run_here
 
             size = [] if gpu is None else ["--gpu", str(gpu)]
             run_here([*named, *options, "--ranks", str(ranks), *size])
@@ -57,7 +61,7 @@ def train(
 
 
 def _directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
-    from rl.config import load_config
+    from paceline.rl.config import load_config
 
     if resume is not None:
         return resume

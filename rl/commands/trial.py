@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.commands.rank import rank_command
+from paceline.rl.commands.rank import rank_command
 
 _SECONDS = 180.0
 _RECIPE = (
     "steps=2",  # the first chooses the drafter's vocabulary, the second trains it
     "rollout.dtype=bfloat16",  # as in the quickstart: packed products and kernels are tried, too
     "policy.mixed_precision=bf16",
-    "task.reward=rl.commands.trial:share_of_digits",
+    "task.reward=paceline.rl.commands.trial:share_of_digits",
     "drafter.schedule=always",  # a rank that does not idle in so short a step trains the drafter all the same
     "measure.plain_every=1",
 )
@@ -89,7 +89,12 @@ def run_trial(ranks: int) -> Trial:
 
 def _finished(command: list[str]) -> str:
     """Runs the ranks in a session of their own; returns what they said."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_MODE": "disabled",
+    }
     job = subprocess.Popen(
         command,
         env=environment,

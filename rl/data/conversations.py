@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rl.data.row_error import RowError, kind_of
+from paceline.rl.data.row_error import RowError, kind_of
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from rl.data.row_error import RowError, kind_of
+from paceline.rl.data.row_error import RowError, kind_of
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 _LINES = re.compile(r"\s*\n\s*")

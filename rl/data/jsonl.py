@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rl.errors import UserError
+from paceline.rl.errors import UserError
 
 _CHUNK = 1 << 26  # bytes
 

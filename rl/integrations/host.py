@@ -14,22 +14,22 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from drafter_trainer.card import DrafterFacts, drafter_card, license_of
-from drafter_trainer.checkpoint import save_drafter
-from drafter_trainer.export import hub_id
-from drafter_trainer.spot import LearnerReport
-from rl.config import RunConfig, check_drafting
-from rl.errors import UserError
-from rl.files import read_object, write_whole
-from rl.groups import RankRollouts
-from rl.rollouts import RolloutWorker
-from rl.run_state import Checkpoint, restore_selector, save_drafting
-from rl.shared_drafter import SharedDrafter
-from rl.strict import parse
-from rollout import FinishReason, Request, StepRecord, mean_acceptance_length
+from paceline.drafter_trainer.card import DrafterFacts, drafter_card, license_of
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.export import hub_id
+from paceline.drafter_trainer.spot import LearnerReport
+from paceline.rl.config import RunConfig, check_drafting
+from paceline.rl.errors import UserError
+from paceline.rl.files import read_object, write_whole
+from paceline.rl.groups import RankRollouts
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.run_state import Checkpoint, restore_selector, save_drafting
+from paceline.rl.shared_drafter import SharedDrafter
+from paceline.rl.strict import parse
+from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
 
 if TYPE_CHECKING:
-    from rl.integrations.policy import HostPolicy
+    from paceline.rl.integrations.policy import HostPolicy
 
 _SECTIONS = {"speculation", "drafter", "rollout", "measure"}
 _ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb", "stop_strings"}
@@ -80,7 +80,12 @@ class HostedRollouts:
     """
 
     def __init__(
-        self, config: RunConfig, policy: HostPolicy, tokenizer: Any, accelerator: Accelerator, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        policy: HostPolicy,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.policy, self._accelerator, self._say = config, policy, accelerator, say
         self._decoded_with: Any = None
@@ -121,7 +126,11 @@ class HostedRollouts:
         if failed is not None:
             raise UserError(f"paceline: a rollout failed: {failed.error}")
         return RankRollouts(
-            [], made, time.perf_counter() - begin, list(self.engine.records), drawn=sum(len(r.token_ids) for r in made)
+            [],
+            made,
+            time.perf_counter() - begin,
+            list(self.engine.records),
+            drawn=sum(len(r.token_ids) for r in made),
         )
 
     def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:

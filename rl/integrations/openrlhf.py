@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from rl.errors import UserError
-from rl.rewards.registry import apply_terms, load_term, sample_reward
-from rl.rewards.terms import Samples
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.registry import apply_terms, load_term, sample_reward
+from paceline.rl.rewards.terms import Samples
 
 Score = Callable[[str, str, Any], float]
 
@@ -44,7 +44,11 @@ def per_sample(score: Score, terms: Sequence[Mapping[str, Any]], tokenizer: Any,
             length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             base.append(float(score(text, prompt, label)))
             shaped.append(sample_reward(found, base[-1], length, longest))
-        return {"rewards": torch.tensor(shaped), "scores": torch.tensor(base), "extra_logs": {"task_reward": torch.tensor(base)}}
+        return {
+            "rewards": torch.tensor(shaped),
+            "scores": torch.tensor(base),
+            "extra_logs": {"task_reward": torch.tensor(base)},
+        }
 
     return reward_func
 

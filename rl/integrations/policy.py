@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rl.errors import UserError
-from rl.integrations.fingerprint import fingerprint, tensors_held
-from rl.lora import merged
-from rl.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
-from rl.sharding.gathering import in_parts, whole_parameters
-from rl.starting import copy_weights
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.fingerprint import fingerprint, tensors_held
+from paceline.rl.lora import merged
+from paceline.rl.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
+from paceline.rl.sharding.gathering import in_parts, whole_parameters
+from paceline.rl.starting import copy_weights
 
 
 class HostPolicy:
@@ -32,7 +32,7 @@ class HostPolicy:
         decoded: What the engine is to be built on: the host's own module, or the copy.
 
     Raises:
-        UserError: for adapters that are not known to merge exactly (`rl.mergeable`), quantized weights, and flattened parameters
+        UserError: for adapters that are not known to merge exactly (`paceline.rl.mergeable`), quantized weights, and flattened parameters
             (FSDP1).
     """
 
@@ -113,7 +113,12 @@ def _adapter_state(source: nn.Module) -> Hashable:
     """What peft's layers do with their adapters at the moment: which are in use, by what factor, and which are merged."""
     layers: list[Any] = [module for module in source.modules() if hasattr(module, "merged_adapters")]
     return tuple(
-        (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters, tuple(getattr(m, "scaling", {}).items()))
+        (
+            tuple(m.active_adapters),
+            tuple(m.merged_adapters),
+            m.disable_adapters,
+            tuple(getattr(m, "scaling", {}).items()),
+        )
         for m in layers
     )
 

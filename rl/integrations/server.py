@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from drafter_trainer.vocabulary import choose_vocabulary
-from rl.config import RunConfig
-from rl.groups import RankRollouts
-from rl.rollouts import RolloutWorker
-from rl.starting import copy_weights
-from rollout import FinishReason, Request, Rollout, RolloutStats
+from paceline.drafter_trainer.vocabulary import choose_vocabulary
+from paceline.rl.config import RunConfig
+from paceline.rl.groups import RankRollouts
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.starting import copy_weights
+from paceline.rollout import FinishReason, Request, Rollout, RolloutStats
 
 _LEARNING_FAILURES = 3  # in a row, after which the drafter stays as it is
 
@@ -48,7 +48,7 @@ class EngineServer:
     request and nothing else. After weights that could not be taken over, requests fail with the reason until a whole update comes.
 
     Args:
-        config: From `rl.integrations.host.host_config`. With ``drafter.schedule: always`` the drafter is trained on what was drawn
+        config: From `paceline.rl.integrations.host.host_config`. With ``drafter.schedule: always`` the drafter is trained on what was drawn
             until the next request comes, `pause` is called, or the passes are through.
         policy: The server's own copy of the policy.
         tokenizer: Its tokenizer.

@@ -1,7 +1,7 @@
 """Rollouts for TRL's trainers: one import, one argument.
 
 ``GRPOTrainer(..., rollout_func=paceline_rollouts())``, and the same for RLOO with the `RLOOTrainer` of this file, which is TRL's
-with that argument. Length-aware rewards for ``reward_funcs`` are in `rl.rewards.registry`. docs/trl.md has what is read from the
+with that argument. Length-aware rewards for ``reward_funcs`` are in `paceline.rl.rewards.registry`. docs/trl.md has what is read from the
 trainer and what is refused, docs/multi_turn.md conversations with an environment.
 """
 
@@ -20,14 +20,14 @@ import torch
 import trl
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rl.errors import UserError
-from rl.integrations.host import HostedRollouts, any_rank, host_config, step_report
-from rl.integrations.policy import HostPolicy
-from rl.integrations.trl_arguments import check_arguments, check_trainer
-from rl.integrations.turns import Conversation, Environment, answer_ids
-from rl.prompts import stable_seed
-from rl.shaping import answer_start
-from rollout import Request, Rollout
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.host import HostedRollouts, any_rank, host_config, step_report
+from paceline.rl.integrations.policy import HostPolicy
+from paceline.rl.integrations.trl_arguments import check_arguments, check_trainer
+from paceline.rl.integrations.turns import Conversation, Environment, answer_ids
+from paceline.rl.prompts import stable_seed
+from paceline.rl.shaping import answer_start
+from paceline.rollout import Request, Rollout
 
 _LOG = logging.getLogger("paceline")
 _ROOM_FOR_PROMPTS = 2048
@@ -66,7 +66,7 @@ _ANY_HOST = {"out": "unused", "rollout": {"max_tokens": 1}}  # enough to look at
 class PacelineRollouts(TrainerCallback):
     """What `paceline_rollouts` makes: the rollout function, and the callback that follows the trainer's checkpoints.
 
-    Before each generation it looks at all of the policy's weights (`rl.integrations.fingerprint`) and renews the engine's copies if
+    Before each generation it looks at all of the policy's weights (`paceline.rl.integrations.fingerprint`) and renews the engine's copies if
     anything has changed, whoever changed it. Given to another trainer, or when the policy's modules were replaced, it builds its
     engine anew.
     """
@@ -98,7 +98,12 @@ class PacelineRollouts(TrainerCallback):
         return found
 
     def converse(
-        self, prompts: list[Any], trainer: Any, environment: Environment, turns: int, turn_tokens: int | None = None
+        self,
+        prompts: list[Any],
+        trainer: Any,
+        environment: Environment,
+        turns: int,
+        turn_tokens: int | None = None,
     ) -> dict[str, Any]:
         """Plays conversations with an environment, in TRL's ``rollout_func`` contract with ``env_mask``: see docs/multi_turn.md.
 
@@ -137,7 +142,12 @@ class PacelineRollouts(TrainerCallback):
         return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}
 
     def _take_turns(
-        self, talks: list[Conversation], trainer: Any, environment: Environment, turns: int, turn_tokens: int | None
+        self,
+        talks: list[Conversation],
+        trainer: Any,
+        environment: Environment,
+        turns: int,
+        turn_tokens: int | None,
     ) -> None:
         """Plays until every conversation is over, or its turns are. Collective."""
         for turn in range(turns):

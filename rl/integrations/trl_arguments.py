@@ -10,10 +10,10 @@ import torch
 import trl
 from torch import nn
 
-from rl.errors import UserError
-from rl.rewards.registry import LengthAware
-from rl.sharding.gathering import in_parts
-from rollout import SamplingParams
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.registry import LengthAware
+from paceline.rl.sharding.gathering import in_parts
+from paceline.rollout import SamplingParams
 
 _LEAVE_OUT = "leave it out"
 _NEUTRAL: dict[str, Any] = {
@@ -82,13 +82,19 @@ def _generation(args: Any) -> list[str]:
             bool(getattr(args, "use_transformers_continuous_batching", False)),
             "leave it out: the engine batches continuously by itself",
         ),
-        "cache_implementation": (args.cache_implementation is not None, "leave it out: the engine has its own cache"),
+        "cache_implementation": (
+            args.cache_implementation is not None,
+            "leave it out: the engine has its own cache",
+        ),
         "min_p": (bool(args.min_p), "write top_p or top_k: the engine does not sample by min_p"),
         "repetition_penalty": (
             args.repetition_penalty not in (None, 1.0),
             "write 1.0: rollouts are of the policy's own distribution, without penalties",
         ),
-        "max_completion_length": (args.max_completion_length is None, "write the longest completion in tokens"),
+        "max_completion_length": (
+            args.max_completion_length is None,
+            "write the longest completion in tokens",
+        ),
     }
     return [f"{name} is {getattr(args, name)}: {what}" for name, (wrong, what) in asked.items() if wrong]
 
@@ -122,7 +128,10 @@ def _sampling(args: Any) -> list[str]:
 
 
 def _tools(trainer: Any) -> list[str]:
-    asked = {"environment_factory": getattr(trainer, "environment_factories", None), "tools": getattr(trainer, "tools", None)}
+    asked = {
+        "environment_factory": getattr(trainer, "environment_factories", None),
+        "tools": getattr(trainer, "tools", None),
+    }
     given = [name for name, value in asked.items() if value]
     return [f"{given[0]} is given: {_OWN_LOOP}"] if given else []  # an environment's methods are tools, too
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rl.errors import UserError
-from rollout import Rollout
+from paceline.rl.errors import UserError
+from paceline.rollout import Rollout
 
 _MARK = "paceline-marks-this-turn"  # stands for a turn of the policy's where a chat template is asked what follows one
 

@@ -1,6 +1,6 @@
 """Rollouts and rewards for verl 0.9, through its registries.
 
-``VERL_USE_EXTERNAL_MODULES=rl.integrations.verl`` in the environment of all workers makes verl import this file, which registers
+``VERL_USE_EXTERNAL_MODULES=paceline.rl.integrations.verl`` in the environment of all workers makes verl import this file, which registers
 
 - the rollout ``paceline`` (``actor_rollout_ref.rollout.name=paceline``): each replica is a Ray actor with an engine of its own;
   what it drafts and trains is in ``actor_rollout_ref.rollout.engine_kwargs.paceline``, with the sections of `host_config`;
@@ -26,14 +26,14 @@ from verl.workers.rollout import base as rollout_registry
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
-from rl.errors import UserError
-from rl.integrations.host import host_config
-from rl.integrations.server import EngineServer
-from rl.policies import load_policy
-from rl.prompts import stable_seed, stop_token_ids
-from rl.rewards.registry import load_term, sample_reward
-from rl.sharding.gathering import in_buckets
-from rollout import FinishReason, Request, SamplingParams
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.host import host_config
+from paceline.rl.integrations.server import EngineServer
+from paceline.rl.policies import load_policy
+from paceline.rl.prompts import stable_seed, stop_token_ids
+from paceline.rl.rewards.registry import load_term, sample_reward
+from paceline.rl.sharding.gathering import in_buckets
+from paceline.rollout import FinishReason, Request, SamplingParams
 
 _BUCKET_BYTES = 256 << 20
 _LOG = logging.getLogger("paceline")
@@ -73,7 +73,12 @@ class PacelineServer:
         self._count = 0
 
     async def generate(
-        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, priority: int = 0, **media: Any
+        self,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        request_id: str,
+        priority: int = 0,
+        **media: Any,
     ) -> TokenOutput:
         """Token ids to token ids.
 
@@ -241,4 +246,4 @@ def _replica() -> type[RolloutReplica]:
 
 
 RolloutReplicaRegistry.register("paceline", _replica)
-rollout_registry._ROLLOUT_REGISTRY["paceline", "async"] = "rl.integrations.verl.PacelineRollout"
+rollout_registry._ROLLOUT_REGISTRY["paceline", "async"] = "paceline.rl.integrations.verl.PacelineRollout"

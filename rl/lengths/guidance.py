@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, PreTrainedModel
 
-from rollout import Rollout
+from paceline.rollout import Rollout
 
 _LEAST = 1e-3
 

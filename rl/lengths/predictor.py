@@ -46,7 +46,15 @@ class LengthPredictor:
     """
 
     def __init__(
-        self, hidden: int, longest: int, kind: Kind, *, bins: int = 24, lr: float = 1e-3, memory: int = 512, seed: int = 0
+        self,
+        hidden: int,
+        longest: int,
+        kind: Kind,
+        *,
+        bins: int = 24,
+        lr: float = 1e-3,
+        memory: int = 512,
+        seed: int = 0,
     ) -> None:
         self.kind = kind
         self._edges = torch.logspace(0, math.log10(longest + 1), bins + 1)

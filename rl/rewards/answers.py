@@ -7,7 +7,17 @@ import unicodedata
 
 _ANSWER = re.compile(r"Answer[*_]{0,3}:[ \t]*(.*)")
 _TAGS = re.compile(r"</?(?:answer|b|code|em|i|strong|u)>", re.IGNORECASE)
-_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*"), ("_", "_"), ('"', '"'), ("'", "'"), ("“", "”"))
+_PAIRS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("*", "*"),
+    ("_", "_"),
+    ('"', '"'),
+    ("'", "'"),
+    ("“", "”"),
+)
 _EMPHASIS = re.compile(r"(?<![\w)\]}])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w(\[{])")  # 2**3 is a power
 _STRAY = re.compile(r"^[*_]+\s*|\s*[*_]+$")  # of marks that began or end outside of the answer
 _COMMA = re.compile(r"\s*,\s*")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rl.errors import UserError
-from rl.problems import Problem
-from rl.rewards.pool import ScoringPool
-from rl.task_config import TaskConfig
+from paceline.rl.errors import UserError
+from paceline.rl.problems import Problem
+from paceline.rl.rewards.pool import ScoringPool
+from paceline.rl.task_config import TaskConfig
 
 _IGNORANCE = "I do not know."
 

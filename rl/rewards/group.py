@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rl.rewards.terms import RewardTerm, Samples
+from paceline.rl.rewards.terms import RewardTerm, Samples
 
 
 @dataclass(frozen=True, slots=True)

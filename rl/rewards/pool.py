@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from rl.errors import UserError
-from rl.rewards.functions import Score, reward_configs
-from rl.rewards.process import Died, NotStarted, TookTooLong
-from rl.rewards.sandbox import unconfined
-from rl.rewards.scoring_thread import Job, ScoringThread
-from rl.task_config import TaskConfig
-from rl.tasks import Problem
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.functions import Score, reward_configs
+from paceline.rl.rewards.process import Died, NotStarted, TookTooLong
+from paceline.rl.rewards.sandbox import unconfined
+from paceline.rl.rewards.scoring_thread import Job, ScoringThread
+from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks import Problem
 
 _TICK = 0.1
 _DENIED = (

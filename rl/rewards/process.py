@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from rl.task_config import TaskConfig
+from paceline.rl.task_config import TaskConfig
 
 _TICK = 0.2  # seconds after which a process is looked at that says nothing
 _LONGEST_ANSWER = 1 << 24  # bytes
@@ -43,7 +43,7 @@ class TookTooLong(Exception):
 
 
 class ScorerProcess:
-    """A process that scores, see `rl.rewards.worker`; it can be asked once it is set up."""
+    """A process that scores, see `paceline.rl.rewards.worker`; it can be asked once it is set up."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-scorer-", ignore_cleanup_errors=True)
@@ -76,9 +76,21 @@ class ScorerProcess:
         theirs, self._requests = os.pipe()
         self._answers, theirs_too = os.pipe()
         os.set_blocking(self._requests, False)
-        environment = {**os.environ, "TMPDIR": self._folder.name, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment = {
+            **os.environ,
+            "TMPDIR": self._folder.name,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
         # -P: the current directory is on the path only where it is on this process's
-        command = [sys.executable, "-P", "-m", "rl.rewards.worker", str(theirs), str(theirs_too), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "paceline.rl.rewards.worker",
+            str(theirs),
+            str(theirs_too),
+            str(os.getpid()),
+        ]
         self._process = subprocess.Popen(
             command,
             env=environment,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from rl.errors import UserError
-from rl.rewards.entropy import Pear
-from rl.rewards.group import Alp, GrpoLambda, ShorterBetter
-from rl.rewards.length import Hbpo, L1Exact, L1Max, Linear, Overlong, Target
-from rl.rewards.terms import Samples, Term
-from rl.strict import parse
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.entropy import Pear
+from paceline.rl.rewards.group import Alp, GrpoLambda, ShorterBetter
+from paceline.rl.rewards.length import Hbpo, L1Exact, L1Max, Linear, Overlong, Target
+from paceline.rl.rewards.terms import Samples, Term
+from paceline.rl.strict import parse
 
 TERMS: dict[str, type] = {
     "alp": Alp,
@@ -57,7 +57,12 @@ def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, 
 
 
 def sample_reward(
-    terms: Sequence[Term], reward: float, length: int, longest: int, budget: float | None = None, correct_from: float = 1.0
+    terms: Sequence[Term],
+    reward: float,
+    length: int,
+    longest: int,
+    budget: float | None = None,
+    correct_from: float = 1.0,
 ) -> float:
     """One completion's reward after all terms, for trainers that ask for one at a time.
 
@@ -104,7 +109,12 @@ class LengthAware:
         longest: int,
         correct_from: float = 1.0,
     ) -> None:
-        self._reward, self.group_size, self.longest, self._correct_from = reward, group_size, longest, correct_from
+        self._reward, self.group_size, self.longest, self._correct_from = (
+            reward,
+            group_size,
+            longest,
+            correct_from,
+        )
         self._terms = [load_term(entry, "terms") for entry in terms]
         self.needs_entropies = any(term.needs_entropies for term in self._terms)
         self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so

@@ -17,14 +17,43 @@ from pathlib import Path
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _MAKE_AND_REMOVE = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # write a file; make or remove any kind of entry
-_SINCE = {2: 1 << 13, 3: 1 << 14, 5: 1 << 15}  # link across directories, truncate, ioctl on devices: version → right
+_SINCE = {
+    2: 1 << 13,
+    3: 1 << 14,
+    5: 1 << 15,
+}  # link across directories, truncate, ioctl on devices: version → right
 _TCP, _SIGNALS_AND_ABSTRACT_SOCKETS = 0b11, 0b11
 _WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 
 # By machine: the audit architecture, the numbers of seccomp, capget and capset, of prlimit64, and of what is denied: socket,
 # io_uring_setup, truncate, chmod, fchmod, chown, fchown, lchown, fchownat, fchmodat, fchmodat2, the three setxattr, the three
 # removexattr, ptrace, process_vm_writev, pidfd_getfd, setpriority, unshare, setns, mount.
-_X86_64 = (41, 425, 76, 90, 91, 92, 93, 94, 260, 268, 452, 188, 189, 190, 197, 198, 199, 101, 311, 438, 141, 272, 308, 165)
+_X86_64 = (
+    41,
+    425,
+    76,
+    90,
+    91,
+    92,
+    93,
+    94,
+    260,
+    268,
+    452,
+    188,
+    189,
+    190,
+    197,
+    198,
+    199,
+    101,
+    311,
+    438,
+    141,
+    272,
+    308,
+    165,
+)
 _AARCH64 = (198, 425, 45, 52, 55, 54, 53, 452, 5, 6, 7, 14, 15, 16, 117, 271, 438, 140, 97, 268, 40)
 _CALLS = {
     "x86_64": (0xC000003E, 317, 125, 126, 302, _X86_64),
@@ -123,11 +152,17 @@ def _restrict_files(writable: Path) -> None:
     rights = _MAKE_AND_REMOVE | sum(right for since, right in _SINCE.items() if version >= since)
     network, scopes = _TCP if version >= 4 else 0, _SIGNALS_AND_ABSTRACT_SOCKETS if version >= 6 else 0
     attributes = struct.pack("QQQ", rights, network, scopes)
-    ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
+    ruleset = _check(
+        _libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0),
+        "landlock_create_ruleset",
+    )
     file_rights = rights & (1 << 1 | 1 << 14)  # of a file that is no directory: write and truncate
     for path, allowed in ((str(writable), rights), *((device, file_rights) for device in _WRITABLE_DEVICES)):
         directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        _check(_libc.syscall(_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", allowed, directory), 0), "landlock_add_rule")
+        _check(
+            _libc.syscall(_LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", allowed, directory), 0),
+            "landlock_add_rule",
+        )
         os.close(directory)
     _check(_libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
@@ -142,7 +177,13 @@ def _filter_calls() -> None:
     for place, (test, number) in enumerate(tests):
         program.append((test, len(tests) - place + 3, 0, number))
     # prlimit64 of the process itself (its first argument is 0) is what getrlimit and setrlimit are made of
-    program += [(_EQUAL, 0, 2, prlimit), (_LOAD, 0, 0, 16), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _DENY)]
+    program += [
+        (_EQUAL, 0, 2, prlimit),
+        (_LOAD, 0, 0, 16),
+        (_EQUAL, 0, 1, 0),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _DENY),
+    ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     description = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
     _check(_libc.syscall(seccomp, 1, 1, description), "seccomp")

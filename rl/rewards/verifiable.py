@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from rl.rewards.answers import boxed, final_answer, normalized, without_markup
+from paceline.rl.rewards.answers import boxed, final_answer, normalized, without_markup
 
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _MATHEMATICAL = (
@@ -116,6 +116,6 @@ def verifiable_reward(prompts: list[Any], completions: list[str], problem: list[
     Args:
         prompts: Unused; part of the signature.
         completions: Texts.
-        problem: The `rl.tasks.Problem` of each completion, as an extra column.
+        problem: The `paceline.rl.tasks.Problem` of each completion, as an extra column.
     """
     return [p.score(text) for p, text in zip(problem, completions, strict=True)]

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rl.errors import UserError
-from rl.launchers import end_with_parent
-from rl.rewards.functions import Rewards, Score, load_rewards
-from rl.rewards.sandbox import confine, limit_memory
-from rl.strict import parse
-from rl.task_config import TaskConfig
-from rl.tasks import Task, load_task
+from paceline.rl.errors import UserError
+from paceline.rl.launchers import end_with_parent
+from paceline.rl.rewards.functions import Rewards, Score, load_rewards
+from paceline.rl.rewards.sandbox import confine, limit_memory
+from paceline.rl.strict import parse
+from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks import Task, load_task
 
 _DENIED = "; scorers may not use the network or write files: task.sandbox=off allows it"
 
@@ -105,7 +105,11 @@ def main(requests: int, replies: int, parent: int) -> None:
     for pipe in (requests, replies):
         os.set_inheritable(pipe, False)  # what a scorer starts must not keep them open
     end_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # a terminal's or a cluster's, which the trainer answers
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # a terminal's or a cluster's, which the trainer answers
         signal.signal(number, lambda *_: None)  # not ignored: what a scorer starts would ignore them too
     # the pipes are gone when the trainer is, or when a scorer closed files that are not its own
     with contextlib.suppress(OSError), os.fdopen(requests, encoding="utf-8") as lines:

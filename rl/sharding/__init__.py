@@ -5,12 +5,21 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
-from rl.config import ScaleConfig
-from rl.sharding.base import AdamWSettings, Trained, WholeState, trainable, whole_state
-from rl.sharding.replicated import Replicated
-from rl.sharding.settings import zero_stage
+from paceline.rl.config import ScaleConfig
+from paceline.rl.sharding.base import AdamWSettings, Trained, WholeState, trainable, whole_state
+from paceline.rl.sharding.replicated import Replicated
+from paceline.rl.sharding.settings import zero_stage
 
-__all__ = ["AdamWSettings", "Trained", "WholeState", "is_shared", "shard", "trainable", "whole_state", "zero_stage"]
+__all__ = [
+    "AdamWSettings",
+    "Trained",
+    "WholeState",
+    "is_shared",
+    "shard",
+    "trainable",
+    "whole_state",
+    "zero_stage",
+]
 
 
 def is_shared(scale: ScaleConfig) -> bool:
@@ -31,11 +40,11 @@ def shard(module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, setti
         UserError: when DeepSpeed is wanted and is not installed, its file cannot be used, or there is no process group.
     """
     if scale.deepspeed is not None:
-        from rl.sharding.zero import ZeroSharded
+        from paceline.rl.sharding.zero import ZeroSharded
 
         return ZeroSharded(module, settings, scale.deepspeed, accelerator)
     if scale.fsdp2:
-        from rl.sharding.fsdp import FullySharded
+        from paceline.rl.sharding.fsdp import FullySharded
 
         return FullySharded(module, settings, accelerator)
     return Replicated(module, settings, accelerator)

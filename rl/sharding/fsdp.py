@@ -13,13 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rl.errors import UserError
-from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
-from rl.sharding.gathering import whole, whole_parameters
+from paceline.rl.errors import UserError
+from paceline.rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
+from paceline.rl.sharding.gathering import whole, whole_parameters
 
 
 class FullySharded(Trained):
-    """See `rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered with every micro-batch.
+    """See `paceline.rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered with every micro-batch.
 
     Args:
         module: To train; its decoder layers are found as the entries of its `nn.ModuleList`s.

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from drafter_trainer.optimizer_state import take_over_moments
-from rl.sharding.base import AdamWSettings, Trained
+from paceline.drafter_trainer.optimizer_state import take_over_moments
+from paceline.rl.sharding.base import AdamWSettings, Trained
 
 
 class Replicated(Trained):
-    """See `rl.sharding.base.Trained`.
+    """See `paceline.rl.sharding.base.Trained`.
 
     Args:
         module: To train.

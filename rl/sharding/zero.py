@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from rl.errors import UserError
-from rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
-from rl.sharding.gathering import whole_parameters
-from rl.sharding.settings import read_settings, stage_of
+from paceline.rl.errors import UserError
+from paceline.rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
+from paceline.rl.sharding.gathering import whole_parameters
+from paceline.rl.sharding.settings import read_settings, stage_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroSharded(Trained):
-    """See `rl.sharding.base.Trained`.
+    """See `paceline.rl.sharding.base.Trained`.
 
     Gradients are accumulated by DeepSpeed without a count of its own (``managed_gradient_accumulation: false``): `step` is where an
     optimizer step ends. Parameters stay float32 and arithmetic is the run's autocast, so that a checkpoint holds what was trained.
@@ -42,7 +42,11 @@ class ZeroSharded(Trained):
             raise UserError("scale.deepspeed needs DeepSpeed: pip install 'paceline[deepspeed]'") from None
         if not torch.distributed.is_initialized():
             raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
-        self._stage, self._limit, self._main = stage_of(theirs), settings.grad_clip, accelerator.is_main_process
+        self._stage, self._limit, self._main = (
+            stage_of(theirs),
+            settings.grad_clip,
+            accelerator.is_main_process,
+        )
         self.in_lockstep = self._stage >= 2  # from there on every backward scatters its gradients
         ours = {
             "train_micro_batch_size_per_gpu": 1,

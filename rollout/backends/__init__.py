@@ -1,5 +1,5 @@
 """Who decodes: the engine of this package, or vLLM, in this process or behind servers."""
 
-from rollout.backends.base import Decoder, ServedBackend
+from paceline.rollout.backends.base import Decoder, ServedBackend
 
 __all__ = ["Decoder", "ServedBackend"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rollout.api import Request, Rollout
-from rollout.engine import StepRecord
+from paceline.rollout.api import Request, Rollout
+from paceline.rollout.engine import StepRecord
 
 
 class Decoder(Protocol):

@@ -29,7 +29,7 @@ class _Bucket:
 class DepthBandit:
     """An ε-greedy bandit for each batch bucket (powers of two) over draft depths, 0 for none, by tokens of a sequence and second.
 
-    As `rollout.strategy.bandit`, but without a cost model: vLLM's steps cannot be timed apart before they run. Every depth is first
+    As `paceline.rollout.strategy.bandit`, but without a cost model: vLLM's steps cannot be timed apart before they run. Every depth is first
     tried for a few steps; later trials are an ε of the bursts. What is chosen depends on counts and times of earlier steps alone,
     so tokens keep the policy's distribution.
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rollout.api import Request, Rollout, RolloutStats
-from rollout.backends.depths import DepthBandit
-from rollout.backends.exchange import DIRECTORY
-from rollout.backends.vllm_params import finished, refused, sampling
-from rollout.backends.vllm_transfer import NAME, register
-from rollout.engine import StepRecord
-from rollout.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.api import Request, Rollout, RolloutStats
+from paceline.rollout.backends.depths import DepthBandit
+from paceline.rollout.backends.exchange import DIRECTORY
+from paceline.rollout.backends.vllm_params import finished, refused, sampling
+from paceline.rollout.backends.vllm_transfer import NAME, register
+from paceline.rollout.engine import StepRecord
+from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 
 
 @dataclass(slots=True)
@@ -130,7 +130,14 @@ class VllmEngine:
                         reason = output.outputs[0].finish_reason
                         over(
                             flight.index,
-                            finished(flight.request, flight.tokens, flight.logprobs, reason, flight.stats, self._version),
+                            finished(
+                                flight.request,
+                                flight.tokens,
+                                flight.logprobs,
+                                reason,
+                                flight.stats,
+                                self._version,
+                            ),
                         )
                 if record is not None:
                     self.records.append(record)
@@ -167,7 +174,12 @@ class VllmEngine:
         return depth
 
     def _note(
-        self, outputs: Sequence[Any], flights: dict[str, _Flight], drafted: int, seconds: float, started: float
+        self,
+        outputs: Sequence[Any],
+        flights: dict[str, _Flight],
+        drafted: int,
+        seconds: float,
+        started: float,
     ) -> StepRecord | None:
         """Adds a step's tokens to their flights; None for a step that read prompts."""
         committed = active = context = 0

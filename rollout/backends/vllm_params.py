@@ -6,11 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rollout.api import FinishReason, Request, Rollout, RolloutStats
+from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats
 
 _SEEDS = 2**32
 # A server fills what a request leaves out from the policy's generation_config.json, which for many instruct models has penalties.
-_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
+_NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "min_tokens": 0,
+}
 
 
 def sampling(request: Request) -> dict[str, Any]:
@@ -38,7 +44,12 @@ def sampling(request: Request) -> dict[str, Any]:
 
 
 def finished(
-    request: Request, tokens: Sequence[int], logprobs: Sequence[float], reason: str | None, stats: RolloutStats, version: int
+    request: Request,
+    tokens: Sequence[int],
+    logprobs: Sequence[float],
+    reason: str | None,
+    stats: RolloutStats,
+    version: int,
 ) -> Rollout:
     """A rollout from what vLLM gave; log-probs that are not finite make it a failed one, as in the engine."""
     ended = FinishReason.LENGTH if reason == "length" else FinishReason.STOP
@@ -48,7 +59,16 @@ def finished(
             FinishReason.FAILED,
             "vLLM's log-probs are not finite (NaN or infinite): check the last update's gradient norm",
         )
-    return Rollout(request, list(tokens), list(logprobs), ended, stats, [(version, len(tokens))] if tokens else [], None, error)
+    return Rollout(
+        request,
+        list(tokens),
+        list(logprobs),
+        ended,
+        stats,
+        [(version, len(tokens))] if tokens else [],
+        None,
+        error,
+    )
 
 
 def refused(request: Request, error: Exception, version: int) -> Rollout:

@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 
-from rollout.api import Request, Rollout, RolloutStats
-from rollout.backends.exchange import DIRECTORY, TOKEN, make_token
-from rollout.backends.vllm_params import finished, refused, sampling
-from rollout.engine import StepRecord
+from paceline.rollout.api import Request, Rollout, RolloutStats
+from paceline.rollout.backends.exchange import DIRECTORY, TOKEN, make_token
+from paceline.rollout.backends.vllm_params import finished, refused, sampling
+from paceline.rollout.engine import StepRecord
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -32,7 +32,7 @@ class VllmServers:
         urls: Of the servers, such as ``http://node1:8000``.
         max_slots: Requests in flight at one server.
         sends: Whether this process sends weights; of several ranks one does.
-        token: Of the servers' exchange directory, see `rollout.backends.exchange`; None for servers that were started otherwise.
+        token: Of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for servers that were started otherwise.
 
     Attributes:
         records: Empty: servers do not say what a step took.
@@ -175,13 +175,34 @@ def serve_command(
             what `serve_environment` gives.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
     """
-    command = ["vllm", "serve", str(model), "--host", host, "--port", str(port), "--max-num-seqs", str(max_slots)]
-    command += ["--max-model-len", str(max_context), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    command = [
+        "vllm",
+        "serve",
+        str(model),
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--max-num-seqs",
+        str(max_slots),
+    ]
+    command += [
+        "--max-model-len",
+        str(max_context),
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--generation-config",
+        "vllm",
+    ]
     if updates:
         command += ["--weight-transfer-config", json.dumps({"backend": "paceline_files"})]
-        command += ["--middleware", "rollout.backends.vllm_guard.UpdateGuard"]
+        command += ["--middleware", "paceline.rollout.backends.vllm_guard.UpdateGuard"]
     if drafter is not None:
-        speculative: dict[str, Any] = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": depth}
+        speculative: dict[str, Any] = {
+            "method": "eagle3",
+            "model": str(drafter),
+            "num_speculative_tokens": depth,
+        }
         if schedule:
             speculative["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
         command += ["--speculative-config", json.dumps(speculative)]
@@ -217,7 +238,17 @@ def sglang_command(
         "--speculative-num-draft-tokens": depth + 1,
     }
     speculative = [str(part) for entry in chain.items() for part in entry]
-    command = ["python", "-m", "sglang.launch_server", "--model-path", str(model), "--host", host, "--port", str(port)]
+    command = [
+        "python",
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(model),
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
     command += ["--sampling-defaults", "openai"]  # neutral, whatever the policy's generation_config.json says
     if drafter is not None:
         command += ["--speculative-algorithm", "EAGLE3", *speculative]

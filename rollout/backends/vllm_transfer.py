@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from rollout.backends.exchange import confined
+from paceline.rollout.backends.exchange import confined
 
 NAME = "paceline_files"
 
@@ -64,7 +64,11 @@ def expand(
 
 def engine_class() -> type[Any]:
     """The engine, a subclass of vLLM's `WeightTransferEngine`; made when vLLM is there."""
-    from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 

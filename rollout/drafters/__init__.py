@@ -1,16 +1,16 @@
 """Drafters, by name. A new one is one file and one line here."""
 
-from rollout.drafters.base import DraftContext, Drafter, VerifiedStep
-from rollout.drafters.clasp import ClaspDrafter
-from rollout.drafters.composite import CompositeDrafter
-from rollout.drafters.consensus import ConsensusDrafter
-from rollout.drafters.draft_model import DraftModelDrafter
-from rollout.drafters.eagle3 import Eagle3Drafter
-from rollout.drafters.growing import DraftRules
-from rollout.drafters.ngram import NgramDrafter
-from rollout.drafters.stand import StandDrafter
-from rollout.drafters.suffix import SuffixDrafter
-from rollout.drafters.token_recycling import TokenRecyclingDrafter
+from paceline.rollout.drafters.base import DraftContext, Drafter, VerifiedStep
+from paceline.rollout.drafters.clasp import ClaspDrafter
+from paceline.rollout.drafters.composite import CompositeDrafter
+from paceline.rollout.drafters.consensus import ConsensusDrafter
+from paceline.rollout.drafters.draft_model import DraftModelDrafter
+from paceline.rollout.drafters.eagle3 import Eagle3Drafter
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.ngram import NgramDrafter
+from paceline.rollout.drafters.stand import StandDrafter
+from paceline.rollout.drafters.suffix import SuffixDrafter
+from paceline.rollout.drafters.token_recycling import TokenRecyclingDrafter
 
 DRAFTERS: dict[str, type] = {
     "suffix": SuffixDrafter,

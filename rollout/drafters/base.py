@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftTree
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftTree
 
 
 @dataclass(frozen=True, slots=True)

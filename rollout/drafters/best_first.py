@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import torch
 
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
 
 State = TypeVar("State")
 Following = Callable[[State], Iterable[tuple[float, int, State]]]

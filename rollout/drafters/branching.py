@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rollout.drafters.growing import request_temperatures
-from rollout.sequence import SequenceState
+from paceline.rollout.drafters.growing import request_temperatures
+from paceline.rollout.sequence import SequenceState
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens [B, E], seats [4, B, E]) → logits [B, E, V]
 
@@ -40,7 +40,10 @@ class ModelBrancher:
         self._used = 0
         if root is None:
             root = self.expand(last, torch.full_like(last, -1))[:, 0]
-            self._ancestors, self._depth = self._ancestors[:, 1:], self._depth[:, 1:]  # what hangs on the root hangs on that node
+            self._ancestors, self._depth = (
+                self._ancestors[:, 1:],
+                self._depth[:, 1:],
+            )  # what hangs on the root hangs on that node
         self._root = root
         self.temperatures = request_temperatures(sequences, root.device)
 
@@ -55,5 +58,8 @@ class ModelBrancher:
         trunks = self._trunks.expand_as(depth)
         logits = self._forward(tokens, torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors]))
         self._used += tokens.shape[1]
-        self._ancestors, self._depth = torch.cat([self._ancestors, ancestors], 1), torch.cat([self._depth, depth], 1)
+        self._ancestors, self._depth = (
+            torch.cat([self._ancestors, ancestors], 1),
+            torch.cat([self._depth, depth], 1),
+        )
         return logits

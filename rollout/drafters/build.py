@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from rollout.drafters.base import Drafter
-from rollout.drafters.clasp import ClaspDrafter
-from rollout.drafters.composite import CompositeDrafter
-from rollout.drafters.consensus import ConsensusDrafter
-from rollout.drafters.draft_model import DraftModelDrafter
-from rollout.drafters.eagle3 import Eagle3Drafter
-from rollout.drafters.eagle3_model import Eagle3Model
-from rollout.drafters.growing import DraftRules
-from rollout.drafters.ngram import NgramDrafter
-from rollout.drafters.stand import StandDrafter
-from rollout.drafters.suffix import SuffixDrafter
-from rollout.drafters.token_recycling import TokenRecyclingDrafter
-from rollout.engine import RolloutEngine
+from paceline.rollout.drafters.base import Drafter
+from paceline.rollout.drafters.clasp import ClaspDrafter
+from paceline.rollout.drafters.composite import CompositeDrafter
+from paceline.rollout.drafters.consensus import ConsensusDrafter
+from paceline.rollout.drafters.draft_model import DraftModelDrafter
+from paceline.rollout.drafters.eagle3 import Eagle3Drafter
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.ngram import NgramDrafter
+from paceline.rollout.drafters.stand import StandDrafter
+from paceline.rollout.drafters.suffix import SuffixDrafter
+from paceline.rollout.drafters.token_recycling import TokenRecyclingDrafter
+from paceline.rollout.engine import RolloutEngine
 
 
 @dataclass(slots=True)
@@ -78,7 +78,12 @@ def build_drafter(name: str, engine: RolloutEngine, parts: DrafterParts) -> Draf
             )
         case "draft_model" if parts.draft_model is not None:
             return DraftModelDrafter(
-                parts.draft_model, runner.vocab_size, slots=slots, capacity=capacity, dtype=dtype, rules=parts.rules
+                parts.draft_model,
+                runner.vocab_size,
+                slots=slots,
+                capacity=capacity,
+                dtype=dtype,
+                rules=parts.rules,
             )
         case "composite":
             suffix, model = engine.drafters.get("suffix"), engine.drafters.get("eagle3")

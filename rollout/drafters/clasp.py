@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from rollout.drafters.branching import ModelBrancher
-from rollout.drafters.growing import DraftRules
-from rollout.model_runner import ModelRunner
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.transformers_api import hidden_states_in
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from paceline.rollout.drafters.branching import ModelBrancher
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.transformers_api import hidden_states_in
+from paceline.rollout.trees import DraftKind, DraftTree
 
 
 class ClaspDrafter(StatelessSlots):
@@ -67,7 +67,11 @@ class ClaspDrafter(StatelessSlots):
         self._drafts += 1
         with self.runner.layers_replaced(dict.fromkeys(self.left_out, _Identity)):
             brancher = ModelBrancher(
-                self.runner.branch, None, sequences, [len(s.tokens) - 1 for s in sequences], self.runner.cache.device
+                self.runner.branch,
+                None,
+                sequences,
+                [len(s.tokens) - 1 for s in sequences],
+                self.runner.cache.device,
             )
             return self.rules.grow(brancher, Strategy(self.name, strategy.depth), sequences)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from rollout.drafters.base import DraftContext, Drafter, StatelessSlots
-from rollout.drafters.growing import DraftRules
-from rollout.drafters.suffix import SuffixDrafter
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree, chain_parents
+from paceline.rollout.drafters.base import DraftContext, Drafter, StatelessSlots
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.suffix import SuffixDrafter
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree, chain_parents
 
 
 class CompositeDrafter(StatelessSlots):

@@ -6,12 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.drafters.best_first import best_first, pack
-from rollout.drafters.growing import DraftRules
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.best_first import best_first, pack
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
 
 _MOST_MATCHES = 32
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rollout.drafters.base import Drafter
-from rollout.drafters.growing import DraftRules
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind
-from rollout.verify import Verifier, default_verifier
+from paceline.rollout.drafters.base import Drafter
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind
+from paceline.rollout.verify import Verifier, default_verifier
 
 
 def stated_kind(drafter: Drafter | type[Drafter], strategy: Strategy, rules: DraftRules) -> DraftKind | None:
@@ -16,7 +16,10 @@ def stated_kind(drafter: Drafter | type[Drafter], strategy: Strategy, rules: Dra
 
 
 def refusal(
-    verifier: Verifier | None, drafter: Drafter | type[Drafter], strategy: Strategy, rules: DraftRules | None = None
+    verifier: Verifier | None,
+    drafter: Drafter | type[Drafter],
+    strategy: Strategy,
+    rules: DraftRules | None = None,
 ) -> str | None:
     """Why a verifier does not cover what a drafter drafts for a strategy, in one line.
 

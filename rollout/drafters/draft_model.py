@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from rollout.drafters.base import DraftContext, VerifiedStep
-from rollout.drafters.branching import ModelBrancher
-from rollout.drafters.growing import DraftRules
-from rollout.model_runner import Chunk, ModelRunner
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.branching import ModelBrancher
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.model_runner import Chunk, ModelRunner
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
 
 
 class DraftModelDrafter:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rollout.drafters.base import DraftContext, VerifiedStep
-from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from rollout.drafters.eagle3_network import Network, Reading, network_for
-from rollout.drafters.growing import DraftRules, request_temperatures
-from rollout.kv_cache import CacheShape, SlotCache
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.rollout.drafters.eagle3_network import Network, Reading, network_for
+from paceline.rollout.drafters.growing import DraftRules, request_temperatures
+from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
 
 
 class Eagle3Drafter:
@@ -92,7 +92,9 @@ class Eagle3Drafter:
         newest = self._network.read(reading)
         self._seen[:batch] = [len(s.tokens) - 1 for s in sequences]
         return self.rules.grow(
-            _Brancher(self._network, newest, sequences, self._shift[:batch], self.vocabulary), strategy, sequences
+            _Brancher(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
+            strategy,
+            sequences,
         )
 
     def _make_room(self, sequences: Sequence[SequenceState]) -> None:
@@ -169,5 +171,8 @@ class _Brancher:
         carried = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
         hidden, logits = self._network.step(tokens, carried, seats, self._shift)
         self._hidden = torch.cat([self._hidden, hidden], dim=1)
-        self._ancestors, self._depth = torch.cat([self._ancestors, ancestors], 1), torch.cat([self._depth, depth], 1)
+        self._ancestors, self._depth = (
+            torch.cat([self._ancestors, ancestors], 1),
+            torch.cat([self._depth, depth], 1),
+        )
         return logits

@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
-from rollout.model_shape import intermediate_size, key_shape
+from paceline.rollout.model_shape import intermediate_size, key_shape
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 
@@ -43,7 +48,10 @@ def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: S
             f"{text.word_embed_proj_dim} and {text.hidden_size} numbers; take other drafters"
         )
     keys = key_shape(text)
-    extra: dict[str, Any] = {"draft_vocab_size": draft_vocab_size, "eagle_aux_hidden_state_layer_ids": list(tap_layers)}
+    extra: dict[str, Any] = {
+        "draft_vocab_size": draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": list(tap_layers),
+    }
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         vocab_size=text.vocab_size,
@@ -114,7 +122,11 @@ class _Midlayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(
-        self, embeds: torch.Tensor, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
+        self,
+        embeds: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attend: Attend,
     ) -> torch.Tensor:
         x = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
         hidden = hidden + self.self_attn(x, rotary, attend)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rollout.drafters.eagle3_model import Eagle3Model
-from rollout.drafters.eagle3_network import Reading
-from rollout.fused_layer import RootMeanSquareNorm
-from rollout.kv_cache import SlotCache
-from rollout.native import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens
-from rollout.packed_linear import JoinedLinear, PackedLinear, can_pack
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.drafters.eagle3_network import Reading
+from paceline.rollout.fused_layer import RootMeanSquareNorm
+from paceline.rollout.kv_cache import SlotCache
+from paceline.rollout.native import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens
+from paceline.rollout.packed_linear import JoinedLinear, PackedLinear, can_pack
 
 _FEW_TOKENS = 16  # up to here a step is bound by reading weights, and one call with 8-bit weights is fastest
 
@@ -31,7 +31,14 @@ class NativeNetwork:
         positions: How many rotary embeddings are kept for.
     """
 
-    def __init__(self, weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache, kernels: Kernels, positions: int) -> None:
+    def __init__(
+        self,
+        weights: Eagle3Model,
+        embed_tokens: nn.Module,
+        cache: SlotCache,
+        kernels: Kernels,
+        positions: int,
+    ) -> None:
         self._weights, self._embed, self._cache, self._kernels = weights, embed_tokens, cache, kernels
         self._dtype = cache.shape.dtype
         packs = can_pack(cache.device, self._dtype)

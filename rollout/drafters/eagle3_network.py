@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from rollout.attention import ForwardBatch, chain_seats, grouped_attention
-from rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from rollout.graph_plan import ModelShape, plan_graphs, plan_keys, powers_of_two
-from rollout.graph_pool import Capturer, CudaCapturer, GraphPool
-from rollout.kv_cache import SlotCache
-from rollout.native import Kernels, load_kernels
-from rollout.sequence import SequenceState
+from paceline.rollout.attention import ForwardBatch, chain_seats, grouped_attention
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.rollout.graph_plan import ModelShape, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.graph_pool import Capturer, CudaCapturer, GraphPool
+from paceline.rollout.kv_cache import SlotCache
+from paceline.rollout.native import Kernels, load_kernels
+from paceline.rollout.sequence import SequenceState
 
 _EXACT_WIDTH, _WIDTH_STEP = 8, 32
 
@@ -82,7 +82,7 @@ def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache,
     kernels = load_kernels(device.type, dtype)
     assert config.intermediate_size is not None and config.hidden_size is not None
     if kernels is not None and Kernels.serve(attention_shape(config)[2], config.hidden_size, config.intermediate_size):
-        from rollout.drafters.eagle3_native import NativeNetwork
+        from paceline.rollout.drafters.eagle3_native import NativeNetwork
 
         return NativeNetwork(weights, embed_tokens, cache, kernels, capacity)
     network = PaddedNetwork(weights, embed_tokens, cache)
@@ -142,7 +142,16 @@ class PaddedNetwork:
         heads, kv_heads, dim = attention_shape(config)
         assert config.intermediate_size is not None and config.hidden_size is not None
         size = cache.shape.dtype.itemsize
-        shape = ModelShape(1, config.hidden_size, config.intermediate_size, heads, kv_heads, dim, config.draft_vocab_size, size)
+        shape = ModelShape(
+            1,
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            kv_heads,
+            dim,
+            config.draft_vocab_size,
+            size,
+        )
         keys = plan_keys("draft", powers_of_two(cache.slots), (1, 4), (cache.span,), 4 * cache.slots)
         self.graphs = GraphPool(
             self._step_and_logits,

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from rollout.drafters.base import VerifiedStep
-from rollout.randomness import Stream, step_uniforms
-from rollout.sequence import SequenceState, seeds_of
-from rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
-from rollout.trees.chain import StopPolicy, grow_chain
-from rollout.trees.drawn import grow_dyspec, grow_static
-from rollout.trees.growth import Brancher, TreeLimits, Uniform
-from rollout.trees.ranked import grow_dynamic, grow_opt_tree
+from paceline.rollout.drafters.base import VerifiedStep
+from paceline.rollout.randomness import Stream, step_uniforms
+from paceline.rollout.sequence import SequenceState, seeds_of
+from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.trees.chain import StopPolicy, grow_chain
+from paceline.rollout.trees.drawn import grow_dyspec, grow_static
+from paceline.rollout.trees.growth import Brancher, TreeLimits, Uniform
+from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
 
 TREES = ("dynamic", "opt_tree", "dyspec", "static")
 DRAWS = ("likeliest", "replacement", "without_replacement")
@@ -65,7 +65,7 @@ class DraftRules:
         self.policy = None if made is None else made(self.stop_threshold)
 
     def kind(self, width: int) -> DraftKind:
-        """How drafts of that width come about; what the builders in `rollout.trees` set themselves."""
+        """How drafts of that width come about; what the builders in `paceline.rollout.trees` set themselves."""
         if self.draw == "likeliest":
             return DraftKind.FIXED
         return DraftKind.WITH_REPLACEMENT if width == 1 or self.draw == "replacement" else DraftKind.WITHOUT_REPLACEMENT

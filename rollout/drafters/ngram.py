@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.drafters.best_first import pack
-from rollout.drafters.growing import DraftRules
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.best_first import pack
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
 
 
 class NgramDrafter(StatelessSlots):

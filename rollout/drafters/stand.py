@@ -7,13 +7,13 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from rollout.drafters.growing import DraftRules
-from rollout.randomness import Stream, step_uniforms
-from rollout.sequence import SequenceState, seeds_of
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
-from rollout.trees.growth import draw_without_replacement
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.randomness import Stream, step_uniforms
+from paceline.rollout.sequence import SequenceState, seeds_of
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.trees.growth import draw_without_replacement
 
 _KEPT = 8
 _LONGEST = 3
@@ -59,7 +59,14 @@ class StandDrafter(StatelessSlots):
                 tokens[i, j], parents[i, j], ids[i, j], probs[i, j] = token, parent, known, q
         lengths = torch.tensor([len(row) for row in rows])
         drawn, above, drawn_from, vocabulary = (torch.from_numpy(x) for x in (tokens, parents, probs, ids))
-        return DraftTree(drawn, lengths, None if strategy.width == 1 else above, drawn_from, vocabulary, self.drafts(strategy))
+        return DraftTree(
+            drawn,
+            lengths,
+            None if strategy.width == 1 else above,
+            drawn_from,
+            vocabulary,
+            self.drafts(strategy),
+        )
 
     def _draw_row(self, sequence: SequenceState, strategy: Strategy) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
         """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of drawing."""

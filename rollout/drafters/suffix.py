@@ -7,13 +7,13 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.drafters.best_first import Row, best_first, pack
-from rollout.drafters.growing import DraftRules
-from rollout.drafters.suffix_automaton import SuffixAutomaton
-from rollout.sequence import SequenceState
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.best_first import Row, best_first, pack
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
 
 _UNSEEN = 0.5  # weight of what has not been seen, against one occurrence of what has
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from rollout.drafters.best_first import best_first, pack
-from rollout.drafters.growing import DraftRules
-from rollout.strategy.strategy import Strategy
-from rollout.trees import DraftKind, DraftTree
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from paceline.rollout.drafters.best_first import best_first, pack
+from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.strategy.strategy import Strategy
+from paceline.rollout.trees import DraftKind, DraftTree
 
 _CANDIDATES = 8
 _PRIOR = (8.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5)

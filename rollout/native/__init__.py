@@ -1,6 +1,21 @@
 """Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler when first wanted."""
 
-from rollout.native.build import NativeUnavailable
-from rollout.native.kernels import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens, load_kernels
+from paceline.rollout.native.build import NativeUnavailable
+from paceline.rollout.native.kernels import (
+    AttentionRule,
+    DraftLayer,
+    Int8Rows,
+    Kernels,
+    RaggedTokens,
+    load_kernels,
+)
 
-__all__ = ["AttentionRule", "DraftLayer", "Int8Rows", "Kernels", "NativeUnavailable", "RaggedTokens", "load_kernels"]
+__all__ = [
+    "AttentionRule",
+    "DraftLayer",
+    "Int8Rows",
+    "Kernels",
+    "NativeUnavailable",
+    "RaggedTokens",
+    "load_kernels",
+]

@@ -21,7 +21,16 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 _TIMEOUT_SECONDS = 120
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
@@ -39,7 +48,8 @@ def build_library() -> Path:
         NativeUnavailable: without a compiler, or when it fails; one line.
     """
     compiler = next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))), None
+        (path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))),
+        None,
     )
     if compiler is None:
         raise NativeUnavailable("no C++ compiler was found: install g++ (or set CXX) for the native decode kernels")
@@ -55,7 +65,10 @@ def build_library() -> Path:
 def _private(compiler: str, runtime: Path | None, key: str, reason: str) -> Path:
     """A library in a directory of this process's own, built once and removed at its end; ``reason`` is said once."""
     if key not in _privately_built:
-        _log.warning("the native decode kernels are built for this process alone, their cache cannot be used: %s", reason)
+        _log.warning(
+            "the native decode kernels are built for this process alone, their cache cannot be used: %s",
+            reason,
+        )
         try:
             folder = tempfile.mkdtemp(prefix="paceline-native-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)

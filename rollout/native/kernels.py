@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rollout.native.build import NativeUnavailable, build_library
+from paceline.rollout.native.build import NativeUnavailable, build_library
 
 _LANES = 16
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -357,7 +357,10 @@ class Kernels:
         tokens, parents = (x.contiguous() for x in tree)
         count, width = tokens.shape
         temperatures, uniforms = (x.contiguous() for x in draw)
-        path, drawn = torch.zeros(count, width, dtype=torch.long), torch.zeros(count, width + 1, dtype=torch.long)
+        path, drawn = (
+            torch.zeros(count, width, dtype=torch.long),
+            torch.zeros(count, width + 1, dtype=torch.long),
+        )
         logprobs, lengths = torch.zeros(count, width + 1), torch.zeros(count, dtype=torch.long)
         arrays = (rows, nodes, tokens, parents, temperatures, uniforms, path, drawn, logprobs, lengths)
         self._follow(logits.data_ptr(), logits.shape[1], count, width, *(x.data_ptr() for x in arrays))

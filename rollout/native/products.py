@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from rollout.native.build import NativeUnavailable, build_library
+from paceline.rollout.native.build import NativeUnavailable, build_library
 
 _PANEL, _STEP = 32, 32
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64

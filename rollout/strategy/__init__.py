@@ -1,9 +1,9 @@
 """What to run at each step."""
 
-from rollout.strategy.bandit import BanditSelector, default_arms
-from rollout.strategy.budgets import BUDGETS
-from rollout.strategy.cost_model import CostModel
-from rollout.strategy.strategy import PLAIN, FixedSelector, Selector, StepFeedback, Strategy
+from paceline.rollout.strategy.bandit import BanditSelector, default_arms
+from paceline.rollout.strategy.budgets import BUDGETS
+from paceline.rollout.strategy.cost_model import CostModel
+from paceline.rollout.strategy.strategy import PLAIN, FixedSelector, Selector, StepFeedback, Strategy
 
 __all__ = [
     "BUDGETS",

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollout.strategy.buckets import Bucket, bucket_of
-from rollout.strategy.cost_model import CostModel
-from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.strategy.buckets import Bucket, bucket_of
+from paceline.rollout.strategy.cost_model import CostModel
+from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _PRIOR_STEPS = 64  # steps that the cost model's estimate counts for beside those measured
 _TRIES = 0.1  # share of steps that look for something to explore

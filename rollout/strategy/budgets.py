@@ -34,4 +34,7 @@ def length_aware_budgets(nodes: int, remaining: Sequence[float]) -> list[int]:
     return budgets
 
 
-BUDGETS: dict[str, Callable[[int, Sequence[float]], list[int]]] = {"uniform": uniform_budgets, "length_aware": length_aware_budgets}
+BUDGETS: dict[str, Callable[[int, Sequence[float]], list[int]]] = {
+    "uniform": uniform_budgets,
+    "length_aware": length_aware_budgets,
+}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rollout.strategy.buckets import Bucket, bucket_of
-from rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.strategy.buckets import Bucket, bucket_of
+from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _DECAY = 0.99  # of acceptance counts, for each sequence and step: about 100 drafts are remembered
 _MOST_FADE = 8
@@ -191,7 +191,11 @@ class CostModel:
         self.surprised_by = None
         ran = strategy if any(feedback.drafted) else PLAIN  # an empty draft makes a plain forward
         _mix(self._forward, (bucket, ran), feedback.forward_seconds)
-        _mix(self._rest, bucket.batch, feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds)
+        _mix(
+            self._rest,
+            bucket.batch,
+            feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds,
+        )
         steady = strategy.drafter is None or strategy.drafter == self._last_drafter
         if strategy.drafter is not None:
             if steady:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rollout.trees.chain import StopPolicy
+from paceline.rollout.trees.chain import StopPolicy
 
 _FEATURES = 4
 _RATE = 0.05

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from rollout.trees.draft_tree import MOST_NODES
+from paceline.rollout.trees.draft_tree import MOST_NODES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import torch
 
-from rollout.sampling import draw
-from rollout.trees.draft_tree import DraftKind, DraftTree
-from rollout.trees.growth import Brancher, Uniform, log_probs, target_ids
+from paceline.rollout.sampling import draw
+from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
+from paceline.rollout.trees.growth import Brancher, Uniform, log_probs, target_ids
 
 
 class StopPolicy(Protocol):

@@ -112,7 +112,10 @@ class DraftTree:
             return f"its tokens are {self.kind}, and it gives no probs"
         if self.probs.ndim != 3 or self.probs.shape[:2] != self.tokens.shape:
             return f"its probs are {list(self.probs.shape)}, its tokens {list(self.tokens.shape)}"
-        total, least = self.probs.sum(-1), self.probs.amin(-1) if self.probs.shape[2] else torch.full(self.tokens.shape, -1.0)
+        total, least = (
+            self.probs.sum(-1),
+            self.probs.amin(-1) if self.probs.shape[2] else torch.full(self.tokens.shape, -1.0),
+        )
         unreal = ~self._real()
         if not bool((((total - 1).abs() < _ROUNDING) & (least >= 0) | unreal).all()):  # NaN is neither
             return "its draft probabilities are not finite, or are no distribution"

@@ -1,12 +1,12 @@
 """Lossless verifiers: pure functions of what the target says, the draft, and uniforms. A new one is one file and one line here."""
 
-from rollout.verify.block import verify_block
-from rollout.verify.chain import verify_chain
-from rollout.verify.deterministic import verify_deterministic
-from rollout.verify.outcome import Uniforms, Verification
-from rollout.verify.recursive import verify_recursive
-from rollout.verify.spectr import verify_spectr
-from rollout.verify.verifier import StatedVerifier, Verifier, verifier
+from paceline.rollout.verify.block import verify_block
+from paceline.rollout.verify.chain import verify_chain
+from paceline.rollout.verify.deterministic import verify_deterministic
+from paceline.rollout.verify.outcome import Uniforms, Verification
+from paceline.rollout.verify.recursive import verify_recursive
+from paceline.rollout.verify.spectr import verify_spectr
+from paceline.rollout.verify.verifier import StatedVerifier, Verifier, verifier
 
 VERIFIERS: dict[str, Verifier] = {
     "chain": verify_chain,

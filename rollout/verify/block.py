@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rollout.sampling import draw
-from rollout.trees import DraftTree, draft_mass
-from rollout.verify.outcome import Uniforms, Verification, chain_path, drawn_from, subtract
-from rollout.verify.verifier import verifier
+from paceline.rollout.sampling import draw
+from paceline.rollout.trees import DraftTree, draft_mass
+from paceline.rollout.verify.outcome import Uniforms, Verification, chain_path, drawn_from, subtract
+from paceline.rollout.verify.verifier import verifier
 
 
 @verifier("block", trees=False)

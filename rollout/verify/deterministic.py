@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from rollout.trees import DraftKind, DraftTree, child_table
-from rollout.verify.outcome import Verification, chain_path, leading_run
+from paceline.rollout.trees import DraftKind, DraftTree, child_table
+from paceline.rollout.verify.outcome import Verification, chain_path, leading_run
 
 
 def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:

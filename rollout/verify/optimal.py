@@ -11,7 +11,7 @@ import math
 import numpy as np
 import torch
 
-from rollout.verify.spectr import select_rho
+from paceline.rollout.verify.spectr import select_rho
 
 _POINTS = 64
 _FULL_SCAN = 512

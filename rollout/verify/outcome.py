@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rollout.trees import DraftTree
+from paceline.rollout.trees import DraftTree
 
 
 @dataclass(frozen=True, slots=True)

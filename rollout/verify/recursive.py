@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from rollout.sampling import draw
-from rollout.trees import DraftKind, DraftTree, child_table, draft_mass
-from rollout.verify.outcome import Uniforms, Verification, drawn_from, residual
-from rollout.verify.verifier import verifier
+from paceline.rollout.sampling import draw
+from paceline.rollout.trees import DraftKind, DraftTree, child_table, draft_mass
+from paceline.rollout.verify.outcome import Uniforms, Verification, drawn_from, residual
+from paceline.rollout.verify.verifier import verifier
 
 Siblings = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 

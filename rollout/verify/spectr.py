@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from rollout.trees import DraftKind, DraftTree, child_table, draft_mass
-from rollout.verify.outcome import Uniforms, Verification, drawn_from
-from rollout.verify.recursive import descend
-from rollout.verify.verifier import verifier
+from paceline.rollout.trees import DraftKind, DraftTree, child_table, draft_mass
+from paceline.rollout.verify.outcome import Uniforms, Verification, drawn_from
+from paceline.rollout.verify.recursive import descend
+from paceline.rollout.verify.verifier import verifier
 
 _HALVINGS = 40
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from rollout.trees import DraftKind, DraftTree
-from rollout.verify.outcome import Uniforms, Verification
+from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.verify.outcome import Uniforms, Verification
 
 VerifierFunction = Callable[[torch.Tensor, DraftTree, Uniforms], Verification]
 

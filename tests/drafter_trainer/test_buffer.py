@@ -4,9 +4,9 @@ from collections import Counter
 
 import torch
 
-from drafter_trainer.buffer import TraceBuffer
-from rollout import DistillationTrace, FinishReason, Request, Rollout
-from rollout.api import RolloutStats
+from paceline.drafter_trainer.buffer import TraceBuffer
+from paceline.rollout import DistillationTrace, FinishReason, Request, Rollout
+from paceline.rollout.api import RolloutStats
 
 
 def rollout(length: int, prompt: int = 3, group: int | None = None) -> Rollout:
@@ -14,7 +14,12 @@ def rollout(length: int, prompt: int = 3, group: int | None = None) -> Rollout:
     trace = DistillationTrace(torch.arange(length), prompt, taps, final, torch.zeros(0, 2, dtype=torch.long), final[:0])
     completion = list(range(prompt, length))
     return Rollout(
-        Request([1] * prompt, group=group), completion, [0.0] * len(completion), FinishReason.STOP, RolloutStats(), trace=trace
+        Request([1] * prompt, group=group),
+        completion,
+        [0.0] * len(completion),
+        FinishReason.STOP,
+        RolloutStats(),
+        trace=trace,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
+from paceline.drafter_trainer.checkpoint import DrafterError, load_drafter, save_drafter
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -43,7 +43,11 @@ def test_format_is_what_servers_load(saved):
     assert tensors["lm_head.weight"].shape == (49, 64)
     assert tensors["d2t"].shape == (49,) and tensors["t2d"].shape == (97,)
     assert (torch.arange(49) + tensors["d2t"])[tensors["t2d"][::2].nonzero()[:, 0]].tolist() == list(range(0, 97, 2))
-    expected = {"midlayer.hidden_norm.weight", "midlayer.input_layernorm.weight", "midlayer.post_attention_layernorm.weight"}
+    expected = {
+        "midlayer.hidden_norm.weight",
+        "midlayer.input_layernorm.weight",
+        "midlayer.post_attention_layernorm.weight",
+    }
     assert expected | {"norm.weight", "midlayer.mlp.gate_proj.weight"} <= set(tensors)
 
 
@@ -108,10 +112,16 @@ def test_safetensors_say_that_they_are_torchs(saved):
 
 CONFIGS = {
     "a list": ([], "holds a list"),
-    "no layers": ({"eagle_aux_hidden_state_layer_ids": None}, "eagle_aux_hidden_state_layer_ids is None; write the three layers"),
+    "no layers": (
+        {"eagle_aux_hidden_state_layer_ids": None},
+        "eagle_aux_hidden_state_layer_ids is None; write the three layers",
+    ),
     "layers as text": ({"eagle_aux_hidden_state_layer_ids": ["1", "2", "3"]}, "write the three layers"),
     "two layers": ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "write the three layers"),
-    "no draft vocabulary": ({"draft_vocab_size": None}, "draft_vocab_size is None; write a whole number above 0"),
+    "no draft vocabulary": (
+        {"draft_vocab_size": None},
+        "draft_vocab_size is None; write a whole number above 0",
+    ),
     "a draft vocabulary of text": ({"draft_vocab_size": "49"}, "draft_vocab_size is '49'"),
     "a draft vocabulary that is true": ({"draft_vocab_size": True}, "draft_vocab_size is True"),
     "a large draft vocabulary": ({"draft_vocab_size": 98}, "draft_vocab_size is 98, of 97 tokens in all"),
@@ -122,8 +132,14 @@ CONFIGS = {
     "more layers": ({"num_hidden_layers": 2}, "num_hidden_layers is 2"),
     "an epsilon of text": ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
     "rope as text": ({"rope_parameters": "default"}, "rope_parameters is 'default'"),
-    "rope that changes with length": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type default"),
-    "rope without a base": ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta is None"),
+    "rope that changes with length": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type default",
+    ),
+    "rope without a base": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        "rope_theta is None",
+    ),
     "scaled rope": ({"rope_parameters": None, "rope_scaling": {"type": "yarn"}}, "rope_scaling is set"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only drafters with silu"),
     "half a head that turns": (
@@ -150,16 +166,31 @@ def test_a_config_that_cannot_be_is_one_line(saved, changed, said):
 
 WEIGHTS = {
     "a missing tensor": (lambda t: t.pop("fc.weight"), "missing ['fc.weight']"),
-    "a surplus tensor": (lambda t: t.update({"embed_tokens.weight": torch.zeros(97, 64)}), "unexpected ['embed_tokens.weight']"),
+    "a surplus tensor": (
+        lambda t: t.update({"embed_tokens.weight": torch.zeros(97, 64)}),
+        "unexpected ['embed_tokens.weight']",
+    ),
     "a wrong shape": (
         lambda t: t.update({"norm.weight": torch.ones(65)}),
         "norm.weight has the shape (65,), its config says",
     ),
-    "a transposed matrix": (lambda t: t.update({"fc.weight": t["fc.weight"].T.contiguous()}), "fc.weight has the shape (192, 64)"),
+    "a transposed matrix": (
+        lambda t: t.update({"fc.weight": t["fc.weight"].T.contiguous()}),
+        "fc.weight has the shape (192, 64)",
+    ),
     "NaN": (lambda t: t["fc.weight"].fill_(float("nan")), "fc.weight has NaN or infinite values"),
-    "infinity": (lambda t: t["norm.weight"].__setitem__(3, float("inf")), "norm.weight has NaN or infinite values"),
-    "whole numbers": (lambda t: t.update({"norm.weight": torch.ones(64, dtype=torch.int64)}), "norm.weight is torch.int64"),
-    "eight bits": (lambda t: t.update({"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}), "norm.weight is torch.float8"),
+    "infinity": (
+        lambda t: t["norm.weight"].__setitem__(3, float("inf")),
+        "norm.weight has NaN or infinite values",
+    ),
+    "whole numbers": (
+        lambda t: t.update({"norm.weight": torch.ones(64, dtype=torch.int64)}),
+        "norm.weight is torch.int64",
+    ),
+    "eight bits": (
+        lambda t: t.update({"norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}),
+        "norm.weight is torch.float8",
+    ),
     "no vocabulary": (lambda t: t.pop("d2t"), "missing ['d2t']"),
     "a float vocabulary": (lambda t: t.update({"d2t": t["d2t"].float()}), "d2t is torch.float32"),
     "tokens beyond the vocabulary": (lambda t: t["d2t"].__setitem__(-1, 97), "increasing token ids below 97"),
@@ -182,7 +213,10 @@ def test_weights_that_cannot_be_are_one_line(saved, change, said):
 
 def test_layers_and_vocabulary_of_another_recipe_say_what_to_write(saved):
     _, path = saved
-    with pytest.raises(DrafterError, match=r"layers \[1, 2, 2\], the engine keeps those of \[0, 1, 2\]; write drafter.tap_layers"):
+    with pytest.raises(
+        DrafterError,
+        match=r"layers \[1, 2, 2\], the engine keeps those of \[0, 1, 2\]; write drafter.tap_layers",
+    ):
         load_drafter(path, 97, 64, tap_layers=(0, 1, 2))
     with pytest.raises(DrafterError, match=r"drafts 49 tokens, .* is 64; write drafter.draft_vocab_size: 49"):
         load_drafter(path, 97, 64, draft_vocab_size=64)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
-from drafter_trainer.optimistic import OptimisticAdamW
-from drafter_trainer.unroll import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
-from rollout import Request, SamplingParams
+from paceline.drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
+from paceline.drafter_trainer.optimistic import OptimisticAdamW
+from paceline.drafter_trainer.unroll import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
+from paceline.rollout import Request, SamplingParams
 from tests.drafter_trainer.test_unroll import packed, traces_of
 from tests.support import engine_for, tiny_eagle3, tiny_llama
 
@@ -154,7 +154,11 @@ def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusal
     draft = _Unroll(eagle, model.model.embed_tokens, batch)
     altered = trace.token_ids.clone()
     altered[position] = token
-    told = _Unroll(eagle, model.model.embed_tokens, packed([replace(one, token_ids=altered)], model, eagle.vocabulary, unroll=2))
+    told = _Unroll(
+        eagle,
+        model.model.embed_tokens,
+        packed([replace(one, token_ids=altered)], model, eagle.vocabulary, unroll=2),
+    )
     with torch.no_grad():
         draft.advance()
         told.advance()

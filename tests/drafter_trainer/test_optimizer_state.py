@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer, read_state, save_optimizer
+from paceline.drafter_trainer.optimizer_state import (
+    OptimizerStateError,
+    load_optimizer,
+    read_state,
+    save_optimizer,
+)
 
 
 def stepped(lr: float = 1e-3) -> torch.optim.AdamW:
@@ -45,7 +50,10 @@ def test_a_parameter_without_a_gradient_has_no_moments(stem):
 
 
 TENSORS = {
-    "another shape": ({"0.exp_avg": torch.zeros(3, 5)}, r"parameter 0: exp_avg has the shape \(3, 5\), not \(3, 4\)"),
+    "another shape": (
+        {"0.exp_avg": torch.zeros(3, 5)},
+        r"parameter 0: exp_avg has the shape \(3, 5\), not \(3, 4\)",
+    ),
     "whole numbers": ({"0.exp_avg": torch.zeros(3, 4, dtype=torch.int64)}, "exp_avg is a torch.int64"),
     "NaN": ({"1.exp_avg_sq": torch.full((3,), float("nan"))}, "parameter 1: exp_avg_sq has NaN"),
     "below zero": ({"1.exp_avg_sq": torch.full((3,), -1.0)}, "exp_avg_sq has values below zero"),
@@ -71,7 +79,18 @@ def test_tensors_of_another_optimizer_are_one_line(stem, changed, said):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", "3", '{"scalars": []}', '{"scalars": {}}', '{"scalars": {}, "param_groups": {}}', "\xff", "[" * 9999],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '{"scalars": []}',
+        '{"scalars": {}}',
+        '{"scalars": {}, "param_groups": {}}',
+        "\xff",
+        "[" * 9999,
+    ],
 )
 def test_json_that_is_not_a_state_is_one_line(stem, text):
     stem.with_suffix(".json").write_bytes(text.encode("latin-1"))

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, TCPStore
 
-from drafter_trainer.coordinator import Coordinator, connect_store
-from drafter_trainer.hedge import tracking_weights
-from drafter_trainer.initial import initial_drafter
-from drafter_trainer.spot import LearnerReport, SpotTrainer
-from drafter_trainer.vocabulary import move_vocabulary
-from rollout.drafters.eagle3_model import eagle3_config
+from paceline.drafter_trainer.coordinator import Coordinator, connect_store
+from paceline.drafter_trainer.hedge import tracking_weights
+from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.vocabulary import move_vocabulary
+from paceline.rollout.drafters.eagle3_model import eagle3_config
 from tests.drafter_trainer.test_unroll import buffer_of, learner_for, traces_of
 from tests.support import tiny_llama
 
@@ -264,7 +264,7 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     assert "store cannot be reached" in a.take_problem()
     assert connect_store(1) is None
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("paceline.drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
     assert connect_store(2) is None  # no store there: no training, no error
 
 
@@ -293,7 +293,9 @@ def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, m
     for number, learner in enumerate(learners):
         original = learner.update
         monkeypatch.setattr(
-            learner, "update", lambda p, w, stop, number=number, original=original: seen.append((number, p)) or original(p, w, stop)
+            learner,
+            "update",
+            lambda p, w, stop, number=number, original=original: seen.append((number, p)) or original(p, w, stop),
         )
     assert spot.run(after(2 * (UPDATE + 6) + UPDATE)).updates == 5
     assert [number for number, _ in seen] == [0, 1, 1, 0, 0, 1]  # the last one was broken off

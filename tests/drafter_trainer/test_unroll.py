@@ -7,18 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafter_trainer.buffer import Entry, Piece, TraceBuffer, pieces_of
-from drafter_trainer.initial import initial_drafter
-from drafter_trainer.learner import DrafterLearner
-from drafter_trainer.packing import pack
-from drafter_trainer.spot import SpotTrainer
-from drafter_trainer.store import StoredTrace
-from drafter_trainer.unroll import Objective, unrolled_loss
-from drafter_trainer.vocabulary import choose_vocabulary, coverage
-from rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
-from rollout.drafters import DraftContext, Eagle3Drafter
-from rollout.drafters.eagle3_model import eagle3_config
-from rollout.sequence import SequenceState
+from paceline.drafter_trainer.buffer import Entry, Piece, TraceBuffer, pieces_of
+from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.packing import pack
+from paceline.drafter_trainer.spot import SpotTrainer
+from paceline.drafter_trainer.store import StoredTrace
+from paceline.drafter_trainer.unroll import Objective, unrolled_loss
+from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
+from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
+from paceline.rollout.drafters import DraftContext, Eagle3Drafter
+from paceline.rollout.drafters.eagle3_model import eagle3_config
+from paceline.rollout.sequence import SequenceState
 from tests.support import engine_for, tiny_eagle3, tiny_llama
 
 

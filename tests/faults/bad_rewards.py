@@ -59,7 +59,12 @@ CASES: list[BadReward] = [
     _body("recurses", "return reward(prompts, completions)", FAILS, "RecursionError"),
     # what ends the process
     _body("exits_the_process", "os._exit(0)", FAILS, "ended with status 0"),
-    _body("kills_itself", "os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(5)", FAILS, "ended by signal SIGKILL"),
+    _body(
+        "kills_itself",
+        "os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(5)",
+        FAILS,
+        "ended by signal SIGKILL",
+    ),
     _body("crashes", "ctypes.string_at(0)", FAILS, "ended by signal SIGSEGV"),
     _body("closes_every_file", f"os.closerange(3, 1024)\n{_LENGTHS}", FAILS, "scorer's process"),
     # what takes too long or too much
@@ -108,9 +113,22 @@ CASES: list[BadReward] = [
     _body("yields", "for text in completions: yield len(text)", LENGTHS),
     # what it is
     BadReward("is_async", "async def reward(completions, **columns):\n    return [3, 5]\n", LENGTHS),
-    BadReward("is_async_and_raises", "async def reward(**columns):\n    raise ValueError('late')\n", FAILS, "ValueError: late"),
-    BadReward("is_a_class", "class reward:\n    def __call__(self, completions, **columns):\n        return [3, 5]\n", LENGTHS),
-    BadReward("names_no_columns", "def reward(completions):\n    return [len(text) for text in completions]\n", LENGTHS),
+    BadReward(
+        "is_async_and_raises",
+        "async def reward(**columns):\n    raise ValueError('late')\n",
+        FAILS,
+        "ValueError: late",
+    ),
+    BadReward(
+        "is_a_class",
+        "class reward:\n    def __call__(self, completions, **columns):\n        return [3, 5]\n",
+        LENGTHS,
+    ),
+    BadReward(
+        "names_no_columns",
+        "def reward(completions):\n    return [len(text) for text in completions]\n",
+        LENGTHS,
+    ),
     BadReward("wants_what_is_not_there", "def reward(completions, judge):\n    return [1, 1]\n", FAILS, "judge"),
     BadReward("is_no_function", "reward = 1.0\n", None, "cannot be called"),
     BadReward("is_not_there", "def rewards(**columns):\n    return [3, 5]\n", None, "write module:function"),

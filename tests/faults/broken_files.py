@@ -22,13 +22,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rl.errors import UserError
-from rl.opening import open_run
-from rl.report import write_report
-from rl.resuming import resumed_recipe
-from rl.tracking import Tracker
-from rl.train_command import run as train
-from rl.trainer import Trainer, make_accelerator
+from paceline.rl.errors import UserError
+from paceline.rl.opening import open_run
+from paceline.rl.report import write_report
+from paceline.rl.resuming import resumed_recipe
+from paceline.rl.tracking import Tracker
+from paceline.rl.train_command import run as train
+from paceline.rl.trainer import Trainer, make_accelerator
 
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("refused in a line", "went on and said so", "made no difference", "silent", "traceback")
@@ -153,13 +153,23 @@ def _broken(run_: Path, chance: random.Random, whole_step: bool) -> Broken:
             _go_on(run_, whole_step)
     except UserError as error:
         line = str(error)
-        return Broken(str(name), fault.__name__, "refused in a line" if "\n" not in line and str(run_) in line else "silent", line)
+        return Broken(
+            str(name),
+            fault.__name__,
+            "refused in a line" if "\n" not in line and str(run_) in line else "silent",
+            line,
+        )
     except Exception:
         return Broken(str(name), fault.__name__, "traceback", traceback.format_exc())
     text = " ".join(out.getvalue().split())  # a terminal's lines may be broken
     named = (f"{path}", f"{path.parent}: no checksums") if path.name != "config.json" else (f"{path}", "other than before")
     said = any(name in text for name in named)
-    return Broken(str(name), fault.__name__, "went on and said so" if said else "made no difference" if same else "silent", text)
+    return Broken(
+        str(name),
+        fault.__name__,
+        "went on and said so" if said else "made no difference" if same else "silent",
+        text,
+    )
 
 
 def _read_by_a_resume(path: Path, run_: Path) -> bool:

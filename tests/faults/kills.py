@@ -117,11 +117,11 @@ def _processes(launcher: int) -> dict[str, list[psutil.Process]]:
         found["launcher"] = [psutil.Process(launcher)]
         for process in found["launcher"][0].children(recursive=True):
             words = process.cmdline()
-            if "rl.commands.ranks" in words:
+            if "paceline.rl.commands.ranks" in words:
                 found["agent"].append(process)
-            elif "rl.commands.rank" in words:
+            elif "paceline.rl.commands.rank" in words:
                 found["rank"].append(process)
-            elif "rl.rewards.worker" in words:
+            elif "paceline.rl.rewards.worker" in words:
                 found["scorer"].append(process)
     except psutil.NoSuchProcess:
         pass
@@ -130,7 +130,7 @@ def _processes(launcher: int) -> dict[str, list[psutil.Process]]:
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job whose last words are in ``folder``."""
-    command = [sys.executable, "-m", "rl.commands.app", "train", *arguments, "--ranks", "2"]
+    command = [sys.executable, "-m", "paceline.rl.commands.app", "train", *arguments, "--ranks", "2"]
     with (folder / "said").open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
@@ -177,4 +177,12 @@ def _wait(over: Callable[[], bool], what: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]), lambda kill: print(kill.victim, kill.signal, kill.wrong, flush=True))))
+    print(
+        json.dumps(
+            run(
+                int(sys.argv[1]),
+                int(sys.argv[2]),
+                lambda kill: print(kill.victim, kill.signal, kill.wrong, flush=True),
+            )
+        )
+    )

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from rollout import EngineBusyError, FinishReason, Request, Rollout, RolloutEngine, SamplingParams
-from rollout.drafters import NgramDrafter, SuffixDrafter
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.speculation import DrafterWarning
-from rollout.strategy import Strategy
-from rollout.trees import DraftTree
+from paceline.rollout import EngineBusyError, FinishReason, Request, Rollout, RolloutEngine, SamplingParams
+from paceline.rollout.drafters import NgramDrafter, SuffixDrafter
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.strategy import Strategy
+from paceline.rollout.trees import DraftTree
 from tests.rollout.odd_requests import odd_request
 from tests.support import tiny_llama
 
@@ -73,7 +73,12 @@ class Campaign:
 
     def _build(self, slots: int) -> RolloutEngine:
         engine = RolloutEngine(
-            self.model, dtype=torch.float32, max_slots=slots, max_context=CONTEXT, max_nodes=5, decode_text=letters
+            self.model,
+            dtype=torch.float32,
+            max_slots=slots,
+            max_context=CONTEXT,
+            max_nodes=5,
+            decode_text=letters,
         )
         engine.add_drafter(SuffixDrafter())
         engine.add_drafter(NgramDrafter())
@@ -257,8 +262,19 @@ class Campaign:
 
 
 CALLS = {
-    **{Campaign.generate: 6, Campaign.stream: 4, Campaign.abandoned: 3, Campaign.failing_callback: 2, Campaign.cancelled: 3},
-    **{Campaign.paused: 3, Campaign.failing_drafter: 1, Campaign.other_strategy: 4, Campaign.new_weights: 0.1},
+    **{
+        Campaign.generate: 6,
+        Campaign.stream: 4,
+        Campaign.abandoned: 3,
+        Campaign.failing_callback: 2,
+        Campaign.cancelled: 3,
+    },
+    **{
+        Campaign.paused: 3,
+        Campaign.failing_drafter: 1,
+        Campaign.other_strategy: 4,
+        Campaign.new_weights: 0.1,
+    },
 }
 
 

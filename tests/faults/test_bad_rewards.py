@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from rl.errors import UserError
-from rl.rewards.pool import ScoringPool
-from rl.task_config import TaskConfig
-from rl.tasks import load_task
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.pool import ScoringPool
+from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks import load_task
 from tests.faults.bad_rewards import CASES, COMPLETIONS, LENGTHS, BadReward
 
 # Calls the module that a problem names, so that one pool tries all of them.
@@ -38,7 +38,11 @@ def modules(tmp_path, monkeypatch) -> Path:
 
 def task(folder: Path, module: str) -> TaskConfig:
     return TaskConfig(
-        source="jsonl", path=str(folder / "cases.jsonl"), reward=f"{module}:reward", score_seconds=0.8, score_failed=-1
+        source="jsonl",
+        path=str(folder / "cases.jsonl"),
+        reward=f"{module}:reward",
+        score_seconds=0.8,
+        score_failed=-1,
     )
 
 
@@ -55,7 +59,10 @@ def test_what_bad_rewards_do_when_they_are_called(modules, capfd):
                 pool.add(place, asked, COMPLETIONS[place % 2])
             scores = pool.collect()
             wanted = [*case.expected, *LENGTHS]
-            assert scores.values == {i: -1.0 if w is None else w for i, w in enumerate(wanted)}, (case.name, scores)
+            assert scores.values == {i: -1.0 if w is None else w for i, w in enumerate(wanted)}, (
+                case.name,
+                scores,
+            )
             missing = wanted.count(None)
             assert (scores.timeouts, scores.errors) == ((missing, 0) if case.slow else (0, missing)), case.name
             assert (case.says in str(scores.problem) and "\n" not in str(scores.problem)) if case.says else scores.problem is None

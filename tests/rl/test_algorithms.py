@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl.advantages import critic_advantages, penalties, token_advantages
-from rl.algorithms.importance import effective_share, importance_weights
-from rl.algorithms.kl import KlCoefficient, estimate_kl
-from rl.algorithms.ppo import generalised_advantages, value_loss
-from rl.algorithms.reinforce_pp import normalise, rewards_to_go
-from rl.algorithms.rloo import leave_one_out_advantages
-from rl.config import CriticConfig, UpdateConfig
+from paceline.rl.advantages import critic_advantages, penalties, token_advantages
+from paceline.rl.algorithms.importance import effective_share, importance_weights
+from paceline.rl.algorithms.kl import KlCoefficient, estimate_kl
+from paceline.rl.algorithms.ppo import generalised_advantages, value_loss
+from paceline.rl.algorithms.reinforce_pp import normalise, rewards_to_go
+from paceline.rl.algorithms.rloo import leave_one_out_advantages
+from paceline.rl.config import CriticConfig, UpdateConfig
 
 ALONE = lambda part: part  # noqa: E731
 
@@ -121,7 +121,10 @@ def test_importance_by_hand():
 def test_the_penalty_in_the_reward():
     """β = 0.5 and k1: each token costs half of its log-ratio; group advantages are of what is left of the reward."""
     update = UpdateConfig(kl_coef=0.5, kl="k1", kl_in="reward", scale_by_std=False)
-    drawn, reference = [torch.tensor([0.0, -1.0]), torch.tensor([-1.0])], [torch.tensor([-0.4, -1.2]), torch.tensor([-1.0])]
+    drawn, reference = (
+        [torch.tensor([0.0, -1.0]), torch.tensor([-1.0])],
+        [torch.tensor([-0.4, -1.2]), torch.tensor([-1.0])],
+    )
     taken = penalties(update, 0.5, drawn, reference)
     assert taken[0].tolist() == pytest.approx([0.2, 0.1]) and taken[1].tolist() == [0.0]
     advantages = token_advantages(update, 2, [1.0, 0.0], taken, ALONE)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rl.config import load_config
-from rl.tracking import Tracker
-from rl.trainer import Trainer, make_accelerator
-from rollout import RolloutEngine
+from paceline.rl.config import load_config
+from paceline.rl.tracking import Tracker
+from paceline.rl.trainer import Trainer, make_accelerator
+from paceline.rollout import RolloutEngine
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -31,10 +31,28 @@ def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sections = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
     named = [f"{section}.{key}={value}" for section in ("update", "critic") for key, value in sections.get(section, {}).items()]
-    tiny = ["update.minibatches=1", "update.kl_coef=0.0", "update.lr=3e-3", "critic.lr=3e-3", "measure.plain_every=0"]
+    tiny = [
+        "update.minibatches=1",
+        "update.kl_coef=0.0",
+        "update.lr=3e-3",
+        "critic.lr=3e-3",
+        "measure.plain_every=0",
+    ]
     named.append("update.mask_truncated=false")  # a random model hardly ever stops by itself: all would be left out
-    rollout = ["rollout.max_tokens=8", "rollout.group_size=8", "speculation.drafters=[suffix]", "speculation.strategy=plain"]
-    overrides = [*tiny, *named, *rollout, "task.reward=digit_reward:digits", f"out={tmp_path / 'run'}", f"steps={STEPS}"]
+    rollout = [
+        "rollout.max_tokens=8",
+        "rollout.group_size=8",
+        "speculation.drafters=[suffix]",
+        "speculation.strategy=plain",
+    ]
+    overrides = [
+        *tiny,
+        *named,
+        *rollout,
+        "task.reward=digit_reward:digits",
+        f"out={tmp_path / 'run'}",
+        f"steps={STEPS}",
+    ]
     config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
     (tmp_path / "run").mkdir()
     with Tracker(config, tmp_path / "run", active=False) as tracker:
@@ -57,9 +75,15 @@ def test_groups_that_say_nothing_are_asked_again_and_stay_out(tmp_path, monkeypa
     reward = "def rare(prompts, completions, **columns):\n    return [float(text.count('7') > 1) for text in completions]\n"
     (tmp_path / "rare_reward.py").write_text(reward)
     monkeypatch.chdir(tmp_path)
-    options = ["rollout.resample=2", "rollout.group_size=2", "task.reward=rare_reward:rare", "speculation.drafters=[suffix]"]
+    options = [
+        "rollout.resample=2",
+        "rollout.group_size=2",
+        "task.reward=rare_reward:rare",
+        "speculation.drafters=[suffix]",
+    ]
     config = load_config(
-        ROOT / "configs" / "tiny.yaml", [*options, "speculation.strategy=plain", f"out={tmp_path / 'run'}", "steps=2"]
+        ROOT / "configs" / "tiny.yaml",
+        [*options, "speculation.strategy=plain", f"out={tmp_path / 'run'}", "steps=2"],
     )
     (tmp_path / "run").mkdir()
     with Tracker(config, tmp_path / "run", active=False) as tracker:
@@ -82,7 +106,12 @@ def one_step(tmp_path, monkeypatch, reward: str, *options: str) -> tuple[Trainer
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "step_reward.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
     monkeypatch.chdir(tmp_path)
-    plain = ["speculation.drafters=[suffix]", "speculation.strategy=plain", "update.kl_coef=0.0", "measure.plain_every=0"]
+    plain = [
+        "speculation.drafters=[suffix]",
+        "speculation.strategy=plain",
+        "update.kl_coef=0.0",
+        "measure.plain_every=0",
+    ]
     arguments = [*plain, *options, "task.reward=step_reward:score", f"out={tmp_path / 'run'}", "steps=2"]
     config = load_config(ROOT / "configs" / "tiny.yaml", arguments)
     (tmp_path / "run").mkdir()
@@ -91,12 +120,20 @@ def one_step(tmp_path, monkeypatch, reward: str, *options: str) -> tuple[Trainer
         before = [p.detach().clone() for p in trainer.policy.parameters()]
         with trainer.scoring:
             metrics, _ = trainer.step(0)
-    return trainer, metrics, [not bool((a == b).all()) for a, b in zip(before, trainer.policy.parameters(), strict=True)]
+    return (
+        trainer,
+        metrics,
+        [not bool((a == b).all()) for a, b in zip(before, trainer.policy.parameters(), strict=True)],
+    )
 
 
 def test_a_batch_that_is_empty_after_filtering_changes_nothing(tmp_path, monkeypatch):
     """Every completion is cut, and cut ones are left out."""
-    options = ("update.mask_truncated=true", "rollout.max_tokens=2", "seed=2")  # with others a completion ends in time
+    options = (
+        "update.mask_truncated=true",
+        "rollout.max_tokens=2",
+        "seed=2",
+    )  # with others a completion ends in time
     _, metrics, changed = one_step(tmp_path, monkeypatch, "[float(len(c)) for c in completions]", *options)
     assert metrics["length/truncated"] == 16
     assert metrics["update/tokens"] == 0 and metrics["update/loss"] == 0 and metrics["update/skipped"] == 0
@@ -134,7 +171,12 @@ def test_importance_weights_reach_the_gradient(tmp_path, monkeypatch, importance
 
         with monkeypatch.context() as patch:
             patch.setattr(RolloutEngine, "generate", generate)
-            options = (f"update.importance={level}", "update.importance_cap=2.0", "update.grad_clip=1e9", "update.minibatches=1")
+            options = (
+                f"update.importance={level}",
+                "update.importance_cap=2.0",
+                "update.grad_clip=1e9",
+                "update.minibatches=1",
+            )
             _, metrics, _ = one_step(folder, patch, "[float(len(set(c))) for c in completions]", *options)
         updates.append(metrics)
     assert updates[1]["update/grad_norm"] == pytest.approx(2 * updates[0]["update/grad_norm"], rel=1e-3)

@@ -3,12 +3,16 @@
 import pytest
 import torch
 
-from rl.algorithms.brpo import brpo_advantages
-from rl.config import load_config
-from rl.errors import UserError
+from paceline.rl.algorithms.brpo import brpo_advantages
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
 from tests.support import tiny_trainer
 
-OPTIONS = ("length.anytime={budgets: [4, 8], answers: 2, answer_tokens: 3}", "update.advantage=brpo", "rollout.max_tokens=12")
+OPTIONS = (
+    "length.anytime={budgets: [4, 8], answers: 2, answer_tokens: 3}",
+    "update.advantage=brpo",
+    "rollout.max_tokens=12",
+)
 
 
 def test_brpo_by_hand():
@@ -55,7 +59,11 @@ def test_a_step_trains_on_cut_thoughts_and_their_answers(tmp_path, monkeypatch):
     asked, trained = [], []
     with tiny_trainer(tmp_path, monkeypatch, "[float('7' in c) for c in completions]", *OPTIONS) as trainer:
         generate, run = trainer.worker.engine.generate, trainer.learner._updater.run
-        monkeypatch.setattr(trainer.worker.engine, "generate", lambda r, *a, **k: asked.append(list(r)) or generate(r, *a, **k))
+        monkeypatch.setattr(
+            trainer.worker.engine,
+            "generate",
+            lambda r, *a, **k: asked.append(list(r)) or generate(r, *a, **k),
+        )
         monkeypatch.setattr(trainer.learner._updater, "run", lambda s, *a: trained.append(s) or run(s, *a))
         metrics, _ = trainer.step(0)
         marker = trainer.tokenizer("\nAnswer:")["input_ids"]

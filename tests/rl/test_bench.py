@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rl.bench_gpu import SHAPES, planned
-from rl.bench_learning import LearningRow, compare_learning
-from rl.bench_peers import Peers
-from rl.bench_sharding import WAYS, compare_sharding
-from rl.bench_step import logprob_gap, profile_step, refresh_seconds
-from rollout import Request, SamplingParams
+from paceline.rl.bench_gpu import SHAPES, planned
+from paceline.rl.bench_learning import LearningRow, compare_learning
+from paceline.rl.bench_peers import Peers
+from paceline.rl.bench_sharding import WAYS, compare_sharding
+from paceline.rl.bench_step import logprob_gap, profile_step, refresh_seconds
+from paceline.rollout import Request, SamplingParams
 from tests.support import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,15 @@ def test_every_way_that_weights_can_lie_is_measured(tmp_path):
 @pytest.mark.slow
 def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):
     out = tmp_path / "gpu_rl.json"
-    command = [sys.executable, "launch/bench.py", "gpu-rl", "--config", "configs/tiny.yaml", "--runs", str(tmp_path / "runs")]
+    command = [
+        sys.executable,
+        "launch/bench.py",
+        "gpu-rl",
+        "--config",
+        "configs/tiny.yaml",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     subprocess.run([*command, "--out", str(out), "steps=2"], cwd=ROOT, check=True, capture_output=True, timeout=240)
     record = json.loads(out.read_text())
     assert [r["strategy"] for r in record["runs"]] == ["plain", "adaptive"]

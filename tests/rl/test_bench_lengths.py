@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from rl.bench_lengths import compare_rewards
-from rl.bench_plots import draw_all
-from rl.bench_prediction import Observed, _Known, compare_orders, compare_predictors
-from rl.bench_tail import REMEDIES, compare_remedies
-from rl.config import load_config
-from rl.lengths.predictor import Example
-from rollout import Request, SamplingParams
+from paceline.rl.bench_lengths import compare_rewards
+from paceline.rl.bench_plots import draw_all
+from paceline.rl.bench_prediction import Observed, _Known, compare_orders, compare_predictors
+from paceline.rl.bench_tail import REMEDIES, compare_remedies
+from paceline.rl.config import load_config
+from paceline.rl.lengths.predictor import Example
+from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, engine_for, tiny_llama
 
 
@@ -34,7 +34,12 @@ def test_rewards_are_compared_seed_by_seed(tmp_path):
     """Last quarters: accuracies 0.8 and 0.6 against 0.7 and 0.6, lengths 20 and 30 against 40 and 60."""
     for name, accuracy, length in (("verbose", (0.7, 0.6), (40, 60)), ("alp", (0.8, 0.6), (20, 30))):
         for seed in range(2):
-            columns = {"reward/exact": accuracy[seed], "length/mean": length[seed], "update/entropy": 0.1, "time/step": 2.0}
+            columns = {
+                "reward/exact": accuracy[seed],
+                "length/mean": length[seed],
+                "update/entropy": 0.1,
+                "time/step": 2.0,
+            }
             made(tmp_path / f"{name}-{seed}", **{key: [0.0, 0.0, 0.0, value] for key, value in columns.items()})
     plain, brief = compare_rewards([Path("alp.yaml")], Path("verbose.yaml"), [0, 1], tmp_path, silent)
     assert plain.accuracy_change == 0 and plain.length_ratio == 1

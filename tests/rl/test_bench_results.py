@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from rl import bench_runs, bench_sharding
-from rl.bench_results import Results, check_target
-from rl.commands import bench
-from rl.commands.bench import main
-from rl.errors import UserError
+from paceline.rl import bench_runs, bench_sharding
+from paceline.rl.bench_results import Results, check_target
+from paceline.rl.commands import bench
+from paceline.rl.commands.bench import main
+from paceline.rl.errors import UserError
 from tests.support import ROOT
 
 
@@ -55,7 +55,7 @@ KILLED = """
 import os, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
-from rl.bench_results import Results
+from paceline.rl.bench_results import Results
 
 @dataclass
 class Row:
@@ -89,7 +89,13 @@ def test_a_target_that_cannot_be_written_is_said_before_anything_is_measured(tmp
 
 def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch):
     """Two ways are measured, the third fails: the file has two rows."""
-    step = {"update/loss": 0.1, "time/update": 1.0, "time/step": 2.0, "memory/peak_gb": 1.0, "engine/logprob_gap_max": 0.0}
+    step = {
+        "update/loss": 0.1,
+        "time/update": 1.0,
+        "time/step": 2.0,
+        "memory/peak_gb": 1.0,
+        "engine/logprob_gap_max": 0.0,
+    }
     left = iter([[step, step], [step, step]])
 
     def train(config, overrides, out, ranks, say):

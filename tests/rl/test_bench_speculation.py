@@ -6,13 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from rl.bench_drafting import _stretches
-from rl.bench_plots import draw_all
-from rl.bench_selection import SelectionRow
-from rl.bench_verifiers import Watching, _bounds
-from rollout import Request, SamplingParams
-from rollout.drafters import DraftRules
-from rollout.verify import VERIFIERS
+from paceline.rl.bench_drafting import _stretches
+from paceline.rl.bench_plots import draw_all
+from paceline.rl.bench_selection import SelectionRow
+from paceline.rl.bench_verifiers import Watching, _bounds
+from paceline.rollout import Request, SamplingParams
+from paceline.rollout.drafters import DraftRules
+from paceline.rollout.verify import VERIFIERS
 from tests.support import engine_for, tiny_llama
 
 
@@ -45,13 +45,26 @@ def test_bounds_are_ordered():
 def test_acceptance_by_position():
     engine = engine_for(tiny_llama(97, sharpness=6.0), slots=2, context=150, max_nodes=3)
     engine.use_strategy("suffix:3")
-    rows = list(_stretches("suffix", None, engine, [Request([3, i], SamplingParams(max_tokens=120), seed=i) for i in range(2)], 40))
+    rows = list(
+        _stretches(
+            "suffix",
+            None,
+            engine,
+            [Request([3, i], SamplingParams(max_tokens=120), seed=i) for i in range(2)],
+            40,
+        )
+    )
     assert [r.until for r in rows] == [40, 80, 120, 160]
     assert all(1 <= r.tokens_per_step <= 4 and all(0 <= level <= 1 for level in r.by_level) for r in rows)
 
 
 def test_selection_rows_and_pictures(tmp_path):
-    finals = {"plain": [50.0, 50.0], "suffix:4": [79.0, 81.0], "suffix:2": [70.0, 60.0], "adaptive": [77.0, 79.0]}
+    finals = {
+        "plain": [50.0, 50.0],
+        "suffix:4": [79.0, 81.0],
+        "suffix:2": [70.0, 60.0],
+        "adaptive": [77.0, 79.0],
+    }
     row = SelectionRow("1", {"plain": 50.0, "suffix:2": 90.0, "suffix:4": 80.0}, finals, {"suffix:4": 9})
     assert row.best == "suffix:4"  # the lucky pass of the search does not count
     assert row.share_of_best == pytest.approx(0.975)

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 from accelerate import Accelerator
 
-from rl import clock
-from rl.clock import Clock
+from paceline.rl import clock
+from paceline.rl.clock import Clock
 
 
 def test_a_jump_of_the_wall_clock_is_not_seen(monkeypatch):

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rl.config import RunConfig, load_config, to_dict
-from rl.dry_run import describe
-from rl.errors import UserError
-from rl.estimate import estimate, policy_config
-from rl.places import gpu_of
-from rl.strict import parse
-from rl.tasks import load_task
-from rollout.drafters.eagle3_model import parameter_count
+from paceline.rl.config import RunConfig, load_config, to_dict
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
+from paceline.rl.estimate import estimate, policy_config
+from paceline.rl.places import gpu_of
+from paceline.rl.strict import parse
+from paceline.rl.tasks import load_task
+from paceline.rollout.drafters.eagle3_model import parameter_count
 from tests.support import tiny_eagle3, tiny_llama, train_here
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,10 @@ def test_a_bare_no_is_one_of_the_words():
             "strategy stand:3x3/6: spectr verification does not cover siblings drawn without",
         ),
         (["drafters=[stand]"], "empty stands for stand:3x3/6 too"),
-        (["drafters=[eagle3]", "draw=without_replacement", "tree=static", "strategy=eagle3:3x3/6"], "without replacement"),
+        (
+            ["drafters=[eagle3]", "draw=without_replacement", "tree=static", "strategy=eagle3:3x3/6"],
+            "without replacement",
+        ),
         (["drafters=[eagle3]", "draw=replacement", "tree=static", "strategy=eagle3:3x3/6"], None),
         (["drafters=[stand]", "strategy=stand:3"], None),
     ],
@@ -112,7 +115,7 @@ def test_unreadable_recipes(tmp_path, text, says):
 
 
 def test_a_draft_vocabulary_larger_than_the_targets_is_refused():
-    from rollout.drafters.eagle3_model import eagle3_config
+    from paceline.rollout.drafters.eagle3_model import eagle3_config
     from tests.support import tiny_llama
 
     with pytest.raises(ValueError, match=r"drafter.draft_vocab_size is 98, the target has 97 tokens"):
@@ -209,7 +212,13 @@ def test_what_vllm_does_not_do_is_said(overrides, says):
 
 @pytest.mark.parametrize(
     "override",
-    ["rollout.kv_memory_gb=.inf", "update.grad_clip=-3", "critic.value_clip=-3", "update.weight_decay=-3", "update.clip_low=.nan"],
+    [
+        "rollout.kv_memory_gb=.inf",
+        "update.grad_clip=-3",
+        "critic.value_clip=-3",
+        "update.weight_decay=-3",
+        "update.clip_low=.nan",
+    ],
 )
 def test_numbers_that_mean_nothing_are_refused(override):
     key, _, value = override.partition("=")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from drafter_trainer.checkpoint import load_drafter
-from rl.bench import RolloutBench
-from rl.bench_idle import idle_row
-from rl.bench_losses import VARIANTS, CollectionRow, compare_losses
-from rl.bench_online import VARIANTS as ONLINE
-from rl.bench_online import compare_online
-from rl.bench_served import ServedRow
-from rl.config import load_config
-from rl.distillation import reward_weights
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.rl.bench import RolloutBench
+from paceline.rl.bench_idle import idle_row
+from paceline.rl.bench_losses import VARIANTS, CollectionRow, compare_losses
+from paceline.rl.bench_online import VARIANTS as ONLINE
+from paceline.rl.bench_online import compare_online
+from paceline.rl.bench_served import ServedRow
+from paceline.rl.config import load_config
+from paceline.rl.distillation import reward_weights
 from tests.support import train_here
 from tests.test_end_to_end import finish, steps_of, train
 
@@ -85,7 +85,14 @@ def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
     """Checkpoint and snapshots are cut short while the job is down: it goes on, says so, and makes another."""
     run = tmp_path / "run"
     finish(
-        train("configs/tiny.yaml", f"out={run}", "steps=3", "save_every=3", "drafter.schedule=always", "drafter.ensemble=[0.5,2]")
+        train(
+            "configs/tiny.yaml",
+            f"out={run}",
+            "steps=3",
+            "save_every=3",
+            "drafter.schedule=always",
+            "drafter.ensemble=[0.5,2]",
+        )
     )
     assert len(steps_of(run)[1]["drafter/ensemble"]) == 2
     broken = [run / "checkpoint" / "drafter", *(run / "drafters").iterdir()]
@@ -105,7 +112,14 @@ def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
 def test_online_learners_beside_each_other(tmp_path, cache):
     config = load_config(ROOT / "configs/tiny.yaml", ["steps=2", "speculation.strategy=eagle3:2"])
     start = tmp_path / "drafter"
-    command = [sys.executable, "launch/warmup_drafter.py", "configs/tiny.yaml", str(start), "--minutes", "0.02"]
+    command = [
+        sys.executable,
+        "launch/warmup_drafter.py",
+        "configs/tiny.yaml",
+        str(start),
+        "--minutes",
+        "0.02",
+    ]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=True)
     rows = compare_online(config, start, 0.2, tmp_path / "run", lambda line: None, lambda rows: None)
     assert [row.variant for row in rows] == ["frozen", *ONLINE]
@@ -127,7 +141,10 @@ def test_steps_are_paired():
         off = {"drafter/seconds": training, "drafter/seconds_off_path": training / 2}
         return {**dict.fromkeys(names, 1.0), **off, "time/step": step, "time/update": 2.0}
 
-    frozen, trained = [metrics(step, 0.1) for step in (9, 10, 20)], [metrics(step, 2.0) for step in (30, 11, 23)]
+    frozen, trained = (
+        [metrics(step, 0.1) for step in (9, 10, 20)],
+        [metrics(step, 2.0) for step in (30, 11, 23)],
+    )
     assert idle_row("never", frozen, frozen).training == 0
     row = idle_row("idle", trained, frozen)
     assert row.inside == 0.5 and row.longer == pytest.approx(2 / 15) and row.longer_error == pytest.approx(1 / 15)

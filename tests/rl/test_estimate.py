@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from rl import dry_run
-from rl.config import load_config
-from rl.dry_run import describe, size
-from rl.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
-from rl.places import Place, gpu_of, this_machine
+from paceline.rl import dry_run
+from paceline.rl.config import load_config
+from paceline.rl.dry_run import describe, size
+from paceline.rl.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
+from paceline.rl.places import Place, gpu_of, this_machine
 from tests.support import ROOT, train_here
 
 SEVEN = ROOT / "configs" / "zero3_8gpu.yaml"
@@ -25,7 +25,12 @@ def test_a_7b_policy_in_eighths_by_hand():
     """Qwen2.5-7B: 7,615,616,512 parameters (its model card), 28 layers with 4 key and value heads of 128."""
     config, parameters = load_config(SEVEN), 7_615_616_512
     found = estimate(config, policy_config(config.policy.model), 8, gpu_of(80))
-    for what, of_each in (("weights", 4), ("weights that DeepSpeed steps on", 4), ("gradients", 4), ("Adam's moments", 8)):
+    for what, of_each in (
+        ("weights", 4),
+        ("weights that DeepSpeed steps on", 4),
+        ("gradients", 4),
+        ("Adam's moments", 8),
+    ):
         assert found.size(what) == of_each * parameters // 8
     assert found.size("engine's copy of the weights") == 2 * parameters
     tap = 4 * 3584 * 2
@@ -97,8 +102,8 @@ def test_seconds_by_hand():
 
 def test_ranks_of_one_machine_share_it(monkeypatch):
     policy = policy_config("tiny-llama")
-    monkeypatch.setattr("rl.places.memory_limit", lambda: 10**10)
-    monkeypatch.setattr("rl.places.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("paceline.rl.places.memory_limit", lambda: 10**10)
+    monkeypatch.setattr("paceline.rl.places.torch.cuda.is_available", lambda: False)
     one, four = (this_machine(ranks, policy, __import__("torch").float32) for ranks in (1, 4))
     assert one.device == "cpu" and one.memory == 4 * four.memory == 10**10
     assert one.flops == pytest.approx(4 * four.flops) and one.bandwidth == pytest.approx(4 * four.bandwidth)

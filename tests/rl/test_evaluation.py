@@ -8,14 +8,14 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from rl.commands.app import app
-from rl.config import load_config
-from rl.errors import UserError
-from rl.evaluation_problems import check_not_trained, evaluation_problems, fitting
-from rl.kept_checkpoints import find_kept, keep_checkpoint
-from rl.run_evaluation import EvaluationFailed
-from rl.tasks import load_task
-from rl.trainer import Trainer
+from paceline.rl.commands.app import app
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.evaluation_problems import check_not_trained, evaluation_problems, fitting
+from paceline.rl.kept_checkpoints import find_kept, keep_checkpoint
+from paceline.rl.run_evaluation import EvaluationFailed
+from paceline.rl.tasks import load_task
+from paceline.rl.trainer import Trainer
 from tests.support import ROOT, train_here
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -69,7 +69,12 @@ def test_another_split_of_the_data_set_is_asked(tmp_path):
         name: [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(k, k + 9)] for name, k in (("train", 0), ("test", 50))
     }
     datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()}).save_to_disk(tmp_path / "sums")
-    task = ["task.source=huggingface", f"task.path={tmp_path / 'sums'}", "task.datasets=[]", f"evaluation.path={tmp_path / 'sums'}"]
+    task = [
+        "task.source=huggingface",
+        f"task.path={tmp_path / 'sums'}",
+        "task.datasets=[]",
+        f"evaluation.path={tmp_path / 'sums'}",
+    ]
     asked = evaluation_problems(load_config(TINY, [*task, "evaluation.split=test"]), 4)
     assert len(asked.problems) == 4 and all(int(p.answer) > 50 for p in asked.problems)
     with pytest.raises(UserError, match=r"evaluation\.split"):
@@ -108,7 +113,8 @@ def test_reasoning_gyms_problems_are_others():
 
 
 @pytest.mark.parametrize(
-    ("override", "says"), [("task.heldout=0.5", "task.heldout"), ("seed=3", "seed"), ("task.path=PATH", "task.path")]
+    ("override", "says"),
+    [("task.heldout=0.5", "task.heldout"), ("seed=3", "seed"), ("task.path=PATH", "task.path")],
 )
 def test_what_a_run_was_trained_on_is_not_what_it_held_out(tmp_path, override, says):
     path = write_rows(tmp_path / "rows.jsonl", 50)
@@ -147,7 +153,11 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
         checkpoint(tmp_path, f"step {step}")
         keep_checkpoint(tmp_path, step, last=2, best=best)
     kept = {p.name: (p / "policy" / "model.safetensors") for p in (tmp_path / "checkpoints").iterdir()}
-    assert {name: path.read_text() for name, path in kept.items()} == {"step-3": "step 3", "step-4": "step 4", "best": "step 3"}
+    assert {name: path.read_text() for name, path in kept.items()} == {
+        "step-3": "step 3",
+        "step-4": "step 4",
+        "best": "step 3",
+    }
     last = tmp_path / "checkpoint" / "policy" / "model.safetensors"
     assert kept["step-4"].stat().st_ino == last.stat().st_ino  # takes no room
     assert find_kept(tmp_path, "best") == tmp_path / "checkpoints" / "best"
@@ -166,7 +176,7 @@ def test_checkpoints_that_a_run_has_given_up_go_first(tmp_path):
 @pytest.mark.ci
 def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rl.report.write_report", lambda run: run / "report.html")
+    monkeypatch.setattr("paceline.rl.report.write_report", lambda run: run / "report.html")
     (tmp_path / "digits.py").write_text(
         "def share(prompts, completions, answer, **columns):\n"
         "    assert all(int(a) < 100 for a in answer)\n"
@@ -175,9 +185,31 @@ def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     path, run = write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "run"
-    task = ["task.source=jsonl", f"task.path={path}", "task.datasets=[]", "task.heldout=0.3", "task.reward=digits:share"]
-    evaluated = ["eval_every=2", "keep_best=true", "keep_last=2", "evaluation.prompts=6", "evaluation.samples=2"]
-    train_here(monkeypatch, str(TINY), f"out={run}", "steps=5", "update.lr=3e-3", "save_every=2", *task, *evaluated, *PLAIN)
+    task = [
+        "task.source=jsonl",
+        f"task.path={path}",
+        "task.datasets=[]",
+        "task.heldout=0.3",
+        "task.reward=digits:share",
+    ]
+    evaluated = [
+        "eval_every=2",
+        "keep_best=true",
+        "keep_last=2",
+        "evaluation.prompts=6",
+        "evaluation.samples=2",
+    ]
+    train_here(
+        monkeypatch,
+        str(TINY),
+        f"out={run}",
+        "steps=5",
+        "update.lr=3e-3",
+        "save_every=2",
+        *task,
+        *evaluated,
+        *PLAIN,
+    )
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards = {m["step"] + 1: m["eval/reward"] for m in metrics if "eval/reward" in m}
     assert list(rewards) == [2, 4, 5]
@@ -187,7 +219,20 @@ def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeyp
     # the command asks the same problems in the same way
     out = tmp_path / "evaluation.json"
     found = CliRunner().invoke(
-        app, ["evaluate", "--run", str(run), "--checkpoint", "best", "--prompts", "6", "--samples", "2", "--out", str(out)]
+        app,
+        [
+            "evaluate",
+            "--run",
+            str(run),
+            "--checkpoint",
+            "best",
+            "--prompts",
+            "6",
+            "--samples",
+            "2",
+            "--out",
+            str(out),
+        ],
     )
     assert found.exit_code == 0, found.output
     assert "6 problems, held out" in found.output and "digits:share" in found.output

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rl.algorithms.grpo import group_advantages, policy_loss, token_weights, weight_total
+from paceline.rl.algorithms.grpo import group_advantages, policy_loss, token_weights, weight_total
 
 
 def test_advantages_by_hand():
@@ -56,7 +56,14 @@ def test_sequence_ratio_by_hand():
 def test_a_sequences_gradient_is_its_ratio_over_its_length():
     """d s / d logprob_t = s / |y| for every token: with s = 1 and |y| = 4, summed over four equal token losses, −1 each."""
     logprobs = torch.zeros(4, requires_grad=True)
-    out = policy_loss(logprobs, torch.zeros(4), torch.ones(4), clip_low=0.1, clip_high=0.1, owner=torch.zeros(4, dtype=torch.long))
+    out = policy_loss(
+        logprobs,
+        torch.zeros(4),
+        torch.ones(4),
+        clip_low=0.1,
+        clip_high=0.1,
+        owner=torch.zeros(4, dtype=torch.long),
+    )
     (out.loss / 4).sum().backward()  # a sequence's weight of one, shared by its tokens
     torch.testing.assert_close(logprobs.grad, torch.full((4,), -0.25))
 

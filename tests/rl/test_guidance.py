@@ -7,11 +7,18 @@ import pytest
 import torch
 from scipy import stats
 
-from rl.config import load_config
-from rl.evaluate import Evaluator
-from rl.lengths.guidance import BudgetGuidance, RemainingLength, Steps, steps_of, train_remaining, watching
-from rl.policies import fetch_policy
-from rollout import Request, SamplingParams
+from paceline.rl.config import load_config
+from paceline.rl.evaluate import Evaluator
+from paceline.rl.lengths.guidance import (
+    BudgetGuidance,
+    RemainingLength,
+    Steps,
+    steps_of,
+    train_remaining,
+    watching,
+)
+from paceline.rl.policies import fetch_policy
+from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, engine_for, tiny_llama
 
 HIDDEN = 8
@@ -74,6 +81,6 @@ def test_steering_shortens_and_says_that_it_is_lossy(tmp_path, monkeypatch):
 
 
 def test_training_cannot_reach_it():
-    code = "import sys, rl.train_command; print([m for m in sys.modules if 'guidance' in m])"
+    code = "import sys, paceline.rl.train_command; print([m for m in sys.modules if 'guidance' in m])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")

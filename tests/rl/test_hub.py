@@ -6,10 +6,10 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from rl import hub
-from rl.errors import UserError
-from rl.estimate import policy_config
-from rl.policies import fetch_policy
+from paceline.rl import hub
+from paceline.rl.errors import UserError
+from paceline.rl.estimate import policy_config
+from paceline.rl.policies import fetch_policy
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,10 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/a/b")))
+    return kind(
+        "no",
+        response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/a/b")),
+    )
 
 
 CASES = [

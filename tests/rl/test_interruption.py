@@ -9,13 +9,13 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from rl.commands.app import app
-from rl.interruption import Interruption
+from paceline.rl.commands.app import app
+from paceline.rl.interruption import Interruption
 
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from rl.interruption import Interruption
+from paceline.rl.interruption import Interruption
 with Interruption(Path(sys.argv[1])) as interruption:
     print("up", flush=True)
     while not interruption.asked:
@@ -74,6 +74,9 @@ while not stop.exists():
 
 def test_a_stop_that_is_asked_for_while_ranks_start_is_not_lost(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr("rl.commands.training.rank_command", lambda *_: [sys.executable, "-S", "-c", _STARTING, str(tmp_path)])
+    monkeypatch.setattr(
+        "paceline.rl.commands.training.rank_command",
+        lambda *_: [sys.executable, "-S", "-c", _STARTING, str(tmp_path)],
+    )
     found = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--ranks", "2"])
     assert found.exit_code == 0, found.output

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rl.config import load_config
-from rl.dry_run import describe
-from rl.errors import UserError
+from paceline.rl.config import load_config
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
 from tests.support import ROOT, tiny_trainer
 
 BUDGETS = ["length.budgets=[4, 8]", "rollout.max_tokens=12"]
@@ -83,7 +83,11 @@ def test_pairs_work(pair, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "other",
-    ["pear", "prod_d", *(pytest.param(name, marks=pytest.mark.ci) for name in ("grpo_lambda", "l1_exact", "mask_mastered"))],
+    [
+        "pear",
+        "prod_d",
+        *(pytest.param(name, marks=pytest.mark.ci) for name in ("grpo_lambda", "l1_exact", "mask_mastered")),
+    ],
 )
 def test_trees_go_with_the_rest(other, tmp_path, monkeypatch):
     monkeypatch.setitem(WAYS, "tree", [*WAYS["tree"], "length.budget_of=prompt"])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rl.errors import UserError
-from rl.length_config import LengthConfig
-from rl.policies import fetch_policy
-from rl.rewards.registry import TERMS, LengthAware, apply_terms, load_term
-from rl.rewards.terms import Samples
-from rl.shaping import answer_start, assign_budgets
+from paceline.rl.errors import UserError
+from paceline.rl.length_config import LengthConfig
+from paceline.rl.policies import fetch_policy
+from paceline.rl.rewards.registry import TERMS, LengthAware, apply_terms, load_term
+from paceline.rl.rewards.terms import Samples
+from paceline.rl.shaping import answer_start, assign_budgets
 
 
 def samples(rewards, lengths, group_size=4, longest=1000, **more):
@@ -107,7 +107,12 @@ def test_alp():
 def test_pear():
     """Thinking at 0.5 nats, answering at 0.2: a correct one keeps 1 − (0.5 − 0.2) of its reward, with α = 2 1 − 0.1; without an
     answer 1 − 0.5; calmer thinking than answering is not paid for."""
-    entropies = [torch.tensor([0.6, 0.4, 0.2]), torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.9]), torch.tensor([3.0])]
+    entropies = [
+        torch.tensor([0.6, 0.4, 0.2]),
+        torch.tensor([0.5, 0.5]),
+        torch.tensor([0.1, 0.9]),
+        torch.tensor([3.0]),
+    ]
     given = samples([1, 1, 1, 0], [3, 2, 2, 1], entropies=entropies, answers=[2, 2, 1, 1])
     assert shaped({"name": "pear"}, given) == pytest.approx([0.7, 0.5, 1.0, 0.0])
     assert shaped({"name": "pear", "alpha": 2.0}, given) == pytest.approx([0.9, 0.5, 1.0, 0.0])
@@ -130,7 +135,11 @@ def test_a_wrong_completion_never_earns_by_a_length_more_than_a_right_one(name):
     """The best that a wrong completion can get is less than a right one of the same length gets; the target's score aside, which
     is of its own."""
     lengths = [1, 30, 60, 90]
-    more = {"budgets": budgets(60, 60, 60, 60), "entropies": [torch.full((n,), 0.3) for n in lengths], "answers": lengths}
+    more = {
+        "budgets": budgets(60, 60, 60, 60),
+        "entropies": [torch.full((n,), 0.3) for n in lengths],
+        "answers": lengths,
+    }
     right = shaped({"name": name}, samples([1, 1, 1, 1], lengths, longest=100, **more))
     wrong = shaped({"name": name}, samples([0, 0, 0, 0], lengths, longest=100, **more))
     assert all(r >= w for r, w in zip(right, wrong, strict=True))
@@ -155,7 +164,12 @@ def test_as_a_reward_function_of_another_trainer():
         return [float(c == "right") for c in completions]
 
     function = LengthAware(accuracy, [{"name": "l1_exact"}], group_size=2, longest=100)
-    given = function(prompts=["a", "a"], completions=["right", "wrong"], completion_ids=[[1] * 70, [1] * 40], budget=[50, 50])
+    given = function(
+        prompts=["a", "a"],
+        completions=["right", "wrong"],
+        completion_ids=[[1] * 70, [1] * 40],
+        budget=[50, 50],
+    )
     assert given == pytest.approx([1 - 0.006, -0.003])
     assert function.__name__ == "l1_exact"
     with pytest.raises(ValueError, match="make per_device_train_batch_size a multiple"):
@@ -170,7 +184,8 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    ("text", "start"), [("2+2=4\nAnswer: 4", 13), ("Answer:", 7), ("nothing", 7), ("", 0), ("Answer: 1 Answer: 2", 7)]
+    ("text", "start"),
+    [("2+2=4\nAnswer: 4", 13), ("Answer:", 7), ("nothing", 7), ("", 0), ("Answer: 1 Answer: 2", 7)],
 )
 def test_where_the_answer_starts(text, start):
     assert answer_start([ord(c) for c in text], "Answer:", Letters()) == start
@@ -201,7 +216,12 @@ def test_trl_trains_with_it(tmp_path, monkeypatch):
             rewards = super().__call__(prompts, completions, **columns)
             base = digits(prompts, completions)
             lengths = [len(ids) for ids in columns["completion_ids"]]
-            seen.append((rewards, [r - 0.01 * abs(b - n) for r, b, n in zip(base, columns["budget"], lengths, strict=True)]))
+            seen.append(
+                (
+                    rewards,
+                    [r - 0.01 * abs(b - n) for r, b, n in zip(base, columns["budget"], lengths, strict=True)],
+                )
+            )
             return rewards
 
     terms = [{"name": "l1_exact", "alpha": 0.01}]

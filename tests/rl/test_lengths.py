@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rl.lengths.estimate import PredictedLengths
-from rl.lengths.predictor import Example, LengthPredictor
-from rl.lengths.statistics import is_loop, pinball, prompt_statistics
-from rl.run_state import find_checkpoint
-from rollout import Request
+from paceline.rl.lengths.estimate import PredictedLengths
+from paceline.rl.lengths.predictor import Example, LengthPredictor
+from paceline.rl.lengths.statistics import is_loop, pinball, prompt_statistics
+from paceline.rl.run_state import find_checkpoint
+from paceline.rollout import Request
 from tests.support import engine_for, tiny_llama, tiny_trainer
 
 HIDDEN = 16
@@ -116,7 +116,13 @@ def test_prompt_states_are_a_full_forwards(prefill):
 
 
 def test_the_trainer_predicts_orders_and_learns(tmp_path, monkeypatch):
-    options = ("length.predictor=prod_d", "length.quantile=0.5", "rollout.max_tokens=12", "task.size=40", STOPS)
+    options = (
+        "length.predictor=prod_d",
+        "length.quantile=0.5",
+        "rollout.max_tokens=12",
+        "task.size=40",
+        STOPS,
+    )
     asked = []
     with tiny_trainer(tmp_path, monkeypatch, "[1.0 * len(c) for c in completions]", *options) as trainer:
         predict = trainer.worker.groups.lengths.predict

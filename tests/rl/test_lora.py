@@ -19,19 +19,25 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rl.config import load_config
-from rl.dry_run import describe
-from rl.errors import UserError
-from rl.integrations.policy import HostPolicy
-from rl.lora import AdapterBase, add_adapters, merged, save_adapters
-from rl.mergeable import adapted_layers, check_adapter_config
-from rl.policies import fetch_policy
-from rl.sections import LoraConfig
-from rl.starting import adapter_base
+from paceline.rl.config import load_config
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.policy import HostPolicy
+from paceline.rl.lora import AdapterBase, add_adapters, merged, save_adapters
+from paceline.rl.mergeable import adapted_layers, check_adapter_config
+from paceline.rl.policies import fetch_policy
+from paceline.rl.sections import LoraConfig
+from paceline.rl.starting import adapter_base
 from tests.support import ROOT, tiny_llama, tiny_trainer
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-_SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 
 
 def gpt2():

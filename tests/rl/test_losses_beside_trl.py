@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 from trl import GRPOTrainer
 
-from rl.algorithms.grpo import policy_loss, token_weights, weight_total
-from rl.algorithms.kl import estimate_kl
+from paceline.rl.algorithms.grpo import policy_loss, token_weights, weight_total
+from paceline.rl.algorithms.kl import estimate_kl
 
 LENGTHS = torch.tensor([7, 3, 5, 1])
 LONGEST = 9
@@ -54,7 +54,11 @@ def theirs(loss_type: str, level: str, beta: float) -> tuple[float, torch.Tensor
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
     )
-    trainer._get_per_token_logps_and_entropies = lambda *arguments, **options: (now, torch.zeros_like(now), None)
+    trainer._get_per_token_logps_and_entropies = lambda *arguments, **options: (
+        now,
+        torch.zeros_like(now),
+        None,
+    )
     loss = trainer._compute_loss(
         None,
         {

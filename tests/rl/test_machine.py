@@ -6,14 +6,23 @@ import sys
 
 import pytest
 
-from rl.machine import threads_of_rank
-from rollout.machine_limits import usable_cores
+from paceline.rl.machine import threads_of_rank
+from paceline.rollout.machine_limits import usable_cores
 from tests.support import ROOT
 
 
 @pytest.mark.parametrize(
     ("asked", "ranks", "threads"),
-    [("3", 1, 3), ("3", 2, 3), ("1", 1, 1), ("5,2", 1, 5), ("", 1, None), ("0", 1, None), ("all", 1, None), ("", 4, None)],
+    [
+        ("3", 1, 3),
+        ("3", 2, 3),
+        ("1", 1, 1),
+        ("5,2", 1, 5),
+        ("", 1, None),
+        ("0", 1, None),
+        ("all", 1, None),
+        ("", 4, None),
+    ],
 )
 def test_threads(monkeypatch, asked, ranks, threads):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
@@ -23,7 +32,7 @@ def test_threads(monkeypatch, asked, ranks, threads):
 
 def test_a_share_of_what_a_cgroup_allows(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("rl.machine.usable_cores", lambda: 24)
+    monkeypatch.setattr("paceline.rl.machine.usable_cores", lambda: 24)
     assert [threads_of_rank(ranks) for ranks in (0, 1, 4, 7, 100)] == [24, 24, 6, 3, 1]
 
 
@@ -32,14 +41,26 @@ def test_torchruns_default_is_not_the_users_word(tmp_path, asked, threads):
     """torchrun gives each of several ranks OMP_NUM_THREADS=1 where the user has set nothing."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys\nimport rl.machine\nrl.machine.usable_cores = lambda: 16\n"
+        "import os, sys\nimport paceline.rl.machine\nrl.machine.usable_cores = lambda: 16\n"
         f"assert os.environ['OMP_NUM_THREADS'] == {asked or '1'!r}\n"
-        "print('threads', rl.machine.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
+        "print('threads', paceline.rl.machine.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({} if asked is None else {"OMP_NUM_THREADS": asked})}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        **({} if asked is None else {"OMP_NUM_THREADS": asked}),
+    }
     if asked is None:
         environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["threads", str(threads)] * 2

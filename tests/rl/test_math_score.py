@@ -3,9 +3,9 @@
 import pytest
 from math_verify import parse, verify
 
-from rl.rewards.verifiable import math_score, reasoning_gym_score
-from rl.task_config import DatasetConfig, TaskConfig
-from rl.tasks import load_task
+from paceline.rl.rewards.verifiable import math_score, reasoning_gym_score
+from paceline.rl.task_config import DatasetConfig, TaskConfig
+from paceline.rl.tasks import load_task
 
 RIGHT = [
     *(("18", f"Answer: {text}") for text in ("18", "18.", "18 dollars", "$18 per day", "He has 18 pens.", "the total is 18")),
@@ -18,7 +18,17 @@ RIGHT = [
         for text in ("\\(18\\)", "\\[18\\]", "$18$", "$$18$$", "\\boxed{18}", "$18 \\text{ cm}$", "18 cm^2")
     ),
     *(("18", f"Answer: {text}") for text in ("x = 18", "3 + 15 = 18", "(18)", "36/2", "18 or 18.0", "\\[\n18\n\\]", "$$\n18\n$$")),
-    *(("18", text) for text in ("**Answer:** 18", "**Answer**: 18", "**Answer: 18**", "Answer:\n18", "20. Answer: 18", "it is 18")),
+    *(
+        ("18", text)
+        for text in (
+            "**Answer:** 18",
+            "**Answer**: 18",
+            "**Answer: 18**",
+            "Answer:\n18",
+            "20. Answer: 18",
+            "it is 18",
+        )
+    ),
     ("1/2", "Answer: 1/2 of the cake"),
     ("1/2", "Answer: $\\frac{1}{2}$ cups"),
     ("-18", "Answer: −18"),
@@ -61,7 +71,19 @@ def test_wrong_answers(gold, text):
 
 @pytest.mark.ci
 def test_never_less_than_math_verify_where_one_answer_is_given():
-    units = ("", " dollars", "%", " km/h", " m^2", "°", " out of 20", " (eighteen)", "!", ", that is, eighteen", " \\text{ cm}")
+    units = (
+        "",
+        " dollars",
+        "%",
+        " km/h",
+        " m^2",
+        "°",
+        " out of 20",
+        " (eighteen)",
+        "!",
+        ", that is, eighteen",
+        " \\text{ cm}",
+    )
     for unit in units:
         for before in ("", "about ", "the total is ", "= ", "$x$ is ", "€", "n = "):
             text = f"First 7, then 9. Answer: {before}18{unit}"

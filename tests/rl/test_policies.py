@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl import policies
-from rl.errors import UserError
-from rl.prompts import encode_prompt, stop_token_ids
+from paceline.rl import policies
+from paceline.rl.errors import UserError
+from paceline.rl.prompts import encode_prompt, stop_token_ids
 from tests.support import tiny_trainer
 
 
@@ -59,7 +59,11 @@ def broken(tmp_path: Path) -> Path:
 def test_missing_and_surplus_weights_are_named(tmp_path):
     path = broken(tmp_path)
     weights = load_file(path / "model.safetensors")
-    save_file({f"base_model.model.{name}": w for name, w in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {f"base_model.model.{name}": w for name, w in weights.items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(UserError, match=r"lacks \d+ of the model's weights \(.*embed_tokens.*and has \d+ that are not") as caught:
         policies.load_policy(path)
     assert "\n" not in str(caught.value)
@@ -127,7 +131,10 @@ BROKEN = [
     (list_config, "holds no JSON object"),
     (changed_config(model_type="t5", is_encoder_decoder=True), "t5 has an encoder"),
     (changed_config(model_type="qwen9"), "no causal language model of model_type 'qwen9'"),
-    (changed_config(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}), "brings code of its own"),
+    (
+        changed_config(model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine"}),
+        "brings code of its own",
+    ),
     (changed_config(hidden_size="wide"), "cannot be loaded|is wrong"),
     (changed_config(hidden_size=32), "cannot be loaded"),
     (empty_weights, r"model\.safetensors is empty"),
@@ -176,7 +183,7 @@ def test_a_policy_that_the_engine_refuses_is_a_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("Model does not run in the engine with transformers 9.0")
 
-    monkeypatch.setattr("rl.policy_engine.RolloutEngine", refuse)
+    monkeypatch.setattr("paceline.rl.policy_engine.RolloutEngine", refuse)
     refused = pytest.raises(UserError, match=r"^policy.model: Model does not run in the engine with transformers 9.0$")
     with refused, tiny_trainer(tmp_path, monkeypatch, "[0.0 for _ in completions]"):
         pass

@@ -9,20 +9,20 @@ import time
 
 import pytest
 
-from rl import preparation
-from rl.config import load_config
-from rl.errors import UserError
-from rl.once import alone, made_once
-from rl.preparation import first_drafter_path, prepare, wants_first_drafter
-from rl.progress import Display
-from rl.starting import starting_policy
-from rl.warmup import warmed_policy_path
+from paceline.rl import preparation
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.once import alone, made_once
+from paceline.rl.preparation import first_drafter_path, prepare, wants_first_drafter
+from paceline.rl.progress import Display
+from paceline.rl.starting import starting_policy
+from paceline.rl.warmup import warmed_policy_path
 from tests.support import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
 HOLD = """
 import sys, time, pathlib
-from rl.once import alone
+from paceline.rl.once import alone
 with alone(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -101,7 +101,13 @@ def test_the_first_drafter_is_of_its_policy(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     base = first_drafter_path(load_config(TINY, STARTS))
     assert first_drafter_path(load_config(TINY, [*STARTS, "out=elsewhere", "steps=9", "drafter.schedule=never"])) == base
-    others = ["policy.warmup.examples=6", "task.size=9", "rollout.temperature=0.7", "drafter.draft_vocab_size=40", "seed=1"]
+    others = [
+        "policy.warmup.examples=6",
+        "task.size=9",
+        "rollout.temperature=0.7",
+        "drafter.draft_vocab_size=40",
+        "seed=1",
+    ]
     assert len({first_drafter_path(load_config(TINY, [*STARTS, other])) for other in others} | {base}) == len(others) + 1
 
 
@@ -113,7 +119,9 @@ def test_a_failed_preparation_ends_the_run(monkeypatch, tmp_path):
         monkeypatch.setattr(preparation.sys, "executable", sys.executable)
         real = subprocess.Popen
         monkeypatch.setattr(
-            preparation.subprocess, "Popen", lambda command, real=real, code=code, **more: real([sys.executable, "-c", code])
+            preparation.subprocess,
+            "Popen",
+            lambda command, real=real, code=code, **more: real([sys.executable, "-c", code]),
         )
         with pytest.raises(raised):
             prepare(config, Display(active=False))
@@ -126,7 +134,18 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
     environment = {**os.environ, "PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
 
     def train(name):
-        command = [sys.executable, "-m", "rl.commands.app", "train", "tiny", *STARTS, "steps=1", f"out={name}", "--ranks", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "paceline.rl.commands.app",
+            "train",
+            "tiny",
+            *STARTS,
+            "steps=1",
+            f"out={name}",
+            "--ranks",
+            "2",
+        ]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

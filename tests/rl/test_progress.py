@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from rl.config import load_config
-from rl.console import console
-from rl.progress import Display, duration
-from rl.tracking import Tracker
+from paceline.rl.config import load_config
+from paceline.rl.console import console
+from paceline.rl.progress import Display, duration
+from paceline.rl.tracking import Tracker
 from tests.support import ROOT
 
 
@@ -96,7 +96,10 @@ def test_a_terminal_gets_bars_with_the_time_left():
 
 def test_ranks_but_the_first_show_nothing():
     out = io.StringIO()
-    with Display(active=False, console=console(out)) as display, display.phase("long", 3, announced=True) as phase:
+    with (
+        Display(active=False, console=console(out)) as display,
+        display.phase("long", 3, announced=True) as phase,
+    ):
         phase.update(1)
         display.say("hello")
     assert out.getvalue() == ""
@@ -108,7 +111,10 @@ def test_steps_are_counted_from_one_and_have_a_time_left(tmp_path, monkeypatch):
     with (
         display,
         Tracker(
-            load_config(ROOT / "configs" / "tiny.yaml", ["tracking.tensorboard=true"]), tmp_path, True, display=display
+            load_config(ROOT / "configs" / "tiny.yaml", ["tracking.tensorboard=true"]),
+            tmp_path,
+            True,
+            display=display,
         ) as tracker,
     ):
         for step in range(4):

@@ -6,12 +6,12 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from rl import prompt_check
-from rl.config import load_config
-from rl.errors import UserError
-from rl.policies import fetch_policy
-from rl.prompt_check import check_prompts, check_recipe
-from rl.tasks import load_task
+from paceline.rl import prompt_check
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.policies import fetch_policy
+from paceline.rl.prompt_check import check_prompts, check_recipe
+from paceline.rl.tasks import load_task
 from tests.rl.test_prompts import GEMMA, PLAIN, QWEN3
 from tests.support import train_here
 
@@ -26,7 +26,8 @@ def recipe(tmp_path):
         path = tmp_path / "p.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return load_config(
-            "configs/tiny.yaml", ["task.source=jsonl", f"task.path={path}", "rollout.prompts_per_step=2", *overrides]
+            "configs/tiny.yaml",
+            ["task.source=jsonl", f"task.path={path}", "rollout.prompts_per_step=2", *overrides],
         )
 
     return make
@@ -61,11 +62,13 @@ def test_prompts_without_room_are_left_out_and_counted(recipe):
 
 def test_what_is_left_must_make_a_step(recipe):
     with pytest.raises(
-        UserError, match=r"1 problems to ask are fewer than rollout\.prompts_per_step \(2\).*\(task: 1 of 2 prompts are"
+        UserError,
+        match=r"1 problems to ask are fewer than rollout\.prompts_per_step \(2\).*\(task: 1 of 2 prompts are",
     ):
         checked(recipe(rows_of(9, 300)))
     with pytest.raises(
-        UserError, match=r"every prompt has 160 tokens or more, the shortest that was tried 301: raise rollout\.max_con"
+        UserError,
+        match=r"every prompt has 160 tokens or more, the shortest that was tried 301: raise rollout\.max_con",
     ):
         checked(recipe(rows_of(300, 400)))
     gym = load_config("configs/tiny.yaml", ["task.heldout=0.9", "task.size=20", "rollout.prompts_per_step=16"])
@@ -124,11 +127,16 @@ def test_repeated_prompts_are_counted_and_dropped_on_request(recipe):
 
 
 def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("rl.train_command.try_tiny_step", lambda config: "")
+    monkeypatch.setattr("paceline.rl.train_command.try_tiny_step", lambda config: "")
     model = tmp_path / "model"
     shutil.copytree(fetch_policy("tiny-llama"), model)
     recipe([*rows_of(5, 6, 300), {"prompt": "aaaaa", "answer": "5"}])
-    over = ["task.source=jsonl", f"task.path={tmp_path / 'p.jsonl'}", "rollout.prompts_per_step=2", f"policy.model={model}"]
+    over = [
+        "task.source=jsonl",
+        f"task.path={tmp_path / 'p.jsonl'}",
+        "rollout.prompts_per_step=2",
+        f"policy.model={model}",
+    ]
     train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", *over)
     out = capsys.readouterr().out
     assert "1 of 4 rows repeat the prompt" in out and "1 of 4 prompts are too long" in out
@@ -146,8 +154,20 @@ def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_sam
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     turns = [*SYSTEM, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2 ="}]
     recipe([{"prompt": turns, "answer": "4"}, {"prompt": "1 + 1 =", "answer": "2"}, *rows_of(3, 4, 5, 6)])
-    over = ["task.source=jsonl", f"task.path={tmp_path / 'p.jsonl'}", "rollout.prompts_per_step=2", "task.heldout=0.3"]
+    over = [
+        "task.source=jsonl",
+        f"task.path={tmp_path / 'p.jsonl'}",
+        "rollout.prompts_per_step=2",
+        "task.heldout=0.3",
+    ]
     model = "policy.model=Qwen/Qwen2.5-7B-Instruct"
-    train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", model, "task.chat_template_kwargs={enable_thinking: false}", *over)
+    train_here(
+        monkeypatch,
+        "configs/tiny.yaml",
+        "--dry-run",
+        model,
+        "task.chat_template_kwargs={enable_thinking: false}",
+        *over,
+    )
     out = capsys.readouterr().out
     assert "no tokenizer at hand" in out and "of 6 problems are held out" in out and "with a tokenizer of characters" in out

@@ -6,17 +6,20 @@ from collections import Counter
 
 import pytest
 
-from rl.advantages import uniform_groups
-from rl.config import load_config
-from rl.errors import UserError
-from rl.prompt_choice import Curriculum, Epochs, prompt_choice
-from rl.schedules import rate_at
-from rl.task_config import CurriculumConfig
-from rl.tasks import Problem, Task, load_task
+from paceline.rl.advantages import uniform_groups
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.prompt_choice import Curriculum, Epochs, prompt_choice
+from paceline.rl.schedules import rate_at
+from paceline.rl.task_config import CurriculumConfig
+from paceline.rl.tasks import Problem, Task, load_task
 
 
 def task(difficulties=(1.0, 1.0, 2.0, 3.0, 3.0, 3.0)) -> Task:
-    return Task([Problem(f"{i}", f"q{i}", "", lambda text: 0.0, {}, "", d) for i, d in enumerate(difficulties)], seed=0)
+    return Task(
+        [Problem(f"{i}", f"q{i}", "", lambda text: 0.0, {}, "", d) for i, d in enumerate(difficulties)],
+        seed=0,
+    )
 
 
 def test_the_target_follows_the_reward_by_hand():

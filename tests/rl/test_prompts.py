@@ -5,19 +5,23 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from rl.config import load_config
-from rl.errors import UserError
-from rl.groups import Groups
-from rl.policies import fetch_policy
-from rl.problems import Problem
-from rl.prompts import encode_problem, encode_prompt
-from rl.task_config import TaskConfig
-from rollout import SamplingParams
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.groups import Groups
+from paceline.rl.policies import fetch_policy
+from paceline.rl.problems import Problem
+from paceline.rl.prompts import encode_problem, encode_prompt
+from paceline.rl.task_config import TaskConfig
+from paceline.rollout import SamplingParams
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 QWEN3 = PLAIN + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
 GEMMA = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
-TURNS = ({"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}, {"role": "user", "content": "3+3?"})
+TURNS = (
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "3+3?"},
+)
 
 
 @pytest.fixture

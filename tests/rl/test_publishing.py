@@ -12,12 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from drafter_trainer.checkpoint import load_drafter, save_drafter
-from drafter_trainer.export import export_drafter, hub_id
-from rl import publishing
-from rl.commands.app import app
-from rl.lora import AdapterBase, add_adapters, save_adapters
-from rl.sections import LoraConfig
+from paceline.drafter_trainer.checkpoint import load_drafter, save_drafter
+from paceline.drafter_trainer.export import export_drafter, hub_id
+from paceline.rl import publishing
+from paceline.rl.commands.app import app
+from paceline.rl.lora import AdapterBase, add_adapters, save_adapters
+from paceline.rl.sections import LoraConfig
 from tests.support import tiny_eagle3, tiny_llama
 
 runner = CliRunner()
@@ -123,12 +123,20 @@ def test_all_parts_are_pushed_with_their_cards(hub, run, tmp_path):
     for name, data in hub.files["me/adapter"].items():
         (tmp_path / name).write_bytes(data)
     config = peft.PeftConfig.from_pretrained(tmp_path)
-    assert (config.base_model_name_or_path, config.revision, config.task_type) == ("org/base", "0" * 40, "CAUSAL_LM")
+    assert (config.base_model_name_or_path, config.revision, config.task_type) == (
+        "org/base",
+        "0" * 40,
+        "CAUSAL_LM",
+    )
     assert load_file(tmp_path / "adapter_model.safetensors")
 
 
 def refusal(status: int, text: str = "") -> HfHubHTTPError:
-    return HfHubHTTPError(text, response=httpx.Response(status, request=httpx.Request("POST", "https://hub")), server_message=text)
+    return HfHubHTTPError(
+        text,
+        response=httpx.Response(status, request=httpx.Request("POST", "https://hub")),
+        server_message=text,
+    )
 
 
 ERRORS = {
@@ -136,7 +144,10 @@ ERRORS = {
     "a wrong token": (refusal(401), "hf auth login"),
     "something else": (refusal(400, "bad\nname"), "bad name"),
     "no network": (httpx.ConnectError("no route"), "the hub cannot be reached (no route)"),
-    "offline": (OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), "the hub cannot be reached (HF_HUB_OFFLINE is set)"),
+    "offline": (
+        OfflineModeIsEnabled("HF_HUB_OFFLINE is set"),
+        "the hub cannot be reached (HF_HUB_OFFLINE is set)",
+    ),
 }
 
 

@@ -6,13 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from drafter_trainer.spot import LearnerReport
-from rl.critic import CriticReport
-from rl.errors import UserError
-from rl.metrics import step_metrics
-from rl.report import write_picture, write_report
-from rl.summary import rise_std_error, summarise
-from rl.update import UpdateReport
+from paceline.drafter_trainer.spot import LearnerReport
+from paceline.rl.critic import CriticReport
+from paceline.rl.errors import UserError
+from paceline.rl.metrics import step_metrics
+from paceline.rl.report import write_picture, write_report
+from paceline.rl.summary import rise_std_error, summarise
+from paceline.rl.update import UpdateReport
 
 
 def rank(step: int, number: int, plain: float | None = None) -> dict:
@@ -47,7 +47,12 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
         "spans": [("rollout", begin, end), ("drafter", end, end + 1.5), ("update", 4.6, 6.6)],
         "drafter": asdict(
             LearnerReport(
-                updates=2, tokens=100, loss=1.0 + number, acceptance=[0.5, 0.25], approved=2 * number, snapshot_seconds=0.1 * number
+                updates=2,
+                tokens=100,
+                loss=1.0 + number,
+                acceptance=[0.5, 0.25],
+                approved=2 * number,
+                snapshot_seconds=0.1 * number,
             )
         ),
         "update": asdict(

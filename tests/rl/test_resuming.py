@@ -6,19 +6,25 @@ import shutil
 import pytest
 import torch
 
-from drafter_trainer.checksums import write_checksums
-from rl.config import load_config, to_dict
-from rl.errors import UserError
-from rl.files import append_line
-from rl.opening import open_run
-from rl.policies import fetch_policy, load_policy
-from rl.resuming import changes, keep_recipe, resumed_recipe
-from rl.run_state import save_checkpoint
-from rl.sharding import WholeState
-from rl.train_command import find_run, parse_arguments
+from paceline.drafter_trainer.checksums import write_checksums
+from paceline.rl.config import load_config, to_dict
+from paceline.rl.errors import UserError
+from paceline.rl.files import append_line
+from paceline.rl.opening import open_run
+from paceline.rl.policies import fetch_policy, load_policy
+from paceline.rl.resuming import changes, keep_recipe, resumed_recipe
+from paceline.rl.run_state import save_checkpoint
+from paceline.rl.sharding import WholeState
+from paceline.rl.train_command import find_run, parse_arguments
 from tests.support import ROOT, train_here
 
-PLAIN = ("speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0", "measure.plain_every=0", "task.size=4")
+PLAIN = (
+    "speculation.strategy=plain",
+    "speculation.drafters=[]",
+    "update.kl_coef=0",
+    "measure.plain_every=0",
+    "task.size=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,14 @@ def test_a_run_goes_on_with_other_values_which_are_recorded(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=3", "policy.model=small-llama", "rollout.group_size=2", "rollout.prompts_per_step=2", "scale.lora={}", "task.system=x"],
+    [
+        "seed=3",
+        "policy.model=small-llama",
+        "rollout.group_size=2",
+        "rollout.prompts_per_step=2",
+        "scale.lora={}",
+        "task.system=x",
+    ],
 )
 def test_what_would_make_the_checkpoint_meaningless_is_refused(run, monkeypatch, capsys, override):
     before = (run / "config.json").read_bytes()
@@ -239,7 +252,7 @@ def test_a_state_that_is_none_is_one_line(run, capsys, state):
 
 
 def test_another_number_of_ranks_that_does_not_fit_is_one_line(run, monkeypatch, capsys):
-    monkeypatch.setattr("rl.trainer.Accelerator.num_processes", 3, raising=False)
+    monkeypatch.setattr("paceline.rl.trainer.Accelerator.num_processes", 3, raising=False)
     assert "not a multiple of the 3 ranks" in refused(monkeypatch, capsys, "--resume", run, "steps=3")
 
 
@@ -248,7 +261,7 @@ def test_a_full_disk_at_resume_is_one_line_and_keeps_what_there_is(run, monkeypa
         raise OSError(28, "No space left on device", str(run / "metrics.jsonl"))
 
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
-    monkeypatch.setattr("rl.opening.keep_first_lines", full)
+    monkeypatch.setattr("paceline.rl.opening.keep_first_lines", full)
     said = refused(monkeypatch, capsys, "--resume", run)
     assert "metrics.jsonl: No space left on device; free some disk" in said
     assert all(path.read_bytes() == data for path, data in kept.items())

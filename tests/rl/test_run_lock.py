@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from rl import run_lock
-from rl.errors import UserError
-from rl.run_lock import RunLock
+from paceline.rl import run_lock
+from paceline.rl.errors import UserError
+from paceline.rl.run_lock import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from rl.run_lock import RunLock
+from paceline.rl.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -55,7 +55,14 @@ def test_only_the_active_process_takes_it(tmp_path, holder):
 
 def left_by_another_machine(run, count):
     run.mkdir(exist_ok=True)
-    owner = {"host": "node7", "boot": "another", "pid": 1, "born": "1", "since": "2026-01-01T00:00:00+00:00", "count": count}
+    owner = {
+        "host": "node7",
+        "boot": "another",
+        "pid": 1,
+        "born": "1",
+        "since": "2026-01-01T00:00:00+00:00",
+        "count": count,
+    }
     (run / "lock").write_text(json.dumps(owner))
 
 
@@ -95,5 +102,8 @@ def test_a_directory_that_cannot_be_is_one_line(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(run_lock.os, "open", read_only)
-    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"), RunLock(tmp_path / "run"):
+    with (
+        pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"),
+        RunLock(tmp_path / "run"),
+    ):
         pass

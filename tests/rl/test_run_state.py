@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from drafter_trainer.checksums import changed_files, write_checksums
-from drafter_trainer.optimizer_state import save_optimizer
-from rl.errors import UserError
-from rl.files import write_whole
-from rl.run_state import (
+from paceline.drafter_trainer.checksums import changed_files, write_checksums
+from paceline.drafter_trainer.optimizer_state import save_optimizer
+from paceline.rl.errors import UserError
+from paceline.rl.files import write_whole
+from paceline.rl.run_state import (
     Checkpoint,
     find_checkpoint,
     keep_first_lines,
@@ -20,9 +20,9 @@ from rl.run_state import (
     restore_selector,
     save_checkpoint,
 )
-from rl.sharding import AdamWSettings, WholeState
-from rl.sharding.replicated import Replicated
-from rollout.strategy import BanditSelector, CostModel, Strategy
+from paceline.rl.sharding import AdamWSettings, WholeState
+from paceline.rl.sharding.replicated import Replicated
+from paceline.rollout.strategy import BanditSelector, CostModel, Strategy
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -95,7 +95,10 @@ def test_checkpoints_replace_each_other_whole(tmp_path, tokenizer):
     for steps in (1, 2):
         save(run, steps, tokenizer)
         assert find_checkpoint(run).steps_done == steps
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint", "checkpoint.old"]  # the last one stays, in case this one breaks
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint",
+        "checkpoint.old",
+    ]  # the last one stays, in case this one breaks
     assert (run / "checkpoint" / "policy" / "tokenizer.json").is_file()
 
 
@@ -116,7 +119,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rl.run_state.write_state", full)
+    monkeypatch.setattr("paceline.rl.run_state.write_state", full)
     with pytest.raises(UserError, match="No space left"):
         save(run, 2, tokenizer)
     assert find_checkpoint(run).steps_done == 1
@@ -159,7 +162,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert write_whole(path, "one")
     before = path.stat()
     assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino  # nothing is written that is there
-    monkeypatch.setattr("rl.files.os.fsync", full_disk)
+    monkeypatch.setattr("paceline.rl.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "two")
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["config.json"]

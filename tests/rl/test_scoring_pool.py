@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from rl.errors import UserError
-from rl.rewards.example import score_example
-from rl.rewards.functions import RewardFunction, Rewards
-from rl.rewards.pool import ScoringPool, joined
-from rl.task_config import DatasetConfig, RewardConfig, TaskConfig
-from rl.tasks import load_task
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.example import score_example
+from paceline.rl.rewards.functions import RewardFunction, Rewards
+from paceline.rl.rewards.pool import ScoringPool, joined
+from paceline.rl.task_config import DatasetConfig, RewardConfig, TaskConfig
+from paceline.rl.tasks import load_task
 
 REWARDS = """
 import os, time
@@ -118,13 +118,16 @@ def scorers() -> list[int]:
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "rl.rewards.worker" in child.cmdline():
+            if "paceline.rl.rewards.worker" in child.cmdline():
                 found.append(child.pid)
     return found
 
 
 def test_an_idle_scorer_that_is_killed_costs_nothing_and_a_busy_one_what_it_scored(odd):
-    problems, others = load_task(odd, seed=0).problems, set(scorers())  # of trainers that other tests have made
+    problems, others = (
+        load_task(odd, seed=0).problems,
+        set(scorers()),
+    )  # of trainers that other tests have made
     with ScoringPool(replace(odd, score_seconds=30.0), 0, group_size=1) as pool:
         pool.wait_ready()
         (idle,) = set(scorers()) - others
@@ -195,7 +198,7 @@ def test_a_completion_that_is_evaluated_reaches_neither_files_nor_the_network(tm
 
 
 def test_a_machine_that_cannot_confine_is_named_or_refused(odd, monkeypatch):
-    monkeypatch.setattr("rl.rewards.pool.unconfined", lambda: ["file writes (the kernel lacks Landlock)"])
+    monkeypatch.setattr("paceline.rl.rewards.pool.unconfined", lambda: ["file writes (the kernel lacks Landlock)"])
     with pytest.raises(UserError, match="cannot confine file writes"):
         ScoringPool(replace(odd, sandbox="require"), 0, 2)
     with ScoringPool(odd, 0, 2) as pool:
@@ -216,6 +219,10 @@ def test_an_example_is_scored_before_the_run(odd):
 
 
 def test_tensors_and_arrays_are_rewards():
-    for returned in (torch.tensor([3, 5]), torch.tensor([3.0, 5.0], dtype=torch.bfloat16), [torch.tensor(3.0), np.float64(5)]):
+    for returned in (
+        torch.tensor([3, 5]),
+        torch.tensor([3.0, 5.0], dtype=torch.bfloat16),
+        [torch.tensor(3.0), np.float64(5)],
+    ):
         rewards = Rewards([RewardFunction("f", 1.0, lambda returned=returned, **_: returned)])
         assert rewards(2, {})[0] == [3.0, 5.0]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rl.errors import UserError
-from rl.run_state import find_checkpoint
+from paceline.rl.errors import UserError
+from paceline.rl.run_state import find_checkpoint
 from tests.support import ROOT, tiny_trainer, train_here
 
 
@@ -42,7 +42,8 @@ def test_a_step_without_any_score_stops_the_run_and_keeps_what_was_learned(tmp_p
     with tiny_trainer(tmp_path, monkeypatch, reward, "save_every=100", "steps=4") as trainer:
         monkeypatch.setattr(trainer.tracker, "log", lambda step, *_: (tmp_path / "broken").touch() if step == 1 else None)
         with pytest.raises(
-            UserError, match=r"^step 3: none of the 16 completions has a reward: .*ZeroDivisionError.*; the run stops"
+            UserError,
+            match=r"^step 3: none of the 16 completions has a reward: .*ZeroDivisionError.*; the run stops",
         ):
             trainer.run()
     checkpoint = find_checkpoint(tmp_path / "run")

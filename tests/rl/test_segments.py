@@ -5,17 +5,23 @@ import json
 import pytest
 import torch
 
-from rl.algorithms.grpo import mastered_tokens
-from rl.config import load_config
-from rl.errors import UserError
-from rl.policy_learner import PolicyLearner
-from rl.run_state import find_checkpoint
-from rl.trainer import Trainer
+from paceline.rl.algorithms.grpo import mastered_tokens
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.policy_learner import PolicyLearner
+from paceline.rl.run_state import find_checkpoint
+from paceline.rl.trainer import Trainer
 from tests.support import tiny_trainer
 
 LENGTHS = "[float(len(c)) for c in completions]"
 STOPS = "rollout.stop_strings=['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']"  # so that lengths differ
-SEGMENTS = ("rollout.segment_tokens=6", "rollout.max_tokens=20", "rollout.prompts_per_step=2", "steps=9", STOPS)
+SEGMENTS = (
+    "rollout.segment_tokens=6",
+    "rollout.max_tokens=20",
+    "rollout.prompts_per_step=2",
+    "steps=9",
+    STOPS,
+)
 
 
 def played(trainer: Trainer, steps: int) -> list[tuple[str, list[int], list[tuple[int, int]]]]:
@@ -85,7 +91,12 @@ def test_a_checkpoint_keeps_what_is_carried(tmp_path, monkeypatch):
 def test_mastered_tokens_are_confident_and_positive():
     """Only the first is both: ln 0.995 and a positive advantage."""
     logprobs = torch.tensor([0.995, 0.5, 0.995, 0.995]).log()
-    assert mastered_tokens(logprobs, torch.tensor([1.0, 1.0, -1.0, 0.0]), 0.99).tolist() == [True, False, False, False]
+    assert mastered_tokens(logprobs, torch.tensor([1.0, 1.0, -1.0, 0.0]), 0.99).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(("entropy", "masked"), [(0.1, True), (1.0, False), (None, False)])
@@ -128,5 +139,6 @@ def test_masked_tokens_leave_the_loss(tmp_path, monkeypatch):
 def test_what_does_not_go_together_is_refused(options, says):
     with pytest.raises(UserError, match=says):
         load_config(
-            "configs/tiny.yaml", ["update.kl_coef=0", *(() if "plain" in str(options) else ("measure.plain_every=0",)), *options]
+            "configs/tiny.yaml",
+            ["update.kl_coef=0", *(() if "plain" in str(options) else ("measure.plain_every=0",)), *options],
         )

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from rl.balance import Scored, homes, spread
-from rl.config import LoraConfig, ScaleConfig
-from rl.errors import UserError
-from rl.log_probs import PolicyLogProbs
-from rl.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
-from rl.mergeable import adapted_layers
-from rl.packed_step import packed_step
-from rl.packing import PackedBatch, PromptRow, Sample, pack
-from rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
-from rl.sharding.settings import read_settings
+from paceline.rl.balance import Scored, homes, spread
+from paceline.rl.config import LoraConfig, ScaleConfig
+from paceline.rl.errors import UserError
+from paceline.rl.log_probs import PolicyLogProbs
+from paceline.rl.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
+from paceline.rl.mergeable import adapted_layers
+from paceline.rl.packed_step import packed_step
+from paceline.rl.packing import PackedBatch, PromptRow, Sample, pack
+from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
+from paceline.rl.sharding.settings import read_settings
 from tests.support import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,11 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             "weights": end.weights,
             "moments": [
                 (a["exp_avg"], b["exp_avg"], float(a["step"]))
-                for a, b in zip(again.optimizer["state"].values(), (before or saved).optimizer["state"].values(), strict=True)
+                for a, b in zip(
+                    again.optimizer["state"].values(),
+                    (before or saved).optimizer["state"].values(),
+                    strict=True,
+                )
             ],
             "bad": bad[0],
             "unmoved": all(torch.equal(end.weights[name], tensor) for name, tensor in unmoved.weights.items()),

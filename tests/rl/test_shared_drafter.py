@@ -7,18 +7,23 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from drafter_trainer.checkpoint import load_drafter, save_drafter
-from drafter_trainer.optimizer_state import save_optimizer
-from rl.config import load_config
-from rl.dry_run import describe
-from rl.errors import UserError
-from rl.run_state import Checkpoint
-from rl.starting import starting_drafter, tap_layers
-from rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.drafter_trainer.checkpoint import load_drafter, save_drafter
+from paceline.drafter_trainer.optimizer_state import save_optimizer
+from paceline.rl.config import load_config
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
+from paceline.rl.run_state import Checkpoint
+from paceline.rl.starting import starting_drafter, tap_layers
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from tests.support import ROOT, tiny_llama, tiny_trainer
 
 TINY = ROOT / "configs" / "tiny.yaml"
-DRAFTS = ("speculation.drafters=[eagle3]", "drafter.schedule=always", "drafter.draft_vocab_size=24", "rollout.prompts_per_step=2")
+DRAFTS = (
+    "speculation.drafters=[eagle3]",
+    "drafter.schedule=always",
+    "drafter.draft_vocab_size=24",
+    "rollout.prompts_per_step=2",
+)
 
 
 def drafter_for(layers=(1, 2, 2)) -> Eagle3Model:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from rl.errors import UserError
-from rl.length_config import GuardConfig
-from rl.stability import Guard
+from paceline.rl.errors import UserError
+from paceline.rl.length_config import GuardConfig
+from paceline.rl.stability import Guard
 from tests.support import tiny_trainer
 
 STEPS = 40
@@ -83,4 +83,10 @@ def test_stop_ends_the_run(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoint" / "state.json").is_file()
 
 
-LINE = {"reward/mean": 1.0, "length/max": 1, "rollout/acceptance_length": 1.0, "rollout/seconds": 1.0, "time/update": 1.0}
+LINE = {
+    "reward/mean": 1.0,
+    "length/max": 1,
+    "rollout/acceptance_length": 1.0,
+    "rollout/seconds": 1.0,
+    "time/update": 1.0,
+}

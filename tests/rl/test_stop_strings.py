@@ -3,11 +3,11 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rl.config import load_config
-from rl.policies import fetch_policy
-from rl.rollouts import RolloutWorker
-from rollout import FinishReason, Request, SamplingParams
-from rollout.backends.vllm_params import sampling
+from paceline.rl.config import load_config
+from paceline.rl.policies import fetch_policy
+from paceline.rl.rollouts import RolloutWorker
+from paceline.rollout import FinishReason, Request, SamplingParams
+from paceline.rollout.backends.vllm_params import sampling
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,11 @@ def worker() -> RolloutWorker:
     source = fetch_policy("tiny-llama")
     plain = ["speculation.drafters=[suffix]", "speculation.strategy=suffix:2"]
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return RolloutWorker(load_config("configs/tiny.yaml", plain), AutoModelForCausalLM.from_pretrained(source).eval(), tokenizer)
+    return RolloutWorker(
+        load_config("configs/tiny.yaml", plain),
+        AutoModelForCausalLM.from_pretrained(source).eval(),
+        tokenizer,
+    )
 
 
 @pytest.mark.parametrize("where", ["alone", "after a letter"])

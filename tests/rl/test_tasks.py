@@ -7,20 +7,23 @@ from itertools import islice
 
 import pytest
 
-from rl.data.order import epoch_order, shuffled
-from rl.errors import UserError
-from rl.rewards.answers import final_answer
-from rl.rewards.functions import load_reward
-from rl.rewards.verifiable import math_score, verifiable_reward
-from rl.task_config import DatasetConfig, TaskConfig
-from rl.tasks import Problem, Task, load_heldout_task, load_task
-from rl.worked_solutions import worked_solution
+from paceline.rl.data.order import epoch_order, shuffled
+from paceline.rl.errors import UserError
+from paceline.rl.rewards.answers import final_answer
+from paceline.rl.rewards.functions import load_reward
+from paceline.rl.rewards.verifiable import math_score, verifiable_reward
+from paceline.rl.task_config import DatasetConfig, TaskConfig
+from paceline.rl.tasks import Problem, Task, load_heldout_task, load_task
+from paceline.rl.worked_solutions import worked_solution
 
 CHAIN = TaskConfig(datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=40, instruction="Think.")
 
 
 def test_worked_solutions_earn_full_reward():
-    task = load_task(TaskConfig(datasets=(DatasetConfig("chain_sum", params={"min_terms": 2, "max_terms": 9}),), size=50), seed=3)
+    task = load_task(
+        TaskConfig(datasets=(DatasetConfig("chain_sum", params={"min_terms": 2, "max_terms": 9}),), size=50),
+        seed=3,
+    )
     for problem in task.problems:
         assert problem.score(worked_solution("chain_sum", problem.entry)) == 1.0
 
@@ -46,7 +49,13 @@ def test_mixture_and_epochs():
 def test_a_step_that_reaches_into_the_next_epoch_asks_again_with_other_seeds():
     task = Task([Problem(f"{i}", f"q{i}", "", lambda text: 0.0, {}, "") for i in range(5)], seed=0)
     asked = [(p.key, p.repeat) for p in task.batch(0, 12)]
-    assert len(set(asked)) == 12 and {key for key, repeat in asked if repeat == 1} == {"0", "1", "2", "3", "4"}
+    assert len(set(asked)) == 12 and {key for key, repeat in asked if repeat == 1} == {
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    }
     assert max(repeat for _, repeat in asked) == 2
 
 
@@ -87,7 +96,13 @@ def test_held_out_problems_are_those_that_are_left_out():
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("Answer: 7", "7"), ("Answer: 3\nno, Answer: 4 \nmore", "4"), ("7", None), ("Answer:", None), ("Answer:\n5", None)],
+    [
+        ("Answer: 7", "7"),
+        ("Answer: 3\nno, Answer: 4 \nmore", "4"),
+        ("7", None),
+        ("Answer:", None),
+        ("Answer:\n5", None),
+    ],
 )
 def test_final_answer(text, answer):
     assert final_answer(text) == answer
@@ -119,7 +134,10 @@ def test_jsonl(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "1+1", "answer": 2}) + "\n\n" + json.dumps({"prompt": "2+2", "answer": "4"}) + "\n")
     problems = load_task(TaskConfig(source="jsonl", path=str(path)), seed=0).problems
-    assert [(p.question, p.answer, p.score(f"Answer: {p.answer}.0")) for p in problems] == [("1+1", "2", 1.0), ("2+2", "4", 1.0)]
+    assert [(p.question, p.answer, p.score(f"Answer: {p.answer}.0")) for p in problems] == [
+        ("1+1", "2", 1.0),
+        ("2+2", "4", 1.0),
+    ]
 
 
 GOOD = b'{"prompt": "1", "answer": "1"}\n'

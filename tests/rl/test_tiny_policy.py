@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoConfig
 
-from rl.config import load_config
-from rl.dry_run import describe
-from rl.errors import UserError
-from rl.tiny_policy import check_policy, tiny_policy
+from paceline.rl.config import load_config
+from paceline.rl.dry_run import describe
+from paceline.rl.errors import UserError
+from paceline.rl.tiny_policy import check_policy, tiny_policy
 from tests.support import ROOT
 
 RUNS = ["gpt2", "opt", "gemma3", "llama4_text", "phi3", "qwen3_moe"]
@@ -40,7 +40,10 @@ def test_a_policy_that_cannot_run_is_a_line(kind, reason):
 
 
 def test_a_context_past_the_policys_length_is_a_line():
-    with pytest.raises(UserError, match=r"rollout.max_context is 1025: GPT2LMHeadModel has no learned positions past 1024 tokens"):
+    with pytest.raises(
+        UserError,
+        match=r"rollout.max_context is 1025: GPT2LMHeadModel has no learned positions past 1024 tokens",
+    ):
         check_policy(AutoConfig.for_model("gpt2"), max_context=1025)
 
 

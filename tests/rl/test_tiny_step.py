@@ -3,12 +3,20 @@
 import json
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 
-from rl.config import load_config
-from rl.errors import UserError
-from rl.tiny_copy import LAYERS, tiny_config
-from rl.tiny_step import try_tiny_step
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.tiny_copy import LAYERS, tiny_config
+from paceline.rl.tiny_step import try_tiny_step
 from tests.support import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -18,7 +26,11 @@ TINY = ROOT / "configs" / "tiny.yaml"
     "policy",
     [
         LlamaConfig(hidden_size=4096, num_key_value_heads=8, num_attention_heads=32, head_dim=128),
-        Qwen3Config(num_hidden_layers=36, layer_types=["full_attention"] * 35 + ["sliding_attention"], sliding_window=128),
+        Qwen3Config(
+            num_hidden_layers=36,
+            layer_types=["full_attention"] * 35 + ["sliding_attention"],
+            sliding_window=128,
+        ),
         MixtralConfig(num_local_experts=8),
         Phi3Config(
             hidden_size=3072,
@@ -53,7 +65,14 @@ def test_what_was_tried_is_said(tmp_path, tmp_path_factory, monkeypatch):
     """Evaluations of held-out rows too: they are tried on the rows that the run would hold out."""
     rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(40)))
-    task = ["task.source=jsonl", f"task.path={rows}", "task.datasets=[]", "task.heldout=0.2", "eval_every=50", "keep_best=true"]
+    task = [
+        "task.source=jsonl",
+        f"task.path={rows}",
+        "task.datasets=[]",
+        "task.heldout=0.2",
+        "eval_every=50",
+        "keep_best=true",
+    ]
     monkeypatch.chdir(tmp_path)
     said = try_tiny_step(load_config(TINY, task))
     assert "3 steps of 2 prompts × 4 samples" in said and "drafts by suffix, eagle3, composite" in said
@@ -63,12 +82,15 @@ def test_what_was_tried_is_said(tmp_path, tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
-        ("rl.update.PolicyUpdater.run", r"fails \(update, with policy.mixed_precision; rl/.*RuntimeError: no such kernel"),
         (
-            "drafter_trainer.learner.DrafterLearner.update",
+            "paceline.rl.update.PolicyUpdater.run",
+            r"fails \(update, with policy.mixed_precision; rl/.*RuntimeError: no such kernel",
+        ),
+        (
+            "paceline.drafter_trainer.learner.DrafterLearner.update",
             r"fails \(drafter, with rollout.dtype and .*RuntimeError: no such kernel",
         ),
-        ("rl.trainer.save_checkpoint", r"fails.*RuntimeError: no such kernel"),
+        ("paceline.rl.trainer.save_checkpoint", r"fails.*RuntimeError: no such kernel"),
     ],
 )
 @pytest.mark.ci

@@ -4,8 +4,8 @@ import json
 import sys
 import types
 
-from rl.config import load_config
-from rl.tracking import Tracker
+from paceline.rl.config import load_config
+from paceline.rl.tracking import Tracker
 from tests.support import ROOT
 
 

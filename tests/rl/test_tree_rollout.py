@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from rl.algorithms.tree import tree_advantages
-from rl.config import load_config
-from rl.errors import UserError
-from rl.sections import TreeConfig
-from rl.tasks import Problem
-from rl.tree_rollout import Tree, grow
-from rollout import FinishReason, Request, SamplingParams
+from paceline.rl.algorithms.tree import tree_advantages
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rl.sections import TreeConfig
+from paceline.rl.tasks import Problem
+from paceline.rl.tree_rollout import Tree, grow
+from paceline.rollout import FinishReason, Request, SamplingParams
 from tests.support import engine_for, tiny_llama, tiny_trainer
 
 SIZE = 6
@@ -21,7 +21,12 @@ def grown(params: SamplingParams, config: TreeConfig, trees: int = 3, **engine_o
     made = []
     for number in range(trees):
         problem = Problem(str(number), "", "", lambda text: 0.0, {}, "none")
-        made.append(Tree(problem, [Request([3, 1, number], params, seed=10 * number + i, group=number) for i in range(SIZE)]))
+        made.append(
+            Tree(
+                problem,
+                [Request([3, 1, number], params, seed=10 * number + i, group=number) for i in range(SIZE)],
+            )
+        )
     seen = []
     grow(engine, made, config, None, lambda number, order, rollout: seen.append((number, order, rollout)))
     return engine, made, seen
@@ -76,7 +81,7 @@ def test_the_most_uncertain_end_branches_first():
 
 
 def test_loops_are_stopped(monkeypatch):
-    monkeypatch.setattr("rl.tree_rollout.is_loop", lambda ids: len(ids) >= 16)
+    monkeypatch.setattr("paceline.rl.tree_rollout.is_loop", lambda ids: len(ids) >= 16)
     _, trees, _ = grown(PARAMS[0], TreeConfig(8, 2, 2))
     assert all(r.finish_reason is FinishReason.LENGTH and len(r.token_ids) < 40 for t in trees for _, r in t.leaves)
 

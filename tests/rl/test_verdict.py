@@ -2,7 +2,7 @@
 
 import pytest
 
-from rl.verdict import verdict
+from paceline.rl.verdict import verdict
 
 
 def step(index, speedup=None, **others):
@@ -22,7 +22,11 @@ def step(index, speedup=None, **others):
         "drafter/updates": 4,
     }
     if speedup is not None:
-        m |= {"measure/plain_seconds": 10 * speedup, "measure/adaptive_seconds": 10.0, "measure/rollout_speedup": speedup}
+        m |= {
+            "measure/plain_seconds": 10 * speedup,
+            "measure/adaptive_seconds": 10.0,
+            "measure/rollout_speedup": speedup,
+        }
         m["measure/identical"] = 1.0
     return m | {name.replace("__", "/"): value for name, value in others.items()}
 
@@ -51,7 +55,10 @@ def test_by_how_much_it_won():
             [step(4, 0.8, **{"rollout__drafting_share": 0.31, "rollout__draft_seconds_suffix": 2.0})],
             "drafting takes 31% of the rollouts' time, most of it suffix (2.0 s)",
         ),
-        ([step(4, 0.8, **{"rollout__active_mean": 40.0})], "the batch is large: 40 sequences together on average, drafts in 90%"),
+        (
+            [step(4, 0.8, **{"rollout__active_mean": 40.0})],
+            "the batch is large: 40 sequences together on average, drafts in 90%",
+        ),
         ([step(4, 0.8, **{"measure__identical": 0.1})], "only 10% of the completions were the same"),
         ([step(4, 0.8)], "none of acceptance, drafting time and batch explains it"),
     ],

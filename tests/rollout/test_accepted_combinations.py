@@ -17,20 +17,23 @@ import pytest
 import torch
 from scipy import stats
 
-from rl.config import load_config
-from rl.errors import UserError
-from rollout import Request, RolloutEngine, SamplingParams, Strategy, default_tap_layers
-from rollout.drafters import DRAFTERS, DraftRules
-from rollout.drafters.build import DrafterParts, build_drafter
-from rollout.drafters.coverage import stated_kind
-from rollout.drafters.growing import DRAWS, TREES
-from rollout.strategy.stop_policy import STOP_POLICIES
-from rollout.trees import DraftKind
-from rollout.verify import VERIFIERS, StatedVerifier
+from paceline.rl.config import load_config
+from paceline.rl.errors import UserError
+from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, default_tap_layers
+from paceline.rollout.drafters import DRAFTERS, DraftRules
+from paceline.rollout.drafters.build import DrafterParts, build_drafter
+from paceline.rollout.drafters.coverage import stated_kind
+from paceline.rollout.drafters.growing import DRAWS, TREES
+from paceline.rollout.strategy.stop_policy import STOP_POLICIES
+from paceline.rollout.trees import DraftKind
+from paceline.rollout.verify import VERIFIERS, StatedVerifier
 from tests.support import tiny_eagle3, tiny_llama
 
 VOCAB, LENGTH = 5, 4
-PROMPTS = ((1, 3, 2, 3), (4, 0, 4, 3, 2, 3))  # of one ending: what a table learned of one is wrong for the other
+PROMPTS = (
+    (1, 3, 2, 3),
+    (4, 0, 4, 3, 2, 3),
+)  # of one ending: what a table learned of one is wrong for the other
 FEWEST = 5  # expected in a cell of the test; rarer outcomes are pooled
 SHAPES = ("{}:3", "{}:3x3/8")
 NEEDED = {"composite": ("suffix", "eagle3")}  # which drafters one is made of
@@ -100,7 +103,14 @@ class Combination:
             return self.drafter, "dynamic", "likeliest", "fixed", self.verifier, shape
         if chain:  # a node without siblings is drawn alike with replacement and without
             drawn = "likeliest" if self.draw == "likeliest" else "replacement"
-            return self.drafter, "dynamic" if drawn == "likeliest" else "static", drawn, self.stop, self.verifier, shape
+            return (
+                self.drafter,
+                "dynamic" if drawn == "likeliest" else "static",
+                drawn,
+                self.stop,
+                self.verifier,
+                shape,
+            )
         return self.drafter, self.tree, self.draw, "fixed", self.verifier, shape
 
     @property
@@ -202,7 +212,10 @@ def chi_square(counts: np.ndarray, joint: np.ndarray) -> float:
     return float(stats.chisquare(seen, expected * seen.sum() / expected.sum(), ddof=freedom).pvalue)
 
 
-SETTINGS = (SamplingParams(max_tokens=LENGTH + 1), SamplingParams(temperature=0.8, top_k=3, max_tokens=LENGTH + 1))
+SETTINGS = (
+    SamplingParams(max_tokens=LENGTH + 1),
+    SamplingParams(temperature=0.8, top_k=3, max_tokens=LENGTH + 1),
+)
 
 
 def p_values(combinations, params: SamplingParams, samples: int) -> dict[str, float]:
@@ -254,7 +267,10 @@ def test_law_of_four_tokens(params, capsys):
 
 @pytest.mark.parametrize(
     ("drafter", "samples"),
-    [pytest.param("eagle3", 3_000, marks=pytest.mark.ci), pytest.param("stand", 12_000, marks=pytest.mark.slow)],
+    [
+        pytest.param("eagle3", 3_000, marks=pytest.mark.ci),
+        pytest.param("stand", 12_000, marks=pytest.mark.slow),
+    ],
 )
 def test_a_combination_that_should_have_been_refused_is_seen(monkeypatch, drafter, samples):
     """Siblings drawn without replacement under spectr: the test has the power to tell."""

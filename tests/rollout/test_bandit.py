@@ -5,9 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from rollout.strategy import PLAIN, BanditSelector, CostModel, FixedSelector, StepFeedback, Strategy, default_arms
-from rollout.strategy.buckets import bucket_of
-from rollout.strategy.budgets import length_aware_budgets, uniform_budgets
+from paceline.rollout.strategy import (
+    PLAIN,
+    BanditSelector,
+    CostModel,
+    FixedSelector,
+    StepFeedback,
+    Strategy,
+    default_arms,
+)
+from paceline.rollout.strategy.buckets import bucket_of
+from paceline.rollout.strategy.budgets import length_aware_budgets, uniform_budgets
 
 
 class World:

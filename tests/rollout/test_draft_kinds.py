@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from rollout import Request, RolloutEngine, SamplingParams, Strategy
-from rollout.drafters import DRAFTERS, DraftRules, StandDrafter
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.drafters.growing import DRAWS, TREES
-from rollout.speculation import DrafterWarning
-from rollout.trees import DraftKind, DraftTree
-from rollout.verify import VERIFIERS, Uniforms, verify_deterministic
+from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout.drafters import DRAFTERS, DraftRules, StandDrafter
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.growing import DRAWS, TREES
+from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.verify import VERIFIERS, Uniforms, verify_deterministic
 from tests.support import full_engine, tiny_llama
 
 VOCAB = 6
@@ -152,17 +152,31 @@ def test_a_tree_that_is_covered_is_verified(label):
     ("drawn", "says"),
     [
         (
-            DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), probs=torch.full((8, 1, VOCAB), 0.5)),
+            DraftTree(
+                torch.zeros(8, 1, dtype=torch.long),
+                torch.ones(8).long(),
+                probs=torch.full((8, 1, VOCAB), 0.5),
+            ),
             "no distribution",
         ),
         (
-            DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), probs=torch.eye(VOCAB)[1].expand(8, 1, -1)),
+            DraftTree(
+                torch.zeros(8, 1, dtype=torch.long),
+                torch.ones(8).long(),
+                probs=torch.eye(VOCAB)[1].expand(8, 1, -1),
+            ),
             "its own probs exclude",
         ),
         (DraftTree(torch.zeros(3, 1, dtype=torch.long), torch.ones(3).long()), "for a batch of 8"),
         (DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.full((8,), 2)), "lengths"),
-        (DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), torch.zeros(8, 1).long()), "after its parent"),
-        (DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), kind=DraftKind.WITH_REPLACEMENT), "gives no probs"),
+        (
+            DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), torch.zeros(8, 1).long()),
+            "after its parent",
+        ),
+        (
+            DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), kind=DraftKind.WITH_REPLACEMENT),
+            "gives no probs",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -181,7 +195,8 @@ def test_what_is_no_draft_is_left_out(drawn, says):
 
 def test_what_is_known_beforehand_is_refused_where_it_is_chosen():
     refused = pytest.raises(
-        ValueError, match="strategy stand:2x3/6: spectr verification does not cover siblings drawn without repl"
+        ValueError,
+        match="strategy stand:2x3/6: spectr verification does not cover siblings drawn without repl",
     )
     engine = engine_with(StandDrafter())
     engine.verify_with("spectr")

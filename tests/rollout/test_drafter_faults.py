@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from rollout import Request, RolloutEngine, SamplingParams
-from rollout.drafters import SuffixDrafter
-from rollout.drafters.base import DraftContext, StatelessSlots
-from rollout.speculation import DrafterWarning
-from rollout.strategy import Strategy
-from rollout.trees import DraftTree
+from paceline.rollout import Request, RolloutEngine, SamplingParams
+from paceline.rollout.drafters import SuffixDrafter
+from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.strategy import Strategy
+from paceline.rollout.trees import DraftTree
 from tests.support import tiny_llama
 
 REQUESTS = [Request([3, 1, 4, i], SamplingParams(max_tokens=24), seed=i, group=0) for i in range(6)]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
-from rollout.drafters import (
+from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
+from paceline.rollout.drafters import (
     ClaspDrafter,
     CompositeDrafter,
     ConsensusDrafter,
@@ -23,11 +23,11 @@ from rollout.drafters import (
     TokenRecyclingDrafter,
     VerifiedStep,
 )
-from rollout.drafters.clasp import _Search
-from rollout.drafters.suffix_automaton import SuffixAutomaton
-from rollout.sequence import SequenceState
-from rollout.strategy.stop_policy import EntropyThreshold, LearnedThreshold
-from rollout.trees import DraftTree
+from paceline.rollout.drafters.clasp import _Search
+from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
+from paceline.rollout.sequence import SequenceState
+from paceline.rollout.strategy.stop_policy import EntropyThreshold, LearnedThreshold
+from paceline.rollout.trees import DraftTree
 from tests.support import engine_for, full_engine, tiny_eagle3, tiny_llama
 
 
@@ -50,7 +50,10 @@ def draft(drafter, s, text="suffix:4"):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=3), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+)
 def test_automaton_knows_every_substring_and_how_often_it_occurs(texts, random):
     """Texts grow in turns, as samples do; occurrences of every substring against counting."""
     automaton = SuffixAutomaton()
@@ -166,7 +169,11 @@ def test_recycling_drafts_the_candidates_that_were_seen():
     drafter = TokenRecyclingDrafter(12)
     s = begin(drafter, [1, 2])
     step = VerifiedStep(
-        [s], Strategy(), DraftTree(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1).long()), logits_of([3, 4]), [[]]
+        [s],
+        Strategy(),
+        DraftTree(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1).long()),
+        logits_of([3, 4]),
+        [[]],
     )
     drafter.verified(step)
     assert draft(drafter, s, "recycling:1x2/2") == [3, 4]
@@ -323,7 +330,11 @@ def test_the_policy_decides_how_much_is_drafted(rules):
 
 
 def test_rules_that_do_not_fit_are_refused():
-    for options in ({"tree": "dynamic", "draw": "replacement"}, {"tree": "dyspec", "draw": "replacement"}, {"tree": "static"}):
+    for options in (
+        {"tree": "dynamic", "draw": "replacement"},
+        {"tree": "dyspec", "draw": "replacement"},
+        {"tree": "static"},
+    ):
         with pytest.raises(ValueError, match="write"):
             DraftRules(**options)
     with pytest.raises(ValueError, match="write one of"):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl.errors import UserError
-from rl.log_probs import PolicyLogProbs
-from rl.packing import PromptRow, Sample, pack
-from rollout import PLAIN, FinishReason, Request, RolloutEngine, SamplingParams, Strategy
-from rollout.drafters import SuffixDrafter
-from rollout.native import load_kernels
+from paceline.rl.errors import UserError
+from paceline.rl.log_probs import PolicyLogProbs
+from paceline.rl.packing import PromptRow, Sample, pack
+from paceline.rollout import PLAIN, FinishReason, Request, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout.drafters import SuffixDrafter
+from paceline.rollout.native import load_kernels
 from tests.rollout.families import BY_KIND, FAMILIES, PAGE, REFUSED, page, tiny
 
 COMMON = [BY_KIND[kind] for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")]
@@ -36,7 +36,12 @@ def reference(model: torch.nn.Module, request: Request) -> list[int]:
     prompt = torch.tensor([list(request.prompt_ids)])
     mask = torch.ones_like(prompt)
     out = model.generate(
-        prompt, attention_mask=mask, max_new_tokens=request.params.max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt,
+        attention_mask=mask,
+        max_new_tokens=request.params.max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return out[0, prompt.shape[1] :].tolist()
 
@@ -72,7 +77,10 @@ def check_packing(family) -> None:
     def tokens(n: int) -> list[int]:
         return torch.randint(1, 97, (n,), generator=generator).tolist()
 
-    rows = [PromptRow(tokens(5), (Sample(0, tokens(12)), Sample(1, tokens(3)))), PromptRow(tokens(30), (Sample(2, tokens(25)),))]
+    rows = [
+        PromptRow(tokens(5), (Sample(0, tokens(12)), Sample(1, tokens(3)))),
+        PromptRow(tokens(30), (Sample(2, tokens(25)),)),
+    ]
     model, expected = tiny(family), []
     with torch.no_grad():
         for row in rows:
@@ -118,7 +126,10 @@ LIMITED = [
     ("llama", {"rope_parameters": LONGROPE}, "longrope"),
     (
         "llama",
-        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0}, "max_position_embeddings": 32},
+        {
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 8.0},
+            "max_position_embeddings": 32,
+        },
         "dynamic",
     ),
     ("llama4_text", {"attention_chunk_size": 32}, "chunks"),
@@ -145,7 +156,11 @@ def test_a_text_is_computed_as_alone_up_to_the_length_that_the_model_sets(kind, 
     repeating = [5, 6] * 8
     sampled = SamplingParams(max_tokens=50)
     short, long, drafted = engine.generate(
-        [Request(prompts[0], sampled, seed=1), Request(prompts[1], sampled, seed=2), Request(repeating, sampled, seed=3)]
+        [
+            Request(prompts[0], sampled, seed=1),
+            Request(prompts[1], sampled, seed=2),
+            Request(repeating, sampled, seed=3),
+        ]
     )
     assert long.finish_reason is FinishReason.FAILED and "60 tokens, the context 32" in str(long.error)
     for rollout in (short, drafted):
@@ -155,7 +170,10 @@ def test_a_text_is_computed_as_alone_up_to_the_length_that_the_model_sets(kind, 
             full = model(torch.tensor([prompt + rollout.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         alone = full.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprobs), alone, rtol=0, atol=1e-4)
-    packed = pack([PromptRow(prompts[0], (Sample(0, [1] * 24),))]), pack([PromptRow(prompts[1], (Sample(0, [1]),))])
+    packed = (
+        pack([PromptRow(prompts[0], (Sample(0, [1] * 24),))]),
+        pack([PromptRow(prompts[1], (Sample(0, [1]),))]),
+    )
     trained = PolicyLogProbs(model)
     with torch.no_grad():
         trained(packed[0], 1.0)
@@ -166,7 +184,7 @@ def test_a_text_is_computed_as_alone_up_to_the_length_that_the_model_sets(kind, 
 @pytest.mark.parametrize("family", COMMON, ids=kind)
 def test_without_native_kernels_the_tokens_are_the_same(family, monkeypatch):
     """A machine without a compiler runs torch's operators."""
-    import rollout.layer_probe as layer_probe
+    import paceline.rollout.layer_probe as layer_probe
 
     model = tiny(family)
     with_kernels = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160).generate(requests())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rollout import Request, SamplingParams, Strategy
+from paceline.rollout import Request, SamplingParams, Strategy
 from tests.support import engine_for, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -14,7 +14,9 @@ def greedy_requests() -> list[Request]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["plain", Strategy("suffix", 4), Strategy("eagle3", 3), "eagle3:4x3/8", "suffix:4x2/6", "adaptive"], ids=str
+    "strategy",
+    ["plain", Strategy("suffix", 4), Strategy("eagle3", 3), "eagle3:4x3/8", "suffix:4x2/6", "adaptive"],
+    ids=str,
 )
 def test_graphs_give_the_tokens_of_generate(strategy):
     model = tiny_llama().cuda()
@@ -23,7 +25,10 @@ def test_graphs_give_the_tokens_of_generate(strategy):
     for request, rollout in zip(greedy_requests(), engine.generate(greedy_requests()), strict=True):
         prompt = torch.tensor([list(request.prompt_ids)]).cuda()
         made = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.params.max_tokens, do_sample=False
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.params.max_tokens,
+            do_sample=False,
         )
         assert rollout.token_ids == made[0, 3:].tolist()
     assert sum(engine.runner.graphs.replays.values()) > 0
@@ -41,7 +46,7 @@ def test_an_update_reaches_the_graphs():
 
 
 def test_graphs_take_the_memory_that_was_planned():
-    from rl.bench_gpu import measure
+    from paceline.rl.bench_gpu import measure
 
     memory = measure("1.5B", lambda line: None).graph_memory
     assert 0.9 <= memory["planned ÷ used"] <= 1.1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rollout import PLAIN, FinishReason, Request, SamplingParams, Strategy
+from paceline.rollout import PLAIN, FinishReason, Request, SamplingParams, Strategy
 from tests.support import engine_for, tiny_llama
 
 STRATEGIES = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rollout import PLAIN, Request, SamplingParams, Strategy
-from rollout.drafters import DraftRules
-from rollout.sampling import processed_probs
+from paceline.rollout import PLAIN, Request, SamplingParams, Strategy
+from paceline.rollout.drafters import DraftRules
+from paceline.rollout.sampling import processed_probs
 from tests.support import engine_for, tiny_llama
 
 PARAMS = [SamplingParams(max_tokens=25), SamplingParams(temperature=0.7, top_k=30, top_p=0.9, max_tokens=25)]
@@ -14,7 +14,13 @@ PARAMS = [SamplingParams(max_tokens=25), SamplingParams(temperature=0.7, top_k=3
 @pytest.mark.parametrize("params", PARAMS, ids=["T=1", "T=0.7 top-k top-p"])
 @pytest.mark.parametrize(
     "strategy",
-    [PLAIN, Strategy("suffix", 4), Strategy("eagle3", 3), Strategy("eagle3", 3, 2, 5), Strategy("adversarial", 3)],
+    [
+        PLAIN,
+        Strategy("suffix", 4),
+        Strategy("eagle3", 3),
+        Strategy("eagle3", 3, 2, 5),
+        Strategy("adversarial", 3),
+    ],
     ids=str,
 )
 def test_equal_a_full_forward(strategy, params):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rollout.machine_limits import available_memory, memory_limit, usable_cores
+from paceline.rollout.machine_limits import available_memory, memory_limit, usable_cores
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -38,9 +38,24 @@ V1_MEMORY = "31 1 0:31 / {}/memory rw - cgroup cgroup rw,memory"
         ("0::/a/b\n", V2, {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "100000 100000\n"}, 1),
         ("0::/docker/abc\n", V2_CONTAINER, {"cpu.max": "100000 100000\n"}, 1),
         ("0::/../elsewhere\n", V2, {"cpu.max": "100000 100000\n"}, 1),
-        ("4:cpu,cpuacct:/job\n0::/\n", V1, {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"}, 1),
-        ("4:cpu,cpuacct:/job\n0::/\n", V1, {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, CORES),
-        ("4:cpuset:/job\n", V1, {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"}, CORES),
+        (
+            "4:cpu,cpuacct:/job\n0::/\n",
+            V1,
+            {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"},
+            1,
+        ),
+        (
+            "4:cpu,cpuacct:/job\n0::/\n",
+            V1,
+            {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"},
+            CORES,
+        ),
+        (
+            "4:cpuset:/job\n",
+            V1,
+            {"cpu/job/cpu.cfs_quota_us": "100000", "cpu/job/cpu.cfs_period_us": "100000"},
+            CORES,
+        ),
     ],
 )
 def test_cores(tmp_path, membership, mount, files, cores):

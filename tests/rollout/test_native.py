@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-import rollout.native.build as build
-import rollout.native.kernels as native
-from rollout import SamplingParams
-from rollout.native import AttentionRule, RaggedTokens, load_kernels
-from rollout.sampling import draw_tokens, processed_probs
+import paceline.rollout.native.build as build
+import paceline.rollout.native.kernels as native
+from paceline.rollout import SamplingParams
+from paceline.rollout.native import AttentionRule, RaggedTokens, load_kernels
+from paceline.rollout.sampling import draw_tokens, processed_probs
 
 pytestmark = pytest.mark.skipif(load_kernels("cpu", torch.float32) is None, reason="no C++ compiler")
-RULES = [AttentionRule(0.1), AttentionRule(0.2, softcap=5.0), AttentionRule(0.1, window=7), AttentionRule(0.1, window=300)]
+RULES = [
+    AttentionRule(0.1),
+    AttentionRule(0.2, softcap=5.0),
+    AttentionRule(0.1, window=7),
+    AttentionRule(0.1, window=300),
+]
 
 
 @pytest.fixture(scope="module")

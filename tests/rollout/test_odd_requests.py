@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout import EngineBusyError, FinishReason, Request, RolloutEngine, SamplingParams
-from rollout.drafters import SuffixDrafter
-from rollout.randomness import Stream, uniforms
-from rollout.sampling import processed_probs
+from paceline.rollout import EngineBusyError, FinishReason, Request, RolloutEngine, SamplingParams
+from paceline.rollout.drafters import SuffixDrafter
+from paceline.rollout.randomness import Stream, uniforms
+from paceline.rollout.sampling import processed_probs
 from tests.rollout.odd_requests import odd_request
 from tests.support import engine_for, tiny_llama
 
@@ -39,7 +39,9 @@ def expected(engine, good):
 
 
 @given(
-    st.integers(0, 2**32), st.lists(st.integers(0, 4), min_size=1, max_size=4), st.sampled_from(["plain", "suffix:3", "eagle3:2"])
+    st.integers(0, 2**32),
+    st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    st.sampled_from(["plain", "suffix:3", "eagle3:2"]),
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_an_odd_request_fails_alone(engine, good, expected, seed, places, strategy):
@@ -105,7 +107,12 @@ def test_the_line_says_what_was_wrong(engine, request_, says):
             {"temperature": None},
             {"temperature": 10**400},
         ),
-        *({"stop_strings": (1,)}, {"stop_token_ids": (math.nan,)}, {"stop_token_ids": "x"}, {"max_tokens": torch.tensor([1])}),
+        *(
+            {"stop_strings": (1,)},
+            {"stop_token_ids": (math.nan,)},
+            {"stop_token_ids": "x"},
+            {"max_tokens": torch.tensor([1])},
+        ),
     ],
     ids=str,
 )
@@ -158,9 +165,13 @@ def test_temperatures_beyond_float32(dtype):
 
 @pytest.mark.parametrize("rules", [None, "drawn"])
 def test_temperatures_beyond_float32_in_the_engine(rules):
-    from rollout.drafters import DraftRules
+    from paceline.rollout.drafters import DraftRules
 
-    made = engine_for(tiny_llama(sharpness=4.0, layers=2), context=64, rules=DraftRules("static", "replacement") if rules else None)
+    made = engine_for(
+        tiny_llama(sharpness=4.0, layers=2),
+        context=64,
+        rules=DraftRules("static", "replacement") if rules else None,
+    )
     for strategy in ("plain", "eagle3:3", "adversarial:3"):
         made.use_strategy(strategy)
 
@@ -186,7 +197,8 @@ def test_a_decoder_that_fails_fails_its_own_request(good, expected):
 
 
 @pytest.mark.parametrize(
-    "bound", [{"token_budget": -1}, {"segment": 0}, {"segment": 1.5}, {"mark": "x"}, {"token_budget": math.nan}]
+    "bound",
+    [{"token_budget": -1}, {"segment": 0}, {"segment": 1.5}, {"mark": "x"}, {"token_budget": math.nan}],
 )
 def test_bounds_of_a_call_are_checked(engine, good, bound):
     with pytest.raises(ValueError, match=f"^{next(iter(bound))} is .*: write a whole number"):
@@ -277,7 +289,8 @@ def never_begin(engine, good):
 
 
 @pytest.mark.parametrize(
-    "abandon", [consume_and_break, consume_and_raise, raise_on_finish, close_early, lose_in_a_cycle, never_begin]
+    "abandon",
+    [consume_and_break, consume_and_raise, raise_on_finish, close_early, lose_in_a_cycle, never_begin],
 )
 def test_an_abandoned_stream_leaves_every_slot_free(engine, good, expected, abandon):
     engine.use_strategy("eagle3:2")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from rollout import FinishReason, Request, RolloutEngine, SamplingParams, default_tap_layers
+from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, default_tap_layers
 from tests.support import tiny_llama
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
 from tests.support import engine_for, tiny_llama
 
 

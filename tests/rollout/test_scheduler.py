@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout import FinishReason, Request
-from rollout.scheduler import Scheduler
-from rollout.sequence import SequenceState
+from paceline.rollout import FinishReason, Request
+from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.sequence import SequenceState
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=25))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
-from rollout.drafters import SuffixDrafter
-from rollout.lengths import ObservedLengths
-from rollout.scheduler import Scheduler
-from rollout.sequence import SequenceState
+from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout.drafters import SuffixDrafter
+from paceline.rollout.lengths import ObservedLengths
+from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.sequence import SequenceState
 from tests.support import engine_for, tiny_llama
 
 TOKEN_BYTES = 2 * 4 * 2 * 16 * 4 + 4 * 64 * 4  # keys and values of the tiny model's 4 layers, and its taps
@@ -24,7 +24,14 @@ def requests():
     made = []
     for i in range(24):
         prompt = torch.randint(1, 97, (int(torch.randint(1, 150, (1,), generator=g)),), generator=g).tolist()
-        made.append(Request(prompt, SamplingParams(max_tokens=int(torch.randint(1, 200, (1,), generator=g))), seed=i, group=i % 5))
+        made.append(
+            Request(
+                prompt,
+                SamplingParams(max_tokens=int(torch.randint(1, 200, (1,), generator=g))),
+                seed=i,
+                group=i % 5,
+            )
+        )
     return made
 
 

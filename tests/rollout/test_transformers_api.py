@@ -7,10 +7,10 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from rollout import Request, RolloutEngine, SamplingParams
-from rollout.fused_layer import FusedLayer
-from rollout.transformers_api import cache_argument
-from rollout.view_check import UnfusedWarning
+from paceline.rollout import Request, RolloutEngine, SamplingParams
+from paceline.rollout.fused_layer import FusedLayer
+from paceline.rollout.transformers_api import cache_argument
+from paceline.rollout.view_check import UnfusedWarning
 from tests.support import tiny_llama
 
 REQUESTS = [Request([5, 6, 7, 8 + i], SamplingParams(temperature=0, max_tokens=12)) for i in range(3)]
@@ -55,7 +55,15 @@ class RenamedModel(LlamaModel):
 
 
 class RenamedLM(LlamaForCausalLM):
-    def forward(self, input_ids=None, position_ids=None, memory: Cache | None = None, use_cache=None, logits_to_keep=0, **through):
+    def forward(
+        self,
+        input_ids=None,
+        position_ids=None,
+        memory: Cache | None = None,
+        use_cache=None,
+        logits_to_keep=0,
+        **through,
+    ):
         if not use_cache:  # attention without a cache needs the causal mask that this stand-in does not make
             through["attention_mask"] = torch.full([input_ids.shape[1]] * 2, float("-inf")).triu(1)[None, None]
         hidden = self.model(input_ids, position_ids, memory, **through)
@@ -132,7 +140,7 @@ def test_a_model_that_the_engine_gets_wrong_is_refused_in_a_line(decoder, reason
 
 def test_the_view_is_compared_in_each_precision(monkeypatch):
     """A wrong final norm shows in bfloat16, too, where a hundred times as much is left to rounding."""
-    import rollout.view_check as view_check
+    import paceline.rollout.view_check as view_check
 
     original = view_check.InferenceView
 
@@ -150,7 +158,7 @@ def test_the_view_is_compared_in_each_precision(monkeypatch):
 
 def test_a_view_that_gives_nan_is_refused(monkeypatch):
     """In the second of its two forwards only, which reads what the first has stored."""
-    import rollout.view_check as view_check
+    import paceline.rollout.view_check as view_check
 
     original = view_check.run_causal_lm
 

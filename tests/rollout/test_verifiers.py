@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-import rollout.verify.block as block
-import rollout.verify.chain as chain
-import rollout.verify.outcome as outcome_module
-import rollout.verify.recursive as recursive
-import rollout.verify.spectr as spectr
-from rollout.trees.growth import draw_without_replacement
-from rollout.verify.optimal import (
+import paceline.rollout.verify.block as block
+import paceline.rollout.verify.chain as chain
+import paceline.rollout.verify.outcome as outcome_module
+import paceline.rollout.verify.recursive as recursive
+import paceline.rollout.verify.spectr as spectr
+from paceline.rollout.trees.growth import draw_without_replacement
+from paceline.rollout.verify.optimal import (
     chain_acceptance,
     deterministic_acceptance,
     optimal_acceptance,
@@ -34,7 +34,13 @@ def test_law_of_three_tokens(tree, verifier, narrow):
 
 WRONG = {
     "chain: p instead of the residual": ("chain", "chain", chain, "residual", lambda p, q, ids: p),
-    "chain: q left out of the ratio": ("chain", "chain", chain, "draft_mass", lambda d: torch.ones(d.tokens.shape)),
+    "chain: q left out of the ratio": (
+        "chain",
+        "chain",
+        chain,
+        "draft_mass",
+        lambda d: torch.ones(d.tokens.shape),
+    ),
     "block: weight left out of the residual": (
         "chain",
         "block",
@@ -42,8 +48,20 @@ WRONG = {
         "_rest",
         lambda p, w, d, n: outcome_module.subtract(p, *outcome_module.drawn_from(d, n)),
     ),
-    "block: q left out of the ratio": ("chain", "block", block, "draft_mass", lambda d: torch.ones(d.tokens.shape)),
-    "recursive: p kept after a rejection": ("static without", "recursive", recursive, "residual", lambda p, q, ids: p),
+    "block: q left out of the ratio": (
+        "chain",
+        "block",
+        block,
+        "draft_mass",
+        lambda d: torch.ones(d.tokens.shape),
+    ),
+    "recursive: p kept after a rejection": (
+        "static without",
+        "recursive",
+        recursive,
+        "residual",
+        lambda p, q, ids: p,
+    ),
     "recursive: residual not normalised": (
         "static with",
         "recursive",
@@ -79,7 +97,7 @@ def test_a_dropped_factor_is_seen(name, monkeypatch):
 
 def test_siblings_reported_without_what_was_drawn_before_are_seen(monkeypatch):
     """Drawing without replacement but reporting q itself is the classic mistake of multi-candidate drafting."""
-    import rollout.trees.drawn as drawn
+    import paceline.rollout.trees.drawn as drawn
 
     def wrong(probs, noise, count):
         columns, _ = draw_without_replacement(probs, noise, count)
@@ -148,7 +166,7 @@ def test_the_dual_is_the_linear_program(seed, replacement, count):
 
 
 def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatch):
-    import rollout.verify.optimal as optimal
+    import paceline.rollout.verify.optimal as optimal
 
     g = np.random.default_rng(0)
     p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)

@@ -4,7 +4,7 @@ import types
 
 import torch
 
-from rollout import Request, RolloutEngine, SamplingParams
+from paceline.rollout import Request, RolloutEngine, SamplingParams
 from tests.support import tiny_llama
 
 

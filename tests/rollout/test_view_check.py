@@ -1,16 +1,16 @@
-"""How far faults move a view's logits, and how far rounding does: what the bounds of `rollout.view_check` stand between."""
+"""How far faults move a view's logits, and how far rounding does: what the bounds of `paceline.rollout.view_check` stand between."""
 
 import copy
 
 import pytest
 import torch
 
-from rl.policies import SMOLLM2, fetch_policy, load_policy
-from rollout import layer_probe
-from rollout.attention import chain_seats
-from rollout.inference_view import InferenceView
-from rollout.model_runner import ModelRunner
-from rollout.view_check import _TOLERANCES, logit_gap
+from paceline.rl.policies import SMOLLM2, fetch_policy, load_policy
+from paceline.rollout import layer_probe
+from paceline.rollout.attention import chain_seats
+from paceline.rollout.inference_view import InferenceView
+from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.view_check import _TOLERANCES, logit_gap
 from tests.support import tiny_llama
 
 

@@ -10,11 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from rollout import FinishReason, Request, SamplingParams
-from rollout.backends.exchange import confined, make_token, read_token
-from rollout.backends.vllm_guard import UpdateGuard
-from rollout.backends.vllm_params import sampling
-from rollout.backends.vllm_server import VllmServers, serve_command, serve_environment, sglang_command
+from paceline.rollout import FinishReason, Request, SamplingParams
+from paceline.rollout.backends.exchange import confined, make_token, read_token
+from paceline.rollout.backends.vllm_guard import UpdateGuard
+from paceline.rollout.backends.vllm_params import sampling
+from paceline.rollout.backends.vllm_server import (
+    VllmServers,
+    serve_command,
+    serve_environment,
+    sglang_command,
+)
 
 
 @contextmanager
@@ -49,7 +54,18 @@ def server(answer):
                 self.reply(found, {"error": {"message": "too long"}})
                 return
             tokens, logprobs, reason = found
-            self.reply(200, {"choices": [{"token_ids": tokens, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}]})
+            self.reply(
+                200,
+                {
+                    "choices": [
+                        {
+                            "token_ids": tokens,
+                            "logprobs": {"token_logprobs": logprobs},
+                            "finish_reason": reason,
+                        }
+                    ]
+                },
+            )
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
@@ -68,7 +84,10 @@ def echo(body):
 def test_groups_keep_their_server_and_results_their_order():
     requests = [
         Request(
-            [i, i + 1, 9], SamplingParams(max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, stop_token_ids=(2,)), i, f"g{i // 3}"
+            [i, i + 1, 9],
+            SamplingParams(max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, stop_token_ids=(2,)),
+            i,
+            f"g{i // 3}",
         )
         for i in range(12)
     ]
@@ -154,7 +173,11 @@ def test_a_server_that_is_not_there_is_named():
 
 def test_the_command_that_starts_a_server():
     command = serve_command(
-        "policy", drafter=Path("drafter"), schedule=[(1, 8, 4), (9, 64, 0)], updates=True, more=["--tensor-parallel-size", "2"]
+        "policy",
+        drafter=Path("drafter"),
+        schedule=[(1, 8, 4), (9, 64, 0)],
+        updates=True,
+        more=["--tensor-parallel-size", "2"],
     )
     assert command[:3] == ["vllm", "serve", "policy"]
     speculative = json.loads(command[command.index("--speculative-config") + 1])
@@ -171,7 +194,12 @@ def test_a_policys_generation_config_adds_nothing():
     command = serve_command("policy")
     assert command[command.index("--generation-config") + 1] == "vllm"
     body = sampling(Request([1], SamplingParams()))
-    assert (body["repetition_penalty"], body["min_p"], body["presence_penalty"], body["frequency_penalty"]) == (1.0, 0.0, 0.0, 0.0)
+    assert (
+        body["repetition_penalty"],
+        body["min_p"],
+        body["presence_penalty"],
+        body["frequency_penalty"],
+    ) == (1.0, 0.0, 0.0, 0.0)
     command = sglang_command("policy", None, 4, "127.0.0.1", 8000)
     assert command[command.index("--sampling-defaults") + 1] == "openai"
     assert "--speculative-algorithm" not in command
@@ -218,7 +246,12 @@ def ask(guard, path, **headers):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [(n.encode(), v.encode()) for n, v in headers.items()]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(n.encode(), v.encode()) for n, v in headers.items()],
+    }
     asyncio.run(guard(scope, None, send))
     return sent[0]["status"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rollout import Request, RolloutEngine, SamplingParams
-from rollout.packed_linear import can_pack
+from paceline.rollout import Request, RolloutEngine, SamplingParams
+from paceline.rollout.packed_linear import can_pack
 from tests.support import engine_for, tiny_llama
 
 GREEDY = Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))
@@ -69,6 +69,9 @@ def test_slots_are_relaid_when_sequences_outgrow_the_span():
     for request, rollout in zip(requests, engine.generate(requests), strict=True):
         prompt = torch.tensor([list(request.prompt_ids)])
         made = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=request.params.max_tokens, do_sample=False
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.params.max_tokens,
+            do_sample=False,
         )
         assert rollout.token_ids == made[0, 3:].tolist()

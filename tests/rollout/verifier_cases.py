@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from scipy import stats
 
-from rollout.randomness import Stream, step_uniforms
-from rollout.sampling import draw
-from rollout.strategy.stop_policy import EntropyThreshold
-from rollout.trees import DraftTree, tree_shape
-from rollout.trees.chain import grow_chain
-from rollout.trees.drawn import grow_dyspec, grow_static
-from rollout.trees.growth import TreeLimits
-from rollout.trees.ranked import grow_dynamic, grow_opt_tree
-from rollout.verify import VERIFIERS, Uniforms, verify_deterministic
+from paceline.rollout.randomness import Stream, step_uniforms
+from paceline.rollout.sampling import draw
+from paceline.rollout.strategy.stop_policy import EntropyThreshold
+from paceline.rollout.trees import DraftTree, tree_shape
+from paceline.rollout.trees.chain import grow_chain
+from paceline.rollout.trees.drawn import grow_dyspec, grow_static
+from paceline.rollout.trees.growth import TreeLimits
+from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
+from paceline.rollout.verify import VERIFIERS, Uniforms, verify_deterministic
 
 VOCAB = 5
 LEVELS = 3  # tokens of the joint distribution that is compared
@@ -144,5 +144,8 @@ def p_value(counts: np.ndarray, joint: np.ndarray) -> float:
     expected, seen = joint.ravel() * total, counts.ravel()
     rare = expected < 5
     if rare.any():
-        expected, seen = np.append(expected[~rare], expected[rare].sum()), np.append(seen[~rare], seen[rare].sum())
+        expected, seen = (
+            np.append(expected[~rare], expected[rare].sum()),
+            np.append(seen[~rare], seen[rare].sum()),
+        )
     return float(stats.chisquare(seen, expected * total / expected.sum()).pvalue)

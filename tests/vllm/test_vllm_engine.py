@@ -7,9 +7,9 @@ from scipy.stats import chisquare
 
 pytest.importorskip("vllm")
 
-from drafter_trainer.checkpoint import save_drafter
-from rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
-from rollout.backends.vllm_engine import VllmEngine
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
+from paceline.rollout.backends.vllm_engine import VllmEngine
 from tests.support import tiny_eagle3, tiny_llama, worst_gap
 
 pytestmark = pytest.mark.vllm
@@ -27,9 +27,20 @@ def served(policy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     policy.save_pretrained(folder / "policy")
     save_drafter(tiny_eagle3(policy), folder / "drafter", torch.float32)
-    options = {"enforce_eager": True, "gpu_memory_utilization": 0.5, "skip_tokenizer_init": True, "disable_log_stats": True}
+    options = {
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.5,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
     engine = VllmEngine(
-        folder / "policy", dtype="float32", max_slots=16, max_context=256, drafter=folder / "drafter", depth=3, options=options
+        folder / "policy",
+        dtype="float32",
+        max_slots=16,
+        max_context=256,
+        drafter=folder / "drafter",
+        depth=3,
+        options=options,
     )
     yield engine, folder
     engine.close()

@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-from drafter_trainer.checkpoint import save_drafter
-from rl.policies import fetch_policy, load_policy
-from rl.summary import read_metrics
-from rollout.backends.vllm_server import serve_command, serve_environment
+from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.rl.policies import fetch_policy, load_policy
+from paceline.rl.summary import read_metrics
+from paceline.rollout.backends.vllm_server import serve_command, serve_environment
 from tests.support import ROOT, tiny_eagle3
 
 pytestmark = pytest.mark.vllm
@@ -38,8 +38,18 @@ def home(tmp_path, monkeypatch):
 
 def train(home, *options):
     environment = {**os.environ, "VLLM_PLUGINS": "paceline", "PYTHONPATH": f"{ROOT}:{home}"}
-    recipe = ["policy.model=small-llama", "measure.plain_every=0", "task.reward=digits:score", "save_every=1", "update.kl_coef=0"]
-    drafter = [f"drafter.start={home / 'drafter'}", "drafter.schedule=always", "speculation.drafters=[eagle3]"]
+    recipe = [
+        "policy.model=small-llama",
+        "measure.plain_every=0",
+        "task.reward=digits:score",
+        "save_every=1",
+        "update.kl_coef=0",
+    ]
+    drafter = [
+        f"drafter.start={home / 'drafter'}",
+        "drafter.schedule=always",
+        "speculation.drafters=[eagle3]",
+    ]
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *options]
     if "--resume" not in options:
         command[2:2] = [str(ROOT / "configs" / "tiny.yaml"), *recipe, *drafter]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from rl.data.conversations import question_of, with_ending
-from rl.data.row_error import RowError
-from rl.data.rows import read_row
-from rl.task_config import ColumnsConfig
+from paceline.rl.data.conversations import question_of, with_ending
+from paceline.rl.data.row_error import RowError
+from paceline.rl.data.rows import read_row
+from paceline.rl.task_config import ColumnsConfig
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
 GSM8K = "She has 3 + 4 = <<3+4=7>>7 pens now.\nThat is 7 pens.\n#### 7"
@@ -21,11 +21,18 @@ def read(entry, needs_gold=True, **columns):
     [
         ({"prompt": "1+1", "answer": 2}, "1+1", "2"),
         ({"question": "How many pens?", "answer": GSM8K}, "How many pens?", "7"),
-        ({"problem": "Add.", "level": "Level 3", "type": "Algebra", "solution": MATH}, "Add.", r"\frac{1}{2}"),
+        (
+            {"problem": "Add.", "level": "Level 3", "type": "Algebra", "solution": MATH},
+            "Add.",
+            r"\frac{1}{2}",
+        ),
         ({"problem": "Add.", "solution": "prose\nof two lines", "answer": "1/2"}, "Add.", "1/2"),
         ({"prompt": CHAT, "answer": "4"}, "What is 2 + 2?", "4"),
         (
-            {"prompt": {"role": ["system", "user"], "content": ["Be brief.", "What is 2 + 2?"]}, "answer": "4"},
+            {
+                "prompt": {"role": ["system", "user"], "content": ["Be brief.", "What is 2 + 2?"]},
+                "answer": "4",
+            },
             "What is 2 + 2?",
             "4",
         ),
@@ -43,7 +50,11 @@ def read(entry, needs_gold=True, **columns):
             "34",
         ),
         ({"prompt": CHAT, "solution": "$4$"}, "What is 2 + 2?", "4"),
-        ({"problem": "p", "messages": [*CHAT, {"role": "assistant", "content": "4"}], "answer": "4"}, "p", "4"),
+        (
+            {"problem": "p", "messages": [*CHAT, {"role": "assistant", "content": "4"}], "answer": "4"},
+            "p",
+            "4",
+        ),
         ({"prompt": None, "question": "q", "answer": None, "ground_truth": "4"}, "q", "4"),
     ],
 )
@@ -117,11 +128,20 @@ def test_a_reward_function_of_ones_own_needs_no_gold():
         ("  ", "prompt is blank text"),
         (["hi"], r"prompt\[0\] is text"),
         ([{"from": "human", "value": "hi"}], r"prompt\[0\] has the keys from, value: write role and content"),
-        ([{"role": "human", "content": "hi"}], r"prompt\[0\] has the role 'human': write one of system, user, assistant"),
+        (
+            [{"role": "human", "content": "hi"}],
+            r"prompt\[0\] has the role 'human': write one of system, user, assistant",
+        ),
         ([{"role": "system", "content": "hi"}], "prompt has no turn of the user's"),
         ([{"role": "user", "content": None}], r"prompt\[0\].content is null"),
-        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], "a part of type image"),
-        ([*CHAT, {"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}], r"prompt\[2\] calls a tool"),
+        (
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
+            "a part of type image",
+        ),
+        (
+            [*CHAT, {"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}],
+            r"prompt\[2\] calls a tool",
+        ),
         ("[{'role': 'user', 'content': 'hi'}]", "prompt is text that holds a list of messages"),
         ('[{"content": "hi", "role": "user"}]', "prompt is text that holds a list of messages"),
     ],
@@ -140,7 +160,11 @@ def test_turns_are_kept_with_what_they_hold():
     row = read({"prompt": turns, "answer": "3"})
     assert row.conversational and [t["role"] for t in row.turns] == ["system", "user", "assistant", "user"]
     assert row.turns[2:] == ({"role": "assistant", "content": "4"}, {"role": "user", "content": "And 3?"})
-    assert [t["content"] for t in with_ending(row.turns[:3], " Think.")] == ["Be brief.", "What is 2 + 2? Think.", "4"]
+    assert [t["content"] for t in with_ending(row.turns[:3], " Think.")] == [
+        "Be brief.",
+        "What is 2 + 2? Think.",
+        "4",
+    ]
 
 
 def test_a_conversation_that_holds_its_own_answer_is_refused_unless_it_is_wanted():
@@ -159,7 +183,8 @@ def test_columns_are_mapped_by_dotted_paths():
     with pytest.raises(RowError, match=r"no task\.columns\.difficulty hard"):
         read(entry, prompt="task.text", answer="golds.0", difficulty="hard")
     with pytest.raises(
-        RowError, match=r"no prompt and no answer; .* name the columns in task\.columns \(the row has task, golds, a\.b\)"
+        RowError,
+        match=r"no prompt and no answer; .* name the columns in task\.columns \(the row has task, golds, a\.b\)",
     ):
         read(entry)
 

@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
-from rl.data.jsonl import JsonlFile
-from rl.errors import UserError
-from rl.task_config import TaskConfig
-from rl.tasks import load_task
+from paceline.rl.data.jsonl import JsonlFile
+from paceline.rl.errors import UserError
+from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks import load_task
 
 VERL = [
     {
@@ -33,14 +33,32 @@ def said(tmp_path, content: bytes) -> str:
 
 def test_lines_by_offset_are_the_lines_of_the_file(tmp_path, monkeypatch):
     """Also where lines are blank, end in CRLF, begin with a byte-order mark or lack the last newline, and across chunks."""
-    monkeypatch.setattr("rl.data.jsonl._CHUNK", 16)
-    lines = [b'\xef\xbb\xbf{"a": 1}', b"", b"   ", b'  {"a": "\xc3\xa9"}', b'{"a": 3}\r', b"\t", b'{"a": [4, 5, 6, 7, 8, 9]}']
+    monkeypatch.setattr("paceline.rl.data.jsonl._CHUNK", 16)
+    lines = [
+        b'\xef\xbb\xbf{"a": 1}',
+        b"",
+        b"   ",
+        b'  {"a": "\xc3\xa9"}',
+        b'{"a": 3}\r',
+        b"\t",
+        b'{"a": [4, 5, 6, 7, 8, 9]}',
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     file = JsonlFile(path)
     assert [entry["a"] for entry in file.entries()] == [1, "é", 3, [4, 5, 6, 7, 8, 9]]
     assert [file.key(row) for row in range(len(file))] == [f"rows.jsonl/{line}" for line in (1, 4, 5, 7)]
-    assert [file.row_of(f"rows.jsonl/{line}") for line in range(9)] == [None, 0, None, None, 1, 2, None, 3, None]
+    assert [file.row_of(f"rows.jsonl/{line}") for line in range(9)] == [
+        None,
+        0,
+        None,
+        None,
+        1,
+        2,
+        None,
+        3,
+        None,
+    ]
     assert file.row_of("other.jsonl/1") is None and file.row_of("rows.jsonl/x") is None
 
 
@@ -116,10 +134,19 @@ class GatedRepoError(Exception):
     ("error", "says"),
     [
         (GatedRepoError("403"), "gated: accept its terms on its page at the hub and set HF_TOKEN"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "is gated"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"), "the hub has no such data set"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."),
+            "is gated",
+        ),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub"),
+            "the hub has no such data set",
+        ),
         (ConnectionError("Couldn't reach 'a/b'\non the Hub"), "the hub cannot be reached"),
-        (ValueError("Config name is missing.\nPlease pick one among the available configs: ['main']"), "Please pick one among"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['main']"),
+            "Please pick one among",
+        ),
     ],
 )
 def test_what_keeps_a_data_set_of_the_hub_away_is_said(monkeypatch, error, says):
@@ -153,7 +180,7 @@ def test_golds_are_parsed_when_a_completion_is_scored(tmp_path, monkeypatch):
         def equals(self, completion):
             return True
 
-    monkeypatch.setattr("rl.rewards.verifiable._Reference", Reference)
+    monkeypatch.setattr("paceline.rl.rewards.verifiable._Reference", Reference)
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": str(i)}) + "\n" for i in range(100)))
     batch = load_task(TaskConfig(source="jsonl", path=str(path)), seed=0).batch(0, 10)

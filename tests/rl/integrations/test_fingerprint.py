@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rl.integrations.fingerprint import fingerprint, multilinear_hash, tensors_held
+from paceline.rl.integrations.fingerprint import fingerprint, multilinear_hash, tensors_held
 
 
 def by_products(tensors):

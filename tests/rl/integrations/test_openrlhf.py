@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from rl.errors import UserError
-from rl.integrations.openrlhf import per_sample
-from rl.policies import fetch_policy
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.openrlhf import per_sample
+from paceline.rl.policies import fetch_policy
 
 
 @dataclass
@@ -75,7 +75,7 @@ def executor(tmp_path, terms, group_size, score="1.0"):
 
     path = tmp_path / "agent.py"
     path.write_text(
-        "from rl.integrations.openrlhf import grouped\n"
+        "from paceline.rl.integrations.openrlhf import grouped\n"
         f"AgentExecutor = grouped(lambda text, prompt, label: {score}, {terms!r}, {group_size}, 16)\n"
     )
     spec = importlib.util.spec_from_file_location("agent_module", path)
@@ -117,8 +117,8 @@ def test_rewards_reach_openrlhfs_own_loader(tmp_path, tokenizer):
     path = tmp_path / "reward.py"
     path.write_text(
         "from transformers import AutoTokenizer\n"
-        "from rl.integrations.openrlhf import per_sample\n"
-        "from rl.policies import fetch_policy\n"
+        "from paceline.rl.integrations.openrlhf import per_sample\n"
+        "from paceline.rl.policies import fetch_policy\n"
         "tokenizer = AutoTokenizer.from_pretrained(fetch_policy('tiny-llama'))\n"
         "reward_func = per_sample(lambda t, p, l: 1.0, [{'name': 'linear', 'alpha': 0.5}], tokenizer, 16)\n"
     )

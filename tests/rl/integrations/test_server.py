@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from rl.integrations.host import host_config
-from rl.integrations.server import EngineServer
-from rl.policies import fetch_policy, load_policy
-from rollout import FinishReason, Request, SamplingParams
+from paceline.rl.integrations.host import host_config
+from paceline.rl.integrations.server import EngineServer
+from paceline.rl.policies import fetch_policy, load_policy
+from paceline.rollout import FinishReason, Request, SamplingParams
 from tests.support import worst_gap
 
 SECTIONS = {

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from transformers import AutoTokenizer
 
-from rl.integrations.host import host_config
-from rl.integrations.server import EngineServer
-from rl.policies import fetch_policy, load_policy
-from rollout import FinishReason, Request, RolloutEngine, SamplingParams
+from paceline.rl.integrations.host import host_config
+from paceline.rl.integrations.server import EngineServer
+from paceline.rl.policies import fetch_policy, load_policy
+from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams
 
 PROMPTS = [[3, 5, 7], [3, 5, 8, 9], [11], [20, 21, 22, 23, 24]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10)
@@ -170,7 +170,13 @@ class Machine(RuleBasedStateMachine):
 def run_machine(known, out, examples, steps):
     Machine.known, Machine.out = known, out
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    options = settings(max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=quiet, database=None)
+    options = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=quiet,
+        database=None,
+    )
     run_state_machine_as_test(Machine, settings=options)
 
 

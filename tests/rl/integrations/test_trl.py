@@ -11,19 +11,25 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
-from drafter_trainer.checkpoint import load_drafter
-from rl.commands.trial import share_of_digits
-from rl.errors import UserError
-from rl.integrations.trl import RLOOTrainer, paceline_rollouts
-from rl.integrations.trl_arguments import check_trainer
-from rl.policies import fetch_policy
-from rl.rewards.registry import LengthAware
+from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.rl.commands.trial import share_of_digits
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.trl import RLOOTrainer, paceline_rollouts
+from paceline.rl.integrations.trl_arguments import check_trainer
+from paceline.rl.policies import fetch_policy
+from paceline.rl.rewards.registry import LengthAware
 from tests.support import forward_logprobs
 
 PROMPTS = [{"prompt": f"{i} + 1 ="} for i in range(8)]
 DRAFTING = {
     "speculation": {"drafters": ["suffix", "eagle3"]},
-    "drafter": {"schedule": "always", "draft_vocab_size": 48, "unroll": 2, "tokens_per_microbatch": 128, "held_out_every": 2},
+    "drafter": {
+        "schedule": "always",
+        "draft_vocab_size": 48,
+        "unroll": 2,
+        "tokens_per_microbatch": 128,
+        "held_out_every": 2,
+    },
 }
 
 
@@ -50,7 +56,16 @@ def common(folder, **options):
     }
 
 
-def trainer_for(tiny, folder, rollouts, kind=GRPOTrainer, config=GRPOConfig, reward=share_of_digits, peft_config=None, **options):
+def trainer_for(
+    tiny,
+    folder,
+    rollouts,
+    kind=GRPOTrainer,
+    config=GRPOConfig,
+    reward=share_of_digits,
+    peft_config=None,
+    **options,
+):
     return kind(
         model=str(tiny),
         reward_funcs=reward,
@@ -154,7 +169,7 @@ def test_rollouts_follow_the_weights_whoever_wrote_them(tiny, tmp_path):
 def test_what_adapters_do_is_part_of_the_weights(tiny):
     from peft import LoraConfig, get_peft_model
 
-    from rl.integrations.policy import HostPolicy
+    from paceline.rl.integrations.policy import HostPolicy
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
     policy = HostPolicy(model, torch.float32, torch.device("cpu"))
@@ -170,7 +185,7 @@ def test_what_adapters_do_is_part_of_the_weights(tiny):
 def test_copies_keep_the_precision_of_rotary_frequencies(tiny):
     from peft import LoraConfig, get_peft_model
 
-    from rl.integrations.policy import HostPolicy
+    from paceline.rl.integrations.policy import HostPolicy
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
     policy = HostPolicy(model, torch.bfloat16, torch.device("cpu"))
@@ -218,7 +233,11 @@ def test_sampling_follows_the_trainer(tiny, tmp_path):
 def test_rollouts_follow_the_trainer_seed_alone(tiny, tmp_path):
     """Whatever drafts, the tokens are the same; another seed draws others."""
     seen = []
-    for name, seed, sections in (("a", 3, DRAFTING), ("b", 3, {"speculation": {"strategy": "plain"}}), ("c", 4, {})):
+    for name, seed, sections in (
+        ("a", 3, DRAFTING),
+        ("b", 3, {"speculation": {"strategy": "plain"}}),
+        ("c", 4, {}),
+    ):
         watched = Watched(paceline_rollouts(**sections), 1.0)
         trainer_for(tiny, tmp_path / name, watched, seed=seed, learning_rate=0.0).train()
         seen.append(watched.calls[0])
@@ -232,7 +251,12 @@ def test_a_checkpoint_keeps_the_drafter(tiny, tmp_path, caplog):
     whole = Watched(paceline_rollouts(**DRAFTING), 1.0)
     trainer_for(tiny, tmp_path / "whole", whole, max_steps=3, learning_rate=0.0, lr_scheduler_type="constant").train()
     first = Watched(paceline_rollouts(**DRAFTING), 1.0)
-    options = {"learning_rate": 0.0, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+    options = {
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     trainer_for(tiny, tmp_path / "cut", first, max_steps=2, **options).train()
     kept = tmp_path / "cut" / "trl" / "checkpoint-2" / "paceline"
     assert json.loads((kept / "state.json").read_text()) == {"calls": 2}
@@ -324,11 +348,20 @@ def test_sections_are_checked_where_they_are_written(sections, said):
         ({"min_p": 0.1}, "min_p is 0.1: write top_p or top_k"),
         ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1: write 1.0"),
         ({"cache_implementation": "static"}, "cache_implementation is static: leave it out"),
-        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching is True: leave it out"),
+        (
+            {"use_transformers_continuous_batching": True},
+            "use_transformers_continuous_batching is True: leave it out",
+        ),
         ({"use_vllm": True}, "use_vllm is True: write use_vllm=False"),
-        ({"vllm_importance_sampling_mode": "token_mask"}, "vllm_importance_sampling_mode is token_mask: leave it out"),
+        (
+            {"vllm_importance_sampling_mode": "token_mask"},
+            "vllm_importance_sampling_mode is token_mask: leave it out",
+        ),
         ({"generation_kwargs": {"num_beams": 4}}, "generation_kwargs.num_beams is 4: leave it out"),
-        ({"generation_kwargs": {"temperature": 0.3}}, "generation_kwargs.temperature is 0.3: write it as the argument temperature"),
+        (
+            {"generation_kwargs": {"temperature": 0.3}},
+            "generation_kwargs.temperature is 0.3: write it as the argument temperature",
+        ),
         ({"generation_kwargs": {"stop_strings": ["x"]}}, "stop_strings.*paceline_rollouts"),
         ({"temperature": 0.0}, "temperature is 0: write a number above 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
@@ -359,8 +392,14 @@ def one(prompts, completions, **columns):
     [
         ({"rollouts": {"rollout": {"max_context": 100000}}}, "reads 1024 tokens"),
         ({"min_p": 0.1}, "min_p is 0.1"),
-        ({"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 8, 12)}, r"group_size=8.*num_generations=4"),
-        ({"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 4, 64)}, r"longest=64.*max_completion_length=12"),
+        (
+            {"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 8, 12)},
+            r"group_size=8.*num_generations=4",
+        ),
+        (
+            {"reward": LengthAware(one, [{"name": "overlong", "cache": 4}], 4, 64)},
+            r"longest=64.*max_completion_length=12",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_drawn(tiny, tmp_path, options, said):
@@ -389,7 +428,7 @@ def test_trainers_and_places_that_rollouts_cannot_follow(tiny, tmp_path):
 def test_adapters_beyond_plain_lora_are_refused(tiny):
     from peft import LoraConfig, get_peft_model
 
-    from rl.integrations.policy import HostPolicy
+    from paceline.rl.integrations.policy import HostPolicy
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     dora = get_peft_model(model, LoraConfig(use_dora=True, target_modules=["q_proj"]))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rl.policies import fetch_policy
+from paceline.rl.policies import fetch_policy
 from tests.support import ROOT
 
 ZERO3 = {
@@ -19,10 +19,31 @@ ZERO3 = {
 
 
 def run(folder, policy, deepspeed, port):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(port),
+    ]
     script = ["-m", "tests.rl.integrations.trl_on_ranks", str(folder), str(policy), deepspeed]
-    done = subprocess.run([*command, *script], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [*command, *script],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 

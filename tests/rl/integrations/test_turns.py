@@ -9,11 +9,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.errors import UserError
-from rl.integrations.trl import paceline_rollouts
-from rl.integrations.turns import answer_ids
-from rl.policies import fetch_policy
-from rl.rewards.registry import LengthAware
+from paceline.rl.errors import UserError
+from paceline.rl.integrations.trl import paceline_rollouts
+from paceline.rl.integrations.turns import answer_ids
+from paceline.rl.policies import fetch_policy
+from paceline.rl.rewards.registry import LengthAware
 from tests.support import ROOT, forward_logprobs
 
 CHAT = (
@@ -166,7 +166,10 @@ def test_a_conversation_ends_where_there_is_no_room(evaluate):
         ({"turns": True}, "turns is True"),
         ({"turns": 2, "turn_tokens": 1.5}, "turn_tokens is 1.5"),
         ({"turns": 2, "environment": lambda talk: 7}, "the environment answered 7: return a text"),
-        ({"turns": 2, "environment": lambda talk: [{"role": "user", "content": "x"}]}, "has no chat template"),
+        (
+            {"turns": 2, "environment": lambda talk: [{"role": "user", "content": "x"}]},
+            "has no chat template",
+        ),
     ],
 )
 def test_what_cannot_be_played_is_said(evaluate, options, said):
@@ -225,11 +228,15 @@ def test_the_example_runs(tiny, tmp_path, monkeypatch):
 
 def test_the_calculator_plays_three_turns(tiny):
     """What the example's environment says to a policy that uses it, and what its reward makes of that."""
-    from rl.integrations.turns import Conversation
+    from paceline.rl.integrations.turns import Conversation
 
     example = runpy.run_path(str(ROOT / "examples" / "calculator.py"))
     talk = Conversation("What is 3 * 4 + 5?", [1])
-    for said, answered in (("hm", example["REMINDER"]), ("<calc>3 * 4 + 5</calc>", " = 17\n"), ("Answer: 17", None)):
+    for said, answered in (
+        ("hm", example["REMINDER"]),
+        ("<calc>3 * 4 + 5</calc>", " = 17\n"),
+        ("Answer: 17", None),
+    ):
         talk.turns.append(said)
         assert example["calculator"](talk) == answered
     assert talk.columns == {"calls": 1, "answer": 17}

@@ -13,17 +13,17 @@ pytest.importorskip("ray")
 
 @pytest.fixture(scope="module")
 def verl_module():
-    os.environ["VERL_USE_EXTERNAL_MODULES"] = "rl.integrations.verl"
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = "paceline.rl.integrations.verl"
     import verl  # noqa: F401  imports ours
 
-    import rl.integrations.verl as module
+    import paceline.rl.integrations.verl as module
 
     return module
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    from rl.policies import fetch_policy
+    from paceline.rl.policies import fetch_policy
 
     os.environ["PACELINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return fetch_policy("tiny-llama")
@@ -63,7 +63,12 @@ def started(verl_module, policy, tmp_path):
     """A replica as verl starts it, in a Ray of its own, with a worker that stands for verl's."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
     try:
         config, model = configs(policy)
         replica = verl_module.PacelineReplica(replica_rank=0, config=config, model_config=model, gpus_per_node=1)
@@ -83,14 +88,20 @@ def test_a_replica_serves_takes_weights_and_pauses(verl_module, policy, started,
     import ray
     import torch
 
-    from rl.policies import load_policy
+    from paceline.rl.policies import load_policy
 
     replica, config, model = started
     server = replica.server_handle
     prompts = [[3, 5, 7], [3, 5, 7], [9, 4], [8, 8, 8, 8]]
 
     def ask(number, temperature=1.0):
-        params = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "logprobs": True, "repetition_penalty": 1.0}
+        params = {
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "logprobs": True,
+            "repetition_penalty": 1.0,
+        }
         calls = [
             server.generate.remote(prompt_ids=p, sampling_params=dict(params), request_id=f"{number}-{i}")
             for i, p in enumerate(prompts)

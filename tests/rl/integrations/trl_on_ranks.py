@@ -10,9 +10,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from rl.commands.trial import share_of_digits
-from rl.integrations.trl import paceline_rollouts
-from rl.sharding.gathering import whole_parameters
+from paceline.rl.commands.trial import share_of_digits
+from paceline.rl.integrations.trl import paceline_rollouts
+from paceline.rl.sharding.gathering import whole_parameters
 
 OUT, POLICY, DEEPSPEED = sys.argv[1:4]
 
@@ -33,7 +33,13 @@ def main():
         save_steps=2,
         deepspeed=None if DEEPSPEED == "none" else DEEPSPEED,
     )
-    drafter = {"draft_vocab_size": 48, "unroll": 2, "tokens_per_microbatch": 64, "held_out_every": 0, "schedule": "always"}
+    drafter = {
+        "draft_vocab_size": 48,
+        "unroll": 2,
+        "tokens_per_microbatch": 64,
+        "held_out_every": 0,
+        "schedule": "always",
+    }
     rollouts = paceline_rollouts(speculation={"drafters": ["suffix", "eagle3"]}, drafter=drafter)
     errors, tokens = [], []
 
@@ -63,7 +69,13 @@ def main():
     found = rollouts.converse(["4 + 1 ="], trainer, lambda talk: answers[rank], turns=3, turn_tokens=4)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    report = {"errors": errors, "tokens": tokens[:3], "talk": found["env_mask"][0], "losses": losses, "norms": norms}
+    report = {
+        "errors": errors,
+        "tokens": tokens[:3],
+        "talk": found["env_mask"][0],
+        "losses": losses,
+        "norms": norms,
+    }
     Path(OUT, f"rank-{rank}.json").write_text(json.dumps(report))
 
 

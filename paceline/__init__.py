@@ -1,0 +1,1 @@
+"""Paceline: lossless, adaptive speculative rollouts for reasoning RL, with a drafter distilled on the way."""
