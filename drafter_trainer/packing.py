@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from paceline.drafter_trainer.buffer import Piece
+from paceline.drafter_trainer.trace_buffer import Piece
 
 _CHUNK = 256
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.bench_peers import Peers
 from paceline.rl.bench_results import Keep, ignore
 from paceline.rl.config import RunConfig, draft_rules

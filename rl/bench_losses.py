@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from paceline.drafter_trainer.buffer import TraceBuffer
-from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.spot import SpotTrainer
-from paceline.drafter_trainer.unroll import Objective
+from paceline.drafter_trainer.spot_trainer import SpotTrainer
+from paceline.drafter_trainer.trace_buffer import TraceBuffer
+from paceline.drafter_trainer.training_time_test import Objective
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.bench import RolloutBench
 from paceline.rl.bench_results import Keep, ignore

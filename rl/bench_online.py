@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from paceline.drafter_trainer.buffer import Piece, TraceBuffer
-from paceline.drafter_trainer.checkpoint import load_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
-from paceline.drafter_trainer.unroll import Objective
+from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
+from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.bench_runs import is_over
 from paceline.rl.config import DrafterConfig, RunConfig
 from paceline.rl.distillation import spot_trainer, trace_buffer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.bench import RolloutBench
 from paceline.rl.bench_peers import Peers
 from paceline.rl.errors import UserError

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.buffer import TraceBuffer
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.spot import SpotTrainer
-from paceline.drafter_trainer.unroll import Objective
+from paceline.drafter_trainer.spot_trainer import SpotTrainer
+from paceline.drafter_trainer.trace_buffer import TraceBuffer
+from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.config import RunConfig
 from paceline.rl.prompts import stable_seed
 from paceline.rollout.drafters.eagle3_model import Eagle3Model

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from paceline.drafter_trainer.checkpoint import save_drafter
-from paceline.drafter_trainer.optimizer_state import save_optimizer
-from paceline.drafter_trainer.spot import SpotTrainer
+from paceline.drafter_trainer.spot_trainer import SpotTrainer
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
 from paceline.rl.config import RunConfig
 from paceline.rl.errors import UserError

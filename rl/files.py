@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paceline.drafter_trainer import json_object
-from paceline.drafter_trainer.checksums import sync
+from paceline.drafter_trainer.storage import json_object
+from paceline.drafter_trainer.storage.checksums import sync
 from paceline.rl.errors import UserError
 
 _DISK = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from paceline.drafter_trainer.spot import LearnerReport
+from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.algorithms.importance import effective_share
 from paceline.rl.anytime import Dense
 from paceline.rl.critic import CriticReport

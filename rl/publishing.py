@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from paceline.drafter_trainer.export import drafter_facts, export_drafter, hub_id
+from paceline.drafter_trainer.storage.export import drafter_facts, export_drafter, hub_id
 from paceline.rl.errors import UserError, one_line
 
 _REFUSALS = {

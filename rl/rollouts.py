@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from paceline.drafter_trainer.initial import initial_drafter
+from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import first_non_finite
-from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rl.config import RunConfig, draft_rules
 from paceline.rl.distillation import reward_weights, spot_trainer, trace_buffer

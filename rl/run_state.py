@@ -15,14 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.checkpoint import save_drafter
-from paceline.drafter_trainer.checksums import changed_files, prefix_sum, sync, write_checksums
-from paceline.drafter_trainer.optimizer_state import (
-    OptimizerStateError,
-    read_state,
-    save_optimizer,
-    write_state,
-)
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.checksums import changed_files, prefix_sum, sync, write_checksums
+from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
 from paceline.rl.errors import UserError
 from paceline.rl.files import read_lines, read_object, write_whole
 from paceline.rl.lora import save_adapters

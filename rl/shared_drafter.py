@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from paceline.drafter_trainer.checkpoint import load_drafter
 from paceline.drafter_trainer.coordinator import Coordinator, connect_store
 from paceline.drafter_trainer.errors import DrafterError, OptimizerStateError
-from paceline.drafter_trainer.snapshots import DrafterSnapshots
-from paceline.drafter_trainer.spot import LearnerReport
+from paceline.drafter_trainer.spot_trainer import LearnerReport
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.config import RunConfig
 from paceline.rl.errors import UserError

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from paceline.drafter_trainer.checkpoint import load_drafter
 from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.config import DrafterConfig, RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.lora import AdapterBase, add_adapters, load_adapters

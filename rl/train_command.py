@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed
 
 from paceline.drafter_trainer.errors import DrafterError
-from paceline.drafter_trainer.export import export_drafter
+from paceline.drafter_trainer.storage.export import export_drafter
 from paceline.rl.cli import user_errors
 from paceline.rl.config import RunConfig, load_config
 from paceline.rl.dry_run import describe

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.config import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.sharding.gathering import in_buckets

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
-from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.commands import doctor, trial
 from paceline.rl.commands.app import app
 from paceline.rl.commands.doctor import Finding, findings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from tests.support import train_here
 
 ROOT = Path(__file__).parent.parent

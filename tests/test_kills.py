@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from tests.test_end_to_end import finish, steps_of, train
 
 

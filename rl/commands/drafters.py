@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Writes a run's drafter as a directory that vLLM and SGLang load."""
     say_first("exporting the drafter: loading torch", data=True)
-    from paceline.drafter_trainer.export import export_drafter
+    from paceline.drafter_trainer.storage.export import export_drafter
 
     with user_errors():
         print(export_drafter(run, out))
@@ -76,7 +76,7 @@ def serve(
             drafter = None
             print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
         say_first("starting the server", data=True)
-        from paceline.drafter_trainer.checkpoint import load_drafter_of
+        from paceline.drafter_trainer.storage.checkpoint import load_drafter_of
         from paceline.rollout.backends.vllm_server import serve_command, sglang_command
 
         if drafter is not None:

@@ -14,10 +14,10 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from paceline.drafter_trainer.card import DrafterFacts, drafter_card, license_of
-from paceline.drafter_trainer.checkpoint import save_drafter
-from paceline.drafter_trainer.export import hub_id
-from paceline.drafter_trainer.spot import LearnerReport
+from paceline.drafter_trainer.spot_trainer import LearnerReport
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.export import hub_id
+from paceline.drafter_trainer.storage.model_card import DrafterFacts, drafter_card, license_of
 from paceline.rl.config import RunConfig, check_drafting
 from paceline.rl.errors import UserError
 from paceline.rl.files import read_object, write_whole

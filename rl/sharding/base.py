@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.drafter_trainer.optimizer_state import check_moments
+from paceline.drafter_trainer.storage.optimizer_state import check_moments
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from paceline.drafter_trainer.optimizer_state import take_over_moments
+from paceline.drafter_trainer.storage.optimizer_state import take_over_moments
 from paceline.rl.sharding.base import AdamWSettings, Trained
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from paceline.drafter_trainer.buffer import TraceBuffer
+from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.rollout import DistillationTrace, FinishReason, Request, Rollout
 from paceline.rollout.api import RolloutStats
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from paceline.drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
-from paceline.drafter_trainer.optimistic import OptimisticAdamW
-from paceline.drafter_trainer.unroll import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
+from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
+from paceline.drafter_trainer.training_time_test import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
 from paceline.rollout import Request, SamplingParams
 from tests.drafter_trainer.test_unroll import packed, traces_of
 from tests.support import engine_for, tiny_eagle3, tiny_llama

@@ -7,12 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paceline.drafter_trainer.optimizer_state import (
-    OptimizerStateError,
-    load_optimizer,
-    read_state,
-    save_optimizer,
-)
+from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer, read_state, save_optimizer
 
 
 def stepped(lr: float = 1e-3) -> torch.optim.AdamW:

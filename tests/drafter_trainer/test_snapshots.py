@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from paceline.drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer
-from paceline.drafter_trainer.snapshots import DrafterSnapshots
+from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer
+from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
 from tests.support import tiny_eagle3, tiny_llama
 
 
@@ -73,8 +73,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from paceline.drafter_trainer.optimizer_state import OptimizerStateError, load_optimizer
-from paceline.drafter_trainer.snapshots import DrafterSnapshots
+from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer
+from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
 from tests.drafter_trainer.test_snapshots import trained
 torch.set_num_threads(1)
 drafter, optimizer = trained()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore, TCPStore
 
 from paceline.drafter_trainer.coordinator import Coordinator, connect_store
-from paceline.drafter_trainer.hedge import tracking_weights
-from paceline.drafter_trainer.initial import initial_drafter
-from paceline.drafter_trainer.spot import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.ensemble_weights import tracking_weights
+from paceline.drafter_trainer.initialization import initial_drafter
+from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rollout.drafters.eagle3_model import eagle3_config
 from tests.drafter_trainer.test_unroll import buffer_of, learner_for, traces_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.bench import RolloutBench
 from paceline.rl.bench_idle import idle_row
 from paceline.rl.bench_losses import VARIANTS, CollectionRow, compare_losses

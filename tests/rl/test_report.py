@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from paceline.drafter_trainer.spot import LearnerReport
+from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.critic import CriticReport
 from paceline.rl.errors import UserError
 from paceline.rl.metrics import step_metrics

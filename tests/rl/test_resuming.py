@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from paceline.drafter_trainer.checksums import write_checksums
+from paceline.drafter_trainer.storage.checksums import write_checksums
 from paceline.rl.config import load_config, to_dict
 from paceline.rl.errors import UserError
 from paceline.rl.files import append_line

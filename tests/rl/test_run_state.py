@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from paceline.drafter_trainer.checksums import changed_files, write_checksums
-from paceline.drafter_trainer.optimizer_state import save_optimizer
+from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
+from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.rl.errors import UserError
 from paceline.rl.files import write_whole
 from paceline.rl.run_state import (

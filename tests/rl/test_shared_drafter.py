@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from paceline.drafter_trainer.checkpoint import load_drafter, save_drafter
-from paceline.drafter_trainer.optimizer_state import save_optimizer
+from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
+from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.rl.config import load_config
 from paceline.rl.dry_run import describe
 from paceline.rl.errors import UserError

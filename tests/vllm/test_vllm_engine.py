@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 pytest.importorskip("vllm")
 
-from paceline.drafter_trainer.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
 from paceline.rollout.backends.vllm_engine import VllmEngine
 from tests.support import tiny_eagle3, tiny_llama, worst_gap

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
-from paceline.drafter_trainer.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.commands.trial import share_of_digits
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.trl import RLOOTrainer, paceline_rollouts

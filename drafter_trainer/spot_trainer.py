@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paceline.drafter_trainer.buffer import Piece, TraceBuffer
-from paceline.drafter_trainer.hedge import tracking_weights
+from paceline.drafter_trainer.ensemble_weights import tracking_weights
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
-from paceline.drafter_trainer.unroll import Interrupted, Unrolled
+from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
+from paceline.drafter_trainer.training_time_test import Interrupted, Unrolled
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _JUDGED = 4  # micro-batches that judge a drafter

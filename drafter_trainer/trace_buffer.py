@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paceline.drafter_trainer.store import StoredTrace
+from paceline.drafter_trainer.stored_trace import StoredTrace
 from paceline.rollout.api import Rollout
 
 _JUDGING_STEPS = 3

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from paceline.drafter_trainer.drafter_config import read_drafter_config
 from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.storage.drafter_config import read_drafter_config
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 

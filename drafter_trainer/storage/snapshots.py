@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from paceline.drafter_trainer.checkpoint import load_drafter, save_drafter
-from paceline.drafter_trainer.checksums import changed_files, write_checksums
 from paceline.drafter_trainer.errors import DrafterError
-from paceline.drafter_trainer.optimizer_state import write_state
+from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
+from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
+from paceline.drafter_trainer.storage.optimizer_state import write_state
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 

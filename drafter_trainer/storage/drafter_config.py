@@ -9,7 +9,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from paceline.drafter_trainer.errors import DrafterError
-from paceline.drafter_trainer.json_object import read_object
+from paceline.drafter_trainer.storage.json_object import read_object
 from paceline.rollout.drafters.eagle3_model import ARCHITECTURE
 
 _TAPS = "eagle_aux_hidden_state_layer_ids"

@@ -12,9 +12,9 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from paceline.drafter_trainer.card import DrafterFacts, drafter_card, license_of
-from paceline.drafter_trainer.checkpoint import load_drafter_of, save_drafter
 from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.storage.checkpoint import load_drafter_of, save_drafter
+from paceline.drafter_trainer.storage.model_card import DrafterFacts, drafter_card, license_of
 
 
 def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str | None = None) -> Path:
