@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.model_runner import decoder_layers
+from paceline.rollout.model.runner import decoder_layers
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from paceline.rollout.attention import chain_seats
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from paceline.rollout.drafters.eagle3_network import PaddedNetwork
-from paceline.rollout.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.graph_pool import CudaCapturer, GraphPool
-from paceline.rollout.kv_cache import CacheShape, SlotCache
-from paceline.rollout.model_runner import MOST_ROWS, ModelRunner, default_tap_layers
+from paceline.rollout.model.attention import chain_seats
+from paceline.rollout.model.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_pool import CudaCapturer, GraphPool
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.runner import MOST_ROWS, ModelRunner, default_tap_layers
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,

@@ -16,7 +16,7 @@ from paceline.rl.lengths.predictor import Example, Kind, LengthPredictor
 from paceline.rl.lengths.statistics import is_loop, pinball
 from paceline.rl.tasks import load_task
 from paceline.rollout import Request
-from paceline.rollout.lengths import LengthEstimate
+from paceline.rollout.length_estimate import LengthEstimate
 
 _KINDS: tuple[Kind, ...] = ("prod_d", "prod_m", "one_shot")
 

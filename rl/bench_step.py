@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from paceline.rl.policy_engine import policy_engine
 from paceline.rollout import Request, RolloutEngine, SamplingParams
-from paceline.rollout.fused_layer import FusedLayer
+from paceline.rollout.model.fused_layer import FusedLayer
+from paceline.rollout.model.packed_linear import PackedLinear
 from paceline.rollout.native import Kernels
-from paceline.rollout.packed_linear import PackedLinear
 
 _CONTEXT = 256
 _TIMED_PARTS: tuple[tuple[type, str, str], ...] = (

@@ -18,8 +18,8 @@ from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rl.shipped import shipped_folder
 from paceline.rollout import default_tap_layers
 from paceline.rollout.drafters.eagle3_model import eagle3_config, parameter_count
-from paceline.rollout.kv_cache import CacheShape
-from paceline.rollout.model_shape import key_shape
+from paceline.rollout.model.kv_cache import CacheShape
+from paceline.rollout.model.shape import key_shape
 
 _SHAPES = shipped_folder() / "shapes"
 KEYS_AND_VALUES = "keys, values and taps"

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from paceline.rl.errors import UserError
 from paceline.rl.packed_check import check_head, check_packing, decoder_of, turn_off_dropout
 from paceline.rl.packing import PackedBatch
-from paceline.rollout.attention import check_attention, check_window, grouped_attention
-from paceline.rollout.model_shape import check_family
-from paceline.rollout.text_limits import text_limit
+from paceline.rollout.model.attention import check_attention, check_window, grouped_attention
+from paceline.rollout.model.shape import check_family
+from paceline.rollout.model.text_limits import text_limit
 from paceline.rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"
@@ -78,7 +78,7 @@ def packed_attention(
         [1, T, H, d].
 
     Raises:
-        NotImplementedError: for attention that computes something else, see `paceline.rollout.attention.check_attention`.
+        NotImplementedError: for attention that computes something else, see `paceline.rollout.model.attention.check_attention`.
         TypeError: when the model hands its caller's keyword arguments to no attention function.
     """
     if packed is None:

@@ -30,7 +30,7 @@ from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams,
 from paceline.rollout.drafters import Eagle3Drafter
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from paceline.rollout.kept_prefixes import KeptPrefixes
+from paceline.rollout.engine.kept_prefixes import KeptPrefixes
 
 _WITH_WEIGHTS = {
     "eagle3",

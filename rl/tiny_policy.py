@@ -10,7 +10,7 @@ from paceline.rl.log_probs import PolicyLogProbs
 from paceline.rl.policy_engine import check_context, policy_engine
 from paceline.rl.policy_files import check_kind
 from paceline.rl.tiny_copy import tiny_config
-from paceline.rollout.model_shape import check_family, key_shape
+from paceline.rollout.model.shape import check_family, key_shape
 
 _VOCABULARY, _CONTEXT, _WINDOW = 256, 64, 4
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")

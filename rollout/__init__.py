@@ -8,11 +8,11 @@ from paceline.rollout.api import (
     RolloutStats,
     SamplingParams,
 )
-from paceline.rollout.engine import RolloutEngine, StepRecord
-from paceline.rollout.lengths import LengthEstimate, ObservedLengths
-from paceline.rollout.model_runner import default_tap_layers
-from paceline.rollout.requests import EngineBusyError
-from paceline.rollout.results import mean_acceptance_length
+from paceline.rollout.engine.engine import RolloutEngine, StepRecord
+from paceline.rollout.engine.outputs import mean_acceptance_length
+from paceline.rollout.engine.request_validation import EngineBusyError
+from paceline.rollout.length_estimate import LengthEstimate, ObservedLengths
+from paceline.rollout.model.runner import default_tap_layers
 from paceline.rollout.strategy import PLAIN, Strategy
 
 __all__ = [

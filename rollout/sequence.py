@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paceline.rollout.api import FinishReason, Request, RolloutStats
-from paceline.rollout.randomness import reduced_seed
+from paceline.rollout.counter_rng import reduced_seed
 from paceline.rollout.values import token_list
 
 if TYPE_CHECKING:
-    from paceline.rollout.refusals import Refusal
+    from paceline.rollout.engine.rejections import Refusal
 
 
 @dataclass(slots=True, eq=False)

@@ -10,8 +10,8 @@ and looks up the one name that it has to write itself. What it relies on:
 - attention functions come from `AttentionInterface`; for one whose name the mask functions do not know, no mask is made;
 - an attention module stores keys and values through `Cache.update(keys, values, layer_index)` and attends over what that returns.
 
-`paceline.rollout.view_check` tests all of this on a few tokens whenever an engine is built. The names of a decoder layer's parts are in
-`paceline.rollout.fused_layer`, which does not replace a layer that has other parts.
+`paceline.rollout.model.view_check` tests all of this on a few tokens whenever an engine is built. The names of a decoder layer's parts are in
+`paceline.rollout.model.fused_layer`, which does not replace a layer that has other parts.
 """
 
 from __future__ import annotations

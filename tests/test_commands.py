@@ -223,7 +223,7 @@ llama.LlamaModel.forward = renamed
 
 
 BROKEN_FUSED_LAYERS = """
-from paceline.rollout.fused_layer import FusedLayer
+from paceline.rollout.model.fused_layer import FusedLayer
 
 
 def broken(self, *args, **kwargs):

@@ -15,7 +15,7 @@ from paceline.rl.length_config import LengthConfig
 from paceline.rl.lengths.predictor import Example, LengthPredictor
 from paceline.rl.lengths.statistics import pinball
 from paceline.rollout import Request
-from paceline.rollout.lengths import ObservedLengths
+from paceline.rollout.length_estimate import ObservedLengths
 
 _ENOUGH = 16  # prompts before whose lengths the head's word is not taken
 
@@ -47,12 +47,12 @@ class PredictedLengths:
         self._predicted.update(zip(states, values, strict=True))
 
     def predict(self, request: Request) -> float | None:
-        """See `paceline.rollout.lengths.LengthEstimate`."""
+        """See `paceline.rollout.length_estimate.LengthEstimate`."""
         predicted = self._predicted.get(tuple(request.prompt_ids))
         return self._observed.predict(request) if predicted is None else predicted
 
     def observe(self, request: Request, tokens: int) -> None:
-        """See `paceline.rollout.lengths.LengthEstimate`."""
+        """See `paceline.rollout.length_estimate.LengthEstimate`."""
         self._observed.observe(request, tokens)
 
     def examples(self, groups: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> tuple[list[dict[str, Any]], list[float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from paceline.rollout.api import Request, Rollout
-from paceline.rollout.engine import StepRecord
+from paceline.rollout.engine.engine import StepRecord
 
 
 class Decoder(Protocol):

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
-from paceline.rollout.backends.depths import DepthBandit
+from paceline.rollout.backends.depth_bandit import DepthBandit
 from paceline.rollout.backends.exchange import DIRECTORY
-from paceline.rollout.backends.vllm_params import finished, refused, sampling
+from paceline.rollout.backends.vllm_conversion import finished, refused, sampling
 from paceline.rollout.backends.vllm_transfer import NAME, register
-from paceline.rollout.engine import StepRecord
+from paceline.rollout.engine.engine import StepRecord
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 
 

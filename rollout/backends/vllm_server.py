@@ -14,8 +14,8 @@ import httpx
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
 from paceline.rollout.backends.exchange import DIRECTORY, TOKEN, make_token
-from paceline.rollout.backends.vllm_params import finished, refused, sampling
-from paceline.rollout.engine import StepRecord
+from paceline.rollout.backends.vllm_conversion import finished, refused, sampling
+from paceline.rollout.engine.engine import StepRecord
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

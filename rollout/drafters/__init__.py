@@ -6,7 +6,7 @@ from paceline.rollout.drafters.composite import CompositeDrafter
 from paceline.rollout.drafters.consensus import ConsensusDrafter
 from paceline.rollout.drafters.draft_model import DraftModelDrafter
 from paceline.rollout.drafters.eagle3 import Eagle3Drafter
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.ngram import NgramDrafter
 from paceline.rollout.drafters.stand import StandDrafter
 from paceline.rollout.drafters.suffix import SuffixDrafter

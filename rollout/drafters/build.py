@@ -13,12 +13,12 @@ from paceline.rollout.drafters.consensus import ConsensusDrafter
 from paceline.rollout.drafters.draft_model import DraftModelDrafter
 from paceline.rollout.drafters.eagle3 import Eagle3Drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.ngram import NgramDrafter
 from paceline.rollout.drafters.stand import StandDrafter
 from paceline.rollout.drafters.suffix import SuffixDrafter
 from paceline.rollout.drafters.token_recycling import TokenRecyclingDrafter
-from paceline.rollout.engine import RolloutEngine
+from paceline.rollout.engine.engine import RolloutEngine
 
 
 @dataclass(slots=True)

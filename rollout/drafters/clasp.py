@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from paceline.rollout.drafters.branching import ModelBrancher
-from paceline.rollout.drafters.growing import DraftRules
-from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.drafters.lm_expander import ModelBrancher
+from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.transformers_api import hidden_states_in

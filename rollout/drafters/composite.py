@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.drafters.base import DraftContext, Drafter, StatelessSlots
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.suffix import SuffixDrafter
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents

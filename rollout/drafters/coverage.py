@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.rollout.drafters.base import Drafter
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind
 from paceline.rollout.verify import Verifier, default_verifier

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
-from paceline.rollout.drafters.branching import ModelBrancher
-from paceline.rollout.drafters.growing import DraftRules
-from paceline.rollout.model_runner import Chunk, ModelRunner
+from paceline.rollout.drafters.lm_expander import ModelBrancher
+from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree

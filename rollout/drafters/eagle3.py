@@ -10,8 +10,8 @@ from torch import nn
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_network import Network, Reading, network_for
-from paceline.rollout.drafters.growing import DraftRules, request_temperatures
-from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from paceline.rollout.model_shape import intermediate_size, key_shape
+from paceline.rollout.model.shape import intermediate_size, key_shape
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.drafters.eagle3_network import Reading
-from paceline.rollout.fused_layer import RootMeanSquareNorm
-from paceline.rollout.kv_cache import SlotCache
+from paceline.rollout.model.fused_layer import RootMeanSquareNorm
+from paceline.rollout.model.kv_cache import SlotCache
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
 from paceline.rollout.native import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens
-from paceline.rollout.packed_linear import JoinedLinear, PackedLinear, can_pack
 
 _FEW_TOKENS = 16  # up to here a step is bound by reading weights, and one call with 8-bit weights is fastest
 

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from paceline.rollout.attention import ForwardBatch, chain_seats, grouped_attention
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from paceline.rollout.graph_plan import ModelShape, plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.graph_pool import Capturer, CudaCapturer, GraphPool
-from paceline.rollout.kv_cache import SlotCache
+from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
+from paceline.rollout.model.graph_plan import ModelShape, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
+from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.native import Kernels, load_kernels
 from paceline.rollout.sequence import SequenceState
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
 from paceline.rollout.drafters.best_first import pack
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree

@@ -7,13 +7,13 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
+from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from paceline.rollout.drafters.growing import DraftRules
-from paceline.rollout.randomness import Stream, step_uniforms
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
-from paceline.rollout.trees.growth import draw_without_replacement
+from paceline.rollout.trees.expander import draw_without_replacement
 
 _KEPT = 8
 _LONGEST = 3

@@ -9,7 +9,7 @@ from functools import partial
 
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
 from paceline.rollout.drafters.best_first import Row, best_first, pack
-from paceline.rollout.drafters.growing import DraftRules
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy

@@ -8,7 +8,7 @@ import torch
 
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
-from paceline.rollout.trees.growth import Brancher, Uniform, log_probs, target_ids
+from paceline.rollout.trees.expander import Brancher, Uniform, log_probs, target_ids
 
 
 class StopPolicy(Protocol):

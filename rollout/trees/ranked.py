@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
-from paceline.rollout.trees.growth import Brancher, TreeLimits, log_probs, target_ids
+from paceline.rollout.trees.expander import Brancher, TreeLimits, log_probs, target_ids
 
 
 def grow_dynamic(brancher: Brancher, limits: TreeLimits) -> DraftTree:

@@ -21,7 +21,7 @@ import torch
 from paceline.rollout import EngineBusyError, FinishReason, Request, Rollout, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import NgramDrafter, SuffixDrafter
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
-from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree
 from tests.rollout.odd_requests import odd_request

@@ -7,7 +7,7 @@ from paceline.rl.config import load_config
 from paceline.rl.policies import fetch_policy
 from paceline.rl.rollouts import RolloutWorker
 from paceline.rollout import FinishReason, Request, SamplingParams
-from paceline.rollout.backends.vllm_params import sampling
+from paceline.rollout.backends.vllm_conversion import sampling
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, d
 from paceline.rollout.drafters import DRAFTERS, DraftRules
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.coverage import stated_kind
-from paceline.rollout.drafters.growing import DRAWS, TREES
+from paceline.rollout.drafters.model_drafts import DRAWS, TREES
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES
 from paceline.rollout.trees import DraftKind
 from paceline.rollout.verify import VERIFIERS, StatedVerifier

@@ -2,7 +2,7 @@
 
 import random
 
-from paceline.rollout.backends.depths import DepthBandit
+from paceline.rollout.backends.depth_bandit import DepthBandit
 
 DEPTHS = (0, 2, 4)
 

@@ -8,8 +8,8 @@ import torch
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import DRAFTERS, DraftRules, StandDrafter
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
-from paceline.rollout.drafters.growing import DRAWS, TREES
-from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.drafters.model_drafts import DRAWS, TREES
+from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.trees import DraftKind, DraftTree
 from paceline.rollout.verify import VERIFIERS, Uniforms, verify_deterministic
 from tests.support import full_engine, tiny_llama

@@ -8,7 +8,7 @@ import torch
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
-from paceline.rollout.speculation import DrafterWarning
+from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree
 from tests.support import tiny_llama

@@ -184,11 +184,11 @@ def test_a_text_is_computed_as_alone_up_to_the_length_that_the_model_sets(kind, 
 @pytest.mark.parametrize("family", COMMON, ids=kind)
 def test_without_native_kernels_the_tokens_are_the_same(family, monkeypatch):
     """A machine without a compiler runs torch's operators."""
-    import paceline.rollout.layer_probe as layer_probe
+    from paceline.rollout.model import fusion_check
 
     model = tiny(family)
     with_kernels = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160).generate(requests())
-    monkeypatch.setattr(layer_probe, "load_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     engine = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160)
     assert len(engine.runner.view.fused) == 4
     assert [r.token_ids for r in engine.generate(requests())] == [r.token_ids for r in with_kernels]

@@ -4,18 +4,10 @@ import pytest
 import torch
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
-from paceline.rollout.attention import chain_seats
 from paceline.rollout.drafters import SuffixDrafter
-from paceline.rollout.graph_plan import (
-    NODE_BYTES,
-    GraphKey,
-    ModelShape,
-    naive_bytes,
-    plan_graphs,
-    plan_keys,
-    powers_of_two,
-)
-from paceline.rollout.graph_pool import GraphPool, PlainCapturer
+from paceline.rollout.model.attention import chain_seats
+from paceline.rollout.model.graph_plan import NODE_BYTES, GraphKey, ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_pool import GraphPool, PlainCapturer
 from tests.support import engine_for, tiny_llama
 
 LLAMA_8B = ModelShape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256)
@@ -62,9 +54,9 @@ def requests() -> list[Request]:
 @pytest.mark.parametrize("strategy", ["suffix:3x2/5", "plain", Strategy("suffix", 4), Strategy("suffix", 5)], ids=str)
 def test_bucketed_decoding_gives_the_same_tokens(strategy, monkeypatch):
     """Padding to buckets of sequences and of tokens, over several spans, changes nothing."""
-    import paceline.rollout.layer_probe as layer_probe
+    from paceline.rollout.model import fusion_check
 
-    monkeypatch.setattr(layer_probe, "load_kernels", lambda device, dtype: None)  # torch's operators on rectangles, as on a GPU
+    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)  # torch's operators on rectangles, as on a GPU
     model = tiny_llama(sharpness=4.0)
     results = []
     for graphs in (False, True):
@@ -81,7 +73,7 @@ def test_bucketed_decoding_gives_the_same_tokens(strategy, monkeypatch):
 
 def test_bucketed_drafting_proposes_the_same(monkeypatch):
     """The drafter's own pool: its steps, padded to buckets of sequences, draft what they draft without it."""
-    import paceline.rollout.drafters.eagle3_network as eagle3_network
+    from paceline.rollout.drafters import eagle3_network
 
     monkeypatch.setattr(eagle3_network, "load_kernels", lambda device, dtype: None)
     model = tiny_llama(sharpness=4.0)
@@ -99,9 +91,9 @@ def test_bucketed_drafting_proposes_the_same(monkeypatch):
 
 
 def test_an_update_reaches_captured_forwards(monkeypatch):
-    import paceline.rollout.layer_probe as layer_probe
+    from paceline.rollout.model import fusion_check
 
-    monkeypatch.setattr(layer_probe, "load_kernels", lambda device, dtype: None)
+    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     model, other = tiny_llama(seed=0), tiny_llama(seed=5)
     request = Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))
     engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=2, max_context=64, graphs=True)

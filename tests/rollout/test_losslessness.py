@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-import paceline.rollout.verify.chain as chain
 from paceline.rollout import Request, SamplingParams, Strategy
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.sampling import draw, processed_probs
+from paceline.rollout.verify import chain
 from tests.support import AdversarialDrafter, engine_for, full_engine, tiny_llama
 
 VOCAB = 6

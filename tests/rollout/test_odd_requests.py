@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.rollout import EngineBusyError, FinishReason, Request, RolloutEngine, SamplingParams
+from paceline.rollout.counter_rng import Stream, uniforms
 from paceline.rollout.drafters import SuffixDrafter
-from paceline.rollout.randomness import Stream, uniforms
 from paceline.rollout.sampling import processed_probs
 from tests.rollout.odd_requests import odd_request
 from tests.support import engine_for, tiny_llama

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.rollout import FinishReason, Request
-from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.engine.scheduler import Scheduler
 from paceline.rollout.sequence import SequenceState
 
 

@@ -5,8 +5,8 @@ import torch
 
 from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import SuffixDrafter
-from paceline.rollout.lengths import ObservedLengths
-from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.engine.scheduler import Scheduler
+from paceline.rollout.length_estimate import ObservedLengths
 from paceline.rollout.sequence import SequenceState
 from tests.support import engine_for, tiny_llama
 

@@ -8,9 +8,9 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams
-from paceline.rollout.fused_layer import FusedLayer
+from paceline.rollout.model.fused_layer import FusedLayer
+from paceline.rollout.model.view_check import UnfusedWarning
 from paceline.rollout.transformers_api import cache_argument
-from paceline.rollout.view_check import UnfusedWarning
 from tests.support import tiny_llama
 
 REQUESTS = [Request([5, 6, 7, 8 + i], SamplingParams(temperature=0, max_tokens=12)) for i in range(3)]
@@ -140,7 +140,7 @@ def test_a_model_that_the_engine_gets_wrong_is_refused_in_a_line(decoder, reason
 
 def test_the_view_is_compared_in_each_precision(monkeypatch):
     """A wrong final norm shows in bfloat16, too, where a hundred times as much is left to rounding."""
-    import paceline.rollout.view_check as view_check
+    from paceline.rollout.model import view_check
 
     original = view_check.InferenceView
 
@@ -158,7 +158,7 @@ def test_the_view_is_compared_in_each_precision(monkeypatch):
 
 def test_a_view_that_gives_nan_is_refused(monkeypatch):
     """In the second of its two forwards only, which reads what the first has stored."""
-    import paceline.rollout.view_check as view_check
+    from paceline.rollout.model import view_check
 
     original = view_check.run_causal_lm
 

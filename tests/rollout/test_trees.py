@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.rollout import Request, SamplingParams
-from paceline.rollout.attention import chain_seats, grouped_attention, seat_bias, tree_seats
-from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.attention import chain_seats, grouped_attention, seat_bias, tree_seats
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.native import AttentionRule, RaggedTokens, load_kernels
 from paceline.rollout.trees import DraftTree, chain_parents, child_table, tree_shape
-from paceline.rollout.trees.growth import TreeLimits, draw_without_replacement
+from paceline.rollout.trees.expander import TreeLimits, draw_without_replacement
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
 from tests.rollout.verifier_cases import Chooser, Process, after
 from tests.support import full_engine, tiny_llama
@@ -72,7 +72,7 @@ def test_native_tree_attention_is_the_masked_one():
 
 @pytest.mark.parametrize("native", [True, False])
 def test_the_accepted_path_stays_in_the_cache(native, monkeypatch):
-    import paceline.rollout.kv_cache as kv_cache
+    from paceline.rollout.model import kv_cache
 
     if not native:
         monkeypatch.setattr(kv_cache, "load_kernels", lambda device, dtype: None)
@@ -94,10 +94,10 @@ def test_the_accepted_path_stays_in_the_cache(native, monkeypatch):
 
 @pytest.mark.parametrize("kernels", [True, False], ids=["native", "torch"])
 def test_tree_decoding_on_both_paths_gives_the_tokens_of_plain_decoding(kernels, monkeypatch):
-    import paceline.rollout.layer_probe as layer_probe
+    from paceline.rollout.model import fusion_check
 
     if not kernels:
-        monkeypatch.setattr(layer_probe, "load_kernels", lambda device, dtype: None)
+        monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     model = tiny_llama(97, sharpness=6.0)
     engine = full_engine(model, slots=3, max_nodes=12, graphs=not kernels)
     requests = [Request([5, 6, 7, i % 2], SamplingParams(max_tokens=60), seed=i, group=i % 2) for i in range(6)]

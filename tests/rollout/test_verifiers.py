@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import paceline.rollout.verify.block as block
-import paceline.rollout.verify.chain as chain
-import paceline.rollout.verify.outcome as outcome_module
-import paceline.rollout.verify.recursive as recursive
-import paceline.rollout.verify.spectr as spectr
-from paceline.rollout.trees.growth import draw_without_replacement
+from paceline.rollout.trees.expander import draw_without_replacement
+from paceline.rollout.verify import block, chain, recursive, spectr
+from paceline.rollout.verify import outcome as outcome_module
 from paceline.rollout.verify.optimal import (
     chain_acceptance,
     deterministic_acceptance,
@@ -97,13 +94,13 @@ def test_a_dropped_factor_is_seen(name, monkeypatch):
 
 def test_siblings_reported_without_what_was_drawn_before_are_seen(monkeypatch):
     """Drawing without replacement but reporting q itself is the classic mistake of multi-candidate drafting."""
-    import paceline.rollout.trees.drawn as drawn
+    from paceline.rollout.trees import sampled
 
     def wrong(probs, noise, count):
         columns, _ = draw_without_replacement(probs, noise, count)
         return columns, probs.unsqueeze(-2).expand(*columns.shape, -1).contiguous()
 
-    monkeypatch.setattr(drawn, "draw_without_replacement", wrong)
+    monkeypatch.setattr(sampled, "draw_without_replacement", wrong)
     process = Process()
     counts, _ = run(process, "static without", "recursive", SAMPLES, seed=1)
     assert p_value(counts, process.joint()) < 1e-6
@@ -166,7 +163,7 @@ def test_the_dual_is_the_linear_program(seed, replacement, count):
 
 
 def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatch):
-    import paceline.rollout.verify.optimal as optimal
+    from paceline.rollout.verify import optimal
 
     g = np.random.default_rng(0)
     p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)

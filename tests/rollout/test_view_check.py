@@ -1,4 +1,4 @@
-"""How far faults move a view's logits, and how far rounding does: what the bounds of `paceline.rollout.view_check` stand between."""
+"""How far faults move a view's logits, and how far rounding does: what the bounds of `paceline.rollout.model.view_check` stand between."""
 
 import copy
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from paceline.rl.policies import SMOLLM2, fetch_policy, load_policy
-from paceline.rollout import layer_probe
-from paceline.rollout.attention import chain_seats
-from paceline.rollout.inference_view import InferenceView
-from paceline.rollout.model_runner import ModelRunner
-from paceline.rollout.view_check import _TOLERANCES, logit_gap
+from paceline.rollout.model import fusion_check
+from paceline.rollout.model.attention import chain_seats
+from paceline.rollout.model.inference_view import InferenceView
+from paceline.rollout.model.runner import ModelRunner
+from paceline.rollout.model.view_check import _TOLERANCES, logit_gap
 from tests.support import tiny_llama
 
 
@@ -55,7 +55,7 @@ def gaps(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, f
     unfused = InferenceView(model, torch.float32, fuse=False)
     for seats in SEATS:
         with monkeypatch.context() as patched:
-            patched.setattr(layer_probe, "chain_seats", seats)
+            patched.setattr(fusion_check, "chain_seats", seats)
             found[seats.__name__] = logit_gap(unfused, model, shape)
     for change in CHANGES:
         changed = copy.deepcopy(model)

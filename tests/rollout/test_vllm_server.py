@@ -12,8 +12,8 @@ import pytest
 
 from paceline.rollout import FinishReason, Request, SamplingParams
 from paceline.rollout.backends.exchange import confined, make_token, read_token
+from paceline.rollout.backends.vllm_conversion import sampling
 from paceline.rollout.backends.vllm_guard import UpdateGuard
-from paceline.rollout.backends.vllm_params import sampling
 from paceline.rollout.backends.vllm_server import (
     VllmServers,
     serve_command,

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from scipy import stats
 
-from paceline.rollout.randomness import Stream, step_uniforms
+from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.sampling import draw
 from paceline.rollout.strategy.stop_policy import EntropyThreshold
 from paceline.rollout.trees import DraftTree, tree_shape
 from paceline.rollout.trees.chain import grow_chain
-from paceline.rollout.trees.drawn import grow_dyspec, grow_static
-from paceline.rollout.trees.growth import TreeLimits
+from paceline.rollout.trees.expander import TreeLimits
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
+from paceline.rollout.trees.sampled import grow_dyspec, grow_static
 from paceline.rollout.verify import VERIFIERS, Uniforms, verify_deterministic
 
 VOCAB = 5

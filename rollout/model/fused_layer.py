@@ -4,7 +4,7 @@ A transformers decoder layer of a Llama-like model runs about 160 operators for 
 dispatch, not their arithmetic, is half of the time. `FusedLayer` runs the same mathematics in four matrix products and five
 kernels (`paceline.rollout.native`), or in about 60 operators where those cannot be built. It is not written for a model: it is put
 together from the parts that a layer *has* (`LayerParts`), and used only if, with random weights, it gives what the
-original layer gives (`paceline.rollout.layer_probe`). A layer with other parts, or other mathematics, stays as it is.
+original layer gives (`paceline.rollout.model.fusion_check`). A layer with other parts, or other mathematics, stays as it is.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from paceline.rollout.attention import ForwardBatch, slot_attention
+from paceline.rollout.model.attention import ForwardBatch, slot_attention
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
 from paceline.rollout.native import AttentionRule, Kernels
-from paceline.rollout.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
 from paceline.rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
 
 _LAYER_PARTS = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from paceline.rollout.inference_view import copy_sharing
+from paceline.rollout.model.inference_view import copy_sharing
 from paceline.rollout.transformers_api import (
     DynamicCache,
     run_causal_lm,

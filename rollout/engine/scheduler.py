@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
-from paceline.rollout.lengths import LengthEstimate, ObservedLengths
+from paceline.rollout.length_estimate import LengthEstimate, ObservedLengths
 from paceline.rollout.sequence import SequenceState
 
 _UNKNOWN_LENGTH = 128

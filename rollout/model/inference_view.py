@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from paceline.rollout.attention import SLOT_ATTENTION
-from paceline.rollout.layer_probe import fuse_layers
-from paceline.rollout.packed_linear import can_pack, pack_linears
-from paceline.rollout.text_limits import fix_rotary
+from paceline.rollout.model.attention import SLOT_ATTENTION
+from paceline.rollout.model.fusion_check import fuse_layers
+from paceline.rollout.model.packed_linear import can_pack, pack_linears
+from paceline.rollout.model.text_limits import fix_rotary
 from paceline.rollout.transformers_api import use_attention
 
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.drafters.base import VerifiedStep
-from paceline.rollout.randomness import Stream, step_uniforms
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 from paceline.rollout.trees.chain import StopPolicy, grow_chain
-from paceline.rollout.trees.drawn import grow_dyspec, grow_static
-from paceline.rollout.trees.growth import Brancher, TreeLimits, Uniform
+from paceline.rollout.trees.expander import Brancher, TreeLimits, Uniform
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
+from paceline.rollout.trees.sampled import grow_dyspec, grow_static
 
 TREES = ("dynamic", "opt_tree", "dyspec", "static")
 DRAWS = ("likeliest", "replacement", "without_replacement")

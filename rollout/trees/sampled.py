@@ -6,14 +6,7 @@ import torch
 
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.draft_tree import MOST_NODES, DraftKind, DraftTree
-from paceline.rollout.trees.growth import (
-    Brancher,
-    TreeLimits,
-    Uniform,
-    draw_without_replacement,
-    log_probs,
-    target_ids,
-)
+from paceline.rollout.trees.expander import Brancher, TreeLimits, Uniform, draw_without_replacement, log_probs, target_ids
 
 
 def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from paceline.rollout.kept_prefixes import KeptPrefixes
-from paceline.rollout.model_runner import Chunk, ModelRunner
+from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 
 

@@ -15,25 +15,25 @@ from transformers import PreTrainedModel
 
 from paceline.rollout.api import FinishReason, Request, Rollout
 from paceline.rollout.drafters.base import Drafter, VerifiedStep
-from paceline.rollout.entropies import drawn_entropies
-from paceline.rollout.graph_pool import CudaCapturer, PlainCapturer
-from paceline.rollout.kept_prefixes import KeptPrefixes
-from paceline.rollout.lengths import LengthEstimate
-from paceline.rollout.model_runner import Chunk, ModelRunner
-from paceline.rollout.prefill import PromptLogits, prefill, split_prefill
-from paceline.rollout.refusals import note_refusals
-from paceline.rollout.requests import EngineBusyError, RequestLimits, problem_with, refused_rollout
-from paceline.rollout.results import finished_rollout, snapshot
-from paceline.rollout.scheduler import Scheduler
+from paceline.rollout.engine.batch_verification import verify_batch
+from paceline.rollout.engine.entropies import drawn_entropies
+from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.engine.outputs import finished_rollout, snapshot
+from paceline.rollout.engine.rejections import note_refusals
+from paceline.rollout.engine.request_validation import EngineBusyError, RequestLimits, problem_with, refused_rollout
+from paceline.rollout.engine.scheduler import Scheduler
+from paceline.rollout.engine.speculation import Speculation
+from paceline.rollout.engine.stop_condition import StopCondition, TextDecoder
+from paceline.rollout.engine.timing import StepClock
+from paceline.rollout.length_estimate import LengthEstimate
+from paceline.rollout.model.graph_pool import CudaCapturer, PlainCapturer
+from paceline.rollout.model.prefill import PromptLogits, prefill, split_prefill
+from paceline.rollout.model.runner import Chunk, ModelRunner
+from paceline.rollout.model.text_limits import TextLimit
 from paceline.rollout.sequence import SequenceState
-from paceline.rollout.speculation import Speculation
-from paceline.rollout.stopping import StopCondition, TextDecoder
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
-from paceline.rollout.text_limits import TextLimit
-from paceline.rollout.timing import StepClock
 from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
 from paceline.rollout.values import listed, shown, whole_number
-from paceline.rollout.verification import verify_batch
 from paceline.rollout.verify import Verifier
 
 _NOT_FINITE = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
@@ -69,7 +69,7 @@ class RolloutEngine:
             sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
-        graphs: Decode through captured graphs (`paceline.rollout.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
+        graphs: Decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
             buckets and runs them as they are, for tests.
         budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware`` for more where more
             is left to decode.

@@ -13,18 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rollout.api import DistillationTrace
-from paceline.rollout.attention import ForwardBatch, chain_seats, tree_seats
-from paceline.rollout.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.graph_pool import Capturer, GraphPool
-from paceline.rollout.kv_cache import CacheShape, SlotCache
-from paceline.rollout.layer_probe import decoder_layers
-from paceline.rollout.model_shape import intermediate_size, observed_keys
+from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
+from paceline.rollout.model.fusion_check import decoder_layers
+from paceline.rollout.model.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_pool import Capturer, GraphPool
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.shape import intermediate_size, observed_keys
+from paceline.rollout.model.text_limits import has_position_table, text_limit
+from paceline.rollout.model.view_check import checked_view
 from paceline.rollout.native import RaggedTokens
 from paceline.rollout.sequence import SequenceState
-from paceline.rollout.text_limits import has_position_table, text_limit
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
-from paceline.rollout.view_check import checked_view
 
 MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
 

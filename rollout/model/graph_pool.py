@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from paceline.rollout.graph_plan import GraphKey, GraphPlan, smallest_bucket
+from paceline.rollout.model.graph_plan import GraphKey, GraphPlan, smallest_bucket
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]]
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from paceline.rollout.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
-from paceline.rollout.fused_layer import FusedLayer, LayerParts
-from paceline.rollout.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
+from paceline.rollout.model.fused_layer import FusedLayer, LayerParts
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.native import Kernels, RaggedTokens, load_kernels
 from paceline.rollout.transformers_api import (
     DynamicCache,

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from paceline.rollout.calibration import calibrate_forward
 from paceline.rollout.drafters.base import DraftContext, Drafter, VerifiedStep
 from paceline.rollout.drafters.coverage import refusal
-from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.model.calibration import calibrate_forward
+from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import (
     BUDGETS,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.rollout.attention import ForwardBatch
 from paceline.rollout.machine_limits import available_memory
+from paceline.rollout.model.attention import ForwardBatch
 from paceline.rollout.native import load_kernels
 from paceline.rollout.transformers_api import Cache
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from paceline.rollout.api import SamplingParams
+from paceline.rollout.counter_rng import Stream, step_uniforms, uniforms
 from paceline.rollout.native import Kernels, load_kernels
-from paceline.rollout.randomness import Stream, step_uniforms, uniforms
 from paceline.rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.rollout.model_runner import ModelRunner
+from paceline.rollout.model.runner import ModelRunner
 
 _WIDTHS = (1, 2, 4, 8, 16)
 _FAR = 1024

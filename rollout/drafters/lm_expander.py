@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from paceline.rollout.drafters.growing import request_temperatures
+from paceline.rollout.drafters.model_drafts import request_temperatures
 from paceline.rollout.sequence import SequenceState
 
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens [B, E], seats [4, B, E]) → logits [B, E, V]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
-from paceline.rollout.attention import ForwardBatch
-from paceline.rollout.inference_view import InferenceView, copy_sharing
-from paceline.rollout.kv_cache import CacheShape, SlotCache
-from paceline.rollout.layer_probe import in_two_forwards
+from paceline.rollout.model.attention import ForwardBatch
+from paceline.rollout.model.fusion_check import in_two_forwards
+from paceline.rollout.model.inference_view import InferenceView, copy_sharing
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
 from paceline.rollout.values import error_line
 

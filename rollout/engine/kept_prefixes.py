@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.rollout.kv_cache import SlotCache, available_bytes
+from paceline.rollout.model.kv_cache import SlotCache, available_bytes
 from paceline.rollout.sequence import SequenceState
 
 
