@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from paceline.rl.cli import user_errors
+from paceline.cli.common import user_errors
 from paceline.rl.integrations.trl import paceline_rollouts
 from paceline.rl.policies import fetch_policy
 

@@ -1,6 +1,6 @@
 """Benchmarks: ``python launch/bench.py --help``, the same as ``paceline bench``."""
 
-from paceline.rl.commands.bench import main
+from paceline.benchmarks.main import main
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.results import evaluate
+from paceline.cli.results import evaluate
 
 if __name__ == "__main__":
     typer.run(evaluate)

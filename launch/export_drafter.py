@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.drafters import export
+from paceline.cli.drafter import export
 
 if __name__ == "__main__":
     typer.run(export)

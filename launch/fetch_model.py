@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.policies import fetch
+from paceline.cli.policy import fetch
 
 if __name__ == "__main__":
     typer.run(fetch)

@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.results import report
+from paceline.cli.results import report
 
 if __name__ == "__main__":
     typer.run(report)

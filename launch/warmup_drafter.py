@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.drafters import warm_up_drafter
+from paceline.cli.drafter import warm_up_drafter
 
 if __name__ == "__main__":
     typer.run(warm_up_drafter)

@@ -2,7 +2,7 @@
 
 import typer
 
-from paceline.rl.commands.policies import warm_up_policy
+from paceline.cli.policy import warm_up_policy
 
 if __name__ == "__main__":
     typer.run(warm_up_policy)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = (
-    "torchrun", "torch.distributed", "accelerate", "deepspeed", "slurmstepd", "paceline", "paceline.rl.commands", "mpirun", "orted", "prted",
+    "torchrun", "torch.distributed", "accelerate", "deepspeed", "slurmstepd", "paceline", "mpirun", "orted", "prted",
     "hydra_pmi_proxy",
 )  # fmt: skip
 _REAPERS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "containerd-shim")

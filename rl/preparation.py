@@ -98,7 +98,7 @@ def _in_a_process(what: str, config: RunConfig) -> None:
         command = [
             sys.executable,
             "-m",
-            "paceline.rl.commands.preparing",
+            "paceline.cli.preparing",
             what,
             str(recipe),
             command_line(),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch.distributed
 
+from paceline.cli.common import user_errors
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.export import export_drafter
-from paceline.rl.cli import user_errors
 from paceline.rl.config import RunConfig, load_config
 from paceline.rl.dry_run import describe
 from paceline.rl.errors import UserError

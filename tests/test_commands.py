@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.testing import CliRunner
 
+from paceline.cli import doctor, trial
+from paceline.cli.doctor import Finding, findings
+from paceline.cli.main import app
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
-from paceline.rl.commands import doctor, trial
-from paceline.rl.commands.app import app
-from paceline.rl.commands.doctor import Finding, findings
 from paceline.rl.config import load_config
 from paceline.rl.policies import fetch_policy
 from paceline.rl.summary import read_metrics
@@ -51,7 +51,7 @@ def test_help_names_every_command():
 LIGHT = """
 import sys
 from typer.testing import CliRunner
-from paceline.rl.commands.app import app
+from paceline.cli.main import app
 
 for command in ([], *([name] for name in sys.argv[1:])):
     done = CliRunner().invoke(app, [*command, "--help"])
@@ -168,10 +168,10 @@ def test_doctor_says_what_it_saw(monkeypatch):
     assert int(said["its rollouts"].split()[0]) == 16
     assert float(said["its updates"].split()[-1]) > 0
     assert int(said["its drafter"].split()[0]) > 0
-    monkeypatch.setattr("paceline.rl.commands.doctor.findings", lambda: iter(found))
+    monkeypatch.setattr("paceline.cli.doctor.findings", lambda: iter(found))
     assert "main job runs here" in runner.invoke(app, ["doctor"]).output
     monkeypatch.setattr(
-        "paceline.rl.commands.doctor.findings",
+        "paceline.cli.doctor.findings",
         lambda: iter([Finding("torch", "2.0", False, needed=True, advice="pip")]),
     )
     broken = runner.invoke(app, ["doctor"])
@@ -238,7 +238,7 @@ def doctor_with(folder, patch):
     """``paceline doctor`` where every process runs ``patch`` at its start."""
     (folder / "sitecustomize.py").write_text(patch)
     environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COLUMNS": "400"}
-    command = [sys.executable, "-m", "paceline.rl.commands.app", "doctor"]
+    command = [sys.executable, "-m", "paceline.cli.main", "doctor"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -263,7 +263,7 @@ def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(tmp_path):
 
 def test_bench_has_its_own_help():
     with pytest.raises(SystemExit):
-        from paceline.rl.commands.bench import main
+        from paceline.benchmarks.main import main
 
         main(["--help"])
     assert "selection" in runner.invoke(app, ["bench", "--help"]).output
@@ -274,7 +274,7 @@ def _interrupted(tmp_path, ranks, number):
     command = [
         sys.executable,
         "-m",
-        "paceline.rl.commands.app",
+        "paceline.cli.main",
         "train",
         "tiny",
         f"out={tmp_path / 'run'}",

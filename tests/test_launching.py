@@ -95,7 +95,7 @@ def test_every_task_becomes_a_rank(cluster):
         key=lambda r: r[1]["RANK"],
     )
     for number, (arguments, environment) in enumerate(started):
-        assert arguments == ["-m", "paceline.rl.commands.rank", "tiny", "out=run", "update.lr=1e-5"]
+        assert arguments == ["-m", "paceline.cli.rank", "tiny", "out=run", "update.lr=1e-5"]
         assert environment == {
             "RANK": str(number),
             "LOCAL_RANK": str(number),

@@ -117,9 +117,9 @@ def _processes(launcher: int) -> dict[str, list[psutil.Process]]:
         found["launcher"] = [psutil.Process(launcher)]
         for process in found["launcher"][0].children(recursive=True):
             words = process.cmdline()
-            if "paceline.rl.commands.ranks" in words:
+            if "paceline.cli.ranks" in words:
                 found["agent"].append(process)
-            elif "paceline.rl.commands.rank" in words:
+            elif "paceline.cli.rank" in words:
                 found["rank"].append(process)
             elif "paceline.rl.rewards.worker" in words:
                 found["scorer"].append(process)
@@ -130,7 +130,7 @@ def _processes(launcher: int) -> dict[str, list[psutil.Process]]:
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job whose last words are in ``folder``."""
-    command = [sys.executable, "-m", "paceline.rl.commands.app", "train", *arguments, "--ranks", "2"]
+    command = [sys.executable, "-m", "paceline.cli.main", "train", *arguments, "--ranks", "2"]
     with (folder / "said").open("w") as out:
         return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from paceline.rl.bench_gpu import SHAPES, planned
-from paceline.rl.bench_learning import LearningRow, compare_learning
-from paceline.rl.bench_peers import Peers
-from paceline.rl.bench_sharding import WAYS, compare_sharding
-from paceline.rl.bench_step import logprob_gap, profile_step, refresh_seconds
+from paceline.benchmarks.common.peers import Peers
+from paceline.benchmarks.decoding.decode_step import logprob_gap, profile_step, refresh_seconds
+from paceline.benchmarks.decoding.gpu import SHAPES, planned
+from paceline.benchmarks.training.learning import LearningRow, compare_learning
+from paceline.benchmarks.training.sharding import WAYS, compare_sharding
 from paceline.rollout import Request, SamplingParams
 from tests.support import tiny_llama
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.rl.bench_lengths import compare_rewards
-from paceline.rl.bench_plots import draw_all
-from paceline.rl.bench_prediction import Observed, _Known, compare_orders, compare_predictors
-from paceline.rl.bench_tail import REMEDIES, compare_remedies
+from paceline.benchmarks.common.plots import draw_all
+from paceline.benchmarks.lengths.prediction import Observed, _Known, compare_orders, compare_predictors
+from paceline.benchmarks.lengths.rewards import compare_rewards
+from paceline.benchmarks.lengths.tail import REMEDIES, compare_remedies
 from paceline.rl.config import load_config
 from paceline.rl.lengths.predictor import Example
 from paceline.rollout import Request, SamplingParams

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from paceline.rl import bench_runs, bench_sharding
-from paceline.rl.bench_results import Results, check_target
-from paceline.rl.commands import bench
-from paceline.rl.commands.bench import main
+from paceline.benchmarks.common import runs
+from paceline.benchmarks.common.results import Results, check_target
+from paceline.benchmarks.main import COMMANDS, main
+from paceline.benchmarks.training import sharding
 from paceline.rl.errors import UserError
 from tests.support import ROOT
 
@@ -55,7 +55,7 @@ KILLED = """
 import os, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
-from paceline.rl.bench_results import Results
+from paceline.benchmarks.common.results import Results
 
 @dataclass
 class Row:
@@ -79,7 +79,7 @@ def test_a_killed_benchmark_keeps_its_rows(tmp_path):
 def test_a_target_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.json").mkdir()
-    monkeypatch.setitem(bench.COMMANDS, "sharding", lambda args: pytest.fail("measured"))
+    monkeypatch.setitem(COMMANDS, "sharding", lambda args: pytest.fail("measured"))
     for out in (tmp_path / "file" / "below", tmp_path / "taken", Path("/proc/none/out")):
         with pytest.raises(SystemExit) as left:
             main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(out)])
@@ -104,7 +104,7 @@ def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch
             raise UserError("the run failed")
         return found
 
-    monkeypatch.setattr(bench_sharding, "train_recipe", train)
+    monkeypatch.setattr(sharding, "train_recipe", train)
     with pytest.raises(SystemExit):
         main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert [row["way"] for row in read(tmp_path / "out.json")["rows"]] == ["replicated", "ZeRO 0"]
@@ -115,11 +115,11 @@ def test_a_benchmarks_run_says_how_far_it_is(tmp_path, monkeypatch):
     script = "import pathlib, sys, time\nout = pathlib.Path(sys.argv[-1].removeprefix('out='))\nout.mkdir()\n"
     script += "for step in range(3):\n    (out / 'metrics.jsonl').open('a').write('{}\\n')\n    time.sleep(0.15)\n"
     script += "print('paceline: no such thing', file=sys.stderr)\nsys.exit(2 if 'fail' in sys.argv else 0)\n"
-    monkeypatch.setattr(bench_runs, "_launcher", lambda script_name, ranks: [sys.executable, "-c", script])
-    monkeypatch.setattr(bench_runs, "_POLL", 0.02)
-    monkeypatch.setattr(bench_runs, "_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(runs, "_launcher", lambda module, ranks: [sys.executable, "-c", script])
+    monkeypatch.setattr(runs, "_POLL", 0.02)
+    monkeypatch.setattr(runs, "_BETWEEN_LINES", 0.0)
     said = []
-    bench_runs.run_ranks("train.py", [], tmp_path / "run", 1, said.append)
+    runs.run_ranks("paceline.cli.rank", [], tmp_path / "run", 1, said.append)
     assert [line for line in said if "step 2" in line] and "run" in said[0]
     with pytest.raises(UserError, match="failed: no such thing"):
-        bench_runs.run_ranks("train.py", ["fail"], tmp_path / "other", 1, said.append)
+        runs.run_ranks("paceline.cli.rank", ["fail"], tmp_path / "other", 1, said.append)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from paceline.rl.bench_drafting import _stretches
-from paceline.rl.bench_plots import draw_all
-from paceline.rl.bench_selection import SelectionRow
-from paceline.rl.bench_verifiers import Watching, _bounds
+from paceline.benchmarks.common.plots import draw_all
+from paceline.benchmarks.decoding.drafters import _stretches
+from paceline.benchmarks.decoding.selection import SelectionRow
+from paceline.benchmarks.decoding.verifiers import Watching, _bounds
 from paceline.rollout import Request, SamplingParams
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.verify import VERIFIERS

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from paceline.benchmarks.common.harness import RolloutBench
+from paceline.benchmarks.decoding.served import ServedRow
+from paceline.benchmarks.training.idle import idle_row
+from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare_losses
+from paceline.benchmarks.training.online import VARIANTS as ONLINE
+from paceline.benchmarks.training.online import compare_online
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
-from paceline.rl.bench import RolloutBench
-from paceline.rl.bench_idle import idle_row
-from paceline.rl.bench_losses import VARIANTS, CollectionRow, compare_losses
-from paceline.rl.bench_online import VARIANTS as ONLINE
-from paceline.rl.bench_online import compare_online
-from paceline.rl.bench_served import ServedRow
 from paceline.rl.config import load_config
 from paceline.rl.distillation import reward_weights
 from tests.support import train_here

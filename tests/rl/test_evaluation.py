@@ -8,7 +8,7 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from paceline.rl.commands.app import app
+from paceline.cli.main import app
 from paceline.rl.config import load_config
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation_problems import check_not_trained, evaluation_problems, fitting

@@ -9,7 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from paceline.rl.commands.app import app
+from paceline.cli.main import app
 from paceline.rl.interruption import Interruption
 
 RUN = """
@@ -75,7 +75,7 @@ while not stop.exists():
 def test_a_stop_that_is_asked_for_while_ranks_start_is_not_lost(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(
-        "paceline.rl.commands.training.rank_command",
+        "paceline.cli.train.rank_command",
         lambda *_: [sys.executable, "-S", "-c", _STARTING, str(tmp_path)],
     )
     found = CliRunner().invoke(app, ["train", "--resume", str(tmp_path), "--ranks", "2"])

@@ -137,7 +137,7 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
         command = [
             sys.executable,
             "-m",
-            "paceline.rl.commands.app",
+            "paceline.cli.main",
             "train",
             "tiny",
             *STARTS,

@@ -12,10 +12,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from paceline.cli.main import app
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.export import export_drafter, hub_id
 from paceline.rl import publishing
-from paceline.rl.commands.app import app
 from paceline.rl.lora import AdapterBase, add_adapters, save_adapters
 from paceline.rl.sections import LoraConfig
 from tests.support import tiny_eagle3, tiny_llama

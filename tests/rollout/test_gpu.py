@@ -46,7 +46,7 @@ def test_an_update_reaches_the_graphs():
 
 
 def test_graphs_take_the_memory_that_was_planned():
-    from paceline.rl.bench_gpu import measure
+    from paceline.benchmarks.decoding.gpu import measure
 
     memory = measure("1.5B", lambda line: None).graph_memory
     assert 0.9 <= memory["planned ÷ used"] <= 1.1

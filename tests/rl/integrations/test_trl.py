@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig
 
+from paceline.cli.trial import share_of_digits
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
-from paceline.rl.commands.trial import share_of_digits
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.trl import RLOOTrainer, paceline_rollouts
 from paceline.rl.integrations.trl_arguments import check_trainer

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from paceline.rl.commands.trial import share_of_digits
+from paceline.cli.trial import share_of_digits
 from paceline.rl.integrations.trl import paceline_rollouts
 from paceline.rl.sharding.gathering import whole_parameters
 

@@ -1,0 +1,1 @@
+"""Benchmarks: ``paceline bench`` runs them, benchmarks/ keeps their results."""

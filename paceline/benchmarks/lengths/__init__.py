@@ -1,0 +1,1 @@
+"""Studies of lengths: length-aware rewards, predicted lengths, and the long tail."""

@@ -1,0 +1,1 @@
+"""Studies of training: the update, the drafter's training, sharding, and whole runs."""

@@ -1,0 +1,68 @@
+"""The command ``paceline``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from paceline.cli.common import say_first
+from paceline.cli.drafter import export, serve
+from paceline.cli.policy import fetch, warm_up_policy
+from paceline.cli.push import push
+from paceline.cli.results import evaluate, report
+from paceline.cli.train import train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"paceline {version('paceline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def paceline(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Lossless, adaptive speculative rollouts for reasoning RL, with a drafter distilled on the way."""
+
+
+app.command()(train)
+app.command()(report)
+app.command()(evaluate)
+app.command()(export)
+app.command()(serve)
+app.command()(push)
+app.command("warmup")(warm_up_policy)
+app.command()(fetch)
+
+
+@app.command()
+def doctor() -> None:
+    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot run."""
+    say_first("looking at this machine; a tiny run at the end takes half a minute")
+    from paceline.cli.doctor import doctor as examine
+
+    examine()
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Runs a benchmark; paceline bench --help lists them."""
+    from paceline.benchmarks.main import main
+
+    main(context.args, "paceline bench")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,46 @@
+"""The process in which a run's start is made: ``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from paceline.cli.common import user_errors
+from paceline.rl.errors import UserError
+from paceline.rl.launchers import end_with_parent
+
+
+def main(what: str, recipe: str, command: str, parent: str) -> None:
+    """Makes one thing, see `paceline.rl.preparation`.
+
+    Args:
+        what: ``policy`` or ``drafter``.
+        recipe: JSON file with the whole recipe.
+        command: What the user typed, for the record.
+        parent: Id of the process that waits for this one, which ends with it.
+    """
+    end_with_parent(int(parent))
+    from paceline.rl.config import RunConfig
+    from paceline.rl.machine import fit_process
+    from paceline.rl.preparation import make_first_drafter, make_policy
+    from paceline.rl.progress import Display
+    from paceline.rl.strict import parse
+
+    with user_errors(), Display() as display:
+        config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)
+        fit_process(local_world_size=1)
+        try:
+            if what == "policy":
+                make_policy(config, display)
+            else:
+                make_first_drafter(config, command, display)
+        except OSError as error:
+            raise UserError(f"{error}: free some disk or set PACELINE_CACHE, then give the same command again") from None
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
