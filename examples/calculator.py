@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from paceline.cli.common import user_errors
 from paceline.rl.integrations.trl import paceline_rollouts
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
 
 ASK = "What is {}? <calc>EXPRESSION</calc> computes. End with Answer: NUMBER\n"
 REMINDER = "\nWrite <calc>EXPRESSION</calc> or Answer: NUMBER\n"

@@ -3,7 +3,7 @@
 ``--resume RUN`` goes on from the last whole checkpoint of a run, with the recipe that the run keeps.
 """
 
-from paceline.rl.launchers import end_with_launcher
+from paceline.rl.process.parent_death import end_with_launcher
 
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
@@ -11,6 +11,6 @@ if __name__ == "__main__":
     from paceline.cli.common import say_first
 
     say_first("loading torch and transformers")
-    from paceline.rl.train_command import main
+    from paceline.rl.run import main
 
     main(__doc__)

@@ -20,15 +20,15 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from paceline.rl.command_line import command_line
-from paceline.rl.config import RunConfig, to_dict
-from paceline.rl.drafter_warmup import WarmupReport, warm_drafter
+from paceline.rl.drafting.warmup import WarmupReport, warm_drafter
 from paceline.rl.errors import UserError
-from paceline.rl.machine import threads_of_rank
-from paceline.rl.once import alone, made_once, put
-from paceline.rl.policies import cache_dir, cached_policy, fetch_policy
-from paceline.rl.progress import Display
-from paceline.rl.warmup import make_warmed_policy, warmed_policy_path
+from paceline.rl.learner.sft_warmup import make_warmed_policy, warmed_policy_path
+from paceline.rl.models.policies import cache_dir, cached_policy, fetch_policy
+from paceline.rl.process.invocation import command_line
+from paceline.rl.process.made_once import alone, made_once, put
+from paceline.rl.process.process_tuning import threads_of_rank
+from paceline.rl.process.progress import Display
+from paceline.rl.recipe import RunConfig, to_dict
 
 _OF_A_RANK = (
     "RANK",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from paceline.cli.common import user_errors
 from paceline.rl.errors import UserError
-from paceline.rl.launchers import end_with_parent
+from paceline.rl.process.parent_death import end_with_parent
 
 
 def main(what: str, recipe: str, command: str, parent: str) -> None:
@@ -21,11 +21,11 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
         parent: Id of the process that waits for this one, which ends with it.
     """
     end_with_parent(int(parent))
-    from paceline.rl.config import RunConfig
-    from paceline.rl.machine import fit_process
+    from paceline.rl.config.parsing import parse
     from paceline.rl.preparation import make_first_drafter, make_policy
-    from paceline.rl.progress import Display
-    from paceline.rl.strict import parse
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.process.progress import Display
+    from paceline.rl.recipe import RunConfig
 
     with user_errors(), Display() as display:
         config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)

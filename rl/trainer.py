@@ -14,33 +14,33 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
-from paceline.rl.advantages import uniform_groups
-from paceline.rl.anytime import Anytime, Dense
-from paceline.rl.clock import Clock
-from paceline.rl.config import RunConfig, to_dict
+from paceline.rl.algorithms.advantages import uniform_groups
+from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, save_checkpoint
+from paceline.rl.checkpointing.graceful_stop import Interruption
+from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
+from paceline.rl.checkpointing.run_directory import on_main
+from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
-from paceline.rl.groups import RankRollouts
-from paceline.rl.interruption import Interruption
-from paceline.rl.kept_checkpoints import keep_checkpoint
-from paceline.rl.metrics import RankStep, rank_record, step_metrics
-from paceline.rl.opening import on_main
-from paceline.rl.policies import load_tokenizer
-from paceline.rl.policy_learner import PolicyLearner
-from paceline.rl.prompt_check import check_prompts
-from paceline.rl.prompt_choice import prompt_choice
-from paceline.rl.prompts import scored_text
+from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
+from paceline.rl.generation.anytime import Anytime, Dense
+from paceline.rl.generation.groups import RankRollouts
+from paceline.rl.generation.vllm import VllmRollouts
+from paceline.rl.generation.worker import RolloutWorker
+from paceline.rl.learner.policy import PolicyLearner
+from paceline.rl.models.initial import copy_weights, decoding_copy, starting_policy, trained_policy
+from paceline.rl.models.policies import load_tokenizer
+from paceline.rl.monitoring.collapse_guard import Guard
+from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
+from paceline.rl.monitoring.timeline import Clock
+from paceline.rl.monitoring.tracker import RolloutProgress, Tracker
+from paceline.rl.recipe import RunConfig, to_dict
 from paceline.rl.rewards.pool import Scores, ScoringPool
-from paceline.rl.rollouts import RolloutWorker
-from paceline.rl.run_evaluation import EvaluationFailed, RunEvaluation
-from paceline.rl.run_state import Checkpoint, restore_selector, save_checkpoint
-from paceline.rl.shaping import Shaping
+from paceline.rl.rewards.shaping import Shaping
 from paceline.rl.sharding import is_shared
-from paceline.rl.shared_drafter import SharedDrafter
-from paceline.rl.stability import Guard
-from paceline.rl.starting import copy_weights, decoding_copy, starting_policy, trained_policy
-from paceline.rl.tasks import Problem, load_task
-from paceline.rl.tracking import RolloutProgress, Tracker
-from paceline.rl.vllm_rollouts import VllmRollouts
+from paceline.rl.tasks.prompt_check import check_prompts
+from paceline.rl.tasks.prompts import scored_text
+from paceline.rl.tasks.sampler import prompt_choice
+from paceline.rl.tasks.task import Problem, load_task
 from paceline.rollout import FinishReason, Rollout, StepRecord
 
 _ROUND = 10**9  # more steps than any run has: added to the step for each further round, so that its seeds are new

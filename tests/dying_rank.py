@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main() -> None:
-    from paceline.rl import train_command, trainer
-    from paceline.rl.clock import Clock
+    from paceline.rl import run, trainer
+    from paceline.rl.monitoring.timeline import Clock
 
     wanted, met = sys.argv.pop(1), 0
     phase, save = Clock.phase, trainer.save_checkpoint
@@ -34,7 +34,7 @@ def main() -> None:
         save(*arguments, **options)
 
     Clock.phase, trainer.save_checkpoint = dying_phase, dying_save
-    train_command.main(None)
+    run.main(None)
 
 
 if __name__ == "__main__":

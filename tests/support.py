@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from paceline.rl import train_command
-from paceline.rl.config import load_config
-from paceline.rl.tracking import Tracker
+from paceline.rl import run
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.recipe import load_config
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import Rollout, RolloutEngine, default_tap_layers
 from paceline.rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
@@ -62,9 +62,9 @@ def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, se
 
 def train_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     """``launch/train.py`` with these arguments, in this process, whose threads and allocator stay as they are."""
-    monkeypatch.setattr(train_command, "fit_process", lambda local_world_size: None)
+    monkeypatch.setattr(run, "fit_process", lambda local_world_size: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    train_command.main(None)
+    run.main(None)
 
 
 class AdversarialDrafter(StatelessSlots):

@@ -21,9 +21,9 @@ from paceline.cli import doctor, trial
 from paceline.cli.doctor import Finding, findings
 from paceline.cli.main import app
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
-from paceline.rl.config import load_config
-from paceline.rl.policies import fetch_policy
-from paceline.rl.summary import read_metrics
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.monitoring.summary import read_metrics
+from paceline.rl.recipe import load_config
 from tests.support import ROOT, tiny_eagle3, tiny_llama
 
 runner = CliRunner()

@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from paceline.rl.summary import read_metrics
+from paceline.rl.monitoring.summary import read_metrics
 from tests.support import ROOT
 
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"

@@ -28,7 +28,7 @@ from paceline import drafter_trainer, rl, rollout
 from paceline.cli import app
 from paceline.rl.integrations import host
 from paceline.rollout.backends import vllm_server
-from paceline.rl.config import load_config
+from paceline.rl.recipe import load_config
 from paceline.rollout.native.build import SOURCE
 
 assert "site-packages" in rl.__file__, rl.__file__

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from paceline.benchmarks.length_commands import LENGTH_COMMANDS
 from paceline.benchmarks.pipeline_commands import PIPELINE_COMMANDS
-from paceline.rl.command_line import command_line
+from paceline.rl.process.invocation import command_line
 
 
 def measure_rollout(args: argparse.Namespace) -> None:
@@ -21,9 +21,9 @@ def measure_rollout(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.results import Results, json_path
     from paceline.benchmarks.common.tables import draw_results, profile_table, results_table
     from paceline.benchmarks.decoding.decode_step import logprob_gap, profile_step, refresh_seconds
-    from paceline.rl.config import load_config
-    from paceline.rl.console import console
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.console import console
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     terminal = console()
@@ -54,9 +54,9 @@ def compare_updates(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from paceline.benchmarks.training.update import measure_update
-    from paceline.rl.config import load_config
-    from paceline.rl.console import console
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.console import console
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     if not args.untuned:
         fit_process(local_world_size=1)
@@ -77,9 +77,9 @@ def compare_runs(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from paceline.benchmarks.common.results import Results
-    from paceline.rl.console import console
-    from paceline.rl.files import read_object
-    from paceline.rl.summary import read_metrics, summarise
+    from paceline.rl.monitoring.summary import read_metrics, summarise
+    from paceline.rl.process.console import console
+    from paceline.rl.process.files import read_object
 
     table = Table(
         "run",
@@ -148,8 +148,8 @@ def compare_drafters(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.decoding.drafters import compare_drafters, compare_sharing, measure_positions
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -170,8 +170,8 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.decoding.verifiers import measure_verifiers
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -190,8 +190,8 @@ def compare_selection(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.decoding.selection import compare_selection, measure_whole_batch
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     config = load_config(args.config)
@@ -211,8 +211,8 @@ def compare_served(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.decoding.served import compare_served
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     with Results(args.out, command_line()) as results:
@@ -229,8 +229,8 @@ def compare_losses(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.training.losses import collection_cost, compare_losses
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     bench = RolloutBench(load_config(args.config), args.run, 1, 64)
@@ -290,8 +290,8 @@ def compare_online(args: argparse.Namespace) -> None:
     """Online learners beside each other on one moving policy."""
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.training.online import compare_online
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     config = load_config(args.config, args.overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from paceline.rl.command_line import command_line
+from paceline.rl.process.invocation import command_line
 
 
 def compare_rewards(args: argparse.Namespace) -> None:
@@ -14,7 +14,7 @@ def compare_rewards(args: argparse.Namespace) -> None:
 
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.lengths.rewards import compare_rewards
-    from paceline.rl.console import console
+    from paceline.rl.process.console import console
 
     with Results(args.out, command_line()) as results:
         rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
@@ -38,8 +38,8 @@ def compare_prediction(args: argparse.Namespace) -> None:
     from paceline.benchmarks.common.harness import RolloutBench
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.lengths.prediction import compare_orders, compare_predictors, observe
-    from paceline.rl.config import load_config
-    from paceline.rl.machine import fit_process
+    from paceline.rl.process.process_tuning import fit_process
+    from paceline.rl.recipe import load_config
 
     fit_process(local_world_size=1)
     bench = RolloutBench(load_config(args.config), args.run, 1)
@@ -66,7 +66,7 @@ def compare_remedies(args: argparse.Namespace) -> None:
 
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.lengths.tail import REMEDIES, compare_remedies
-    from paceline.rl.console import console
+    from paceline.rl.process.console import console
 
     with Results(args.out, command_line()) as results:
         names, keep = args.only or list(REMEDIES), results.into("rows")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from paceline.rl.command_line import command_line
+from paceline.rl.process.invocation import command_line
 
 
 def compare_trl(args: argparse.Namespace) -> None:
@@ -15,7 +15,7 @@ def compare_trl(args: argparse.Namespace) -> None:
 
     from paceline.benchmarks.common.results import Results
     from paceline.benchmarks.training.trl import compare_trl
-    from paceline.rl.console import console
+    from paceline.rl.process.console import console
 
     with Results(args.out, command_line()) as results:
         keep = results.into("rows")

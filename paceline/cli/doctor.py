@@ -18,9 +18,9 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from paceline.cli.trial import TrialFailed, run_trial
-from paceline.rl.console import console
-from paceline.rl.machine import threads_of_rank
-from paceline.rl.policies import SMOLLM2, cache_dir, cached_policy
+from paceline.rl.models.policies import SMOLLM2, cache_dir, cached_policy
+from paceline.rl.process.console import console
+from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rollout.machine_limits import memory_limit, usable_cores
 from paceline.rollout.native.build import NativeUnavailable, build_library
 

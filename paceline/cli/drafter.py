@@ -11,8 +11,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from paceline.cli.common import Overrides, say_first, user_errors
-from paceline.rl.command_line import command_line
 from paceline.rl.errors import UserError
+from paceline.rl.process.invocation import command_line
 
 
 def warm_up_drafter(
@@ -27,10 +27,10 @@ def warm_up_drafter(
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
         say_first(f"a first drafter for {config}: loading torch and transformers")
-        from paceline.rl.config import load_config
-        from paceline.rl.machine import fit_process
         from paceline.rl.preparation import make_drafter, prepare
-        from paceline.rl.progress import Display
+        from paceline.rl.process.process_tuning import fit_process
+        from paceline.rl.process.progress import Display
+        from paceline.rl.recipe import load_config
 
         recipe = load_config(config, overrides or ())
         fit_process(local_world_size=1)

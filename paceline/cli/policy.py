@@ -17,7 +17,7 @@ def fetch(
 ) -> None:
     """Resolves a model id to a directory, fetching it if need be, and prints it."""
     say_first(f"looking for {model}", data=True)
-    from paceline.rl.policies import fetch_policy
+    from paceline.rl.models.policies import fetch_policy
 
     with user_errors():
         print(fetch_policy(model))
@@ -32,10 +32,10 @@ def warm_up_policy(
     """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both are kept: runs of the
     recipe find the policy."""
     say_first(f"warming the policy of {config} up: loading torch and transformers")
-    from paceline.rl.config import load_config
+    from paceline.rl.models.initial import starting_policy
     from paceline.rl.preparation import prepare
-    from paceline.rl.progress import Display
-    from paceline.rl.starting import starting_policy
+    from paceline.rl.process.progress import Display
+    from paceline.rl.recipe import load_config
 
     with user_errors():
         recipe = load_config(config, overrides or ())

@@ -19,7 +19,7 @@ def push(
 ) -> None:
     """Uploads a run's policy, adapter and drafter to the Hugging Face hub, each with a model card."""
     say_first("reading what is to be pushed")
-    from paceline.rl.publishing import push_run
+    from paceline.rl.models.publishing import push_run
 
     with user_errors():
         push_run(

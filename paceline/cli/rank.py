@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from paceline.rl.launchers import end_with_launcher
+from paceline.rl.process.parent_death import end_with_launcher
 
 
 def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
@@ -23,6 +23,6 @@ if __name__ == "__main__":
     from paceline.cli.common import say_first
 
     say_first("loading torch and transformers")
-    from paceline.rl.train_command import main
+    from paceline.rl.run import main
 
     main(None)

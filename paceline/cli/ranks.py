@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-from paceline.rl.launchers import end_with_launcher
+from paceline.rl.process.parent_death import end_with_launcher
 
 
 def main() -> int:

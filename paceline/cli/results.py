@@ -17,7 +17,7 @@ def report(
     picture: Annotated[Path | None, Option(help="also write four of its plots as one PNG")] = None,
 ) -> None:
     """Writes a run's report, one self-contained HTML file."""
-    from paceline.rl.report import write_picture, write_report
+    from paceline.rl.monitoring.report import write_picture, write_report
 
     with user_errors():
         print(write_report(run))
@@ -43,11 +43,11 @@ def evaluate(
     """
     say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
     from paceline.rl.errors import UserError
-    from paceline.rl.evaluate import Evaluator
-    from paceline.rl.evaluated_policy import evaluated_policy
-    from paceline.rl.files import write_whole
-    from paceline.rl.machine import fit_process
-    from paceline.rl.starting import starting_policy
+    from paceline.rl.evaluation.evaluate import Evaluator
+    from paceline.rl.evaluation.policy import evaluated_policy
+    from paceline.rl.models.initial import starting_policy
+    from paceline.rl.process.files import write_whole
+    from paceline.rl.process.process_tuning import fit_process
 
     with user_errors():
         recipe, policy = evaluated_policy(config, list(overrides or ()), run, checkpoint)

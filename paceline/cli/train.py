@@ -16,8 +16,8 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides, say_first, user_errors
 from paceline.cli.rank import rank_command
+from paceline.rl.checkpointing.graceful_stop import ASKS, ONE_PRESS, say_stopping
 from paceline.rl.errors import UserError
-from paceline.rl.interruption import ASKS, ONE_PRESS, say_stopping
 
 
 def train(
@@ -50,7 +50,7 @@ def train(
         say_first(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
         run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
-            from paceline.rl.train_command import run as run_here
+            from paceline.rl.run import run as run_here
 
             size = [] if gpu is None else ["--gpu", str(gpu)]
             run_here([*named, *options, "--ranks", str(ranks), *size])
@@ -61,7 +61,7 @@ def train(
 
 
 def _directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
-    from paceline.rl.config import load_config
+    from paceline.rl.recipe import load_config
 
     if resume is not None:
         return resume

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from paceline.rl.config.task import ColumnsConfig
 from paceline.rl.data.conversations import Message, conversation_of
 from paceline.rl.data.golds import gold_of
 from paceline.rl.data.row_error import RowError, kind_of
-from paceline.rl.task_config import ColumnsConfig
 
 # In this order: where `problem` and `messages` are both there, the latter hold the solution too (NuminaMath, OpenR1).
 _PROMPTS = ("prompt", "problem", "question", "messages")

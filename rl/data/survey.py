@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.data.conversations import Message
 from paceline.rl.data.row_error import RowError
 from paceline.rl.data.rows import read_row
 from paceline.rl.errors import UserError
-from paceline.rl.task_config import TaskConfig
 
 
 class RowSource(Protocol):

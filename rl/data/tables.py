@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError, one_line
-from paceline.rl.task_config import TaskConfig
 
 _REASON = 300  # characters of a library's own message
 _NO_TEXT = ("Image", "Audio", "Video", "Pdf")

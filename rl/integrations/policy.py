@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.fingerprint import fingerprint, tensors_held
-from paceline.rl.lora import merged
-from paceline.rl.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
+from paceline.rl.models.initial import copy_weights
+from paceline.rl.models.lora import merged
+from paceline.rl.models.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
 from paceline.rl.sharding.gathering import in_parts, whole_parameters
-from paceline.rl.starting import copy_weights
 
 
 class HostPolicy:
@@ -32,7 +32,7 @@ class HostPolicy:
         decoded: What the engine is to be built on: the host's own module, or the copy.
 
     Raises:
-        UserError: for adapters that are not known to merge exactly (`paceline.rl.mergeable`), quantized weights, and flattened parameters
+        UserError: for adapters that are not known to merge exactly (`paceline.rl.models.mergeable`), quantized weights, and flattened parameters
             (FSDP1).
     """
 

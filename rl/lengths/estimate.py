@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from paceline.rl.length_config import LengthConfig
+from paceline.rl.config.length import LengthConfig
 from paceline.rl.lengths.predictor import Example, LengthPredictor
 from paceline.rl.lengths.statistics import pinball
 from paceline.rollout import Request

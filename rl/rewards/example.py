@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
-from paceline.rl.problems import Problem
 from paceline.rl.rewards.pool import ScoringPool
-from paceline.rl.task_config import TaskConfig
+from paceline.rl.tasks.problems import Problem
 
 _IGNORANCE = "I do not know."
 

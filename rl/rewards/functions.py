@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paceline.rl.config.task import RewardConfig, TaskConfig
 from paceline.rl.errors import UserError, one_line
-from paceline.rl.task_config import RewardConfig, TaskConfig
 
 _LARGEST = 3.4028234e38  # of float32, in which rewards are kept
 Score = float | str

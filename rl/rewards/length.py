@@ -130,7 +130,7 @@ class Hbpo(RewardTerm):
 @dataclass(frozen=True, slots=True)
 class Linear(RewardTerm):
     """The naive penalty, r − α n / L, whether right or wrong: what the others are measured against. It can pay a policy to say
-    nothing (GRPO-λ's and HBPO's papers); `paceline.rl.stability` names that collapse.
+    nothing (GRPO-λ's and HBPO's papers); `paceline.rl.monitoring.collapse_guard` names that collapse.
 
     Attributes:
         alpha: α.

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.functions import Score, reward_configs
 from paceline.rl.rewards.process import Died, NotStarted, TookTooLong
 from paceline.rl.rewards.sandbox import unconfined
 from paceline.rl.rewards.scoring_thread import Job, ScoringThread
-from paceline.rl.task_config import TaskConfig
-from paceline.rl.tasks import Problem
+from paceline.rl.tasks.task import Problem
 
 _TICK = 0.1
 _DENIED = (

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from paceline.rl.task_config import TaskConfig
+from paceline.rl.config.task import TaskConfig
 
 _TICK = 0.2  # seconds after which a process is looked at that says nothing
 _LONGEST_ANSWER = 1 << 24  # bytes

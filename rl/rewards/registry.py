@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from paceline.rl.config.parsing import parse
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.entropy import Pear
 from paceline.rl.rewards.group import Alp, GrpoLambda, ShorterBetter
 from paceline.rl.rewards.length import Hbpo, L1Exact, L1Max, Linear, Overlong, Target
 from paceline.rl.rewards.terms import Samples, Term
-from paceline.rl.strict import parse
 
 TERMS: dict[str, type] = {
     "alp": Alp,

@@ -9,8 +9,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.rewards.process import Died, NotStarted, ScorerProcess, TookTooLong
-from paceline.rl.task_config import TaskConfig
 
 _START_SECONDS = 600.0
 _STARTS = 3  # in a row, after which a thread gives up

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from paceline.rl.config.parsing import parse
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
-from paceline.rl.launchers import end_with_parent
+from paceline.rl.process.parent_death import end_with_parent
 from paceline.rl.rewards.functions import Rewards, Score, load_rewards
 from paceline.rl.rewards.sandbox import confine, limit_memory
-from paceline.rl.strict import parse
-from paceline.rl.task_config import TaskConfig
-from paceline.rl.tasks import Task, load_task
+from paceline.rl.tasks.task import Task, load_task
 
 _DENIED = "; scorers may not use the network or write files: task.sandbox=off allows it"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from paceline.rl.config.paths import shipped_or_own
 from paceline.rl.errors import UserError
-from paceline.rl.shipped import shipped_or_own
 
 _OURS = {
     "bf16": "policy.mixed_precision",

@@ -22,12 +22,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from paceline.rl.checkpointing.resume import resumed_recipe
+from paceline.rl.checkpointing.run_directory import open_run
 from paceline.rl.errors import UserError
-from paceline.rl.opening import open_run
-from paceline.rl.report import write_report
-from paceline.rl.resuming import resumed_recipe
-from paceline.rl.tracking import Tracker
-from paceline.rl.train_command import run as train
+from paceline.rl.monitoring.report import write_report
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.run import run as train
 from paceline.rl.trainer import Trainer, make_accelerator
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.pool import ScoringPool
-from paceline.rl.task_config import TaskConfig
-from paceline.rl.tasks import load_task
+from paceline.rl.tasks.task import load_task
 from tests.faults.bad_rewards import CASES, COMPLETIONS, LENGTHS, BadReward
 
 # Calls the module that a problem names, so that one pool tries all of them.

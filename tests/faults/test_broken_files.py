@@ -8,7 +8,7 @@ from tests.faults import broken_files
 @pytest.mark.ci
 def test_broken_files_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
-    monkeypatch.setattr("paceline.rl.train_command.fit_process", lambda local_world_size: None)
+    monkeypatch.setattr("paceline.rl.run.fit_process", lambda local_world_size: None)
     bad = []
     counts = broken_files.run(12, 0, lambda broken: bad.append(broken) if broken.outcome in ("silent", "traceback") else None)
     assert not bad

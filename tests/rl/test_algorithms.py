@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.rl.advantages import critic_advantages, penalties, token_advantages
+from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages
 from paceline.rl.algorithms.importance import effective_share, importance_weights
 from paceline.rl.algorithms.kl import KlCoefficient, estimate_kl
 from paceline.rl.algorithms.ppo import generalised_advantages, value_loss
 from paceline.rl.algorithms.reinforce_pp import normalise, rewards_to_go
 from paceline.rl.algorithms.rloo import leave_one_out_advantages
-from paceline.rl.config import CriticConfig, UpdateConfig
+from paceline.rl.recipe import CriticConfig, UpdateConfig
 
 ALONE = lambda part: part  # noqa: E731
 

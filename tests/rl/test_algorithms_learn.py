@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from paceline.rl.config import load_config
-from paceline.rl.tracking import Tracker
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.recipe import load_config
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import RolloutEngine
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from paceline.rl.algorithms.brpo import brpo_advantages
-from paceline.rl.config import load_config
 from paceline.rl.errors import UserError
+from paceline.rl.recipe import load_config
 from tests.support import tiny_trainer
 
 OPTIONS = (

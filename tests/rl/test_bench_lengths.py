@@ -12,8 +12,8 @@ from paceline.benchmarks.common.plots import draw_all
 from paceline.benchmarks.lengths.prediction import Observed, _Known, compare_orders, compare_predictors
 from paceline.benchmarks.lengths.rewards import compare_rewards
 from paceline.benchmarks.lengths.tail import REMEDIES, compare_remedies
-from paceline.rl.config import load_config
 from paceline.rl.lengths.predictor import Example
+from paceline.rl.recipe import load_config
 from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, engine_for, tiny_llama
 

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 from accelerate import Accelerator
 
-from paceline.rl import clock
-from paceline.rl.clock import Clock
+from paceline.rl.monitoring import timeline
+from paceline.rl.monitoring.timeline import Clock
 
 
 def test_a_jump_of_the_wall_clock_is_not_seen(monkeypatch):
@@ -26,5 +26,5 @@ def test_another_machines_step_begins_when_it_hears_of_it(monkeypatch):
     def told(values):
         values[:] = [9e9, "another kernel"]
 
-    monkeypatch.setattr(clock, "broadcast_object_list", told)
+    monkeypatch.setattr(timeline, "broadcast_object_list", told)
     assert 0 <= Clock(Accelerator(cpu=True), nullcontext).since(time.monotonic()) < 5

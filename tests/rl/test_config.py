@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from paceline.rl.config import RunConfig, load_config, to_dict
-from paceline.rl.dry_run import describe
+from paceline.rl.config.parsing import parse
+from paceline.rl.dry_run.description import describe
+from paceline.rl.dry_run.devices import gpu_of
+from paceline.rl.dry_run.estimate import estimate, policy_config
 from paceline.rl.errors import UserError
-from paceline.rl.estimate import estimate, policy_config
-from paceline.rl.places import gpu_of
-from paceline.rl.strict import parse
-from paceline.rl.tasks import load_task
+from paceline.rl.recipe import RunConfig, load_config, to_dict
+from paceline.rl.tasks.task import load_task
 from paceline.rollout.drafters.eagle3_model import parameter_count
 from tests.support import tiny_eagle3, tiny_llama, train_here
 

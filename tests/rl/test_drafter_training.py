@@ -14,8 +14,8 @@ from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare
 from paceline.benchmarks.training.online import VARIANTS as ONLINE
 from paceline.benchmarks.training.online import compare_online
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
-from paceline.rl.config import load_config
-from paceline.rl.distillation import reward_weights
+from paceline.rl.drafting.factory import reward_weights
+from paceline.rl.recipe import load_config
 from tests.support import train_here
 from tests.test_end_to_end import finish, steps_of, train
 

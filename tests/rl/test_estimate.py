@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from paceline.rl import dry_run
-from paceline.rl.config import load_config
-from paceline.rl.dry_run import describe, size
-from paceline.rl.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
-from paceline.rl.places import Place, gpu_of, this_machine
+from paceline.rl.dry_run import description
+from paceline.rl.dry_run.description import describe, size
+from paceline.rl.dry_run.devices import Place, gpu_of, this_machine
+from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
+from paceline.rl.recipe import load_config
 from tests.support import ROOT, train_here
 
 SEVEN = ROOT / "configs" / "zero3_8gpu.yaml"
@@ -102,15 +102,15 @@ def test_seconds_by_hand():
 
 def test_ranks_of_one_machine_share_it(monkeypatch):
     policy = policy_config("tiny-llama")
-    monkeypatch.setattr("paceline.rl.places.memory_limit", lambda: 10**10)
-    monkeypatch.setattr("paceline.rl.places.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("paceline.rl.dry_run.devices.memory_limit", lambda: 10**10)
+    monkeypatch.setattr("paceline.rl.dry_run.devices.torch.cuda.is_available", lambda: False)
     one, four = (this_machine(ranks, policy, __import__("torch").float32) for ranks in (1, 4))
     assert one.device == "cpu" and one.memory == 4 * four.memory == 10**10
     assert one.flops == pytest.approx(4 * four.flops) and one.bandwidth == pytest.approx(4 * four.bandwidth)
 
 
 def test_the_command_takes_ranks_and_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "this_machine", lambda *_: pytest.fail("timed though a GPU is named"))
+    monkeypatch.setattr(description, "this_machine", lambda *_: pytest.fail("timed though a GPU is named"))
     train_here(monkeypatch, str(TINY), "--dry-run", "--ranks", "4", "--gpu", "80")
     said = capsys.readouterr().out
     assert "on 4 ranks" in said and "of 80.00 GB (A100 80 GB)" in said and "100 steps without speculation" in said

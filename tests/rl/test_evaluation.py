@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.cli.main import app
-from paceline.rl.config import load_config
+from paceline.rl.checkpointing.kept_checkpoints import find_kept, keep_checkpoint
 from paceline.rl.errors import UserError
-from paceline.rl.evaluation_problems import check_not_trained, evaluation_problems, fitting
-from paceline.rl.kept_checkpoints import find_kept, keep_checkpoint
-from paceline.rl.run_evaluation import EvaluationFailed
-from paceline.rl.tasks import load_task
+from paceline.rl.evaluation.during_training import EvaluationFailed
+from paceline.rl.evaluation.problems import check_not_trained, evaluation_problems, fitting
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks.task import load_task
 from paceline.rl.trainer import Trainer
 from tests.support import ROOT, train_here
 
@@ -176,7 +176,7 @@ def test_checkpoints_that_a_run_has_given_up_go_first(tmp_path):
 @pytest.mark.ci
 def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("paceline.rl.report.write_report", lambda run: run / "report.html")
+    monkeypatch.setattr("paceline.rl.monitoring.report.write_report", lambda run: run / "report.html")
     (tmp_path / "digits.py").write_text(
         "def share(prompts, completions, answer, **columns):\n"
         "    assert all(int(a) < 100 for a in answer)\n"

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from paceline.rl.config import load_config
-from paceline.rl.evaluate import Evaluator
+from paceline.rl.evaluation.evaluate import Evaluator
 from paceline.rl.lengths.guidance import (
     BudgetGuidance,
     RemainingLength,
@@ -17,7 +16,8 @@ from paceline.rl.lengths.guidance import (
     train_remaining,
     watching,
 )
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.recipe import load_config
 from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, engine_for, tiny_llama
 
@@ -81,6 +81,6 @@ def test_steering_shortens_and_says_that_it_is_lossy(tmp_path, monkeypatch):
 
 
 def test_training_cannot_reach_it():
-    code = "import sys, paceline.rl.train_command; print([m for m in sys.modules if 'guidance' in m])"
+    code = "import sys, paceline.rl.run; print([m for m in sys.modules if 'guidance' in m])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")

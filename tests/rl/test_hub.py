@@ -6,10 +6,10 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from paceline.rl import hub
+from paceline.rl.dry_run.estimate import policy_config
 from paceline.rl.errors import UserError
-from paceline.rl.estimate import policy_config
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models import hub
+from paceline.rl.models.policies import fetch_policy
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.cli.main import app
-from paceline.rl.interruption import Interruption
+from paceline.rl.checkpointing.graceful_stop import Interruption
 
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from paceline.rl.interruption import Interruption
+from paceline.rl.checkpointing.graceful_stop import Interruption
 with Interruption(Path(sys.argv[1])) as interruption:
     print("up", flush=True)
     while not interruption.asked:

@@ -17,7 +17,7 @@ time.sleep(60)
 """
 CHILD = """
 import sys, time
-from paceline.rl.launchers import end_with_launcher, end_with_parent
+from paceline.rl.process.parent_death import end_with_launcher, end_with_parent
 {call}
 print("up", flush=True)
 time.sleep(60)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from paceline.rl.config import load_config
-from paceline.rl.dry_run import describe
+from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
+from paceline.rl.recipe import load_config
 from tests.support import ROOT, tiny_trainer
 
 BUDGETS = ["length.budgets=[4, 8]", "rollout.max_tokens=12"]

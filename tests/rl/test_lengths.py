@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from paceline.rl.checkpointing.checkpoint import find_checkpoint
 from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.lengths.predictor import Example, LengthPredictor
 from paceline.rl.lengths.statistics import is_loop, pinball, prompt_statistics
-from paceline.rl.run_state import find_checkpoint
 from paceline.rollout import Request
 from tests.support import engine_for, tiny_llama, tiny_trainer
 

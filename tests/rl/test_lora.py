@@ -19,15 +19,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from paceline.rl.config import load_config
-from paceline.rl.dry_run import describe
+from paceline.rl.config.run import LoraConfig
+from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.policy import HostPolicy
-from paceline.rl.lora import AdapterBase, add_adapters, merged, save_adapters
-from paceline.rl.mergeable import adapted_layers, check_adapter_config
-from paceline.rl.policies import fetch_policy
-from paceline.rl.sections import LoraConfig
-from paceline.rl.starting import adapter_base
+from paceline.rl.models.initial import adapter_base
+from paceline.rl.models.lora import AdapterBase, add_adapters, merged, save_adapters
+from paceline.rl.models.mergeable import adapted_layers, check_adapter_config
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.recipe import load_config
 from tests.support import ROOT, tiny_llama, tiny_trainer
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from paceline.rl.machine import threads_of_rank
+from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rollout.machine_limits import usable_cores
 from tests.support import ROOT
 
@@ -32,7 +32,7 @@ def test_threads(monkeypatch, asked, ranks, threads):
 
 def test_a_share_of_what_a_cgroup_allows(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("paceline.rl.machine.usable_cores", lambda: 24)
+    monkeypatch.setattr("paceline.rl.process.process_tuning.usable_cores", lambda: 24)
     assert [threads_of_rank(ranks) for ranks in (0, 1, 4, 7, 100)] == [24, 24, 6, 3, 1]
 
 
@@ -41,9 +41,9 @@ def test_torchruns_default_is_not_the_users_word(tmp_path, asked, threads):
     """torchrun gives each of several ranks OMP_NUM_THREADS=1 where the user has set nothing."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys\nimport paceline.rl.machine\nrl.machine.usable_cores = lambda: 16\n"
+        "import os, sys\nimport paceline.rl.process.process_tuning\nrl.machine.usable_cores = lambda: 16\n"
         f"assert os.environ['OMP_NUM_THREADS'] == {asked or '1'!r}\n"
-        "print('threads', paceline.rl.machine.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
+        "print('threads', paceline.rl.process.process_tuning.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
     )
     environment = {
         **os.environ,

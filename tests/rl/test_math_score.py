@@ -3,9 +3,9 @@
 import pytest
 from math_verify import parse, verify
 
-from paceline.rl.rewards.verifiable import math_score, reasoning_gym_score
-from paceline.rl.task_config import DatasetConfig, TaskConfig
-from paceline.rl.tasks import load_task
+from paceline.rl.config.task import DatasetConfig, TaskConfig
+from paceline.rl.tasks.task import load_task
+from paceline.rl.tasks.verifiable import math_score, reasoning_gym_score
 
 RIGHT = [
     *(("18", f"Answer: {text}") for text in ("18", "18.", "18 dollars", "$18 per day", "He has 18 pens.", "the total is 18")),

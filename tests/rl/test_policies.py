@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paceline.rl import policies
 from paceline.rl.errors import UserError
-from paceline.rl.prompts import encode_prompt, stop_token_ids
+from paceline.rl.models import policies
+from paceline.rl.tasks.prompts import encode_prompt, stop_token_ids
 from tests.support import tiny_trainer
 
 
@@ -183,7 +183,7 @@ def test_a_policy_that_the_engine_refuses_is_a_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("Model does not run in the engine with transformers 9.0")
 
-    monkeypatch.setattr("paceline.rl.policy_engine.RolloutEngine", refuse)
+    monkeypatch.setattr("paceline.rl.generation.policy_engine.RolloutEngine", refuse)
     refused = pytest.raises(UserError, match=r"^policy.model: Model does not run in the engine with transformers 9.0$")
     with refused, tiny_trainer(tmp_path, monkeypatch, "[0.0 for _ in completions]"):
         pass

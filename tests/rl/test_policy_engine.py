@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paceline.rl.errors import UserError
-from paceline.rl.policy_engine import policy_engine
+from paceline.rl.generation.policy_engine import policy_engine
 from tests.rollout.families import BY_KIND, REFUSED, tiny
 from tests.support import tiny_llama
 

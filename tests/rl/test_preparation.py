@@ -10,19 +10,19 @@ import time
 import pytest
 
 from paceline.rl import preparation
-from paceline.rl.config import load_config
 from paceline.rl.errors import UserError
-from paceline.rl.once import alone, made_once
+from paceline.rl.learner.sft_warmup import warmed_policy_path
+from paceline.rl.models.initial import starting_policy
 from paceline.rl.preparation import first_drafter_path, prepare, wants_first_drafter
-from paceline.rl.progress import Display
-from paceline.rl.starting import starting_policy
-from paceline.rl.warmup import warmed_policy_path
+from paceline.rl.process.made_once import alone, made_once
+from paceline.rl.process.progress import Display
+from paceline.rl.recipe import load_config
 from tests.support import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
 HOLD = """
 import sys, time, pathlib
-from paceline.rl.once import alone
+from paceline.rl.process.made_once import alone
 with alone(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

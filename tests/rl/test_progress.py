@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from paceline.rl.config import load_config
-from paceline.rl.console import console
-from paceline.rl.progress import Display, duration
-from paceline.rl.tracking import Tracker
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.process.console import console
+from paceline.rl.process.progress import Display, duration
+from paceline.rl.recipe import load_config
 from tests.support import ROOT
 
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from paceline.rl import prompt_check
-from paceline.rl.config import load_config
 from paceline.rl.errors import UserError
-from paceline.rl.policies import fetch_policy
-from paceline.rl.prompt_check import check_prompts, check_recipe
-from paceline.rl.tasks import load_task
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks import prompt_check
+from paceline.rl.tasks.prompt_check import check_prompts, check_recipe
+from paceline.rl.tasks.task import load_task
 from tests.rl.test_prompts import GEMMA, PLAIN, QWEN3
 from tests.support import train_here
 
@@ -127,7 +127,7 @@ def test_repeated_prompts_are_counted_and_dropped_on_request(recipe):
 
 
 def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("paceline.rl.train_command.try_tiny_step", lambda config: "")
+    monkeypatch.setattr("paceline.rl.run.try_tiny_step", lambda config: "")
     model = tmp_path / "model"
     shutil.copytree(fetch_policy("tiny-llama"), model)
     recipe([*rows_of(5, 6, 300), {"prompt": "aaaaa", "answer": "5"}])

@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 
-from paceline.rl.advantages import uniform_groups
-from paceline.rl.config import load_config
+from paceline.rl.algorithms.advantages import uniform_groups
+from paceline.rl.algorithms.lr_schedule import rate_at
+from paceline.rl.config.task import CurriculumConfig
 from paceline.rl.errors import UserError
-from paceline.rl.prompt_choice import Curriculum, Epochs, prompt_choice
-from paceline.rl.schedules import rate_at
-from paceline.rl.task_config import CurriculumConfig
-from paceline.rl.tasks import Problem, Task, load_task
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks.sampler import Curriculum, Epochs, prompt_choice
+from paceline.rl.tasks.task import Problem, Task, load_task
 
 
 def task(difficulties=(1.0, 1.0, 2.0, 3.0, 3.0, 3.0)) -> Task:

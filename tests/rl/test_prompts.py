@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from paceline.rl.config import load_config
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
-from paceline.rl.groups import Groups
-from paceline.rl.policies import fetch_policy
-from paceline.rl.problems import Problem
-from paceline.rl.prompts import encode_problem, encode_prompt
-from paceline.rl.task_config import TaskConfig
+from paceline.rl.generation.groups import Groups
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks.problems import Problem
+from paceline.rl.tasks.prompts import encode_problem, encode_prompt
 from paceline.rollout import SamplingParams
 
 PLAIN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

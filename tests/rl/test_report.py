@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from paceline.drafter_trainer.spot_trainer import LearnerReport
-from paceline.rl.critic import CriticReport
 from paceline.rl.errors import UserError
-from paceline.rl.metrics import step_metrics
-from paceline.rl.report import write_picture, write_report
-from paceline.rl.summary import rise_std_error, summarise
-from paceline.rl.update import UpdateReport
+from paceline.rl.learner.critic import CriticReport
+from paceline.rl.learner.updater import UpdateReport
+from paceline.rl.monitoring.metrics import step_metrics
+from paceline.rl.monitoring.report import write_picture, write_report
+from paceline.rl.monitoring.summary import rise_std_error, summarise
 
 
 def rank(step: int, number: int, plain: float | None = None) -> dict:

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from paceline.drafter_trainer.storage.checksums import write_checksums
-from paceline.rl.config import load_config, to_dict
+from paceline.rl.checkpointing.checkpoint import save_checkpoint
+from paceline.rl.checkpointing.resume import changes, keep_recipe, resumed_recipe
+from paceline.rl.checkpointing.run_directory import open_run
 from paceline.rl.errors import UserError
-from paceline.rl.files import append_line
-from paceline.rl.opening import open_run
-from paceline.rl.policies import fetch_policy, load_policy
-from paceline.rl.resuming import changes, keep_recipe, resumed_recipe
-from paceline.rl.run_state import save_checkpoint
+from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.process.files import append_line
+from paceline.rl.recipe import load_config, to_dict
+from paceline.rl.run import find_run, parse_arguments
 from paceline.rl.sharding import WholeState
-from paceline.rl.train_command import find_run, parse_arguments
 from tests.support import ROOT, train_here
 
 PLAIN = (
@@ -261,7 +261,7 @@ def test_a_full_disk_at_resume_is_one_line_and_keeps_what_there_is(run, monkeypa
         raise OSError(28, "No space left on device", str(run / "metrics.jsonl"))
 
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
-    monkeypatch.setattr("paceline.rl.opening.keep_first_lines", full)
+    monkeypatch.setattr("paceline.rl.checkpointing.run_directory.keep_first_lines", full)
     said = refused(monkeypatch, capsys, "--resume", run)
     assert "metrics.jsonl: No space left on device; free some disk" in said
     assert all(path.read_bytes() == data for path, data in kept.items())

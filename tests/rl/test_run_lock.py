@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from paceline.rl import run_lock
+from paceline.rl.checkpointing import run_lock
+from paceline.rl.checkpointing.run_lock import RunLock
 from paceline.rl.errors import UserError
-from paceline.rl.run_lock import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from paceline.rl.run_lock import RunLock
+from paceline.rl.checkpointing.run_lock import RunLock
 with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

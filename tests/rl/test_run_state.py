@@ -10,9 +10,7 @@ from accelerate import Accelerator
 
 from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
-from paceline.rl.errors import UserError
-from paceline.rl.files import write_whole
-from paceline.rl.run_state import (
+from paceline.rl.checkpointing.checkpoint import (
     Checkpoint,
     find_checkpoint,
     keep_first_lines,
@@ -20,6 +18,8 @@ from paceline.rl.run_state import (
     restore_selector,
     save_checkpoint,
 )
+from paceline.rl.errors import UserError
+from paceline.rl.process.files import write_whole
 from paceline.rl.sharding import AdamWSettings, WholeState
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rollout.strategy import BanditSelector, CostModel, Strategy
@@ -119,7 +119,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paceline.rl.run_state.write_state", full)
+    monkeypatch.setattr("paceline.rl.checkpointing.checkpoint.write_state", full)
     with pytest.raises(UserError, match="No space left"):
         save(run, 2, tokenizer)
     assert find_checkpoint(run).steps_done == 1
@@ -162,7 +162,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert write_whole(path, "one")
     before = path.stat()
     assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino  # nothing is written that is there
-    monkeypatch.setattr("paceline.rl.files.os.fsync", full_disk)
+    monkeypatch.setattr("paceline.rl.process.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "two")
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
+from paceline.rl.config.task import DatasetConfig, RewardConfig, TaskConfig
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.example import score_example
 from paceline.rl.rewards.functions import RewardFunction, Rewards
 from paceline.rl.rewards.pool import ScoringPool, joined
-from paceline.rl.task_config import DatasetConfig, RewardConfig, TaskConfig
-from paceline.rl.tasks import load_task
+from paceline.rl.tasks.task import load_task
 
 REWARDS = """
 import os, time

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.rl.checkpointing.checkpoint import find_checkpoint
 from paceline.rl.errors import UserError
-from paceline.rl.run_state import find_checkpoint
 from tests.support import ROOT, tiny_trainer, train_here
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from paceline.rl.algorithms.grpo import mastered_tokens
-from paceline.rl.config import load_config
+from paceline.rl.checkpointing.checkpoint import find_checkpoint
 from paceline.rl.errors import UserError
-from paceline.rl.policy_learner import PolicyLearner
-from paceline.rl.run_state import find_checkpoint
+from paceline.rl.learner.policy import PolicyLearner
+from paceline.rl.recipe import load_config
 from paceline.rl.trainer import Trainer
 from tests.support import tiny_trainer
 

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from paceline.rl.balance import Scored, homes, spread
-from paceline.rl.config import LoraConfig, ScaleConfig
 from paceline.rl.errors import UserError
-from paceline.rl.log_probs import PolicyLogProbs
-from paceline.rl.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
-from paceline.rl.mergeable import adapted_layers
-from paceline.rl.packed_step import packed_step
-from paceline.rl.packing import PackedBatch, PromptRow, Sample, pack
+from paceline.rl.learner.balance import Scored, homes, spread
+from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.microbatches import packed_step
+from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
+from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
+from paceline.rl.models.mergeable import adapted_layers
+from paceline.rl.recipe import LoraConfig, ScaleConfig
 from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
 from paceline.rl.sharding.settings import read_settings
 from tests.support import tiny_llama

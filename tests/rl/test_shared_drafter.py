@@ -9,11 +9,11 @@ from transformers import LlamaConfig
 
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
-from paceline.rl.config import load_config
-from paceline.rl.dry_run import describe
+from paceline.rl.checkpointing.checkpoint import Checkpoint
+from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
-from paceline.rl.run_state import Checkpoint
-from paceline.rl.starting import starting_drafter, tap_layers
+from paceline.rl.models.initial import starting_drafter, tap_layers
+from paceline.rl.recipe import load_config
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from tests.support import ROOT, tiny_llama, tiny_trainer
 

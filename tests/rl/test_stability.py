@@ -2,9 +2,9 @@
 
 import pytest
 
+from paceline.rl.config.length import GuardConfig
 from paceline.rl.errors import UserError
-from paceline.rl.length_config import GuardConfig
-from paceline.rl.stability import Guard
+from paceline.rl.monitoring.collapse_guard import Guard
 from tests.support import tiny_trainer
 
 STEPS = 40

@@ -3,9 +3,9 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from paceline.rl.config import load_config
-from paceline.rl.policies import fetch_policy
-from paceline.rl.rollouts import RolloutWorker
+from paceline.rl.generation.worker import RolloutWorker
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.recipe import load_config
 from paceline.rollout import FinishReason, Request, SamplingParams
 from paceline.rollout.backends.vllm_conversion import sampling
 

@@ -7,14 +7,14 @@ from itertools import islice
 
 import pytest
 
+from paceline.rl.config.task import DatasetConfig, TaskConfig
 from paceline.rl.data.order import epoch_order, shuffled
 from paceline.rl.errors import UserError
-from paceline.rl.rewards.answers import final_answer
 from paceline.rl.rewards.functions import load_reward
-from paceline.rl.rewards.verifiable import math_score, verifiable_reward
-from paceline.rl.task_config import DatasetConfig, TaskConfig
-from paceline.rl.tasks import Problem, Task, load_heldout_task, load_task
-from paceline.rl.worked_solutions import worked_solution
+from paceline.rl.tasks.answers import final_answer
+from paceline.rl.tasks.task import Problem, Task, load_heldout_task, load_task
+from paceline.rl.tasks.verifiable import math_score, verifiable_reward
+from paceline.rl.tasks.worked_solutions import worked_solution
 
 CHAIN = TaskConfig(datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=40, instruction="Think.")
 

@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoConfig
 
-from paceline.rl.config import load_config
-from paceline.rl.dry_run import describe
+from paceline.rl.dry_run.description import describe
+from paceline.rl.dry_run.tiny_policy import check_policy, tiny_policy
 from paceline.rl.errors import UserError
-from paceline.rl.tiny_policy import check_policy, tiny_policy
+from paceline.rl.recipe import load_config
 from tests.support import ROOT
 
 RUNS = ["gpt2", "opt", "gemma3", "llama4_text", "phi3", "qwen3_moe"]

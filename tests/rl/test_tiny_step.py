@@ -13,10 +13,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from paceline.rl.config import load_config
+from paceline.rl.dry_run.tiny_copy import LAYERS, tiny_config
+from paceline.rl.dry_run.tiny_step import try_tiny_step
 from paceline.rl.errors import UserError
-from paceline.rl.tiny_copy import LAYERS, tiny_config
-from paceline.rl.tiny_step import try_tiny_step
+from paceline.rl.recipe import load_config
 from tests.support import ROOT
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -83,7 +83,7 @@ def test_what_was_tried_is_said(tmp_path, tmp_path_factory, monkeypatch):
     ("broken", "says"),
     [
         (
-            "paceline.rl.update.PolicyUpdater.run",
+            "paceline.rl.learner.updater.PolicyUpdater.run",
             r"fails \(update, with policy.mixed_precision; rl/.*RuntimeError: no such kernel",
         ),
         (

@@ -4,8 +4,8 @@ import json
 import sys
 import types
 
-from paceline.rl.config import load_config
-from paceline.rl.tracking import Tracker
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.recipe import load_config
 from tests.support import ROOT
 
 

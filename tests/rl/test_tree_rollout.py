@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from paceline.rl.algorithms.tree import tree_advantages
-from paceline.rl.config import load_config
+from paceline.rl.config.run import TreeConfig
 from paceline.rl.errors import UserError
-from paceline.rl.sections import TreeConfig
-from paceline.rl.tasks import Problem
-from paceline.rl.tree_rollout import Tree, grow
+from paceline.rl.generation.tree import Tree, grow
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks.task import Problem
 from paceline.rollout import FinishReason, Request, SamplingParams
 from tests.support import engine_for, tiny_llama, tiny_trainer
 
@@ -81,7 +81,7 @@ def test_the_most_uncertain_end_branches_first():
 
 
 def test_loops_are_stopped(monkeypatch):
-    monkeypatch.setattr("paceline.rl.tree_rollout.is_loop", lambda ids: len(ids) >= 16)
+    monkeypatch.setattr("paceline.rl.generation.tree.is_loop", lambda ids: len(ids) >= 16)
     _, trees, _ = grown(PARAMS[0], TreeConfig(8, 2, 2))
     assert all(r.finish_reason is FinishReason.LENGTH and len(r.token_ids) < 40 for t in trees for _, r in t.leaves)
 

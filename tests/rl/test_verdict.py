@@ -2,7 +2,7 @@
 
 import pytest
 
-from paceline.rl.verdict import verdict
+from paceline.rl.monitoring.speculation_verdict import verdict
 
 
 def step(index, speedup=None, **others):

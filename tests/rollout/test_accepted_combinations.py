@@ -17,8 +17,8 @@ import pytest
 import torch
 from scipy import stats
 
-from paceline.rl.config import load_config
 from paceline.rl.errors import UserError
+from paceline.rl.recipe import load_config
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, default_tap_layers
 from paceline.rollout.drafters import DRAFTERS, DraftRules
 from paceline.rollout.drafters.build import DrafterParts, build_drafter

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from paceline.rl.errors import UserError
-from paceline.rl.log_probs import PolicyLogProbs
-from paceline.rl.packing import PromptRow, Sample, pack
+from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.packing import PromptRow, Sample, pack
 from paceline.rollout import PLAIN, FinishReason, Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.native import load_kernels

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from paceline.rl.policies import SMOLLM2, fetch_policy, load_policy
+from paceline.rl.models.policies import SMOLLM2, fetch_policy, load_policy
 from paceline.rollout.model import fusion_check
 from paceline.rollout.model.attention import chain_seats
 from paceline.rollout.model.inference_view import InferenceView

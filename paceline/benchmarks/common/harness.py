@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from paceline.benchmarks.common.peers import Peers
 from paceline.benchmarks.common.results import Keep, ignore
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
-from paceline.rl.config import RunConfig, draft_rules
-from paceline.rl.policies import load_policy, load_tokenizer
-from paceline.rl.policy_engine import policy_engine
-from paceline.rl.prompts import encode_problem, stable_seed, stop_token_ids
-from paceline.rl.starting import starting_policy
-from paceline.rl.task_config import DatasetConfig
-from paceline.rl.tasks import Problem, load_task
+from paceline.rl.config.task import DatasetConfig
+from paceline.rl.generation.policy_engine import policy_engine
+from paceline.rl.models.initial import starting_policy
+from paceline.rl.models.policies import load_policy, load_tokenizer
+from paceline.rl.recipe import RunConfig, draft_rules
+from paceline.rl.tasks.prompts import encode_problem, stable_seed, stop_token_ids
+from paceline.rl.tasks.task import Problem, load_task
 from paceline.rollout import (
     PLAIN,
     Request,

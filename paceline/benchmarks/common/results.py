@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.rl.errors import UserError
-from paceline.rl.files import write_whole
+from paceline.rl.process.files import write_whole
 
 Keep = Callable[[Any], None]  # takes a finished row
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from paceline.rl.errors import UserError
-from paceline.rl.progress import duration
-from paceline.rl.summary import read_metrics
+from paceline.rl.monitoring.summary import read_metrics
+from paceline.rl.process.progress import duration
 
 _POLL = 0.5  # seconds
 _BETWEEN_LINES = 30.0  # seconds

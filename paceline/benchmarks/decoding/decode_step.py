@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from paceline.rl.policy_engine import policy_engine
+from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.model.fused_layer import FusedLayer
 from paceline.rollout.model.packed_linear import PackedLinear

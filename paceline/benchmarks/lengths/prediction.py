@@ -14,7 +14,7 @@ from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.results import Keep, ignore
 from paceline.rl.lengths.predictor import Example, Kind, LengthPredictor
 from paceline.rl.lengths.statistics import is_loop, pinball
-from paceline.rl.tasks import load_task
+from paceline.rl.tasks.task import load_task
 from paceline.rollout import Request
 from paceline.rollout.length_estimate import LengthEstimate
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import stdev
 
 from paceline.benchmarks.common.runs import mean, quarters
-from paceline.rl.summary import read_metrics
+from paceline.rl.monitoring.summary import read_metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
-from paceline.rl.policy_engine import policy_engine
+from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rollout import PLAIN, Rollout, RolloutEngine
 from paceline.rollout.drafters.eagle3_model import eagle3_config
 

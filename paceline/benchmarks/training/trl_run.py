@@ -1,8 +1,7 @@
 """A recipe's task in TRL's own GRPOTrainer, with its generation or with Paceline's rollouts.
 
-``python -m paceline.benchmarks.training.trl_run configs/quickstart.yaml --rollouts paceline --drafter runs/quickstart-drafter out=runs/trl``, or under
-torchrun. What a script of one's own has to change are the two lines marked. Each step's seconds, reward and length go to
-``<out>/steps.jsonl``.
+Run it as ``python -m paceline.benchmarks.training.trl_run RECIPE --rollouts paceline --drafter DIR out=runs/trl``, or under torchrun.
+The two lines that a script has to change are marked. Each step's seconds, reward and length go to ``<out>/steps.jsonl``.
 """
 
 import argparse
@@ -17,12 +16,12 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from paceline.cli.common import user_errors
-from paceline.rl.config import load_config
 from paceline.rl.integrations.trl import paceline_rollouts  # marked: one import
-from paceline.rl.machine import fit_process
-from paceline.rl.prompts import messages_of
-from paceline.rl.starting import starting_policy
-from paceline.rl.tasks import load_task
+from paceline.rl.models.initial import starting_policy
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
+from paceline.rl.tasks.prompts import messages_of
+from paceline.rl.tasks.task import load_task
 
 
 class Clock(TrainerCallback):

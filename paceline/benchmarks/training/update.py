@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from paceline.rl.config import RunConfig
-from paceline.rl.log_probs import PolicyLogProbs
-from paceline.rl.packing import PromptRow, Sample, pack, plan
-from paceline.rl.places import product_speed
-from paceline.rl.starting import starting_policy
+from paceline.rl.dry_run.devices import product_speed
+from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
+from paceline.rl.models.initial import starting_policy
+from paceline.rl.recipe import RunConfig
 
 _PROMPT = 60
 _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as the quickstart's are

@@ -2,10 +2,10 @@
 
 import pytest
 
+from paceline.rl.config.task import ColumnsConfig
 from paceline.rl.data.conversations import question_of, with_ending
 from paceline.rl.data.row_error import RowError
 from paceline.rl.data.rows import read_row
-from paceline.rl.task_config import ColumnsConfig
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
 GSM8K = "She has 3 + 4 = <<3+4=7>>7 pens now.\nThat is 7 pens.\n#### 7"

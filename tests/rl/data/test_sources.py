@@ -6,10 +6,10 @@ import datasets
 import numpy as np
 import pytest
 
+from paceline.rl.config.task import TaskConfig
 from paceline.rl.data.jsonl import JsonlFile
 from paceline.rl.errors import UserError
-from paceline.rl.task_config import TaskConfig
-from paceline.rl.tasks import load_task
+from paceline.rl.tasks.task import load_task
 
 VERL = [
     {
@@ -180,7 +180,7 @@ def test_golds_are_parsed_when_a_completion_is_scored(tmp_path, monkeypatch):
         def equals(self, completion):
             return True
 
-    monkeypatch.setattr("paceline.rl.rewards.verifiable._Reference", Reference)
+    monkeypatch.setattr("paceline.rl.tasks.verifiable._Reference", Reference)
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answer": str(i)}) + "\n" for i in range(100)))
     batch = load_task(TaskConfig(source="jsonl", path=str(path)), seed=0).batch(0, 10)

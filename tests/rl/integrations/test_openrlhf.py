@@ -7,7 +7,7 @@ import pytest
 
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.openrlhf import per_sample
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
 
 
 @dataclass
@@ -118,7 +118,7 @@ def test_rewards_reach_openrlhfs_own_loader(tmp_path, tokenizer):
     path.write_text(
         "from transformers import AutoTokenizer\n"
         "from paceline.rl.integrations.openrlhf import per_sample\n"
-        "from paceline.rl.policies import fetch_policy\n"
+        "from paceline.rl.models.policies import fetch_policy\n"
         "tokenizer = AutoTokenizer.from_pretrained(fetch_policy('tiny-llama'))\n"
         "reward_func = per_sample(lambda t, p, l: 1.0, [{'name': 'linear', 'alpha': 0.5}], tokenizer, 16)\n"
     )

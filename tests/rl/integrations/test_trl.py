@@ -16,7 +16,7 @@ from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.trl import RLOOTrainer, paceline_rollouts
 from paceline.rl.integrations.trl_arguments import check_trainer
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.rewards.registry import LengthAware
 from tests.support import forward_logprobs
 

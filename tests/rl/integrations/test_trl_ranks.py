@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
 from tests.support import ROOT
 
 ZERO3 = {

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.trl import paceline_rollouts
 from paceline.rl.integrations.turns import answer_ids
-from paceline.rl.policies import fetch_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.rewards.registry import LengthAware
 from tests.support import ROOT, forward_logprobs
 

@@ -23,7 +23,7 @@ def verl_module():
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    from paceline.rl.policies import fetch_policy
+    from paceline.rl.models.policies import fetch_policy
 
     os.environ["PACELINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return fetch_policy("tiny-llama")
@@ -88,7 +88,7 @@ def test_a_replica_serves_takes_weights_and_pauses(verl_module, policy, started,
     import ray
     import torch
 
-    from paceline.rl.policies import load_policy
+    from paceline.rl.models.policies import load_policy
 
     replica, config, model = started
     server = replica.server_handle

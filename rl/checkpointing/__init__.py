@@ -1,0 +1,1 @@
+"""A run on disk: its directory, its lock, whole checkpoints, and going on from one."""

@@ -1,0 +1,1 @@
+"""The drafter over a run: its first weights, its training on every rank, and the ranks' one drafter."""

@@ -1,0 +1,64 @@
+"""A recipe's drafter training: its buffer, its learners, and how much each completion counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.spot_trainer import SpotTrainer
+from paceline.drafter_trainer.trace_buffer import TraceBuffer
+from paceline.drafter_trainer.training_time_test import Objective
+from paceline.rl.recipe import RunConfig
+from paceline.rl.tasks.prompts import stable_seed
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+
+
+def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
+    """An empty buffer; a rank spills to a directory of its own and goes through traces in an order of its own."""
+    d = config.drafter
+    return TraceBuffer(
+        memory_tokens=d.memory_tokens,
+        disk_tokens=d.disk_tokens,
+        spill=Path(config.out) / f"traces-{rank}",
+        previous_steps=d.previous_steps,
+        previous_share=d.previous_share,
+        age_decay=d.age_decay,
+        held_out_every=d.held_out_every,
+        passes=d.passes,
+        seed=stable_seed(config.seed, 0, "drafter", rank),
+    )
+
+
+def spot_trainer(config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer) -> SpotTrainer:
+    """A trainer that starts from copies of ``model`` and distils ``policy``."""
+    d, device = config.drafter, policy.device
+    enabled = config.policy.mixed_precision == "bf16"
+    learners = [
+        DrafterLearner(
+            copy.deepcopy(model).to(device),
+            policy.get_input_embeddings(),
+            policy.get_output_embeddings(),
+            Objective(d.loss, d.unroll, d.decay, d.mask_top, d.feedback_only, d.on_policy),
+            lr=d.lr * multiple,
+            optimistic=d.optimistic,
+            temperature=config.rollout.temperature,
+            autocast=lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled),
+        )
+        for multiple in d.ensemble
+    ]
+    likeliest = config.speculation.draw == "likeliest"
+    return SpotTrainer(learners, buffer, budget=d.tokens_per_microbatch, judge_every=d.judge_every, likeliest=likeliest)
+
+
+def reward_weights(rewards: Sequence[float], strength: float) -> list[float]:
+    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to 2 times."""
+    low, high = min(rewards, default=0.0), max(rewards, default=0.0)
+    if strength == 0 or high == low:
+        return [1.0] * len(rewards)
+    mean = sum(rewards) / len(rewards)
+    return [max(1 + 2 * strength * (reward - mean) / (high - low), 0.0) for reward in rewards]

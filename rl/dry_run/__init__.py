@@ -1,0 +1,1 @@
+"""What a recipe will take and whether it runs, found out before anything is trained."""

@@ -1,0 +1,228 @@
+"""A step's groups of rollouts: asked, decoded whole, in segments or as trees, and carried over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from paceline.rl.config.run import RunConfig
+from paceline.rl.generation.segments import OpenGroup, restored
+from paceline.rl.generation.tree import Tree, grow
+from paceline.rl.lengths.estimate import PredictedLengths
+from paceline.rl.rewards.shaping import assign_budgets
+from paceline.rl.tasks.prompts import encode_problem, seed_key, stable_seed
+from paceline.rl.tasks.task import Problem
+from paceline.rollout import Request, Rollout, RolloutEngine, SamplingParams, StepRecord
+from paceline.rollout.backends import Decoder
+
+OnStep = Callable[[StepRecord], None] | None
+OnFinish = Callable[[int, Problem, Rollout], None] | None
+
+
+@dataclass(slots=True)
+class RankRollouts:
+    """What one rank produced in one step; the samples of a problem are adjacent.
+
+    Attributes:
+        problems: One for each rollout.
+        rollouts: In the same order.
+        seconds: Wall time.
+        records: The engine's decode steps.
+        plain_seconds: Wall time of the same requests without speculation, where that was measured.
+        plain_identical: Share of them whose tokens were the same, where that was measured.
+        budgets: Tokens that each was asked for, where the recipe asks for some.
+        places: Under which each was handed to ``on_finish``.
+        paths: Segments of each, by number, where samples share beginnings.
+        drawn: Tokens that were decoded for them.
+    """
+
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    seconds: float
+    records: list[StepRecord] = field(default_factory=list)
+    plain_seconds: float | None = None
+    plain_identical: float | None = None
+    budgets: list[int] | None = None
+    places: list[int] = field(default_factory=list)
+    paths: list[tuple[int, ...]] | None = None
+    drawn: int = 0
+
+    def joined(self, more: RankRollouts) -> RankRollouts:
+        """These, and others that were made after them."""
+        later = [replace(record, at=record.at + self.seconds) for record in more.records]
+        budgets = [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
+        paths = [*self.paths, *more.paths] if self.paths is not None and more.paths is not None else None
+        return RankRollouts(
+            [*self.problems, *more.problems],
+            [*self.rollouts, *more.rollouts],
+            self.seconds + more.seconds,
+            [*self.records, *later],
+            budgets=budgets,
+            paths=paths,
+            drawn=self.drawn + more.drawn,
+        )
+
+
+class Groups:
+    """Asks a rank's problems and decodes their samples.
+
+    Args:
+        config: The recipe.
+        engine: That decodes, and reads prompts.
+        tokenizer: The policy's.
+        params: How each completion is sampled.
+        decoder: That decodes in the engine's place; None for the engine.
+
+    Attributes:
+        open: Groups that are carried over to the next step.
+        lengths: Predictions from prompts, where the recipe has them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: RolloutEngine,
+        tokenizer: Any,
+        params: SamplingParams,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._config, self._engine, self._tokenizer, self._params = config, engine, tokenizer, params
+        self._decoder = engine if decoder is None else decoder
+        self.open: list[OpenGroup] = []
+        self.lengths: PredictedLengths | None = None
+        if config.length.predictor != "observed":
+            hidden = engine.runner.hidden_size
+            self.lengths = PredictedLengths(config.length, hidden, config.rollout.max_tokens, config.seed)
+            engine.scheduler.lengths = self.lengths
+
+    def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
+        """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
+        return [request for problem in problems for request in self._open(problem, step).requests]
+
+    def _open(self, problem: Problem, step: int) -> OpenGroup:
+        size, run = self._config.rollout.group_size, self._config.seed
+        budgets = assign_budgets(self._config.length, size, f"{run}/{step}/{seed_key(problem)}")
+        seeds = [stable_seed(run, step, seed_key(problem), sample) for sample in range(size)]
+        return OpenGroup(problem, self._ask(problem, seeds, budgets), budgets, [None] * size)
+
+    def _ask(self, problem: Problem, seeds: list[int], budgets: list[int] | None) -> list[Request]:
+        """A problem's requests, each told its budget."""
+        ends = [""] * len(seeds) if budgets is None else [" " + self._config.length.budget_prompt.format(budget=b) for b in budgets]
+        prompts = {end: encode_problem(self._tokenizer, problem, self._config.task, end) for end in set(ends)}
+        return [Request(prompts[e], self._params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)]
+
+    def rollout(
+        self,
+        problems: Sequence[Problem],
+        step: int,
+        on_step: OnStep = None,
+        on_finish: OnFinish = None,
+    ) -> RankRollouts:
+        """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are whole by now.
+
+        Args:
+            problems: Of this rank.
+            step: Of the run.
+            on_step: Called after each decode step.
+            on_finish: Called with each rollout, its place and its problem, as soon as it is over; with segments, as soon as its
+                group is.
+        """
+        begin = time.perf_counter()
+        new = [self._open(problem, step) for problem in problems]
+        if self.lengths is not None:
+            prompts = list(dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests))
+            self.lengths.read(dict(zip(prompts, self._engine.prompt_states(prompts), strict=True)))
+        done = self._grow(new, on_step, on_finish) if self._config.rollout.tree else self._go_on(new, on_step, on_finish)
+        done.seconds = time.perf_counter() - begin
+        return done
+
+    def _go_on(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
+        """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the others."""
+        groups, begin, records = [*self.open, *new], time.perf_counter(), list[StepRecord]()
+        while groups and not any(group.whole for group in groups):  # an update of nothing would be none
+            before = time.perf_counter() - begin
+            self._decode(groups, on_step, on_finish)
+            records += [replace(record, at=record.at + before) for record in self._decoder.records]
+        self.open = [group for group in groups if not group.whole]
+        size = self._config.rollout.group_size
+        done = RankRollouts([], [], 0.0, records)
+        for number, group in enumerate(groups):
+            if group.whole:
+                done.problems += [group.problem] * size
+                done.rollouts += group.finished()
+                done.places += range(number * size, (number + 1) * size)
+                done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
+        done.drawn = sum(len(r.token_ids) for r in done.rollouts)
+        return done
+
+    def _grow(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
+        """The same with samples that share beginnings."""
+        assert self._config.rollout.tree is not None
+        size, trees = self._config.rollout.group_size, [Tree(group.problem, group.requests) for group in new]
+
+        def leaf(number: int, order: int, rollout: Rollout) -> None:
+            if on_finish is not None:
+                on_finish(number * size + order, trees[number].problem, rollout)
+
+        records = grow(self._engine, trees, self._config.rollout.tree, on_step, leaf)
+        done = RankRollouts(
+            [],
+            [],
+            0.0,
+            records,
+            places=list(range(size * len(trees))),
+            paths=[],
+            drawn=sum(t.drawn for t in trees),
+        )
+        for tree, group in zip(trees, new, strict=True):
+            done.problems += [tree.problem] * size
+            done.rollouts += [replace(r, request=replace(r.request, resume=None)) for _, r in tree.leaves]
+            done.paths = [*(done.paths or ()), *(path for path, _ in tree.leaves)]
+            done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
+        return done
+
+    def _decode(
+        self,
+        groups: Sequence[OpenGroup],
+        on_step: OnStep,
+        on_finish: OnFinish,
+    ) -> None:
+        """Goes on with what is not over, a segment of each where the recipe has them."""
+        segment, size = self._config.rollout.segment_tokens, self._config.rollout.group_size
+        jobs = [(number, sample, request) for number, group in enumerate(groups) for sample, request in group.pending()]
+
+        def finished(index: int, rollout: Rollout) -> None:
+            number, sample, _ = jobs[index]
+            group = groups[number]
+            group.rollouts[sample] = rollout
+            over = range(size) if segment is not None and group.whole else [sample] if segment is None else []
+            for each in over:
+                answer = group.rollouts[each]
+                if on_finish is not None and answer is not None:
+                    on_finish(number * size + each, group.problem, answer)
+
+        requests = [request for _, _, request in jobs]
+        if segment is None:
+            self._decoder.generate(requests, on_step, on_finish=finished)
+        else:
+            self._engine.generate(requests, on_step, on_finish=finished, segment=segment)
+
+    def lessons(self, done: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
+        """What whole groups teach of lengths, as plain data, and the pinball losses of what had been predicted of them."""
+        if self.lengths is None:
+            return [], []
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for r in done.rollouts:
+            by_prompt.setdefault(tuple(r.request.prompt_ids), []).append(len(r.token_ids))
+        return self.lengths.examples(list(by_prompt.items()))
+
+    def open_state(self) -> list[dict[str, Any]]:
+        """Groups that are carried over to the next step, as JSON."""
+        return [group.state() for group in self.open]
+
+    def load_open(self, states: Sequence[dict[str, Any]], find: Callable[[str], Problem]) -> None:
+        """Goes on with groups from `open_state`; those of which ``find`` raises KeyError are dropped."""
+        found = [restored(state, find, self._ask) for state in states]
+        self.open = [group for group in found if group is not None]

@@ -1,0 +1,153 @@
+"""Rollouts by vLLM for the trainer: which backend a recipe asks for, and how it gets new weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.rl.errors import UserError
+from paceline.rl.recipe import RunConfig
+from paceline.rl.sharding.gathering import in_buckets
+from paceline.rollout.backends import ServedBackend
+from paceline.rollout.backends.exchange import TOKEN, read_token
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+
+_SHARD_BYTES = 2 << 30
+
+
+class VllmRollouts:
+    """One rank's side of it.
+
+    Args:
+        config: The recipe, with ``rollout.vllm``.
+        source: Directory that the run starts from: what vLLM loads at first.
+        accelerator: Of this process.
+
+    Attributes:
+        backend: That decodes.
+
+    Raises:
+        UserError: where vLLM is not installed, a server does not answer, or several ranks have none.
+    """
+
+    def __init__(self, config: RunConfig, source: Path, accelerator: Accelerator) -> None:
+        assert config.rollout.vllm is not None
+        self._config, self._accelerator = config, accelerator
+        self._vllm = config.rollout.vllm
+        self._exchange = Path(self._vllm.exchange or Path(config.out) / "exchange")
+        self._version = 0
+        self.backend = self._servers() if self._vllm.servers else self._in_process(source)
+
+    def _servers(self) -> ServedBackend:
+        from paceline.rollout.backends.vllm_server import VllmServers
+
+        main = self._accelerator.is_main_process
+        try:
+            token = read_token(self._exchange)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"rollout.vllm.exchange: no token of a server there ({error}); name the directory that the servers were started "
+                f"with, paceline serve RUN --exchange {self._exchange}, or set {TOKEN}"
+            ) from None
+        try:
+            return VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=main, token=token)
+        except ConnectionError as error:
+            raise UserError(f"rollout.vllm.servers: {error}") from None
+
+    def _in_process(self, source: Path) -> ServedBackend:
+        if self._accelerator.num_processes > 1:
+            raise UserError(
+                "rollout.vllm in the process is for one rank: start servers with paceline serve, and name them in servers"
+            )
+        r, s = self._config.rollout, self._config.speculation
+        fixed = s.strategy.partition(":")[2]
+        drafts = "eagle3" in s.drafters and s.strategy != "plain"
+        options = dict(self._vllm.options)
+        if r.kv_memory_gb is not None:
+            options["kv_cache_memory_bytes"] = int(r.kv_memory_gb * 1e9)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # on a CPU it would take half the memory
+        from paceline.rollout.backends.vllm_engine import VllmEngine
+
+        try:
+            return VllmEngine(
+                source,
+                dtype=r.dtype,
+                max_slots=r.max_slots,
+                max_context=r.max_context,
+                drafter=Path(str(self._config.drafter.start)) if drafts else None,
+                depth=int(fixed) if fixed else self._vllm.depth,
+                adaptive=not fixed,
+                seed=self._config.seed,
+                options=options,
+            )
+        except ImportError as error:
+            raise UserError(f"rollout.vllm needs vLLM in this environment ({error}): make peers, or name servers") from None
+
+    @torch.no_grad()
+    def update_policy(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Decodes with these whole weights from now on. Collective: all ranks go through them, one writes and sends.
+
+        Raises:
+            UserError: for a full disk or a lost server.
+        """
+        self._version += 1
+        shards = self._write(weights)
+        self._accelerator.wait_for_everyone()
+        try:
+            self.backend.update_policy(shards, self._version)
+        except ConnectionError as error:
+            raise UserError(f"rollout.vllm.servers: {error}") from None
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            for shard in shards:
+                shard.unlink(missing_ok=True)
+
+    def _write(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[Path]:
+        """Files of them; none on ranks that only go along."""
+        shards: list[Path] = []
+        for bucket in in_buckets(self._kept(weights), _SHARD_BYTES):
+            path = self._exchange / f"policy-{self._version}-{len(shards)}.safetensors"
+            try:
+                self._exchange.mkdir(parents=True, exist_ok=True)
+                save_file(dict(bucket), path)
+            except OSError as error:
+                raise UserError(f"{path}: new weights could not be written ({error}); free some disk, or set exchange") from None
+            shards.append(path)
+        return shards
+
+    def _kept(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those that this rank writes, as they are written; it goes through all of them either way."""
+        dtype = getattr(torch, self._config.rollout.dtype)
+        for name, tensor in weights:
+            if self._accelerator.is_main_process:
+                yield name, tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
+
+    def update_drafter(self, model: Eagle3Model) -> None:
+        """Drafts with these weights from now on. Collective.
+
+        Raises:
+            UserError: as `update_policy`.
+        """
+        path = self._exchange / "drafter"
+        try:
+            if self._accelerator.is_main_process:
+                self._exchange.mkdir(parents=True, exist_ok=True)
+                save_drafter(model, path)
+            self._accelerator.wait_for_everyone()
+            self.backend.update_drafter(path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"rollout.vllm: the drafter could not be handed over ({error})") from None
+        self._accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Gives vLLM back, and the disk."""
+        self.backend.close()
+        if self._accelerator.is_main_process and self._vllm.exchange is None:
+            shutil.rmtree(self._exchange, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""From rollouts and rewards to the policy's update."""

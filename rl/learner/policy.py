@@ -1,0 +1,190 @@
+"""From a step's rollouts and rewards to the policy's update: reference, advantages, critic, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages, uniform_groups
+from paceline.rl.algorithms.kl import KlCoefficient
+from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_moments
+from paceline.rl.generation.groups import RankRollouts
+from paceline.rl.learner.balance import Scored, compute_cost, spread
+from paceline.rl.learner.critic import Critic, CriticReport, ValueModel
+from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.reference import Reference
+from paceline.rl.learner.updater import PolicyUpdater, UpdateReport
+from paceline.rl.models.lora import merged
+from paceline.rl.models.mergeable import adapted_layers
+from paceline.rl.models.policies import load_policy, recompute_activations
+from paceline.rl.process.progress import Phase
+from paceline.rl.recipe import RunConfig
+from paceline.rl.rewards.shaping import Shaped
+from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rollout import FinishReason
+
+_WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
+
+
+class PolicyLearner:
+    """Owns what is trained beside the drafter: the policy with its optimizer, and the critic where the recipe has one.
+
+    Args:
+        config: The recipe.
+        policy: Whole, on every rank alike; it may be taken apart.
+        start: Directory of the policy that the run starts from: the reference, and the critic's decoder.
+        accelerator: Of this process.
+        checkpoint: To go on from; the policy's weights are the caller's. None at the start.
+
+    Attributes:
+        kl: β, which may be adapted.
+        critic: Or None.
+        reference: Or None.
+        entropy: Of a token in the last update, over all ranks; None before there was one.
+
+    Raises:
+        UserError: where the checkpoint is truncated, or the recipe's way of sharding is not to be had.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: PreTrainedModel,
+        start: Path,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._config, self._accelerator = config, accelerator
+        update = config.update
+        if config.policy.gradient_checkpointing:
+            recompute_activations(policy)
+        text = policy.config.get_text_config()
+        self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
+        module = PolicyLogProbs(policy)
+        self._adapted = None if config.scale.lora is None else adapted_layers(module)
+        settings = AdamWSettings(update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision)
+        self._trained = shard(module, config.scale, accelerator, settings)
+        self._updater = PolicyUpdater(
+            accelerator,
+            self._trained,
+            update,
+            config.rollout.temperature,
+            config.rollout.max_tokens,
+            config.steps,
+        )
+        self.entropy: float | None = None
+        self.kl = KlCoefficient(update.kl_coef, update.kl_target)
+        self.reference = Reference(config, module, start, accelerator) if update.kl_coef > 0 else None
+        self.critic: Critic | None = None
+        if update.advantage == "gae":
+            decoder = load_policy(start, accelerator.device)
+            if config.policy.gradient_checkpointing:
+                recompute_activations(decoder)
+            value_model = ValueModel(decoder).to(accelerator.device)
+            self.critic = Critic(accelerator, value_model, config, None if checkpoint is None else checkpoint.path)
+        if checkpoint is not None:
+            restore_moments(self._trained, checkpoint.path / "optimizer")
+            self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's present weights, whole, by their names without adapters. Collective; good until the next step."""
+        for name, tensor in merged(self._trained.full_weights, self._adapted):
+            yield name.removeprefix(_WRAPPED), tensor
+
+    def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:
+        """What a checkpoint keeps of the policy, and its adapters' weights where it has any. Collective; on the main rank."""
+        main = self._accelerator.is_main_process
+        adapters = None
+        if self._config.scale.lora is not None:
+            found = self._trained.full_weights(lambda name: ".lora_" in name)
+            adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in found}
+        return whole_state(self.weights(), self._trained, main), adapters
+
+    def samples(self, done: RankRollouts) -> list[Scored]:
+        """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there is one: a rank that
+        has finished early computes them while others decode."""
+        made = []
+        for r in done.rollouts:
+            prompt, completion = (
+                torch.tensor(r.request.prompt_ids),
+                torch.tensor(r.token_ids, dtype=torch.long),
+            )
+            made.append(Scored(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion))))
+        if self.reference is None:
+            return made
+        return [replace(s, reference=logprobs) for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)]
+
+    def learn(
+        self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int, shown: Phase | None = None
+    ) -> tuple[UpdateReport, CriticReport, list[float]]:
+        """Updates on a step's rollouts. Collective.
+
+        Args:
+            done: This rank's rollouts.
+            samples: Of those, from `samples`.
+            shaped: The reward of each.
+            step: Of the run.
+            shown: Shows how far the policy's update is.
+
+        Returns:
+            The policy's report, the critic's, and the mean advantage of each completion.
+        """
+        config = self._config.update
+        with_advantages = self._with_advantages(samples, shaped, done.paths)
+        masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
+        size = self._config.rollout.group_size
+        silent = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
+        counted = [
+            with_advantages[i]
+            for i, r in enumerate(done.rollouts)
+            if r.finish_reason not in masked and r.token_ids and i // size not in silent
+        ]
+        counted += shaped.more
+        kl_coef = self.kl.value if config.kl_in == "loss" else 0.0
+        if self._config.scale.balance:
+            moving = [self.critic is not None or self._updater.moves(s, kl_coef) for s in counted]
+            costs = [compute_cost(s, self._attention) if m else 0.0 for s, m in zip(counted, moving, strict=True)]
+            counted = spread(counted, costs, self._accelerator)
+        judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
+        report = UpdateReport()
+        if self.critic is None or step >= self._config.critic.warmup_steps:
+            report = self._updater.run(counted, step, kl_coef, self.entropy, shown)
+            kl, entropy, tokens = self._total(torch.tensor([report.kl, report.entropy, float(report.tokens)])).tolist()
+            self.kl.observe(kl / max(tokens, 1.0))
+            self.entropy = entropy / tokens if tokens else self.entropy
+        return (
+            report,
+            judged,
+            [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages],
+        )
+
+    def _with_advantages(self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None) -> list[Scored]:
+        config, rewards = self._config, shaped.rewards
+        if shaped.tokens is not None:
+            return [replace(s, advantages=a) for s, a in zip(samples, shaped.tokens, strict=True)]
+        references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
+        taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
+        if self.critic is None:
+            advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total, paths)
+            if shaped.added is not None:
+                advantages = [a + more for a, more in zip(advantages, shaped.added, strict=True)]
+            return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]
+        values = self.critic.values(samples)
+        advantages, returns = critic_advantages(config.critic, rewards, taken, values, self._total)
+        columns = zip(samples, advantages, values, returns, strict=True)
+        return [replace(s, advantages=a, values=v, returns=r) for s, a, v, r in columns]
+
+    def _tokens(self, samples: list[Scored]) -> float:
+        """Of all ranks."""
+        return float(self._total(torch.tensor(float(sum(len(s.completion) for s in samples)))))
+
+    def _total(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks."""
+        summed: Any = self._accelerator.reduce(part.to(self._accelerator.device), "sum")
+        return summed.cpu()

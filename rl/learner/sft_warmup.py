@@ -1,0 +1,115 @@
+"""A short supervised warm-up of the policy on worked solutions, cached by its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
+from paceline.rl.models.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
+from paceline.rl.process.made_once import put
+from paceline.rl.recipe import RunConfig
+from paceline.rl.tasks.gym_problems import reasoning_gym_problems
+from paceline.rl.tasks.prompts import encode_problem
+from paceline.rl.tasks.worked_solutions import with_rechecks, worked_solution
+
+
+def warmed_policy_path(config: RunConfig) -> Path:
+    """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
+    assert config.policy.warmup is not None
+    datasets = [{"name": d.name, "weight": d.weight, "params": d.params} for d in config.task.datasets]
+    settings = asdict(config.policy.warmup)
+    if not settings["rechecks"]:
+        del settings["rechecks"]  # so that what was cached before there was such a key is found
+    parts: list[object] = [config.policy.model, settings, datasets]
+    parts += [config.task.instruction, config.task.system]
+    parts += [config.task.chat_template_kwargs] if config.task.chat_template_kwargs else []
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
+
+
+def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:
+    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with a ``warmup.json``
+    that holds the loss curve and the seconds it took. The caller makes sure that no other process does so.
+
+    Args:
+        config: A recipe with ``policy.warmup``.
+        on_step: Called with (step, steps, loss).
+    """
+    final = warmed_policy_path(config)
+    source = fetch_policy(config.policy.model)
+    tokenizer = load_tokenizer(source)
+    policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
+    started = time.perf_counter()
+    losses = fine_tune(config, policy, tokenizer, on_step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
+        building = Path(scratch) / "model"
+        policy.save_pretrained(building)
+        copy_tokenizer(source, building)
+        report = {"seconds": time.perf_counter() - started, "losses": losses}
+        (building / "warmup.json").write_text(json.dumps(report))
+        put(building, final)
+
+
+def fine_tune(
+    config: RunConfig,
+    policy: PreTrainedModel,
+    tokenizer: Any,
+    on_step: Callable[[int, int, float], None] | None,
+) -> list[float]:
+    """Trains a model on worked solutions of the recipe's problems. Returns the loss of each step."""
+    warmup = config.policy.warmup
+    assert warmup is not None
+    prompts, solutions = _examples(config, tokenizer)
+    steps = len(prompts) // warmup.batch_size
+    model = PolicyLogProbs(policy).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=warmup.lr, weight_decay=0.0, fused=True)
+    rise = max(steps // 10, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / max(steps - rise, 1)))
+    losses = []
+    for step in range(steps):
+        chosen = range(step * warmup.batch_size, (step + 1) * warmup.batch_size)
+        rows = [PromptRow(prompts[i], (Sample(i, solutions[i]),)) for i in chosen]
+        total, count = 0.0, sum(len(solutions[i]) for i in chosen)
+        for members in plan(rows, config.update.tokens_per_microbatch):
+            with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"):
+                logprobs, _ = model(pack(members).to(policy.device), 1.0)
+            loss = -logprobs.sum() / count
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        if on_step is not None:
+            on_step(step + 1, steps, total)
+    return losses
+
+
+def _examples(config: RunConfig, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    warmup = config.policy.warmup
+    assert warmup is not None
+    problems = reasoning_gym_problems(config.task, warmup.examples, warmup.seed)
+    generator = torch.Generator().manual_seed(warmup.seed)
+    prompts, solutions = [], []
+    for i in torch.randperm(len(problems), generator=generator).tolist():
+        problem = problems[i]
+        times = 0
+        while float(torch.rand((), generator=generator)) < warmup.rechecks:
+            times += 1
+        text = with_rechecks(worked_solution(problem.dataset, problem.entry), times)
+        prompts.append(encode_problem(tokenizer, problem, config.task))
+        solutions.append([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    return prompts, solutions

@@ -1,0 +1,1 @@
+"""Policies: found, checked, loaded, adapted and published."""

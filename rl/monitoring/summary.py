@@ -1,0 +1,138 @@
+"""What a run did and what it saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from paceline.rl.errors import UserError
+from paceline.rl.monitoring.speculation_verdict import verdict
+from paceline.rl.process.files import read_lines
+
+PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update", "gather", "sync")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps of ``metrics.jsonl``; a line that a kill has cut off is left out.
+
+    Raises:
+        UserError: when there is none.
+    """
+    steps, _ = read_lines(run / "metrics.jsonl")
+    if not steps:
+        raise UserError(f"{run / 'metrics.jsonl'}: holds no finished step")
+    return steps
+
+
+def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its steps.
+
+    Raises:
+        UserError: when a step lacks a number.
+    """
+    try:
+        return _summarise(metrics)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"metrics.jsonl: a line is not what a step writes ({reason}); take it out to get a report") from None
+
+
+def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    quarter = max(len(metrics) // 4, 1)
+    first, last = metrics[:quarter], metrics[-quarter:]
+    measured = [m for m in metrics if "measure/rollout_speedup" in m]
+    summary: dict[str, Any] = {
+        "steps": len(metrics),
+        "reward_before": float(np.mean([m["reward/mean"] for m in first])),
+        "reward_after": float(np.mean([m["reward/mean"] for m in last])),
+        "reward_rise_std_error": rise_std_error(first, last),
+        "acceptance_length": float(np.mean([m["rollout/acceptance_length"] for m in metrics])),
+        "length_mean": float(np.mean([m["length/mean"] for m in metrics])),
+        "length_p50": float(np.median([m["length/p50"] for m in metrics])),
+        "length_p95": float(np.mean([m["length/p95"] for m in metrics])),
+        "length_max": max(m["length/max"] for m in metrics),
+        "seconds": {p: float(np.mean([m.get(f"time/{p}", 0.0) for m in metrics])) for p in PHASES},
+        "drafter_seconds_off_path": sum(m["drafter/seconds_off_path"] for m in metrics),
+        "drafter_seconds_on_path": sum(m["drafter/seconds_on_path"] for m in metrics),
+        "peak_memory_gb": max(m["memory/peak_gb"] for m in metrics),
+    }
+    if measured:
+        plain = sum(m["measure/plain_seconds"] for m in measured)
+        adaptive = sum(m["measure/adaptive_seconds"] for m in measured)
+        summary["rollout_speedup"] = plain / adaptive
+        summary["identical_to_plain"] = float(np.mean([m["measure/identical"] for m in measured]))
+        saved = sum(m["measure/plain_seconds"] - m["measure/adaptive_seconds"] for m in measured)
+        seconds = sum(m["time/step"] for m in measured)
+        summary["step_speedup"] = (seconds + saved) / seconds
+        summary["step_speedup_bound"] = 1 / (1 - _plain_share(measured))
+        summary["measured_steps"] = len(measured)
+        summary["speculation"] = verdict(metrics)
+    return summary
+
+
+def _plain_share(measured: list[dict[str, Any]]) -> float:
+    """Share of a plain step that rollouts take: what an infinitely fast rollout would save (Amdahl)."""
+    plain = sum(m["measure/plain_seconds"] for m in measured)
+    rest = sum(m["time/step"] - m["measure/adaptive_seconds"] for m in measured)
+    return plain / (plain + rest)
+
+
+def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:
+    """Standard error of the rise in mean reward between two spans of steps.
+
+    Where both saw the same problems (an epoch each), problems are paired: their difficulty, most of the variance, cancels.
+    Otherwise it is that of two independent sets of problems.
+    """
+    a, b = _by_problem(first), _by_problem(last)
+    if a.keys() == b.keys():
+        differences = np.array([b[k] - a[k] for k in a])
+        return float(np.sqrt(_variance_of_mean(differences)))
+    return float(np.sqrt(_variance_of_mean(np.array([*a.values()])) + _variance_of_mean(np.array([*b.values()]))))
+
+
+def _by_problem(steps: list[dict[str, Any]]) -> dict[str, float]:
+    rewards: dict[str, list[float]] = {}
+    for m in steps:
+        for key, reward in m["reward/by_problem"].items():
+            rewards.setdefault(key, []).append(reward)
+    return {key: float(np.mean(values)) for key, values in sorted(rewards.items())}
+
+
+def _variance_of_mean(x: np.ndarray) -> float:
+    return float(x.var(ddof=1) / len(x)) if len(x) > 1 else 0.0
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary as the user sees it."""
+    t = Table(title="Paceline", show_header=False)
+    t.add_column()
+    t.add_column()
+    rise = summary["reward_after"] - summary["reward_before"]
+    t.add_row(
+        "reward, first → last quarter of steps",
+        f"{summary['reward_before']:.3f} → {summary['reward_after']:.3f}  ({rise:+.3f} ± {summary['reward_rise_std_error']:.3f})",
+    )
+    if "rollout_speedup" in summary:
+        t.add_row(
+            "rollout, against plain decoding of the same requests",
+            f"{summary['rollout_speedup']:.2f}x over {summary['measured_steps']} steps; "
+            f"{summary['identical_to_plain']:.1%} of completions token-identical",
+        )
+        t.add_row(
+            "whole step, against plain decoding",
+            f"{summary['step_speedup']:.2f}x; at most {summary['step_speedup_bound']:.2f}x (Amdahl)",
+        )
+    t.add_row("acceptance length", f"{summary['acceptance_length']:.2f} tokens a forward")
+    lengths = (f"{summary[f'length_{name}']:.0f}" for name in ("mean", "p50", "p95", "max"))
+    t.add_row("completion length: mean, p50, p95, max", ", ".join(lengths))
+    t.add_row("seconds a step", ", ".join(f"{name} {s:.1f}" for name, s in summary["seconds"].items() if s >= 0.05))
+    t.add_row(
+        "drafter training",
+        f"{summary['drafter_seconds_off_path']:.1f} s while another rank was decoding, "
+        f"{summary['drafter_seconds_on_path']:.1f} s on the critical path",
+    )
+    t.add_row("peak memory, all ranks", f"{summary['peak_memory_gb']:.1f} GB")
+    return t

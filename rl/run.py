@@ -1,0 +1,167 @@
+"""What ``launch/train.py`` and ``paceline train`` do, in each rank."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed
+
+from paceline.cli.common import user_errors
+from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.storage.export import export_drafter
+from paceline.rl.checkpointing.checkpoint import has_checkpoint
+from paceline.rl.checkpointing.graceful_stop import Interruption
+from paceline.rl.checkpointing.resume import resumed_recipe
+from paceline.rl.checkpointing.run_directory import is_main, main_speaks_first, on_main, open_run, say_on_main
+from paceline.rl.checkpointing.run_lock import RunLock
+from paceline.rl.dry_run.description import describe
+from paceline.rl.dry_run.tiny_step import try_tiny_step
+from paceline.rl.errors import UserError
+from paceline.rl.monitoring.report import write_report
+from paceline.rl.monitoring.summary import read_metrics, summarise, table
+from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.preparation import check_same_start, prepare
+from paceline.rl.process.files import disk_errors, write_whole
+from paceline.rl.process.parent_death import end_with_launcher
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.process.progress import Display
+from paceline.rl.recipe import RunConfig, load_config
+from paceline.rl.rewards.example import score_example
+from paceline.rl.tasks.prompt_check import check_recipe
+from paceline.rl.tasks.task import load_task
+from paceline.rl.trainer import Trainer, make_accelerator
+
+
+def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", nargs="?", help="a recipe, unless resuming")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the recipe, print what it will take, and try a tiny step of it",
+    )
+    parser.add_argument("--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named")
+    parser.add_argument("--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="directory of a run to go on with, also with other key=value",
+    )
+    args = parser.parse_intermixed_args(arguments)
+    if args.resume is not None and args.config is not None and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    if (args.config is None) == (args.resume is None):
+        parser.error("name a recipe or --resume RUN")
+    if args.dry_run and args.resume is not None:
+        parser.error("--dry-run is about a recipe, not about a run")
+    return args
+
+
+def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
+    """The recipe and the run's directory.
+
+    Raises:
+        UserError: for a mistake in the recipe, a directory that holds finished work, or changes that a run does not bear.
+    """
+    if args.resume is not None:
+        return resumed_recipe(args.resume, args.overrides, say_on_main), args.resume
+    config = load_config(args.config, args.overrides)
+    run = Path(config.out)
+    if has_checkpoint(run) or (run / "summary.json").exists():
+        raise UserError(f"out is {run}, which holds a run: write another out=..., or --resume {run}")
+    return config, run
+
+
+def main(description: str | None) -> None:
+    """Runs the command of this process; a user's error is printed as one line."""
+    end_with_launcher()
+    with user_errors(), main_speaks_first():
+        run(sys.argv[1:], description)
+
+
+def run(arguments: Sequence[str], description: str | None = None) -> None:
+    """Runs the command with the given arguments; errors are raised."""
+    status = train(parse_arguments(description, arguments))
+    if status:
+        raise SystemExit(status)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit with."""
+    if args.dry_run:
+        dry_run(args)
+        return 0
+    config, run = find_run(args)
+    fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with Display(active=is_main()) as display, disk_errors(run), RunLock(run, active=is_main()):
+        # before there is a process group: once there is one, transformers writes models on rank 0 only
+        config = prepare(config, display, drafter=not has_checkpoint(run))
+        interruption, whole = train_ranks(config, run, args, display)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0 if whole else interruption.status
+
+
+def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display: Display) -> tuple[Interruption, bool]:
+    """Trains with all ranks after the preparation. Collective. Returns what may have stopped it, and whether it is finished."""
+    accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
+    check_same_start(config, accelerator)
+    main, resume = accelerator.is_main_process, args.resume is not None
+    checkpoint = on_main(accelerator, lambda: open_run(config, run, accelerator.num_processes, resume, args.overrides))
+    with Tracker(config, run, main, 0 if checkpoint is None else checkpoint.steps_done, display) as tracker:
+        tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
+        with Interruption(run, main) as interruption:
+            with display.phase("loading the policy, measuring the engine's forwards"):
+                trainer = Trainer(config, run, accelerator, checkpoint, tracker)
+            whole = trainer.run(interruption)
+        if main and whole:
+            finish(config, run, tracker)
+        elif main:
+            tracker.say(f"stopped; go on with --resume {run}")
+    accelerator.wait_for_everyone()
+    return interruption, whole
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Checks a recipe, prints what it will take, and tries a few tiny steps of it."""
+    config = load_config(args.config, args.overrides)
+    task = load_task(config.task, config.seed)
+    first = task.problems[0]
+    said = check_recipe(task, config)
+    ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *said]), flush=True)
+    print("\n".join(score_example(first, config.task, config.seed, config.rollout.group_size)), flush=True)
+    print(try_tiny_step(config))
+
+
+def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
+    """Writes summary, report and exported drafter. One that cannot be made is said: the policy is in the checkpoint."""
+    paths = {"policy": str(run / "checkpoint" / "policy")}
+    try:
+        summary = summarise(read_metrics(run))
+        write_whole(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        tracker.display.show(table(summary))
+        for line in summary.get("speculation", ()):
+            tracker.say(line)
+        with tracker.display.phase("report"):
+            paths["report"] = str(write_report(run))
+    except UserError as error:
+        tracker.say(f"report: {error}")
+    if (run / "checkpoint" / "drafter").is_dir():
+        number = 0
+        while (out := run / ("drafter" if number == 0 else f"drafter-{number}")).exists():
+            number += 1
+        try:
+            paths["drafter"] = str(export_drafter(run, out))
+        except DrafterError as error:
+            tracker.say(f"drafter: {error}")
+    for name, path in paths.items():  # outside the table, which would cut them short
+        tracker.say(f"{name}: {path}")

@@ -1,0 +1,1 @@
+"""What a run asks: problems, their prompts, and the scorers of their answers."""

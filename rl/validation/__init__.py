@@ -1,0 +1,1 @@
+"""Which values of a recipe contradict each other."""
