@@ -34,7 +34,7 @@ def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
             "configs/tiny.yaml",
             f"out={run}",
             "steps=2",
-            "scale.deepspeed=tests/rl/zero3_in_parts.json",
+            "scale.deepspeed=tests/rl/sharding/zero3_in_parts.json",
             "update.advantage=gae",
             "task.reward=digits:digits",
         )

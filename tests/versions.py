@@ -23,7 +23,7 @@ from environment import REACHED_INTO, InstallFailed, make  # noqa: E402
 
 TESTS = (
     "tests/rollout",
-    "tests/rl/test_losses_beside_trl.py",
+    "tests/rl/algorithms/test_losses_beside_trl.py",
     "tests/rl/integrations/test_trl.py",
     "tests/test_end_to_end.py",
 )

@@ -2,7 +2,6 @@
 
 import math
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,8 +10,8 @@ from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.recipe import load_config
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import RolloutEngine
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 REWARD = """
 def digits(prompts, completions, **columns):
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]

@@ -172,7 +172,7 @@ def test_a_view_that_gives_nan_is_refused(monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_no_reason_to_refuse():
-    """A request fails for them, not the engine: `tests/rollout/test_requests.py`."""
+    """A request fails for them, not the engine: `tests/rollout/engine/test_request_validation.py`."""
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")

@@ -12,7 +12,7 @@ from paceline.rl.recipe import load_config
 from paceline.rl.tasks import prompt_check
 from paceline.rl.tasks.prompt_check import check_prompts, check_recipe
 from paceline.rl.tasks.task import load_task
-from tests.rl.test_prompts import GEMMA, PLAIN, QWEN3
+from tests.rl.tasks.test_prompts import GEMMA, PLAIN, QWEN3
 from tests.support import train_here
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1 ="}]

@@ -24,14 +24,13 @@ from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.recipe import LoraConfig, ScaleConfig
 from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
 from paceline.rl.sharding.settings import read_settings
-from tests.support import tiny_llama
+from tests.support import ROOT, tiny_llama
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = AdamWSettings(lr=1e-3, weight_decay=0.01, grad_clip=0.5, precision="no")
 MODES = {
     "replicated": ScaleConfig(),
     **{f"zero{stage}": ScaleConfig(deepspeed=str(ROOT / f"configs/deepspeed/zero{stage}.json")) for stage in range(3)},
-    "zero3": ScaleConfig(deepspeed=str(ROOT / "tests/rl/zero3_in_parts.json")),
+    "zero3": ScaleConfig(deepspeed=str(ROOT / "tests/rl/sharding/zero3_in_parts.json")),
     "fsdp2": ScaleConfig(fsdp2=True),
 }
 ROWS = [PromptRow([1 + i, 2, 3], (Sample(i, [5 + i, 7, 9, i]), Sample(i + 4, [8, i + 1]))) for i in range(4)]

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +15,8 @@ from paceline.benchmarks.training.online import compare_online
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.drafting.factory import reward_weights
 from paceline.rl.recipe import load_config
-from tests.support import train_here
+from tests.support import ROOT, train_here
 from tests.test_end_to_end import finish, steps_of, train
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

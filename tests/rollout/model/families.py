@@ -1,16 +1,17 @@
-"""The tested model families, in tiny random models; ``python -m tests.rollout.families`` writes their table into the docs."""
+"""The tested model families, in tiny random models; ``python -m tests.rollout.model.families`` writes their table into the docs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-BEGIN, END = "<!-- families: python -m tests.rollout.families -->", "<!-- end of families -->"
+from tests.support import ROOT
+
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- families: python -m tests.rollout.model.families -->", "<!-- end of families -->"
 COMMON = {
     "vocab_size": 97,
     "hidden_size": 64,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,8 @@ from paceline.rl.errors import UserError
 from paceline.rl.recipe import RunConfig, load_config, to_dict
 from paceline.rl.tasks.task import load_task
 from paceline.rollout.drafters.eagle3_model import parameter_count
-from tests.support import tiny_eagle3, tiny_llama, train_here
+from tests.support import ROOT, tiny_eagle3, tiny_llama, train_here
 
-ROOT = Path(__file__).parents[2]
 TINY = "configs/tiny.yaml"
 
 

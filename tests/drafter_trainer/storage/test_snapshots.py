@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer
 from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
-from tests.support import tiny_eagle3, tiny_llama
+from tests.support import ROOT, tiny_eagle3, tiny_llama
 
 
 def trained():
@@ -75,7 +74,8 @@ from pathlib import Path
 import torch
 from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer
 from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
-from tests.drafter_trainer.test_snapshots import trained
+from tests.support import ROOT
+from tests.drafter_trainer.storage.test_snapshots import trained
 torch.set_num_threads(1)
 drafter, optimizer = trained()
 snapshots = DrafterSnapshots(Path(sys.argv[1]), keep=2)
@@ -91,7 +91,7 @@ for step in range(10**6):
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_any_point_what_loads_is_right(tmp_path, kills):
     """kill -9 while snapshots are written as fast as they can be: each that loads is of one step only."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pause = random.Random(0)
     for attempt in range(kills):
         folder = tmp_path / str(attempt % 4)

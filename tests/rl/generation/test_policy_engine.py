@@ -5,7 +5,7 @@ import torch
 
 from paceline.rl.errors import UserError
 from paceline.rl.generation.policy_engine import policy_engine
-from tests.rollout.families import BY_KIND, REFUSED, tiny
+from tests.rollout.model.families import BY_KIND, REFUSED, tiny
 from tests.support import tiny_llama
 
 

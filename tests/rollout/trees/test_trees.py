@@ -15,7 +15,7 @@ from paceline.rollout.native import AttentionRule, RaggedTokens, load_kernels
 from paceline.rollout.trees import DraftTree, chain_parents, child_table, tree_shape
 from paceline.rollout.trees.expander import TreeLimits, draw_without_replacement
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
-from tests.rollout.verifier_cases import Chooser, Process, after
+from tests.rollout.verify.verifier_cases import Chooser, Process, after
 from tests.support import full_engine, tiny_llama
 
 parents_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=30).map(lambda xs: [min(p, i - 1) for i, p in enumerate(xs)])

@@ -15,7 +15,7 @@ from paceline.rollout.verify.optimal import (
     recursive_acceptance,
     spectr_acceptance,
 )
-from tests.rollout.verifier_cases import FITTING, Process, p_value, run
+from tests.rollout.verify.verifier_cases import FITTING, Process, p_value, run
 
 ALPHA = 1e-3
 SAMPLES = 100_000
@@ -108,7 +108,7 @@ def test_siblings_reported_without_what_was_drawn_before_are_seen(monkeypatch):
 
 def test_a_tree_pruned_by_what_was_drawn_is_seen(monkeypatch):
     """Leaving out drawn nodes for being unlikely biases what is kept: trees of drawn tokens may not be ranked afterwards."""
-    import tests.rollout.verifier_cases as cases
+    import tests.rollout.verify.verifier_cases as cases
 
     def pruned(chooser, uniform):
         draft = cases.grow_chain(chooser, 1, uniform)

@@ -1,16 +1,15 @@
 """p-values of the losslessness tests over 1000 seeds are uniform: neither a small bias nor an insensitive test would be.
 
-On demand: ``pytest -m slow tests/rollout/test_uniformity.py`` writes ``benchmarks/p_values.png`` anew.
+On demand: ``pytest -m slow tests/rollout/verify/test_uniformity.py`` writes ``benchmarks/p_values.png`` anew.
 """
-
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 from scipy import stats
 
-from tests.rollout.verifier_cases import FITTING, Process, p_value, run
+from tests.rollout.verify.verifier_cases import FITTING, Process, p_value, run
+from tests.support import ROOT
 
 matplotlib.use("Agg")
 SEEDS = 1000
@@ -42,5 +41,5 @@ def plot(values: dict[str, list[float]]) -> None:
         ax.axhline(len(ps) / 20, color="grey", lw=0.8)
         ax.set_title(f"{name}\nKS p = {stats.kstest(ps, 'uniform').pvalue:.2f}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(Path(__file__).parents[2] / "benchmarks" / "p_values.png")
+    figure.savefig(ROOT / "benchmarks" / "p_values.png")
     plt.close(figure)

@@ -13,9 +13,7 @@ from paceline.benchmarks.decoding.gpu import SHAPES, planned
 from paceline.benchmarks.training.learning import LearningRow, compare_learning
 from paceline.benchmarks.training.sharding import WAYS, compare_sharding
 from paceline.rollout import Request, SamplingParams
-from tests.support import tiny_llama
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT, tiny_llama
 
 
 def test_generate_makes_as_many_tokens_of_each_as_asked():

@@ -12,7 +12,7 @@ from paceline.rl.learner.packing import PromptRow, Sample, pack
 from paceline.rollout import PLAIN, FinishReason, Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.native import load_kernels
-from tests.rollout.families import BY_KIND, FAMILIES, PAGE, REFUSED, page, tiny
+from tests.rollout.model.families import BY_KIND, FAMILIES, PAGE, REFUSED, page, tiny
 
 COMMON = [BY_KIND[kind] for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")]
 MORE = [BY_KIND[kind] for kind in ("gpt2", "opt", "olmo2", "qwen3_moe", "gemma2", "phi3", "llama4_text")]
@@ -115,7 +115,7 @@ def test_a_family_that_cannot_run_is_refused_by_rollouts_and_updates_in_a_line(f
 
 
 def test_the_page_of_families_says_what_is_tested():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.rollout.families"
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.rollout.model.families"
 
 
 LONGROPE = {
