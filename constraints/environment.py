@@ -1,7 +1,10 @@
-"""Makes a virtual environment with Paceline and what its tests need: ``python constraints/environment.py FOLDER``.
+"""Makes a virtual environment with Paceline and what its tests need:
+``python constraints/environment.py FOLDER``.
 
-Only the standard library is used, so that any Python from 3.11 on can run it. torch comes in its CPU build where the machine has no
-NVIDIA GPU: from the configured package sources, else from PyTorch's own index, else whatever PyPI has for the platform.
+Only the standard library is used, so that any Python from 3.11 on can run it. torch comes in its CPU build
+where the machine has no
+NVIDIA GPU: from the configured package sources, else from PyTorch's own index, else whatever PyPI has for the
+    platform.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ def make(folder: Path, versions: str = "locked") -> Path:
         folder: Directory of the environment.
         versions: Which versions to install:
             ``locked``: those of constraints/locked.txt.
-            ``oldest``: the lowest versions of torch, transformers, trl, peft and accelerate that pyproject.toml allows.
+            ``oldest``: the lowest versions of torch, transformers, trl, peft and accelerate that
+                pyproject.toml allows.
             ``newest``: the newest versions of these five, ignoring the upper bounds in pyproject.toml.
-            ``name==version``, several joined by commas: these versions, and the locked ones of everything else.
-            With ``oldest`` and ``newest``, pip chooses the other packages within the bounds of pyproject.toml.
+            ``name==version``, several joined by commas: these versions, and the locked ones of everything
+            else. With ``oldest`` and ``newest``, pip chooses the other packages within the bounds of
+            pyproject.toml.
 
     Returns:
         The environment's Python.
@@ -80,7 +85,11 @@ def _install_torch(pip: Sequence[str], version: str) -> None:
         if version and _succeeds([*pip, f"{wanted}+cpu"]):
             return
         # that index alone: with a second source, pip would take whichever has the newer release
-        alone = {name: value for name, value in os.environ.items() if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")}
+        alone = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
+        }
         if _succeeds(
             [*pip, "--retries", "1", "--index-url", _CPU_INDEX, wanted],
             {**alone, "PIP_CONFIG_FILE": os.devnull},
@@ -102,7 +111,9 @@ def _locked(package: str) -> str:
 
 
 def _unbounded(oldest: bool) -> Iterator[str]:
-    """Yields the requirements of pyproject.toml, with the packages of `REACHED_INTO` at their lowest versions or without bounds."""
+    """Yields the requirements of pyproject.toml, with the packages of `REACHED_INTO` at their lowest versions
+    or without bounds.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     own = [name for name in extras["dev"] if not name.startswith("paceline")]
@@ -131,7 +142,9 @@ def _run(command: Sequence[str]) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--versions", default="locked", help="locked, oldest, newest, or package==version,…")
     args = parser.parse_args()

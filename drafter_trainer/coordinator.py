@@ -1,4 +1,5 @@
-"""Which ranks have nothing left to decode: over a key-value store, without a collective and without waiting."""
+"""Which ranks have nothing left to decode: over a key-value store, without a collective and without
+waiting."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ class Store(Protocol):
 class Coordinator:
     """Tells a rank when it may train the drafter and when it must stop.
 
-    Each rank is busy (decoding), idle (done with its rollouts), or training. Ranks count themselves idle in the store; training may
-    begin once ``least_idle`` are, and ends when all are, because the step then goes on. Busy ranks let themselves be heard once a
-    second: if none is heard for a minute, or the store cannot be reached, there is no training in this step (in any step, once the
+    Each rank is busy (decoding), idle (done with its rollouts), or training. Ranks count themselves idle in
+    the store; training may begin once ``least_idle`` are, and ends when all are, because the step then goes
+    on. Busy ranks let themselves be heard once a
+    second: if none is heard for a minute, or the store cannot be reached, there is no training in this step
+        (in any step, once the
     store is lost), and the step's own collectives decide what becomes of the run.
 
     Args:
@@ -110,12 +113,13 @@ class Coordinator:
 
 
 def connect_store(world: int) -> Store | None:
-    """A connection of this rank's own to the store that the process group was made with, with a timeout of its own: a store that is
-    gone must not hold up a step. None for a rank alone."""
+    """A connection of this rank's own to the store that the process group was made with, with a timeout of
+    its own: a store that is gone must not hold up a step. None for a rank alone."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if world == 1 or host is None or port is None:
         return None
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher that restarts its ranks keeps the store
+    # a launcher that restarts its ranks keeps the store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store = dist.TCPStore(
             host,

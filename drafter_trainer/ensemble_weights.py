@@ -9,11 +9,14 @@ _RATE = 8.0  # a tenth of a token of acceptance length more is e^0.8 = 2.2 times
 _SHARE = 0.05
 
 
-def tracking_weights(weights: Sequence[float], lengths: Sequence[float], rate: float = _RATE, share: float = _SHARE) -> list[float]:
-    """Hedge with a fixed share: w_i ← (1 − α) w_i e^{η g_i} / Σ_j w_j e^{η g_j} + α/N (Herbster and Warmuth, "Tracking the Best
-    Expert", 1998).
+def tracking_weights(
+    weights: Sequence[float], lengths: Sequence[float], rate: float = _RATE, share: float = _SHARE
+) -> list[float]:
+    """Hedge with a fixed share: w_i ← (1 − α) w_i e^{η g_i} / Σ_j w_j e^{η g_j} + α/N (Herbster and Warmuth,
+    "Tracking the Best Expert", 1998).
 
-    The share α keeps every weight above α/N, so that another drafter comes to the front within a few judgements once it does
+    The share α keeps every weight above α/N, so that another drafter comes to the front within a few
+    judgements once it does
     better: what is best changes as the policy moves.
 
     Args:

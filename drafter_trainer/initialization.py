@@ -10,11 +10,14 @@ from paceline.rollout.model.runner import decoder_layers
 
 
 @torch.no_grad()
-def initial_drafter(config: LlamaConfig, vocabulary: torch.Tensor, target: PreTrainedModel, seed: int) -> Eagle3Model:
+def initial_drafter(
+    config: LlamaConfig, vocabulary: torch.Tensor, target: PreTrainedModel, seed: int
+) -> Eagle3Model:
     """A float32 drafter that starts near the target.
 
-    The head starts from the target's rows for the draft vocabulary; the layer from the target's last layer, its attention reading
-    the hidden half of the input; ``fc`` passes the highest tap through. The rest is drawn from N(0, 0.02²).
+    The head starts from the target's rows for the draft vocabulary; the layer from the target's last layer,
+    its attention reading the hidden half of the input; ``fc`` passes the highest tap through. The rest is
+    drawn from N(0, 0.02²).
 
     Args:
         config: From `eagle3_config`.

@@ -86,7 +86,9 @@ class DrafterLearner:
             device,
         )
 
-    def update(self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None) -> Unrolled | None:
+    def update(
+        self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None
+    ) -> Unrolled | None:
         """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite.
 
         Args:
@@ -103,7 +105,9 @@ class DrafterLearner:
                 raise Interrupted
 
         with self._autocast():
-            outcome = unrolled_loss(self.model, self._embed, self._pack(pieces, weights), self.objective, check)
+            outcome = unrolled_loss(
+                self.model, self._embed, self._pack(pieces, weights), self.objective, check
+            )
         if not bool(torch.isfinite(outcome.loss)):
             return None
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,4 +122,6 @@ class DrafterLearner:
     def evaluate(self, pieces: Sequence[Piece], model: Eagle3Model | None = None) -> Unrolled:
         """The present drafter, or ``model``, on pieces, each anchor alike."""
         with self._autocast():
-            return unrolled_loss(model or self.model, self._embed, self._pack(pieces, [1.0] * len(pieces)), self.objective)
+            return unrolled_loss(
+                model or self.model, self._embed, self._pack(pieces, [1.0] * len(pieces)), self.objective
+            )

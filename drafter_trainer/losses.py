@@ -1,8 +1,8 @@
 """Distillation losses of a draft position.
 
-Every loss maps ``(draft_logits, teacher_probs)`` to one value a position: float [M, W] over the draft vocabulary and float [M,
-W], the target's probabilities of those tokens, to float32 [M]. A teacher's row may sum to less than 1: the rest is mass that
-cannot be drafted.
+Every loss maps ``(draft_logits, teacher_probs)`` to one value a position: float [M, W] over the draft
+vocabulary and float [M, W], the target's probabilities of those tokens, to float32 [M]. A teacher's row may
+sum to less than 1: the rest is mass that cannot be drafted.
 """
 
 from __future__ import annotations
@@ -37,16 +37,18 @@ def jensen_shannon(draft_logits: torch.Tensor, teacher_probs: torch.Tensor) -> t
 
 
 def total_variation(draft_logits: torch.Tensor, teacher_probs: torch.Tensor) -> torch.Tensor:
-    """1 − Σ min(p, q): the probability that a drawn token is refused (Leviathan et al., arXiv 2211.17192, theorem 3.5)."""
+    """1 − Σ min(p, q): the probability that a drawn token is refused (Leviathan et al., arXiv 2211.17192,
+    theorem 3.5).
+    """
     return 1 - torch.minimum(torch.softmax(draft_logits.float(), dim=-1), teacher_probs).sum(-1)
 
 
 def total_variation_plus(draft_logits: torch.Tensor, teacher_probs: torch.Tensor) -> torch.Tensor:
     """TVD++ (Goel et al., "Direct Alignment of Draft Model", arXiv 2403.00858).
 
-    The gradient of the total variation is that of a policy gradient on the drafter with reward r(y) = 1 where p(y) > q(y); TVD++
-    standardises r over the batch, which lowers its variance. The expectation over the drafter is exact here instead of sampled. The
-    value means nothing; the gradient is the method.
+    The gradient of the total variation is that of a policy gradient on the drafter with reward r(y) = 1 where
+    p(y) > q(y); TVD++ standardises r over the batch, which lowers its variance. The expectation over the
+    drafter is exact here instead of sampled. The value means nothing; the gradient is the method.
     """
     log_q = torch.log_softmax(draft_logits.float(), dim=-1)
     with torch.no_grad():
@@ -59,7 +61,9 @@ def total_variation_plus(draft_logits: torch.Tensor, teacher_probs: torch.Tensor
 
 
 def log_acceptance(draft_logits: torch.Tensor, teacher_probs: torch.Tensor) -> torch.Tensor:
-    """−log Σ min(p, q): total variation whose gradient does not vanish where little is accepted (LK losses, arXiv 2602.23881)."""
+    """−log Σ min(p, q): total variation whose gradient does not vanish where little is accepted (LK losses,
+    arXiv 2602.23881).
+    """
     accepted = torch.minimum(torch.softmax(draft_logits.float(), dim=-1), teacher_probs).sum(-1)
     return -accepted.clamp(min=_TINY).log()
 

@@ -10,9 +10,9 @@ import torch
 class OptimisticAdamW(torch.optim.AdamW):
     """AdamW on 2 g_t − g_{t−1}: the last gradient is the hint of what the next will be.
 
-    Optimistic online learning, as OnlineSpec does it for drafters (Qian et al., "When Drafts Evolve", arXiv 2603.12617): where the
-    policy moves slowly, consecutive gradients are alike, and what changed between them tells more about the next one than the last
-    itself. The first step has no hint and is AdamW's.
+    Optimistic online learning, as OnlineSpec does it for drafters (Qian et al., "When Drafts Evolve", arXiv
+    2603.12617): where the policy moves slowly, consecutive gradients are alike, and what changed between them
+    tells more about the next one than the last itself. The first step has no hint and is AdamW's.
     """
 
     @torch.no_grad()

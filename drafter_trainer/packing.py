@@ -1,4 +1,5 @@
-"""Pieces of traces side by side in one row, without padding between them and without attention across them."""
+"""Pieces of traces side by side in one row, without padding between them and without attention across
+them."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ _CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """N anchors of several pieces. The anchor at position a of a text reads the features there and token a + 1.
+    """N anchors of several pieces. The anchor at position a of a text reads the features there and token a +
+    1.
 
-    Every piece has a block of ``anchors + 1 + unroll`` tokens, padded with 0 past its text's end, in T tokens altogether.
+    Every piece has a block of ``anchors + 1 + unroll`` tokens, padded with 0 past its text's end, in T tokens
+    altogether.
 
     Attributes:
         tokens: int64 [T].
@@ -29,7 +32,8 @@ class DraftBatch:
         teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
         trained: bool [T], whether that distribution is known (it produced a completion token).
         refused: bool [T], whether it produced a token where verification had refused a draft.
-        aside: int64 [D, 2], for each refused token an anchor whose first drafted token it would be, and that token.
+        aside: int64 [D, 2], for each refused token an anchor whose first drafted token it would be, and that
+            token.
         aside_teacher: float32 [D, W], the target's probabilities after it.
     """
 
@@ -61,8 +65,8 @@ def pack(
     unroll: int,
     device: torch.device,
 ) -> DraftBatch:
-    """Lays pieces side by side and computes the teacher's distribution from the stored head inputs: no forward of the target is
-    run.
+    """Lays pieces side by side and computes the teacher's distribution from the stored head inputs: no
+    forward of the target is run.
 
     Args:
         pieces: Of one micro-batch.
@@ -87,8 +91,12 @@ def pack(
     return DraftBatch(**joined, teacher=teacher, aside_teacher=known[of_path:])
 
 
-def _block(piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int) -> dict[str, torch.Tensor]:
-    """One piece's part of every field of a batch, and of the inputs of the target's head where the teacher is known."""
+def _block(
+    piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int
+) -> dict[str, torch.Tensor]:
+    """One piece's part of every field of a batch, and of the inputs of the target's head where the teacher is
+    known.
+    """
     trace, length = piece.entry.trace.get(), piece.end - piece.begin
     count = length + 1 + unroll
     first, end = max(trace.num_prompt - 1, piece.begin), min(len(trace.token_ids) - 1, piece.begin + count)
@@ -119,8 +127,11 @@ def _padded(values: torch.Tensor, count: int) -> torch.Tensor:
     return torch.nn.functional.pad(values[:count], (0, count - len(values[:count])))
 
 
-def teacher_probs(head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs over all tokens.
+def teacher_probs(
+    head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs
+    over all tokens.
 
     The engine's traces may be of another precision than the head, which is the trainer's.
     """

@@ -30,10 +30,13 @@ class LearnerReport:
         acceptance: Expected acceptance Σ min(p, q) at each draft position, mean over updates.
         seconds: Wall time.
         skipped: Micro-batches left out because their loss was not finite.
-        approved: Updates in weights that did better than the serving ones on what was kept back and wait to be served; 0 for none.
-        serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the last one judged.
+        approved: Updates in weights that did better than the serving ones on what was kept back and wait to
+            be served; 0 for none.
+        serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the
+            last one judged.
         snapshot_seconds: What a snapshot of the drafter took of the step's time.
-        ensemble: Weight of each drafter that is trained, see `tracking_weights`; one weight where there is one drafter.
+        ensemble: Weight of each drafter that is trained, see `tracking_weights`; one weight where there is
+            one drafter.
     """
 
     updates: int = 0
@@ -61,12 +64,14 @@ class LearnerReport:
 class SpotTrainer:
     """Trains while it may, and goes on next time where it stopped.
 
-    New weights reach the engines only once they did better on sequences kept back than the serving weights do on the same ones (the
-    policy moves, so both are judged anew each step): a bad update never slows rollouts. What was approved is a copy; training goes
-    on from the newest weights, until they were clearly worse three times in a row: then from the approved ones.
+    New weights reach the engines only once they did better on sequences kept back than the serving weights do
+    on the same ones (the policy moves, so both are judged anew each step): a bad update never slows rollouts.
+    What was approved is a copy; training goes on from the newest weights, until they were clearly worse three
+    times in a row: then from the approved ones.
 
-    With several learners every batch goes to each in turn, and what is proposed is the one that has lately done best
-    (`tracking_weights`): an ensemble of drafters, as OnlineSpec keeps one (Qian et al., arXiv 2603.12617).
+    With several learners every batch goes to each in turn, and what is proposed is the one that has lately
+    done best (`tracking_weights`): an ensemble of drafters, as OnlineSpec keeps one (Qian et al., arXiv
+    2603.12617).
 
     Args:
         learners: With the newest weights, and an optimizer each; of the same shape and vocabulary.
@@ -108,8 +113,8 @@ class SpotTrainer:
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
         """Trains until ``stop()`` or until this step's passes are through.
 
-        ``stop`` is asked before every micro-batch, judged or trained on, and in training at every draft position, forward and back.
-        Within a step, a micro-batch that was broken off comes first next time.
+        ``stop`` is asked before every micro-batch, judged or trained on, and in training at every draft
+        position, forward and back. Within a step, a micro-batch that was broken off comes first next time.
         """
         report = LearnerReport()
         started = time.perf_counter()
@@ -119,7 +124,8 @@ class SpotTrainer:
         return report
 
     def _train(self, report: LearnerReport, stop: Callable[[], bool]) -> None:
-        serving: torch.Tensor | None = None  # judged anew in every stretch, once there is something to compare it with
+        # judged anew in every stretch, once there is something to compare it with
+        serving: torch.Tensor | None = None
         while not stop():
             pieces = self.buffer.next_batch(self._budget) if self._unjudged < self._judge_every else None
             if pieces is None:
@@ -137,7 +143,8 @@ class SpotTrainer:
                 self._unserved += 1
 
     def _learn(self, pieces: Sequence[Piece], report: LearnerReport, stop: Callable[[], bool]) -> bool:
-        """An update of every learner, in turns of who is first; those not reached when it must stop leave the batch out.
+        """An update of every learner, in turns of who is first; those not reached when it must stop leave the
+        batch out.
 
         Raises:
             Interrupted: when the first had to stop.
@@ -159,7 +166,8 @@ class SpotTrainer:
         return updated
 
     def _judge(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
-        """Expected acceptance length of each sequence kept back; empty without any, None when told to stop."""
+        """Expected acceptance length of each sequence kept back; empty without any, None when told to
+        stop."""
         judged = []
         for pieces in self.buffer.held_out_batches(self._budget, _JUDGED):
             if stop():
@@ -194,7 +202,8 @@ class SpotTrainer:
         return True
 
     def _mend(self) -> None:
-        """A learner whose weights are not finite any more goes on from the approved ones, with an optimizer that has seen
+        """A learner whose weights are not finite any more goes on from the approved ones, with an optimizer
+        that has seen
         nothing: its moments would spoil them again."""
         for learner in self.learners:
             if first_non_finite(learner.model) is not None:
@@ -208,7 +217,8 @@ class SpotTrainer:
         self._proposed = self._unserved = self._unjudged = 0
 
     def _hold_against(self, number: int, differences: torch.Tensor) -> None:
-        """A learner that was worse three times in a row goes on from the approved weights. A judgement of a few sequences is
+        """A learner that was worse three times in a row goes on from the approved weights. A judgement of a
+        few sequences is
         uncertain: only what is worse by two standard errors counts."""
         differences = differences[differences.isfinite()]
         certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
@@ -221,13 +231,16 @@ class SpotTrainer:
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
-        """All ranks' approved weights, averaged, are served from now on; this rank's newer updates go on from there.
+        """All ranks' approved weights, averaged, are served from now on; this rank's newer updates go on from
+        there.
 
         Args:
             tensors: In the order of the model's parameters.
         """
         newest = zip(*(learner.model.parameters() for learner in self.learners), strict=True)
-        for served, approved, own, mean in zip(self.serving.parameters(), self.approved.parameters(), newest, tensors, strict=True):
+        for served, approved, own, mean in zip(
+            self.serving.parameters(), self.approved.parameters(), newest, tensors, strict=True
+        ):
             change = mean - approved
             for parameter in own:
                 parameter.add_(change)

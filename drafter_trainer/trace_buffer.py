@@ -17,7 +17,8 @@ _JUDGING_STEPS = 3
 
 @dataclass(slots=True)
 class Entry:
-    """A trace in the buffer: how much it counts, its age in RL steps, and the group of samples it belongs to."""
+    """A trace in the buffer: how much it counts, its age in RL steps, and the group of samples it belongs
+    to."""
 
     trace: StoredTrace
     weight: float = 1.0
@@ -35,22 +36,27 @@ class Piece:
 
 
 class TraceBuffer:
-    """The traces of this step and the long ones of the steps before; all came from the policy itself, verified.
+    """The traces of this step and the long ones of the steps before; all came from the policy itself,
+    verified.
 
-    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping of earlier steps the
-    sequences that were longer than their step's median makes up for it (TLT, arXiv 2511.16665, calls it one-step-off sampling).
+    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping
+    of earlier steps the sequences that were longer than their step's median makes up for it (TLT, arXiv
+    2511.16665, calls it one-step-off sampling).
 
-    What judges drafters are whole groups: the samples of a prompt are so alike that a drafter which has learned some of them by
+    What judges drafters are whole groups: the samples of a prompt are so alike that a drafter which has
+        learned some of them by
     heart does well on the others, and worse on the next step's prompts.
 
     Args:
-        memory_tokens: Tokens of traces in memory, beside those kept back; the newest and of these the longest stay there.
+        memory_tokens: Tokens of traces in memory, beside those kept back; the newest and of these the longest
+            stay there.
         disk_tokens: Tokens on disk, for those that come next; the rest is left out.
         spill: Directory for them; None leaves out what memory does not hold.
         previous_steps: How many steps back long sequences are kept.
         previous_share: Share of a micro-batch that comes from them.
         age_decay: Weight of a trace for each step of its age.
-        held_out_every: Every so many-th group is not trained on, but judges drafters, for three steps; 0 keeps none back.
+        held_out_every: Every so many-th group is not trained on, but judges drafters, for three steps; 0
+            keeps none back.
         passes: Passes over a step's traces, at most.
         seed: Of the order.
     """
@@ -99,7 +105,8 @@ class TraceBuffer:
         self._passes_left = self.passes
 
     def add(self, rollouts: Sequence[Rollout], weights: Iterable[float] | None = None) -> None:
-        """Keeps the traces of finished rollouts. Those with fewer than two completion tokens teach nothing and are skipped.
+        """Keeps the traces of finished rollouts. Those with fewer than two completion tokens teach nothing
+        and are skipped.
 
         Args:
             rollouts: With traces.
@@ -112,7 +119,9 @@ class TraceBuffer:
             if r.trace is not None and len(r.token_ids) >= 2
         ]
         groups = list(dict.fromkeys(e.group for e in fresh))
-        held = set(groups[self.held_out_every - 1 :: self.held_out_every]) if self.held_out_every > 0 else set()
+        held = (
+            set(groups[self.held_out_every - 1 :: self.held_out_every]) if self.held_out_every > 0 else set()
+        )
         self.held_out += [e for e in fresh if e.group in held]
         self.current += [e for e in fresh if e.group not in held]
         self._make_room()
@@ -145,7 +154,8 @@ class TraceBuffer:
         return True
 
     def next_batch(self, budget: int) -> list[Piece] | None:
-        """Pieces of at most ``budget`` anchors together, the next of this step's passes; None when they are through.
+        """Pieces of at most ``budget`` anchors together, the next of this step's passes; None when they are
+        through.
 
         The order goes on where the last call stopped, whatever happened in between.
         """
@@ -170,12 +180,14 @@ class TraceBuffer:
         self._returned = batch
 
     def held_out_batches(self, budget: int, count: int) -> list[list[Piece]]:
-        """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in turn; the same until
-        something is added."""
+        """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in
+        turn; the same until something is added."""
         groups: dict[tuple[int, Hashable], list[Piece]] = {}
         for entry in self.held_out:
             groups.setdefault((entry.age, entry.group), []).extend(pieces_of(entry, budget))
-        left = [piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None][::-1]
+        left = [
+            piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None
+        ][::-1]
         return [batch for _ in range(count) if (batch := _take(left, budget))]
 
     def _shuffled(self, entries: Sequence[Entry], budget: int) -> list[Piece]:
@@ -194,10 +206,16 @@ class TraceBuffer:
 
 
 def pieces_of(entry: Entry, budget: int) -> list[Piece]:
-    """A trace cut into stretches of at most ``budget`` anchors, without those that lie in the prompt alone: they teach nothing."""
+    """A trace cut into stretches of at most ``budget`` anchors, without those that lie in the prompt alone:
+    they teach nothing.
+    """
     anchors = entry.trace.length - 1
     cuts = range(0, anchors, budget)
-    return [Piece(entry, at, min(at + budget, anchors)) for at in cuts if min(at + budget, anchors) >= entry.trace.num_prompt]
+    return [
+        Piece(entry, at, min(at + budget, anchors))
+        for at in cuts
+        if min(at + budget, anchors) >= entry.trace.num_prompt
+    ]
 
 
 def _take(queue: list[Piece], budget: int, at_least_one: bool = True) -> list[Piece]:

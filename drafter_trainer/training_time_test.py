@@ -20,15 +20,19 @@ class Objective:
     """What the drafter is trained for.
 
     Attributes:
-        loss: A name in `LOSSES`, or ``length``: the expected acceptance length of the whole draft, over all positions at once.
+        loss: A name in `LOSSES`, or ``length``: the expected acceptance length of the whole draft, over all
+            positions at once.
         unroll: Draft positions.
         decay: Weight of each position relative to the one before; ``length`` has no use for it.
-        mask_top: A draft position whose likeliest token under the target is not among the drafter's so many likeliest is hopeless
-            for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing out.
-        feedback_only: Learn only where verification refused a draft, from what it gave instead (online speculative decoding,
-            arXiv 2310.07177).
-        on_policy: Weight of the second draft position after the drafter's own refused tokens: verification has computed what the
-            target says there (DistillSpec, arXiv 2310.08461, trains on the drafter's own words).
+        mask_top: A draft position whose likeliest token under the target is not among the drafter's so many
+            likeliest is hopeless
+            for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing
+                out.
+        feedback_only: Learn only where verification refused a draft, from what it gave instead (online
+            speculative decoding, arXiv 2310.07177).
+        on_policy: Weight of the second draft position after the drafter's own refused tokens: verification
+            has computed what the target says there (DistillSpec, arXiv 2310.08461, trains on the drafter's
+            own words).
     """
 
     loss: str = "fkl"
@@ -45,7 +49,8 @@ class Unrolled:
 
     Attributes:
         loss: Scalar.
-        acceptance: For each draft position Σ_y min(p, q): how often a drawn token is accepted, mean over its anchors.
+        acceptance: For each draft position Σ_y min(p, q): how often a drawn token is accepted, mean over its
+            anchors.
         likeliest: For each draft position p(argmax q): how often the drafter's likeliest token is.
         length: Tokens a verification of drawn drafts would commit, 1 + E[Σ_i Π_{j≤i} acceptance_j].
         likeliest_length: The same of likeliest drafts.
@@ -71,18 +76,20 @@ def unrolled_loss(
     objective: Objective,
     check: Callable[[], None] | None = None,
 ) -> Unrolled:
-    """Loss over several draft positions, each fed with the output of the one before (EAGLE-3, arXiv 2503.01840, section 3.2, figure
-    6).
+    """Loss over several draft positions, each fed with the output of the one before (EAGLE-3, arXiv
+    2503.01840, section 3.2, figure 6).
 
-    At position m, an anchor attends to the real features of anchors up to its own and to its own positions 1 … m, as a draft
-    started there does. Only anchors from the prompt's last token on count, where drafting can start.
+    At position m, an anchor attends to the real features of anchors up to its own and to its own positions 1
+    … m, as a draft started there does. Only anchors from the prompt's last token on count, where drafting can
+    start.
 
     Args:
         model: The drafter.
         embed_tokens: The target's input embedding, frozen.
         batch: From `pack`.
         objective: What to train for.
-        check: Called at every draft position of the forward, and again of the backward pass; may raise `Interrupted`.
+        check: Called at every draft position of the forward, and again of the backward pass; may raise
+            `Interrupted`.
     """
     anchors = len(batch.at)
     counted = batch.trained[batch.at]
@@ -120,14 +127,22 @@ def unrolled_loss(
                 alive = _without_hopeless(alive, rows, logits, teacher, objective.mask_top)
         used = alive[rows] & batch.refused[target[rows]] if objective.feedback_only else alive[rows]
         if objective.loss == LENGTH_LOSS:
-            surrogate = (surrogate * (alive & counted)).index_put((rows,), torch.where(used, surrogate[rows] * kept, 0.0))
+            surrogate = (surrogate * (alive & counted)).index_put(
+                (rows,), torch.where(used, surrogate[rows] * kept, 0.0)
+            )
             total = total - (surrogate * anchor_weights).sum()
             weighing = 1.0
         else:
-            total = total + objective.decay**step * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
+            total = (
+                total
+                + objective.decay**step
+                * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
+            )
             weighing += objective.decay**step
     drawn, top = (lengths * (drafting * anchor_weights)).sum(-1).tolist()
-    return Unrolled(total / weighing, acceptance, likeliest, drawn, top, _by_piece(lengths, batch.pieces, drafting))
+    return Unrolled(
+        total / weighing, acceptance, likeliest, drawn, top, _by_piece(lengths, batch.pieces, drafting)
+    )
 
 
 def _by_piece(values: torch.Tensor, pieces: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -171,7 +186,9 @@ class _Unroll:
         """[D, W] one position further, after the refused tokens instead of the text's."""
         rows, tokens = self._batch.aside.unbind(1)
         positions = (self._batch.positions[rows] + self._step)[None]
-        hidden = self._model.step(self._embed(tokens), self._hidden[:, rows], positions, self._attention.aside(rows))
+        hidden = self._model.step(
+            self._embed(tokens), self._hidden[:, rows], positions, self._attention.aside(rows)
+        )
         return self._model.logits(hidden[0])
 
 
@@ -185,8 +202,8 @@ def _without_hopeless(
 
 
 class _UnrolledAttention:
-    """Keeps position 0's keys (the real features, attended causally within their piece) and, for each later position, one key for
-    each anchor."""
+    """Keeps position 0's keys (the real features, attended causally within their piece) and, for each later
+    position, one key for each anchor."""
 
     def __init__(self, attends: torch.Tensor, scaling: float) -> None:
         self._keys: list[torch.Tensor] = []

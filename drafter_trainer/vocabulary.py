@@ -14,8 +14,8 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 def choose_vocabulary(texts: Iterable[Sequence[int]], size: int, vocab_size: int) -> torch.Tensor:
     """The ``size`` most frequent token ids of ``texts``, filled up with the lowest unused ids.
 
-    VocabTrim (arXiv 2506.22694), section 3: a drafter's head over the tokens the target samples most costs little; a token
-    outside it can never be drafted, but is still produced by the target.
+    VocabTrim (arXiv 2506.22694), section 3: a drafter's head over the tokens the target samples most costs
+    little; a token outside it can never be drafted, but is still produced by the target.
 
     Args:
         texts: Token ids of what the policy produced (and of its prompts).
@@ -41,10 +41,13 @@ def coverage(texts: Iterable[Sequence[int]], vocabulary: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def move_vocabulary(model: Eagle3Model, optimizer: torch.optim.Optimizer, vocabulary: torch.Tensor, head: nn.Module) -> None:
+def move_vocabulary(
+    model: Eagle3Model, optimizer: torch.optim.Optimizer, vocabulary: torch.Tensor, head: nn.Module
+) -> None:
     """Gives the drafter another vocabulary of the same size.
 
-    Rows of the output layer, and the optimizer's moments, go with their tokens; a new token's row is the target's.
+    Rows of the output layer, and the optimizer's moments, go with their tokens; a new token's row is the
+    target's.
 
     Args:
         model: The drafter.

@@ -1,8 +1,9 @@
-"""GRPO with a calculator, in TRL: ``python examples/calculator.py --policy Qwen/Qwen2.5-0.5B-Instruct --steps 100``.
+"""GRPO with a calculator, in TRL:
+``python examples/calculator.py --policy Qwen/Qwen2.5-0.5B-Instruct --steps 100``.
 
-The policy may write ``<calc>12 * 7 + 5</calc>``. Its turn ends there, the calculator appends the value, and the policy goes on. It
-has three turns at most. docs/multi_turn.md says what happens in between. Without arguments a tiny random policy plays, which takes
-seconds on a CPU.
+The policy may write ``<calc>12 * 7 + 5</calc>``. Its turn ends there, the calculator appends the value, and
+the policy goes on. It has three turns at most. docs/multi_turn.md says what happens in between. Without
+arguments a tiny random policy plays, which takes seconds on a CPU.
 """
 
 import argparse
@@ -45,7 +46,9 @@ def value(expression):
 
 
 def calculator(talk):
-    """The environment: answers the policy's last turn, or ends the conversation. What it notes becomes columns for the reward."""
+    """The environment: answers the policy's last turn, or ends the conversation. What it notes becomes
+    columns for the reward.
+    """
     said = talk.turns[-1]
     answer = re.search(r"Answer:\s*(-?\d+)", said)
     if answer:
@@ -71,12 +74,16 @@ def correct(completions, result, answer=None, calls=None, **columns):
 def problems(count):
     """Rows of ``prompt`` and ``result``."""
     draw = random.Random(0)
-    texts = [f"{draw.randint(10, 99)} * {draw.randint(10, 99)} + {draw.randint(10, 99)}" for _ in range(count)]
+    texts = [
+        f"{draw.randint(10, 99)} * {draw.randint(10, 99)} + {draw.randint(10, 99)}" for _ in range(count)
+    ]
     return Dataset.from_list([{"prompt": ASK.format(text), "result": value(text)} for text in texts])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", default="tiny-llama", help="hub id, directory or shipped name")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--turn-tokens", type=int, default=24, help="most tokens of a turn")
@@ -88,7 +95,8 @@ def main():
         max_steps=options.steps,
         per_device_train_batch_size=8,
         num_generations=4,
-        max_completion_length=3 * options.turn_tokens + 96,  # three turns and what the calculator says in between
+        # three turns and what the calculator says in between
+        max_completion_length=3 * options.turn_tokens + 96,
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -1,4 +1,6 @@
-"""A policy on other problems: ``launch/evaluate.py configs/quickstart.yaml --run runs/mine``, the same as ``paceline evaluate``."""
+"""A policy on other problems: ``launch/evaluate.py configs/quickstart.yaml --run runs/mine``, the same as
+``paceline evaluate``.
+"""
 
 import typer
 

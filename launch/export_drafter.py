@@ -1,4 +1,6 @@
-"""A run's drafter for vLLM and SGLang: ``python launch/export_drafter.py RUN OUT``, the same as ``paceline export``."""
+"""A run's drafter for vLLM and SGLang: ``python launch/export_drafter.py RUN OUT``, the same as
+``paceline export``.
+"""
 
 import typer
 

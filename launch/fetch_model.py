@@ -1,4 +1,5 @@
-"""Resolves a model id to a directory: ``python launch/fetch_model.py MODEL``, the same as ``paceline fetch``."""
+"""Resolves a model id to a directory: ``python launch/fetch_model.py MODEL``, the same as ``paceline
+fetch``."""
 
 import typer
 

@@ -1,4 +1,6 @@
-"""A first drafter: ``python launch/warmup_drafter.py configs/quickstart.yaml OUT [--minutes 10]``, part of ``paceline warmup``."""
+"""A first drafter: ``python launch/warmup_drafter.py configs/quickstart.yaml OUT [--minutes 10]``, part of
+``paceline warmup``.
+"""
 
 import typer
 

@@ -1,4 +1,6 @@
-"""Warms a recipe's policy up: ``python launch/warmup_policy.py configs/quickstart.yaml``, the same as ``paceline warmup``."""
+"""Warms a recipe's policy up: ``python launch/warmup_policy.py configs/quickstart.yaml``, the same as
+``paceline warmup``.
+"""
 
 import typer
 

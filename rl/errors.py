@@ -9,5 +9,7 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Returns an error's message on one line, cut after ``most`` characters, or the error's type where it has no message."""
+    """Returns an error's message on one line, cut after ``most`` characters, or the error's type where it has
+    no message.
+    """
     return " ".join(str(error).split())[:most] or type(error).__name__

@@ -1,7 +1,7 @@
 """What a run starts from, made before its ranks meet: the policy fetched and warmed up, a first drafter.
 
-Each is made once, by one process of those that want it, and kept in the cache. A preparation that was stopped goes on with what is
-not there yet when the same command is given again.
+Each is made once, by one process of those that want it, and kept in the cache. A preparation that was stopped
+goes on with what is not there yet when the same command is given again.
 """
 
 from __future__ import annotations
@@ -51,19 +51,31 @@ def wants_first_drafter(config: RunConfig) -> bool:
 
 
 def first_drafter_path(config: RunConfig) -> Path:
-    """Where the first drafter of a recipe is cached: a function of the policy it is made for and of all that shapes it."""
-    drafter = {k: v for k, v in asdict(config.drafter).items() if k not in ("start", "schedule", "snapshots", "least_idle_ranks")}
+    """Where the first drafter of a recipe is cached: a function of the policy it is made for and of all that
+    shapes it.
+    """
+    drafter = {
+        k: v
+        for k, v in asdict(config.drafter).items()
+        if k not in ("start", "schedule", "snapshots", "least_idle_ranks")
+    }
     parts = [asdict(config.policy), asdict(config.task), asdict(config.rollout), drafter, config.seed]
     own = Path(config.policy.model)
     if own.is_dir():  # other weights may come to lie there
-        parts.append([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(own.glob("*.safetensors"))])
+        parts.append(
+            [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(own.glob("*.safetensors"))]
+        )
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_dir() / "drafters" / f"{own.name if own.is_dir() else config.policy.model.replace('/', '--')}-{digest}"
+    return (
+        cache_dir()
+        / "drafters"
+        / f"{own.name if own.is_dir() else config.policy.model.replace('/', '--')}-{digest}"
+    )
 
 
 def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunConfig:
-    """Makes what the recipe's run starts from, where it is not there yet. Every rank of a machine may call it: one makes, others
-    wait.
+    """Makes what the recipe's run starts from, where it is not there yet. Every rank of a machine may call
+    it: one makes, others wait.
 
     Args:
         config: The recipe.
@@ -74,8 +86,8 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
         The recipe, with ``drafter.start`` where a first drafter was wanted.
 
     Raises:
-        UserError: when the policy cannot be fetched, or the process that prepares something fails for another reason than a user's
-            error.
+        UserError: when the policy cannot be fetched, or the process that prepares something fails for another
+            reason than a user's error.
         SystemExit: when that process has already printed a user's error, or after a Ctrl-C.
     """
     if cached_policy(config.policy.model) is None:
@@ -91,7 +103,8 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
 
 
 def _in_a_process(what: str, config: RunConfig) -> None:
-    """Makes one thing in a process of its own, which has all cores of the machine and gives its memory back."""
+    """Makes one thing in a process of its own, which has all cores of the machine and gives its memory
+    back."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(json.dumps(to_dict(config)))
@@ -119,14 +132,17 @@ def _in_a_process(what: str, config: RunConfig) -> None:
 
 
 def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a process that is not a rank and uses the cores of all ranks on this machine."""
+    """Returns the environment of a process that is not a rank and uses the cores of all ranks on this
+    machine.
+    """
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     left = {k: v for k, v in environment.items() if k not in _OF_A_RANK and not k.startswith("TORCHELASTIC_")}
     return {**left, "OMP_NUM_THREADS": str(threads_of_rank(ranks) * ranks)}
 
 
 def make_policy(config: RunConfig, display: Display) -> None:
-    """Warms the recipe's policy up, with a progress bar. The caller makes sure that no other process does so."""
+    """Warms the recipe's policy up, with a progress bar. The caller makes sure that no other process does
+    so."""
     assert config.policy.warmup is not None
     steps = config.policy.warmup.examples // config.policy.warmup.batch_size
     with display.phase("warming the policy up", steps, "steps", announced=True) as phase:
@@ -134,7 +150,9 @@ def make_policy(config: RunConfig, display: Display) -> None:
 
 
 def make_first_drafter(config: RunConfig, command: str, display: Display) -> None:
-    """Makes the recipe's first drafter in the cache, with a progress bar. The caller makes sure that no other process does so."""
+    """Makes the recipe's first drafter in the cache, with a progress bar. The caller makes sure that no other
+    process does so.
+    """
     assert config.drafter.warmup_minutes is not None
     final = first_drafter_path(config)
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
@@ -143,15 +161,23 @@ def make_first_drafter(config: RunConfig, command: str, display: Display) -> Non
         put(building, final)
 
 
-def make_drafter(config: RunConfig, minutes: float, out: Path, command: str, display: Display) -> WarmupReport:
-    """Makes a drafter for the recipe's policy in a new directory, with a progress bar; ``warmup.json`` there holds the results."""
-    with display.phase("a first drafter, from the policy's own samples", 60 * minutes, "s", announced=True) as phase:
+def make_drafter(
+    config: RunConfig, minutes: float, out: Path, command: str, display: Display
+) -> WarmupReport:
+    """Makes a drafter for the recipe's policy in a new directory, with a progress bar; ``warmup.json`` there
+    holds the results.
+    """
+    with display.phase(
+        "a first drafter, from the policy's own samples", 60 * minutes, "s", announced=True
+    ) as phase:
         report = warm_drafter(config, minutes, out, phase.update)
     record = {"command": command, **asdict(report)}
     (out / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
     display.say(
-        f"{report.sampling_seconds:.0f} s of sampling, {report.training_seconds:.0f} s of training, {report.updates} updates; "
-        f"acceptance length, chains of 4: {report.greedy:.2f} greedy, {report.sampled:.2f} at {config.rollout.temperature}"
+        f"{report.sampling_seconds:.0f} s of sampling, {report.training_seconds:.0f} s of training, "
+        f"{report.updates} updates; "
+        f"acceptance length, chains of 4: {report.greedy:.2f} greedy, {report.sampled:.2f} at "
+        f"{config.rollout.temperature}"
     )
     return report
 
@@ -168,5 +194,6 @@ def check_same_start(config: RunConfig, accelerator: Accelerator) -> None:
     mine = [(path / "warmup.json").read_text() for path in made if (path / "warmup.json").is_file()]
     if len({json.dumps(texts) for texts in gather_object([mine])}) > 1:
         raise UserError(
-            "machines have made warm-ups of their own, which differ: set PACELINE_CACHE to a directory that all of them see"
+            "machines have made warm-ups of their own, which differ: set PACELINE_CACHE to a directory that "
+            "all of them see"
         )

@@ -1,4 +1,6 @@
-"""The process in which a run's start is made: ``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``."""
+"""The process in which a run's start is made:
+``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
             else:
                 make_first_drafter(config, command, display)
         except OSError as error:
-            raise UserError(f"{error}: free some disk or set PACELINE_CACHE, then give the same command again") from None
+            raise UserError(
+                f"{error}: free some disk or set PACELINE_CACHE, then give the same command again"
+            ) from None
 
 
 if __name__ == "__main__":

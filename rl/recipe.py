@@ -55,8 +55,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a recipe.
 
     Args:
-        path: A YAML file, or the name of a recipe that ships. Its key ``base`` may name another one, from its own directory, whose
-            keys it takes over and overrides.
+        path: A YAML file, or the name of a recipe that ships. Its key ``base`` may name another one, from its
+            own directory, whose keys it takes over and overrides.
         overrides: ``key.sub=value`` each, values as YAML.
 
     Raises:
@@ -76,7 +76,9 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe; those that ship are in {shipped_folder()}") from None
+        raise UserError(
+            f"{path}: there is no such recipe; those that ship are in {shipped_folder()}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

@@ -47,8 +47,12 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
         action="store_true",
         help="check the recipe, print what it will take, and try a tiny step of it",
     )
-    parser.add_argument("--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named")
-    parser.add_argument("--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's")
+    parser.add_argument(
+        "--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named"
+    )
+    parser.add_argument(
+        "--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's"
+    )
     parser.add_argument(
         "--resume",
         type=Path,
@@ -69,7 +73,8 @@ def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
     """The recipe and the run's directory.
 
     Raises:
-        UserError: for a mistake in the recipe, a directory that holds finished work, or changes that a run does not bear.
+        UserError: for a mistake in the recipe, a directory that holds finished work, or changes that a run
+            does not bear.
     """
     if args.resume is not None:
         return resumed_recipe(args.resume, args.overrides, say_on_main), args.resume
@@ -95,7 +100,8 @@ def run(arguments: Sequence[str], description: str | None = None) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit with."""
+    """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit
+    with."""
     if args.dry_run:
         dry_run(args)
         return 0
@@ -110,12 +116,18 @@ def train(args: argparse.Namespace) -> int:
     return 0 if whole else interruption.status
 
 
-def train_ranks(config: RunConfig, run: Path, args: argparse.Namespace, display: Display) -> tuple[Interruption, bool]:
-    """Trains with all ranks after the preparation. Collective. Returns what may have stopped it, and whether it is finished."""
+def train_ranks(
+    config: RunConfig, run: Path, args: argparse.Namespace, display: Display
+) -> tuple[Interruption, bool]:
+    """Trains with all ranks after the preparation. Collective. Returns what may have stopped it, and whether
+    it is finished.
+    """
     accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
     check_same_start(config, accelerator)
     main, resume = accelerator.is_main_process, args.resume is not None
-    checkpoint = on_main(accelerator, lambda: open_run(config, run, accelerator.num_processes, resume, args.overrides))
+    checkpoint = on_main(
+        accelerator, lambda: open_run(config, run, accelerator.num_processes, resume, args.overrides)
+    )
     with Tracker(config, run, main, 0 if checkpoint is None else checkpoint.steps_done, display) as tracker:
         tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
         with Interruption(run, main) as interruption:
@@ -143,7 +155,9 @@ def dry_run(args: argparse.Namespace) -> None:
 
 
 def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
-    """Writes summary, report and exported drafter. One that cannot be made is said: the policy is in the checkpoint."""
+    """Writes summary, report and exported drafter. One that cannot be made is said: the policy is in the
+    checkpoint.
+    """
     paths = {"policy": str(run / "checkpoint" / "policy")}
     try:
         summary = summarise(read_metrics(run))

@@ -43,7 +43,8 @@ from paceline.rl.tasks.sampler import prompt_choice
 from paceline.rl.tasks.task import Problem, load_task
 from paceline.rollout import FinishReason, Rollout, StepRecord
 
-_ROUND = 10**9  # more steps than any run has: added to the step for each further round, so that its seeds are new
+# more steps than any run has: added to the step for each further round, so that its seeds are new
+_ROUND = 10**9
 
 
 class ScoringFailed(Exception):
@@ -72,7 +73,8 @@ class Trainer:
         self.config, self.run_dir, self.accelerator, self.tracker = config, run, accelerator, tracker
         if config.rollout.prompts_per_step % accelerator.num_processes:
             raise UserError(
-                f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the {accelerator.num_processes} ranks"
+                f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the "
+                f"{accelerator.num_processes} ranks"
             )
         self.source = starting_policy(config)
         self.tokenizer = load_tokenizer(self.source)
@@ -83,15 +85,21 @@ class Trainer:
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
         self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
         shared = is_shared(config.scale)
-        self.decoded = self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
+        self.decoded = (
+            self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
+        )
         # before the engine, which notes where parameters lie: wrapping them for training may move them
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
         self.shaping = Shaping(config, self.tokenizer)
         self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
-        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, accelerator.process_index, self.vllm)
+        self.worker = RolloutWorker(
+            config, self.decoded, self.tokenizer, accelerator.process_index, self.vllm
+        )
         if self.vllm is None:
             tracker.say(f"{type(self.decoded).__name__}: {self.worker.engine.fusion}")
-        self.anytime = None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
+        self.anytime = (
+            None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
+        )
         self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
         self.guard = Guard(config.length.guard)
         self.scoring.wait_ready()  # a wrong reward is said before the first step
@@ -101,7 +109,9 @@ class Trainer:
         self.evaluation: RunEvaluation | None = None
         if config.eval_every:
             decoder = None if self.vllm is None else self.vllm.backend
-            self.evaluation = RunEvaluation(config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator, self.task)
+            self.evaluation = RunEvaluation(
+                config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator, self.task
+            )
             tracker.say(self.evaluation.origin)
         self.first_step = 0
         if checkpoint is not None:
@@ -122,7 +132,9 @@ class Trainer:
         if self.worker.groups.lengths is not None and not self.worker.groups.lengths.restore(
             checkpoint.path / "lengths.safetensors", self.first_step
         ):
-            self.tracker.say(f"{checkpoint.path / 'lengths.safetensors'}: cannot be read; lengths are learned anew")
+            self.tracker.say(
+                f"{checkpoint.path / 'lengths.safetensors'}: cannot be read; lengths are learned anew"
+            )
         try:
             self.choice.load_state(checkpoint.state.get("prompts", {}))
             self.guard.load_state(checkpoint.state.get("guard", {}))
@@ -133,7 +145,8 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"{checkpoint.path / 'state.json'}: not a checkpoint's state ({reason}); put back a copy of it, or start anew"
+                f"{checkpoint.path / 'state.json'}: not a checkpoint's state ({reason}); put back a copy of "
+                "it, or start anew"
             ) from None
 
     def run(self, interruption: Interruption | None = None) -> bool:
@@ -156,7 +169,10 @@ class Trainer:
                 self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
                 whole.update(step + 1 - self.first_step)
                 if collapse is not None and self.config.length.guard.action == "stop":
-                    raise UserError(f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in {self.run_dir}")
+                    raise UserError(
+                        f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in "
+                        f"{self.run_dir}"
+                    )
                 if collapse is not None:
                     self.tracker.say(collapse)
                 stop = self._stops(interruption)
@@ -171,8 +187,11 @@ class Trainer:
             self.vllm.close()
         return step + 1 == self.config.steps
 
-    def _evaluate(self, step: int, metrics: dict[str, Any], timeline: list[dict[str, Any]], last: bool) -> bool:
-        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so far. Collective.
+    def _evaluate(
+        self, step: int, metrics: dict[str, Any], timeline: list[dict[str, Any]], last: bool
+    ) -> bool:
+        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so
+        far. Collective.
 
         When no completion can be scored, the step is saved before the run ends.
         """
@@ -184,18 +203,25 @@ class Trainer:
         except EvaluationFailed as error:
             self.tracker.log(step, metrics, timeline)
             self._save(step + 1)
-            raise UserError(f"{error}; the run stops, what it has learned is in {self.run_dir / 'checkpoint'}") from None
+            raise UserError(
+                f"{error}; the run stops, what it has learned is in {self.run_dir / 'checkpoint'}"
+            ) from None
         metrics.update(found)
         return best
 
     def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The step; when none of its completions can be scored, what the steps before it made is saved first."""
+        """The step; when none of its completions can be scored, what the steps before it made is saved
+        first."""
         try:
             return self.step(step)
         except ScoringFailed as error:
             if step > self._saved:
                 self._save(step)
-            kept = f"what it had learned by then is in {self.run_dir / 'checkpoint'}" if step else "nothing was trained"
+            kept = (
+                f"what it had learned by then is in {self.run_dir / 'checkpoint'}"
+                if step
+                else "nothing was trained"
+            )
             raise UserError(f"{error}; the run stops, {kept}") from None
 
     def _stops(self, interruption: Interruption | None) -> bool:
@@ -254,7 +280,9 @@ class Trainer:
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
 
-    def _demand_answers(self, done: RankRollouts, rewards: list[float], step: int, clock: Clock) -> Dense | None:
+    def _demand_answers(
+        self, done: RankRollouts, rewards: list[float], step: int, clock: Clock
+    ) -> Dense | None:
         """Answers to cut thoughts and what they credit, where the recipe has it."""
         if self.anytime is None:
             return None
@@ -268,7 +296,9 @@ class Trainer:
         return self.anytime.credit(done, thoughts, rewards, cuts, scores)
 
     def _learn_lengths(self, done: RankRollouts) -> list[float]:
-        """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this rank's."""
+        """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this
+        rank's.
+        """
         if self.worker.groups.lengths is None:
             return []
         taught, errors = self.worker.groups.lessons(done)
@@ -276,7 +306,9 @@ class Trainer:
         return errors
 
     def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
-        """This rank's completions with their rewards; where groups say nothing and the recipe has it, others beside them."""
+        """This rank's completions with their rewards; where groups say nothing and the recipe has it, others
+        beside them.
+        """
         rank, ranks, rollout = (
             self.accelerator.process_index,
             self.accelerator.num_processes,
@@ -285,11 +317,14 @@ class Trainer:
         problems = self.choice.choose(step, rollout.prompts_per_step)[rank::ranks]
         done, scores, rewards = self._round(problems, step, 0, clock)
         for number in range(1, rollout.resample + 1):
-            silent = len(uniform_groups(rewards, rollout.group_size)) - (len(done.problems) // rollout.group_size - len(problems))
+            silent = len(uniform_groups(rewards, rollout.group_size)) - (
+                len(done.problems) // rollout.group_size - len(problems)
+            )
             if silent <= 0:
                 break
             more = self.choice.more(step, silent, number, rank)
-            again, scored, rewarded = self._round(more, step, number * ranks + rank, clock)  # ranks may draw the same problem
+            # ranks may draw the same problem
+            again, scored, rewarded = self._round(more, step, number * ranks + rank, clock)
             done, rewards = done.joined(again), [*rewards, *rewarded]
             scores.note(scored)
         self._say_failures(step, scores)
@@ -312,13 +347,17 @@ class Trainer:
         if not sum(failed):
             return
         if sum(failed) == sum(asked):
-            raise ScoringFailed(f"step {step + 1}: none of the {sum(asked)} completions has a reward: {problem}")
+            raise ScoringFailed(
+                f"step {step + 1}: none of the {sum(asked)} completions has a reward: {problem}"
+            )
         self.tracker.say(
             f"reward: {sum(failed)} of {sum(asked)} completions have no score ({problem}); "
             f"they get {self.config.task.score_failed:g}"
         )
 
-    def _round(self, problems: list[Problem], step: int, number: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
+    def _round(
+        self, problems: list[Problem], step: int, number: int, clock: Clock
+    ) -> tuple[RankRollouts, Scores, list[float]]:
         with clock.phase("rollout") as shown:
             progress = RolloutProgress(shown, len(problems) * self.config.rollout.group_size)
 
@@ -379,7 +418,9 @@ class Trainer:
                 state_of_policy=policy,
                 adapters=adapters,
                 state_of_critic=critic,
-                lengths=None if self.worker.groups.lengths is None else self.worker.groups.lengths.head.state(),
+                lengths=None
+                if self.worker.groups.lengths is None
+                else self.worker.groups.lengths.head.state(),
                 drafter=spot.serving if spot else None,
                 drafter_optimizer=spot.learner.optimizer if spot else None,
                 selector=self.worker.engine.speculation.selector.state(),
@@ -402,15 +443,16 @@ def _line(step: int, steps: int, m: dict[str, Any]) -> str:
     speedup = f"  {m['measure/rollout_speedup']:.2f}x plain" if "measure/rollout_speedup" in m else ""
     evaluated = f"  evaluation {m['eval/reward']:.3f}" if "eval/reward" in m else ""
     return (
-        f"step {step + 1:>3}/{steps}  reward {m['reward/mean']:.3f}  length {m['length/mean']:.0f} (max {m['length/max']})  "
+        f"step {step + 1:>3}/{steps}  reward {m['reward/mean']:.3f}  length {m['length/mean']:.0f} (max "
+        f"{m['length/max']})  "
         f"accepted length {m['rollout/acceptance_length']:.2f}  rollout {m['rollout/seconds']:.1f} s  "
         f"update {m['time/update']:.1f} s{speedup}{evaluated}"
     )
 
 
 def make_accelerator(config: RunConfig, timeout: timedelta) -> Accelerator:
-    """The process group and precision of a run, from torchrun's environment. A rank that waits longer than ``timeout`` for another
-    gives up with an error."""
+    """The process group and precision of a run, from torchrun's environment. A rank that waits longer than
+    ``timeout`` for another gives up with an error."""
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=timeout),

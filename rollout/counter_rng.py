@@ -1,7 +1,8 @@
 """Random numbers as a pure function of (seed, position, stream).
 
-A generator with state would tie a request's numbers to how many draft tokens were verified before; a counter does not:
-position 17 of a request sees the same uniform whether it was reached by plain decoding or by speculation.
+A generator with state would tie a request's numbers to how many draft tokens were verified before; a counter
+does not: position 17 of a request sees the same uniform whether it was reached by plain decoding or by
+    speculation.
 The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014, section 3), applied once for each input.
 """
@@ -56,8 +57,11 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> torch.
     return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def step_uniforms(seeds: np.ndarray, roots: np.ndarray, first: int, count: int, stream: Stream) -> torch.Tensor:
-    """Uniform numbers of one decode step, used at no other: a step that decided something with them must not lend them to the next.
+def step_uniforms(
+    seeds: np.ndarray, roots: np.ndarray, first: int, count: int, stream: Stream
+) -> torch.Tensor:
+    """Uniform numbers of one decode step, used at no other: a step that decided something with them must not
+    lend them to the next.
 
     Args:
         seeds: uint64 or int64 [B], one a request.

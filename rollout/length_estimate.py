@@ -23,7 +23,8 @@ class LengthEstimate(Protocol):
 
 
 class ObservedLengths:
-    """The mean length already seen for the request's group, else the mean over all groups; recent completions weigh more.
+    """The mean length already seen for the request's group, else the mean over all groups; recent completions
+    weigh more.
 
     Args:
         max_groups: Groups remembered; the ones not seen for longest go first.

@@ -1,8 +1,9 @@
 """How much of the machine this process may use: cores by affinity and cgroups, memory by cgroups.
 
-In a container, in a SLURM job or under ``taskset``, a process may use less than the whole machine. With a thread for every core of
-the machine it would run slower, and with a cache sized by the machine's free memory it would be killed. Both versions of cgroups
-are supported (Linux kernel, Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst); other systems have no limits but affinity.
+In a container, in a SLURM job or under ``taskset``, a process may use less than the whole machine. With a
+thread for every core of the machine it would run slower, and with a cache sized by the machine's free memory
+it would be killed. Both versions of cgroups are supported (Linux kernel, Documentation/admin-guide/cgroup-v1
+and cgroup-v2.rst); other systems have no limits but affinity.
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ _PROC = Path("/proc/self")
 
 
 def usable_cores(proc: Path = _PROC) -> int:
-    """Returns the number of cores that this process may keep busy: its affinity or its CPU quota, rounded down; at least 1."""
+    """Returns the number of cores that this process may keep busy: its affinity or its CPU quota, rounded
+    down; at least 1.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _cgroups("cpu", proc) if (quota := _cpu_quota(folder)) is not None]
     return max(int(min([cores, *quotas])), 1)
 
 
 def memory_limit(proc: Path = _PROC) -> int:
-    """Returns the bytes that this process may use in total: the machine's memory or the limit of its cgroups, whichever is less."""
+    """Returns the bytes that this process may use in total: the machine's memory or the limit of its cgroups,
+    whichever is less.
+    """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([whole, *(limit for folder in _cgroups("memory", proc) if (limit := _memory(folder)) is not None)])
+    return min(
+        [whole, *(limit for folder in _cgroups("memory", proc) if (limit := _memory(folder)) is not None)]
+    )
 
 
 def available_memory(proc: Path = _PROC) -> int:
-    """Returns the bytes that can be allocated now: MemAvailable or what is left of the cgroups' limit, whichever is less.
+    """Returns the bytes that can be allocated now: MemAvailable or what is left of the cgroups' limit,
+    whichever is less.
 
     Raises:
         RuntimeError: when /proc/meminfo has no MemAvailable.
@@ -68,7 +76,9 @@ def _cgroups(controller: str, proc: Path) -> Iterator[Path]:
 
 
 def _mounted(mount: str, controller: str | None) -> tuple[str, str] | None:
-    """Root and mount point of a line of mountinfo, if it mounts the controller (version 1) or the one tree (None, version 2)."""
+    """Root and mount point of a line of mountinfo, if it mounts the controller (version 1) or the one tree
+    (None, version 2).
+    """
     before, _, after = mount.partition(" - ")
     kind, _, options = [*after.split(" ", 2), "", ""][:3]
     fits = kind == "cgroup2" if controller is None else kind == "cgroup" and controller in options.split(",")
@@ -79,7 +89,9 @@ def _mounted(mount: str, controller: str | None) -> tuple[str, str] | None:
 def _cpu_quota(folder: Path) -> float | None:
     """Cores that a cgroup may keep busy; None for no limit."""
     whole = _read(folder / "cpu.max")
-    quota, period = whole.split() if whole else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+    quota, period = (
+        whole.split() if whole else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+    )
     if not quota.isdigit() or not period.isdigit():  # "max", -1, or no file
         return None
     return int(quota) / int(period)
@@ -92,7 +104,9 @@ def _memory(folder: Path) -> int | None:
 
 
 def _memory_held(folder: Path) -> int:
-    """Bytes that a cgroup uses and cannot be made to give back: all but the file pages that were not read lately."""
+    """Bytes that a cgroup uses and cannot be made to give back: all but the file pages that were not read
+    lately.
+    """
     used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
     pages = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
     return int(used or 0) - int(pages.get("total_inactive_file", pages.get("inactive_file", 0)))

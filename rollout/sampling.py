@@ -15,8 +15,9 @@ _BLOCK = 256
 def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """The distribution tokens are drawn from: temperature, then top-k, then top-p, renormalised.
 
-    Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``; top-p keeps the smallest prefix of the sorted
-    tokens whose mass reaches ``top_p`` (Holtzman et al., "The Curious Case of Neural Text Degeneration", section 3.1).
+    Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``; top-p keeps the smallest prefix
+    of the sorted tokens whose mass reaches ``top_p`` (Holtzman et al., "The Curious Case of Neural Text
+    Degeneration", section 3.1).
 
     Args:
         logits: [B, Q, V], any float dtype.
@@ -27,8 +28,11 @@ def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> t
     """
     scaled = logits.float()
     divisors = [p.divisor for p in params]
-    if any(d != 1.0 for d in divisors):  # below the largest, so that no quotient overflows but to zero probability
-        scaled = (scaled - scaled.amax(-1, keepdim=True)) / torch.tensor(divisors, device=logits.device).view(-1, 1, 1)
+    # below the largest, so that no quotient overflows but to zero probability
+    if any(d != 1.0 for d in divisors):
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / torch.tensor(divisors, device=logits.device).view(
+            -1, 1, 1
+        )
     probs = torch.softmax(scaled, dim=-1)
     cuts: dict[tuple[int, float], list[int]] = {}
     for row, p in enumerate(params):
@@ -60,9 +64,11 @@ def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zeroes what is outside the smallest set of likeliest tokens whose mass reaches ``top_p``; of equals the first stay.
+    """Zeroes what is outside the smallest set of likeliest tokens whose mass reaches ``top_p``; of equals the
+    first stay.
 
-    The set is found among the few likeliest tokens, and only where their mass falls short among more: no sort of the whole.
+    The set is found among the few likeliest tokens, and only where their mass falls short among more: no sort
+    of the whole.
     """
     vocab, count = probs.shape[-1], 64
     while True:
@@ -79,7 +85,9 @@ def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return probs.masked_fill(~keep, 0.0)
 
 
-def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_tokens(
+    logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row from the processed distribution.
 
     Args:
@@ -88,8 +96,8 @@ def draw_tokens(logits: torch.Tensor, params: Sequence[SamplingParams], uniform:
         uniform: float64 [R] in [0, 1), on the CPU.
 
     Returns:
-        int64 [R] tokens and float32 [R] log-probs under the processed distribution (under the one at temperature 1 where the
-        temperature is 0). A row of unusable logits has log-prob NaN.
+        int64 [R] tokens and float32 [R] log-probs under the processed distribution (under the one at
+        temperature 1 where the temperature is 0). A row of unusable logits has log-prob NaN.
     """
     kernels = load_kernels(logits.device.type, logits.dtype)
     if kernels is None:
@@ -124,8 +132,8 @@ def _draw_processed(
 def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draws one index a row in proportion to ``weights`` by inverting the cumulative sum.
 
-    The sum is taken in two levels (blocks of 256, then within the chosen block), in float64 at the first, so that
-    no full-vocabulary scan is needed and small probabilities are not lost to rounding.
+    The sum is taken in two levels (blocks of 256, then within the chosen block), in float64 at the first, so
+    that no full-vocabulary scan is needed and small probabilities are not lost to rounding.
 
     Args:
         weights: float32 [R, V], non-negative, not necessarily normalised, each row's sum positive.
@@ -149,7 +157,9 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_positive(weights: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Rounding can carry the search just past the last positive weight; then take the likeliest token instead."""
+    """Rounding can carry the search just past the last positive weight; then take the likeliest token
+    instead.
+    """
     token = token.clamp(max=weights.shape[-1] - 1)
     chosen = weights.gather(1, token)
     return torch.where(chosen > 0, token, weights.argmax(-1, keepdim=True))[:, 0]

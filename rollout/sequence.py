@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """A request in flight. The target's cache holds every token but the last one, which the next forward reads.
+    """A request in flight. The target's cache holds every token but the last one, which the next forward
+    reads.
 
     Attributes:
         request: What to produce.

@@ -1,17 +1,23 @@
-"""The engine's contract with transformers: the keywords, and the cache and attention interfaces, that the engine relies on.
+"""The engine's contract with transformers: the keywords, and the cache and attention interfaces, that the
+engine relies on.
 
-transformers renames keywords between minor releases: 5.24 calls ``cache`` what 5.23 called ``past_key_values``, in models, in
-decoder layers and in attention modules. The engine therefore recognizes what a model hands to its layers by type, never by name,
-and looks up the one name that it has to write itself. What it relies on:
+transformers renames keywords between minor releases: 5.24 calls ``cache`` what 5.23 called
+    ``past_key_values``, in models, in
+decoder layers and in attention modules. The engine therefore recognizes what a model hands to its layers by
+type, never by name, and looks up the one name that it has to write itself. What it relies on:
 
-- a causal LM's forward takes ``input_ids``, ``position_ids``, ``use_cache``, ``logits_to_keep`` and one argument annotated as a
-  `Cache`, returns ``logits``, and hands keyword arguments that it does not know to its layers and attention functions;
+- a causal LM's forward takes ``input_ids``, ``position_ids``, ``use_cache``, ``logits_to_keep`` and one
+  argument annotated as a `Cache`, returns ``logits``, and hands keyword arguments that it does not know to
+  its layers and attention functions;
 - a decoder layer takes hidden states [B, Q, hidden], one pair (cos, sin) and the cache, under any names;
-- attention functions come from `AttentionInterface`; for one whose name the mask functions do not know, no mask is made;
-- an attention module stores keys and values through `Cache.update(keys, values, layer_index)` and attends over what that returns.
+- attention functions come from `AttentionInterface`; for one whose name the mask functions do not know, no
+  mask is made;
+- an attention module stores keys and values through `Cache.update(keys, values, layer_index)` and attends
+  over what that returns.
 
-`paceline.rollout.model.view_check` tests all of this on a few tokens whenever an engine is built. The names of a decoder layer's parts are in
-`paceline.rollout.model.fused_layer`, which does not replace a layer that has other parts.
+`paceline.rollout.model.view_check` tests all of this on a few tokens whenever an engine is built. The names
+of a decoder layer's parts are in `paceline.rollout.model.fused_layer`, which does not replace a layer that
+has other parts.
 """
 
 from __future__ import annotations
@@ -94,13 +100,16 @@ def run_causal_lm(
         TypeError: when the model's forward takes no cache.
     """
     names = {cache_argument(type(model).forward): cache}
-    out = model(input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=keep, **names, **through)
+    out = model(
+        input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=keep, **names, **through
+    )
     return out.logits
 
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name of the argument that takes a cache, in the forward of a model, a decoder layer or an attention module.
+    """The name of the argument that takes a cache, in the forward of a model, a decoder layer or an attention
+    module.
 
     Raises:
         TypeError: when it has none.
@@ -140,7 +149,8 @@ def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Te
 
 
 def rotary_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The pair (cos, sin) among the arguments of a decoder layer; None for a model without rotary embeddings."""
+    """The pair (cos, sin) among the arguments of a decoder layer; None for a model without rotary
+    embeddings."""
     for value in (*args, *kwargs.values()):
         if _is_rotary(value):
             return value

@@ -1,4 +1,6 @@
-"""Reads numbers and lists that users give (Python's, numpy's or torch's), and writes values and errors on one line of a message."""
+"""Reads numbers and lists that users give (Python's, numpy's or torch's), and writes values and errors on one
+line of a message.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,14 @@ def error_line(error: Exception) -> str:
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of Python, numpy or a torch tensor of one; None for anything else, booleans and 2.0 among it."""
+    """A whole number of Python, numpy or a torch tensor of one; None for anything else, booleans and 2.0
+    among it.
+    """
     if type(value) is int:
         return value
-    if isinstance(value, bool | np.bool_) or (isinstance(value, torch.Tensor) and (value.ndim > 0 or value.dtype == torch.bool)):
+    if isinstance(value, bool | np.bool_) or (
+        isinstance(value, torch.Tensor) and (value.ndim > 0 or value.dtype == torch.bool)
+    ):
         return None
     try:
         return operator.index(value)
@@ -42,7 +48,11 @@ def whole_number(value: Any) -> int | None:
 
 def real_number(value: Any) -> float | None:
     """A finite number as a float; None for anything else, booleans among it."""
-    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0 and value.dtype not in (torch.bool, np.bool_):
+    if (
+        isinstance(value, torch.Tensor | np.ndarray)
+        and value.ndim == 0
+        and value.dtype not in (torch.bool, np.bool_)
+    ):
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         return None
@@ -54,7 +64,9 @@ def real_number(value: Any) -> float | None:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """The elements of a list, tuple, set, range, or one-dimensional array or tensor; None for anything else, text among it."""
+    """The elements of a list, tuple, set, range, or one-dimensional array or tensor; None for anything else,
+    text among it.
+    """
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist() if value.ndim == 1 else None
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence | set | frozenset):

@@ -1,6 +1,8 @@
-"""Tests run on every core, one thread each: two processes that both spin on all cores are far slower than one.
+"""Tests run on every core, one thread each: two processes that both spin on all cores are far slower than
+one.
 
-They ask no hub: without a network, a recipe's check would wait for its retries, which take minutes where no policy is cached yet.
+They ask no hub: without a network, a recipe's check would wait for its retries, which take minutes where no
+    policy is cached yet.
 """
 
 import os

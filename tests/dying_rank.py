@@ -1,4 +1,5 @@
-"""``launch/train.py`` whose rank 1 dies in the second step, at the beginning of the phase that the first argument names.
+"""``launch/train.py`` whose rank 1 dies in the second step, at the beginning of the phase that the first
+argument names.
 
 With ``HANG=1`` it does not die, it sleeps.
 """

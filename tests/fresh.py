@@ -1,7 +1,7 @@
 """Runs the README's two commands as on a new machine: ``python tests/fresh.py``.
 
-What is committed is cloned into an empty directory, and the home directory is empty, too: there is no cache of pip, of the hub, of
-policies or of compiled kernels. Settings of package sources stay.
+What is committed is cloned into an empty directory, and the home directory is empty, too: there is no cache
+of pip, of the hub, of policies or of compiled kernels. Settings of package sources stay.
 """
 
 from __future__ import annotations
@@ -50,13 +50,18 @@ def run(targets: Sequence[str], folder: Path) -> bool:
         took.append((target, status, time.monotonic() - begin))
     print("\nin an empty clone with an empty home")
     for target, status, seconds in took:
-        print(f"make {target}: {'succeeded' if status == 0 else f'failed with status {status}'} in {seconds / 60:.1f} min")
+        print(
+            f"make {target}: {'succeeded' if status == 0 else f'failed with status {status}'} in "
+            f"{seconds / 60:.1f} min"
+        )
     return not any(status for _, status, _ in took)
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("targets", nargs="*", default=["quickstart", "test"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="paceline-fresh-") as folder:

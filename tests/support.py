@@ -27,8 +27,12 @@ from paceline.rollout.trees import DraftTree
 ROOT = Path(__file__).parents[1]
 
 
-def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0, hidden: int = 64) -> LlamaForCausalLM:
-    """A random float32 Llama in eval mode; ``sharpness`` scales its output head, so that its distributions are not all flat."""
+def tiny_llama(
+    vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: float = 1.0, hidden: int = 64
+) -> LlamaForCausalLM:
+    """A random float32 Llama in eval mode; ``sharpness`` scales its output head, so that its distributions
+    are not all flat.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -49,7 +53,9 @@ def tiny_llama(vocab_size: int = 97, seed: int = 0, layers: int = 4, sharpness: 
 
 
 def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, seed: int = 1) -> Eagle3Model:
-    """A random drafter over every second token of the target's vocabulary (or the first ``draft_vocab_size`` of those)."""
+    """A random drafter over every second token of the target's vocabulary (or the first ``draft_vocab_size``
+    of those).
+    """
     torch.manual_seed(seed)
     vocab = model.config.vocab_size
     vocabulary = torch.arange(0, vocab, 2)[: draft_vocab_size or vocab]
@@ -61,7 +67,9 @@ def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, se
 
 
 def train_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """``launch/train.py`` with these arguments, in this process, whose threads and allocator stay as they are."""
+    """``launch/train.py`` with these arguments, in this process, whose threads and allocator stay as they
+    are.
+    """
     monkeypatch.setattr(run, "fit_process", lambda local_world_size: None)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     run.main(None)
@@ -118,9 +126,13 @@ def full_engine(
     """A float32 engine with every drafter that there is, by name."""
     engine = engine_for(model, slots=slots, context=context, rules=rules, **options)
     small = tiny_llama(model.config.vocab_size, seed=3, layers=2, sharpness=6.0)
-    parts = DrafterParts(rules or DraftRules(), tiny_eagle3(model), draft_model=small, composite_match=3, clasp_skipped=0.5)
+    parts = DrafterParts(
+        rules or DraftRules(), tiny_eagle3(model), draft_model=small, composite_match=3, clasp_skipped=0.5
+    )
     for name in DRAFTERS:
-        if name not in engine.drafters and (name != "composite" or rules is None or rules.draw == "likeliest"):
+        if name not in engine.drafters and (
+            name != "composite" or rules is None or rules.draw == "likeliest"
+        ):
             engine.add_drafter(build_drafter(name, engine, parts))
     return engine
 
@@ -131,21 +143,29 @@ def forward_logprobs(
     """float32 [len(completion)], log-probs of a completion's tokens by a full forward of the model itself."""
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].float()
-    return torch.log_softmax(logits / temperature, -1)[torch.arange(len(completion)), torch.tensor(completion)]
+    return torch.log_softmax(logits / temperature, -1)[
+        torch.arange(len(completion)), torch.tensor(completion)
+    ]
 
 
 def worst_gap(model: torch.nn.Module, rollouts: Iterable[Rollout], temperature: float = 1.0) -> float:
     """The largest difference between rollouts' log-probs and `forward_logprobs`."""
     gaps = [
-        (forward_logprobs(model, r.request.prompt_ids, r.token_ids, temperature) - torch.tensor(r.logprobs)).abs().max()
+        (forward_logprobs(model, r.request.prompt_ids, r.token_ids, temperature) - torch.tensor(r.logprobs))
+        .abs()
+        .max()
         for r in rollouts
     ]
     return float(max(gaps))
 
 
 @contextmanager
-def tiny_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *options: str) -> Iterator[Trainer]:
-    """A trainer of the tiny recipe in this process, with plain decoding and a reward: an expression over ``completions``."""
+def tiny_trainer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *options: str
+) -> Iterator[Trainer]:
+    """A trainer of the tiny recipe in this process, with plain decoding and a reward: an expression over
+    ``completions``.
+    """
     monkeypatch.setenv("PACELINE_CACHE", str(folder / "cache"))
     name = f"reward_{folder.name}"
     (folder / f"{name}.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
@@ -160,6 +180,8 @@ def tiny_trainer(folder: Path, monkeypatch: pytest.MonkeyPatch, reward: str, *op
     config = load_config(ROOT / "configs" / "tiny.yaml", [*plain, *one, *options])
     (folder / "run").mkdir()
     with Tracker(config, folder / "run", active=False) as tracker:
-        trainer = Trainer(config, folder / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        trainer = Trainer(
+            config, folder / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker
+        )
         with trainer.scoring:
             yield trainer

@@ -57,7 +57,9 @@ def cache(tmp_path_factory):
 @pytest.mark.ci
 def test_a_killed_run_resumes(tmp_path, cache):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = finish(train("configs/tiny.yaml", f"out={whole}", "tracking.wandb=offline", "tracking.tensorboard=true"))
+    output = finish(
+        train("configs/tiny.yaml", f"out={whole}", "tracking.wandb=offline", "tracking.tensorboard=true")
+    )
     assert list(whole.glob("wandb/offline-run-*")) and list(whole.glob("tensorboard/events*"))
     assert "reward, first" in output and "drafter" in output
 
@@ -90,7 +92,9 @@ def last_saved(run: Path) -> int:
 
 
 def shape(metrics: dict) -> frozenset[str]:
-    """The keys of a step, but for those that depend on which drafter the measured times chose, and on what was measured beside."""
+    """The keys of a step, but for those that depend on which drafter the measured times chose, and on what
+    was measured beside.
+    """
     optional = (
         "rollout/acceptance_length_",
         "rollout/draft_seconds_",
@@ -102,7 +106,9 @@ def shape(metrics: dict) -> frozenset[str]:
 
 
 def test_same_seed_same_run_after_resume(tmp_path, cache, monkeypatch):
-    """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not stopped."""
+    """Resuming is exact: steps 3 and 4 of a run stopped after step 2 equal those of a run that was not
+    stopped.
+    """
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     plain = [
         "speculation.strategy=plain",

@@ -19,15 +19,21 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(child.pid for child in psutil.Process(launcher).children())
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(1, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, kills, monkeypatch):
-    """Rank 0, which hosts the store, or the other; while decoding, training the drafter, updating, or writing a checkpoint."""
+    """Rank 0, which hosts the store, or the other; while decoding, training the drafter, updating, or writing
+    a checkpoint.
+    """
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     run, chance = tmp_path / "run", random.Random(0)
     started = False
     for _ in range(kills):
         arguments = (
-            ("--resume", str(run)) if started else ("configs/tiny.yaml", f"out={run}", "steps=100000", "drafter.snapshots=2")
+            ("--resume", str(run))
+            if started
+            else ("configs/tiny.yaml", f"out={run}", "steps=100000", "drafter.snapshots=2")
         )
         process = train(*arguments)
         before = len(steps_of_unfinished(run)) if started else 0

@@ -16,7 +16,8 @@ from tests.support import ROOT
 
 SBATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 SRUN = """#!{python}
-# Runs the command once a task, as srun does, and exits with the highest status. Signals reach the tasks alone.
+# Runs the command once a task, as srun does, and exits with the highest status.
+# Signals reach the tasks alone.
 import os, signal, subprocess, sys
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 words = sys.argv[1:]
@@ -65,7 +66,11 @@ def cluster(tmp_path):
     }
 
     def start(*arguments, python=None, **more):
-        text = RANK.format(python=sys.executable) if python is None else f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+        text = (
+            RANK.format(python=sys.executable)
+            if python is None
+            else f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+        )
         (stubs / "python").write_text(text)
         for file in stubs.iterdir():
             file.chmod(file.stat().st_mode | stat.S_IXUSR)
@@ -184,6 +189,8 @@ def test_accelerate_launches_by_the_examples_file(tmp_path):
         f"out={tmp_path / 'run'}",
     ]
     environment = os.environ | {"PACELINE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *train], env=environment, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(
+        [*command, *train], env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "report.html").is_file()

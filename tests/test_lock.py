@@ -39,11 +39,16 @@ def test_the_lock_is_within_what_the_wheel_asks_for():
 
 
 def test_every_dependency_of_the_wheel_has_an_upper_bound():
-    """Or a release of tomorrow changes what a user gets; packages whose versions are dates have none to give."""
+    """Or a release of tomorrow changes what a user gets; packages whose versions are dates have none to
+    give."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = (text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts)
+    extras = (
+        text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts
+    )
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
-        assert requirement.name == "packaging" or any(s.operator == "<" for s in requirement.specifier), requirement
+        assert requirement.name == "packaging" or any(s.operator == "<" for s in requirement.specifier), (
+            requirement
+        )
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that make sets up")
@@ -52,8 +57,12 @@ def test_what_is_installed_is_what_is_locked():
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.name)
         if name != "paceline":
-            assert name in locked, f"{name} {distribution.version} is installed, but not locked: run make lock"
-            assert locked[name].specifier.contains(distribution.version, prereleases=True), f"{name} {distribution.version}"
+            assert name in locked, (
+                f"{name} {distribution.version} is installed, but not locked: run make lock"
+            )
+            assert locked[name].specifier.contains(distribution.version, prereleases=True), (
+                f"{name} {distribution.version}"
+            )
 
 
 def test_the_tested_releases_of_transformers_are_those_of_the_package():

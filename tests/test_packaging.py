@@ -40,7 +40,9 @@ assert pathlib.Path(rl.__file__).parents[1].joinpath("py.typed").is_file()
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A copy of what git knows of, built with this environment's tools: a release of theirs is no reason for this test to fail."""
+    """A copy of what git knows of, built with this environment's tools: a release of theirs is no reason for
+    this test to fail.
+    """
     folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     source.mkdir()
@@ -77,8 +79,12 @@ def test_the_sdist_has_what_the_wheel_needs(built):
     assert {"paceline/py.typed", "paceline/configs/quickstart.yaml"} <= set(inside)
     assert not [name for name in inside if name.startswith(("tests/", "benchmarks/", "launch/"))]
     assert "License-Expression: Apache-2.0" in metadata
-    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert not [line for line in required if any(name in line for name in ("trl", "deepspeed", "vllm", "peft"))]
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert not [
+        line for line in required if any(name in line for name in ("trl", "deepspeed", "vllm", "peft"))
+    ]
 
 
 def test_the_wheel_runs_without_the_extras(built):
@@ -96,7 +102,9 @@ def test_the_wheel_runs_without_the_extras(built):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(built), "PACELINE_CACHE": str(built / "cache")}
 
     def run(*command):
-        done = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=built, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-1000:]
         return done.stdout
 

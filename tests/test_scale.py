@@ -27,7 +27,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.ci
 def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
-    """ZeRO 3 on two ranks, with a critic, a reference and groups asked again; then the rest of it on one rank."""
+    """ZeRO 3 on two ranks, with a critic, a reference and groups asked again; then the rest of it on one
+    rank.
+    """
     run = tmp_path / "run"
     finish(
         train(
@@ -59,7 +61,9 @@ def test_a_run_in_parts_goes_on_with_fewer_ranks(tmp_path):
 
 @pytest.mark.ci
 def test_two_machines(tmp_path):
-    """The README's command for two nodes, over loopback: FSDP2 on adapters; what is left is a policy and an adapter of peft's."""
+    """The README's command for two nodes, over loopback: FSDP2 on adapters; what is left is a policy and an
+    adapter of peft's.
+    """
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,7 +104,9 @@ def test_two_machines(tmp_path):
 
 
 def fails(phase: str, *options: str) -> str:
-    """Trains on two ranks, of which one dies, or sleeps, in a phase of the second step. What the launcher says of it."""
+    """Trains on two ranks, of which one dies, or sleeps, in a phase of the second step. What the launcher
+    says of it.
+    """
     command = [
         *LAUNCHER,
         "--standalone",
@@ -133,7 +139,9 @@ PHASES = ["rollout", "score", "reference", "drafter", "wait", "gather", "sync", 
     ],
 )
 def test_a_rank_that_dies_ends_the_job(tmp_path, phase):
-    """In any phase, also of a policy in parts: the launcher ends the others at once, and the run goes on from its last step."""
+    """In any phase, also of a policy in parts: the launcher ends the others at once, and the run goes on from
+    its last step.
+    """
     run = tmp_path / "run"
     assert "exitcode  : 9" in fails(phase, f"out={run}", "steps=4", "scale.fsdp2=true")
     assert [m["step"] for m in steps_of(run)] == ([0, 1] if phase == "save" else [0])
@@ -150,7 +158,9 @@ def test_a_rank_that_hangs_is_not_waited_for_longer_than_the_recipe_says(tmp_pat
 
 @pytest.mark.ci
 def test_ranks_share_what_they_learn_of_lengths_and_go_on_with_open_groups(tmp_path):
-    """Segments, a reward that looks at all groups, and a predictor: two ranks, then one that takes over the open groups of both."""
+    """Segments, a reward that looks at all groups, and a predictor: two ranks, then one that takes over the
+    open groups of both.
+    """
     run = tmp_path / "run"
     stops = "rollout.stop_strings=['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']"
     length = "length={rewards: [{name: grpo_lambda, share: 0.5}], correct_from: 0.1, predictor: prod_d}"

@@ -13,7 +13,8 @@ environment = sys.modules["environment"]
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.rollout.test_greedy" name="test_equals_generate[a]"/>
-<testcase classname="tests.rollout.test_greedy" name="test_equals_generate[b]"><failure>TypeError</failure></testcase>
+<testcase classname="tests.rollout.test_greedy" name="test_equals_generate[b]">
+<failure>TypeError</failure></testcase>
 <testcase classname="tests.rollout.test_gpu" name="test_graphs"><skipped/></testcase>
 <testcase classname="tests.test_end_to_end" name="test_run"><error>fixture</error></testcase>
 </testsuite></testsuites>"""
@@ -64,7 +65,9 @@ def test_reports_are_counted(tmp_path):
     assert versions._read("newest", {}, tmp_path / "none.xml", 1.0).failures
 
 
-@pytest.mark.parametrize(("failures", "options", "status"), [([], [], 0), (["a::b"], [], 1), (["a::b"], ["--report-only"], 0)])
+@pytest.mark.parametrize(
+    ("failures", "options", "status"), [([], [], 0), (["a::b"], [], 1), (["a::b"], ["--report-only"], 0)]
+)
 def test_failures_fail_the_command_unless_it_only_reports(monkeypatch, capsys, failures, options, status):
     monkeypatch.setattr(
         versions,

@@ -1,7 +1,9 @@
-"""Runs the tests of the engine and of the trainers on other versions: ``python tests/versions.py oldest locked newest``.
+"""Runs the tests of the engine and of the trainers on other versions:
+``python tests/versions.py oldest locked newest``.
 
-``python tests/versions.py transformers==5.19.0`` puts that release in the place of the locked one. Each has an environment of its
-own under .venv-versions (constraints/environment.py). Only the standard library is used: it runs before there is any environment.
+``python tests/versions.py transformers==5.19.0`` puts that release in the place of the locked one. Each has
+an environment of its own under .venv-versions (constraints/environment.py). Only the standard library is
+used: it runs before there is any environment.
 """
 
 from __future__ import annotations
@@ -84,18 +86,27 @@ def run(versions: str, quick: bool) -> Outcome:
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with contextlib.suppress(subprocess.TimeoutExpired):  # then the report is missing, which is said
-        subprocess.run([*command, *(QUICK if quick else TESTS)], cwd=ROOT, env=environment, check=False, timeout=_SECONDS)
+        subprocess.run(
+            [*command, *(QUICK if quick else TESTS)], cwd=ROOT, env=environment, check=False, timeout=_SECONDS
+        )
     return _read(versions, _packages(python), report, time.monotonic() - begin)
 
 
 def _packages(python: Path) -> dict[str, str]:
-    script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {REACHED_INTO}}}))"
-    return json.loads(subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True).stdout)
+    script = (
+        f"import importlib.metadata as m, json; "
+        f"print(json.dumps({{n: m.version(n) for n in {REACHED_INTO}}}))"
+    )
+    return json.loads(
+        subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True).stdout
+    )
 
 
 def _read(versions: str, packages: dict[str, str], report: Path, seconds: float) -> Outcome:
     if not report.is_file():
-        return Outcome(versions, packages, 0, 0, 0, [f"the tests left no report within {_SECONDS} s"], seconds)
+        return Outcome(
+            versions, packages, 0, 0, 0, [f"the tests left no report within {_SECONDS} s"], seconds
+        )
     cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
@@ -113,7 +124,9 @@ def _say(outcome: Outcome) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("versions", nargs="+", help="oldest, locked, newest, or package==version,…")
     parser.add_argument(
         "--quick",

@@ -19,7 +19,8 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
 def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` beside ``directory`` and renames them into it: never half a drafter.
+    """Writes ``config.json`` and ``model.safetensors`` beside ``directory`` and renames them into it: never
+    half a drafter.
 
     Args:
         model: The drafter.
@@ -63,23 +64,30 @@ def load_drafter(
         draft_vocab_size: Tokens that it must draft; None where its own are taken.
 
     Raises:
-        DrafterError: for files that are missing, truncated or broken, weights that are not finite or not those that the config
-            says, another architecture, and a drafter of another target.
+        DrafterError: for files that are missing, truncated or broken, weights that are not finite or not
+            those that the config says, another architecture, and a drafter of another target.
     """
     config = read_drafter_config(directory)
     if config.vocab_size != target_vocab_size:
-        raise DrafterError(f"{directory}: the drafter was made for {config.vocab_size} tokens, the policy has {target_vocab_size}")
+        raise DrafterError(
+            f"{directory}: the drafter was made for {config.vocab_size} tokens, the policy has "
+            f"{target_vocab_size}"
+        )
     if config.hidden_size != target_hidden_size:
-        raise DrafterError(f"{directory}: the drafter is {config.hidden_size} wide, the policy {target_hidden_size}")
+        raise DrafterError(
+            f"{directory}: the drafter is {config.hidden_size} wide, the policy {target_hidden_size}"
+        )
     taps = list(config.eagle_aux_hidden_state_layer_ids)
     if tap_layers is not None and taps != list(tap_layers):
         raise DrafterError(
-            f"{directory}: the drafter was trained on the inputs of layers {taps}, the engine keeps those of {list(tap_layers)}; "
+            f"{directory}: the drafter was trained on the inputs of layers {taps}, the engine keeps those of "
+            f"{list(tap_layers)}; "
             f"write drafter.tap_layers: {taps}"
         )
     if draft_vocab_size is not None and config.draft_vocab_size != draft_vocab_size:
         raise DrafterError(
-            f"{directory}: the drafter drafts {config.draft_vocab_size} tokens, drafter.draft_vocab_size is {draft_vocab_size}; "
+            f"{directory}: the drafter drafts {config.draft_vocab_size} tokens, drafter.draft_vocab_size is "
+            f"{draft_vocab_size}; "
             f"write drafter.draft_vocab_size: {config.draft_vocab_size}"
         )
     weights = directory / "model.safetensors"
@@ -89,11 +97,15 @@ def load_drafter(
         raise DrafterError(f"{weights}: {problem}")
     try:
         model = Eagle3Model(config, _vocabulary(tensors))
-    except Exception as error:  # keys beyond those that are checked, as transformers' parts of the layer read them
+    # keys beyond those that are checked, as transformers' parts of the layer read them
+    except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise DrafterError(f"{directory / 'config.json'}: no drafter can be built from it ({reason})") from None
+        raise DrafterError(
+            f"{directory / 'config.json'}: no drafter can be built from it ({reason})"
+        ) from None
     learned = {name: tensor.float() for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-    model.load_state_dict(learned, strict=False)  # d2t and t2d follow from the vocabulary, the rotary table from the config
+    # d2t and t2d follow from the vocabulary, the rotary table from the config
+    model.load_state_dict(learned, strict=False)
     return model
 
 
@@ -106,7 +118,9 @@ def load_drafter_of(directory: Path, policy: Path) -> Eagle3Model:
     try:
         target = AutoConfig.from_pretrained(policy).get_text_config()
     except Exception as error:  # whatever is wrong with the file, transformers says it in its own way
-        raise DrafterError(f"{policy}: the policy's config cannot be read ({' '.join(str(error).split())[:160]})") from None
+        raise DrafterError(
+            f"{policy}: the policy's config cannot be read ({' '.join(str(error).split())[:160]})"
+        ) from None
     return load_drafter(directory, target.vocab_size, target.hidden_size)
 
 
@@ -117,7 +131,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise DrafterError(f"{path}: truncated or not safetensors ({reason}); export the drafter again") from None
+        raise DrafterError(
+            f"{path}: truncated or not safetensors ({reason}); export the drafter again"
+        ) from None
 
 
 def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -150,11 +166,17 @@ def _shape_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str
     expected = _shapes(config)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
-        return f"does not match its config (missing {missing[:2]}, unexpected {unexpected[:2]}); export the drafter again"
+        return (
+            f"does not match its config (missing {missing[:2]}, unexpected {unexpected[:2]}); export the "
+            f"drafter again"
+        )
     for name, shape in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
-            return f"{name} has the shape {tuple(tensor.shape)}, its config says {shape}; export the drafter again"
+            return (
+                f"{name} has the shape {tuple(tensor.shape)}, its config says {shape}; export the drafter "
+                f"again"
+            )
         if name not in ("d2t", "t2d") and not (tensor.is_floating_point() and tensor.itemsize >= 2):
             return f"{name} is {tensor.dtype}; write float32, bfloat16 or float16"
     if tensors["d2t"].dtype not in (torch.int64, torch.int32) or tensors["t2d"].dtype not in (
@@ -170,8 +192,13 @@ def _value_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             return f"{name} has NaN or infinite values; export an earlier drafter"
     vocabulary = _vocabulary(tensors)
-    if not bool((vocabulary.diff() > 0).all()) or not 0 <= int(vocabulary[0]) <= int(vocabulary[-1]) < config.vocab_size:
-        return f"d2t does not lead to {config.draft_vocab_size} increasing token ids below {config.vocab_size}"
+    if (
+        not bool((vocabulary.diff() > 0).all())
+        or not 0 <= int(vocabulary[0]) <= int(vocabulary[-1]) < config.vocab_size
+    ):
+        return (
+            f"d2t does not lead to {config.draft_vocab_size} increasing token ids below {config.vocab_size}"
+        )
     known = torch.zeros(config.vocab_size, dtype=torch.bool)
     known[vocabulary] = True
     return None if torch.equal(known, tensors["t2d"].bool()) else "t2d marks other tokens than d2t leads to"

@@ -1,4 +1,5 @@
-"""A drafter's ``config.json``, read with suspicion: it may be of another project, cut off, or edited by hand."""
+"""A drafter's ``config.json``, read with suspicion: it may be of another project, cut off, or edited by
+hand."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
     """The configuration of a drafter, as `eagle3_config` makes it.
 
     Raises:
-        DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3 layer.
+        DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3
+            layer.
     """
     path = directory / "config.json"
     data = read_object(
@@ -51,7 +53,9 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
         "missing; name a directory that paceline export or paceline warmup --drafter wrote",
     )
     if data.get("architectures") != [ARCHITECTURE]:
-        raise DrafterError(f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]")
+        raise DrafterError(
+            f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]"
+        )
     _fill_in(data)
     problem = _problem(data)
     if problem is not None:
@@ -91,7 +95,10 @@ def _problem(data: dict[str, Any]) -> str | None:
     if data["num_attention_heads"] % data["num_key_value_heads"] or data["head_dim"] % 2:
         return "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
     if data.get("target_hidden_size") not in (None, data["hidden_size"]):
-        return f"target_hidden_size is {_short(data['target_hidden_size'])}; only drafters as wide as their target can be used"
+        return (
+            f"target_hidden_size is {_short(data['target_hidden_size'])}; only drafters as wide as their "
+            f"target can be used"
+        )
     for key in _VARIANTS:
         if data.get(key):
             return f"{key} is {_short(data[key])}; only drafters without it can be used"
@@ -112,9 +119,16 @@ def _rope_problem(data: dict[str, Any]) -> str | None:
         or rope.get("rope_type", "default") != "default"
         or not rope.keys() <= {"rope_type", "rope_theta"}
     ):
-        return f"rope_parameters is {_short(rope)}; only drafters with rope_type default, and a rope_theta, can be used"
+        return (
+            f"rope_parameters is {_short(rope)}; only drafters with rope_type default, and a rope_theta, can "
+            f"be used"
+        )
     theta = rope.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not (math.isfinite(theta) and theta > 0):
+    if (
+        isinstance(theta, bool)
+        or not isinstance(theta, int | float)
+        or not (math.isfinite(theta) and theta > 0)
+    ):
         return f"rope_theta is {_short(theta)}; write a number above 0"
     return None
 

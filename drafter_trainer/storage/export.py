@@ -23,7 +23,8 @@ def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str
     Args:
         run: A run's directory, with ``checkpoint/drafter`` and ``checkpoint/policy``.
         out: New directory.
-        target: Hub id of the run's policy; None where it is not on the hub, and the card names what it was trained from.
+        target: Hub id of the run's policy; None where it is not on the hub, and the card names what it was
+            trained from.
         name: What the card calls the drafter; None for ``out``'s name.
 
     Raises:
@@ -31,7 +32,9 @@ def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str
     """
     source, policy = run / "checkpoint" / "drafter", run / "checkpoint" / "policy"
     if not source.is_dir():
-        raise DrafterError(f"{run}: no checkpoint/drafter; was the run made with the eagle3 drafter, and did it save a step?")
+        raise DrafterError(
+            f"{run}: no checkpoint/drafter; was the run made with the eagle3 drafter, and did it save a step?"
+        )
     drafter = load_drafter_of(source, policy)
     facts = drafter_facts(run)
     if target is not None:
@@ -73,7 +76,8 @@ def drafter_facts(run: Path) -> DrafterFacts:
 
 
 def hub_id(model: str, near: Path) -> str | None:
-    """The id on the Hugging Face hub that a name of a policy is; None for directories and for policies made on the spot.
+    """The id on the Hugging Face hub that a name of a policy is; None for directories and for policies made
+    on the spot.
 
     Args:
         model: As users write it.
@@ -104,7 +108,9 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _last(steps: list[dict[str, Any]], name: str) -> float | None:
-    found = [step[name] for step in steps if isinstance(step.get(name), int | float) and math.isfinite(step[name])]
+    found = [
+        step[name] for step in steps if isinstance(step.get(name), int | float) and math.isfinite(step[name])
+    ]
     return float(found[-1]) if found else None
 
 

@@ -12,11 +12,13 @@ def read_object(path: Path, failure: type[Exception], missing: str = "missing") 
 
     Args:
         path: Of the file.
-        failure: The exception to raise for a file that cannot be used; its message names the file and what is wrong with it.
+        failure: The exception to raise for a file that cannot be used; its message names the file and what is
+            wrong with it.
         missing: What to say where there is no such file.
 
     Raises:
-        Exception: ``failure``, for a file that is missing, cannot be read, is not JSON, or holds something else than an object.
+        Exception: ``failure``, for a file that is missing, cannot be read, is not JSON, or holds something
+            else than an object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,8 @@ class DrafterFacts:
         steps: RL steps that its target had been trained; None where that is not known.
         temperature: Of the rollouts that it learned from.
         acceptance_length: Tokens of a forward of the target, as measured in the run; None where it was not.
-        acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty where it was not measured.
+        acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty where it was not
+            measured.
     """
 
     target: str
@@ -53,7 +54,11 @@ def drafter_card(facts: DrafterFacts, draft_vocab_size: int, name: str = "DRAFTE
     target = facts.base_model or "TARGET"
     trained = "" if facts.steps is None else f", after {facts.steps} RL steps"
     sampled = "" if facts.temperature is None else f", sampled at temperature {facts.temperature:g}"
-    length = "not measured" if facts.acceptance_length is None else f"{facts.acceptance_length:.2f} tokens a forward of the target"
+    length = (
+        "not measured"
+        if facts.acceptance_length is None
+        else f"{facts.acceptance_length:.2f} tokens a forward of the target"
+    )
     positions = ", ".join(f"{a:.2f}" for a in facts.acceptance) or "not measured"
     return f"""---
 {front.to_yaml()}

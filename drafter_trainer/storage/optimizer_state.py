@@ -34,7 +34,9 @@ def write_state(state: dict[str, Any], stem: Path) -> None:
             else:
                 scalars[key] = value
     save_file(tensors, stem.with_suffix(".safetensors"), metadata={"format": "pt"})
-    stem.with_suffix(".json").write_text(json.dumps({"scalars": scalars, "param_groups": state["param_groups"]}))
+    stem.with_suffix(".json").write_text(
+        json.dumps({"scalars": scalars, "param_groups": state["param_groups"]})
+    )
 
 
 def read_state(stem: Path) -> dict[str, Any]:
@@ -48,10 +50,20 @@ def read_state(stem: Path) -> dict[str, Any]:
         rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise OptimizerStateError(f"{stem}: truncated or missing ({reason}); resume from another checkpoint") from None
-    scalars, groups = (rest.get("scalars"), rest.get("param_groups")) if isinstance(rest, dict) else (None, None)
-    if not isinstance(scalars, dict) or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
-        raise OptimizerStateError(f"{stem}.json: not an optimizer's scalars and param_groups; resume from another checkpoint")
+        raise OptimizerStateError(
+            f"{stem}: truncated or missing ({reason}); resume from another checkpoint"
+        ) from None
+    scalars, groups = (
+        (rest.get("scalars"), rest.get("param_groups")) if isinstance(rest, dict) else (None, None)
+    )
+    if (
+        not isinstance(scalars, dict)
+        or not isinstance(groups, list)
+        or not all(isinstance(group, dict) for group in groups)
+    ):
+        raise OptimizerStateError(
+            f"{stem}.json: not an optimizer's scalars and param_groups; resume from another checkpoint"
+        )
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *scalars.items()]:
         index, _, name = key.partition(".")
@@ -92,7 +104,10 @@ def _problem(entry: Mapping[str, Any], shape: torch.Size) -> str | None:
             if not (math.isfinite(number) and number >= 0):
                 return "step is not a count"
         elif not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return f"{name} is a {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, not floating-point"
+            return (
+                f"{name} is a {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, "
+                f"not floating-point"
+            )
         elif value.shape != shape:
             return f"{name} has the shape {tuple(value.shape)}, not {tuple(shape)}"
         elif not bool(value.isfinite().all()):

@@ -20,10 +20,11 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class DrafterSnapshots:
-    """``folder/step-N``: a drafter's trainable tensors and its optimizer's (``optimizer``), each whole or absent.
+    """``folder/step-N``: a drafter's trainable tensors and its optimizer's (``optimizer``), each whole or
+    absent.
 
-    A step waits only for the copy in memory; a thread writes it under another name and renames it. What is not yet written when the
-    next one comes is waited for, so that at most one copy is held.
+    A step waits only for the copy in memory; a thread writes it under another name and renames it. What is
+    not yet written when the next one comes is waited for, so that at most one copy is held.
 
     Args:
         folder: Made when first wanted.
@@ -79,8 +80,11 @@ class DrafterSnapshots:
                 found.append((int(number), path))
         return sorted(found, reverse=True)
 
-    def newest(self, vocab_size: int, hidden_size: int, **wanted: Any) -> tuple[tuple[int, Path, Eagle3Model] | None, list[str]]:
-        """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that was passed over.
+    def newest(
+        self, vocab_size: int, hidden_size: int, **wanted: Any
+    ) -> tuple[tuple[int, Path, Eagle3Model] | None, list[str]]:
+        """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that
+        was passed over.
 
         Args:
             vocab_size, hidden_size: Of the policy.

@@ -27,7 +27,9 @@ def measure_rollout(args: argparse.Namespace) -> None:
 
     fit_process(local_world_size=1)
     terminal = console()
-    bench = RolloutBench(load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap, args.own_problems)
+    bench = RolloutBench(
+        load_config(args.config, args.overrides), args.run, args.repeats, args.tail_cap, args.own_problems
+    )
     with Results(args.out, command_line()) as results:
         profiles = []
         for batch in (1, 4, 16, 32):
@@ -40,10 +42,17 @@ def measure_rollout(args: argparse.Namespace) -> None:
         )
         results.note(refresh_seconds=refresh, logprob_gap_mean=gap[0], logprob_gap_max=gap[1])
         terminal.print(
-            f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, largest {gap[1]:.3f}"
+            f"weight refresh {refresh:.3f} s; log-prob gap to the trainer's forward: mean {gap[0]:.4f}, "
+            f"largest {gap[1]:.3f}"
         )
-        peers = None if args.alone else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
-        rows = bench.run(peers, lambda line: terminal.print(line, highlight=False), args.workloads, results.into("results"))
+        peers = (
+            None
+            if args.alone
+            else Peers(bench.policy, bench.path, args.peers if args.peers.exists() else None)
+        )
+        rows = bench.run(
+            peers, lambda line: terminal.print(line, highlight=False), args.workloads, results.into("results")
+        )
         results.put("results", rows)  # in the order of the workloads
     terminal.print(results_table(rows))
     draw_results(rows, json_path(args.out).with_suffix(".png"))
@@ -124,12 +133,15 @@ def measure_gpu(args: argparse.Namespace) -> None:
             results.add("reports", report)
             for name, value in report.graph_memory.items():
                 print(
-                    f"{shape}: {name}: {value / 1e6:.0f} MB" if value > 1000 else f"{shape}: {name}: {value:.3f}",
+                    f"{shape}: {name}: {value / 1e6:.0f} MB"
+                    if value > 1000
+                    else f"{shape}: {name}: {value:.3f}",
                     flush=True,
                 )
             for batch, milliseconds, share in report.drafter:
                 print(
-                    f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode step",
+                    f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode "
+                    "step",
                     flush=True,
                 )
 
@@ -140,7 +152,10 @@ def print_plans(args: argparse.Namespace) -> None:
 
     for shape in SHAPES:
         count, bucketed, naive = planned(shape)
-        print(f"{shape}: {count} graphs, {bucketed / 1e6:.0f} MB bucketed, {naive / 1e6:.0f} MB naive: {bucketed / naive:.2f}")
+        print(
+            f"{shape}: {count} graphs, {bucketed / 1e6:.0f} MB bucketed, {naive / 1e6:.0f} MB naive: "
+            f"{bucketed / naive:.2f}"
+        )
 
 
 def compare_drafters(args: argparse.Namespace) -> None:
@@ -158,7 +173,9 @@ def compare_drafters(args: argparse.Namespace) -> None:
         if args.sharing:
             compare_sharing(RolloutBench(config, args.run, 1, 64), 3, 8, "suffix:4", keep)
         elif args.positions:
-            measure_positions(RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None), keep)
+            measure_positions(
+                RolloutBench(config, args.run, 1, 64), args.positions, args.positions // 8, (1024, None), keep
+            )
         else:
             compare_drafters(config, args.run, args.temperatures, args.batches, print, keep)
 
@@ -177,7 +194,9 @@ def compare_verifiers(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     with Results(args.out, command_line()) as results:
         for temperature in args.temperatures:
-            bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64)
+            bench = RolloutBench(
+                replace(config, rollout=replace(config.rollout, temperature=temperature)), args.run, 1, 64
+            )
             keep = results.into(f"verifiers, T = {temperature}")
             _, bounds = measure_verifiers(bench, args.batches[-1], 96, (1, 2, 3, 4), print, keep)
             results.put(f"bounds, T = {temperature}", bounds)
@@ -216,10 +235,13 @@ def compare_served(args: argparse.Namespace) -> None:
 
     fit_process(local_world_size=1)
     with Results(args.out, command_line()) as results:
-        row = compare_served(RolloutBench(load_config(args.config), args.run, 1, 64), args.peers, args.prompts, args.depth)
+        row = compare_served(
+            RolloutBench(load_config(args.config), args.run, 1, 64), args.peers, args.prompts, args.depth
+        )
         results.add("rows", row)
     print(
-        f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine {row.engine:.3f}, vLLM {row.vllm:.3f}"
+        f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine "
+        f"{row.engine:.3f}, vLLM {row.vllm:.3f}"
     )
     print(f"vLLM / engine {row.ratio:.3f}")
 
@@ -248,10 +270,16 @@ def compare_idle(args: argparse.Namespace) -> None:
 
     with Results(args.out, command_line()) as results:
         keep = results.into("rows")
-        frozen, trained = compare_idle(args.config, args.overrides, args.start, args.runs, args.ranks, print, keep)
-    print(f"step with training / without: {trained.step / frozen.step:.3f}; rollouts {trained.rollout / frozen.rollout:.3f}")
+        frozen, trained = compare_idle(
+            args.config, args.overrides, args.start, args.runs, args.ranks, print, keep
+        )
     print(
-        f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training cannot touch: ",
+        f"step with training / without: {trained.step / frozen.step:.3f}; rollouts "
+        f"{trained.rollout / frozen.rollout:.3f}"
+    )
+    print(
+        f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which training "
+        "cannot touch: ",
         end="",
     )
     print(f"{trained.update_longer:+.1%}; a snapshot takes {1e3 * trained.snapshot:.0f} ms of a step")
@@ -265,11 +293,15 @@ def compare_learning(args: argparse.Namespace) -> None:
     speculating, plain = ([learning_row(run) for run in runs] for runs in (args.speculating, args.plain))
     found = compare_learning(speculating, plain)
     for row in (*speculating, *plain):
-        print(f"{row.run}: reward {row.reward:.3f}, length {row.length:.1f}, rollouts {row.rollout:.0f} s, steps {row.step:.0f} s")
+        print(
+            f"{row.run}: reward {row.reward:.3f}, length {row.length:.1f}, rollouts {row.rollout:.0f} s, "
+            f"steps {row.step:.0f} s"
+        )
     print(f"with speculation: reward {found.reward_difference:+.3f} ± {found.reward_error:.3f}", end=", ")
     print(f"length {found.length_difference:+.1f} ± {found.length_error:.1f}")
     print(
-        f"rollouts {found.rollout_ratio:.2f}x, steps {found.step_ratio:.2f}x of {found.bound:.2f}x (Amdahl, at this rollout ratio)"
+        f"rollouts {found.rollout_ratio:.2f}x, steps {found.step_ratio:.2f}x of {found.bound:.2f}x (Amdahl, "
+        "at this rollout ratio)"
     )
     print(f"{found.limit:.2f}x would be the steps' ratio if rollouts took no time")
     with Results(args.out, command_line()) as results:
@@ -296,11 +328,16 @@ def compare_online(args: argparse.Namespace) -> None:
     fit_process(local_world_size=1)
     config = load_config(args.config, args.overrides)
     with Results(args.out, command_line()) as results:
-        rows = compare_online(config, args.start, args.seconds, args.runs, print, lambda rows: results.put("rows", rows))
+        rows = compare_online(
+            config, args.start, args.seconds, args.runs, print, lambda rows: results.put("rows", rows)
+        )
         results.put("rows", rows)
     for row in rows:
         mean = sum(row.lengths) / len(row.lengths)
-        print(f"{row.variant:<50} {row.updates:>4} updates  mean length {mean:.3f}  regret {row.regret[-1]:+.2f}")
+        print(
+            f"{row.variant:<50} {row.updates:>4} updates  mean length {mean:.3f}  regret "
+            f"{row.regret[-1]:+.2f}"
+        )
 
 
 def draw_plots(args: argparse.Namespace) -> None:
@@ -317,13 +354,17 @@ def compare_speculation_end_to_end(args: argparse.Namespace) -> None:
     from paceline.benchmarks.training.end_to_end import compare_speculation
 
     with Results(args.out, command_line()) as results:
-        plain, adaptive = compare_speculation(args.config, args.overrides, args.runs, print, results.into("runs"))
+        plain, adaptive = compare_speculation(
+            args.config, args.overrides, args.runs, print, results.into("runs")
+        )
         ratios = {"rollout": plain.rollout / adaptive.rollout, "step": plain.step / adaptive.step}
         bound = plain.step / (plain.step - plain.rollout)
         results.note(ratios=ratios, bound=bound)
     for times in (plain, adaptive):
         print(times)
-    print(f"rollout {ratios['rollout']:.2f}x, whole step {ratios['step']:.2f}x of at most {bound:.2f}x (Amdahl)")
+    print(
+        f"rollout {ratios['rollout']:.2f}x, whole step {ratios['step']:.2f}x of at most {bound:.2f}x (Amdahl)"
+    )
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -18,7 +18,9 @@ def compare_rewards(args: argparse.Namespace) -> None:
 
     with Results(args.out, command_line()) as results:
         rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
-    table = Table("recipe", "accuracy", "less plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds a step")
+    table = Table(
+        "recipe", "accuracy", "less plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds a step"
+    )
     for r in rows:
         change = f"{r.accuracy_change:+.3f} ± {r.accuracy_error:.3f}"
         table.add_row(
@@ -53,11 +55,14 @@ def compare_prediction(args: argparse.Namespace) -> None:
         results.put("predictors", rows)
         for r in rows:
             print(
-                f"{r.predictor:<42} median {r.at_median:.2f} ± {r.error_median:.2f}  0.9: {r.at_ninety:.2f} ± {r.error_ninety:.2f}"
+                f"{r.predictor:<42} median {r.at_median:.2f} ± {r.error_median:.2f}  0.9: {r.at_ninety:.2f} "
+                f"± {r.error_ninety:.2f}"
             )
         compare_orders(bench, known, held_out, args.slots, None, print, results.into("orders"))
         print(f"with room for {args.cache_tokens} tokens:")
-        compare_orders(bench, known, held_out, args.slots, args.cache_tokens, print, results.into("little_cache"))
+        compare_orders(
+            bench, known, held_out, args.slots, args.cache_tokens, print, results.into("little_cache")
+        )
 
 
 def compare_remedies(args: argparse.Namespace) -> None:

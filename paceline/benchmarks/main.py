@@ -1,28 +1,38 @@
-"""Benchmarks: ``paceline bench rollout --config configs/quickstart.yaml --run runs/quickstart``, or launch/bench.py.
+"""Benchmarks: ``paceline bench rollout --config configs/quickstart.yaml --run runs/quickstart``, or
+launch/bench.py.
 
-- ``rollout``: decoding at 1 to 64 concurrent sequences and on a long-tailed GRPO batch, beside transformers' generate and
-  (after ``make peers``) vLLM, and a decode step item by item; tables, ``OUT.json`` and ``OUT.png``.
+- ``rollout``: decoding at 1 to 64 concurrent sequences and on a long-tailed GRPO batch, beside transformers'
+  generate and (after ``make peers``) vLLM, and a decode step item by item; tables, ``OUT.json`` and
+  ``OUT.png``.
 - ``update``: the update's forward and backward against padding.
 - ``seeds RUN…``: finished runs of one recipe side by side.
-- ``gpu``: graph memory naive and bucketed, step times with graphs and without, the price of verifying and of drafting, for a
-  1.5B and an 8B shape of random weights on one GPU; torch and transformers suffice.
+- ``gpu``: graph memory naive and bucketed, step times with graphs and without, the price of verifying and of
+  drafting, for a 1.5B and an 8B shape of random weights on one GPU; torch and transformers suffice.
 - ``plan``: the memory that graphs of those shapes would take, naive and bucketed; needs no GPU.
-- ``drafters``: every drafter at several temperatures and batches; what sharing within a group brings (``--sharing``); acceptance by
-  position in long texts (``--positions 8000``).
-- ``verifiers``: every verifier on the policy's own distributions, with its theory and the best that is possible.
+- ``drafters``: every drafter at several temperatures and batches; what sharing within a group brings
+  (``--sharing``); acceptance by position in long texts (``--positions 8000``).
+- ``verifiers``: every verifier on the policy's own distributions, with its theory and the best that is
+  possible.
 - ``selection``: the bandit against every fixed strategy, and whole batches against Amdahl's bound.
-- ``losses``: distillation losses for a fixed time of training each, and what collecting their data costs a rollout.
-- ``idle``: a recipe with its drafter frozen, and trained on idle ranks: what a step costs, and how acceptance develops.
-- ``online``: ways to learn online on one moving policy, and what each loses against the best fixed drafter in hindsight.
-- ``learning``: runs with speculation beside such without, of the same seeds: rewards, lengths, rollouts' and steps' ratios.
-- ``sharding``: a recipe trained whole on every rank, by ZeRO 0 to 3 and by FSDP2: loss curves, gathering, memory.
+- ``losses``: distillation losses for a fixed time of training each, and what collecting their data costs a
+  rollout.
+- ``idle``: a recipe with its drafter frozen, and trained on idle ranks: what a step costs, and how acceptance
+  develops.
+- ``online``: ways to learn online on one moving policy, and what each loses against the best fixed drafter in
+  hindsight.
+- ``learning``: runs with speculation beside such without, of the same seeds: rewards, lengths, rollouts' and
+  steps' ratios.
+- ``sharding``: a recipe trained whole on every rank, by ZeRO 0 to 3 and by FSDP2: loss curves, gathering,
+  memory.
 - ``served``: a run's drafter in vLLM (after ``make peers``), its acceptance beside the engine's.
 - ``lengths``: length-aware rewards beside plain GRPO, seed by seed: accuracy and length.
-- ``prediction``: length predictors on held-out prompts; the order of admission and the cache kept by their word.
+- ``prediction``: length predictors on held-out prompts; the order of admission and the cache kept by their
+  word.
 - ``tail``: remedies of the tail on one workload, alone and with speculation.
 - ``trl``: TRL's own generation and ours in TRL's trainer: learning, and what a step takes.
 - ``plots``: draws the pictures of these anew from benchmarks/*.json.
-- ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096 tokens plainly and
+- ``gpu-rl``: trains a 25 M reasoner from nothing on one GPU, then runs GRPO with completions of up to 4096
+  tokens plainly and
   adaptively: the ratio end to end.
 """
 
@@ -47,19 +57,25 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         arguments: Of the command line; None takes the process's own.
         program: What help calls it.
     """
-    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     rollout = commands.add_parser("rollout", help="decoding speed against transformers' generate")
     rollout.add_argument("--config", required=True)
     rollout.add_argument("--run", type=Path, help="a finished run: use its policy and drafter")
     rollout.add_argument("--repeats", type=int, default=2)
-    rollout.add_argument("--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch")
+    rollout.add_argument(
+        "--tail-cap", type=int, default=1024, help="most tokens of a completion in the long-tailed batch"
+    )
     rollout.add_argument(
         "--own-problems",
         action="store_true",
         help="what the recipe's rollouts ask, instead of others of the kind",
     )
-    rollout.add_argument("--workloads", nargs="+", help="1, 4, 16, 32, 64 sequences, tail; all where none is named")
+    rollout.add_argument(
+        "--workloads", nargs="+", help="1, 4, 16, 32, 64 sequences, tail; all where none is named"
+    )
     rollout.add_argument(
         "--peers",
         type=Path,
@@ -91,13 +107,21 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("--config", required=True)
-        command.add_argument("--run", type=Path, required=True, help="a finished run: its policy and drafter are used")
-        command.add_argument("--batches", nargs="*", default=["1", "4", "16"], help="concurrent sequences, or none")
+        command.add_argument(
+            "--run", type=Path, required=True, help="a finished run: its policy and drafter are used"
+        )
+        command.add_argument(
+            "--batches", nargs="*", default=["1", "4", "16"], help="concurrent sequences, or none"
+        )
         command.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
         command.add_argument("--out", type=Path, default=Path("benchmarks") / name)
         if name == "drafters":
-            command.add_argument("--sharing", action="store_true", help="measure sharing within groups instead")
-            command.add_argument("--positions", type=int, help="measure acceptance by position up to here instead")
+            command.add_argument(
+                "--sharing", action="store_true", help="measure sharing within groups instead"
+            )
+            command.add_argument(
+                "--positions", type=int, help="measure acceptance by position up to here instead"
+            )
         if name == "selection":
             command.add_argument(
                 "--whole-batch",
@@ -111,8 +135,12 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
                 help="most tokens of a completion in the long-tailed batch",
             )
     learning = commands.add_parser("learning", help="with speculation and without: the same learning")
-    learning.add_argument("--speculating", type=Path, nargs="+", required=True, help="finished runs, one a seed")
-    learning.add_argument("--plain", type=Path, nargs="+", required=True, help="those of the same seeds without speculation")
+    learning.add_argument(
+        "--speculating", type=Path, nargs="+", required=True, help="finished runs, one a seed"
+    )
+    learning.add_argument(
+        "--plain", type=Path, nargs="+", required=True, help="those of the same seeds without speculation"
+    )
     learning.add_argument("--out", type=Path, default=Path("benchmarks/learning"))
     sharding = commands.add_parser("sharding", help="the ways that weights can lie")
     sharding.add_argument("--config", type=Path, required=True)
@@ -140,15 +168,21 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     losses.add_argument("--out", type=Path, default=Path("benchmarks/losses"))
     idle = commands.add_parser("idle", help="the drafter trained on idle ranks, beside a frozen one")
     idle.add_argument("--config", type=Path, required=True)
-    idle.add_argument("--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py")
+    idle.add_argument(
+        "--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py"
+    )
     idle.add_argument("--ranks", type=int, default=2)
     idle.add_argument("--runs", type=Path, default=Path("runs/idle"), help="where the runs go")
     idle.add_argument("--out", type=Path, default=Path("benchmarks/idle"))
     idle.add_argument("overrides", nargs="*", help="key=value")
     online = commands.add_parser("online", help="online learners beside each other, and their regret")
     online.add_argument("--config", required=True)
-    online.add_argument("--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py")
-    online.add_argument("--seconds", type=float, default=2.0, help="of training each has after a step's rollouts")
+    online.add_argument(
+        "--start", type=Path, required=True, help="the drafter to start from, of launch/warmup_drafter.py"
+    )
+    online.add_argument(
+        "--seconds", type=float, default=2.0, help="of training each has after a step's rollouts"
+    )
     online.add_argument("--runs", type=Path, default=Path("runs/online"), help="where the run goes")
     online.add_argument("--out", type=Path, default=Path("benchmarks/online"))
     online.add_argument("overrides", nargs="*", help="key=value")
@@ -172,7 +206,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 def add_length_commands(commands: Any) -> None:
     rewards = sorted(path for path in Path("configs/length").glob("*.yaml") if path.stem not in NOT_REWARDS)
     lengths = commands.add_parser("lengths", help="length-aware rewards beside plain GRPO")
-    lengths.add_argument("--base", type=Path, default=Path("configs/length/verbose.yaml"), help="the recipe of plain GRPO")
+    lengths.add_argument(
+        "--base", type=Path, default=Path("configs/length/verbose.yaml"), help="the recipe of plain GRPO"
+    )
     lengths.add_argument("--recipes", type=Path, nargs="+", default=rewards)
     lengths.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     lengths.add_argument("--runs", type=Path, default=Path("runs/lengths"), help="where the runs are or go")
@@ -183,11 +219,15 @@ def add_length_commands(commands: Any) -> None:
     prediction.add_argument("--prompts", type=int, default=144, help="a third of them held out")
     prediction.add_argument("--samples", type=int, default=8)
     prediction.add_argument("--slots", type=int, default=16)
-    prediction.add_argument("--cache-tokens", type=int, default=2048, help="of the cache, where there is little")
+    prediction.add_argument(
+        "--cache-tokens", type=int, default=2048, help="of the cache, where there is little"
+    )
     prediction.add_argument("--out", type=Path, default=Path("benchmarks/prediction"))
     tail = commands.add_parser("tail", help="remedies of the tail")
     tail.add_argument("--config", type=Path, default=Path("configs/length/long_tail.yaml"))
-    tail.add_argument("--only", nargs="+", help="remedies by name; the first is what the others are compared with")
+    tail.add_argument(
+        "--only", nargs="+", help="remedies by name; the first is what the others are compared with"
+    )
     tail.add_argument("--ranks", type=int, default=2)
     tail.add_argument("--runs", type=Path, default=Path("runs/tail"), help="where the runs are or go")
     tail.add_argument("--out", type=Path, default=Path("benchmarks/tail"))

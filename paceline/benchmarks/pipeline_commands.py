@@ -19,7 +19,9 @@ def compare_trl(args: argparse.Namespace) -> None:
 
     with Results(args.out, command_line()) as results:
         keep = results.into("rows")
-        rows, pair = compare_trl(str(args.config), args.drafter, args.runs, args.ranks, args.overrides, print, keep)
+        rows, pair = compare_trl(
+            str(args.config), args.drafter, args.runs, args.ranks, args.overrides, print, keep
+        )
         results.add("pair", pair)
     table = Table("rollouts", "steps", "step s", "generation s", "tokens", "reward, first and last half")
     for r in rows:

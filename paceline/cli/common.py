@@ -18,7 +18,9 @@ Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its traceback."""
+    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its
+    traceback.
+    """
     try:
         yield
     except (UserError, DrafterError) as error:
@@ -33,8 +35,8 @@ def say_first(doing: str, *, data: bool = False) -> None:
 
     Args:
         doing: A phrase such as ``reading the recipe``.
-        data: Whether standard output is for a script to read, such as a path: the line then goes to a terminal's standard error
-            or nowhere.
+        data: Whether standard output is for a script to read, such as a path: the line then goes to a
+            terminal's standard error or nowhere.
     """
     if "torch" in sys.modules or os.environ.get("RANK", "0") != "0" or (data and not sys.stderr.isatty()):
         return

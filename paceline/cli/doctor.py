@@ -49,7 +49,8 @@ class Finding:
 
 
 def doctor() -> None:
-    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot run."""
+    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
+    run."""
     found = list(findings())
     table = Table("", "found", "serves", "what to do", title="paceline doctor")
     for f in found:
@@ -63,7 +64,9 @@ def doctor() -> None:
 
 
 def findings() -> Iterator[Finding]:
-    """Yields all findings in order. The tiny run comes last, and only when every package that it needs can be imported."""
+    """Yields all findings in order. The tiny run comes last, and only when every package that it needs can be
+    imported.
+    """
     yield Finding("Python", platform.python_version(), True)
     required = list(_required())
     yield from required
@@ -106,20 +109,26 @@ def _required() -> Iterator[Finding]:
                 advice=f"install it anew: {install}",
             )
         elif not requirement.specifier.contains(have, prereleases=True):
-            yield Finding(requirement.name, f"{have}, not tested", False, advice=f"if something fails, {install}")
+            yield Finding(
+                requirement.name, f"{have}, not tested", False, advice=f"if something fails, {install}"
+            )
         elif requirement.name in ("torch", "transformers"):
             yield Finding(requirement.name, have, True)
 
 
 def _modules_by_package() -> dict[str, list[str]]:
-    """Name of an installed package → the module of its name, or else all that it installs but private ones."""
+    """Name of an installed package → the module of its name, or else all that it installs but private
+    ones."""
     found: dict[str, list[str]] = {}
     for module, packages in importlib.metadata.packages_distributions().items():
         for package in packages:
             if not module.startswith("_"):
                 found.setdefault(canonicalize_name(package), []).append(module)
     own_names = {package: package.replace("-", "_") for package in found}
-    return {package: [own_names[package]] if own_names[package] in modules else modules for package, modules in found.items()}
+    return {
+        package: [own_names[package]] if own_names[package] in modules else modules
+        for package, modules in found.items()
+    }
 
 
 def _import_trouble(modules: Iterable[str]) -> str | None:
@@ -151,7 +160,10 @@ def _cores() -> Finding:
     others = "" if cores == machine else f" of the machine's {machine}, by affinity and cgroups"
     ranks = _trial_ranks()
     threads = threads_of_rank(ranks)
-    found = f"{cores}{others}; {threads} thread{'s' if threads > 1 else ''} a rank with {ranks} rank{'s' if ranks > 1 else ''}"
+    found = (
+        f"{cores}{others}; {threads} thread{'s' if threads > 1 else ''} a rank with {ranks} "
+        f"rank{'s' if ranks > 1 else ''}"
+    )
     return Finding("cores", found, cores >= 2, advice="one core runs a rank; the quickstart has two")
 
 
@@ -182,7 +194,9 @@ def _trial() -> Iterator[Finding]:
     yield Finding("its rollouts", drawn, gap <= _LARGEST_GAP, needed=True, advice=apart)
     norm = float(seen["update/grad_norm"])
     moved = math.isfinite(norm) and norm > 0 and not seen["update/skipped"]
-    yield Finding("its updates", f"gradient norm {norm:.2g}", moved, needed=True, advice="the policy did not move")
+    yield Finding(
+        "its updates", f"gradient norm {norm:.2g}", moved, needed=True, advice="the policy did not move"
+    )
     updates = int(seen.get("drafter/updates", 0))
     trained = f"{updates} updates, {'exported' if trial.exported else 'not exported'}"
     yield Finding(
@@ -203,7 +217,8 @@ def _disk() -> Iterator[Finding]:
         there = next(p for p in (place, *place.parents) if p.exists())
         free = shutil.disk_usage(there).free / 1e9
         advice = (
-            f"a checkpoint of SmolLM2 takes 1.6 GB: free some, or {'set PACELINE_CACHE' if name == 'cache' else 'write out=...'}"
+            f"a checkpoint of SmolLM2 takes 1.6 GB: free some, or "
+            f"{'set PACELINE_CACHE' if name == 'cache' else 'write out=...'}"
         )
         yield Finding(f"disk for {name}", f"{free:.0f} GB free", free >= 5, advice=advice)
 

@@ -21,8 +21,8 @@ def warm_up_drafter(
     overrides: Overrides = None,
     minutes: Annotated[float, Option(help="of sampling and training together")] = 10.0,
 ) -> None:
-    """Makes a first drafter for a recipe's policy. Start a run from it with drafter.start=OUT; OUT/warmup.json says how long it
-    took and what acceptance it reached."""
+    """Makes a first drafter for a recipe's policy. Start a run from it with drafter.start=OUT;
+    OUT/warmup.json says how long it took and what acceptance it reached."""
     with user_errors():
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
@@ -54,21 +54,29 @@ def export(
 
 def serve(
     run: Annotated[Path, Argument(help="directory of a finished run")],
-    host: Annotated[str, Option(help="address to listen on; 0.0.0.0 for every network that this machine is in")] = "127.0.0.1",
+    host: Annotated[
+        str, Option(help="address to listen on; 0.0.0.0 for every network that this machine is in")
+    ] = "127.0.0.1",
     port: Annotated[int, Option(help="of the server")] = 8000,
     exchange: Annotated[
         Path | None,
-        Option(help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange"),
+        Option(
+            help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange"
+        ),
     ] = None,
     depth: Annotated[int, Option(help="draft tokens of a step")] = 4,
-    schedule: Annotated[str, Option(help='draft tokens by batch size, such as "[[1,8,4],[9,64,0]]"; all alike where none')] = "[]",
+    schedule: Annotated[
+        str, Option(help='draft tokens by batch size, such as "[[1,8,4],[9,64,0]]"; all alike where none')
+    ] = "[]",
     vllm: Annotated[str, Option(help="vLLM's command, where it is not on the path")] = "vllm",
-    sglang: Annotated[bool, Option("--sglang", help="print SGLang's command instead; it has not been run")] = False,
+    sglang: Annotated[
+        bool, Option("--sglang", help="print SGLang's command instead; it has not been run")
+    ] = False,
     show: Annotated[bool, Option("--print", help="print the command and do not run it")] = False,
     more: Annotated[list[str] | None, Argument(help="after --: further arguments of the server")] = None,
 ) -> None:
-    """Serves a run's policy by vLLM, with its drafter where the run has one; with --exchange it takes new weights from a trainer
-    (rollout.vllm.servers)."""
+    """Serves a run's policy by vLLM, with its drafter where the run has one; with --exchange it takes new
+    weights from a trainer (rollout.vllm.servers)."""
     with user_errors():
         policy, context = _served(run)
         drafter: Path | None = run / "drafter"
@@ -107,7 +115,8 @@ def _served(run: Path) -> tuple[Path, int]:
         return policy, int(json.loads(kept.read_text(encoding="utf-8"))["rollout"]["max_context"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{kept}: not a run's recipe ({type(error).__name__}: {error}); name the directory of a finished run"
+            f"{kept}: not a run's recipe ({type(error).__name__}: {error}); name the directory of a finished "
+            "run"
         ) from None
 
 
@@ -115,7 +124,9 @@ def _schedule(text: str) -> list[tuple[int, int, int]]:
     try:
         return [(int(a), int(b), int(c)) for a, b, c in json.loads(text)]
     except (ValueError, TypeError):
-        raise UserError(f"--schedule {text!r}: write [[from, to, tokens], ...], for example [[1,8,4],[9,64,0]]") from None
+        raise UserError(
+            f"--schedule {text!r}: write [[from, to, tokens], ...], for example [[1,8,4],[9,64,0]]"
+        ) from None
 
 
 def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
@@ -134,8 +145,12 @@ def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> 
             f"paceline: whoever reaches {host} can ask for completions; -- --api-key KEY asks for a key",
             flush=True,
         )
-    token = f'"$(cat {shlex.quote(str(token_file(exchange)))})"' if exchange is not None else ""  # never on a screen
-    said = [f"{name}={token if name in (TOKEN, 'VLLM_API_KEY') else shlex.quote(value)}" for name, value in environment.items()]
+    # never on a screen
+    token = f'"$(cat {shlex.quote(str(token_file(exchange)))})"' if exchange is not None else ""
+    said = [
+        f"{name}={token if name in (TOKEN, 'VLLM_API_KEY') else shlex.quote(value)}"
+        for name, value in environment.items()
+    ]
     print(*said, shlex.join(command), flush=True)
     if show:
         return

@@ -49,14 +49,17 @@ app.command()(fetch)
 
 @app.command()
 def doctor() -> None:
-    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot run."""
+    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
+    run."""
     say_first("looking at this machine; a tiny run at the end takes half a minute")
     from paceline.cli.doctor import doctor as examine
 
     examine()
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def bench(context: typer.Context) -> None:
     """Runs a benchmark; paceline bench --help lists them."""
     from paceline.benchmarks.main import main

@@ -13,7 +13,9 @@ from paceline.rl.errors import UserError
 
 
 def fetch(
-    model: Annotated[str, Argument(help="directory, hub id, tiny-llama or small-llama")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    model: Annotated[
+        str, Argument(help="directory, hub id, tiny-llama or small-llama")
+    ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
 ) -> None:
     """Resolves a model id to a directory, fetching it if need be, and prints it."""
     say_first(f"looking for {model}", data=True)
@@ -29,8 +31,8 @@ def warm_up_policy(
     drafter: Annotated[Path | None, Option(help="also make a first drafter, in this new directory")] = None,
     minutes: Annotated[float, Option(help="for the drafter, of sampling and training together")] = 10.0,
 ) -> None:
-    """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both are kept: runs of the
-    recipe find the policy."""
+    """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both
+    are kept: runs of the recipe find the policy."""
     say_first(f"warming the policy of {config} up: loading torch and transformers")
     from paceline.rl.models.initial import starting_policy
     from paceline.rl.preparation import prepare
@@ -40,7 +42,9 @@ def warm_up_policy(
     with user_errors():
         recipe = load_config(config, overrides or ())
         if recipe.policy.warmup is None and drafter is None:
-            raise UserError(f"{config}: policy.warmup is null: name a directory with --drafter, or there is nothing to do")
+            raise UserError(
+                f"{config}: policy.warmup is null: name a directory with --drafter, or there is nothing to do"
+            )
         if recipe.policy.warmup is not None:
             with Display() as display:
                 prepare(recipe, display, drafter=False)

@@ -13,7 +13,9 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
         ranks: How many.
         arguments: Those of launch/train.py.
     """
-    several = ["-m", "paceline.cli.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    several = (
+        ["-m", "paceline.cli.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    )
     return [sys.executable, *several, "-m", "paceline.cli.rank", *arguments]
 
 

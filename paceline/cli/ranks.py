@@ -1,4 +1,5 @@
-"""The ranks of a run on this machine, under torchrun's agent: ``python -m paceline.cli.ranks``, with torchrun's arguments.
+"""The ranks of a run on this machine, under torchrun's agent: ``python -m paceline.cli.ranks``, with
+torchrun's arguments.
 
 What a rank says of its end is what the user reads: the agent's own account of it, a page, is left out.
 """
@@ -14,7 +15,8 @@ from paceline.rl.process.parent_death import end_with_launcher
 
 def main() -> int:
     """Starts the ranks and waits for them. Returns the status to exit with: the first failed rank's."""
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of torchrun's modules, which read it when they are imported
+    # of torchrun's modules, which read it when they are imported
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

@@ -26,20 +26,26 @@ def report(
 
 
 def evaluate(
-    config: Annotated[str | None, Argument(help="a recipe, for its task and sampling; the run's own unless one is named")] = None,
+    config: Annotated[
+        str | None, Argument(help="a recipe, for its task and sampling; the run's own unless one is named")
+    ] = None,
     overrides: Overrides = None,
-    run: Annotated[Path | None, Option(help="a run; else the policy that the recipe starts from is evaluated")] = None,
-    checkpoint: Annotated[str | None, Option(help="best or step-N, of those the run has kept; else its last one")] = None,
+    run: Annotated[
+        Path | None, Option(help="a run; else the policy that the recipe starts from is evaluated")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, Option(help="best or step-N, of those the run has kept; else its last one")
+    ] = None,
     prompts: Annotated[int, Option(help="problems that were not trained on")] = 64,
     samples: Annotated[int, Option(help="of each")] = 4,
     budgets: Annotated[str, Option(help='tokens to steer to, such as "24 48"; LOSSY')] = "",
     out: Annotated[Path | None, Option(help="JSON file")] = None,
 ) -> None:
-    """Evaluates a policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or others by
-    reasoning-gym; with the recipe's reward, stop strings and template.
+    """Evaluates a policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or
+    others by reasoning-gym; with the recipe's reward, stop strings and template.
 
-    With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the output distribution, so it
-    is for evaluation alone.
+    With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the
+    output distribution, so it is for evaluation alone.
     """
     say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
     from paceline.rl.errors import UserError
@@ -68,7 +74,10 @@ def evaluate(
         for row in rows:
             lengths = f"length {row.length:.1f}, at most {row.longest}"
             failed = f"; {row.unscored} without a reward ({row.problem})" if row.unscored else ""
-            print(f"{row.way:<34} accuracy {row.accuracy:.3f}  {lengths}  ({row.completions} completions{failed})")
+            print(
+                f"{row.way:<34} accuracy {row.accuracy:.3f}  {lengths}  ({row.completions} "
+                f"completions{failed})"
+            )
         if out is not None:
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,15 +23,20 @@ from paceline.rl.errors import UserError
 def train(
     config: Annotated[str | None, Argument(help="a recipe, unless resuming")] = None,
     overrides: Overrides = None,
-    ranks: Annotated[int, Option(help="processes on this machine; several machines: torchrun launch/train.py")] = 1,
-    dry_run: Annotated[bool, Option("--dry-run", help="check the recipe and print what it will take, without training")] = False,
+    ranks: Annotated[
+        int, Option(help="processes on this machine; several machines: torchrun launch/train.py")
+    ] = 1,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="check the recipe and print what it will take, without training")
+    ] = False,
     gpu: Annotated[
         float | None,
         Option(metavar="GB", help="with --dry-run: memory of each rank's GPU; else this machine's"),
     ] = None,
     resume: Annotated[Path | None, Option(help="directory of a run to go on with")] = None,
 ) -> None:
-    """Trains a recipe's policy. Ctrl-C or SIGTERM stops after the step, with a checkpoint to go on from; a second one at once.
+    """Trains a recipe's policy. Ctrl-C or SIGTERM stops after the step, with a checkpoint to go on from; a
+    second one at once.
 
     --resume RUN key=value goes on with other values of keys that a run bears to change, such as steps.
     """
@@ -70,8 +75,9 @@ def _directory(config: str | None, overrides: list[str] | None, resume: Path | N
 
 
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:
-    """Starts the ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process alone, which asks them
-    to stop by a file, because torchrun would kill them after half a minute. They end with this process, however it ends."""
+    """Starts the ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process
+    alone, which asks them to stop by a file, because torchrun would kill them after half a minute. They end
+    with this process, however it ends."""
     job = subprocess.Popen(rank_command(ranks, arguments), start_new_session=True)
     first: tuple[int, float] | None = None
 
@@ -93,7 +99,8 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
                 break
             with contextlib.suppress(OSError):
                 if first is not None:
-                    (run / "stop").touch()  # ranks that were about to start have removed it as an earlier run's
+                    # ranks that were about to start have removed it as an earlier run's
+                    (run / "stop").touch()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -64,7 +64,8 @@ def share_of_digits(prompts: Sequence[str], completions: Sequence[str], **column
 
 
 def run_trial(ranks: int) -> Trial:
-    """Trains a tiny random policy for two steps: rollouts with speculation, an update, a drafter update, an exported drafter.
+    """Trains a tiny random policy for two steps: rollouts with speculation, an update, a drafter update, an
+    exported drafter.
 
     Args:
         ranks: Processes to train with.

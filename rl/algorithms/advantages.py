@@ -16,7 +16,8 @@ from paceline.rl.recipe import CriticConfig, UpdateConfig
 
 
 def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:
-    """Groups whose samples all have one reward: their advantages are zero, and nothing is learned from them."""
+    """Groups whose samples all have one reward: their advantages are zero, and nothing is learned from
+    them."""
     groups = [rewards[at : at + group_size] for at in range(0, len(rewards), group_size)]
     return {number for number, group in enumerate(groups) if max(group) - min(group) < 1e-6}
 
@@ -27,7 +28,8 @@ def penalties(
     logprobs: Sequence[torch.Tensor],
     reference: Sequence[torch.Tensor] | None,
 ) -> list[torch.Tensor]:
-    """What the KL to the reference takes from each token's reward: zeros unless ``update.kl_in`` is ``reward``.
+    """What the KL to the reference takes from each token's reward: zeros unless ``update.kl_in`` is
+    ``reward``.
 
     Args:
         config: The recipe's update section.

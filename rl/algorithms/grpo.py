@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization and its descendants: Dr. GRPO, DAPO, GSPO.
 
-DeepSeekMath (arXiv 2402.03300), section 4.1, equation 3 for the objective. Token-level normalisation and the separate upper clip
-are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
+DeepSeekMath (arXiv 2402.03300), section 4.1, equation 3 for the objective. Token-level normalisation and the
+separate upper clip are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ Aggregate = Literal["token", "sequence", "constant"]
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool = True) -> torch.Tensor:
-    """How much better each sample is than its group: (r − mean) / std, the std over the group's samples (n − 1).
+    """How much better each sample is than its group: (r − mean) / std, the std over the group's samples (n −
+    1).
 
     A group whose samples all have one reward says nothing: its advantages are exactly 0.
 
@@ -37,10 +38,13 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool 
 
 
 def token_weights(lengths: torch.Tensor, aggregate: Aggregate, longest: int) -> torch.Tensor:
-    """What a token of each sample weighs in the batch's loss, up to a division that all samples share (`weight_total`).
+    """What a token of each sample weighs in the batch's loss, up to a division that all samples share
+    (`weight_total`).
 
-    ``token``: every token alike (DAPO, section 3.3). ``sequence``: every sample alike, 1 / |o_i| a token (GRPO, equation 3).
-    ``constant``: 1 / the longest completion there may be, so that a token's weight depends neither on its sample's length nor on
+    ``token``: every token alike (DAPO, section 3.3). ``sequence``: every sample alike, 1 / |o_i| a token
+        (GRPO, equation 3).
+    ``constant``: 1 / the longest completion there may be, so that a token's weight depends neither on its
+        sample's length nor on
     others' (Dr. GRPO, arXiv 2503.20783).
 
     Args:
@@ -64,9 +68,9 @@ def weight_total(lengths: torch.Tensor, aggregate: Aggregate) -> float:
 
 
 def mastered_tokens(logprobs: torch.Tensor, advantages: torch.Tensor, probability: float) -> torch.Tensor:
-    """Well-mastered positive tokens (UloRL, Du et al., arXiv 2507.19766, section 3.3): tokens of positive advantage that the policy
-    already says with at least ``probability``. Training on them sharpens what is sharp; left out while entropy is below its target,
-    they let it recover.
+    """Well-mastered positive tokens (UloRL, Du et al., arXiv 2507.19766, section 3.3): tokens of positive
+    advantage that the policy already says with at least ``probability``. Training on them sharpens what is
+    sharp; left out while entropy is below its target, they let it recover.
 
     Args:
         logprobs: float32 [M], of the policy that the update started from.
@@ -101,8 +105,9 @@ def policy_loss(
     clip_high: float,
     owner: torch.Tensor | None = None,
 ) -> TokenLoss:
-    """Clipped surrogate: −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A), with ρ = exp(logprob − old) of each token, or, with
-    ``owner``, exp of the mean of a sequence's (GSPO, Zheng et al., arXiv 2507.18071, equation 7).
+    """Clipped surrogate: −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A), with ρ = exp(logprob − old) of
+    each token, or, with ``owner``, exp of the mean of a sequence's (GSPO, Zheng et al., arXiv 2507.18071,
+    equation 7).
 
     Args:
         logprobs: float32 [M], differentiable, of the policy now.
@@ -115,7 +120,9 @@ def policy_loss(
     if owner is not None:
         count = int(owner.max()) + 1
         lengths = torch.bincount(owner, minlength=count).to(difference)
-        difference = (difference.new_zeros(count).index_add(0, owner, difference) / lengths.clamp(min=1))[owner]
+        difference = (difference.new_zeros(count).index_add(0, owner, difference) / lengths.clamp(min=1))[
+            owner
+        ]
     ratio = torch.exp(difference)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages

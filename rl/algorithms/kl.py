@@ -1,4 +1,6 @@
-"""How far the policy has moved from its reference: estimates from samples, and a coefficient that keeps to a target."""
+"""How far the policy has moved from its reference: estimates from samples, and a coefficient that keeps to a
+target.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ KlEstimate = Literal["k1", "k2", "k3"]
 def estimate_kl(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, kind: KlEstimate) -> torch.Tensor:
     """Estimates of KL(policy ‖ reference) from tokens that the policy drew, with d = logprob − reference.
 
-    k1 = d, without bias, often negative; k2 = d²/2, whose gradient is that of the KL though its value is not; k3 = e^{−d} − 1 + d,
-    without bias and never negative (Schulman, "Approximating KL divergence", 2020; k3 is equation 4 of DeepSeekMath,
-    arXiv 2402.03300).
+    k1 = d, without bias, often negative; k2 = d²/2, whose gradient is that of the KL though its value is not;
+    k3 = e^{−d} − 1 + d, without bias and never negative (Schulman, "Approximating KL divergence", 2020; k3 is
+    equation 4 of DeepSeekMath, arXiv 2402.03300).
 
     Args:
         logprobs, reference_logprobs: float32 [M], nats.
@@ -32,8 +34,8 @@ def estimate_kl(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, kind: 
 
 
 class KlCoefficient:
-    """β, fixed or adapted: β ← β (1 + 0.1 · clip(KL / target − 1, −0.2, 0.2)) after each step (Ziegler et al., arXiv 1909.08593,
-    section 2.2).
+    """β, fixed or adapted: β ← β (1 + 0.1 · clip(KL / target − 1, −0.2, 0.2)) after each step (Ziegler et
+    al., arXiv 1909.08593, section 2.2).
 
     Args:
         value: The first β.

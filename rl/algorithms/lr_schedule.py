@@ -11,8 +11,9 @@ Schedule = Literal["constant", "linear", "cosine", "rex"]
 def rate_at(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
     """Share of the learning rate that holds in a step: a linear rise, then the schedule over what is left.
 
-    ``rex`` is (1 − z) / (1/2 + (1 − z) / 2) at the share z of the steps (Chen et al., "REX: Revisiting Budgeted Training with an
-    Improved Schedule", arXiv 2107.04197): higher than linear for most of the way, falling fast at the end.
+    ``rex`` is (1 − z) / (1/2 + (1 − z) / 2) at the share z of the steps (Chen et al., "REX: Revisiting
+    Budgeted Training with an Improved Schedule", arXiv 2107.04197): higher than linear for most of the way,
+    falling fast at the end.
 
     Args:
         step: From 0.

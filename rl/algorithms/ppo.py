@@ -1,4 +1,6 @@
-"""Proximal Policy Optimization's side of the critic (Schulman et al., arXiv 1707.06347; advantages: arXiv 1506.02438)."""
+"""Proximal Policy Optimization's side of the critic (Schulman et al., arXiv 1707.06347; advantages: arXiv
+1506.02438).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import torch
 def generalised_advantages(
     rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t (generalised advantage estimation, equations 14 and 16), and the
-    returns A_t + V_t. The completion ends after the last token: V is 0 there.
+    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} − V_t (generalised advantage estimation, equations
+    14 and 16), and the returns A_t + V_t. The completion ends after the last token: V is 0 there.
 
     Args:
         rewards: float32 [L], of each token.
@@ -29,7 +31,9 @@ def generalised_advantages(
     return advantages, advantages + values
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None) -> torch.Tensor:
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None
+) -> torch.Tensor:
     """Half the squared error, of the value or of the value clipped to ``old ± clip``, whichever is larger.
 
     Args:

@@ -1,4 +1,6 @@
-"""REINFORCE++ (Hu et al., arXiv 2501.03262): no critic and no groups; a penalty at each token, normalised over the whole batch."""
+"""REINFORCE++ (Hu et al., arXiv 2501.03262): no critic and no groups; a penalty at each token, normalised
+over the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import torch
 
 
 def rewards_to_go(reward: float, penalties: torch.Tensor) -> torch.Tensor:
-    """What each token still has before it: the sequence's reward, which comes at its end, less the penalties from there on.
+    """What each token still has before it: the sequence's reward, which comes at its end, less the penalties
+    from there on.
 
     Args:
         reward: Of the sequence.
@@ -20,7 +23,9 @@ def rewards_to_go(reward: float, penalties: torch.Tensor) -> torch.Tensor:
     return reward - penalties.flip(0).cumsum(0).flip(0)
 
 
-def normalise(values: Sequence[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+def normalise(
+    values: Sequence[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
     """Mean 0 and standard deviation 1 over every token of every rank.
 
     Args:
@@ -31,7 +36,9 @@ def normalise(values: Sequence[torch.Tensor], total: Callable[[torch.Tensor], to
         float32 [L_i] each; zeros where all values are equal.
     """
     line = torch.cat([torch.zeros(0), *values]).double()
-    count, first = total(torch.stack([torch.tensor(float(len(line)), dtype=torch.float64), line.sum()])).tolist()
+    count, first = total(
+        torch.stack([torch.tensor(float(len(line)), dtype=torch.float64), line.sum()])
+    ).tolist()
     mean = first / max(count, 1.0)
     squares = float(total((line - mean).square().sum()[None]))
     std = (squares / max(count, 1.0)) ** 0.5

@@ -6,7 +6,8 @@ import torch
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Each sample's reward less the mean of its group's other samples: a baseline that does not depend on the sample itself.
+    """Each sample's reward less the mean of its group's other samples: a baseline that does not depend on the
+    sample itself.
 
     Equal to the centred rewards times n / (n − 1).
 

@@ -10,12 +10,13 @@ import torch
 def tree_advantages(
     rewards: torch.Tensor, paths: Sequence[Sequence[int]], group_size: int, scale_by_std: bool = True
 ) -> torch.Tensor:
-    """How much better each sample is than those it shares a beginning with: r − mean over the group and over each smaller set that
-    shares one more segment, averaged, then divided by the standard deviation of these in the group.
+    """How much better each sample is than those it shares a beginning with: r − mean over the group and over
+    each smaller set that shares one more segment, averaged, then divided by the standard deviation of these
+    in the group.
 
-    The gradient of a shared segment is the sum over the samples that have it. Below a junction the differences from its own
-    mean cancel in that sum, so a segment is credited with how its whole subtree does among its siblings: the advantage is one of
-    segments although each sample has a single number.
+    The gradient of a shared segment is the sum over the samples that have it. Below a junction the
+    differences from its own mean cancel in that sum, so a segment is credited with how its whole subtree does
+    among its siblings: the advantage is one of segments although each sample has a single number.
 
     Args:
         rewards: float [groups * group_size], the samples of a group adjacent.

@@ -17,7 +17,12 @@ from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.checksums import changed_files, prefix_sum, sync, write_checksums
-from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, read_state, save_optimizer, write_state
+from paceline.drafter_trainer.storage.optimizer_state import (
+    OptimizerStateError,
+    read_state,
+    save_optimizer,
+    write_state,
+)
 from paceline.rl.errors import UserError
 from paceline.rl.models.lora import save_adapters
 from paceline.rl.models.policies import copy_tokenizer
@@ -26,7 +31,8 @@ from paceline.rl.sharding import Trained, WholeState
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.strategy import Selector
 
-# Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the newest broken has it.
+# Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the
+# newest broken has it.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
 LOGS = ("metrics.jsonl", "timeline.jsonl")  # from which the report takes its numbers
 _EXTRAS = (
@@ -45,7 +51,8 @@ class Checkpoint:
         path: Its directory.
         steps_done: The number of whole steps behind it.
         state: What else a run had come to.
-        broken: Parts that must be left out, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and ``lengths.safetensors``.
+        broken: Parts that must be left out, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and
+            ``lengths.safetensors``.
     """
 
     path: Path
@@ -70,15 +77,17 @@ def save_checkpoint(
     state: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> None:
-    """Writes ``checkpoint/`` of a run beside the last one, waits until it is on the disk, then swaps them by renaming: at every
-    instant a whole one exists. The last one stays as ``checkpoint.old`` until the next is begun.
+    """Writes ``checkpoint/`` of a run beside the last one, waits until it is on the disk, then swaps them by
+    renaming: at every instant a whole one exists. The last one stays as ``checkpoint.old`` until the next is
+        begun.
 
     Args:
         run: The run's directory.
         steps_done: Whole steps behind it.
         policy: Whose config is kept.
         tokenizer_from: Directory with its tokenizer.
-        state_of_policy: Its whole weights under the names they have without adapters, and what is trained of it.
+        state_of_policy: Its whole weights under the names they have without adapters, and what is trained of
+            it.
         drafter, drafter_optimizer: None before there are.
         selector: The strategy selector's state.
         state_of_critic: Where the recipe has one.
@@ -119,7 +128,9 @@ def save_checkpoint(
         sync(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
-        raise UserError(f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}") from None
+        raise UserError(
+            f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}"
+        ) from None
 
 
 def save_drafting(
@@ -128,7 +139,9 @@ def save_drafting(
     optimizer: torch.optim.Optimizer | None,
     selector: dict[str, Any] | None,
 ) -> None:
-    """Writes what speculation has learned: the drafter with its optimizer, and the selector's state. Errors come as they are."""
+    """Writes what speculation has learned: the drafter with its optimizer, and the selector's state. Errors
+    come as they are.
+    """
     if drafter is not None and optimizer is not None:
         save_drafter(drafter, folder / "drafter", torch.float32)
         save_optimizer(optimizer, folder / "drafter_optimizer")
@@ -165,15 +178,22 @@ def find_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -
         return found
     if problems:
         raise UserError(
-            f"{'; '.join(problems)}; no older checkpoint is whole: put back a copy of that file, or start anew with another out="
+            f"{'; '.join(problems)}; no older checkpoint is whole: put back a copy of that file, or start "
+            "anew with another out="
         )
-    raise UserError(f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without --resume")
+    raise UserError(
+        f"--resume {run}: no checkpoint there; it was stopped before its first save, start it again without "
+        "--resume"
+    )
 
 
 def _checked(path: Path, say: Callable[[str], None]) -> Checkpoint:
     changed = changed_files(path)
     if changed is None:
-        say(f"{path}: no checksums to compare its files with (from an older release, or lost); going on without")
+        say(
+            f"{path}: no checksums to compare its files with (from an older release, or lost); going on "
+            "without"
+        )
     broken: set[str] = set()
     for name, reason in (changed or {}).items():
         extra = next((part for part in _EXTRAS if name.startswith(part)), None)
@@ -184,7 +204,11 @@ def _checked(path: Path, say: Callable[[str], None]) -> Checkpoint:
     state = read_object(path / "state.json")
     for key, (kind, required) in _STATE.items():
         value = state.get(key)
-        fits = isinstance(value, kind) and not isinstance(value, bool) and (not isinstance(value, float) or math.isfinite(value))
+        fits = (
+            isinstance(value, kind)
+            and not isinstance(value, bool)
+            and (not isinstance(value, float) or math.isfinite(value))
+        )
         if not fits and (required or value is not None):
             raise UserError(f"{path / 'state.json'}: {key} is {value!r:.40}")
     if state["steps_done"] < 0:
@@ -209,7 +233,9 @@ def _log_sums(run: Path) -> dict[str, tuple[int, str]]:
 
 
 def changed_logs(run: Path, checkpoint: Checkpoint) -> list[str]:
-    """A line for each of a run's logs that is not as it was when the checkpoint was made, beside what was added since."""
+    """A line for each of a run's logs that is not as it was when the checkpoint was made, beside what was
+    added since.
+    """
     said = []
     for name, kept in checkpoint.state.get("logs", {}).items():
         try:
@@ -217,13 +243,17 @@ def changed_logs(run: Path, checkpoint: Checkpoint) -> list[str]:
                 continue
             reason = "has changed"
         except OSError as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            reason = (
+                "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            )
         said.append(f"{run / name} {reason} since the checkpoint was made: the report's numbers may be wrong")
     return said
 
 
 def set_aside_broken(run: Path, used: Checkpoint) -> None:
-    """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one that is used is not deleted in its favour."""
+    """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one that is used is not
+    deleted in its favour.
+    """
     newest = run / CHECKPOINTS[0]
     if used.path != newest and newest.exists():
         shutil.rmtree(run / "checkpoint.broken", ignore_errors=True)
@@ -241,7 +271,9 @@ def restore_moments(trained: Trained, stem: Path) -> None:
     except OptimizerStateError as error:
         raise UserError(str(error)) from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{stem}: of another optimizer ({error}); resume with the recipe of the run") from None
+        raise UserError(
+            f"{stem}: of another optimizer ({error}); resume with the recipe of the run"
+        ) from None
 
 
 def restore_selector(checkpoint: Checkpoint, selector: Selector) -> str | None:
@@ -272,7 +304,8 @@ def _check_leaves(value: Any) -> None:
 
 
 def keep_first_lines(path: Path, steps_done: int) -> int:
-    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and those that are broken.
+    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and
+    those that are broken.
 
     Returns:
         How many broken lines there were, beside a last one that a kill has cut off.

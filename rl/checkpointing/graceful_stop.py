@@ -1,4 +1,6 @@
-"""Ending a run between two steps: Ctrl-C, a signal of the machine's, or a file named ``stop`` in its directory."""
+"""Ending a run between two steps: Ctrl-C, a signal of the machine's, or a file named ``stop`` in its
+directory.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def say_stopping(number: int) -> None:
 
 
 class Interruption:
-    """Whether a run was asked to stop after its present step. The first signal asks, a later one ends the process at once.
+    """Whether a run was asked to stop after its present step. The first signal asks, a later one ends the
+    process at once.
 
     Args:
         run: The run's directory: a file ``stop`` in it asks too, from wherever it is seen.
@@ -61,6 +64,6 @@ class Interruption:
 
     @property
     def status(self) -> int:
-        """The exit status of a run that was stopped: 0 after a Ctrl-C or the file, else 128 and the signal's number, as shells have
-        it, so that a cluster takes it for unfinished."""
+        """The exit status of a run that was stopped: 0 after a Ctrl-C or the file, else 128 and the signal's
+        number, as shells have it, so that a cluster takes it for unfinished."""
         return 0 if self.signal in (None, signal.SIGINT) else 128 + int(self.signal)

@@ -14,10 +14,11 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
-    """Keeps the checkpoint that was just written, as ``checkpoints/step-N`` where several are kept and as ``checkpoints/best``.
+    """Keeps the checkpoint that was just written, as ``checkpoints/step-N`` where several are kept and as
+    ``checkpoints/best``.
 
-    The copies share their files with ``checkpoint/`` (hard links; files of a checkpoint are never written again), so that they take
-    room on the disk once it has moved on.
+    The copies share their files with ``checkpoint/`` (hard links; files of a checkpoint are never written
+    again), so that they take room on the disk once it has moved on.
 
     Args:
         run: The run's directory.
@@ -33,12 +34,16 @@ def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
         if last > 1:
             _copy(run / "checkpoint", folder / f"step-{steps_done}")
             # steps above steps_done are of an attempt that the run went back behind: they are deleted first
-            for _, path in sorted(_steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True)[last:]:
+            for _, path in sorted(
+                _steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True
+            )[last:]:
                 shutil.rmtree(path, ignore_errors=True)
         if best:
             _copy(run / "checkpoint", folder / "best")
     except OSError as error:
-        raise UserError(f"{folder}: the checkpoint could not be kept ({error}); free some disk, then --resume {run}") from None
+        raise UserError(
+            f"{folder}: the checkpoint could not be kept ({error}); free some disk, then --resume {run}"
+        ) from None
 
 
 def find_kept(run: Path, name: str | None) -> Path:
@@ -54,7 +59,9 @@ def find_kept(run: Path, name: str | None) -> Path:
     path = run / "checkpoint" if name is None else run / _FOLDER / name
     if not (path / "policy").is_dir():
         kept = sorted(p.name for p in (run / _FOLDER).glob("*"))
-        there = f"; kept are {', '.join(kept)}" if kept else "; name the directory of a run that has saved one"
+        there = (
+            f"; kept are {', '.join(kept)}" if kept else "; name the directory of a run that has saved one"
+        )
         raise UserError(f"{path}: no checkpoint there{there}")
     return path
 

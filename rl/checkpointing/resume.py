@@ -15,7 +15,8 @@ from paceline.rl.errors import UserError
 from paceline.rl.process.files import append_line, read_object, write_whole
 from paceline.rl.recipe import RunConfig, check, to_dict
 
-# A checkpoint means nothing without these: weights and moments of another model, half-finished groups of another size, a place in
+# A checkpoint means nothing without these: weights and moments of another model, half-finished groups of
+#     another size, a place in
 # another order of problems.
 _FIXED = (
     "seed",
@@ -87,7 +88,8 @@ def resumed_recipe(run: Path, overrides: Sequence[str], say: Callable[[str], Non
 
 
 def compare_recipes(config: RunConfig, checkpoint: Checkpoint) -> str | None:
-    """Compares the recipe with the one that the checkpoint was made with: ``config.json`` may have been edited, or broken.
+    """Compares the recipe with the one that the checkpoint was made with: ``config.json`` may have been
+    edited, or broken.
 
     Returns:
         A line that names what has changed, where something has.
@@ -96,13 +98,19 @@ def compare_recipes(config: RunConfig, checkpoint: Checkpoint) -> str | None:
         UserError: where a key differs without which the checkpoint means nothing, or no step is left.
     """
     if config.steps < checkpoint.steps_done:
-        raise UserError(f"steps is {config.steps}: {checkpoint.path} has {checkpoint.steps_done} steps behind it; write more")
+        raise UserError(
+            f"steps is {config.steps}: {checkpoint.path} has {checkpoint.steps_done} steps behind it; write "
+            "more"
+        )
     path = checkpoint.path / "recipe.json"
     if not path.exists():  # a checkpoint of an older release
         return None
     kept = to_dict(parse(RunConfig, read_object(path), where=str(path)))
     _refuse_changes(kept, to_dict(config), str(path))
-    changed = [f"{key} {before!r:.40} → {after!r:.40}" for key, (before, after) in changes(kept, to_dict(config)).items()]
+    changed = [
+        f"{key} {before!r:.40} → {after!r:.40}"
+        for key, (before, after) in changes(kept, to_dict(config)).items()
+    ]
     return f"other than before: {', '.join(changed)}" if changed else None
 
 
@@ -122,10 +130,13 @@ def _plain(value: Any) -> Any:
 
 def _refuse_changes(kept: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
     for key, (before, after) in changes(kept, wanted).items():
-        fixed = any(key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in _FIXED)
+        fixed = any(
+            key == name or key.startswith(name + ".") or name.startswith(key + ".") for name in _FIXED
+        )
         if fixed and not key.startswith(_FREE):
             raise UserError(
-                f"{where}: {key} was {before!r:.60} and is now {after!r:.60}: its checkpoint means nothing with that; "
+                f"{where}: {key} was {before!r:.60} and is now {after!r:.60}: its checkpoint means nothing "
+                "with that; "
                 "leave it as it was, or start anew with another out="
             )
 
@@ -136,6 +147,10 @@ def keep_recipe(config: RunConfig, run: Path) -> None:
 
 
 def record_resume(run: Path, steps_done: int, ranks: int, overrides: Sequence[str]) -> None:
-    """Adds a line to ``resumes.jsonl``: when the run went on, from which step, on how many ranks, and with which changes."""
+    """Adds a line to ``resumes.jsonl``: when the run went on, from which step, on how many ranks, and with
+    which changes.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    append_line(run / "resumes.jsonl", {"at": now, "step": steps_done, "ranks": ranks, "changed": list(overrides)})
+    append_line(
+        run / "resumes.jsonl", {"at": now, "step": steps_done, "ranks": ranks, "changed": list(overrides)}
+    )

@@ -44,7 +44,8 @@ def say_on_main(line: str) -> None:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does something on the main rank. Every rank returns what that returned, or ends where it failed. Collective.
+    """Does something on the main rank. Every rank returns what that returned, or ends where it failed.
+    Collective.
 
     Raises:
         UserError: on the main rank, when the work raises it.
@@ -69,7 +70,9 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def main_speaks_first() -> Iterator[None]:
-    """Lets rank 0 say what is wrong before other ranks do: its launcher ends them meanwhile, and one line is left."""
+    """Lets rank 0 say what is wrong before other ranks do: its launcher ends them meanwhile, and one line is
+    left.
+    """
     try:
         yield
     except UserError:
@@ -78,7 +81,9 @@ def main_speaks_first() -> Iterator[None]:
         raise
 
 
-def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: Sequence[str]) -> Checkpoint | None:
+def open_run(
+    config: RunConfig, run: Path, ranks: int, resume: bool, overrides: Sequence[str]
+) -> Checkpoint | None:
     """Brings a run's directory to where it goes on from, on the main rank.
 
     Args:
@@ -92,7 +97,8 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
         The checkpoint to go on from; None for the beginning.
 
     Raises:
-        UserError: when no checkpoint is whole, it was made with another recipe, or the directory cannot be written.
+        UserError: when no checkpoint is whole, it was made with another recipe, or the directory cannot be
+            written.
     """
     with disk_errors(run):
         checkpoint = None
@@ -104,14 +110,18 @@ def open_run(config: RunConfig, run: Path, ranks: int, resume: bool, overrides: 
                 say_on_main(line)
             set_aside_broken(run, checkpoint)
         elif resume:
-            say_on_main(f"{run} has no checkpoint yet: it was stopped before its first save, and starts from its beginning")
+            say_on_main(
+                f"{run} has no checkpoint yet: it was stopped before its first save, and starts from its "
+                "beginning"
+            )
         keep_recipe(config, run)
         done = 0 if checkpoint is None else checkpoint.steps_done
         for name in (*LOGS, "rollouts.jsonl"):
             if broken := keep_first_lines(run / name, done):
                 say_on_main(f"{run / name}: {broken} broken lines were left out")
         if checkpoint is None:
-            for name in _OF_AN_ATTEMPT:  # that ended before its first checkpoint: the run must not take it for its own
+            # that ended before its first checkpoint: the run must not take it for its own
+            for name in _OF_AN_ATTEMPT:
                 shutil.rmtree(run / name, ignore_errors=True)
             (run / "wandb.json").unlink(missing_ok=True)
         if resume:

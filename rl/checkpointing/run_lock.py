@@ -21,9 +21,11 @@ _PATIENCE = 3 * _BEAT
 
 
 class RunLock:
-    """Holds ``lock`` in a run's directory, which says who writes there: host, process, since when, and a count that goes on.
+    """Holds ``lock`` in a run's directory, which says who writes there: host, process, since when, and a
+    count that goes on.
 
-    The kernel's lock (``flock``) ends with its holder, however that dies. Some network file systems keep such locks to one machine
+    The kernel's lock (``flock``) ends with its holder, however that dies. Some network file systems keep such
+    locks to one machine
     or have none: there, what another machine's process left counts as held while its count goes on.
 
     Args:
@@ -51,9 +53,13 @@ class RunLock:
             self._run.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"out is {self._run}: a file is in the way; write out= and the name of a directory") from None
+            raise UserError(
+                f"out is {self._run}: a file is in the way; write out= and the name of a directory"
+            ) from None
         except OSError as error:
-            raise UserError(f"{self._run}: cannot be written ({error.strerror}); write another out=, or correct it") from None
+            raise UserError(
+                f"{self._run}: cannot be written ({error.strerror}); write another out=, or correct it"
+            ) from None
         try:
             self._take()
         except BaseException:
@@ -116,7 +122,8 @@ class RunLock:
 
     def _beat(self, count: int) -> None:
         assert self._file is not None
-        text = json.dumps({**self._me, "count": count}).ljust(300) + "\n"  # of one length: no rest of a longer text stays
+        # of one length: no rest of a longer text stays
+        text = json.dumps({**self._me, "count": count}).ljust(300) + "\n"
         with contextlib.suppress(OSError):  # a full disk is reported where checkpoints and logs are written
             os.pwrite(self._file, text.encode(), 0)
             os.fsync(self._file)
@@ -127,7 +134,9 @@ class RunLock:
             count += 1
             self._beat(count)
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._file is None:
             return
         self._over.set()
@@ -148,7 +157,9 @@ def _boot() -> str:
 
 
 def _born(pid: Any) -> str | None:
-    """When a process of this machine began, in the kernel's ticks: numbers are used again. None where there is none."""
+    """When a process of this machine began, in the kernel's ticks: numbers are used again. None where there
+    is none.
+    """
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, ValueError, TypeError, IndexError):

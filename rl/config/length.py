@@ -1,4 +1,6 @@
-"""The length section of a recipe: how long completions should be, are expected to be, and when that goes wrong."""
+"""The length section of a recipe: how long completions should be, are expected to be, and when that goes
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ class GuardConfig:
     """Watches for a collapse of accuracy or entropy, such as length penalties can cause.
 
     Attributes:
-        action: ``warn`` says it in one line, ``stop`` ends the run after that step with its checkpoint kept, ``off`` does not look.
+        action: ``warn`` says it in one line, ``stop`` ends the run after that step with its checkpoint kept,
+            ``off`` does not look.
         window: Steps that are averaged.
         accuracy_fall: Share of the best window's accuracy whose loss is a collapse.
         entropy_floor: Entropy of a token, in nats, under which it has collapsed; 0 does not look at it.
@@ -42,17 +45,21 @@ class AnytimeConfig:
 
 @dataclass(frozen=True, slots=True)
 class LengthConfig:
-    """Length-aware rewards and what they read. configs/length/ has a recipe of each; benchmarks/length.md says when to take which.
+    """Length-aware rewards and what they read. configs/length/ has a recipe of each; benchmarks/length.md
+    says when to take which.
 
     Attributes:
-        rewards: Terms by name, with their parameters, applied one after the other to the task's rewards: ``l1_exact``, ``l1_max``,
-            ``overlong``, ``target``, ``hbpo``, ``grpo_lambda``, ``shorter_better``, ``alp``, ``pear``, ``linear``.
+        rewards: Terms by name, with their parameters, applied one after the other to the task's rewards:
+            ``l1_exact``, ``l1_max``, ``overlong``, ``target``, ``hbpo``, ``grpo_lambda``, ``shorter_better``,
+            ``alp``, ``pear``, ``linear``.
         correct_from: Task reward from which on a completion counts as correct.
         budgets: Tokens that completions are asked for; empty asks for none.
-        budget_of: Whether each ``subgroup`` of a prompt's samples has one of the budgets, or each ``prompt`` draws one for all.
+        budget_of: Whether each ``subgroup`` of a prompt's samples has one of the budgets, or each ``prompt``
+            draws one for all.
         budget_prompt: What is added to the question, with {budget} in it.
-        predictor: What tells the scheduler how long completions will be: ``observed`` (means of earlier ones), or a head on the
-            policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot`` (`paceline.rl.lengths.predictor`).
+        predictor: What tells the scheduler how long completions will be: ``observed`` (means of earlier
+            ones), or a head on the policy's prompt states, trained online: ``prod_d``, ``prod_m``,
+            ``one_shot`` (`paceline.rl.lengths.predictor`).
         quantile: Of the predicted distribution that is planned with.
         anytime: Demand answers of cut thoughts, too; null does not.
         answer: Text after which the answer begins, and thinking ends.

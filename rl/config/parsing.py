@@ -1,6 +1,7 @@
 """Mappings to dataclasses, strictly.
 
-An unknown key or a value of the wrong type is a one-line `UserError` that names the key, its file and the nearest valid choice.
+An unknown key or a value of the wrong type is a one-line `UserError` that names the key, its file and the
+nearest valid choice.
 """
 
 from __future__ import annotations
@@ -53,14 +54,18 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             return None
         kinds = [a for a in arguments if a is not type(None)]  # a value, or a list of sections in its place
         lists = [a for a in kinds if typing.get_origin(a) is tuple]
-        return _convert(lists[0] if lists and isinstance(value, list | tuple) else kinds[0], value, where, key)
+        return _convert(
+            lists[0] if lists and isinstance(value, list | tuple) else kinds[0], value, where, key
+        )
     if origin is Literal:
         if value is False and (written := [word for word in ("no", "off") if word in arguments]):
             return written[0]  # YAML 1.1 reads a bare no or off as false
         if value not in arguments:
             close = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1, cutoff=0.3)
             hint_text = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{where}: {key} is {value!r}; write one of {', '.join(map(str, arguments))}{hint_text}")
+            raise UserError(
+                f"{where}: {key} is {value!r}; write one of {', '.join(map(str, arguments))}{hint_text}"
+            )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):

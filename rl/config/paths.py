@@ -11,7 +11,8 @@ def shipped_folder() -> Path:
 
 
 def shipped_or_own(name: str | Path) -> Path:
-    """A file of the user's, or the one that ships under its name: ``quickstart``, ``length/pear``, ``configs/quickstart.yaml``.
+    """A file of the user's, or the one that ships under its name: ``quickstart``, ``length/pear``,
+    ``configs/quickstart.yaml``.
 
     What is neither is returned as it is, for its reader to refuse.
     """

@@ -1,4 +1,6 @@
-"""A recipe's sections: every key, its type, its default and its meaning; drafting, task and lengths have files of their own."""
+"""A recipe's sections: every key, its type, its default and its meaning; drafting, task and lengths have
+files of their own.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class WarmupConfig:
         batch_size: Solutions of one optimizer step.
         lr: Peak learning rate (linear decay to zero, short linear rise).
         seed: Of the examples; they are drawn apart from the RL problems.
-        rechecks: Chance that a solution goes through its lines once more, and again: a policy that thinks longer than it need, with
-            lengths of a long tail, to try length-aware rewards on.
+        rechecks: Chance that a solution goes through its lines once more, and again: a policy that thinks
+            longer than it need, with lengths of a long tail, to try length-aware rewards on.
     """
 
     examples: int = 1000
@@ -64,15 +66,17 @@ class TreeConfig:
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """Rollouts by vLLM in place of the engine, which then only reads what was drawn, for the drafter (benchmarks/engines.md).
+    """Rollouts by vLLM in place of the engine, which then only reads what was drawn, for the drafter
+    (benchmarks/engines.md).
 
-    Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at its start only.
+    Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at
+    its start only.
 
     Attributes:
-        servers: URLs of servers, started by ``paceline serve RUN --exchange DIRECTORY``; empty runs vLLM in the process of a rank
-            alone.
-        exchange: That directory, which this machine and the servers see: new weights go through it, and it holds the token that
-            servers ask for. Null takes the run's own, without servers.
+        servers: URLs of servers, started by ``paceline serve RUN --exchange DIRECTORY``; empty runs vLLM in
+            the process of a rank alone.
+        exchange: That directory, which this machine and the servers see: new weights go through it, and it
+            holds the token that servers ask for. Null takes the run's own, without servers.
         depth: Most draft tokens of a step.
         options: Further arguments of ``vllm.LLM``, without servers.
     """
@@ -94,13 +98,15 @@ class RolloutConfig:
         max_context: Longest prompt and completion together.
         max_slots: Sequences a rank decodes together.
         temperature, top_k, top_p: Sampling; training uses the temperature, so RL wants top_k 0 and top_p 1.
-        stop_strings: Completions also end with these; special tokens such as ``<|im_end|>`` count by their text.
+        stop_strings: Completions also end with these; special tokens such as ``<|im_end|>`` count by their
+            text.
         dtype: The engine's arithmetic.
         kv_memory_gb: Limit of a rank's KV cache; null for the free memory.
-        resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing; such groups
-            then stay out of the loss (DAPO's dynamic sampling).
-        segment_tokens: Tokens of each sequence in a step, at most; what is unfinished is carried to the next step and trained on
-            with its group, once all of that is over (UloRL's segment rollouts). Null decodes every completion to its end.
+        resample: Rounds of further prompts, one for each group of a rank whose rewards are all alike and say
+            nothing; such groups then stay out of the loss (DAPO's dynamic sampling).
+        segment_tokens: Tokens of each sequence in a step, at most; what is unfinished is carried to the next
+            step and trained on with its group, once all of that is over (UloRL's segment rollouts). Null
+            decodes every completion to its end.
         tree: Let samples share their beginnings; null draws them apart.
         vllm: Let vLLM decode; null decodes with the engine.
     """
@@ -124,35 +130,40 @@ class RolloutConfig:
 
 @dataclass(frozen=True, slots=True)
 class UpdateConfig:
-    """The policy update. The defaults are GRPO with DAPO's token-level loss; configs/ has a recipe of each algorithm.
+    """The policy update. The defaults are GRPO with DAPO's token-level loss; configs/ has a recipe of each
+    algorithm.
 
     Attributes:
-        advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's others),
-            ``tree`` (TreePO: reward less the mean of each set of samples that share a beginning, averaged),
-            ``brpo`` (of stretches of thought, by the answers that cutting there gives: ``length.anytime``),
-            ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae`` (PPO: of each token, by a critic).
+        advantage: ``group`` (GRPO: reward less the group's mean), ``rloo`` (less the mean of the group's
+            others), ``tree`` (TreePO: reward less the mean of each set of samples that share a beginning,
+            averaged), ``brpo`` (of stretches of thought, by the answers that cutting there gives:
+            ``length.anytime``), ``reinforce_pp`` (no groups: normalised over the whole batch) or ``gae``
+            (PPO: of each token, by a critic).
         lr, weight_decay, grad_clip: Of AdamW.
         schedule: Of the learning rate over the run's steps: ``constant``, ``linear``, ``cosine`` or ``rex``.
         lr_warmup_steps: RL steps over which the learning rate rises linearly.
         minibatches: Optimizer steps for each batch of rollouts.
         tokens_per_microbatch: Tokens packed into one forward.
-        ratio: What is clipped: the ratio of each ``token``, or of the ``sequence``, length-normalised (GSPO; clips of a few 1e-4).
+        ratio: What is clipped: the ratio of each ``token``, or of the ``sequence``, length-normalised (GSPO;
+            clips of a few 1e-4).
         clip_low, clip_high: The clip of the ratio below and above 1 (DAPO's clip-higher: 0.2 and 0.28).
-        aggregate: What weighs alike in the loss: every ``token`` (DAPO), every ``sequence`` (GRPO as published), or ``constant``:
-            tokens over the longest possible completion (Dr. GRPO).
+        aggregate: What weighs alike in the loss: every ``token`` (DAPO), every ``sequence`` (GRPO as
+            published), or ``constant``: tokens over the longest possible completion (Dr. GRPO).
         scale_by_std: Divide ``group`` advantages by the group's standard deviation (Dr. GRPO does not).
         kl_coef: Weight of the KL to the starting policy; 0 keeps no reference model.
         kl: Its estimate, ``k1``, ``k2`` or ``k3``.
         kl_in: Where it counts: in the ``loss``, or in the ``reward`` of each token.
         kl_target: KL of a token that ``kl_coef`` is adapted to; null keeps it.
         entropy_coef: Weight of the entropy bonus.
-        importance: Corrects for what the engine drew under slightly other numbers than the trainer computes, by truncated
-            importance sampling of each ``token`` or ``sequence``; ``none`` only measures it.
+        importance: Corrects for what the engine drew under slightly other numbers than the trainer computes,
+            by truncated importance sampling of each ``token`` or ``sequence``; ``none`` only measures it.
         importance_cap: Largest weight.
-        mask_mastered: Leave tokens of positive advantage out of the loss that the policy says at least so probably, while its
-            entropy is below ``mastered_below`` (UloRL's well-mastered positive tokens; 0.99 there); null leaves none out.
+        mask_mastered: Leave tokens of positive advantage out of the loss that the policy says at least so
+            probably, while its entropy is below ``mastered_below`` (UloRL's well-mastered positive tokens;
+            0.99 there); null leaves none out.
         mastered_below: Nats.
-        mask_truncated: Leave completions that were cut at ``max_tokens`` out of the loss (DAPO's overlong filtering).
+        mask_truncated: Leave completions that were cut at ``max_tokens`` out of the loss (DAPO's overlong
+            filtering).
     """
 
     lr: float = 1e-6
@@ -201,7 +212,8 @@ class CriticConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters on the policy's linear layers (Hu et al., arXiv 2106.09685), through peft; all else stays as it is.
+    """Low-rank adapters on the policy's linear layers (Hu et al., arXiv 2106.09685), through peft; all else
+    stays as it is.
 
     Attributes:
         rank: Of an adapter.
@@ -216,14 +228,17 @@ class LoraConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScaleConfig:
-    """How ranks share what is trained. By default each holds the whole policy, and gradients are averaged (DDP).
+    """How ranks share what is trained. By default each holds the whole policy, and gradients are averaged
+    (DDP).
 
     Attributes:
-        deepspeed: DeepSpeed's JSON file, for ZeRO; configs/deepspeed/ has one a stage. Keys that the recipe decides are refused.
+        deepspeed: DeepSpeed's JSON file, for ZeRO; configs/deepspeed/ has one a stage. Keys that the recipe
+            decides are refused.
         fsdp2: Shard by PyTorch's ``fully_shard``.
         lora: Train adapters alone; null trains every parameter.
         balance: Spread a step's tokens evenly over the ranks before the update, whoever decoded them.
-        timeout_minutes: A rank that waits longer for another ends the job; ``--resume`` goes on from the last checkpoint.
+        timeout_minutes: A rank that waits longer for another ends the job; ``--resume`` goes on from the last
+            checkpoint.
     """
 
     deepspeed: str | None = None
@@ -240,16 +255,17 @@ class ScaleConfig:
 
 @dataclass(frozen=True, slots=True)
 class MeasureConfig:
-    """What is measured beside the run: every ``plain_every`` steps the same requests are decoded again without speculation, for a
-    paired ratio; 0 never does."""
+    """What is measured beside the run: every ``plain_every`` steps the same requests are decoded again
+    without speculation, for a paired ratio; 0 never does."""
 
     plain_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationConfig:
-    """Problems that the run is not trained on: from ``path``, else the share that ``task.heldout`` sets aside, else others that
-    reasoning-gym makes. They are asked every ``eval_every`` steps, and by ``paceline evaluate``.
+    """Problems that the run is not trained on: from ``path``, else the share that ``task.heldout`` sets
+    aside, else others that reasoning-gym makes. They are asked every ``eval_every`` steps, and by
+    ``paceline evaluate``.
 
     Attributes:
         path: A file or data set of its own, read as ``task`` is; null takes the others.
@@ -284,7 +300,8 @@ class RunConfig:
         seed: Every random number follows from it.
         steps: RL steps.
         save_every: Steps between checkpoints (the last step is always saved).
-        keep_last: Checkpoints of the last saves to keep; those before the last one are in ``checkpoints/step-N``.
+        keep_last: Checkpoints of the last saves to keep; those before the last one are in
+            ``checkpoints/step-N``.
         keep_best: Keep the checkpoint of the best evaluation in ``checkpoints/best``.
         eval_every: Steps between evaluations, of which the last step always has one; 0 never evaluates.
     """

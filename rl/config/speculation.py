@@ -19,14 +19,17 @@ class SpeculationConfig:
         epsilon: Share of the time that explorations of ``beg`` may lose.
         max_nodes: Most draft tokens of a sequence in a verification.
         tree: Shape of trees: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or ``static``.
-        draw: Draft the ``likeliest`` tokens, or draw them, siblings with ``replacement`` or ``without_replacement``.
-        verifier: Of drawn drafts: ``chain``, ``block``, ``recursive`` or ``spectr``; null takes chain for chains and recursive
-            for trees. Chains are covered by all; trees by ``recursive``, and those drawn with ``replacement`` also by ``spectr``.
-            The ``stand`` drafter always draws siblings without replacement. What a verifier does not cover is refused.
+        draw: Draft the ``likeliest`` tokens, or draw them, siblings with ``replacement`` or
+            ``without_replacement``.
+        verifier: Of drawn drafts: ``chain``, ``block``, ``recursive`` or ``spectr``; null takes chain for
+            chains and recursive for trees. Chains are covered by all; trees by ``recursive``, and those drawn
+            with ``replacement`` also by ``spectr``. The ``stand`` drafter always draws siblings without
+            replacement. What a verifier does not cover is refused.
         stop: When chains of model-based drafters end: ``fixed`` (at their depth), ``svip`` or ``specdec``.
         stop_threshold: Of that rule.
         tree_gain: Least expected tokens that another level of an ``opt_tree`` must bring.
-        budgets: Draft tokens of the sequences in a batch: ``uniform``, or ``length_aware`` for more where more is left to decode.
+        budgets: Draft tokens of the sequences in a batch: ``uniform``, or ``length_aware`` for more where
+            more is left to decode.
         eagle3_window: Tokens that the EAGLE-3 drafter attends to at least; null for all.
         composite_match: Tokens of a suffix match from which the composite drafter trusts it.
         clasp_skipped: Layers that CLaSp leaves out, as a share.
@@ -57,30 +60,33 @@ class DrafterConfig:
     """The EAGLE-3 drafter and its training.
 
     Attributes:
-        start: Directory of a drafter to start from, as paceline warmup and paceline export write it; null makes one after the
-            first step, or before it by ``warmup_minutes``.
-        warmup_minutes: Without ``start``, make a first drafter from the policy's own samples before the run, for so many minutes of
-            sampling and training; it is cached, and other runs of the recipe find it. Null makes none.
-        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts, or those of ``start``, which must
-            be as many.
-        tap_layers: Three layers whose inputs it reads, in order; empty takes 2, L // 2 and L − 3 of the policy's L layers. Those of
-            ``start`` must be these.
+        start: Directory of a drafter to start from, as paceline warmup and paceline export write it; null
+            makes one after the first step, or before it by ``warmup_minutes``.
+        warmup_minutes: Without ``start``, make a first drafter from the policy's own samples before the run,
+            for so many minutes of sampling and training; it is cached, and other runs of the recipe find it.
+            Null makes none.
+        draft_vocab_size: Tokens it can draft; chosen by frequency in the first step's rollouts, or those of
+            ``start``, which must be as many.
+        tap_layers: Three layers whose inputs it reads, in order; empty takes 2, L // 2 and L − 3 of the
+            policy's L layers. Those of ``start`` must be these.
         vocabulary_every: RL steps after which they are chosen anew from the step's rollouts; 0 keeps them.
-        schedule: ``idle`` trains only while other ranks still decode, so that no step waits; ``always`` goes through the passes
-            after each rank's rollouts, whoever waits: for one rank alone, or where acceptance matters more than time; ``never``
-            keeps the drafter as it is.
+        schedule: ``idle`` trains only while other ranks still decode, so that no step waits; ``always`` goes
+            through the passes after each rank's rollouts, whoever waits: for one rank alone, or where
+            acceptance matters more than time; ``never`` keeps the drafter as it is.
         least_idle_ranks: Idle ranks from which on those train.
         lr: AdamW's learning rate; warmup_drafter.py begins with three times that.
         lr_schedule: Of it over the run's steps, as ``update.schedule``.
-        ensemble: Learning rates of drafters that are trained side by side, as multiples of ``lr``; the one that has lately done
-            best is proposed (OnlineSpec). They share the time for training; each takes the memory of a drafter and its optimizer.
+        ensemble: Learning rates of drafters that are trained side by side, as multiples of ``lr``; the one
+            that has lately done best is proposed (OnlineSpec). They share the time for training; each takes
+            the memory of a drafter and its optimizer.
         optimistic: Updates on 2 g_t − g_{t−1} (OnlineSpec).
         loss: ``fkl``, ``rkl``, ``jsd``, ``tvd``, ``tvd++``, ``log_acceptance`` or ``length``.
         unroll: Draft positions trained on (training-time test).
         decay: Weight of each further position relative to the one before.
-        mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's so many likeliest
-            (GRIFFIN); null leaves none out.
-        on_policy: Weight of what the policy says after the drafter's own refused tokens (DistillSpec); 0 leaves it out.
+        mask_top: Leave out draft positions whose likeliest token under the policy is not among the drafter's
+            so many likeliest (GRIFFIN); null leaves none out.
+        on_policy: Weight of what the policy says after the drafter's own refused tokens (DistillSpec); 0
+            leaves it out.
         feedback_only: Learn only where verification refused a draft (online speculative decoding).
         tokens_per_microbatch: Tokens of one drafter update.
         passes: Passes over each step's rollouts, at most.
@@ -89,8 +95,10 @@ class DrafterConfig:
         previous_steps: How many steps back long sequences are kept.
         previous_share: Share of a micro-batch from those.
         age_decay: Weight of a sequence for each step of its age.
-        reward_weight: How much more the completions of high reward count (ReSpec): 0 all alike, 1 from 0 to 2 times.
-        snapshots: Drafters of past steps to keep in the run's ``drafters``; 0 writes none between checkpoints.
+        reward_weight: How much more the completions of high reward count (ReSpec): 0 all alike, 1 from 0 to 2
+            times.
+        snapshots: Drafters of past steps to keep in the run's ``drafters``; 0 writes none between
+            checkpoints.
         memory_tokens, disk_tokens: Tokens of traces that a rank holds in memory, and on disk beyond that.
     """
 

@@ -1,4 +1,5 @@
-"""The task section of a recipe. Apart from the others because scoring processes read it: they need no torch."""
+"""The task section of a recipe. Apart from the others because scoring processes read it: they need no
+torch."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class DatasetConfig:
-    """One reasoning-gym data set: its name, its share of the problems, its own parameters, and how difficult they make it, on a
-    scale of the recipe's own, for ``task.curriculum``."""
+    """One reasoning-gym data set: its name, its share of the problems, its own parameters, and how difficult
+    they make it, on a scale of the recipe's own, for ``task.curriculum``."""
 
     name: str = ""
     weight: float = 1.0
@@ -19,7 +20,8 @@ class DatasetConfig:
 
 @dataclass(frozen=True, slots=True)
 class CurriculumConfig:
-    """Problems about as difficult as the policy can bear (AdaRFT): the target rises while the reward is above ``reward``.
+    """Problems about as difficult as the policy can bear (AdaRFT): the target rises while the reward is above
+    ``reward``.
 
     Attributes:
         start: Difficulty at first.
@@ -36,7 +38,8 @@ class CurriculumConfig:
 
 @dataclass(frozen=True, slots=True)
 class ColumnsConfig:
-    """Which columns of a row hold what, where the names are not those that are known by themselves (docs/data.md). A dot leads into
+    """Which columns of a row hold what, where the names are not those that are known by themselves
+    (docs/data.md). A dot leads into
     a column: ``reward_model.ground_truth``.
 
     Attributes:
@@ -52,7 +55,9 @@ class ColumnsConfig:
 
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
-    """One of several reward functions: ``module:function``, and the weight by which its rewards are multiplied."""
+    """One of several reward functions: ``module:function``, and the weight by which its rewards are
+    multiplied.
+    """
 
     reward: str = ""
     weight: float = 1.0
@@ -63,31 +68,38 @@ class TaskConfig:
     """Where problems come from.
 
     Attributes:
-        source: ``reasoning_gym`` (``datasets``, ``size``), ``jsonl``, ``parquet`` or ``huggingface`` (``path``).
+        source: ``reasoning_gym`` (``datasets``, ``size``), ``jsonl``, ``parquet`` or ``huggingface``
+            (``path``).
         datasets: Mixture of reasoning-gym data sets.
         size: Problems in an epoch, of reasoning-gym's.
         path: JSONL or parquet file; or the directory or id of a Hugging Face data set.
         split: Of a Hugging Face data set.
         subset: Its configuration, such as ``main`` of ``openai/gsm8k``; null where it has only one.
         columns: Which columns hold prompt, answer and difficulty.
-        duplicates: Rows that repeat another's prompt: ``keep`` asks each as often as it is there, ``drop`` keeps the first.
-        heldout: Share of the problems that is never trained on, from 0 to below 1: which ones follows from their prompts and the
-            run's seed.
-        curriculum: Chooses problems by difficulty (data sets' ``difficulty``, or a column of that name); null asks all in epochs.
+        duplicates: Rows that repeat another's prompt: ``keep`` asks each as often as it is there, ``drop``
+            keeps the first.
+        heldout: Share of the problems that is never trained on, from 0 to below 1: which ones follows from
+            their prompts and the run's seed.
+        curriculum: Chooses problems by difficulty (data sets' ``difficulty``, or a column of that name); null
+            asks all in epochs.
         instruction: Appended to each question, in a conversation to the user's last turn.
-        system: System message, for policies with a chat template, where a row has none; null leaves the template's own.
+        system: System message, for policies with a chat template, where a row has none; null leaves the
+            template's own.
         chat_template_kwargs: Further arguments of the chat template, such as ``{enable_thinking: false}``.
-        reward: ``module:function`` in TRL's reward signature, or a list of ``{reward: module:function, weight: 0.5}``, whose
-            weighted rewards are added up; null takes each problem's own scorer.
-        reward_sees_special_tokens: Whether ``reward`` gets completions with their special tokens, such as those around thoughts;
-            the one that ends a completion is left out.
+        reward: ``module:function`` in TRL's reward signature, or a list of
+            ``{reward: module:function, weight: 0.5}``, whose weighted rewards are added up; null takes each
+            problem's own scorer.
+        reward_sees_special_tokens: Whether ``reward`` gets completions with their special tokens, such as
+            those around thoughts; the one that ends a completion is left out.
         score_workers: Processes of a rank that score.
         score_seconds: Longest that scoring a completion may take.
         score_deadline: Longest that a step waits for scores once its rollouts are over, in seconds.
         score_failed: Reward where scoring took too long or failed.
-        score_memory: GB that a scoring process may allocate beyond what it holds once the data is loaded; null sets no limit.
-        sandbox: ``auto`` lets scorers neither use the network nor write files, as far as the machine can prevent it, and says what
-            it cannot; ``require`` refuses machines that cannot; ``off`` confines nothing, for rewards that ask a judge.
+        score_memory: GB that a scoring process may allocate beyond what it holds once the data is loaded;
+            null sets no limit.
+        sandbox: ``auto`` lets scorers neither use the network nor write files, as far as the machine can
+            prevent it, and says what it cannot; ``require`` refuses machines that cannot; ``off`` confines
+            nothing, for rewards that ask a judge.
     """
 
     source: Literal["reasoning_gym", "jsonl", "parquet", "huggingface"] = "reasoning_gym"

@@ -27,10 +27,14 @@ def conversation_of(value: Any, column: str) -> tuple[Message, ...]:
         if not value.strip():
             raise RowError(f"{column} is {kind_of(value)}: write a question, or leave the row out")
         if _LISTED.match(value):
-            raise RowError(f"{column} is text that holds a list of messages: write the list itself, without quotes around it")
+            raise RowError(
+                f"{column} is text that holds a list of messages: write the list itself, without quotes "
+                "around it"
+            )
         return ({"role": "user", "content": value},)
     if isinstance(value, dict) and all(isinstance(value.get(name), list) for name in ("role", "content")):
-        value = [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]  # a table's columns of turns
+        # a table's columns of turns
+        value = [dict(zip(value, turn, strict=False)) for turn in zip(*value.values(), strict=False)]
     if not isinstance(value, list | tuple) or not value:
         raise RowError(f"{column} is {kind_of(value) if value != [] else 'an empty list'}: {_WRITE}")
     turns = tuple(_turn(message, f"{column}[{i}]") for i, message in enumerate(value))
@@ -47,7 +51,9 @@ def _turn(message: Any, place: str) -> Message:
     role = message["role"]
     if role not in ROLES:
         raise RowError(f"{place} has the role {role!r}: write one of {', '.join(ROLES)}")
-    more = {key: value for key, value in message.items() if value is not None and key not in ("role", "content")}
+    more = {
+        key: value for key, value in message.items() if value is not None and key not in ("role", "content")
+    }
     if more.get("tool_calls") or more.get("function_call"):
         raise RowError(f"{place} calls a tool: write what was called and what it gave as text in content")
     return {"role": role, "content": _text_of(message["content"], f"{place}.content"), **more}
@@ -57,8 +63,16 @@ def _text_of(content: Any, place: str) -> str:
     """A turn's text; parts of type text are joined."""
     if isinstance(content, list | tuple):
         for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                what = f"a part of type {part['type']}" if isinstance(part, dict) and "type" in part else kind_of(part)
+            if (
+                not isinstance(part, dict)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
+                what = (
+                    f"a part of type {part['type']}"
+                    if isinstance(part, dict) and "type" in part
+                    else kind_of(part)
+                )
                 raise RowError(f"{place} holds {what}: prompts hold text only")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str) or not content.strip():

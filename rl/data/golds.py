@@ -15,8 +15,8 @@ _ONE_LINE = 200  # characters: a longer `solution` is prose, and no completion c
 
 
 def gold_of(value: Any, column: str) -> str:
-    """The reference answer as text: what follows the last ``####`` (GSM8K), what the last ``\\boxed`` holds (MATH), or the value
-    itself, without the dollar signs around it.
+    """The reference answer as text: what follows the last ``####`` (GSM8K), what the last ``\\boxed`` holds
+    (MATH), or the value itself, without the dollar signs around it.
 
     Args:
         value: As read from the row.
@@ -36,8 +36,11 @@ def gold_of(value: Any, column: str) -> str:
     elif _BOXED.search(text):
         text = _last_boxed(text, column)
     elif column == "solution" and ("\n" in text or len(text) > _ONE_LINE):
-        raise RowError("solution marks no answer: write it in \\boxed{}, after ####, or in a column answer of its own")
-    text = _LINES.sub(" ", _without_dollars(text))  # an answer is read from one line; to LaTeX both are spaces
+        raise RowError(
+            "solution marks no answer: write it in \\boxed{}, after ####, or in a column answer of its own"
+        )
+    # an answer is read from one line; to LaTeX both are spaces
+    text = _LINES.sub(" ", _without_dollars(text))
     if not text:
         raise RowError(f"{column} holds no answer: write one, or leave the row out")
     return text
@@ -61,6 +64,11 @@ def _without_dollars(text: str) -> str:
     """``$x$``, ``$$x$$``, ``\\(x\\)`` and ``\\[x\\]`` as ``x``, where the signs surround the whole text."""
     for left, right in _MATH:
         inner = text[len(left) : -len(right)]
-        if len(text) >= len(left) + len(right) and text.startswith(left) and text.endswith(right) and left not in inner:
+        if (
+            len(text) >= len(left) + len(right)
+            and text.startswith(left)
+            and text.endswith(right)
+            and left not in inner
+        ):
             return inner.strip()
     return text

@@ -70,10 +70,14 @@ class JsonlFile:
         try:
             return json.loads(raw.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.place(row)}: not UTF-8 (byte {error.start}): save the file as UTF-8") from None
+            raise UserError(
+                f"{self.place(row)}: not UTF-8 (byte {error.start}): save the file as UTF-8"
+            ) from None
         except json.JSONDecodeError as error:
             if row == 0 and raw.lstrip().startswith(b"["):
-                raise UserError(f"{self.place(row)}: one JSON list over several lines: write each object on a line") from None
+                raise UserError(
+                    f"{self.place(row)}: one JSON list over several lines: write each object on a line"
+                ) from None
             why = f"{error.msg} at column {error.colno}"
             raise UserError(f"{self.place(row)}: not JSON ({why}): is the line cut off?") from None
         except RecursionError:
@@ -88,13 +92,18 @@ def _lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """int64 [lines] each: where lines begin and end, the newline left out."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        ends = [np.flatnonzero(np.frombuffer(file.read(_CHUNK), np.uint8) == ord("\n")) + begin for begin in range(0, size, _CHUNK)]
+        ends = [
+            np.flatnonzero(np.frombuffer(file.read(_CHUNK), np.uint8) == ord("\n")) + begin
+            for begin in range(0, size, _CHUNK)
+        ]
     found = np.concatenate([*ends, [size]]) if ends else np.zeros(0, np.int64)
     return np.concatenate([[0], found[:-1] + 1])[: len(found)], found
 
 
 def _filled(path: Path, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """bool [lines]: whether anything stands on a line. Nearly all begin with a brace; the others are looked at one by one."""
+    """bool [lines]: whether anything stands on a line. Nearly all begin with a brace; the others are looked
+    at one by one.
+    """
     filled = begins < ends
     if not filled.any():
         return filled

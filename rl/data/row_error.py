@@ -6,7 +6,9 @@ from typing import Any
 
 
 class RowError(Exception):
-    """One line that says what is wrong with a row and what to write instead; whoever knows the row's place puts it before it."""
+    """One line that says what is wrong with a row and what to write instead; whoever knows the row's place
+    puts it before it.
+    """
 
 
 def kind_of(value: Any) -> str:

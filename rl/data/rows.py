@@ -1,4 +1,6 @@
-"""A row of a data set: its conversation, its reference answer and its difficulty, in the shapes that people's files have."""
+"""A row of a data set: its conversation, its reference answer and its difficulty, in the shapes that people's
+files have.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from paceline.rl.data.conversations import Message, conversation_of
 from paceline.rl.data.golds import gold_of
 from paceline.rl.data.row_error import RowError, kind_of
 
-# In this order: where `problem` and `messages` are both there, the latter hold the solution too (NuminaMath, OpenR1).
+# In this order: where `problem` and `messages` are both there, the latter hold the solution too (NuminaMath,
+#     OpenR1).
 _PROMPTS = ("prompt", "problem", "question", "messages")
 _GOLDS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "solution")
 _LEVEL = re.compile(r"Level (\d+)")  # MATH
@@ -44,7 +47,8 @@ def read_row(entry: Any, columns: ColumnsConfig, needs_gold: bool) -> Row:
     Args:
         entry: The row's columns by name.
         columns: ``task.columns``.
-        needs_gold: Whether a row without a reference answer is refused; a reward function of the user's may do without.
+        needs_gold: Whether a row without a reference answer is refused; a reward function of the user's may
+            do without.
 
     Raises:
         RowError: for a row that cannot be asked or scored.
@@ -52,14 +56,17 @@ def read_row(entry: Any, columns: ColumnsConfig, needs_gold: bool) -> Row:
     prompt_column, prompt = _found(entry, columns.prompt, _PROMPTS)
     gold_column, gold = _found(entry, columns.answer, _GOLDS)
     missing = [
-        name for name, value, needed in (("prompt", prompt, True), ("answer", gold, needs_gold)) if value is _ABSENT and needed
+        name
+        for name, value, needed in (("prompt", prompt, True), ("answer", gold, needs_gold))
+        if value is _ABSENT and needed
     ]
     if missing:
         raise RowError(_says_missing(entry, columns, missing))
     turns = conversation_of(prompt, prompt_column)
     if prompt_column == "messages" and columns.prompt is None and turns[-1]["role"] == "assistant":
         raise RowError(
-            "messages ends with a turn of the assistant's, which would be part of the question: leave it out, or write "
+            "messages ends with a turn of the assistant's, which would be part of the question: leave it "
+            "out, or write "
             "task.columns.prompt: messages to let it be continued"
         )
     source = entry.get("data_source")
@@ -73,7 +80,8 @@ def read_row(entry: Any, columns: ColumnsConfig, needs_gold: bool) -> Row:
 
 
 def _found(entry: Any, mapped: str | None, known: tuple[str, ...]) -> tuple[str, Any]:
-    """Name and value of the first column that is there and not null; a null only where there is nothing else."""
+    """Name and value of the first column that is there and not null; a null only where there is nothing
+    else."""
     if not isinstance(entry, dict):
         return known[0], _ABSENT
     found = known[0], _ABSENT
@@ -103,19 +111,27 @@ def value_at(entry: dict[str, Any], path: str) -> Any:
 
 def _says_missing(entry: Any, columns: ColumnsConfig, missing: list[str]) -> str:
     if not isinstance(entry, dict):
-        return f'no {" and no ".join(missing)}: the row is {kind_of(entry)}; write {{"prompt": ..., "answer": ...}}'
-    mapped = [f"task.columns.{name} {path}" for name in missing if (path := getattr(columns, name)) is not None]
+        return (
+            f"no {' and no '.join(missing)}: the row is {kind_of(entry)}; write "
+            f'{{"prompt": ..., "answer": ...}}'
+        )
+    mapped = [
+        f"task.columns.{name} {path}" for name in missing if (path := getattr(columns, name)) is not None
+    ]
     there = ", ".join(map(str, entry)) or "nothing"
     if mapped:
         return f"no {' and no '.join(mapped)}; the row has {there}"
     return (
-        f'no {" and no ".join(missing)}; write {{"prompt": ..., "answer": ...}}, or name the columns in task.columns '
+        f'no {" and no ".join(missing)}; write {{"prompt": ..., "answer": ...}}, '
+        "or name the columns in task.columns "
         f"(the row has {there})"
     )
 
 
 def _gold_as_it_is(value: Any) -> str:
-    """What a reward function of the user's is given as the answer; it has the row's columns as they are besides."""
+    """What a reward function of the user's is given as the answer; it has the row's columns as they are
+    besides.
+    """
     return "" if value is None or value is _ABSENT else str(value)
 
 

@@ -1,4 +1,6 @@
-"""One pass over a data set before the first step: checks every row, and keeps as arrays what later steps choose rows by."""
+"""One pass over a data set before the first step: checks every row, and keeps as arrays what later steps
+choose rows by.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def survey(source: RowSource, config: TaskConfig) -> Survey:
         try:
             text, gold = content(row.turns).encode("utf-8"), row.gold.encode("utf-8")
         except UnicodeEncodeError:
-            raise UserError(f"{source.place(number)}: half of a surrogate pair: the text was cut inside a character") from None
+            raise UserError(
+                f"{source.place(number)}: half of a surrogate pair: the text was cut inside a character"
+            ) from None
         found.prompts[number] = _digest(text)
         found.golds[number] = _digest(gold)
         found.difficulties[number] = row.difficulty
@@ -84,8 +88,8 @@ def survey(source: RowSource, config: TaskConfig) -> Survey:
 
 
 def content(turns: tuple[Message, ...]) -> str:
-    """Returns a conversation as one text, by which prompts are compared. A single question gives the same text whether it was
-    written as text or as a list of messages."""
+    """Returns a conversation as one text, by which prompts are compared. A single question gives the same
+    text whether it was written as text or as a list of messages."""
     if len(turns) == 1:
         return str(turns[0]["content"]).strip()
     return json.dumps([(turn["role"], turn["content"].strip()) for turn in turns], ensure_ascii=False)
@@ -96,8 +100,8 @@ def _digest(data: bytes) -> int:
 
 
 def chosen_share(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Chooses about this share of the rows. The choice follows from digests and seed alone: it is the same on every machine and in
-    every order of the rows, and rows with equal digests are chosen together.
+    """Chooses about this share of the rows. The choice follows from digests and seed alone: it is the same on
+    every machine and in every order of the rows, and rows with equal digests are chosen together.
 
     Args:
         digests: uint64 [rows].

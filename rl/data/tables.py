@@ -1,4 +1,6 @@
-"""Parquet files and Hugging Face data sets, through the ``datasets`` library: rows stay on disk until they are wanted."""
+"""Parquet files and Hugging Face data sets, through the ``datasets`` library: rows stay on disk until they
+are wanted.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ class Table:
         for column, feature in rows.features.items():
             kind = type(getattr(feature, "feature", feature)).__name__
             if kind in _NO_TEXT:
-                raise UserError(f"{place}: column {column} is of type {kind}, and prompts hold text only: write a copy without it")
+                raise UserError(
+                    f"{place}: column {column} is of type {kind}, and prompts hold text only: write a copy "
+                    "without it"
+                )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,7 +78,8 @@ def parquet_table(path: Path) -> Table:
         rows = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train")
     except Exception as error:  # whatever pyarrow finds wrong with it
         raise UserError(
-            f"task.path {path}: not a parquet file that can be read ({one_line(error.__cause__ or error, _REASON)})"
+            f"task.path {path}: not a parquet file that can be read "
+            f"({one_line(error.__cause__ or error, _REASON)})"
         ) from None
     return Table(rows, str(path), path.stem)
 
@@ -82,7 +88,8 @@ def huggingface_table(config: TaskConfig) -> Table:
     """A directory that ``save_to_disk`` wrote or that holds data files, or a data set of the hub's by its id.
 
     Raises:
-        UserError: when it cannot be loaded; the message says whether it is missing or gated, or the hub cannot be reached.
+        UserError: when it cannot be loaded; the message says whether it is missing or gated, or the hub
+            cannot be reached.
     """
     datasets = _library()
     assert config.path is not None
@@ -127,8 +134,21 @@ def _why(error: BaseException, local: bool) -> str:
         return f"the directory holds no data set that can be read ({one_line(error, _REASON)})"
     if "GatedRepo" in names or "gated" in texts:
         return "the data set is gated: accept its terms on its page at the hub and set HF_TOKEN"
-    if "Offline" in names or "Connection" in names or "Timeout" in names or "offline" in texts or "couldn't reach" in texts:
-        return f"the hub cannot be reached ({one_line(error, _REASON)}): name a directory that datasets' save_to_disk wrote"
+    if (
+        "Offline" in names
+        or "Connection" in names
+        or "Timeout" in names
+        or "offline" in texts
+        or "couldn't reach" in texts
+    ):
+        return (
+            f"the hub cannot be reached ({one_line(error, _REASON)}): name a directory that datasets' "
+            f"save_to_disk wrote"
+        )
     if "NotFound" in names:
-        return "there is no such directory, and the hub has no such data set, or it is private: then set HF_TOKEN"
-    return one_line(error, _REASON)  # an unknown split or subset: the library's own words list those that there are
+        return (
+            "there is no such directory, and the hub has no such data set, or it is private: then set "
+            "HF_TOKEN"
+        )
+    # an unknown split or subset: the library's own words list those that there are
+    return one_line(error, _REASON)

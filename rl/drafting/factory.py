@@ -19,7 +19,9 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
-    """An empty buffer; a rank spills to a directory of its own and goes through traces in an order of its own."""
+    """An empty buffer; a rank spills to a directory of its own and goes through traces in an order of its
+    own.
+    """
     d = config.drafter
     return TraceBuffer(
         memory_tokens=d.memory_tokens,
@@ -34,7 +36,9 @@ def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
     )
 
 
-def spot_trainer(config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer) -> SpotTrainer:
+def spot_trainer(
+    config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer
+) -> SpotTrainer:
     """A trainer that starts from copies of ``model`` and distils ``policy``."""
     d, device = config.drafter, policy.device
     enabled = config.policy.mixed_precision == "bf16"
@@ -52,11 +56,15 @@ def spot_trainer(config: RunConfig, policy: PreTrainedModel, model: Eagle3Model,
         for multiple in d.ensemble
     ]
     likeliest = config.speculation.draw == "likeliest"
-    return SpotTrainer(learners, buffer, budget=d.tokens_per_microbatch, judge_every=d.judge_every, likeliest=likeliest)
+    return SpotTrainer(
+        learners, buffer, budget=d.tokens_per_microbatch, judge_every=d.judge_every, likeliest=likeliest
+    )
 
 
 def reward_weights(rewards: Sequence[float], strength: float) -> list[float]:
-    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to 2 times."""
+    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to
+    2 times.
+    """
     low, high = min(rewards, default=0.0), max(rewards, default=0.0)
     if strength == 0 or high == low:
         return [1.0] * len(rewards)

@@ -1,4 +1,5 @@
-"""The ranks' one drafter over a run: trained where they idle, averaged between steps, restored after a stop."""
+"""The ranks' one drafter over a run: trained where they idle, averaged between steps, restored after a
+stop."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 class SharedDrafter:
     """One rank's part in the drafter that all ranks share.
 
-    A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one line, and the run goes on
-    from ``drafter.start``, or with a new one that is made after the next step's rollouts.
+    A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one
+    line, and the run goes on from ``drafter.start``, or with a new one that is made after the next step's
+    rollouts.
 
     Args:
         config: The recipe.
@@ -74,9 +76,9 @@ class SharedDrafter:
                 raise UserError(f"drafter.start: {error}; delete {moments}.* to begin without it") from None
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on with the newest whole snapshot, also one made after the checkpoint (a drafter that is ahead costs acceptance at
-        most); else with the checkpoint's own, or ``drafter.start``. Where none can be read a new one is made, and a line says so.
-        Collective."""
+        """Goes on with the newest whole snapshot, also one made after the checkpoint (a drafter that is ahead
+        costs acceptance at most); else with the checkpoint's own, or ``drafter.start``. Where none can be
+        read a new one is made, and a line says so. Collective."""
         if not self._worker.needs_drafter:
             return
         found = self._newest(checkpoint)
@@ -88,7 +90,9 @@ class SharedDrafter:
             return
         model, moments = found
         self._worker.create_drafter(None, model)
-        if moments is None or ("drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path):
+        if moments is None or (
+            "drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path
+        ):
             return
         try:
             self._restore_moments(moments)
@@ -137,7 +141,8 @@ class SharedDrafter:
             learner.restore(stem)
 
     def train(self, done: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
-        """This rank has finished its rollouts: training while others decode, or for whole passes, as the recipe has it.
+        """This rank has finished its rollouts: training while others decode, or for whole passes, as the
+        recipe has it.
 
         Args:
             done: This step's rollouts.
@@ -158,8 +163,8 @@ class SharedDrafter:
         return report
 
     def share(self, done: RankRollouts, report: LearnerReport, step: int) -> None:
-        """Lets every rank draft with the mean of the weights that ranks have approved, weighted by the updates in them. The first
-        step's rollouts choose the vocabulary. Collective.
+        """Lets every rank draft with the mean of the weights that ranks have approved, weighted by the
+        updates in them. The first step's rollouts choose the vocabulary. Collective.
 
         Args:
             done: This step's rollouts.
@@ -195,7 +200,9 @@ class SharedDrafter:
     def _vocabulary_of(self, done: RankRollouts) -> torch.Tensor:
         """The draft vocabulary that serves all ranks' rollouts of this step best."""
         everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts])
-        return choose_vocabulary(everywhere, self._config.draft_vocab_size, self._worker.engine.runner.vocab_size)
+        return choose_vocabulary(
+            everywhere, self._config.draft_vocab_size, self._worker.engine.runner.vocab_size
+        )
 
     def finish(self) -> None:
         """Returns once nothing is being written any more."""

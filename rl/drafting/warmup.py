@@ -37,7 +37,8 @@ class WarmupReport:
         sampling_seconds, training_seconds: Wall time.
         rounds, updates, tokens: Rounds of sampling and training; optimizer steps; anchors trained on.
         coverage: Share of the last round's tokens that can be drafted.
-        greedy: Acceptance length of greedy decoding with chains of four, on problems that were not sampled from.
+        greedy: Acceptance length of greedy decoding with chains of four, on problems that were not sampled
+            from.
         sampled: The same at the recipe's temperature.
         curve: (seconds, expected acceptance length on sequences kept back) after each round.
     """
@@ -56,11 +57,14 @@ class WarmupReport:
 OnRound = Callable[[float, str], None]
 
 
-def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound | None = None) -> WarmupReport:
-    """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter to ``out``.
+def warm_drafter(
+    config: RunConfig, minutes: float, out: Path, on_round: OnRound | None = None
+) -> WarmupReport:
+    """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter
+    to ``out``.
 
-    The learning rate falls linearly with time, from three times the recipe's to a third of it. The drafter that is written
-    is the last one that did better on sequences kept back.
+    The learning rate falls linearly with time, from three times the recipe's to a third of it. The drafter
+    that is written is the last one that did better on sequences kept back.
 
     Args:
         config: The recipe, whose starting policy is there.
@@ -74,7 +78,11 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound
     if "eagle3" not in config.speculation.drafters:
         raise UserError("speculation.drafters has no eagle3: there is no drafter to warm up")
     source = starting_policy(config)
-    policy = load_policy(source, "cuda" if torch.cuda.is_available() else "cpu").to(getattr(torch, config.rollout.dtype)).eval()
+    policy = (
+        load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
+        .to(getattr(torch, config.rollout.dtype))
+        .eval()
+    )
     worker = RolloutWorker(config, policy.requires_grad_(False), load_tokenizer(source))
     task = load_task(config.task, config.seed)
     report, started = WarmupReport(), time.perf_counter()
@@ -112,14 +120,21 @@ def warm_drafter(config: RunConfig, minutes: float, out: Path, on_round: OnRound
             seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"
             on_round(60 * minutes * spent(), seen)
     others = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems[:_PROBLEMS]
-    report.greedy, report.sampled = (_measure(worker, config, others, t) for t in (0.0, config.rollout.temperature))
+    report.greedy, report.sampled = (
+        _measure(worker, config, others, t) for t in (0.0, config.rollout.temperature)
+    )
     save_drafter(spot.serving, out, torch.float32)
     save_optimizer(spot.learner.optimizer, out / "optimizer")
     return report
 
 
-def _measure(worker: RolloutWorker, config: RunConfig, problems: Sequence[Problem], temperature: float) -> float:
+def _measure(
+    worker: RolloutWorker, config: RunConfig, problems: Sequence[Problem], temperature: float
+) -> float:
     """Decodes problems in chains of four with the drafter as it is, and returns the acceptance length."""
     worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
-    requests = [replace(r, params=replace(r.params, temperature=temperature)) for r in worker.groups.requests(problems, step=0)]
+    requests = [
+        replace(r, params=replace(r.params, temperature=temperature))
+        for r in worker.groups.requests(problems, step=0)
+    ]
     return mean_acceptance_length(worker.engine.generate(requests[:: config.rollout.group_size]))

@@ -25,9 +25,14 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
     """
     r = config.rollout
     of = f" on {ranks} ranks" if ranks > 1 else ""
-    lines = [f"{path}: valid; {config.steps} steps of {r.prompts_per_step} prompts × {r.group_size} samples{of}"]
+    lines = [
+        f"{path}: valid; {config.steps} steps of {r.prompts_per_step} prompts × {r.group_size} samples{of}"
+    ]
     if r.prompts_per_step % ranks:
-        lines.append(f"rollout.prompts_per_step is {r.prompts_per_step}, not a multiple of {ranks} ranks: it will not run so")
+        lines.append(
+            f"rollout.prompts_per_step is {r.prompts_per_step}, not a multiple of {ranks} ranks: it will not "
+            "run so"
+        )
     if config.scale.deepspeed is not None:
         zero_stage(config.scale.deepspeed)  # whether the file can be used
     policy = policy_config(config.policy.model)
@@ -69,7 +74,10 @@ def _memory(found: Estimate, place: Place, ranks: int, slots: int, capacity: int
         if part.what == KEYS_AND_VALUES:
             note = f"  {slots} sequences of {capacity} tokens"
             if part.size < part.whole:
-                note = f"  of {size(part.whole)} for{note[1:]}: {found.tokens // capacity} of full length at a time"
+                note = (
+                    f"  of {size(part.whole)} for{note[1:]}: {found.tokens // capacity} of full length at a "
+                    f"time"
+                )
         elif part.size < part.whole:
             note = f"  1/{ranks} of {size(part.whole)}"
         lines.append(f"  {part.what:<{width}}  {size(part.size):>10}{note}")
@@ -80,13 +88,15 @@ def _advice(config: RunConfig, found: Estimate, place: Place) -> list[str]:
     over = found.total - place.memory
     if over > 0:
         return [
-            f"does not fit, by {size(over)}: shard over more ranks (scale.fsdp2=true), or lower update.tokens_per_microbatch or "
+            f"does not fit, by {size(over)}: shard over more ranks (scale.fsdp2=true), or lower "
+            "update.tokens_per_microbatch or "
             "rollout.max_context"
         ]
     keys = next(part for part in found.parts if part.what == KEYS_AND_VALUES)
     if keys.size < keys.whole and config.rollout.kv_memory_gb is None:
         return [
-            f"write rollout.kv_memory_gb={keys.size / 1e9:.3g}: without it the engine takes what is free at its start, before the "
+            f"write rollout.kv_memory_gb={keys.size / 1e9:.3g}: without it the engine takes what is free at "
+            "its start, before the "
             "first update has made its gradients and moments"
         ]
     return []
@@ -94,12 +104,17 @@ def _advice(config: RunConfig, found: Estimate, place: Place) -> list[str]:
 
 def _time(config: RunConfig, found: Estimate, place: Place) -> list[str]:
     if found.rollout is None or found.update is None or place.bandwidth is None or place.flops is None:
-        return [f"no time is estimated: the speed of {place.name} is not known; sizes that are: 24, 40, 48, 80, 141, 192"]
+        return [
+            f"no time is estimated: the speed of {place.name} is not known; sizes that are: 24, 40, 48, 80, "
+            "141, 192"
+        ]
     return [
         f"100 steps without speculation: about {_seconds(100 * (found.rollout + found.update))}; "
         f"a step: rollouts {_seconds(found.rollout)}, update {_seconds(found.update)}",
-        f"  reckoned from completions of {config.rollout.max_tokens // 2} tokens (half of rollout.max_tokens), "
-        f"{place.bandwidth / 1e9:.3g} GB/s and {place.flops / 1e12:.2g} TFLOP/s of {place.name} ({place.speed_from})",
+        f"  reckoned from completions of {config.rollout.max_tokens // 2} tokens (half of "
+        "rollout.max_tokens), "
+        f"{place.bandwidth / 1e9:.3g} GB/s and {place.flops / 1e12:.2g} TFLOP/s of {place.name} "
+        f"({place.speed_from})",
     ]
 
 

@@ -16,7 +16,8 @@ from paceline.rollout.machine_limits import memory_limit
 _TIMED_TOKENS = 128
 _TIMED_VOCABULARY = 8192
 _TIMED_SECONDS = 3.0  # after which a measurement is not repeated
-# Bytes and dense bfloat16 operations a second by a GPU's memory in GB, from NVIDIA's data sheets; the slower card where there are
+# Bytes and dense bfloat16 operations a second by a GPU's memory in GB, from NVIDIA's data sheets; the slower
+# card where there are
 # several of one size: RTX 4090, A100 40, L40S, A100 80, H200, B200.
 _PUBLISHED = {
     24: ("RTX 4090", 1.008e12, 165e12),
@@ -35,7 +36,8 @@ class Place:
     Attributes:
         name: For a reader, with where the numbers are from.
         memory: Bytes that a rank may use.
-        bandwidth, flops: Bytes that decoding reads in a second, and operations of an update; None where they are not known.
+        bandwidth, flops: Bytes that decoding reads in a second, and operations of an update; None where they
+            are not known.
         speed_from: Where these two are from.
         device: ``cpu`` or ``cuda``.
     """
@@ -49,7 +51,8 @@ class Place:
 
 
 def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype) -> Place:
-    """The device that a rank of ``local_ranks`` has here: a GPU of its own, or its share of the CPU's memory, cores and bandwidth.
+    """The device that a rank of ``local_ranks`` has here: a GPU of its own, or its share of the CPU's memory,
+    cores and bandwidth.
 
     Args:
         local_ranks: Ranks on this machine.
@@ -61,19 +64,26 @@ def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype)
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
         return Place(name, memory, reading, products, _MEASURED, "cuda")
     name = f"1/{local_ranks} of this machine" if local_ranks > 1 else "this machine"
-    return Place(name, memory_limit() // local_ranks, reading / local_ranks, products / local_ranks, _MEASURED, "cpu")
+    return Place(
+        name, memory_limit() // local_ranks, reading / local_ranks, products / local_ranks, _MEASURED, "cpu"
+    )
 
 
 def gpu_of(gigabytes: float) -> Place:
-    """A GPU with so much memory, as fast as the data sheet of one of that size and the shares assumed for it say."""
+    """A GPU with so much memory, as fast as the data sheet of one of that size and the shares assumed for it
+    say.
+    """
     found = _PUBLISHED.get(round(gigabytes))
     if found is None:
         return Place(f"a GPU of {gigabytes:g} GB", int(gigabytes * 1e9), None, None, "", "cuda")
     name, bandwidth, flops = found
-    return Place(name, int(gigabytes * 1e9), bandwidth * _READ_SHARE, flops * _PRODUCT_SHARE, _ASSUMED, "cuda")
+    return Place(
+        name, int(gigabytes * 1e9), bandwidth * _READ_SHARE, flops * _PRODUCT_SHARE, _ASSUMED, "cuda"
+    )
 
 
-_READ_SHARE = 0.5  # of memory's speed that decoding reaches: at one sequence on a CPU, by benchmarks/README.md
+# of memory's speed that decoding reaches: at one sequence on a CPU, by benchmarks/README.md
+_READ_SHARE = 0.5
 _PRODUCT_SHARE = 0.4  # of a GPU's dense operations that an update reaches: an assumption
 _ASSUMED = f"{_READ_SHARE:.0%} and {_PRODUCT_SHARE:.0%} of its data sheet, assumed"
 _MEASURED = f"{_READ_SHARE:.0%} of reading and a layer's forward and backward, timed here just now"
@@ -81,7 +91,8 @@ _MEASURED = f"{_READ_SHARE:.0%} of reading and a layer's forward and backward, t
 
 @cache
 def layer_speed(policy: str, dtype: torch.dtype) -> float:
-    """Operations a second of a forward and backward through two layers of a policy's shape and a small output head.
+    """Operations a second of a forward and backward through two layers of a policy's shape and a small output
+    head.
 
     Args:
         policy: The configuration as JSON.
@@ -90,7 +101,8 @@ def layer_speed(policy: str, dtype: torch.dtype) -> float:
     config = AutoConfig.for_model(**json.loads(policy))
     text = config.get_text_config()
     text.num_hidden_layers = min(text.num_hidden_layers, 2)
-    if text.vocab_size > _TIMED_VOCABULARY:  # a product is as fast with some of the rows, and takes no gigabytes
+    # a product is as fast with some of the rows, and takes no gigabytes
+    if text.vocab_size > _TIMED_VOCABULARY:
         text.vocab_size, text.pad_token_id = _TIMED_VOCABULARY, None
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
@@ -98,7 +110,8 @@ def layer_speed(policy: str, dtype: torch.dtype) -> float:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config)
         tokens = torch.zeros(1, _TIMED_TOKENS, dtype=torch.long)
-    embedding = 0 if text.tie_word_embeddings else model.get_input_embeddings().weight.numel()  # a look-up computes nothing
+    # a look-up computes nothing
+    embedding = 0 if text.tie_word_embeddings else model.get_input_embeddings().weight.numel()
 
     def work() -> None:
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):

@@ -54,8 +54,8 @@ class Estimate:
         parts: What takes memory.
         room: Bytes left for keys and values by all other parts; may be negative.
         tokens: Tokens that the cache of keys and values holds.
-        rollout, update: Seconds of a step without speculation if every completion takes half of ``rollout.max_tokens``; None where
-            the device's speed is not known.
+        rollout, update: Seconds of a step without speculation if every completion takes half of
+            ``rollout.max_tokens``; None where the device's speed is not known.
     """
 
     parts: list[Part]
@@ -75,7 +75,8 @@ class Estimate:
 
 
 def policy_config(model: str) -> PreTrainedConfig | None:
-    """The policy's configuration, without its weights: from where it lies, from configs/shapes, or from the hub.
+    """The policy's configuration, without its weights: from where it lies, from configs/shapes, or from the
+    hub.
 
     Returns:
         None where the hub is not reachable and nothing is at hand.
@@ -124,9 +125,12 @@ def _sharded(config: RunConfig) -> int:
     return 3 if scale.fsdp2 else zero_stage(scale.deepspeed) if scale.deepspeed is not None else 0
 
 
-def _in_training(what: str, config: RunConfig, parameters: int, trained: int, ranks: int, stage: int) -> list[Part]:
-    """Weights, gradients and Adam's moments of one rank: what a stage of ZeRO shards is divided by the ranks (table 1 of arXiv
-    1910.02054, with float32 weights instead of 16-bit ones and copies of them). DeepSpeed steps on its own copy of the weights.
+def _in_training(
+    what: str, config: RunConfig, parameters: int, trained: int, ranks: int, stage: int
+) -> list[Part]:
+    """Weights, gradients and Adam's moments of one rank: what a stage of ZeRO shards is divided by the ranks
+    (table 1 of arXiv 1910.02054, with float32 weights instead of 16-bit ones and copies of them). DeepSpeed
+    steps on its own copy of the weights.
     """
     sizes = {"Adam's moments": _MOMENTS * trained, "gradients": 4 * trained, "weights": 4 * parameters}
     sharded = list(sizes)[:stage]
@@ -147,7 +151,9 @@ def _trained(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks
     parts = _in_training("", config, parameters, trained, ranks, stage)
     if config.policy.mixed_precision == "bf16":
         cast = 2 * parameters if stage < 3 else 6 * _largest_layer(policy)
-        parts.append(_alike("weights in bfloat16, for a forward" if stage < 3 else "a layer's weights, gathered", cast))
+        parts.append(
+            _alike("weights in bfloat16, for a forward" if stage < 3 else "a layer's weights, gathered", cast)
+        )
     if config.update.advantage == "gae":
         parts += _in_training("critic: ", config, parameters, parameters, ranks, 0)
     return parts
@@ -174,7 +180,9 @@ def _beside(config: RunConfig, policy: PreTrainedConfig, parameters: int, ranks:
                 drafter.memory_tokens,
                 (drafter.previous_steps + 1) * int(_sequences(config, ranks) * _length(config)),
             )
-            parts.append(_alike("drafter's traces", kept * (len(taps) + 1) * text.hidden_size * dtype.itemsize))
+            parts.append(
+                _alike("drafter's traces", kept * (len(taps) + 1) * text.hidden_size * dtype.itemsize)
+            )
     return parts
 
 
@@ -191,17 +199,23 @@ def _vllm(config: RunConfig, parameters: int, place: Place) -> list[Part]:
     elif place.device == "cpu":
         cache = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)
     else:
-        cache = max(int(float(options.get("gpu_memory_utilization", _VLLM_SHARE)) * place.memory) - weights, 0)
+        cache = max(
+            int(float(options.get("gpu_memory_utilization", _VLLM_SHARE)) * place.memory) - weights, 0
+        )
     return [_alike("vLLM's weights", weights), _alike("vLLM's keys and values", cache)]
 
 
 def cache_shape(config: RunConfig, policy: PreTrainedConfig) -> CacheShape:
-    """What the engine's cache holds where memory allows: every slot at its longest, the drafts of a step included."""
+    """What the engine's cache holds where memory allows: every slot at its longest, the drafts of a step
+    included.
+    """
     r, text, keys = config.rollout, policy.get_text_config(), key_shape(policy)
     taps = default_tap_layers(text.num_hidden_layers) if "eagle3" in config.speculation.drafters else ()
     width = text.hidden_size * (len(taps) + 1) if taps else 0
     capacity = r.max_context + config.speculation.max_nodes + 2
-    return CacheShape(keys.layers, keys.kv_heads, keys.head_dim, r.max_slots, capacity, width, getattr(torch, r.dtype))
+    return CacheShape(
+        keys.layers, keys.kv_heads, keys.head_dim, r.max_slots, capacity, width, getattr(torch, r.dtype)
+    )
 
 
 def _sequences(config: RunConfig, ranks: int) -> float:
@@ -209,7 +223,9 @@ def _sequences(config: RunConfig, ranks: int) -> float:
 
 
 def _length(config: RunConfig) -> float:
-    """Tokens of prompt and completion that an estimate reckons with: half of the longest completion, and the longest prompt."""
+    """Tokens of prompt and completion that an estimate reckons with: half of the longest completion, and the
+    longest prompt.
+    """
     return config.rollout.max_tokens / 2 + config.rollout.max_context - config.rollout.max_tokens
 
 
@@ -218,8 +234,9 @@ def step_seconds(
 ) -> tuple[float | None, float | None]:
     """Seconds of a step's rollouts and of its update on one rank, without speculation.
 
-    A decode step reads the weights once, and the keys and values of every sequence that it decodes, or computes 2 operations for
-    each weight and sequence; an update computes 6 a weight and token, or 8 with recomputed activations.
+    A decode step reads the weights once, and the keys and values of every sequence that it decodes, or
+    computes 2 operations for each weight and sequence; an update computes 6 a weight and token, or 8 with
+    recomputed activations.
     """
     if place.bandwidth is None or place.flops is None:
         return None, None
@@ -242,7 +259,8 @@ def _adapter_parameters(policy: PreTrainedConfig, lora: LoraConfig) -> int:
 
 
 def _largest_layer(policy: PreTrainedConfig) -> int:
-    """Parameters of the module that a sharded forward gathers at the most: a decoder layer or the embedding."""
+    """Parameters of the module that a sharded forward gathers at the most: a decoder layer or the
+    embedding."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(policy)
     embedding = model.get_input_embeddings().weight.numel()
@@ -251,11 +269,13 @@ def _largest_layer(policy: PreTrainedConfig) -> int:
 
 
 def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
-    """34 bytes a token, layer and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198, equation 1, without attention's
-    scores, which are made anew); with checkpoints one layer's, and 2 of each other."""
+    """34 bytes a token, layer and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198, equation 1,
+    without attention's scores, which are made anew); with checkpoints one layer's, and 2 of each other."""
     text = policy.get_text_config()
     size = 2 if config.policy.mixed_precision == "bf16" else 4
     layer = 17 * size * text.hidden_size
     layers = text.num_hidden_layers
-    each = layer + layers * size * text.hidden_size if config.policy.gradient_checkpointing else layer * layers
+    each = (
+        layer + layers * size * text.hidden_size if config.policy.gradient_checkpointing else layer * layers
+    )
     return config.update.tokens_per_microbatch * each

@@ -1,4 +1,5 @@
-"""A random policy of the same kind as another one, made small: to try what a recipe does with it, in seconds."""
+"""A random policy of the same kind as another one, made small: to try what a recipe does with it, in
+seconds."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ _LIMITS = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HIDDEN // _HEADS),
+    **dict.fromkeys(
+        ("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HIDDEN // _HEADS
+    ),
     **dict.fromkeys(("qk_head_dim", "q_lora_rank", "kv_lora_rank"), 2 * _HIDDEN // _HEADS),
 }  # names that transformers' configurations give to sizes
 

@@ -1,4 +1,6 @@
-"""A small random model of a policy's kind: whether the engine and the updates can run a policy is found out on it in a moment."""
+"""A small random model of a policy's kind: whether the engine and the updates can run a policy is found out
+on it in a moment.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def check_policy(config: PretrainedConfig, max_context: int) -> str | None:
-    """Builds the engine and the packed forward on a small model of a policy's kind, both of which check themselves.
+    """Builds the engine and the packed forward on a small model of a policy's kind, both of which check
+    themselves.
 
     Args:
         config: Of the policy.
@@ -56,9 +59,11 @@ def _check_whole(config: PretrainedConfig) -> None:
 
 
 def tiny_policy(config: PretrainedConfig) -> PreTrainedModel:
-    """A random float32 model of a config's kind with few layers and small widths, which has run once in transformers itself.
+    """A random float32 model of a config's kind with few layers and small widths, which has run once in
+    transformers itself.
 
-    Its windows are so small that a check of a few tokens leaves them. Of a model with images or sound it is the language model.
+    Its windows are so small that a check of a few tokens leaves them. Of a model with images or sound it is
+    the language model.
 
     Args:
         config: Of the policy.

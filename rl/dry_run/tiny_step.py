@@ -1,4 +1,6 @@
-"""What ``--dry-run`` tries: a recipe's own settings on a tiny policy of the same kind, from rollouts to a checkpoint."""
+"""What ``--dry-run`` tries: a recipe's own settings on a tiny policy of the same kind, from rollouts to a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ class _Listener(Tracker):
 
 
 def try_tiny_step(config: RunConfig) -> str:
-    """Runs a few tiny steps of a recipe in this process: rollouts, scores, update, drafter training, drafts, a checkpoint.
+    """Runs a few tiny steps of a recipe in this process: rollouts, scores, update, drafter training, drafts,
+    a checkpoint.
 
     Args:
         config: The recipe.
@@ -83,7 +86,10 @@ def try_tiny_step(config: RunConfig) -> str:
         try:
             write_tiny_copy(policy, own, folder / "policy")
         except Exception as error:  # whatever a model's own code does with sizes that it was never tried with
-            return f"no step was tried: a small {policy.model_type} cannot be made ({type(error).__name__}: {one_line(error, 300)})"
+            return (
+                f"no step was tried: a small {policy.model_type} cannot be made ({type(error).__name__}: "
+                f"{one_line(error, 300)})"
+            )
         tiny = _tiny_recipe(config, folder, own is not None)
         with _process_group(config), warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
@@ -92,8 +98,10 @@ def try_tiny_step(config: RunConfig) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     tokenizer = "" if own is not None else ", with a tokenizer of characters, for its own is not at hand"
     done = (
-        f"tried: {_STEPS} steps of {tiny.rollout.prompts_per_step} prompts × {tiny.rollout.group_size} samples of at most "
-        f"{tiny.rollout.max_tokens} tokens on a random {policy.model_type} of {LAYERS} layers{tokenizer}: rollouts, scores, "
+        f"tried: {_STEPS} steps of {tiny.rollout.prompts_per_step} prompts × {tiny.rollout.group_size} "
+        "samples of at most "
+        f"{tiny.rollout.max_tokens} tokens on a random {policy.model_type} of {LAYERS} layers{tokenizer}: "
+        "rollouts, scores, "
         f"update, {f'drafts by {drafters}, ' if drafters else ''}checkpoint; {time.monotonic() - begin:.0f} s"
     )
     left_out = ["rollout.vllm is not tried"] if config.rollout.vllm is not None else []
@@ -114,13 +122,15 @@ def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
         raise UserError(f"a tiny step of the recipe fails: {error}") from None
     except Exception as error:
         raise UserError(
-            f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: {one_line(error, 300)}"
+            f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: "
+            f"{one_line(error, 300)}"
         ) from None
     return ", ".join(drafters), [line for line in listener.lines if line.startswith(("reward:", "drafter:"))]
 
 
 def _draft(trainer: Trainer) -> list[str]:
-    """Decodes with every drafter once: a run chooses among them by measured times, which may leave some out."""
+    """Decodes with every drafter once: a run chooses among them by measured times, which may leave some
+    out."""
     engine = trainer.worker.engine
     problem = trainer.choice.choose(0, 1)[0]
     requests = trainer.worker.groups.requests([problem], step=0)[:2]
@@ -163,7 +173,9 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
         rollout=rollout,
         speculation=replace(s, draft_model=None if s.draft_model is None else policy),
         update=replace(config.update, minibatches=min(config.update.minibatches, 2)),
-        length=config.length if anytime is None else replace(config.length, anytime=replace(anytime, answer_tokens=4)),
+        length=config.length
+        if anytime is None
+        else replace(config.length, anytime=replace(anytime, answer_tokens=4)),
         drafter=replace(
             d,
             start=None,
@@ -200,7 +212,9 @@ def _process_group(config: RunConfig) -> Iterator[None]:
 
 
 def _keys_of(error: BaseException) -> str:
-    """Names the recipe's keys that decide what the innermost of our files on the traceback does; empty where none is known."""
+    """Names the recipe's keys that decide what the innermost of our files on the traceback does; empty where
+    none is known.
+    """
     root = str(Path(__file__).parents[2])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(root):

@@ -25,7 +25,8 @@ class EvaluationFailed(UserError):
 
 
 class RunEvaluation:
-    """Evaluates the policy with the weights that the run decodes with; every rank takes a share of the problems.
+    """Evaluates the policy with the weights that the run decodes with; every rank takes a share of the
+    problems.
 
     Args:
         config: The recipe, with ``eval_every`` above 0.
@@ -57,7 +58,9 @@ class RunEvaluation:
         self._config, self._worker, self._tokenizer, self._read = config, worker, tokenizer, read
         self._decoder: Decoder = worker.engine if decoder is None else decoder
         self._accelerator = accelerator
-        self._asked = fitting(evaluation_problems(config, config.evaluation.prompts, trained), tokenizer, config)
+        self._asked = fitting(
+            evaluation_problems(config, config.evaluation.prompts, trained), tokenizer, config
+        )
         self._of = repr((config.evaluation, config.task.reward))
         self.best: float | None = None
         self.best_step = 0
@@ -72,7 +75,9 @@ class RunEvaluation:
         return {"best": self.best, "best_step": self.best_step, "of": self._of}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave. A best of other problems or by another reward is forgotten, as it cannot be compared."""
+        """Goes on from what `state` gave. A best of other problems or by another reward is forgotten, as it
+        cannot be compared.
+        """
         best = state.get("best") if state.get("of") == self._of else None
         self.best, self.best_step = (
             None if best is None else float(best),
@@ -92,7 +97,9 @@ class RunEvaluation:
         found = gather_object(self._share())
         rewards = [reward for reward, _, _ in found if reward is not None]
         if not rewards:
-            raise EvaluationFailed(f"evaluation after step {steps_done}: none of the {len(found)} completions has a reward")
+            raise EvaluationFailed(
+                f"evaluation after step {steps_done}: none of the {len(found)} completions has a reward"
+            )
         lengths = [length for _, length, _ in found]
         mean = sum(rewards) / len(rewards)
         better = self.best is None or mean > self.best
@@ -118,7 +125,9 @@ class RunEvaluation:
         with ScoringPool(self._asked.task, self._asked.seed, samples) as pool:
             for index, rollout in enumerate(rollouts):
                 if rollout.finish_reason is not FinishReason.FAILED:
-                    pool.add(index, problems[index // samples], self._read(rollout.token_ids), rollout.token_ids)
+                    pool.add(
+                        index, problems[index // samples], self._read(rollout.token_ids), rollout.token_ids
+                    )
             scores = pool.collect()
         unscored = scores.unscored
         return [
@@ -133,7 +142,10 @@ class RunEvaluation:
     def _requests(self, problem: Any) -> list[Request]:
         params = self._worker.evaluation_params
         prompt = encode_problem(self._tokenizer, problem, self._config.task)
-        seeds = [stable_seed(self._config.seed, -1, problem.key, sample) for sample in range(self._config.evaluation.samples)]
+        seeds = [
+            stable_seed(self._config.seed, -1, problem.key, sample)
+            for sample in range(self._config.evaluation.samples)
+        ]
         return [Request(prompt, params, seed, group=("evaluation", problem.key)) for seed in seeds]
 
     def _decode(self, requests: list[Request]) -> list[Rollout]:

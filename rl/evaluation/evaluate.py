@@ -45,7 +45,8 @@ class Evaluation:
 
 
 class Evaluator:
-    """Holds a policy and problems that it was not trained on, sampled, stopped, asked and rewarded as in the run.
+    """Holds a policy and problems that it was not trained on, sampled, stopped, asked and rewarded as in the
+    run.
 
     Args:
         config: The recipe: its task, its sampling, ``evaluation.path`` and ``evaluation.temperature``.
@@ -112,7 +113,9 @@ class Evaluator:
         )
 
     def predictor(self, prompts: int) -> RemainingLength:
-        """A head of the tokens left, trained on the policy's completions of problems that are trained on, not evaluated."""
+        """A head of the tokens left, trained on the policy's completions of problems that are trained on, not
+        evaluated.
+        """
         task = load_task(self._config.task, self._config.seed)
         others = task.batch(0, min(prompts, len(task.rows)))
         embeddings: Any = self.policy.get_input_embeddings().weight
@@ -131,7 +134,11 @@ class Evaluator:
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[list[int]], head: RemainingLength, budget: int) -> list[list[int]]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._params.stop_token_ids[0]
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else self._params.stop_token_ids[0]
+        )
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -170,10 +177,18 @@ class Evaluator:
             dtype=getattr(torch, r.dtype),
             max_slots=r.max_slots,
             max_context=r.max_context,
-            tap_layers=default_tap_layers(self.policy.config.get_text_config().num_hidden_layers) if traces else (),
+            tap_layers=default_tap_layers(self.policy.config.get_text_config().num_hidden_layers)
+            if traces
+            else (),
             collect_traces=traces,
-            decode_text=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
+            # a stop string may be one
+            decode_text=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False),
         )
         owners = self._owners(problems)
         seeds = [stable_seed(0, 0, p.key, i) for i, p in enumerate(owners)]
-        return engine.generate([Request(self._prompt(p), self._params, s, group=p.key) for p, s in zip(owners, seeds, strict=True)])
+        return engine.generate(
+            [
+                Request(self._prompt(p), self._params, s, group=p.key)
+                for p, s in zip(owners, seeds, strict=True)
+            ]
+        )

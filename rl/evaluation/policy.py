@@ -1,4 +1,6 @@
-"""What ``paceline evaluate`` evaluates: a recipe and the policy of a run, or the one that the recipe starts from."""
+"""What ``paceline evaluate`` evaluates: a recipe and the policy of a run, or the one that the recipe starts
+from.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ def evaluated_policy(
         The recipe, and the directory of the policy, None for the one that the recipe starts from.
 
     Raises:
-        UserError: when nothing was named, there is no such checkpoint, or the run was trained on what would be asked.
+        UserError: when nothing was named, there is no such checkpoint, or the run was trained on what would
+            be asked.
     """
     if run is None:
         if config is None or checkpoint is not None:
-            raise UserError("evaluate: name a recipe, or --run RUN with --checkpoint for one that it has kept")
+            raise UserError(
+                "evaluate: name a recipe, or --run RUN with --checkpoint for one that it has kept"
+            )
         return load_config(config, overrides), None
     if config is not None and "=" in config and not Path(config).exists():
         overrides, config = [config, *overrides], None  # the first override stands where a recipe would

@@ -1,4 +1,6 @@
-"""Problems that a run is not trained on: held out, from a file of their own, or made by reasoning-gym with another seed."""
+"""Problems that a run is not trained on: held out, from a file of their own, or made by reasoning-gym with
+another seed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
     """Returns up to ``count`` problems that the recipe does not train on, the same in every call.
 
     Args:
-        config: The recipe. ``evaluation.path`` comes first, then ``task.heldout``; reasoning-gym makes others.
+        config: The recipe. ``evaluation.path`` comes first, then ``task.heldout``; reasoning-gym makes
+            others.
         count: How many are wanted; a file or a held-out share may have fewer.
         trained: What the recipe trains on, where it is loaded already; its data is not read again.
 
@@ -54,9 +57,14 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
     if own is not None:
         known = _SUFFIXES.get(Path(own).suffix.lower())
         split = config.evaluation.split or task.split
-        if task.path is not None and Path(own).absolute() == Path(task.path).absolute() and (known or split == task.split):
+        if (
+            task.path is not None
+            and Path(own).absolute() == Path(task.path).absolute()
+            and (known or split == task.split)
+        ):
             raise UserError(
-                f"evaluation.path is {own}, which is trained on: name other problems, another split in evaluation.split, or write "
+                f"evaluation.path is {own}, which is trained on: name other problems, another split in "
+                "evaluation.split, or write "
                 "task.heldout before the run, and no evaluation.path"
             )
         asked = replace(
@@ -68,13 +76,16 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
             curriculum=None,
             duplicates="keep",
         )
-        return EvaluationProblems(_first(load_task(asked, config.seed), count), asked, config.seed, f"of {own}")
+        return EvaluationProblems(
+            _first(load_task(asked, config.seed), count), asked, config.seed, f"of {own}"
+        )
     if task.heldout:
         heldout = load_heldout_task(task, config.seed) if trained is None else trained.heldout()
         return EvaluationProblems(_first(heldout, count), task, config.seed, "held out (task.heldout)")
     if task.source != "reasoning_gym":
         raise UserError(
-            f"task.path {task.path}: all of its problems are trained on; write task.heldout, for example 0.02, before the run, "
+            f"task.path {task.path}: all of its problems are trained on; write task.heldout, for example "
+            "0.02, before the run, "
             "or name other problems in evaluation.path"
         )
     asked_in_training = {problem.question for problem in (trained or load_task(task, config.seed)).problems}
@@ -83,13 +94,15 @@ def evaluation_problems(config: RunConfig, count: int, trained: Task | None = No
     problems = list(islice(fresh, count))
     if not problems:
         raise UserError(
-            f"task.datasets: all of {made.size} new problems are among the {task.size} trained on; write a smaller task.size"
+            f"task.datasets: all of {made.size} new problems are among the {task.size} trained on; write a "
+            "smaller task.size"
         )
     return EvaluationProblems(problems, made, _SEED, "made by reasoning-gym, none of them trained on")
 
 
 def fitting(asked: EvaluationProblems, tokenizer: Any, config: RunConfig) -> EvaluationProblems:
-    """Leaves out problems whose prompts have no room in ``rollout.max_context``, and counts them in ``origin``.
+    """Leaves out problems whose prompts have no room in ``rollout.max_context``, and counts them in
+    ``origin``.
 
     Raises:
         UserError: when none fits.
@@ -97,7 +110,9 @@ def fitting(asked: EvaluationProblems, tokenizer: Any, config: RunConfig) -> Eva
     limit = config.rollout.max_context
     fits = [p for p in asked.problems if len(encode_problem(tokenizer, p, config.task)) < limit]
     if not fits:
-        raise UserError(f"evaluation: every prompt has rollout.max_context ({limit}) tokens or more: raise it")
+        raise UserError(
+            f"evaluation: every prompt has rollout.max_context ({limit}) tokens or more: raise it"
+        )
     long = len(asked.problems) - len(fits)
     said = f"; {long} others are longer than rollout.max_context" if long else ""
     return replace(asked, problems=fits, origin=asked.origin + said)
@@ -119,11 +134,14 @@ def check_not_trained(config: RunConfig, trained: RunConfig) -> None:
         asked, was = getattr(config.task, name), getattr(trained.task, name)
         if asked != was:
             raise UserError(
-                f"task.{name} is {asked!r}, the run's was {was!r}: what it held out is another part of the data; leave it out, or "
+                f"task.{name} is {asked!r}, the run's was {was!r}: what it held out is another part of the "
+                "data; leave it out, or "
                 "name other problems in evaluation.path"
             )
     if config.seed != trained.seed:
-        raise UserError(f"seed is {config.seed}, the run's was {trained.seed}, which chose what is held out: leave it out")
+        raise UserError(
+            f"seed is {config.seed}, the run's was {trained.seed}, which chose what is held out: leave it out"
+        )
 
 
 def _first(task: Task, count: int) -> list[Problem]:

@@ -1,6 +1,8 @@
-"""Anytime reasoning: thought is cut at budgets, an answer demanded at each, and both are trained on what that scores.
+"""Anytime reasoning: thought is cut at budgets, an answer demanded at each, and both are trained on what that
+scores.
 
-AnytimeReasoner (Qi et al., arXiv 2505.13438): rewards become dense, thinking and answering are credited apart.
+AnytimeReasoner (Qi et al., arXiv 2505.13438): rewards become dense, thinking and answering are credited
+apart.
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ class Anytime:
         Returns:
             How many tokens each completion thought, and the answers.
         """
-        thoughts = [answer_start(r.token_ids, self._config.length.answer, self._tokenizer) for r in done.rollouts]
+        thoughts = [
+            answer_start(r.token_ids, self._config.length.answer, self._tokenizer) for r in done.rollouts
+        ]
         cuts: list[tuple[int, int]] = []
         requests: list[Request] = []
         for i, (rollout, thought) in enumerate(zip(done.rollouts, thoughts, strict=True)):
@@ -81,7 +85,9 @@ class Anytime:
                 prompt = [*rollout.request.prompt_ids, *rollout.token_ids[:budget], *self._marker_ids]
                 params = replace(rollout.request.params, max_tokens=self._anytime.answer_tokens)
                 for number in range(self._anytime.answers):
-                    seed = stable_seed(self._config.seed, step, f"{done.problems[i].key}/{budget}/{i}", number)
+                    seed = stable_seed(
+                        self._config.seed, step, f"{done.problems[i].key}/{budget}/{i}", number
+                    )
                     requests.append(Request(prompt, params, seed, group=rollout.request.group))
                     cuts.append((i, level))
         answers = self._engine.generate(requests)
@@ -134,11 +140,16 @@ class Anytime:
         by_place: dict[tuple[int, int], list[float]] = {}
         for cut, score in zip(cuts, scores, strict=True):
             by_place.setdefault((cut.sample, cut.level), []).append(score)
-        table = torch.tensor(rewards, dtype=torch.float32)[:, None].repeat(1, len(budgets) + 1)  # over by then: as it ended
+        # over by then: as it ended
+        table = torch.tensor(rewards, dtype=torch.float32)[:, None].repeat(1, len(budgets) + 1)
         for (sample, level), of_cut in by_place.items():
             table[sample, level] = sum(of_cut) / len(of_cut)
         weights = torch.tensor(self._anytime.weights or [1.0] * (len(budgets) + 1))
-        credits = torch.cat([brpo_advantages(group, weights) for group in table.split(size)]) if len(table) else table
+        credits = (
+            torch.cat([brpo_advantages(group, weights) for group in table.split(size)])
+            if len(table)
+            else table
+        )
         final = torch.tensor(rewards).view(-1, size)
         answered = (final - final.mean(1, keepdim=True)).flatten().tolist() if len(table) else []
         advantages = []
@@ -147,9 +158,13 @@ class Anytime:
             each = credits[i][stretch].clone()
             each[thoughts[i] :] = answered[i]
             advantages.append(each)
-        return Dense(advantages, self._answers(cuts, scores, by_place), table.mean(0).tolist() if len(table) else [])
+        return Dense(
+            advantages, self._answers(cuts, scores, by_place), table.mean(0).tolist() if len(table) else []
+        )
 
-    def _answers(self, cuts: Sequence[Cut], scores: Sequence[float], by_place: dict[tuple[int, int], list[float]]) -> list[Scored]:
+    def _answers(
+        self, cuts: Sequence[Cut], scores: Sequence[float], by_place: dict[tuple[int, int], list[float]]
+    ) -> list[Scored]:
         made = []
         for cut, score in zip(cuts, scores, strict=True):
             of_cut, r = by_place[cut.sample, cut.level], cut.rollout

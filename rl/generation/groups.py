@@ -52,7 +52,9 @@ class RankRollouts:
     def joined(self, more: RankRollouts) -> RankRollouts:
         """These, and others that were made after them."""
         later = [replace(record, at=record.at + self.seconds) for record in more.records]
-        budgets = [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
+        budgets = (
+            [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
+        )
         paths = [*self.paths, *more.paths] if self.paths is not None and more.paths is not None else None
         return RankRollouts(
             [*self.problems, *more.problems],
@@ -109,9 +111,15 @@ class Groups:
 
     def _ask(self, problem: Problem, seeds: list[int], budgets: list[int] | None) -> list[Request]:
         """A problem's requests, each told its budget."""
-        ends = [""] * len(seeds) if budgets is None else [" " + self._config.length.budget_prompt.format(budget=b) for b in budgets]
+        ends = (
+            [""] * len(seeds)
+            if budgets is None
+            else [" " + self._config.length.budget_prompt.format(budget=b) for b in budgets]
+        )
         prompts = {end: encode_problem(self._tokenizer, problem, self._config.task, end) for end in set(ends)}
-        return [Request(prompts[e], self._params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)]
+        return [
+            Request(prompts[e], self._params, s, group=problem.key) for e, s in zip(ends, seeds, strict=True)
+        ]
 
     def rollout(
         self,
@@ -120,26 +128,35 @@ class Groups:
         on_step: OnStep = None,
         on_finish: OnFinish = None,
     ) -> RankRollouts:
-        """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are whole by now.
+        """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are
+        whole by now.
 
         Args:
             problems: Of this rank.
             step: Of the run.
             on_step: Called after each decode step.
-            on_finish: Called with each rollout, its place and its problem, as soon as it is over; with segments, as soon as its
-                group is.
+            on_finish: Called with each rollout, its place and its problem, as soon as it is over; with
+                segments, as soon as its group is.
         """
         begin = time.perf_counter()
         new = [self._open(problem, step) for problem in problems]
         if self.lengths is not None:
-            prompts = list(dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests))
+            prompts = list(
+                dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests)
+            )
             self.lengths.read(dict(zip(prompts, self._engine.prompt_states(prompts), strict=True)))
-        done = self._grow(new, on_step, on_finish) if self._config.rollout.tree else self._go_on(new, on_step, on_finish)
+        done = (
+            self._grow(new, on_step, on_finish)
+            if self._config.rollout.tree
+            else self._go_on(new, on_step, on_finish)
+        )
         done.seconds = time.perf_counter() - begin
         return done
 
     def _go_on(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
-        """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the others."""
+        """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the
+        others.
+        """
         groups, begin, records = [*self.open, *new], time.perf_counter(), list[StepRecord]()
         while groups and not any(group.whole for group in groups):  # an update of nothing would be none
             before = time.perf_counter() - begin
@@ -191,7 +208,11 @@ class Groups:
     ) -> None:
         """Goes on with what is not over, a segment of each where the recipe has them."""
         segment, size = self._config.rollout.segment_tokens, self._config.rollout.group_size
-        jobs = [(number, sample, request) for number, group in enumerate(groups) for sample, request in group.pending()]
+        jobs = [
+            (number, sample, request)
+            for number, group in enumerate(groups)
+            for sample, request in group.pending()
+        ]
 
         def finished(index: int, rollout: Rollout) -> None:
             number, sample, _ = jobs[index]
@@ -210,7 +231,9 @@ class Groups:
             self._engine.generate(requests, on_step, on_finish=finished, segment=segment)
 
     def lessons(self, done: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
-        """What whole groups teach of lengths, as plain data, and the pinball losses of what had been predicted of them."""
+        """What whole groups teach of lengths, as plain data, and the pinball losses of what had been
+        predicted of them.
+        """
         if self.lengths is None:
             return [], []
         by_prompt: dict[tuple[int, ...], list[int]] = {}

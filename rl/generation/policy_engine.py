@@ -25,7 +25,8 @@ def check_context(policy: PreTrainedModel, max_context: int) -> None:
     if limit is not None and max_context > limit.tokens:
         name = type(policy).__name__
         raise UserError(
-            f"rollout.max_context is {max_context}: {name} {limit.reason} past {limit.tokens} tokens; write at most that"
+            f"rollout.max_context is {max_context}: {name} {limit.reason} past {limit.tokens} tokens; write "
+            "at most that"
         )
 
 
@@ -38,7 +39,8 @@ def policy_engine(policy: PreTrainedModel, *, max_context: int, **options: Any) 
         options: The engine's other arguments.
 
     Raises:
-        UserError: for a policy that the engine cannot run, a context longer than the policy computes exactly, or too little memory.
+        UserError: for a policy that the engine cannot run, a context longer than the policy computes exactly,
+            or too little memory.
     """
     try:
         check_context(policy, max_context)

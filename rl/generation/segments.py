@@ -1,4 +1,6 @@
-"""Groups of rollouts that are under way, also over several steps (segment rollouts: UloRL, arXiv 2507.19766, section 3.1)."""
+"""Groups of rollouts that are under way, also over several steps (segment rollouts: UloRL, arXiv 2507.19766,
+section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,18 @@ class OpenGroup:
 
     def finished(self) -> list[Rollout]:
         """The samples of a whole group; each answers the group's request, whatever calls it took."""
-        return [replace(r, request=request) for request, r in zip(self.requests, self.rollouts, strict=True) if r is not None]
+        return [
+            replace(r, request=request)
+            for request, r in zip(self.requests, self.rollouts, strict=True)
+            if r is not None
+        ]
 
     def state(self) -> dict[str, Any]:
         """What it takes to go on after a stop, as JSON; traces for the drafter are let go."""
-        samples = [None if r is None else {n: getattr(r, n) for n in _KEPT} | {"stats": asdict(r.stats)} for r in self.rollouts]
+        samples = [
+            None if r is None else {n: getattr(r, n) for n in _KEPT} | {"stats": asdict(r.stats)}
+            for r in self.rollouts
+        ]
         return {
             "key": self.problem.key,
             "seeds": [r.seed for r in self.requests],

@@ -1,9 +1,10 @@
 """Rollouts that share their beginnings (TreePO, Li et al., arXiv 2508.17445, section 2).
 
-A prompt's samples grow as a tree, segment by segment. At the end of a segment what is still under way may branch, the most
-uncertain first, until there are as many branches as the group has samples; what has fallen into a loop is stopped. Where all
-branches are over before the group is full, others grow from the most uncertain earlier ends of segments. Every token is drawn from
-the policy given those before it, but a group's samples are not independent, and beginnings that branch count more than once.
+A prompt's samples grow as a tree, segment by segment. At the end of a segment what is still under way may
+branch, the most uncertain first, until there are as many branches as the group has samples; what has fallen
+into a loop is stopped. Where all branches are over before the group is full, others grow from the most
+uncertain earlier ends of segments. Every token is drawn from the policy given those before it, but a group's
+samples are not independent, and beginnings that branch count more than once.
 """
 
 from __future__ import annotations
@@ -91,17 +92,23 @@ class Tree:
         return junction
 
     def branch(self, junctions: Sequence[Junction], width: int) -> list[Branch]:
-        """Grows what there is room for from these, the most uncertain first, those that have grown least before all."""
+        """Grows what there is room for from these, the most uncertain first, those that have grown least
+        before all.
+        """
         grown = []
         for junction in sorted(junctions, key=lambda j: (j.grown, -j.uncertainty)):
             for _ in range(min(width - 1, self.room)):
                 junction.grown += 1
-                grown.append(Branch((*junction.path, self._segment()), replace(self._next(), resume=junction.rollout)))
+                grown.append(
+                    Branch((*junction.path, self._segment()), replace(self._next(), resume=junction.rollout))
+                )
         self.active += grown
         return grown
 
     def fill(self, width: int) -> None:
-        """Where all branches are over before the group is full: grows others from earlier ends of segments, or from the prompt."""
+        """Where all branches are over before the group is full: grows others from earlier ends of segments,
+        or from the prompt.
+        """
         if not self.active and not self.full:
             self.branch(self._junctions, width)
             self.start(self.room if not self._junctions else 0)
@@ -169,8 +176,14 @@ def _grow(
             if is_loop(rollout.token_ids):
                 engine.cancel(branch.request)
             else:
-                by_tree.setdefault(number, []).append(trees[number].reached(branch, rollout, config.segment_tokens))
-        grown = [(number, b) for number, junctions in by_tree.items() for b in trees[number].branch(junctions, config.width)]
+                by_tree.setdefault(number, []).append(
+                    trees[number].reached(branch, rollout, config.segment_tokens)
+                )
+        grown = [
+            (number, b)
+            for number, junctions in by_tree.items()
+            for b in trees[number].branch(junctions, config.width)
+        ]
         jobs.extend(grown)
         return [branch.request for _, branch in grown]
 

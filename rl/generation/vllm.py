@@ -53,7 +53,8 @@ class VllmRollouts:
             token = read_token(self._exchange)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"rollout.vllm.exchange: no token of a server there ({error}); name the directory that the servers were started "
+                f"rollout.vllm.exchange: no token of a server there ({error}); name the directory that the "
+                "servers were started "
                 f"with, paceline serve RUN --exchange {self._exchange}, or set {TOKEN}"
             ) from None
         try:
@@ -64,7 +65,8 @@ class VllmRollouts:
     def _in_process(self, source: Path) -> ServedBackend:
         if self._accelerator.num_processes > 1:
             raise UserError(
-                "rollout.vllm in the process is for one rank: start servers with paceline serve, and name them in servers"
+                "rollout.vllm in the process is for one rank: start servers with paceline serve, and name "
+                "them in servers"
             )
         r, s = self._config.rollout, self._config.speculation
         fixed = s.strategy.partition(":")[2]
@@ -88,11 +90,14 @@ class VllmRollouts:
                 options=options,
             )
         except ImportError as error:
-            raise UserError(f"rollout.vllm needs vLLM in this environment ({error}): make peers, or name servers") from None
+            raise UserError(
+                f"rollout.vllm needs vLLM in this environment ({error}): make peers, or name servers"
+            ) from None
 
     @torch.no_grad()
     def update_policy(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Decodes with these whole weights from now on. Collective: all ranks go through them, one writes and sends.
+        """Decodes with these whole weights from now on. Collective: all ranks go through them, one writes and
+        sends.
 
         Raises:
             UserError: for a full disk or a lost server.
@@ -118,7 +123,9 @@ class VllmRollouts:
                 self._exchange.mkdir(parents=True, exist_ok=True)
                 save_file(dict(bucket), path)
             except OSError as error:
-                raise UserError(f"{path}: new weights could not be written ({error}); free some disk, or set exchange") from None
+                raise UserError(
+                    f"{path}: new weights could not be written ({error}); free some disk, or set exchange"
+                ) from None
             shards.append(path)
         return shards
 

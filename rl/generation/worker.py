@@ -46,7 +46,8 @@ class RolloutWorker:
         policy: The trainer's unwrapped module.
         tokenizer: Its tokenizer.
         rank: Of this process, for where it spills traces and in which order it trains on them.
-        vllm: Decodes in the engine's place, where the recipe has it; the engine then reads what was drawn, for the drafter.
+        vllm: Decodes in the engine's place, where the recipe has it; the engine then reads what was drawn,
+            for the drafter.
 
     Attributes:
         groups: Makes the rollouts, and carries what is not over.
@@ -83,7 +84,9 @@ class RolloutWorker:
         self.buffer = trace_buffer(config, rank)
         self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
-        self.groups = Groups(config, self.engine, tokenizer, self.params, None if vllm is None else vllm.backend)
+        self.groups = Groups(
+            config, self.engine, tokenizer, self.params, None if vllm is None else vllm.backend
+        )
         self._use_strategy()
 
     def _check_drafter(self) -> LlamaConfig:
@@ -103,15 +106,22 @@ class RolloutWorker:
             tap_layers=self.tap_layers if self._wants_eagle3 else (),
             collect_traces=self._wants_eagle3,
             collect_entropies=any(term.needs_entropies for term in length_terms(self.config.length)),
-            decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),  # a stop string may be one
+            # a stop string may be one
+            decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
             kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
             budgets=self.config.speculation.budgets,
         )
 
     def _drafter_parts(self) -> DrafterParts:
         s = self.config.speculation
-        draft_model = load_policy(fetch_policy(s.draft_model), self._policy.device) if s.draft_model is not None else None
-        return DrafterParts(draft_rules(s), None, s.eagle3_window, draft_model, s.composite_match, s.clasp_skipped)
+        draft_model = (
+            load_policy(fetch_policy(s.draft_model), self._policy.device)
+            if s.draft_model is not None
+            else None
+        )
+        return DrafterParts(
+            draft_rules(s), None, s.eagle3_window, draft_model, s.composite_match, s.clasp_skipped
+        )
 
     def _add_drafters(self, names: Iterable[str]) -> None:
         for name in names:
@@ -129,10 +139,14 @@ class RolloutWorker:
             self.engine.verify_with(s.verifier)
             if s.strategy == "adaptive":
                 arms = [Strategy.parse(text) for text in s.arms]
-                self.engine.adapt(arms, epsilon=s.epsilon, thompson=s.selection == "thompson", seed=self.config.seed)
+                self.engine.adapt(
+                    arms, epsilon=s.epsilon, thompson=s.selection == "thompson", seed=self.config.seed
+                )
                 return
             wanted = Strategy.parse(s.strategy)
-            waiting = wanted.drafter in _WITH_WEIGHTS and self._drafter is None and wanted.drafter in s.drafters
+            waiting = (
+                wanted.drafter in _WITH_WEIGHTS and self._drafter is None and wanted.drafter in s.drafters
+            )
             self.engine.use_strategy(PLAIN if waiting else wanted)
         except ValueError as error:
             raise UserError(f"speculation.strategy: {error}") from None
@@ -145,10 +159,14 @@ class RolloutWorker:
 
     @property
     def needs_drafter(self) -> bool:
-        """Whether the EAGLE-3 drafter is wanted and not there yet: its vocabulary comes from the first rollouts."""
+        """Whether the EAGLE-3 drafter is wanted and not there yet: its vocabulary comes from the first
+        rollouts.
+        """
         return self._wants_eagle3 and self.spot is None
 
-    def rollout(self, problems: Sequence[Problem], step: int, on_step: OnStep = None, on_finish: OnFinish = None) -> RankRollouts:
+    def rollout(
+        self, problems: Sequence[Problem], step: int, on_step: OnStep = None, on_finish: OnFinish = None
+    ) -> RankRollouts:
         """This step's rollouts: see `Groups.rollout`.
 
         Raises:
@@ -187,15 +205,20 @@ class RolloutWorker:
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
         done.plain_identical = sum(same) / len(same)
 
-    def create_drafter(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> SpotTrainer:
-        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``. Returns its trainer."""
+    def create_drafter(
+        self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None
+    ) -> SpotTrainer:
+        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``. Returns its
+        trainer.
+        """
         if model is None:
             assert vocabulary is not None and self._drafter_config is not None
             model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
         spot = spot_trainer(self.config, self._policy, model, self.buffer)
         self.spot = spot
         if self._vllm is not None:
-            self._vllm.update_drafter(spot.serving)  # after a stop it is ahead of the one that vLLM has loaded
+            # after a stop it is ahead of the one that vLLM has loaded
+            self._vllm.update_drafter(spot.serving)
             return spot
         self._parts.eagle3 = self.spot.serving
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
@@ -222,11 +245,15 @@ class RolloutWorker:
         if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
             return
         for learner in self.spot.learners:
-            move_vocabulary(learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings())
+            move_vocabulary(
+                learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings()
+            )
         self.spot.replace_model()
 
     def take_over_drafter(self) -> str | None:
-        """The engine drafts with the weights to be served. Returns one line when they are unusable and the old ones stay."""
+        """The engine drafts with the weights to be served. Returns one line when they are unusable and the
+        old ones stay.
+        """
         if self.spot is None:
             return None
         broken = first_non_finite(self.spot.serving)

@@ -39,19 +39,27 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
     """A recipe from what a user chose and what the host decides.
 
     Args:
-        options: Sections ``speculation``, ``drafter``, ``measure`` and ``rollout`` as in a recipe, as far as ours to decide.
+        options: Sections ``speculation``, ``drafter``, ``measure`` and ``rollout`` as in a recipe, as far as
+            ours to decide.
         from_host: The rest, as in a recipe.
-        alone: One rank, which never idles: without a schedule or a drafter of the user's, none is trained and suffixes draft.
+        alone: One rank, which never idles: without a schedule or a drafter of the user's, none is trained and
+            suffixes draft.
 
     Raises:
         UserError: for what is unknown, contradictory, or the host's to decide.
     """
     for name in options:
         if name not in _SECTIONS:
-            raise UserError(f"paceline: {name} is not a section of its own here; there are: {', '.join(sorted(_SECTIONS))}")
+            raise UserError(
+                f"paceline: {name} is not a section of its own here; there are: "
+                f"{', '.join(sorted(_SECTIONS))}"
+            )
     for name in options.get("rollout", {}):
         if name not in _ROLLOUT:
-            raise UserError(f"paceline: rollout.{name} is the trainer's to decide; ours are: {', '.join(sorted(_ROLLOUT))}")
+            raise UserError(
+                f"paceline: rollout.{name} is the trainer's to decide; ours are: "
+                f"{', '.join(sorted(_ROLLOUT))}"
+            )
     data = {name: dict(section) for name, section in options.items()}
     for name, section in from_host.items():
         data[name] = {**section, **data.get(name, {})} if isinstance(section, Mapping) else section
@@ -61,15 +69,16 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
     config = parse(RunConfig, data, where="paceline")
     if config.drafter.reward_weight:
         raise UserError(
-            "paceline: drafter.reward_weight needs rewards, which the trainer computes after the rollouts: leave it out"
+            "paceline: drafter.reward_weight needs rewards, which the trainer computes after the rollouts: "
+            "leave it out"
         )
     check_drafting(config)
     return config
 
 
 class HostedRollouts:
-    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the host has one, and calls
-    `refresh` before rollouts.
+    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the
+    host has one, and calls `refresh` before rollouts.
 
     Args:
         config: From `host_config`; ``out`` is where drafters and traces go.
@@ -97,8 +106,9 @@ class HostedRollouts:
         self._acceptance_length: float | None = None
 
     def refresh(self) -> bool:
-        """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies where anything has
-        changed since the last call. Collective where they lie in parts. Returns whether it renewed them."""
+        """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies
+        where anything has changed since the last call. Collective where they lie in parts. Returns whether it
+        renewed them."""
         now = self.policy.fingerprint()
         changed = now is None or now != self._decoded_with
         if self.policy.in_parts:
@@ -134,8 +144,8 @@ class HostedRollouts:
         )
 
     def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:
-        """Makes the rollouts of a training step. A rank that has finished trains the drafter while others decode, and then all
-        ranks share what was trained. Collective."""
+        """Makes the rollouts of a training step. A rank that has finished trains the drafter while others
+        decode, and then all ranks share what was trained. Collective."""
         self.drafter.coordinator.begin(self._calls)
         done = self.rollouts(requests)
         report = self.drafter.train(done, [0.0] * len(done.rollouts), self._calls)
@@ -179,7 +189,9 @@ class HostedRollouts:
         except UserError as error:
             raise UserError(f"{error}; remove {folder} to begin with a new drafter") from None
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / 'state.json'}: no count of calls ({error}); remove {folder} to begin anew") from None
+            raise UserError(
+                f"{folder / 'state.json'}: no count of calls ({error}); remove {folder} to begin anew"
+            ) from None
         found = Checkpoint(folder, self._calls)
         self.drafter.resume(found)
         if (problem := restore_selector(found, self.engine.speculation.selector)) is not None:
@@ -198,7 +210,9 @@ class HostedRollouts:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> Path | None:
-        """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on the main rank."""
+        """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on
+        the main rank.
+        """
         self.drafter.finish()
         if self.worker.spot is None or not self._accelerator.is_main_process:
             return None
@@ -213,7 +227,9 @@ class HostedRollouts:
         )
         try:
             save_drafter(drafter, path)
-            (path / "README.md").write_text(drafter_card(facts, drafter.config.draft_vocab_size, path.name), encoding="utf-8")
+            (path / "README.md").write_text(
+                drafter_card(facts, drafter.config.draft_vocab_size, path.name), encoding="utf-8"
+            )
         except (OSError, SafetensorError) as error:  # the training that is over stays
             self._say(f"{path}: the drafter could not be written ({error}); the last checkpoint has it")
             return None
@@ -233,7 +249,8 @@ def step_report(done: RankRollouts, report: LearnerReport) -> dict[str, float]:
         "paceline/rollout_seconds": done.seconds,
         "paceline/tokens_per_second": tokens / done.seconds,
         "paceline/acceptance_length": mean_acceptance_length(done.rollouts),
-        "paceline/speculated_share": sum(r.strategy != "plain" for r in done.records) / max(len(done.records), 1),
+        "paceline/speculated_share": sum(r.strategy != "plain" for r in done.records)
+        / max(len(done.records), 1),
         "paceline/drafter_seconds": report.seconds,
         "paceline/drafter_updates": float(report.updates),
     }

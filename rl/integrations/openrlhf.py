@@ -1,13 +1,16 @@
 """Rewards for OpenRLHF 0.11, through its documented extension points.
 
-OpenRLHF always decodes with vLLM engines that it starts itself and sends weights to; it lets others decide what one rollout is and
-what it is worth. So the engine stays OpenRLHF's, and this file brings the length-aware rewards:
+OpenRLHF always decodes with vLLM engines that it starts itself and sends weights to; it lets others decide
+what one rollout is and what it is worth. So the engine stays OpenRLHF's, and this file brings the
+length-aware rewards:
 
-- ``--reward.remote_url FILE.py`` with ``reward_func = per_sample(score, terms)``: terms that look at one completion;
-- ``--train.agent_func_path FILE.py`` with ``AgentExecutor = grouped(score, terms, group_size)``: all terms, also those that compare
-  the samples of a prompt, which OpenRLHF's worker decodes side by side.
+- ``--reward.remote_url FILE.py`` with ``reward_func = per_sample(score, terms)``: terms that look at one
+  completion;
+- ``--train.agent_func_path FILE.py`` with ``AgentExecutor = grouped(score, terms, group_size)``: all terms,
+  also those that compare the samples of a prompt, which OpenRLHF's worker decodes side by side.
 
-``score(text, prompt, label)`` is the task's reward of a completion's text. See recipes in benchmarks/pipelines.md.
+``score(text, prompt, label)`` is the task's reward of a completion's text. See recipes in
+benchmarks/pipelines.md.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from paceline.rl.rewards.terms import Samples
 Score = Callable[[str, str, Any], float]
 
 
-def per_sample(score: Score, terms: Sequence[Mapping[str, Any]], tokenizer: Any, longest: int) -> Callable[..., dict[str, Any]]:
+def per_sample(
+    score: Score, terms: Sequence[Mapping[str, Any]], tokenizer: Any, longest: int
+) -> Callable[..., dict[str, Any]]:
     """A ``reward_func(queries, prompts, labels)`` in OpenRLHF's signature.
 
     Args:
@@ -37,7 +42,9 @@ def per_sample(score: Score, terms: Sequence[Mapping[str, Any]], tokenizer: Any,
     """
     found = [load_term(entry, "terms") for entry in terms]
 
-    def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **more: Any) -> dict[str, Any]:
+    def reward_func(
+        queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **more: Any
+    ) -> dict[str, Any]:
         base, shaped = [], []
         for query, prompt, label in zip(queries, prompts, labels, strict=True):
             text = query[len(prompt) :] if query.startswith(prompt) else query
@@ -69,10 +76,11 @@ class _Group:
 
 
 def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, longest: int) -> type[Any]:
-    """An ``AgentExecutor`` for OpenRLHF: its single turn, with rewards that may compare the samples of a prompt.
+    """An ``AgentExecutor`` for OpenRLHF: its single turn, with rewards that may compare the samples of a
+    prompt.
 
-    A rollout returns when all ``group_size`` samples of its prompt have ended: OpenRLHF's worker decodes them side by side and
-    waits for them together, so nothing else waits for it.
+    A rollout returns when all ``group_size`` samples of its prompt have ended: OpenRLHF's worker decodes them
+    side by side and waits for them together, so nothing else waits for it.
 
     Args:
         score: The task's reward of a completion.
@@ -87,7 +95,9 @@ def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, l
 
     found = [load_term(entry, "terms") for entry in terms]
     if any(term.needs_entropies or term.needs_budgets for term in found):
-        raise UserError("length rewards that read entropies or budgets need columns that OpenRLHF's rollouts do not have")
+        raise UserError(
+            "length rewards that read entropies or budgets need columns that OpenRLHF's rollouts do not have"
+        )
 
     class AgentExecutor(SingleTurnAgentExecutor):
         """OpenRLHF's single turn; rewards are computed once the group is whole."""

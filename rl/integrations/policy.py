@@ -1,4 +1,6 @@
-"""Somebody else's policy, as the engine decodes with it: in place where each rank holds it whole, else as a copy."""
+"""Somebody else's policy, as the engine decodes with it: in place where each rank holds it whole, else as a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class HostPolicy:
     """A host's policy.
 
     Args:
-        model: Unwrapped: a transformers causal LM, also with peft's plain LoRA adapters in it or around it. Its parameters may be
-            partitioned by ZeRO 3 or FSDP2.
+        model: Unwrapped: a transformers causal LM, also with peft's plain LoRA adapters in it or around it.
+            Its parameters may be partitioned by ZeRO 3 or FSDP2.
         dtype: Of a copy.
         device: Of a copy.
 
@@ -32,8 +34,8 @@ class HostPolicy:
         decoded: What the engine is to be built on: the host's own module, or the copy.
 
     Raises:
-        UserError: for adapters that are not known to merge exactly (`paceline.rl.models.mergeable`), quantized weights, and flattened parameters
-            (FSDP1).
+        UserError: for adapters that are not known to merge exactly (`paceline.rl.models.mergeable`),
+            quantized weights, and flattened parameters (FSDP1).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -41,11 +43,19 @@ class HostPolicy:
         around = self._adapter is not None and not isinstance(model, PreTrainedModel)
         self._source: nn.Module = model.get_base_model() if around else model  # type: ignore[operator]
         if any("_flat_param" in name for name, _ in self._source.named_parameters()):
-            raise UserError("the policy is sharded by FSDP's first form, without names of parameters: use FSDP2 (fsdp_version: 2)")
+            raise UserError(
+                "the policy is sharded by FSDP's first form, without names of parameters: use FSDP2 "
+                "(fsdp_version: 2)"
+            )
         if not isinstance(self._source, PreTrainedModel):
-            raise UserError(f"the policy is a {type(self._source).__name__}: hand over the unwrapped transformers causal LM")
+            raise UserError(
+                f"the policy is a {type(self._source).__name__}: hand over the unwrapped transformers causal "
+                "LM"
+            )
         if getattr(self._source, "hf_quantizer", None) is not None:
-            raise UserError("the policy is quantized: rollouts follow the weights that are trained; load it in bfloat16")
+            raise UserError(
+                "the policy is quantized: rollouts follow the weights that are trained; load it in bfloat16"
+            )
         self._layers()
         self.shared = self._adapter is None and not in_parts(self._source)
         self.decoded = self._source if self.shared else _empty_copy(self._source, dtype, device)
@@ -63,17 +73,25 @@ class HostPolicy:
         return in_parts(self._source)
 
     def fingerprint(self) -> Hashable | None:
-        """What changes whenever this rank's weights do, or what adapters do with them; None where that cannot be told."""
+        """What changes whenever this rank's weights do, or what adapters do with them; None where that cannot
+        be told.
+        """
         held = tensors_held(self._source)
         return None if held is None else (fingerprint(held), _adapter_state(self._source))
 
     def reads(self, model: nn.Module) -> bool:
-        """Whether the engine, built on `decoded`, follows this model: the same modules and adapter, and the same parameters if it
-        shares them (sharding a model, for one, puts others in their place)."""
-        if model is not self._model or (self.shared and in_parts(self._source)) or _adapter_in_use(model) != self._adapter:
+        """Whether the engine, built on `decoded`, follows this model: the same modules and adapter, and the
+        same parameters if it shares them (sharding a model, for one, puts others in their place)."""
+        if (
+            model is not self._model
+            or (self.shared and in_parts(self._source))
+            or _adapter_in_use(model) != self._adapter
+        ):
             return False
         now = list(self._source.parameters())
-        return not self.shared or (len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters)))
+        return not self.shared or (
+            len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters))
+        )
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -92,12 +110,14 @@ class HostPolicy:
 
 
 def _empty_copy(source: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    # The class itself: from_config would partition the copy under ZeRO 3 too. The host's random numbers stay as they are.
+    # The class itself: from_config would partition the copy under ZeRO 3 too. The host's random numbers stay
+    #     as they are.
     with torch.random.fork_rng():
         made: PreTrainedModel = type(source)(copy.deepcopy(source.config))
     made.generation_config = source.generation_config
     for parameter in made.parameters():
-        parameter.data = parameter.to(dtype)  # buffers, such as rotary frequencies, keep the precision that they were made in
+        # buffers, such as rotary frequencies, keep the precision that they were made in
+        parameter.data = parameter.to(dtype)
     return made.to(device=device).eval().requires_grad_(False)  # type: ignore[call-arg]
 
 
@@ -110,7 +130,9 @@ def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
 
 
 def _adapter_state(source: nn.Module) -> Hashable:
-    """What peft's layers do with their adapters at the moment: which are in use, by what factor, and which are merged."""
+    """What peft's layers do with their adapters at the moment: which are in use, by what factor, and which
+    are merged.
+    """
     layers: list[Any] = [module for module in source.modules() if hasattr(module, "merged_adapters")]
     return tuple(
         (
@@ -138,7 +160,10 @@ def _adapter_in_use(model: Any) -> str | None:
     names = sorted({name for layer in layers for name in layer.active_adapters}) if layers else list(configs)
     if len(names) != 1:
         in_use = ", ".join(names) or "none"
-        raise UserError(f"the policy runs with the adapters {in_use}: rollouts follow one, set_adapter({next(iter(configs))!r})")
+        raise UserError(
+            f"the policy runs with the adapters {in_use}: rollouts follow one, "
+            f"set_adapter({next(iter(configs))!r})"
+        )
     try:
         check_adapter_config(configs[names[0]])
     except ValueError as error:

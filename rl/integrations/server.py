@@ -1,4 +1,6 @@
-"""An engine that serves requests as they come, and trains its drafter when none are there: for hosts whose rollouts are servers."""
+"""An engine that serves requests as they come, and trains its drafter when none are there: for hosts whose
+rollouts are servers.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _LEARNING_FAILURES = 3  # in a row, after which the drafter stays as it is
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A request with who waits for it. The request is a copy: one object that is submitted twice is cancelled apart."""
+    """A request with who waits for it. The request is a copy: one object that is submitted twice is cancelled
+    apart.
+    """
 
     request: Request
     future: Future[Rollout]
@@ -44,12 +48,14 @@ class _Flight:
 class EngineServer:
     """One engine in a thread of its own.
 
-    Whatever happens to one request, or while the drafter learns, the others are served: a future that its owner cancels ends its
-    request and nothing else. After weights that could not be taken over, requests fail with the reason until a whole update comes.
+    Whatever happens to one request, or while the drafter learns, the others are served: a future that its
+    owner cancels ends its request and nothing else. After weights that could not be taken over, requests fail
+    with the reason until a whole update comes.
 
     Args:
-        config: From `paceline.rl.integrations.host.host_config`. With ``drafter.schedule: always`` the drafter is trained on what was drawn
-            until the next request comes, `pause` is called, or the passes are through.
+        config: From `paceline.rl.integrations.host.host_config`. With ``drafter.schedule: always`` the
+            drafter is trained on what was drawn until the next request comes, `pause` is called, or the
+            passes are through.
         policy: The server's own copy of the policy.
         tokenizer: Its tokenizer.
         say: Where one line about a problem goes.
@@ -58,7 +64,9 @@ class EngineServer:
         version: Of the weights, as `weights_loaded` was told.
     """
 
-    def __init__(self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, say: Callable[[str], None]
+    ) -> None:
         self.worker = RolloutWorker(config, policy, tokenizer)
         self.version = 0
         self._config, self._policy, self._say = config, policy, say
@@ -67,7 +75,8 @@ class EngineServer:
         self._change = threading.Condition()
         self._engine_free = threading.Lock()  # held while the engine decodes, or its weights change
         self._paused = self._updating = self._closed = False
-        self._replaced: set[str] = set()  # weights that this update, or those since the last whole one, have replaced
+        # weights that this update, or those since the last whole one, have replaced
+        self._replaced: set[str] = set()
         self._received: set[str] = set()  # those that this update has
         self._broken: str | None = None  # why the weights are neither the old nor the new ones
         self._failures = 0
@@ -75,7 +84,8 @@ class EngineServer:
         self._thread.start()
 
     def submit(self, request: Request) -> Future[Rollout]:
-        """Adds a request to what is decoded; it joins those in flight at their next step. Cancelling the future ends it.
+        """Adds a request to what is decoded; it joins those in flight at their next step. Cancelling the
+        future ends it.
 
         Raises:
             RuntimeError: when the server is closed.
@@ -89,7 +99,8 @@ class EngineServer:
         return flight.future
 
     def cancel_all(self) -> int:
-        """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there were."""
+        """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there
+        were."""
         with self._change:
             waiting = self._take()
             flying = len(self._flying)
@@ -118,11 +129,12 @@ class EngineServer:
         return self._paused or self._updating
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for what is in flight; new
+        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for
+        what is in flight; new
         requests wait meanwhile: none is decoded with some weights old and some new.
 
-        An exception ends the update. Where it had replaced weights already, requests fail until an update has brought all of
-        those anew.
+        An exception ends the update. Where it had replaced weights already, requests fail until an update has
+        brought all of those anew.
 
         Raises:
             ValueError: for a name that the policy does not have, or another shape.
@@ -147,12 +159,16 @@ class EngineServer:
         """All of an update's weights have come, and are decoded with from now on.
 
         Raises:
-            ValueError: when an earlier update had failed and this one has not brought all that it had replaced.
+            ValueError: when an earlier update had failed and this one has not brought all that it had
+                replaced.
         """
         missing = self._replaced - self._received
         if self._broken is not None and missing:
             self._end_update(self._broken)
-            raise ValueError(f"an update failed ({self._broken}), and this one lacks {sorted(missing)[0]}: send all weights")
+            raise ValueError(
+                f"an update failed ({self._broken}), and this one lacks {sorted(missing)[0]}: send all "
+                "weights"
+            )
         try:
             with self._engine_free:
                 self.worker.engine.refresh_weights()
@@ -172,7 +188,9 @@ class EngineServer:
             self._change.notify_all()
 
     def close(self) -> None:
-        """Ends the thread, once what is in flight is over. Requests that `pause` or an update holds back come back CANCELLED."""
+        """Ends the thread, once what is in flight is over. Requests that `pause` or an update holds back come
+        back CANCELLED.
+        """
         with self._change:
             self._closed = True
             self._change.notify_all()
@@ -207,7 +225,11 @@ class EngineServer:
                     self._learn(self._decode(first))
             if self._broken is not None:
                 for flight in first:
-                    flight.fail(RuntimeError(f"the last update of weights failed ({self._broken}): send all weights again"))
+                    flight.fail(
+                        RuntimeError(
+                            f"the last update of weights failed ({self._broken}): send all weights again"
+                        )
+                    )
         for flight in held:
             flight.answer(_cancelled(flight.request))
 
@@ -256,7 +278,9 @@ class EngineServer:
                 self._flying.clear()
 
     def _learn(self, rollouts: list[Rollout]) -> None:
-        """Trains the drafter on these until there is something else to do. A failure costs the drafter, never the serving."""
+        """Trains the drafter on these until there is something else to do. A failure costs the drafter, never
+        the serving.
+        """
         whole = [r for r in rollouts if r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)]
         if not whole or self._config.drafter.schedule == "never" or self._failures >= _LEARNING_FAILURES:
             return
@@ -266,13 +290,17 @@ class EngineServer:
         except Exception as error:
             self._failures += 1
             last = "; it is not trained any more" if self._failures == _LEARNING_FAILURES else ""
-            self._say(f"drafter: training failed ({type(error).__name__}: {' '.join(str(error).split())}){last}")
+            self._say(
+                f"drafter: training failed ({type(error).__name__}: {' '.join(str(error).split())}){last}"
+            )
 
     def _train_drafter(self, whole: list[Rollout]) -> None:
         worker = self.worker
         if worker.needs_drafter:
             texts = [[*r.request.prompt_ids, *r.token_ids] for r in whole]
-            vocabulary = choose_vocabulary(texts, self._config.drafter.draft_vocab_size, worker.engine.runner.vocab_size)
+            vocabulary = choose_vocabulary(
+                texts, self._config.drafter.draft_vocab_size, worker.engine.runner.vocab_size
+            )
             worker.create_drafter(vocabulary)
         if worker.spot is None:
             return

@@ -1,8 +1,9 @@
 """Rollouts for TRL's trainers: one import, one argument.
 
-``GRPOTrainer(..., rollout_func=paceline_rollouts())``, and the same for RLOO with the `RLOOTrainer` of this file, which is TRL's
-with that argument. Length-aware rewards for ``reward_funcs`` are in `paceline.rl.rewards.registry`. docs/trl.md has what is read from the
-trainer and what is refused, docs/multi_turn.md conversations with an environment.
+``GRPOTrainer(..., rollout_func=paceline_rollouts())``, and the same for RLOO with the `RLOOTrainer` of this
+file, which is TRL's with that argument. Length-aware rewards for ``reward_funcs`` are in
+`paceline.rl.rewards.registry`. docs/trl.md has what is read from the trainer and what is refused,
+docs/multi_turn.md conversations with an environment.
 """
 
 from __future__ import annotations
@@ -35,24 +36,29 @@ _FOLDER = "paceline"
 _TEXT_ONLY = "paceline: rollouts are of text; these prompts have images"
 
 
-def paceline_rollouts(args: Any = None, *, answer: str = "Answer:", **sections: dict[str, Any]) -> PacelineRollouts:
-    """A ``rollout_func`` for TRL's trainers, losslessly speculated, with a drafter that is trained on the way.
+def paceline_rollouts(
+    args: Any = None, *, answer: str = "Answer:", **sections: dict[str, Any]
+) -> PacelineRollouts:
+    """A ``rollout_func`` for TRL's trainers, losslessly speculated, with a drafter that is trained on the
+    way.
 
-    Temperature, top-k, top-p, lengths and precision are those of the trainer's arguments. The drafter, its optimizer and what the
-    bandit has learned are kept in each checkpoint's ``paceline`` folder; the drafter is exported to
-    ``<output_dir>/paceline/drafter`` when training ends. Metrics named ``paceline/...`` join the trainer's own.
+    Temperature, top-k, top-p, lengths and precision are those of the trainer's arguments. The drafter, its
+    optimizer and what the bandit has learned are kept in each checkpoint's ``paceline`` folder; the drafter
+    is exported to ``<output_dir>/paceline/drafter`` when training ends. Metrics named ``paceline/...`` join
+    the trainer's own.
 
     Args:
-        args: The trainer's `GRPOConfig` or `RLOOConfig`, to have it checked here, before a model is loaded; otherwise it is checked
-            at the first rollout. What is not honoured is refused, never passed over.
+        args: The trainer's `GRPOConfig` or `RLOOConfig`, to have it checked here, before a model is loaded;
+            otherwise it is checked at the first rollout. What is not honoured is refused, never passed over.
         answer: Text that begins the answer of a completion, for rewards that read entropies (PEAR).
-        sections: ``speculation``, ``drafter`` and ``measure`` as in a recipe, and of ``rollout`` the keys ``max_context`` (the
-            longest completion and 2,048 tokens of prompt), ``max_slots``, ``dtype``, ``kv_memory_gb`` and ``stop_strings``. On one
-            rank, which never idles, no drafter is trained unless ``drafter={"schedule": "always"}`` or a ``start`` says so.
+        sections: ``speculation``, ``drafter`` and ``measure`` as in a recipe, and of ``rollout`` the keys
+            ``max_context`` (the longest completion and 2,048 tokens of prompt), ``max_slots``, ``dtype``,
+            ``kv_memory_gb`` and ``stop_strings``. On one rank, which never idles, no drafter is trained
+            unless ``drafter={"schedule": "always"}`` or a ``start`` says so.
 
     Raises:
-        UserError: for sections that are wrong and for arguments that ask for what the engine does not do; at the first rollout,
-            for what only the trainer as a whole tells.
+        UserError: for sections that are wrong and for arguments that ask for what the engine does not do; at
+            the first rollout, for what only the trainer as a whole tells.
     """
     host_config(sections, _ANY_HOST, alone=False)
     if args is not None:
@@ -64,11 +70,12 @@ _ANY_HOST = {"out": "unused", "rollout": {"max_tokens": 1}}  # enough to look at
 
 
 class PacelineRollouts(TrainerCallback):
-    """What `paceline_rollouts` makes: the rollout function, and the callback that follows the trainer's checkpoints.
+    """What `paceline_rollouts` makes: the rollout function, and the callback that follows the trainer's
+    checkpoints.
 
-    Before each generation it looks at all of the policy's weights (`paceline.rl.integrations.fingerprint`) and renews the engine's copies if
-    anything has changed, whoever changed it. Given to another trainer, or when the policy's modules were replaced, it builds its
-    engine anew.
+    Before each generation it looks at all of the policy's weights (`paceline.rl.integrations.fingerprint`)
+    and renews the engine's copies if anything has changed, whoever changed it. Given to another trainer, or
+    when the policy's modules were replaced, it builds its engine anew.
     """
 
     def __init__(self, answer: str, sections: dict[str, Any]) -> None:
@@ -79,7 +86,8 @@ class PacelineRollouts(TrainerCallback):
         self._calls: dict[str, tuple[int, int]] = {}
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """One completion of each prompt, in TRL's ``rollout_func`` contract: ``prompt_ids``, ``completion_ids``, ``logprobs``.
+        """One completion of each prompt, in TRL's ``rollout_func`` contract: ``prompt_ids``,
+        ``completion_ids``, ``logprobs``.
 
         Args:
             prompts: Texts or conversations of this rank, repeated for the samples of a group.
@@ -94,7 +102,9 @@ class PacelineRollouts(TrainerCallback):
         }
         if self._entropies:
             found["entropies"] = [r.entropies for r in rollouts]
-            found["answers"] = [answer_start(r.token_ids, self._answer, trainer.processing_class) for r in rollouts]
+            found["answers"] = [
+                answer_start(r.token_ids, self._answer, trainer.processing_class) for r in rollouts
+            ]
         return found
 
     def converse(
@@ -105,23 +115,28 @@ class PacelineRollouts(TrainerCallback):
         turns: int,
         turn_tokens: int | None = None,
     ) -> dict[str, Any]:
-        """Plays conversations with an environment, in TRL's ``rollout_func`` contract with ``env_mask``: see docs/multi_turn.md.
+        """Plays conversations with an environment, in TRL's ``rollout_func`` contract with ``env_mask``: see
+        docs/multi_turn.md.
 
-        A conversation ends when the environment returns None, after ``turns`` of the policy's turns, or where the trainer's
-        ``max_completion_length``, which counts both sides' tokens, leaves no room for another. Keys and values are kept between
+        A conversation ends when the environment returns None, after ``turns`` of the policy's turns, or where
+        the trainer's ``max_completion_length``, which counts both sides' tokens, leaves no room for another.
+        Keys and values are kept between
         turns. Collective: ranks play on together until the last conversation of all has ended.
 
         Args:
             prompts: Texts or conversations of this rank, repeated for the samples of a group.
             trainer: Its `GRPOTrainer`.
-            environment: Called after each of the policy's turns, in order of the prompts. Returns a text, token ids or chat
-                messages to answer with, or None to end the conversation; after the last turn it is not read.
+            environment: Called after each of the policy's turns, in order of the prompts. Returns a text,
+                token ids or chat messages to answer with, or None to end the conversation; after the last
+                turn it is not read.
             turns: Most turns of the policy's, at least 1.
-            turn_tokens: Most tokens of one turn, at least 1; None leaves what ``max_completion_length`` leaves.
+            turn_tokens: Most tokens of one turn, at least 1; None leaves what ``max_completion_length``
+                leaves.
 
         Returns:
-            ``prompt_ids``, ``completion_ids``, ``logprobs``, ``env_mask``, one list for each prompt, and a column for each key that
-            the environment has written to `Conversation.columns` (None where it has not).
+            ``prompt_ids``, ``completion_ids``, ``logprobs``, ``env_mask``, one list for each prompt, and a
+            column for each key that the environment has written to `Conversation.columns` (None where it has
+            not).
 
         Raises:
             UserError: for turns that are no count, answers of another type, and rewards that read entropies.
@@ -130,15 +145,23 @@ class PacelineRollouts(TrainerCallback):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise UserError(f"paceline: {name} is {count!r}: write a count of at least 1")
         if any(getattr(f, "needs_entropies", False) for f in trainer.reward_funcs):
-            raise UserError("paceline: rewards that read entropies judge one turn: use another reward with converse()")
-        talks = [Conversation(p, list(ids)) for p, ids in zip(prompts, self._tokenized(prompts, trainer), strict=True)]
+            raise UserError(
+                "paceline: rewards that read entropies judge one turn: use another reward with converse()"
+            )
+        talks = [
+            Conversation(p, list(ids))
+            for p, ids in zip(prompts, self._tokenized(prompts, trainer), strict=True)
+        ]
         try:
             self._take_turns(talks, trainer, environment, turns, turn_tokens)
         finally:
             if self._hosted is not None:
                 self._hosted.engine.kept.clear()
         names = {name: None for talk in talks for name in talk.columns}
-        found = {name: [getattr(talk, name) for talk in talks] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
+        found = {
+            name: [getattr(talk, name) for talk in talks]
+            for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+        }
         return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}
 
     def _take_turns(
@@ -160,7 +183,9 @@ class PacelineRollouts(TrainerCallback):
             for talk, rollout in zip(going, rollouts, strict=True):
                 self._take_turn(talk, rollout, trainer, environment, last=turn + 1 == turns)
 
-    def _take_turn(self, talk: Conversation, rollout: Rollout, trainer: Any, environment: Environment, last: bool) -> None:
+    def _take_turn(
+        self, talk: Conversation, rollout: Rollout, trainer: Any, environment: Environment, last: bool
+    ) -> None:
         """Adds a turn and, unless it is the conversation's last one, what the environment answers."""
         tokenizer = _tokenizer_of(trainer)
         talk.said(rollout, tokenizer)
@@ -181,14 +206,15 @@ class PacelineRollouts(TrainerCallback):
         max_tokens: Sequence[int] | None = None,
         keep: bool = False,
     ) -> list[Rollout]:
-        """The rollouts of token ids, in order. Collective: every rank calls it equally often, with an empty list where it has none.
+        """The rollouts of token ids, in order. Collective: every rank calls it equally often, with an empty
+        list where it has none.
 
         Args:
             prompt_ids: Of this rank.
             trainer: Its trainer.
             max_tokens: The longest completion of each; None for the trainer's ``max_completion_length``.
-            keep: Keeps keys and values of these rollouts for later calls whose prompts begin with the same tokens, until the
-                weights change. Takes as much memory again as the engine's cache at most.
+            keep: Keeps keys and values of these rollouts for later calls whose prompts begin with the same
+                tokens, until the weights change. Takes as much memory again as the engine's cache at most.
         """
         hosted = self._host(trainer)
         hosted.refresh()
@@ -207,8 +233,12 @@ class PacelineRollouts(TrainerCallback):
             raise UserError(_TEXT_ONLY)
         return list(ids)
 
-    def _requests(self, prompt_ids: Sequence[Sequence[int]], trainer: Any, max_tokens: Sequence[int] | None) -> list[Request]:
-        """Seeds follow from the trainer's seed, the moment, the rank, the prompt, and which of its samples it is."""
+    def _requests(
+        self, prompt_ids: Sequence[Sequence[int]], trainer: Any, max_tokens: Sequence[int] | None
+    ) -> list[Request]:
+        """Seeds follow from the trainer's seed, the moment, the rank, the prompt, and which of its samples it
+        is.
+        """
         assert self._hosted is not None
         params = replace(self._hosted.worker.params, **_sampling(trainer))
         limits = [params.max_tokens] * len(prompt_ids) if max_tokens is None else max_tokens
@@ -222,8 +252,8 @@ class PacelineRollouts(TrainerCallback):
         return made
 
     def _moment(self, trainer: Any) -> str:
-        """Names this call by the trainer's step and how many there were in it. Evaluations are counted apart, so that a run that is
-        resumed after one draws what it would have drawn."""
+        """Names this call by the trainer's step and how many there were in it. Evaluations are counted apart,
+        so that a run that is resumed after one draws what it would have drawn."""
         mode, step = "" if trainer.model.training else "/evaluation", int(trainer.state.global_step)
         before = self._calls.get(mode)
         calls = before[1] + 1 if before is not None and before[0] == step else 0
@@ -239,7 +269,9 @@ class PacelineRollouts(TrainerCallback):
         earlier = self._hosted if known else None
         self._hosted, self._trainer = self._start(trainer, model), weakref.ref(trainer)
         if earlier is not None:
-            _LOG.warning("the policy's modules were replaced: the engine is built anew, and goes on with its drafter")
+            _LOG.warning(
+                "the policy's modules were replaced: the engine is built anew, and goes on with its drafter"
+            )
             self._hosted.take_over(earlier)
         elif trainer.state.global_step:
             self._resume(trainer)
@@ -251,7 +283,10 @@ class PacelineRollouts(TrainerCallback):
         check_trainer(trainer, model)
         args, accelerator = trainer.args, trainer.accelerator
         longest = trainer.max_completion_length
-        most = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or longest + _ROOM_FOR_PROMPTS
+        most = (
+            getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+            or longest + _ROOM_FOR_PROMPTS
+        )
         from_host = {
             "out": str(Path(args.output_dir) / _FOLDER),
             "seed": args.seed,
@@ -267,7 +302,8 @@ class PacelineRollouts(TrainerCallback):
         config = host_config(self._sections, from_host, alone=accelerator.num_processes == 1)
         if config.rollout.max_context > most:
             raise UserError(
-                f"paceline: rollout.max_context is {config.rollout.max_context}, the policy reads {most} tokens at most"
+                f"paceline: rollout.max_context is {config.rollout.max_context}, the policy reads {most} "
+                "tokens at most"
             )
         policy = HostPolicy(model, getattr(torch, config.rollout.dtype), accelerator.device)
         hosted = HostedRollouts(config, policy, _tokenizer_of(trainer), accelerator, _LOG.warning)
@@ -286,12 +322,16 @@ class PacelineRollouts(TrainerCallback):
         else:
             self._hosted.load(folder)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The trainer has written a checkpoint: the drafter joins it."""
         if self._hosted is not None and state.is_world_process_zero:
             self._hosted.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _FOLDER)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """The drafter is exported."""
         if self._hosted is not None:
             self._hosted.finish()
@@ -318,7 +358,9 @@ def _tokenizer_of(trainer: Any) -> Any:
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:
-    """Returns how the trainer samples at the moment, by the names of `SamplingParams` and of a recipe's ``rollout``."""
+    """Returns how the trainer samples at the moment, by the names of `SamplingParams` and of a recipe's
+    ``rollout``.
+    """
     return {
         "temperature": float(trainer.temperature),
         "top_k": max(trainer.top_k or 0, 0),

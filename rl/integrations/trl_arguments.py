@@ -1,4 +1,6 @@
-"""What TRL's trainers can be asked for and the engine does not do: found before anything is built, and said in one line."""
+"""What TRL's trainers can be asked for and the engine does not do: found before anything is built, and said
+in one line.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def check_arguments(args: Any) -> None:
         UserError: one line with everything that the rollouts would not follow, and what to write instead.
     """
     if not isinstance(args, trl.GRPOConfig | trl.RLOOConfig):
-        raise UserError(f"paceline: args is a {type(args).__name__}: give the trainer's GRPOConfig or RLOOConfig")
+        raise UserError(
+            f"paceline: args is a {type(args).__name__}: give the trainer's GRPOConfig or RLOOConfig"
+        )
     _refuse([*_generation(args), *_generation_kwargs(args), *_vllm(args), *_sampling(args)])
 
 
@@ -65,7 +69,10 @@ def check_trainer(trainer: Any, model: nn.Module) -> None:
         UserError: as `check_arguments`.
     """
     if not isinstance(trainer, trl.GRPOTrainer | trl.RLOOTrainer):
-        raise UserError(f"paceline: rollouts are for TRL's GRPOTrainer and RLOOTrainer, this is a {type(trainer).__name__}")
+        raise UserError(
+            "paceline: rollouts are for TRL's GRPOTrainer and RLOOTrainer, this is a "
+            f"{type(trainer).__name__}"
+        )
     check_arguments(trainer.args)
     _refuse([*_tools(trainer), *_rewards(trainer), *_devices(model)])
 
@@ -103,8 +110,15 @@ def _generation_kwargs(args: Any) -> list[str]:
     given = args.generation_kwargs or {}
     if not isinstance(given, Mapping):
         return [f"generation_kwargs is a {type(given).__name__}: write a dictionary"]
-    wrong = {name: value for name, value in given.items() if value is not None and _NEUTRAL.get(name, _LEAVE_OUT) != value}
-    return [f"generation_kwargs.{name} is {value}: {_WRITTEN_ELSEWHERE.get(name, _LEAVE_OUT)}" for name, value in wrong.items()]
+    wrong = {
+        name: value
+        for name, value in given.items()
+        if value is not None and _NEUTRAL.get(name, _LEAVE_OUT) != value
+    }
+    return [
+        f"generation_kwargs.{name} is {value}: {_WRITTEN_ELSEWHERE.get(name, _LEAVE_OUT)}"
+        for name, value in wrong.items()
+    ]
 
 
 def _vllm(args: Any) -> list[str]:
@@ -114,9 +128,13 @@ def _vllm(args: Any) -> list[str]:
     changed = [
         f.name
         for f in dataclasses.fields(args)
-        if f.name.startswith("vllm_") and f.default is not dataclasses.MISSING and getattr(args, f.name) != f.default
+        if f.name.startswith("vllm_")
+        and f.default is not dataclasses.MISSING
+        and getattr(args, f.name) != f.default
     ]
-    return [f"{name} is {getattr(args, name)}: leave it out, TRL reads it with use_vllm only" for name in changed]
+    return [
+        f"{name} is {getattr(args, name)}: leave it out, TRL reads it with use_vllm only" for name in changed
+    ]
 
 
 def _sampling(args: Any) -> list[str]:
@@ -124,7 +142,11 @@ def _sampling(args: Any) -> list[str]:
         SamplingParams(args.temperature, max(args.top_k or 0, 0), args.top_p)
     except (TypeError, ValueError) as error:
         return [" ".join(str(error).split())]
-    return ["temperature is 0: write a number above 0, TRL divides logits by it"] if args.temperature == 0 else []
+    return (
+        ["temperature is 0: write a number above 0, TRL divides logits by it"]
+        if args.temperature == 0
+        else []
+    )
 
 
 def _tools(trainer: Any) -> list[str]:
@@ -145,13 +167,15 @@ def _rewards(trainer: Any) -> list[str]:
         if not isinstance(reward, LengthAware):
             continue
         problems += [
-            f"LengthAware(group_size={reward.group_size}) compares other groups than {name}={count}: write the same number"
+            f"LengthAware(group_size={reward.group_size}) compares other groups than {name}={count}: write "
+            "the same number"
             for name, count in samples.items()
             if count != reward.group_size
         ]
         if reward.longest != trainer.max_completion_length:
             problems.append(
-                f"LengthAware(longest={reward.longest}) but max_completion_length={trainer.max_completion_length}: write one"
+                f"LengthAware(longest={reward.longest}) but "
+                f"max_completion_length={trainer.max_completion_length}: write one"
             )
     return problems
 
@@ -164,5 +188,6 @@ def _devices(model: nn.Module) -> list[str]:
         return ['the policy lies on a disk in part: load it whole, model_init_kwargs={"device_map": None}']
     where = ", ".join(devices)
     return [
-        f'the policy is on several devices ({where}): write model_init_kwargs={{"device_map": None}} and start a process for each'
+        f'the policy is on several devices ({where}): write model_init_kwargs={{"device_map": None}} '
+        "and start a process for each"
     ]

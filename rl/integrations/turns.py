@@ -1,4 +1,6 @@
-"""Conversations with an environment, as tokens: what the policy said, what it was answered, and which of the two each token is."""
+"""Conversations with an environment, as tokens: what the policy said, what it was answered, and which of the
+two each token is.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 from paceline.rl.errors import UserError
 from paceline.rollout import Rollout
 
-_MARK = "paceline-marks-this-turn"  # stands for a turn of the policy's where a chat template is asked what follows one
+# stands for a turn of the policy's where a chat template is asked what follows one
+_MARK = "paceline-marks-this-turn"
 
 
 @dataclass(slots=True)
@@ -21,7 +24,8 @@ class Conversation:
         prompt_ids: Its tokens.
         completion_ids: All tokens after it, the policy's and the environment's.
         logprobs: One for each completion token; 0 for the environment's.
-        env_mask: One for each completion token: 1 for the policy's, which are trained on, 0 for the environment's.
+        env_mask: One for each completion token: 1 for the policy's, which are trained on, 0 for the
+            environment's.
         turns: The policy's turns so far, decoded without special tokens.
         columns: For the environment to write to; each key becomes a column that reward functions are given.
         over: Whether no turn follows.
@@ -59,13 +63,17 @@ Answer = str | Sequence[int] | Sequence[Mapping[str, Any]] | None
 Environment = Callable[[Conversation], Answer]
 
 
-def answer_ids(tokenizer: Any, answer: Answer, last_token: int, template_options: Mapping[str, Any]) -> list[int]:
+def answer_ids(
+    tokenizer: Any, answer: Answer, last_token: int, template_options: Mapping[str, Any]
+) -> list[int]:
     """Token ids of an environment's answer. What was said before is never tokenized again.
 
     Args:
         tokenizer: Of the policy.
-        answer: Token ids, a text that goes on right after the policy's turn, or messages for the chat template.
-        last_token: That the policy's turn ended with: where it is what the template ends a turn with, it is not repeated.
+        answer: Token ids, a text that goes on right after the policy's turn, or messages for the chat
+            template.
+        last_token: That the policy's turn ended with: where it is what the template ends a turn with, it is
+            not repeated.
         template_options: For `apply_chat_template`.
 
     Raises:
@@ -80,20 +88,34 @@ def answer_ids(tokenizer: Any, answer: Answer, last_token: int, template_options
     ids = [item for item in items if isinstance(item, int)]
     if isinstance(answer, Sequence) and len(ids) == len(items):
         return ids
-    raise UserError(f"the environment answered {answer!r:.80}: return a text, token ids, messages, or None to end the conversation")
+    raise UserError(
+        f"the environment answered {answer!r:.80}: return a text, token ids, messages, or None to end the "
+        "conversation"
+    )
 
 
 def _after_a_turn(tokenizer: Any, messages: list[Any], ending: str, options: Mapping[str, Any]) -> str:
-    """What a chat template writes between the end of an assistant's turn and the next one, with these messages in between."""
+    """What a chat template writes between the end of an assistant's turn and the next one, with these
+    messages in between.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise UserError("the environment answered with messages, and the tokenizer has no chat template: return a text")
+        raise UserError(
+            "the environment answered with messages, and the tokenizer has no chat template: return a text"
+        )
     talk = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template([*talk, *messages], add_generation_prompt=True, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(
+            [*talk, *messages], add_generation_prompt=True, tokenize=False, **options
+        )
     except Exception as error:  # whatever a template raises
         problem = " ".join(str(error).split())
-        raise UserError(f"the chat template refuses the environment's messages ({problem}): return a text") from None
+        raise UserError(
+            f"the chat template refuses the environment's messages ({problem}): return a text"
+        ) from None
     before, mark, after = text.rpartition(_MARK)
     if not mark or _MARK not in before:
-        raise UserError("the chat template does not write an assistant's turn as it is: return a text that ends it instead")
+        raise UserError(
+            "the chat template does not write an assistant's turn as it is: return a text that ends it "
+            "instead"
+        )
     return after.removeprefix(ending) if ending else after

@@ -1,12 +1,14 @@
 """Rollouts and rewards for verl 0.9, through its registries.
 
-``VERL_USE_EXTERNAL_MODULES=paceline.rl.integrations.verl`` in the environment of all workers makes verl import this file, which registers
+``VERL_USE_EXTERNAL_MODULES=paceline.rl.integrations.verl`` in the environment of all workers makes verl
+import this file, which registers
 
-- the rollout ``paceline`` (``actor_rollout_ref.rollout.name=paceline``): each replica is a Ray actor with an engine of its own;
-  what it drafts and trains is in ``actor_rollout_ref.rollout.engine_kwargs.paceline``, with the sections of `host_config`;
-- the reward manager ``paceline`` (``reward.reward_manager.name=paceline``): verl's naive one, its scores made length-aware by the
-  terms in ``PACELINE_LENGTH_REWARDS``, JSON as ``length.rewards`` in a recipe. verl asks for one sample's reward at a time, so
-  terms that compare a group are refused.
+- the rollout ``paceline`` (``actor_rollout_ref.rollout.name=paceline``): each replica is a Ray actor with an
+  engine of its own; what it drafts and trains is in ``actor_rollout_ref.rollout.engine_kwargs.paceline``,
+  with the sections of `host_config`;
+- the reward manager ``paceline`` (``reward.reward_manager.name=paceline``): verl's naive one, its scores made
+  length-aware by the terms in ``PACELINE_LENGTH_REWARDS``, JSON as ``length.rewards`` in a recipe. verl asks
+  for one sample's reward at a time, so terms that compare a group are refused.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class PacelineServer:
         self._config, self._replica = config, replica_rank
         self._max_context: int = config.max_model_len or config.prompt_length + config.response_length
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        policy = load_policy(model_config.local_path, device, getattr(torch, config.dtype)).requires_grad_(False)
+        policy = load_policy(model_config.local_path, device, getattr(torch, config.dtype)).requires_grad_(
+            False
+        )
         tokenizer = model_config.tokenizer
         from_host = {
             "seed": config.seed,
@@ -65,10 +69,13 @@ class PacelineServer:
                 "temperature": config.temperature,
                 "dtype": config.dtype,
             },
-            "drafter": {"schedule": "always"},  # a server trains while it has no requests, and stops for the next
+            # a server trains while it has no requests, and stops for the next
+            "drafter": {"schedule": "always"},
         }
         sections = config.engine_kwargs.get("paceline") or {}
-        self._server = EngineServer(host_config(sections, from_host, alone=False), policy, tokenizer, _LOG.warning)
+        self._server = EngineServer(
+            host_config(sections, from_host, alone=False), policy, tokenizer, _LOG.warning
+        )
         self._stops = stop_token_ids(tokenizer, policy.generation_config)
         self._count = 0
 
@@ -110,7 +117,9 @@ class PacelineServer:
 
     def _params(self, asked: dict[str, Any], prompt: int) -> SamplingParams:
         room = self._max_context - prompt
-        default = min(self._config.response_length, self._config.prompt_length + self._config.response_length - prompt)
+        default = min(
+            self._config.response_length, self._config.prompt_length + self._config.response_length - prompt
+        )
         longest = asked.pop("max_tokens", None) or asked.pop("max_new_tokens", None) or default
         found = SamplingParams(
             temperature=float(asked.pop("temperature", self._config.temperature)),
@@ -170,10 +179,13 @@ class PacelineReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         if self.world_size != 1:
             raise UserError(
-                f"paceline: an engine has one device, a replica here {self.world_size}: write tensor_model_parallel_size, "
+                f"paceline: an engine has one device, a replica here {self.world_size}: write "
+                "tensor_model_parallel_size, "
                 "data_parallel_size and pipeline_model_parallel_size 1, and more replicas"
             )
-        node = await self.workers[0].__ray_call__.remote(lambda worker: ray.get_runtime_context().get_node_id())
+        node = await self.workers[0].__ray_call__.remote(
+            lambda worker: ray.get_runtime_context().get_node_id()
+        )
         place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id=node, soft=False)
         name = f"paceline_server_{self.replica_rank}_0{self.name_suffix}"
         options = {"name": name, "max_concurrency": self.max_concurrency, "scheduling_strategy": place}

@@ -1,4 +1,6 @@
-"""A step's samples, spread over the ranks so that each has as much to compute: whoever decoded long ones does not update alone."""
+"""A step's samples, spread over the ranks so that each has as much to compute: whoever decoded long ones does
+not update alone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def compute_cost(sample: Scored, attention: float) -> float:
 
     Args:
         sample: Of L tokens.
-        attention: Of a token to one other, likewise: hidden size × layers ÷ parameters counts both products of attention, causal.
+        attention: Of a token to one other, likewise: hidden size × layers ÷ parameters counts both products
+            of attention, causal.
     """
     length = len(sample.completion)
     return length * (1 + attention * (len(sample.prompt) + length))
@@ -49,8 +52,8 @@ def compute_cost(sample: Scored, attention: float) -> float:
 def homes(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     """To which rank each sample goes: the samples of all ranks, in line, cut into parts of equal cost.
 
-    A part ends within one sample of where it should, samples of a prompt stay together but where a cut falls between them, and what
-    need not move does not.
+    A part ends within one sample of where it should, samples of a prompt stay together but where a cut falls
+    between them, and what need not move does not.
 
     Args:
         costs: Of each rank's samples; 0 for those that need not be computed.
@@ -79,7 +82,10 @@ def spread(samples: Sequence[Scored], costs: Sequence[float], accelerator: Accel
     if ranks == 1:
         return list(samples)
     own = homes(gather_object([list(costs)]))[rank]
-    parcels = [b"" if home == rank else _wrap([s for s, h in zip(samples, own, strict=True) if h == home]) for home in range(ranks)]
+    parcels = [
+        b"" if home == rank else _wrap([s for s, h in zip(samples, own, strict=True) if h == home])
+        for home in range(ranks)
+    ]
     stay = [s for s, home in zip(samples, own, strict=True) if home == rank]
     return [*stay, *(s for parcel in _exchange(parcels, accelerator) for s in _unwrap(parcel))]
 
@@ -88,14 +94,23 @@ def _exchange(parcels: list[bytes], accelerator: Accelerator) -> list[bytes]:
     """Hands parcel i to rank i; what came from each."""
     sizes = gather_object([[len(p) for p in parcels]])
     coming = [of_rank[accelerator.process_index] for of_rank in sizes]
-    sent = torch.frombuffer(bytearray(b"".join(parcels)) or bytearray(1), dtype=torch.uint8)[: sum(map(len, parcels))]
+    sent = torch.frombuffer(bytearray(b"".join(parcels)) or bytearray(1), dtype=torch.uint8)[
+        : sum(map(len, parcels))
+    ]
     received = torch.empty(sum(coming), dtype=torch.uint8, device=accelerator.device)
-    torch.distributed.all_to_all_single(received, sent.to(accelerator.device), coming, [len(p) for p in parcels])
+    torch.distributed.all_to_all_single(
+        received, sent.to(accelerator.device), coming, [len(p) for p in parcels]
+    )
     return [part.cpu().numpy().tobytes() for part in received.split(coming)]
 
 
 def _wrap(samples: Sequence[Scored]) -> bytes:
-    named = {f"{i}.{n}": getattr(s, n).contiguous() for i, s in enumerate(samples) for n in _NAMES if getattr(s, n) is not None}
+    named = {
+        f"{i}.{n}": getattr(s, n).contiguous()
+        for i, s in enumerate(samples)
+        for n in _NAMES
+        if getattr(s, n) is not None
+    }
     return save(named) if named else b""
 
 

@@ -45,7 +45,9 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Values before each target: float32 [M]."""
-        output = self.decoder(input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch)
+        output = self.decoder(
+            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
+        )
         return self.head(output.last_hidden_state[0, batch.predict])[:, 0].float()
 
 
@@ -56,8 +58,8 @@ class CriticReport:
     Attributes:
         tokens: How many.
         loss: Of the value loss.
-        returns, squares, errors: Of the returns, their squares, and the squared errors before the update; for the share of the
-            returns' variance that the critic explained.
+        returns, squares, errors: Of the returns, their squares, and the squared errors before the update; for
+            the share of the returns' variance that the critic explained.
     """
 
     tokens: int = 0
@@ -80,7 +82,9 @@ class Critic:
         UserError: where that is truncated, or files are missing.
     """
 
-    def __init__(self, accelerator: Accelerator, model: ValueModel, config: RunConfig, kept: Path | None) -> None:
+    def __init__(
+        self, accelerator: Accelerator, model: ValueModel, config: RunConfig, kept: Path | None
+    ) -> None:
         self._accelerator, self._config, self._budget = (
             accelerator,
             config.critic,
@@ -88,7 +92,9 @@ class Critic:
         )
         if kept is not None:
             _load(model, kept / "critic.safetensors")
-        settings = AdamWSettings(config.critic.lr, 0.0, config.critic.grad_clip, config.policy.mixed_precision)
+        settings = AdamWSettings(
+            config.critic.lr, 0.0, config.critic.grad_clip, config.policy.mixed_precision
+        )
         self._trained = shard(model, config.scale, accelerator, settings)
         if kept is not None:
             restore_moments(self._trained, kept / "critic_optimizer")
@@ -96,7 +102,9 @@ class Critic:
     def values(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
         """float32 [L_i] for each sample, on the CPU."""
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
-        found = by_completion(self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained)
+        found = by_completion(
+            self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained
+        )
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
 
     def update(self, samples: Sequence[Scored], total_tokens: float) -> CriticReport:
@@ -139,4 +147,6 @@ def _load(model: ValueModel, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise UserError(f"{path}: truncated, missing, or of another model ({reason}); resume from another checkpoint") from None
+        raise UserError(
+            f"{path}: truncated, missing, or of another model ({reason}); resume from another checkpoint"
+        ) from None

@@ -24,8 +24,8 @@ _CACHED = 1 << 18  # of them that are worked on at a time on a CPU
 
 
 class _ToRows(torch.autograd.Function):
-    """[T, …] → [n, L, …]. Its gradient is a gather, where indexing's own would be a slow accumulating scatter: padding, the only
-    thing read twice, never receives a gradient."""
+    """[T, …] → [n, L, …]. Its gradient is a gather, where indexing's own would be a slow accumulating
+    scatter: padding, the only thing read twice, never receives a gradient."""
 
     @staticmethod
     def forward(ctx: Any, line: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
@@ -65,10 +65,11 @@ def packed_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over a packed line: a token sees its prompt and its own sample, nothing else.
+    """transformers' attention interface over a packed line: a token sees its prompt and its own sample,
+    nothing else.
 
-    Only attention itself works on a padded layout; linear layers see the T real tokens. On a CPU it is two batched products: the
-    backward of SDPA there is the slower one at the lengths of a micro-batch.
+    Only attention itself works on a padded layout; linear layers see the T real tokens. On a CPU it is two
+    batched products: the backward of SDPA there is the slower one at the lengths of a micro-batch.
 
     Args:
         query: [1, H, T, d]; key and value [1, KV, T, d].
@@ -78,7 +79,8 @@ def packed_attention(
         [1, T, H, d].
 
     Raises:
-        NotImplementedError: for attention that computes something else, see `paceline.rollout.model.attention.check_attention`.
+        NotImplementedError: for attention that computes something else, see
+            `paceline.rollout.model.attention.check_attention`.
         TypeError: when the model hands its caller's keyword arguments to no attention function.
     """
     if packed is None:
@@ -90,11 +92,19 @@ def packed_attention(
     if sliding_window is not None:
         near = packed.pad_positions[:, None, :] > packed.pad_positions[:, :, None] - sliding_window
         visible = visible & near
-    # Rotary embedding leaves float32 under autocast, and softmax would: here all keep the value's precision: a quarter less memory.
-    q, k, v = (_ToRows.apply(x[0].transpose(0, 1).to(value.dtype), packed).transpose(1, 2) for x in (query, key, value))
+    # Rotary embedding leaves float32 under autocast, and softmax would: here all keep the value's precision:
+    # a quarter less memory.
+    q, k, v = (
+        _ToRows.apply(x[0].transpose(0, 1).to(value.dtype), packed).transpose(1, 2)
+        for x in (query, key, value)
+    )
     with torch.autocast(query.device.type, enabled=False):
         if query.device.type == "cpu" or softcap is not None:
-            bias = torch.zeros((), dtype=q.dtype, device=q.device).expand(visible.shape).masked_fill(~visible, float("-inf"))
+            bias = (
+                torch.zeros((), dtype=q.dtype, device=q.device)
+                .expand(visible.shape)
+                .masked_fill(~visible, float("-inf"))
+            )
             out = grouped_attention(q, k.contiguous(), v.contiguous(), bias[:, None, None], scaling, softcap)
         else:
             attend = nn.functional.scaled_dot_product_attention
@@ -106,14 +116,16 @@ register_attention(PACKED_ATTENTION, packed_attention)
 
 
 class PolicyLogProbs(nn.Module):
-    """The policy as a map from packed sequences to log-probabilities: what accelerate wraps and the optimizer updates.
+    """The policy as a map from packed sequences to log-probabilities: what accelerate wraps and the optimizer
+    updates.
 
     Args:
-        policy: A causal LM whose logits are its output head applied to its decoder's output. Its dropout is turned off: what is
-            trained is the distribution that was drawn from.
+        policy: A causal LM whose logits are its output head applied to its decoder's output. Its dropout is
+            turned off: what is trained is the distribution that was drawn from.
 
     Raises:
-        UserError: when the logits are made in some other way (soft-capped or scaled), or a packed line gives other log-probs than
+        UserError: when the logits are made in some other way (soft-capped or scaled), or a packed line gives
+            other log-probs than
             its sequences alone: either would train another model.
     """
 
@@ -130,8 +142,11 @@ class PolicyLogProbs(nn.Module):
         use_attention(policy, PACKED_ATTENTION)
         check_packing(policy, lambda batch: self(batch, 1.0)[0], wanted)
 
-    def forward(self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
+    def forward(
+        self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each target under softmax(logits / temperature), and that distribution's
+        entropy.
 
         Args:
             batch: What to score.
@@ -147,7 +162,8 @@ class PolicyLogProbs(nn.Module):
         if self._limit is not None and int(batch.positions.max()) >= self._limit.tokens:
             name = type(self.policy).__name__
             raise UserError(
-                f"{name} {self._limit.reason} past {self._limit.tokens} tokens: write rollout.max_context of at most that"
+                f"{name} {self._limit.reason} past {self._limit.tokens} tokens: write rollout.max_context of "
+                "at most that"
             )
         hidden = decoder_of(self.policy)(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
@@ -158,7 +174,9 @@ class PolicyLogProbs(nn.Module):
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
             if torch.is_grad_enabled():
-                logprob, entropy = checkpoint(_score, head, hidden[piece], batch.targets[piece], temperature, use_reentrant=False)
+                logprob, entropy = checkpoint(
+                    _score, head, hidden[piece], batch.targets[piece], temperature, use_reentrant=False
+                )
             else:
                 logprob, entropy = _score(head, hidden[piece], batch.targets[piece], temperature)
             logprobs.append(logprob)
@@ -166,21 +184,26 @@ class PolicyLogProbs(nn.Module):
         return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _score(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(
+    head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     logprob, entropy = TokenScores.apply(head(hidden), targets, temperature)
     return logprob, entropy
 
 
 class TokenScores(torch.autograd.Function):
-    """Log-probability of each target and entropy under softmax(logits / temperature), in float32 whatever the logits are in.
+    """Log-probability of each target and entropy under softmax(logits / temperature), in float32 whatever the
+    logits are in.
 
-    With p the distribution and H its entropy, per unit of each output's gradient a logit gets (1[target] − p) / T and
-    −p (log p + H) / T. Rows are taken a few at a time on a CPU, so that the dozen passes over them stay in its cache: over the
-    whole of a large vocabulary each would go to memory.
+    With p the distribution and H its entropy, per unit of each output's gradient a logit gets (1[target] − p)
+    / T and −p (log p + H) / T. Rows are taken a few at a time on a CPU, so that the dozen passes over them
+    stay in its cache: over the whole of a large vocabulary each would go to memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """logits: [M, V]; targets: int64 [M]. Returns two float32 [M]."""
         logprobs, entropies = (
             logits.new_empty(len(logits), dtype=torch.float32),
@@ -195,7 +218,9 @@ class TokenScores(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, of_logprob: torch.Tensor, of_entropy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, of_logprob: torch.Tensor, of_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         logits, targets, entropies = ctx.saved_tensors
         scale, with_entropy = 1 / ctx.temperature, bool(of_entropy.any())
         grad = torch.empty_like(logits)

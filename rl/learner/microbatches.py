@@ -20,7 +20,8 @@ def packed_step(
 ) -> float:
     """Accumulates gradients over this rank's micro-batches, and steps where they are finite.
 
-    Collective: a rank without a micro-batch, or with fewer than others where they run in lockstep, takes part with ones that count
+    Collective: a rank without a micro-batch, or with fewer than others where they run in lockstep, takes part
+        with ones that count
     for nothing.
 
     Args:
@@ -41,8 +42,12 @@ def packed_step(
     return trained.step()
 
 
-def in_step(accelerator: Accelerator, trained: Trained, batches: Sequence[PackedBatch]) -> list[PackedBatch | None]:
-    """A rank's micro-batches; where every rank must run as many, followed by None up to the largest number of any. Collective."""
+def in_step(
+    accelerator: Accelerator, trained: Trained, batches: Sequence[PackedBatch]
+) -> list[PackedBatch | None]:
+    """A rank's micro-batches; where every rank must run as many, followed by None up to the largest number of
+    any. Collective.
+    """
     if not trained.in_lockstep:
         return list(batches)
     most = int(accelerator.gather(torch.tensor([len(batches)], device=accelerator.device)).max())

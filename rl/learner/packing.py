@@ -35,7 +35,8 @@ class PackedBatch:
     Attributes:
         members: Index of each sample, in order.
         tokens: int64 [T].
-        positions: int64 [T], position of each token in its own sequence (a sample goes on where its prompt ends).
+        positions: int64 [T], position of each token in its own sequence (a sample goes on where its prompt
+            ends).
         pad_index: int64 [n, L], place of each row's tokens in the line (0 where a row is shorter than L).
         flat_index: int64 [T], place of each token in the padded [n * L] layout: the inverse of ``pad_index``.
         pad_positions: int64 [n, L], ``positions`` in the padded layout.
@@ -63,10 +64,11 @@ class PackedBatch:
 
 
 def plan(rows: Sequence[PromptRow], budget: int) -> list[list[PromptRow]]:
-    """Splits rows longer than ``budget`` (repeating their prompt) and fills micro-batches of at most ``budget`` tokens.
+    """Splits rows longer than ``budget`` (repeating their prompt) and fills micro-batches of at most
+    ``budget`` tokens.
 
-    Rows of similar length go together. Every sample occurs exactly once; one that is too long with its prompt alone gets a
-    micro-batch of its own.
+    Rows of similar length go together. Every sample occurs exactly once; one that is too long with its prompt
+    alone gets a micro-batch of its own.
     """
     pieces = sorted((piece for row in rows for piece in _split(row, budget)), key=lambda row: -row.length)
     bins: list[list[PromptRow]] = []
@@ -96,7 +98,8 @@ def pack(rows: Sequence[PromptRow]) -> PackedBatch:
     """Lays rows out in one line.
 
     Raises:
-        ValueError: when a prompt or a sample is empty: there would be no token to predict from, or none to predict.
+        ValueError: when a prompt or a sample is empty: there would be no token to predict from, or none to
+            predict.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -132,7 +135,9 @@ def pack(rows: Sequence[PromptRow]) -> PackedBatch:
         pad_index=pad_index,
         flat_index=inside.flatten().nonzero()[:, 0],
         pad_positions=pad_positions,
-        visible=_visible(torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1), pad_positions),
+        visible=_visible(
+            torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1), pad_positions
+        ),
         predict=torch.tensor(predict),
         targets=torch.tensor(targets),
         owner=torch.tensor(owner),
@@ -148,7 +153,9 @@ def _padded_layout(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _visible(segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Causal within a sample, and from a sample to its prompt (segment 0). Padding (−1) sees itself, so that its softmax exists."""
+    """Causal within a sample, and from a sample to its prompt (segment 0). Padding (−1) sees itself, so that
+    its softmax exists.
+    """
     queries, keys = segments[:, :, None], segments[:, None, :]
     same = (keys == queries) | ((keys == 0) & (queries > 0))
     causal = positions[:, None, :] <= positions[:, :, None]

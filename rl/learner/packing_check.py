@@ -1,4 +1,6 @@
-"""Whether a policy can be trained on packed sequences: compared with its own forward of each sequence before training begins."""
+"""Whether a policy can be trained on packed sequences: compared with its own forward of each sequence before
+training begins.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,22 @@ from paceline.rl.errors import UserError, one_line
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
 
 _ROWS = (((1, 2, 3), ((4, 5, 6), (7, 8))), ((9, 10), ((11, 12, 13, 14),)))  # prompts, each with its samples
-# Rounding moves log-probs by 1e-6 to 2e-4 in float32, by a few hundredths in 16 bits; what another sequence's tokens do is larger.
+# Rounding moves log-probs by 1e-6 to 2e-4 in float32, by a few hundredths in 16 bits; what another sequence's
+# tokens do is larger.
 _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 def decoder_of(policy: PreTrainedModel) -> nn.Module:
     """The part of a causal LM below its output head."""
     found = policy.base_model
-    return found if found is not policy else policy.model  # Llama 4's base_model_prefix names an attribute that it does not have
+    # Llama 4's base_model_prefix names an attribute that it does not have
+    return found if found is not policy else policy.model
 
 
 def turn_off_dropout(policy: PreTrainedModel) -> None:
-    """Sets every rate of dropout and of routers' jitter to zero, in modules and in the numbers that modules hand to functions."""
+    """Sets every rate of dropout and of routers' jitter to zero, in modules and in the numbers that modules
+    hand to functions.
+    """
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -37,7 +43,8 @@ def check_head(policy: PreTrainedModel) -> torch.Tensor:
     """Checks that a policy's logits are what its output head gives.
 
     Returns:
-        float32 [M], log-probs of the samples of `check_packing`'s batch, from a forward of each sequence alone.
+        float32 [M], log-probs of the samples of `check_packing`'s batch, from a forward of each sequence
+        alone.
 
     Raises:
         UserError: when the logits are soft-capped or scaled.
@@ -46,27 +53,36 @@ def check_head(policy: PreTrainedModel) -> torch.Tensor:
     large = torch.linspace(-50, 50, vocabulary)
     head = policy.get_output_embeddings()
     if head is None:
-        raise UserError(f"{type(policy).__name__} has no output head over a vocabulary: choose a causal language model")
+        raise UserError(
+            f"{type(policy).__name__} has no output head over a vocabulary: choose a causal language model"
+        )
     hook = head.register_forward_hook(lambda module, args, output: large.to(output).expand_as(output))
     try:
-        seen = policy(input_ids=torch.tensor([[1, 2, 3]], device=policy.device) % vocabulary, use_cache=False).logits
+        seen = policy(
+            input_ids=torch.tensor([[1, 2, 3]], device=policy.device) % vocabulary, use_cache=False
+        ).logits
     finally:
         hook.remove()
     if not torch.allclose(seen[0, -1], large.to(seen), rtol=1e-3):
         raise UserError(
-            f"{type(policy).__name__} caps or scales its logits, which training does not support: choose another policy"
+            f"{type(policy).__name__} caps or scales its logits, which training does not support: choose "
+            "another policy"
         )
     wanted = []
     for prompt, samples in _ROWS:
         for sample in samples:
             ids = torch.tensor([[*prompt, *sample]], device=policy.device) % vocabulary
-            logprobs = policy(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            logprobs = (
+                policy(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            )
             wanted.append(logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0])
     return torch.cat(wanted)
 
 
 @torch.no_grad()
-def check_packing(policy: PreTrainedModel, logprobs: Callable[[PackedBatch], torch.Tensor], wanted: torch.Tensor) -> None:
+def check_packing(
+    policy: PreTrainedModel, logprobs: Callable[[PackedBatch], torch.Tensor], wanted: torch.Tensor
+) -> None:
     """Checks that a packed line gives each sequence the log-probs that it has alone, in training mode.
 
     Args:
@@ -88,13 +104,16 @@ def check_packing(policy: PreTrainedModel, logprobs: Callable[[PackedBatch], tor
     try:
         got = logprobs(pack(rows).to(policy.device))
     except NotImplementedError as error:
-        raise UserError(f"{name} cannot be trained here: it {error}; choose another policy, see docs/models.md") from None
+        raise UserError(
+            f"{name} cannot be trained here: it {error}; choose another policy, see docs/models.md"
+        ) from None
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{name} cannot be trained on packed sequences ({reason}): choose another policy, see docs/models.md"
+            f"{name} cannot be trained on packed sequences ({reason}): choose another policy, see "
+            "docs/models.md"
         ) from None
     finally:
         policy.train(training)
@@ -103,6 +122,7 @@ def check_packing(policy: PreTrainedModel, logprobs: Callable[[PackedBatch], tor
     gap = float((got - wanted).abs().nan_to_num(nan=torch.inf).max())
     if gap > _TOLERANCES.get(policy.dtype, 2e-3):
         raise UserError(
-            f"{name} gives packed sequences other log-probs than it gives each alone, by {gap:.2g} nats: choose another policy, "
+            f"{name} gives packed sequences other log-probs than it gives each alone, by {gap:.2g} nats: "
+            "choose another policy, "
             "see docs/models.md"
         )

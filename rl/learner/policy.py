@@ -33,7 +33,8 @@ _WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
 
 
 class PolicyLearner:
-    """Owns what is trained beside the drafter: the policy with its optimizer, and the critic where the recipe has one.
+    """Owns what is trained beside the drafter: the policy with its optimizer, and the critic where the recipe
+    has one.
 
     Args:
         config: The recipe.
@@ -68,7 +69,9 @@ class PolicyLearner:
         self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
         module = PolicyLogProbs(policy)
         self._adapted = None if config.scale.lora is None else adapted_layers(module)
-        settings = AdamWSettings(update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision)
+        settings = AdamWSettings(
+            update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision
+        )
         self._trained = shard(module, config.scale, accelerator, settings)
         self._updater = PolicyUpdater(
             accelerator,
@@ -87,18 +90,24 @@ class PolicyLearner:
             if config.policy.gradient_checkpointing:
                 recompute_activations(decoder)
             value_model = ValueModel(decoder).to(accelerator.device)
-            self.critic = Critic(accelerator, value_model, config, None if checkpoint is None else checkpoint.path)
+            self.critic = Critic(
+                accelerator, value_model, config, None if checkpoint is None else checkpoint.path
+            )
         if checkpoint is not None:
             restore_moments(self._trained, checkpoint.path / "optimizer")
             self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's present weights, whole, by their names without adapters. Collective; good until the next step."""
+        """The policy's present weights, whole, by their names without adapters. Collective; good until the
+        next step.
+        """
         for name, tensor in merged(self._trained.full_weights, self._adapted):
             yield name.removeprefix(_WRAPPED), tensor
 
     def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:
-        """What a checkpoint keeps of the policy, and its adapters' weights where it has any. Collective; on the main rank."""
+        """What a checkpoint keeps of the policy, and its adapters' weights where it has any. Collective; on
+        the main rank.
+        """
         main = self._accelerator.is_main_process
         adapters = None
         if self._config.scale.lora is not None:
@@ -107,8 +116,8 @@ class PolicyLearner:
         return whole_state(self.weights(), self._trained, main), adapters
 
     def samples(self, done: RankRollouts) -> list[Scored]:
-        """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there is one: a rank that
-        has finished early computes them while others decode."""
+        """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there
+        is one: a rank that has finished early computes them while others decode."""
         made = []
         for r in done.rollouts:
             prompt, completion = (
@@ -118,7 +127,10 @@ class PolicyLearner:
             made.append(Scored(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion))))
         if self.reference is None:
             return made
-        return [replace(s, reference=logprobs) for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)]
+        return [
+            replace(s, reference=logprobs)
+            for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)
+        ]
 
     def learn(
         self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int, shown: Phase | None = None
@@ -149,13 +161,17 @@ class PolicyLearner:
         kl_coef = self.kl.value if config.kl_in == "loss" else 0.0
         if self._config.scale.balance:
             moving = [self.critic is not None or self._updater.moves(s, kl_coef) for s in counted]
-            costs = [compute_cost(s, self._attention) if m else 0.0 for s, m in zip(counted, moving, strict=True)]
+            costs = [
+                compute_cost(s, self._attention) if m else 0.0 for s, m in zip(counted, moving, strict=True)
+            ]
             counted = spread(counted, costs, self._accelerator)
         judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
         report = UpdateReport()
         if self.critic is None or step >= self._config.critic.warmup_steps:
             report = self._updater.run(counted, step, kl_coef, self.entropy, shown)
-            kl, entropy, tokens = self._total(torch.tensor([report.kl, report.entropy, float(report.tokens)])).tolist()
+            kl, entropy, tokens = self._total(
+                torch.tensor([report.kl, report.entropy, float(report.tokens)])
+            ).tolist()
             self.kl.observe(kl / max(tokens, 1.0))
             self.entropy = entropy / tokens if tokens else self.entropy
         return (
@@ -164,14 +180,20 @@ class PolicyLearner:
             [float(s.advantages.mean()) if len(s.advantages) else 0.0 for s in with_advantages],
         )
 
-    def _with_advantages(self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None) -> list[Scored]:
+    def _with_advantages(
+        self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None
+    ) -> list[Scored]:
         config, rewards = self._config, shaped.rewards
         if shaped.tokens is not None:
             return [replace(s, advantages=a) for s, a in zip(samples, shaped.tokens, strict=True)]
-        references = None if self.reference is None else [s.reference for s in samples if s.reference is not None]
+        references = (
+            None if self.reference is None else [s.reference for s in samples if s.reference is not None]
+        )
         taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:
-            advantages = token_advantages(config.update, config.rollout.group_size, rewards, taken, self._total, paths)
+            advantages = token_advantages(
+                config.update, config.rollout.group_size, rewards, taken, self._total, paths
+            )
             if shaped.added is not None:
                 advantages = [a + more for a, more in zip(advantages, shaped.added, strict=True)]
             return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]

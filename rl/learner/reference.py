@@ -17,7 +17,8 @@ from paceline.rl.recipe import RunConfig
 
 
 class Reference:
-    """A module of its own; where adapters are all that is trained and each rank has the whole policy, that without them.
+    """A module of its own; where adapters are all that is trained and each rank has the whole policy, that
+    without them.
 
     Args:
         config: The recipe.
@@ -26,11 +27,15 @@ class Reference:
         accelerator: Of the run.
     """
 
-    def __init__(self, config: RunConfig, policy: PolicyLogProbs, start: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: RunConfig, policy: PolicyLogProbs, start: Path, accelerator: Accelerator
+    ) -> None:
         self._config, self._accelerator = config, accelerator
         self._adapted = config.scale.lora is not None and not config.scale.sharded
         self._module = (
-            policy if self._adapted else PolicyLogProbs(load_policy(start, accelerator.device)).requires_grad_(False).eval()
+            policy
+            if self._adapted
+            else PolicyLogProbs(load_policy(start, accelerator.device)).requires_grad_(False).eval()
         )
 
     def logprobs(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
@@ -38,5 +43,7 @@ class Reference:
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
         budget, temperature = self._config.update.tokens_per_microbatch, self._config.rollout.temperature
         with without_adapters(self._module.policy) if self._adapted else nullcontext():
-            found = by_completion(lambda b: self._module(b, temperature)[0], samples, chosen, budget, self._accelerator)
+            found = by_completion(
+                lambda b: self._module(b, temperature)[0], samples, chosen, budget, self._accelerator
+            )
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]

@@ -39,8 +39,9 @@ def warmed_policy_path(config: RunConfig) -> Path:
 
 
 def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:
-    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with a ``warmup.json``
-    that holds the loss curve and the seconds it took. The caller makes sure that no other process does so.
+    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with
+    a ``warmup.json`` that holds the loss curve and the seconds it took. The caller makes sure that no other
+    process does so.
 
     Args:
         config: A recipe with ``policy.warmup``.
@@ -76,14 +77,18 @@ def fine_tune(
     model = PolicyLogProbs(policy).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=warmup.lr, weight_decay=0.0, fused=True)
     rise = max(steps // 10, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / rise, (steps - i) / max(steps - rise, 1)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / rise, (steps - i) / max(steps - rise, 1))
+    )
     losses = []
     for step in range(steps):
         chosen = range(step * warmup.batch_size, (step + 1) * warmup.batch_size)
         rows = [PromptRow(prompts[i], (Sample(i, solutions[i]),)) for i in chosen]
         total, count = 0.0, sum(len(solutions[i]) for i in chosen)
         for members in plan(rows, config.update.tokens_per_microbatch):
-            with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"):
+            with torch.autocast(
+                policy.device.type, dtype=torch.bfloat16, enabled=config.policy.mixed_precision == "bf16"
+            ):
                 logprobs, _ = model(pack(members).to(policy.device), 1.0)
             loss = -logprobs.sum() / count
             loss.backward()

@@ -22,13 +22,16 @@ class Completion(Protocol):
     def completion(self) -> torch.Tensor: ...
 
 
-def micro_batches(samples: Sequence[Completion], chosen: Sequence[int], budget: int, device: torch.device) -> Iterator[PackedBatch]:
+def micro_batches(
+    samples: Sequence[Completion], chosen: Sequence[int], budget: int, device: torch.device
+) -> Iterator[PackedBatch]:
     """Chosen samples, each prompt once with its samples, in micro-batches of about ``budget`` tokens."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in chosen:
         groups.setdefault(tuple(samples[i].prompt.tolist()), []).append(i)
     rows = [
-        PromptRow(prompt, tuple(Sample(i, samples[i].completion.tolist()) for i in members)) for prompt, members in groups.items()
+        PromptRow(prompt, tuple(Sample(i, samples[i].completion.tolist()) for i in members))
+        for prompt, members in groups.items()
     ]
     for part in plan(rows, budget):
         yield pack(part).to(device)
@@ -43,7 +46,8 @@ def by_completion(
     accelerator: Accelerator,
     trained: Trained | None = None,
 ) -> dict[int, torch.Tensor]:
-    """A number for each token of chosen samples, such as its log-prob or its value. Collective where ``trained`` runs in lockstep.
+    """A number for each token of chosen samples, such as its log-prob or its value. Collective where
+    ``trained`` runs in lockstep.
 
     Args:
         score: float32 [M] of a micro-batch's targets; called under the run's autocast, without gradients.

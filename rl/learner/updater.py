@@ -24,10 +24,12 @@ from paceline.rl.sharding import Trained
 
 @dataclass(slots=True)
 class UpdateReport:
-    """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole update.
+    """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole
+    update.
 
-    ``kl`` is of the policy to its reference, estimated by k3. ``weights``, ``weights_squared`` and ``truncated`` are of π_trainer /
-    π_engine of each token, at the parameters that both had, cut at the recipe's cap. ``mastered`` tokens were left out of the loss.
+    ``kl`` is of the policy to its reference, estimated by k3. ``weights``, ``weights_squared`` and
+    ``truncated`` are of π_trainer / π_engine of each token, at the parameters that both had, cut at the
+    recipe's cap. ``mastered`` tokens were left out of the loss.
     """
 
     tokens: int = 0
@@ -91,19 +93,25 @@ class PolicyUpdater:
         """
         report, self._shown = UpdateReport(), shown
         self._tokens = sum(len(s.completion) for s in samples if self.moves(s, kl_coef))
-        self._masking = self._config.mask_mastered is not None and entropy is not None and entropy < self._config.mastered_below
+        self._masking = (
+            self._config.mask_mastered is not None
+            and entropy is not None
+            and entropy < self._config.mastered_below
+        )
         self._trained.module.train()
         rate = rate_at(step, self._steps, self._config.lr_warmup_steps, self._config.schedule)
         self._trained.set_rate(self._config.lr * rate)
-        parts = [list(range(i, len(samples), self._config.minibatches)) for i in range(self._config.minibatches)]
+        parts = [
+            list(range(i, len(samples), self._config.minibatches)) for i in range(self._config.minibatches)
+        ]
         old = self._old_logprobs(samples, kl_coef) if len(parts) > 1 else {}
         for part in parts:
             self._optimizer_step(samples, part, old, kl_coef, report)
         return report
 
     def moves(self, sample: Scored, kl_coef: float) -> bool:
-        """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty or bonus: it is not
-        computed at all, though its tokens count in the normalisation."""
+        """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty
+        or bonus: it is not computed at all, though its tokens count in the normalisation."""
         return kl_coef > 0 or self._config.entropy_coef != 0 or bool(sample.advantages.any())
 
     def _old_logprobs(self, samples: Sequence[Scored], kl_coef: float) -> dict[int, torch.Tensor]:
@@ -129,8 +137,14 @@ class PolicyUpdater:
     ) -> None:
         device = self._accelerator.device
         lengths = torch.tensor([len(samples[i].completion) for i in chosen])
-        total = float(self._accelerator.reduce(torch.tensor(weight_total(lengths, self._config.aggregate), device=device), "sum"))
-        weights = dict(zip(chosen, token_weights(lengths, self._config.aggregate, self._longest).tolist(), strict=True))
+        total = float(
+            self._accelerator.reduce(
+                torch.tensor(weight_total(lengths, self._config.aggregate), device=device), "sum"
+            )
+        )
+        weights = dict(
+            zip(chosen, token_weights(lengths, self._config.aggregate, self._longest).tolist(), strict=True)
+        )
         moving = [i for i in chosen if self.moves(samples[i], kl_coef)]
         scale = self._accelerator.num_processes / max(total, 1.0)
         report.grad_norm = packed_step(

@@ -55,7 +55,9 @@ class PredictedLengths:
         """See `paceline.rollout.length_estimate.LengthEstimate`."""
         self._observed.observe(request, tokens)
 
-    def examples(self, groups: Sequence[tuple[tuple[int, ...], Sequence[int]]]) -> tuple[list[dict[str, Any]], list[float]]:
+    def examples(
+        self, groups: Sequence[tuple[tuple[int, ...], Sequence[int]]]
+    ) -> tuple[list[dict[str, Any]], list[float]]:
         """What groups that are over teach, as plain data, and what had been predicted of those that had been.
 
         Args:
@@ -67,11 +69,14 @@ class PredictedLengths:
             if state is not None:
                 taught.append({"state": state.tolist(), "lengths": list(lengths)})
             if predicted is not None:
-                errors += [pinball(np.array([predicted]), np.array([[length]]), self._quantile) for length in lengths]
+                errors += [
+                    pinball(np.array([predicted]), np.array([[length]]), self._quantile) for length in lengths
+                ]
         return taught, errors
 
     def restore(self, path: Path, seen: int) -> bool:
-        """Goes on with the head of a checkpoint, or anew where that has none that can be read: only speed depends on it.
+        """Goes on with the head of a checkpoint, or anew where that has none that can be read: only speed
+        depends on it.
 
         Args:
             path: Of its weights.

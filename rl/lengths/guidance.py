@@ -1,7 +1,8 @@
 """Budget guidance (Li et al., arXiv 2506.13752): LOSSY, for evaluation only.
 
-A small head predicts how many tokens are left as a Gamma distribution. While a model decodes, each likely next token is weighed by
-the probability that what follows it fits into what is left of a budget. That changes the output distribution, so it is no part of
+A small head predicts how many tokens are left as a Gamma distribution. While a model decodes, each likely
+next token is weighed by the probability that what follows it fits into what is left of a budget. That changes
+the output distribution, so it is no part of
 the engine and cannot be reached from RL rollouts: it works on transformers' ``generate``.
 """
 
@@ -51,7 +52,8 @@ def steps_of(rollouts: Sequence[Rollout]) -> Steps:
 
 
 class RemainingLength(nn.Module):
-    """Gamma distribution of the tokens left after a token, from the state that it was drawn from and its embedding.
+    """Gamma distribution of the tokens left after a token, from the state that it was drawn from and its
+    embedding.
 
     Args:
         hidden: Size of a state.
@@ -61,12 +63,16 @@ class RemainingLength(nn.Module):
     def __init__(self, hidden: int, embeddings: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("embeddings", embeddings.detach().float(), persistent=False)
-        self.net = nn.Sequential(nn.LayerNorm(2 * hidden), nn.Linear(2 * hidden, 128), nn.GELU(), nn.Linear(128, 2))
+        self.net = nn.Sequential(
+            nn.LayerNorm(2 * hidden), nn.Linear(2 * hidden, 128), nn.GELU(), nn.Linear(128, 2)
+        )
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shape and rate, float32 [..., ], of states [..., hidden] and tokens [...]."""
         embedded: Any = self.embeddings
-        out = self.net(torch.cat([states, nn.functional.layer_norm(embedded[tokens], states.shape[-1:])], dim=-1))
+        out = self.net(
+            torch.cat([states, nn.functional.layer_norm(embedded[tokens], states.shape[-1:])], dim=-1)
+        )
         shape, mean = nn.functional.softplus(out[..., 0]) + 0.1, torch.exp(out[..., 1].clamp(-3, 12))
         return shape, shape / mean
 
@@ -82,7 +88,9 @@ class RemainingLength(nn.Module):
         return torch.special.gammainc(shape, rate * (room.clamp(min=0) + 0.5))
 
 
-def train_remaining(head: RemainingLength, steps: Steps, updates: int = 300, batch: int = 512, seed: int = 0) -> list[float]:
+def train_remaining(
+    head: RemainingLength, steps: Steps, updates: int = 300, batch: int = 512, seed: int = 0
+) -> list[float]:
     """AdamW on random positions. Returns the losses."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
@@ -98,7 +106,8 @@ def train_remaining(head: RemainingLength, steps: Steps, updates: int = 300, bat
 
 
 class BudgetGuidance(LogitsProcessor):
-    """Weighs each of the likeliest tokens by the chance that its continuation fits the budget; the others are left out.
+    """Weighs each of the likeliest tokens by the chance that its continuation fits the budget; the others are
+    left out.
 
     Args:
         head: Trained.

@@ -30,10 +30,10 @@ class Example:
 class LengthPredictor:
     """A small head on the prompt's last hidden state, trained online on what groups turned out to be.
 
-    A prompt has a distribution of lengths, not a length, and a heavy-tailed one: several samples make better labels than one.
-    ``prod_d`` learns the distribution of the group's lengths over logarithmic bins by cross-entropy; ``prod_m`` their median, in
-    the logarithm, by a Huber loss; ``one_shot`` the same as ``prod_d`` from a single sample, as most predictors are trained: for
-    comparison.
+    A prompt has a distribution of lengths, not a length, and a heavy-tailed one: several samples make better
+    labels than one. ``prod_d`` learns the distribution of the group's lengths over logarithmic bins by
+    cross-entropy; ``prod_m`` their median, in the logarithm, by a Huber loss; ``one_shot`` the same as
+    ``prod_d`` from a single sample, as most predictors are trained: for comparison.
 
     Args:
         hidden: Size of a state.
@@ -66,12 +66,15 @@ class LengthPredictor:
         if kind == "prod_m":
             nn.init.constant_(last.bias, math.log(longest) / 2)  # not a length of 1, which is far from any
         self._optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=0.01)
-        self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=memory)  # states and what is to be said of them
+        # states and what is to be said of them
+        self._known: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=memory)
         self._longest = longest
         self.seen = 0
 
     def learn(self, examples: Sequence[Example], updates: int = 20, batch: int = 64) -> float:
-        """Takes examples in and trains on them and earlier ones. Returns the mean loss, 0 where there is nothing to learn from."""
+        """Takes examples in and trains on them and earlier ones. Returns the mean loss, 0 where there is
+        nothing to learn from.
+        """
         self._known.extend((e.state, self._target(e)) for e in examples)
         self.seen += len(examples)
         if not self._known:
@@ -115,7 +118,9 @@ class LengthPredictor:
             return out[:, 0].exp().clamp(1, self._longest)
         reached = out.softmax(-1).cumsum(-1)
         bin_ = (reached < q).sum(-1).clamp(max=reached.shape[1] - 1)
-        before = torch.where(bin_ > 0, reached.gather(1, (bin_ - 1).clamp(min=0)[:, None])[:, 0], torch.zeros(len(out)))
+        before = torch.where(
+            bin_ > 0, reached.gather(1, (bin_ - 1).clamp(min=0)[:, None])[:, 0], torch.zeros(len(out))
+        )
         mass = reached.gather(1, bin_[:, None])[:, 0] - before
         inside = ((q - before) / mass.clamp(min=1e-9)).clamp(0, 1)
         low, high = self._edges[bin_].log(), self._edges[bin_ + 1].log()

@@ -1,4 +1,5 @@
-"""What is observed of lengths: quantiles by prompt, as CASTILLO (arXiv 2505.16881) reports them, and loops."""
+"""What is observed of lengths: quantiles by prompt, as CASTILLO (arXiv 2505.16881) reports them, and
+loops."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def prompt_statistics(keys: Sequence[str], lengths: np.ndarray) -> dict[str, Any
         lengths: int [prompts, samples].
     """
     quantiles = np.quantile(lengths, QUANTILES, axis=1).T
-    metrics: dict[str, Any] = {"length/by_problem": {key: row.tolist() for key, row in zip(keys, quantiles, strict=True)}}
+    metrics: dict[str, Any] = {
+        "length/by_problem": {key: row.tolist() for key, row in zip(keys, quantiles, strict=True)}
+    }
     for q, column in zip(QUANTILES, quantiles.T, strict=True):
         metrics[f"length/prompt_p{round(100 * q)}"] = float(column.mean())
     metrics["length/prompt_variation"] = float((lengths.std(1) / lengths.mean(1).clip(min=1)).mean())
@@ -44,7 +47,8 @@ def prompt_statistics(keys: Sequence[str], lengths: np.ndarray) -> dict[str, Any
 
 
 def pinball(predicted: np.ndarray, lengths: np.ndarray, quantile: float) -> float:
-    """Mean pinball loss of a predicted quantile: q (y − ŷ) where the length is above it, (1 − q) (ŷ − y) below.
+    """Mean pinball loss of a predicted quantile: q (y − ŷ) where the length is above it, (1 − q) (ŷ − y)
+    below.
 
     Args:
         predicted: [prompts].

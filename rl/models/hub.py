@@ -47,7 +47,11 @@ def hub_snapshot(model: str) -> Path:
         UserError: when the hub says no.
     """
     with _reasons(model):
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS, etag_timeout=5, local_files_only=not hub_answers()))
+        return Path(
+            snapshot_download(
+                model, allow_patterns=_PATTERNS, etag_timeout=5, local_files_only=not hub_answers()
+            )
+        )
 
 
 def hub_config(model: str) -> Path:
@@ -69,19 +73,25 @@ def _reasons(model: str) -> Iterator[None]:
         yield
     except GatedRepoError:
         raise UserError(
-            f"{named} is gated: accept its licence at {constants.ENDPOINT}/{model}, then run hf auth login or set HF_TOKEN"
+            f"{named} is gated: accept its licence at {constants.ENDPOINT}/{model}, then run hf auth login "
+            "or set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{named}: the Hugging Face hub does not have it, or not for you: check the spelling, and log in with hf auth "
+            f"{named}: the Hugging Face hub does not have it, or not for you: check the spelling, and log in "
+            "with hf auth "
             "login where it is private"
         ) from None
     except HFValidationError:
-        raise UserError(f"{named}: neither a local directory nor the id of a model on the Hugging Face hub") from None
+        raise UserError(
+            f"{named}: neither a local directory nor the id of a model on the Hugging Face hub"
+        ) from None
     except LocalEntryNotFoundError:
         raise HubUnreachable from None
     except EntryNotFoundError:
-        raise UserError(f"{named}: the hub's repository has no config.json: it is no model of transformers") from None
+        raise UserError(
+            f"{named}: the hub's repository has no config.json: it is no model of transformers"
+        ) from None
     except HfHubHTTPError as error:
         raise UserError(f"{named}: the Hugging Face hub refuses it ({one_line(error)})") from None
     except OSError:

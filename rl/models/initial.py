@@ -1,4 +1,6 @@
-"""What a run starts from, or where one goes on: the policy, as it is trained and as the engine decodes it, and a first drafter."""
+"""What a run starts from, or where one goes on: the policy, as it is trained and as the engine decodes it,
+and a first drafter.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ def starting_policy(config: RunConfig) -> Path:
     path = warmed_policy_path(config)
     if not path.is_dir():
         raise UserError(
-            "policy.warmup: the warmed-up policy is not there yet; run paceline warmup with this recipe and overrides first"
+            "policy.warmup: the warmed-up policy is not there yet; run paceline warmup with this recipe and "
+            "overrides first"
         )
     return path
 
 
-def trained_policy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
+def trained_policy(
+    config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None
+) -> PreTrainedModel:
     """In float32, from the start or a checkpoint, with the recipe's adapters."""
     if config.scale.lora is None:
         return load_policy(_whole_weights(source, checkpoint), device)
@@ -56,7 +61,10 @@ def tap_layers(drafter: DrafterConfig, policy: PreTrainedConfig) -> tuple[int, .
     layers = policy.get_text_config().num_hidden_layers
     chosen = drafter.tap_layers or default_tap_layers(layers)
     if len(chosen) != 3 or list(chosen) != sorted(chosen) or not 0 <= chosen[0] <= chosen[-1] < layers:
-        raise UserError(f"drafter.tap_layers is {list(chosen)}: write three layers from 0 to {layers - 1}, in order, or []")
+        raise UserError(
+            f"drafter.tap_layers is {list(chosen)}: write three layers from 0 to {layers - 1}, in order, or "
+            "[]"
+        )
     return chosen
 
 
@@ -83,7 +91,8 @@ def starting_drafter(config: RunConfig, policy: PreTrainedConfig) -> Eagle3Model
 
 
 def adapter_base(model: str, source: Path) -> AdapterBase:
-    """What adapters of a run belong to: the hub's id and commit where the policy is the hub's own, else its directory.
+    """What adapters of a run belong to: the hub's id and commit where the policy is the hub's own, else its
+    directory.
 
     Args:
         model: ``policy.model``.
@@ -95,9 +104,13 @@ def adapter_base(model: str, source: Path) -> AdapterBase:
     return AdapterBase(model, source.name)
 
 
-def decoding_copy(config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None) -> PreTrainedModel:
+def decoding_copy(
+    config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None
+) -> PreTrainedModel:
     """Whole and in the engine's precision, for where what is trained lies in parts or beside adapters."""
-    return load_policy(_whole_weights(source, checkpoint), device, getattr(torch, config.rollout.dtype)).requires_grad_(False)
+    return load_policy(
+        _whole_weights(source, checkpoint), device, getattr(torch, config.rollout.dtype)
+    ).requires_grad_(False)
 
 
 def _whole_weights(source: Path, checkpoint: Checkpoint | None) -> Path:
@@ -106,16 +119,23 @@ def _whole_weights(source: Path, checkpoint: Checkpoint | None) -> Path:
 
 @torch.no_grad()
 def copy_weights(weights: Iterator[tuple[str, torch.Tensor]], target: PreTrainedModel) -> None:
-    """Puts whole weights into a module that has parameters of the same names. Collective where the iterator is.
+    """Puts whole weights into a module that has parameters of the same names. Collective where the iterator
+    is.
 
     Raises:
-        ValueError: for a name that the module does not have, or another shape; weights before it are replaced by then.
+        ValueError: for a name that the module does not have, or another shape; weights before it are replaced
+            by then.
     """
-    parameters = dict(target.named_parameters(remove_duplicate=False))  # a tied weight goes by each of its names
+    # a tied weight goes by each of its names
+    parameters = dict(target.named_parameters(remove_duplicate=False))
     for name, tensor in weights:
         if name not in parameters:
-            raise ValueError(f"weights have {name!r}, which the policy does not: send those of the policy that was loaded")
+            raise ValueError(
+                f"weights have {name!r}, which the policy does not: send those of the policy that was loaded"
+            )
         if parameters[name].shape != tensor.shape:
             shapes = f"{list(tensor.shape)}, and of the policy's {list(parameters[name].shape)}"
-            raise ValueError(f"weights {name!r} are of shape {shapes}: send those of the policy that was loaded")
+            raise ValueError(
+                f"weights {name!r} are of shape {shapes}: send those of the policy that was loaded"
+            )
         parameters[name].copy_(tensor)

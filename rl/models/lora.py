@@ -26,14 +26,19 @@ _THEIRS = "base_model.model."  # what peft puts before each name
 
 @dataclass(frozen=True, slots=True)
 class AdapterBase:
-    """What adapters are for, as their directory says it: a hub id or a directory, and the hub's commit where there is one."""
+    """What adapters are for, as their directory says it: a hub id or a directory, and the hub's commit where
+    there is one.
+    """
 
     name: str
     revision: str | None = None
 
 
-def add_adapters(policy: PreTrainedModel, lora: LoraConfig, seed: int, base: AdapterBase | None = None) -> None:
-    """Puts adapters that start at zero into the policy and leaves nothing else trainable; equal on every rank for one seed.
+def add_adapters(
+    policy: PreTrainedModel, lora: LoraConfig, seed: int, base: AdapterBase | None = None
+) -> None:
+    """Puts adapters that start at zero into the policy and leaves nothing else trainable; equal on every rank
+    for one seed.
 
     Args:
         policy: Is changed.
@@ -42,7 +47,8 @@ def add_adapters(policy: PreTrainedModel, lora: LoraConfig, seed: int, base: Ada
         base: Goes into the config of saved adapters, from which peft finds the weights they belong to.
 
     Raises:
-        UserError: when peft is not installed, a name leads to no layer, or to one whose adapter does not merge exactly.
+        UserError: when peft is not installed, a name leads to no layer, or to one whose adapter does not
+            merge exactly.
     """
     try:
         from peft import LoraConfig as Adapters
@@ -51,12 +57,15 @@ def add_adapters(policy: PreTrainedModel, lora: LoraConfig, seed: int, base: Ada
         raise UserError("scale.lora needs peft: pip install 'paceline[lora]'") from None
     wanted = list(lora.targets) or _linear_names(policy)
     _check_names(policy, wanted)
-    config = Adapters(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=wanted, task_type="CAUSAL_LM")
+    config = Adapters(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=wanted, task_type="CAUSAL_LM"
+    )
     if base is not None:
         config.base_model_name_or_path, config.revision = base.name, base.revision
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft says that it sets fan_in_fan_out for GPT-2's layers, and that lm_head is tied, which is refused below
+            # peft says that it sets fan_in_fan_out for GPT-2's layers, and that lm_head is tied, which is
+            # refused below
             warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(seed)
             inject_adapter_in_model(config, policy)
@@ -67,7 +76,9 @@ def add_adapters(policy: PreTrainedModel, lora: LoraConfig, seed: int, base: Ada
 
 def _linear_names(policy: PreTrainedModel) -> list[str]:
     named = policy.base_model.named_modules()
-    return sorted({name.rpartition(".")[2] for name, module in named if isinstance(module, torch.nn.Linear | Conv1D)})
+    return sorted(
+        {name.rpartition(".")[2] for name, module in named if isinstance(module, torch.nn.Linear | Conv1D)}
+    )
 
 
 def _check_names(policy: PreTrainedModel, wanted: list[str]) -> None:
@@ -75,19 +86,22 @@ def _check_names(policy: PreTrainedModel, wanted: list[str]) -> None:
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = ", ".join(_linear_names(policy))
-            raise UserError(f"scale.lora.targets: no layer is named {target!r}; write some of {known}, or [] for all")
+            raise UserError(
+                f"scale.lora.targets: no layer is named {target!r}; write some of {known}, or [] for all"
+            )
 
 
 def merged(
     full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]],
     layers: Mapping[str, AdaptedLayer] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights under the names that they have without adapters, W + scaling · B A where there is one (equation 3 of
-    arXiv 2106.09685).
+    """Whole weights under the names that they have without adapters, W + scaling · B A where there is one
+    (equation 3 of arXiv 2106.09685).
 
     Args:
         full_weights: `paceline.rl.sharding.Trained.full_weights`, or the like.
-        layers: From `adapted_layers`, by the names that ``full_weights`` uses; None where there are no adapters.
+        layers: From `adapted_layers`, by the names that ``full_weights`` uses; None where there are no
+            adapters.
     """
     if layers is None:
         yield from full_weights(lambda name: True)
@@ -103,7 +117,8 @@ def merged(
 
 
 def save_adapters(policy: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes peft's ``adapter_config.json`` and ``adapter_model.safetensors``; OSError and SafetensorError as they come.
+    """Writes peft's ``adapter_config.json`` and ``adapter_model.safetensors``; OSError and SafetensorError as
+    they come.
 
     Args:
         policy: With adapters.
@@ -147,9 +162,14 @@ def load_adapters(policy: PreTrainedModel, path: Path) -> None:
         if ".lora_" in name:
             found = tensors.get(_THEIRS + name.replace(".default.", "."))
             if found is None or found.shape != parameter.shape:
-                raise UserError(f"{path}: has no adapter for {name}, or of another rank; resume with the recipe of the run")
+                raise UserError(
+                    f"{path}: has no adapter for {name}, or of another rank; resume with the recipe of the "
+                    "run"
+                )
             if not found.is_floating_point() or not bool(found.isfinite().all()):
-                raise UserError(f"{path}: the adapter for {name} is not of finite numbers; resume from another checkpoint")
+                raise UserError(
+                    f"{path}: the adapter for {name} is not of finite numbers; resume from another checkpoint"
+                )
             parameter.copy_(found)
 
 
@@ -166,8 +186,10 @@ def refuse_adapters_alone(folder: Path) -> None:
         base = json.loads(described.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
-    merge = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('MERGED')"
+    loaded = f"AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+    merge = f"{loaded}.merge_and_unload().save_pretrained('MERGED')"
     raise UserError(
-        f"policy.model {folder}: holds adapters of {base or 'an unnamed policy'}, not a policy; merge them with peft's {merge}, "
+        f"policy.model {folder}: holds adapters of {base or 'an unnamed policy'}, not a policy; merge them "
+        f"with peft's {merge}, "
         "copy the tokenizer beside it, and write policy.model: MERGED"
     )

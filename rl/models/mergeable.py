@@ -1,4 +1,5 @@
-"""Which adapters merge exactly: W + scaling · B A is then the policy's own forward (equation 3 of arXiv 2106.09685).
+"""Which adapters merge exactly: W + scaling · B A is then the policy's own forward (equation 3 of arXiv
+2106.09685).
 
 What is not known to merge is refused, whatever it is: peft gains new kinds with each release.
 """
@@ -15,8 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-# Fields of peft's LoraConfig that do not change what is merged, or whose effect the layers themselves tell. The test of merging
-# has a case for each of those that change the forward; every other field must have its default.
+# Fields of peft's LoraConfig that do not change what is merged, or whose effect the layers themselves tell.
+# The test of merging has a case for each of those that change the forward; every other field must have its
+# default.
 _FREE = {
     *(
         "peft_type",
@@ -72,12 +74,18 @@ def check_adapter_config(config: Any) -> None:
     from peft import LoraConfig
 
     if type(config) is not LoraConfig:
-        raise ValueError(f"peft_type {_plain(config.peft_type)} is not known to merge exactly: train with peft's LoraConfig")
+        raise ValueError(
+            f"peft_type {_plain(config.peft_type)} is not known to merge exactly: train with peft's "
+            "LoraConfig"
+        )
     usual = LoraConfig()
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), getattr(usual, field.name)
         if field.name not in _FREE and (value or None) != (default or None):
-            raise ValueError(f"{field.name} is {_plain(value)}, which is not known to merge exactly: write {_plain(default)}")
+            raise ValueError(
+                f"{field.name} is {_plain(value)}, which is not known to merge exactly: write "
+                f"{_plain(default)}"
+            )
     first = config.init_lora_weights
     if first not in _FIRST_WEIGHTS and not str(first).startswith("pissa_niter_"):
         raise ValueError(f"init_lora_weights is {first!r}, which is not known to merge exactly: write True")
@@ -120,21 +128,40 @@ def _inexact(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
         return f"peft's {kind} is not known to merge exactly: adapt linear layers"
     base: Any = layer.get_base_layer()
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or not _is_plain(base.weight):
-        return f"a {type(base).__name__} is not known to merge exactly: adapt plain linear layers, not quantized"
+        return (
+            f"a {type(base).__name__} is not known to merge exactly: adapt plain linear layers, not quantized"
+        )
     if list(layer.active_adapters) != [adapter] or layer.disable_adapters or layer.merged:
-        return f"the adapter {adapter} is not the one in use, or is merged already: set_adapter({adapter!r}), unmerged"
+        return (
+            f"the adapter {adapter} is not the one in use, or is merged already: set_adapter({adapter!r}), "
+            f"unmerged"
+        )
     if adapter not in layer.lora_A:
         return None
-    if adapter in layer.lora_variant or layer.lora_bias.get(adapter) or not _is_plain(layer.lora_A[adapter].weight):
+    if (
+        adapter in layer.lora_variant
+        or layer.lora_bias.get(adapter)
+        or not _is_plain(layer.lora_A[adapter].weight)
+    ):
         return "its adapter is more than B A, or is not plain numbers"
-    if any(uses[id(p)] > 1 for p in (base.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)):
-        return "its weight is also that of another layer (tied), which the adapter must not change: adapt other layers"
+    if any(
+        uses[id(p)] > 1 for p in (base.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
+    ):
+        return (
+            "its weight is also that of another layer (tied), which the adapter must not change: adapt other "
+            "layers"
+        )
     return None
 
 
 def _is_plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point matrix, perhaps in parts, and no quantized form of one."""
-    return weight.is_floating_point() and weight.itemsize >= 2 and (type(weight) is nn.Parameter or isinstance(weight, DTensor))
+    """Whether a weight is an ordinary floating-point matrix, perhaps in parts, and no quantized form of
+    one."""
+    return (
+        weight.is_floating_point()
+        and weight.itemsize >= 2
+        and (type(weight) is nn.Parameter or isinstance(weight, DTensor))
+    )
 
 
 def _plain(value: Any) -> str:

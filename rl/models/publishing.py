@@ -49,8 +49,8 @@ def push_run(
     private: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Uploads parts of a run, each to a repository of its own, which is made where it is not there. Everything is read and checked
-    before the first is sent.
+    """Uploads parts of a run, each to a repository of its own, which is made where it is not there.
+    Everything is read and checked before the first is sent.
 
     Args:
         run: A run's directory, with a checkpoint.
@@ -59,7 +59,8 @@ def push_run(
         say: Where each address goes once its part is there.
 
     Raises:
-        UserError: for names that are none, parts that the run does not have, no token, no right to write, or no hub.
+        UserError: for names that are none, parts that the run does not have, no token, no right to write, or
+            no hub.
         DrafterError: for a drafter that is not whole.
     """
     named = {"--policy": policy, "--adapter": adapter, "--drafter": drafter}
@@ -78,7 +79,9 @@ def push_run(
             parts.append(Part("--adapter", adapter, _folder(run, "adapter"), _adapter_card(run, say)))
         if drafter is not None:
             folder = export_drafter(run, Path(scratch) / "drafter", target=policy, name=drafter)
-            parts.append(Part("--drafter", drafter, folder, (folder / "README.md").read_text(encoding="utf-8")))
+            parts.append(
+                Part("--drafter", drafter, folder, (folder / "README.md").read_text(encoding="utf-8"))
+            )
         for part in parts:
             say(f"{part.option.removeprefix('--')}: {_upload(part, private)}")
 
@@ -103,12 +106,16 @@ def _folder(run: Path, part: str) -> Path:
 def _upload(part: Part, private: bool) -> str:
     """The address of the repository, once all is there."""
     if huggingface_hub.get_token() is None:
-        raise UserError(f"{part.option} {part.repository}: there is no token: log in with hf auth login, or set HF_TOKEN")
+        raise UserError(
+            f"{part.option} {part.repository}: there is no token: log in with hf auth login, or set HF_TOKEN"
+        )
     api = HfApi()
     try:
         address = api.create_repo(part.repository, private=private or None, exist_ok=True)
         if private and not api.repo_info(part.repository).private:
-            raise UserError(f"{part.option} {part.repository}: exists and is public; name another, or leave --private out")
+            raise UserError(
+                f"{part.option} {part.repository}: exists and is public; name another, or leave --private out"
+            )
         api.upload_folder(
             repo_id=part.repository,
             folder_path=part.folder,
@@ -121,7 +128,9 @@ def _upload(part: Part, private: bool) -> str:
         reason = _REFUSALS.get(status, " ".join((error.server_message or str(error)).split())[:200])
         raise UserError(f"{part.option} {part.repository}: {reason}") from None
     except (httpx.HTTPError, OSError) as error:
-        raise UserError(f"{part.option} {part.repository}: the hub cannot be reached ({one_line(error, 160)}); try again") from None
+        raise UserError(
+            f"{part.option} {part.repository}: the hub cannot be reached ({one_line(error, 160)}); try again"
+        ) from None
     return str(address)
 
 
@@ -147,12 +156,19 @@ Trained with Paceline from `{facts.target}`; rollouts were sampled at temperatur
 def _adapter_card(run: Path, say: Callable[[str], None]) -> str:
     facts, folder = drafter_facts(run), _folder(run, "adapter")
     try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'}: {type(error).__name__}: {error}; push another run") from None
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: {type(error).__name__}: {error}; push another run"
+        ) from None
     base_model = hub_id(str(base), run)
     if base_model is None:
-        say(f"the adapter's base is {base}, which only this machine has: who loads the adapter must name their own copy")
+        say(
+            f"the adapter's base is {base}, which only this machine has: who loads the adapter must name "
+            "their own copy"
+        )
     front = ModelCardData(
         base_model=base_model or facts.base_model,
         license=facts.license,

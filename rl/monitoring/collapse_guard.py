@@ -10,8 +10,10 @@ from paceline.rl.config.length import GuardConfig
 class Guard:
     """Watches a run's steps. Every rank sees the same metrics and says the same.
 
-    A length penalty can pay a policy to say nothing: accuracy then falls within a few steps, together with length (GRPO-λ, arXiv
-    2505.18086, figure 1). A sharpened policy loses its entropy and stops learning (UloRL, arXiv 2507.19766, section 3.3).
+    A length penalty can pay a policy to say nothing: accuracy then falls within a few steps, together with
+        length (GRPO-λ, arXiv
+    2505.18086, figure 1). A sharpened policy loses its entropy and stops learning (UloRL, arXiv 2507.19766,
+    section 3.3).
 
     Args:
         config: The recipe's ``length.guard``.
@@ -27,8 +29,8 @@ class Guard:
         """Takes in a step. Returns one line when a collapse begins.
 
         Args:
-            metrics: Of the step; ``reward/exact``, ``length/mean`` and ``update/entropy`` are read, ``guard/collapsed`` is added:
-                how many kinds of collapse there are.
+            metrics: Of the step; ``reward/exact``, ``length/mean`` and ``update/entropy`` are read,
+                ``guard/collapsed`` is added: how many kinds of collapse there are.
         """
         if self._config.action == "off":
             return None
@@ -38,7 +40,10 @@ class Guard:
         found = self._found(now) if len(self._recent) == self._config.window else {}
         new = [line for kind, line in found.items() if kind not in self._collapsed]
         self._collapsed = list(found)
-        if now["reward/exact"] > self._best.get("reward/exact", -1.0) and len(self._recent) == self._config.window:
+        if (
+            now["reward/exact"] > self._best.get("reward/exact", -1.0)
+            and len(self._recent) == self._config.window
+        ):
             self._best = now
         metrics["guard/collapsed"] = len(found)
         return "; ".join(new) or None
@@ -48,14 +53,18 @@ class Guard:
         best = self._best.get("reward/exact", 0.0)
         if best > 0 and now["reward/exact"] <= (1 - config.accuracy_fall) * best:
             found["accuracy"] = (
-                f"accuracy collapse: {now['reward/exact']:.2f} of the last {config.window} steps' completions are correct, "
-                f"{best:.2f} at best, while the mean length went from {self._best['length/mean']:.0f} to {now['length/mean']:.0f} "
+                f"accuracy collapse: {now['reward/exact']:.2f} of the last {config.window} steps' "
+                "completions are correct, "
+                f"{best:.2f} at best, while the mean length went from {self._best['length/mean']:.0f} to "
+                f"{now['length/mean']:.0f} "
                 "tokens; weaken length.rewards, or take grpo_lambda, which spares what is not solved yet"
             )
         if now["update/entropy"] < config.entropy_floor:
             found["entropy"] = (
-                f"entropy collapse: {now['update/entropy']:.3g} nats a token over the last {config.window} steps, under "
-                f"length.guard.entropy_floor {config.entropy_floor:g}; write update.mask_mastered, update.entropy_coef or a lower "
+                f"entropy collapse: {now['update/entropy']:.3g} nats a token over the last {config.window} "
+                "steps, under "
+                f"length.guard.entropy_floor {config.entropy_floor:g}; write update.mask_mastered, "
+                "update.entropy_coef or a lower "
                 "update.lr"
             )
         return found

@@ -88,7 +88,9 @@ def rank_record(step: RankStep) -> dict[str, Any]:
         "drawn": done.drawn,
         "length_errors": list(step.length_errors),
         "loops": sum(is_loop(r.token_ids) for r in done.rollouts),
-        "stale": sum(count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]),
+        "stale": sum(
+            count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]
+        ),
         "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
         "failed": sum(r.finish_reason is FinishReason.FAILED for r in done.rollouts),
         "sequence_steps": sum(s.steps for s in stats),
@@ -126,7 +128,9 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "reward/mean": float(rewards.mean()),
         "reward/shaped": float(np.mean([x for r in ranks for x in r["shaped"]])),
         "reward/exact": float((rewards >= 1).mean()),
-        "reward/std_error": float(groups.mean(1).std(ddof=1) / np.sqrt(len(groups))) if len(groups) > 1 else 0.0,
+        "reward/std_error": float(groups.mean(1).std(ddof=1) / np.sqrt(len(groups)))
+        if len(groups) > 1
+        else 0.0,
         "reward/by_problem": {key: float(mean) for key, mean in zip(keys, groups.mean(1), strict=True)},
         "reward/uniform_groups": float((groups.std(1) < 1e-6).mean()),
         "length/mean": float(lengths.mean()),
@@ -158,7 +162,9 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
     errors = [error for r in ranks for error in r["length_errors"]]
     if errors:
         metrics["length/pinball"] = float(np.mean(errors))
-    metrics |= _drafter_metrics(ranks) | _update_metrics(ranks) | _critic_metrics(ranks) | _time_metrics(ranks)
+    metrics |= (
+        _drafter_metrics(ranks) | _update_metrics(ranks) | _critic_metrics(ranks) | _time_metrics(ranks)
+    )
     if ranks[0]["plain_seconds"] is not None:
         plain = max(r["plain_seconds"] for r in ranks)
         metrics["measure/plain_seconds"] = plain
@@ -169,10 +175,17 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
 
 
 def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean and standard deviation of each reward function's rewards, without those of completions to which it does not apply."""
+    """Mean and standard deviation of each reward function's rewards, without those of completions to which it
+    does not apply.
+    """
     metrics = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank.get("reward_parts", {})):
-        found = [value for rank in ranks for value in rank.get("reward_parts", {}).get(name, []) if value is not None]
+        found = [
+            value
+            for rank in ranks
+            for value in rank.get("reward_parts", {}).get(name, [])
+            if value is not None
+        ]
         if found:
             metrics[f"rewards/{name}/mean"] = float(np.mean(found))
             metrics[f"rewards/{name}/std"] = float(np.std(found))
@@ -180,8 +193,8 @@ def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _speculation_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Sequences decoded together on average over all ranks' time of decoding, and the shares of it in which drafts were verified
-    and made."""
+    """Sequences decoded together on average over all ranks' time of decoding, and the shares of it in which
+    drafts were verified and made."""
     whole = together = speculating = 0.0
     for rank in ranks:
         before = 0.0
@@ -258,16 +271,18 @@ def _critic_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     variance = total["squares"] / total["tokens"] - (total["returns"] / total["tokens"]) ** 2
     return {
         "critic/loss": total["loss"] / total["tokens"],
-        "critic/explained_variance": 1 - total["errors"] / total["tokens"] / variance if variance > 1e-12 else 0.0,
+        "critic/explained_variance": 1 - total["errors"] / total["tokens"] / variance
+        if variance > 1e-12
+        else 0.0,
     }
 
 
 def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of each phase (the slowest rank's), of the whole step without what was only measured, and of the drafter's training
-    on and off its critical path.
+    """Seconds of each phase (the slowest rank's), of the whole step without what was only measured, and of
+    the drafter's training on and off its critical path.
 
-    Training that ends before the last rank has finished its rollouts, and their log-probs under the reference, costs the step
-    nothing; the rest delays it.
+    Training that ends before the last rank has finished its rollouts, and their log-probs under the
+    reference, costs the step nothing; the rest delays it.
     """
     phases: dict[str, float] = {}
     for rank in ranks:
@@ -282,5 +297,7 @@ def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     training = [(begin, end) for r in ranks for phase, begin, end in r["spans"] if phase == "drafter"]
     phases["drafter/seconds"] = sum(end - begin for begin, end in training)
     phases["drafter/seconds_off_path"] = sum(max(min(end, last_busy) - begin, 0.0) for begin, end in training)
-    phases["drafter/seconds_on_path"] = max([end - last_busy for _, end in training if end > last_busy], default=0.0)
+    phases["drafter/seconds_on_path"] = max(
+        [end - last_busy for _, end in training if end > last_busy], default=0.0
+    )
     return phases

@@ -44,8 +44,12 @@ def write_report(run: Path) -> Path:
         ("Time of each phase, by rank", _figure(lambda ax: plot_phases(ax, timeline))),
         ("The last step, rank by rank", _figure(lambda ax: plot_timeline(ax, timeline[-1]))),
     ]
-    body = "".join(f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{png}'>" for title, png in sections)
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items())
+    body = "".join(
+        f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{png}'>" for title, png in sections
+    )
+    rows = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items()
+    )
     out = run / "report.html"
     write_whole(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
     return out
@@ -121,7 +125,8 @@ def plot_lengths(ax: Axes, timeline: Steps) -> None:
     """Distribution of completion lengths in the first and last quarter of the steps."""
     quarter = max(len(timeline) // 4, 1)
     first, last = (
-        [x for s in part for r in s["ranks"] for x in r["lengths"]] for part in (timeline[:quarter], timeline[-quarter:])
+        [x for s in part for r in s["ranks"] for x in r["lengths"]]
+        for part in (timeline[:quarter], timeline[-quarter:])
     )
     bins = np.linspace(0, max([*first, *last, 1]), 40).tolist()
     ax.hist(first, bins=bins, alpha=0.6, label="first quarter of steps")
@@ -169,7 +174,9 @@ def plot_phases(ax: Axes, timeline: Steps) -> None:
 
 
 def _phase_seconds(ranks: Steps, rank: int, phase: str) -> float:
-    return sum(end - begin for r in ranks[rank : rank + 1] for name, begin, end in r["spans"] if name == phase)
+    return sum(
+        end - begin for r in ranks[rank : rank + 1] for name, begin, end in r["spans"] if name == phase
+    )
 
 
 def plot_timeline(ax: Axes, step: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What speculation brought against plain decoding of the same requests, and where it lost, why and what to change.
+"""What speculation brought against plain decoding of the same requests, and where it lost, why and what to
+change.
 
 Everything is said from what was measured: `paceline.rl.monitoring.metrics` has where each number comes from.
 """
@@ -15,7 +16,8 @@ _IDENTICAL_ENOUGH = 0.5  # share of completions equal to plain decoding's, from 
 _COLD_STEPS = 2  # first steps, in which forwards are measured and a drafter knows nothing yet
 _SHORT = 1.5  # tokens a forward, below which drafts hardly pay
 _DEAR = 0.15  # share of the rollouts' time that drafting may take
-_LARGE_BATCH = 16  # sequences together, from which on verifying many tokens costs about as much as decoding them
+# sequences together, from which on verifying many tokens costs about as much as decoding them
+_LARGE_BATCH = 16
 
 
 def verdict(metrics: Sequence[dict[str, Any]]) -> list[str]:
@@ -33,11 +35,19 @@ def verdict(metrics: Sequence[dict[str, Any]]) -> list[str]:
     if not any(m["rollout/drafted"] for m in measured):
         return [f"no token was drafted in the measured steps: plain decoding throughout, {ratio:.2f}x"]
     if ratio > 1 + _EVEN:
-        return [f"speculation won: {ratio:.2f}x plain decoding, {saved:.1f} s of a step saved; {accepted:.2f} tokens a forward"]
+        return [
+            f"speculation won: {ratio:.2f}x plain decoding, {saved:.1f} s of a step saved; {accepted:.2f} "
+            "tokens a forward"
+        ]
     if ratio >= 1 - _EVEN:
-        first = f"speculation brought nothing: {ratio:.2f}x plain decoding of the same requests, {accepted:.2f} tokens a forward"
+        first = (
+            f"speculation brought nothing: {ratio:.2f}x plain decoding of the same requests, {accepted:.2f} "
+            f"tokens a forward"
+        )
     else:
-        first = f"speculation lost: {ratio:.2f}x plain decoding of the same requests, {-saved:.1f} s of a step; "
+        first = (
+            f"speculation lost: {ratio:.2f}x plain decoding of the same requests, {-saved:.1f} s of a step; "
+        )
         first += f"{accepted:.2f} tokens a forward"
     reasons = _reasons(metrics, measured)
     return [first, *(f"  {reason}" for reason in reasons)]
@@ -53,7 +63,8 @@ def _reasons(metrics: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any
         *_other_lengths(measured),
     ]
     return found or [
-        "none of acceptance, drafting time and batch explains it: verifying costs more here than what it saves; write "
+        "none of acceptance, drafting time and batch explains it: verifying costs more here than what it "
+        "saves; write "
         "speculation.strategy=plain, or compare strategies with paceline bench selection"
     ]
 
@@ -63,7 +74,8 @@ def _cold(metrics: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]])
     if measured[-1]["step"] < _COLD_STEPS:
         steps = ", ".join(str(m["step"] + 1) for m in measured)
         return [
-            f"cold: only step {steps} was measured, when times of forwards are still being learned and the drafter is new: measure "
+            f"cold: only step {steps} was measured, when times of forwards are still being learned and the "
+            "drafter is new: measure "
             "later steps (measure.plain_every), or start with drafter.warmup_minutes"
         ]
     early = [m["measure/rollout_speedup"] for m in measured if m["step"] < _COLD_STEPS]
@@ -73,9 +85,12 @@ def _cold(metrics: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]])
             f"cold: {np.mean(early):.2f}x in the first steps, {np.mean(late):.2f}x in the later ones: "
             "start from a drafter (drafter.start, drafter.warmup_minutes)"
         ]
-    if not any(m.get("drafter/updates") for m in metrics) and any("rollout/acceptance_length_eagle3" in m for m in metrics):
+    if not any(m.get("drafter/updates") for m in metrics) and any(
+        "rollout/acceptance_length_eagle3" in m for m in metrics
+    ):
         return [
-            "the drafter was never trained in this run: write drafter.schedule=always where no rank idles, or start from one "
+            "the drafter was never trained in this run: write drafter.schedule=always where no rank idles, "
+            "or start from one "
             "(drafter.warmup_minutes)"
         ]
     return []
@@ -91,8 +106,10 @@ def _rejected(measured: Sequence[dict[str, Any]]) -> list[str]:
     names = sorted({key.removeprefix(prefix) for m in measured for key in m if key.startswith(prefix)})
     by_name = ", ".join(f"{name} {_mean(measured, prefix + name):.2f}" for name in names)
     return [
-        f"drafts are refused: {accepted} of {drafted} drafted tokens were accepted ({by_name} tokens a forward, where they ran): "
-        "the drafter does not know this policy yet; train it longer (drafter.warmup_minutes, drafter.schedule=always), or a "
+        f"drafts are refused: {accepted} of {drafted} drafted tokens were accepted ({by_name} tokens a "
+        "forward, where they ran): "
+        "the drafter does not know this policy yet; train it longer (drafter.warmup_minutes, "
+        "drafter.schedule=always), or a "
         "temperature this high leaves little to guess"
     ]
 
@@ -109,7 +126,8 @@ def _drafting(measured: Sequence[dict[str, Any]]) -> list[str]:
     spent = {name: sum(m.get(prefix + name, 0.0) for m in measured) for name in names}
     worst = max(spent, key=spent.__getitem__)
     return [
-        f"drafting takes {share:.0%} of the rollouts' time, most of it {worst} ({spent[worst]:.1f} s): write shallower trees in "
+        f"drafting takes {share:.0%} of the rollouts' time, most of it {worst} ({spent[worst]:.1f} s): write "
+        "shallower trees in "
         "speculation.arms, or leave that drafter out of speculation.drafters"
     ]
 
@@ -124,8 +142,10 @@ def _batch(measured: Sequence[dict[str, Any]]) -> list[str]:
         return []
     longest = max(m["length/max"] for m in known)
     return [
-        f"the batch is large: {active:.0f} sequences together on average, drafts in {speculating:.0%} of the time, "
-        f"completions of up to {longest} tokens: at such batches a forward is bound by arithmetic; speculation pays in long tails "
+        f"the batch is large: {active:.0f} sequences together on average, drafts in {speculating:.0%} of the "
+        "time, "
+        f"completions of up to {longest} tokens: at such batches a forward is bound by arithmetic; "
+        "speculation pays in long tails "
         "and at few sequences (more ranks, or longer rollout.max_tokens)"
     ]
 
@@ -136,7 +156,8 @@ def _other_lengths(measured: Sequence[dict[str, Any]]) -> list[str]:
     if identical >= _IDENTICAL_ENOUGH:
         return []
     return [
-        f"only {identical:.0%} of the completions were the same as plain decoding's (draws or rounding): lengths differ by chance, "
+        f"only {identical:.0%} of the completions were the same as plain decoding's (draws or rounding): "
+        "lengths differ by chance, "
         "and the ratio with them"
     ]
 

@@ -28,7 +28,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its steps.
+    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its
+    steps.
 
     Raises:
         UserError: when a step lacks a number.
@@ -37,7 +38,9 @@ def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         return _summarise(metrics)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"metrics.jsonl: a line is not what a step writes ({reason}); take it out to get a report") from None
+        raise UserError(
+            f"metrics.jsonl: a line is not what a step writes ({reason}); take it out to get a report"
+        ) from None
 
 
 def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,14 +86,16 @@ def _plain_share(measured: list[dict[str, Any]]) -> float:
 def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:
     """Standard error of the rise in mean reward between two spans of steps.
 
-    Where both saw the same problems (an epoch each), problems are paired: their difficulty, most of the variance, cancels.
-    Otherwise it is that of two independent sets of problems.
+    Where both saw the same problems (an epoch each), problems are paired: their difficulty, most of the
+    variance, cancels. Otherwise it is that of two independent sets of problems.
     """
     a, b = _by_problem(first), _by_problem(last)
     if a.keys() == b.keys():
         differences = np.array([b[k] - a[k] for k in a])
         return float(np.sqrt(_variance_of_mean(differences)))
-    return float(np.sqrt(_variance_of_mean(np.array([*a.values()])) + _variance_of_mean(np.array([*b.values()]))))
+    return float(
+        np.sqrt(_variance_of_mean(np.array([*a.values()])) + _variance_of_mean(np.array([*b.values()])))
+    )
 
 
 def _by_problem(steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -113,7 +118,8 @@ def table(summary: dict[str, Any]) -> Table:
     rise = summary["reward_after"] - summary["reward_before"]
     t.add_row(
         "reward, first → last quarter of steps",
-        f"{summary['reward_before']:.3f} → {summary['reward_after']:.3f}  ({rise:+.3f} ± {summary['reward_rise_std_error']:.3f})",
+        f"{summary['reward_before']:.3f} → {summary['reward_after']:.3f}  ({rise:+.3f} ± "
+        f"{summary['reward_rise_std_error']:.3f})",
     )
     if "rollout_speedup" in summary:
         t.add_row(
@@ -128,7 +134,9 @@ def table(summary: dict[str, Any]) -> Table:
     t.add_row("acceptance length", f"{summary['acceptance_length']:.2f} tokens a forward")
     lengths = (f"{summary[f'length_{name}']:.0f}" for name in ("mean", "p50", "p95", "max"))
     t.add_row("completion length: mean, p50, p95, max", ", ".join(lengths))
-    t.add_row("seconds a step", ", ".join(f"{name} {s:.1f}" for name, s in summary["seconds"].items() if s >= 0.05))
+    t.add_row(
+        "seconds a step", ", ".join(f"{name} {s:.1f}" for name, s in summary["seconds"].items() if s >= 0.05)
+    )
     t.add_row(
         "drafter training",
         f"{summary['drafter_seconds_off_path']:.1f} s while another rank was decoding, "

@@ -15,15 +15,17 @@ from paceline.rl.process.progress import Phase
 
 
 class Clock:
-    """Phases of a step on a clock that nobody sets: all processes of one machine read the same (CLOCK_MONOTONIC), and another
-    machine's begins when it hears that the step has.
+    """Phases of a step on a clock that nobody sets: all processes of one machine read the same
+    (CLOCK_MONOTONIC), and another machine's begins when it hears that the step has.
 
     Args:
         accelerator: Of the run. Making a clock is collective.
         shown: Shows a phase of this name to the user while it lasts.
     """
 
-    def __init__(self, accelerator: Accelerator, shown: Callable[[str], AbstractContextManager[Phase]]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, shown: Callable[[str], AbstractContextManager[Phase]]
+    ) -> None:
         self._shown = shown
         origin: list[object] = [time.monotonic(), _machine()]
         broadcast_object_list(origin)
@@ -31,12 +33,16 @@ class Clock:
         self.spans: list[Span] = []
 
     def since(self, moment: float) -> float:
-        """Seconds from the step's beginning to a moment, which is `time.monotonic` of a process on this machine."""
+        """Seconds from the step's beginning to a moment, which is `time.monotonic` of a process on this
+        machine.
+        """
         return moment - self._origin
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Notes when a phase of this rank's step began and ended, and shows how far it is by the `Phase` that it yields."""
+        """Notes when a phase of this rank's step began and ended, and shows how far it is by the `Phase` that
+        it yields.
+        """
         begin = time.monotonic() - self._origin
         with self._shown(name) as shown:
             yield shown

@@ -34,18 +34,22 @@ _NAMES = {
 class Tracker:
     """Rank 0's view of the run; on other ranks every method does nothing.
 
-    Steps are counted from 1 wherever a person reads them: in lines, in the report, on the axes of wandb and TensorBoard. The key
+    Steps are counted from 1 wherever a person reads them: in lines, in the report, on the axes of wandb and
+        TensorBoard. The key
     ``step`` in ``metrics.jsonl``, ``timeline.jsonl`` and ``rollouts.jsonl`` is an index, from 0.
 
     Args:
         config: The recipe.
         run: The run's directory.
         active: Whether this is rank 0.
-        first_step: Where the run goes on from: what a board shows of later steps, which were lost, is taken back.
+        first_step: Where the run goes on from: what a board shows of later steps, which were lost, is taken
+            back.
         display: What this process shows; None makes one for a rank that shows nothing, or on standard output.
     """
 
-    def __init__(self, config: RunConfig, run: Path, active: bool, first_step: int = 0, display: Display | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, run: Path, active: bool, first_step: int = 0, display: Display | None = None
+    ) -> None:
         self.active = active
         self.display = Display(active) if display is None else display
         self._run = run
@@ -79,7 +83,9 @@ class Tracker:
             self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=purge)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -100,7 +106,9 @@ class Tracker:
         return self.display.phase("all steps", self._config.steps - first, lines=False)
 
     def time_left(self, step: int) -> str:
-        """Says how long the run takes from the end of a step on, by the mean of the last few; nothing after the last."""
+        """Says how long the run takes from the end of a step on, by the mean of the last few; nothing after
+        the last.
+        """
         self._ends = [*self._ends, self.display.clock()][-_STEPS_BACK - 1 :]
         left = self._config.steps - step - 1
         if left <= 0 or len(self._ends) < 2:

@@ -13,7 +13,8 @@ _FILE_WIDTH = 10_000  # characters; a log's lines are never broken
 def console(stream: TextIO | None = None) -> Console:
     """Returns a console for a stream, by default standard output.
 
-    What is not a terminal gets no control characters, whatever ``FORCE_COLOR`` and ``COLUMNS`` say, and no line is wrapped.
+    What is not a terminal gets no control characters, whatever ``FORCE_COLOR`` and ``COLUMNS`` say, and no
+    line is wrapped.
     """
     out = sys.stdout if stream is None else stream
     if out.isatty():

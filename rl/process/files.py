@@ -94,11 +94,14 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 @contextlib.contextmanager
 def disk_errors(run: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into one line that says how to go on with a run."""
+    """Turns a full disk, a missing permission and the like into one line that says how to go on with a
+    run."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK:
             raise
         place = error.filename or run
-        raise UserError(f"{place}: {error.strerror}; free some disk or correct its permissions, then --resume {run}") from None
+        raise UserError(
+            f"{place}: {error.strerror}; free some disk or correct its permissions, then --resume {run}"
+        ) from None

@@ -1,4 +1,6 @@
-"""Things that several processes need and one of them makes, under a file lock, which the kernel releases when its holder dies."""
+"""Things that several processes need and one of them makes, under a file lock, which the kernel releases when
+its holder dies.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def alone(lock: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         while not _taken(file.fileno()):
             if not said and time.monotonic() - began > _PATIENCE:
                 file.seek(0)
-                say(f"waiting for process {file.read().strip() or '?'}, which is making {lock.with_suffix('')}")
+                say(
+                    f"waiting for process {file.read().strip() or '?'}, which is making "
+                    f"{lock.with_suffix('')}"
+                )
                 said = True
             time.sleep(_POLL)
         file.truncate(0)

@@ -12,17 +12,26 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHERS = (
-    "torchrun", "torch.distributed", "accelerate", "deepspeed", "slurmstepd", "paceline", "mpirun", "orted", "prted",
+    "torchrun",
+    "torch.distributed",
+    "accelerate",
+    "deepspeed",
+    "slurmstepd",
+    "paceline",
+    "mpirun",
+    "orted",
+    "prted",
     "hydra_pmi_proxy",
-)  # fmt: skip
+)
 _REAPERS = ("systemd", "init", "tini", "dumb-init", "docker-init", "catatonit", "containerd-shim")
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Asks the kernel to kill this process when its parent ends, and ends at once where that has happened already.
+    """Asks the kernel to kill this process when its parent ends, and ends at once where that has happened
+    already.
 
-    The kernel watches the parent's thread that started this process (prctl(2), PR_SET_PDEATHSIG). Elsewhere than on Linux nothing
-    is done.
+    The kernel watches the parent's thread that started this process (prctl(2), PR_SET_PDEATHSIG). Elsewhere
+    than on Linux nothing is done.
 
     Args:
         parent: Process id of the parent as the parent itself gave it; None takes the present one.
@@ -46,11 +55,14 @@ def end_with_launcher() -> None:
     if program.startswith(_LAUNCHERS):
         end_with_parent(parent)
     elif "TORCHELASTIC_RUN_ID" in os.environ and (parent == 1 or program in _REAPERS):
-        os.kill(os.getpid(), signal.SIGKILL)  # the launcher ended before this line, and the system took its child over
+        # the launcher ended before this line, and the system took its child over
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _program(pid: int) -> str:
-    """What a process runs: the name of its executable, or of Python's script or module; empty where that cannot be seen."""
+    """What a process runs: the name of its executable, or of Python's script or module; empty where that
+    cannot be seen.
+    """
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -24,8 +24,10 @@ def _libc() -> ctypes.CDLL | None:
 def fit_process(local_world_size: int) -> None:
     """Shares the cores between the ranks of this machine and keeps freed memory for reuse.
 
-    glibc maps large blocks anew and hands them back when they are freed, and each micro-batch then faults them in again page by
-    page: half of an update's time was the kernel's. All blocks come from one heap instead, which all threads share and which is
+    glibc maps large blocks anew and hands them back when they are freed, and each micro-batch then faults
+    them in again page by
+    page: half of an update's time was the kernel's. All blocks come from one heap instead, which all threads
+        share and which is
     not trimmed (benchmarks/README.md, the update phase). Without glibc only the threads are set.
     """
     torch.set_num_threads(threads_of_rank(local_world_size))
@@ -44,7 +46,8 @@ def threads_of_rank(local_world_size: int) -> int:
         local_world_size: Number of ranks on this machine.
 
     Returns:
-        ``OMP_NUM_THREADS`` if the user has set it, else the rank's share of the cores that affinity and cgroups allow.
+        ``OMP_NUM_THREADS`` if the user has set it, else the rank's share of the cores that affinity and
+        cgroups allow.
     """
     ranks = max(local_world_size, 1)
     asked = os.environ.get(_THREADS, "").partition(",")[0]
@@ -54,7 +57,8 @@ def threads_of_rank(local_world_size: int) -> int:
 
 
 def _is_torchruns_default() -> bool:
-    """Tells whether torchrun has set ``OMP_NUM_THREADS=1``, as it does for several ranks when the user has not set it.
+    """Tells whether torchrun has set ``OMP_NUM_THREADS=1``, as it does for several ranks when the user has
+    not set it.
 
     The variable is then in the rank's environment, but not in the environment that torchrun was started with.
     """

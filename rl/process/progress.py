@@ -36,16 +36,22 @@ class Phase:
         lines: Whether a file gets lines in between.
     """
 
-    def __init__(self, display: Display, name: str, total: float | None, unit: str, announced: bool, lines: bool) -> None:
+    def __init__(
+        self, display: Display, name: str, total: float | None, unit: str, announced: bool, lines: bool
+    ) -> None:
         self._display, self._name, self._total, self._unit = display, name, total, unit
         self._announced, self._lines = announced, lines
         self._began = self._said = display.clock()
         self._wait = _FIRST_LINE
-        self._task = None if display.bars is None else display.bars.add_task(name, total=total, note="", unit=unit)
+        self._task = (
+            None if display.bars is None else display.bars.add_task(name, total=total, note="", unit=unit)
+        )
         if announced and self._task is None:
             display.say(name)
 
-    def update(self, done: float, note: str = "", total: float | None = None, unit: str | None = None) -> None:
+    def update(
+        self, done: float, note: str = "", total: float | None = None, unit: str | None = None
+    ) -> None:
         """Shows how much is done.
 
         Args:
@@ -57,7 +63,9 @@ class Phase:
         self._total = self._total if total is None else total
         self._unit = self._unit if unit is None else unit
         if self._display.bars is not None and self._task is not None:
-            self._display.bars.update(self._task, completed=done, total=self._total, note=note, unit=self._unit)
+            self._display.bars.update(
+                self._task, completed=done, total=self._total, note=note, unit=self._unit
+            )
             return
         now = self._display.clock()
         if self._display.active and self._lines and now - self._said >= self._wait:
@@ -68,7 +76,9 @@ class Phase:
         if self._total is None:
             return f"{self._name}: {duration(now - self._began)} so far"
         unit = f" {self._unit}" if self._unit else ""
-        left = f", about {duration((now - self._began) / done * (self._total - done))} left" if done > 0 else ""
+        left = (
+            f", about {duration((now - self._began) / done * (self._total - done))} left" if done > 0 else ""
+        )
         return f"{self._name}: {done:.0f} of {self._total:.0f}{unit}{left}"
 
     def close(self, whole: bool) -> None:
@@ -92,7 +102,9 @@ class Display:
         clock: Seconds that only go forward.
     """
 
-    def __init__(self, active: bool = True, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, active: bool = True, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.active, self.clock = active, clock
         self.console = console_for() if console is None else console
         self.bars: Progress | None = None
@@ -112,7 +124,9 @@ class Display:
             self.bars = Progress(*columns, _Left(), console=self.console, transient=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bars is not None:
             self.bars.stop()
             self.bars = None
@@ -154,7 +168,11 @@ class _Done(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.total is None:
             return Text("")
-        return Text(" ".join(part for part in (f"{task.completed:.0f}/{task.total:.0f}", str(task.fields["unit"])) if part))
+        return Text(
+            " ".join(
+                part for part in (f"{task.completed:.0f}/{task.total:.0f}", str(task.fields["unit"])) if part
+            )
+        )
 
 
 class _Left(ProgressColumn):

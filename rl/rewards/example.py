@@ -11,7 +11,8 @@ _IGNORANCE = "I do not know."
 
 
 def score_example(problem: Problem, config: TaskConfig, seed: int, group_size: int) -> list[str]:
-    """Scores made-up completions of a problem as a run would: one that ends in the reference answer, others without one.
+    """Scores made-up completions of a problem as a run would: one that ends in the reference answer, others
+    without one.
 
     Args:
         problem: The first of the task.
@@ -32,7 +33,10 @@ def score_example(problem: Problem, config: TaskConfig, seed: int, group_size: i
             pool.add(place, problem, text, range(len(text)))
         scores = pool.collect()
     if scores.failed:
-        raise UserError(f"task.reward: {scores.failed} of {len(texts)} made-up completions have no score: {scores.problem}")
+        raise UserError(
+            f"task.reward: {scores.failed} of {len(texts)} made-up completions have no score: "
+            f"{scores.problem}"
+        )
     said = f"reward: to the first problem, {texts[0]!r:.60} scores {scores.values[0]:g}"
     said += f", {_IGNORANCE!r} {scores.values[1]:g}" if group_size > 1 else ""
     return [said, *(line for line in (pool.notice, scores.notice) if line is not None)]

@@ -1,4 +1,6 @@
-"""Reward functions of the user's: found by name, called as TRL calls them, and what they return read strictly."""
+"""Reward functions of the user's: found by name, called as TRL calls them, and what they return read
+strictly.
+"""
 
 from __future__ import annotations
 
@@ -61,9 +63,14 @@ def load_reward(path: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"task.reward is {path!r}: {one_line(error, 300)}; write module:function") from None
     except (Exception, SystemExit) as error:
-        raise UserError(f"task.reward is {path!r}: importing it fails ({type(error).__name__}: {one_line(error, 300)})") from None
+        raise UserError(
+            f"task.reward is {path!r}: importing it fails ({type(error).__name__}: {one_line(error, 300)})"
+        ) from None
     if not callable(found):
-        raise UserError(f"task.reward is {path!r}, which is of type {type(found).__name__} and cannot be called; name a function")
+        raise UserError(
+            f"task.reward is {path!r}, which is of type {type(found).__name__} and cannot be called; name a "
+            "function"
+        )
     return found
 
 
@@ -87,14 +94,18 @@ class Rewards:
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
         self.functions = list(functions)
-        self._runner = asyncio.Runner()  # one event loop for all calls: clients that a function keeps belong to it
+        # one event loop for all calls: clients that a function keeps belong to it
+        self._runner = asyncio.Runner()
 
-    def __call__(self, count: int, columns: Mapping[str, Sequence[Any]]) -> tuple[list[Score], dict[str, list[float | None]]]:
+    def __call__(
+        self, count: int, columns: Mapping[str, Sequence[Any]]
+    ) -> tuple[list[Score], dict[str, list[float | None]]]:
         """Scores completions, as TRL does: the weighted sum of those rewards that are not None.
 
         Args:
             count: Completions.
-            columns: Keyword arguments, a list of ``count`` values each; a function without ``**`` gets those that it names.
+            columns: Keyword arguments, a list of ``count`` values each; a function without ``**`` gets those
+                that it names.
 
         Returns:
             The score of each completion, or why it has none, and each function's rewards by its name.
@@ -143,7 +154,10 @@ def _listed(returned: Any, count: int, name: str) -> list[Any]:
     """
     listed = returned.tolist() if hasattr(returned, "tolist") else returned
     if isinstance(listed, str | bytes | Mapping | set | frozenset) or not hasattr(listed, "__iter__"):
-        raise ValueError(f"{name} returned {returned!r:.60}; return a list of numbers, one for each of the {count} completions")
+        raise ValueError(
+            f"{name} returned {returned!r:.60}; return a list of numbers, one for each of the {count} "
+            "completions"
+        )
     values = list(itertools.islice(listed, count + 1))
     if len(values) != count:
         found = "more" if len(values) > count else str(len(values))

@@ -14,10 +14,12 @@ from paceline.rl.rewards.terms import RewardTerm, Samples
 class GrpoLambda(RewardTerm):
     """GRPO-λ (Dai et al., arXiv 2505.18086): a length penalty only where a group is mostly right.
 
-    Of the step's groups, the share λ with the highest correct ratio, and those that equal the last of them, are trained for
-    brevity: a correct sample gets 1 − α σ((n − mean) / std), mean and standard deviation over the group's correct lengths (the
-    penalty of Arora and Zanette, arXiv 2502.04463, equation 2). The others keep plain rewards: where a problem is still hard,
-    length is not what to save on. A group without a correct sample is never penalised.
+    Of the step's groups, the share λ with the highest correct ratio, and those that equal the last of them,
+    are trained for
+    brevity: a correct sample gets 1 − α σ((n − mean) / std), mean and standard deviation over the group's
+        correct lengths (the
+    penalty of Arora and Zanette, arXiv 2502.04463, equation 2). The others keep plain rewards: where a
+    problem is still hard, length is not what to save on. A group without a correct sample is never penalised.
 
     Attributes:
         share: λ.
@@ -43,13 +45,16 @@ def _standardised(samples: Samples) -> torch.Tensor:
     count = correct.sum(1, keepdim=True).clamp(min=1)
     mean = (lengths * correct).sum(1, keepdim=True) / count
     std = (((lengths - mean).square() * correct).sum(1, keepdim=True) / count).sqrt()
-    return torch.where(std > 1e-6, (lengths - mean) / std.clamp(min=1e-6), torch.zeros_like(lengths)).flatten()
+    return torch.where(
+        std > 1e-6, (lengths - mean) / std.clamp(min=1e-6), torch.zeros_like(lengths)
+    ).flatten()
 
 
 @dataclass(frozen=True, slots=True)
 class ShorterBetter(RewardTerm):
-    """α r − β |n − n*|, where n* is the length of the group's shortest correct sample, or the group's mean length where none is
-    correct (Yi et al., arXiv 2504.21370, equations 2 and 3): a policy that cannot solve a problem is not taught to be brief on it.
+    """α r − β |n − n*|, where n* is the length of the group's shortest correct sample, or the group's mean
+    length where none is correct (Yi et al., arXiv 2504.21370, equations 2 and 3): a policy that cannot solve
+    a problem is not taught to be brief on it.
 
     Attributes:
         alpha: α, of the task's reward.
@@ -69,8 +74,8 @@ class ShorterBetter(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Alp(RewardTerm):
-    """Adaptive length penalty: r − β n max(p, 1 / K), with p the group's correct ratio and K its size (Xiang et al., arXiv
-    2506.05256, equation 2): a token costs the more, the easier the prompt.
+    """Adaptive length penalty: r − β n max(p, 1 / K), with p the group's correct ratio and K its size (Xiang
+    et al., arXiv 2506.05256, equation 2): a token costs the more, the easier the prompt.
 
     Attributes:
         beta: β.

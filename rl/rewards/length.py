@@ -12,7 +12,8 @@ from paceline.rl.rewards.terms import RewardTerm, Samples
 
 @dataclass(frozen=True, slots=True)
 class L1Exact(RewardTerm):
-    """Length-controlled policy optimization, exact: r − α |b − n| (Aggarwal and Welleck, arXiv 2503.04697, equation 1).
+    """Length-controlled policy optimization, exact: r − α |b − n| (Aggarwal and Welleck, arXiv 2503.04697,
+    equation 1).
 
     Attributes:
         alpha: α, reward for each token beside the budget.
@@ -27,8 +28,8 @@ class L1Exact(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class L1Max(RewardTerm):
-    """The same with a budget as an upper limit: r · clip(α (b − n) + δ, 0, 1) (the same, equation 2). A correct completion that
-    overruns a little still earns more than a wrong one.
+    """The same with a budget as an upper limit: r · clip(α (b − n) + δ, 0, 1) (the same, equation 2). A
+    correct completion that overruns a little still earns more than a wrong one.
 
     Attributes:
         alpha: α, share of the reward for each token below the budget.
@@ -45,8 +46,8 @@ class L1Max(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Overlong(RewardTerm):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), added to the reward: 0 up to L − c tokens, then
-    ((L − c) − n) / c, down to −1 at the limit L.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13), added to the reward: 0 up to L − c
+    tokens, then ((L − c) − n) / c, down to −1 at the limit L.
 
     Attributes:
         cache: c, tokens before the limit over which it grows.
@@ -63,8 +64,9 @@ class Overlong(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Target(RewardTerm):
-    """A length to come near to, which may be a longer one: (1 − w) r + w s, with LongWriter's length score (Bai et al., arXiv
-    2408.07055, equation 1): s = max(0, 1 − (n / b − 1) / 3) above the target b, max(0, 1 − (b / n − 1) / 2) below it.
+    """A length to come near to, which may be a longer one: (1 − w) r + w s, with LongWriter's length score
+    (Bai et al., arXiv 2408.07055, equation 1): s = max(0, 1 − (n / b − 1) / 3) above the target b, max(0, 1 −
+    (b / n − 1) / 2) below it.
 
     Attributes:
         weight: w.
@@ -89,12 +91,14 @@ class Target(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Hbpo(RewardTerm):
-    """Hierarchical budget policy optimization (Lyu et al., arXiv 2507.15844, section 3 and its reference code).
+    """Hierarchical budget policy optimization (Lyu et al., arXiv 2507.15844, section 3 and its reference
+    code).
 
     Each sample of a group was asked for one of a few budgets. A correct one of n tokens, asked for b, gets
-    min(w cos(π n / 2L) − α |n − b|, w cos(π b / 2L)): inside its budget no less for being longer than others, beyond it less. A
-    wrong one gets 0. To the group's advantage comes how far the mean reward of the samples of the same budget lies from the most
-    that this budget can earn, w cos(π b / 2L). The reference code adds that twice; here it counts once, as the paper writes it.
+    min(w cos(π n / 2L) − α |n − b|, w cos(π b / 2L)): inside its budget no less for being longer than others,
+    beyond it less. A wrong one gets 0. To the group's advantage comes how far the mean reward of the samples
+    of the same budget lies from the most that this budget can earn, w cos(π b / 2L). The reference code adds
+    that twice; here it counts once, as the paper writes it.
 
     Attributes:
         scale: w.
@@ -129,8 +133,9 @@ class Hbpo(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Linear(RewardTerm):
-    """The naive penalty, r − α n / L, whether right or wrong: what the others are measured against. It can pay a policy to say
-    nothing (GRPO-λ's and HBPO's papers); `paceline.rl.monitoring.collapse_guard` names that collapse.
+    """The naive penalty, r − α n / L, whether right or wrong: what the others are measured against. It can
+    pay a policy to say nothing (GRPO-λ's and HBPO's papers); `paceline.rl.monitoring.collapse_guard` names
+    that collapse.
 
     Attributes:
         alpha: α.

@@ -1,4 +1,6 @@
-"""Scores in processes of their own, with time limits: what a scorer does wrong costs a reward, never the step."""
+"""Scores in processes of their own, with time limits: what a scorer does wrong costs a reward, never the
+step.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from paceline.rl.tasks.task import Problem
 
 _TICK = 0.1
 _DENIED = (
-    "task.reward asks for the network, which scorers may not use: if it asks a judge, write task.sandbox=off; "
+    "task.reward asks for the network, which scorers may not use: if it asks a judge, write "
+    "task.sandbox=off; "
     "its scores may be what it makes of a judge that never answers"
 )
 
@@ -35,7 +38,8 @@ class Scores:
         timeouts: Completions whose scoring took too long.
         errors: Completions whose scorer raised, died, or returned something else than finite numbers.
         problem: The first of these, in one line.
-        busy: When something was being scored: begins and ends, seconds on the monotonic clock, one after the other.
+        busy: When something was being scored: begins and ends, seconds on the monotonic clock, one after the
+            other.
         parts: By reward function, what each returned for each completion; None where it does not apply.
         asked: Completions that were to be scored.
         unscored: Those of them without a score, which have ``task.score_failed`` in ``values``.
@@ -71,9 +75,10 @@ class Scores:
 class ScoringPool:
     """Completions go in as they end, and are scored while others are still decoded.
 
-    The problems' own scorers get one completion at a time; reward functions of the user's get the samples of a prompt together,
-    once the last of them has ended, so that they may compare them. Workers make the task anew from the recipe: a data set's scorer
-    cannot be sent. A process that ends is replaced; the completions that it was scoring have no score, and an idle one loses none.
+    The problems' own scorers get one completion at a time; reward functions of the user's get the samples of
+    a prompt together, once the last of them has ended, so that they may compare them. Workers make the task
+    anew from the recipe: a data set's scorer cannot be sent. A process that ends is replaced; the completions
+        that it was scoring have no score, and an idle one loses none.
 
     Args:
         config: The recipe's task section.
@@ -88,8 +93,12 @@ class ScoringPool:
         self._config, self._group_size = config, group_size
         missing = [] if config.sandbox == "off" else unconfined()
         if missing and config.sandbox == "require":
-            raise UserError(f"task.sandbox is require, but this machine cannot confine {', '.join(missing)}; write auto")
-        self.notice = f"scorers are not confined in: {', '.join(missing)}; see docs/rewards.md" if missing else None
+            raise UserError(
+                f"task.sandbox is require, but this machine cannot confine {', '.join(missing)}; write auto"
+            )
+        self.notice = (
+            f"scorers are not confined in: {', '.join(missing)}; see docs/rewards.md" if missing else None
+        )
         self._together = bool(reward_configs(config))
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: list[Job] = []
@@ -107,7 +116,9 @@ class ScoringPool:
         """
         while not any(worker.up for worker in self._workers):
             if all(worker.tried.is_set() for worker in self._workers):
-                raise UserError(next((w.failure for w in self._workers if w.failure), "no scoring process starts"))
+                raise UserError(
+                    next((w.failure for w in self._workers if w.failure), "no scoring process starts")
+                )
             self._workers[0].tried.wait(_TICK)
 
     def add(self, index: int, problem: Problem, text: str, token_ids: Sequence[int] = ()) -> None:
@@ -140,8 +151,8 @@ class ScoringPool:
         self._queue.put(self._jobs[-1])
 
     def collect(self) -> Scores:
-        """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds in which there is a process
-        that scores."""
+        """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds in
+        which there is a process that scores."""
         for group in self._groups.values():  # those that lack a failed sample
             self._schedule(group)
         jobs, self._jobs, self._groups = self._jobs, [], {}
@@ -173,7 +184,10 @@ class ScoringPool:
         try:
             found = self._read(job.answer.result(timeout=0), count, scores)
         except (TookTooLong, CancelledError):
-            limits = f"{self._config.score_seconds:g} s a completion, or {self._config.score_deadline:g} s after the rollouts"
+            limits = (
+                f"{self._config.score_seconds:g} s a completion, or {self._config.score_deadline:g} s after "
+                f"the rollouts"
+            )
             scores.timeouts += count
             scores.problem = scores.problem or f"scoring took longer than {limits}"
             scores.unscored.update(job.places)
@@ -182,7 +196,9 @@ class ScoringPool:
             found = [str(error)] * count
         reasons = [score for score in found if isinstance(score, str)]
         scores.errors += len(reasons)
-        scores.unscored.update(place for place, score in zip(job.places, found, strict=True) if isinstance(score, str))
+        scores.unscored.update(
+            place for place, score in zip(job.places, found, strict=True) if isinstance(score, str)
+        )
         if reasons and scores.problem is None:
             scores.problem = "".join(c for c in " ".join(reasons[0].split()) if c.isprintable())
         return [self._config.score_failed if isinstance(score, str) else score for score in found]
@@ -195,11 +211,18 @@ class ScoringPool:
         """
         try:
             found: list[Score] = [s if isinstance(s, str) else float(s) for s in answer["scores"]]
-            parts = {str(n): [None if v is None else float(v) for v in values] for n, values in answer["parts"].items()}
+            parts = {
+                str(n): [None if v is None else float(v) for v in values]
+                for n, values in answer["parts"].items()
+            }
             begin, end = (float(moment) for moment in answer["span"])
         except (KeyError, TypeError, ValueError, AttributeError):
             found, parts, begin, end = [], {}, 0.0, 0.0
-        if len(found) != count or not all(isinstance(s, str) or math.isfinite(s) for s in found) or not begin <= end:
+        if (
+            len(found) != count
+            or not all(isinstance(s, str) or math.isfinite(s) for s in found)
+            or not begin <= end
+        ):
             raise Died("the scorer's process answers with something else than scores")
         scores.busy.append((begin, end))
         for name, values in parts.items():
@@ -211,7 +234,9 @@ class ScoringPool:
     def __enter__(self) -> ScoringPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for worker in self._workers:
             worker.close()
         for worker in self._workers:

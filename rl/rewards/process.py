@@ -1,4 +1,5 @@
-"""The trainer's side of a scoring process: starts it, asks it, and ends it with everything that it started."""
+"""The trainer's side of a scoring process: starts it, asks it, and ends it with everything that it
+started."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Died(Exception):
     """A scoring process ended or became unusable while it scored.
 
     Attributes:
-        idle: Whether it had not begun with the job. The job was not the reason then, and another process can be asked.
+        idle: Whether it had not begun with the job. The job was not the reason then, and another process can
+            be asked.
     """
 
     def __init__(self, message: str, idle: bool = False) -> None:
@@ -67,7 +69,9 @@ class ScorerProcess:
             said = self._receive(until)
         except (Died, TookTooLong) as error:
             self.end()
-            raise NotStarted(f"a scoring process did not start: {error or f'nothing for {seconds:g} s'}") from None
+            raise NotStarted(
+                f"a scoring process did not start: {error or f'nothing for {seconds:g} s'}"
+            ) from None
         if "failed" in said:
             self.end()
             raise NotStarted(str(said["failed"]))
@@ -98,7 +102,8 @@ class ScorerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(theirs, theirs_too),
-            start_new_session=True,  # a terminal's Ctrl-C is the trainer's to answer; what it starts ends with it
+            # a terminal's Ctrl-C is the trainer's to answer; what it starts ends with it
+            start_new_session=True,
         )
         os.close(theirs)
         os.close(theirs_too)
@@ -142,7 +147,9 @@ class ScorerProcess:
         self._folder.cleanup()
 
     def kill(self) -> None:
-        """Kills the process and all of its session; from any thread: one that waits for an answer is told `Died`."""
+        """Kills the process and all of its session; from any thread: one that waits for an answer is told
+        `Died`.
+        """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -184,7 +191,9 @@ class ScorerProcess:
         """
         while True:
             alive = self.alive  # looked up before the pipe: what was written before it ended is there
-            can_read, can_write, _ = select.select(readable, writable, [], min(_TICK, max(until - time.monotonic(), 0.0)))
+            can_read, can_write, _ = select.select(
+                readable, writable, [], min(_TICK, max(until - time.monotonic(), 0.0))
+            )
             if can_read or can_write:
                 return
             if not alive:

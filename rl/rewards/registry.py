@@ -46,7 +46,9 @@ def load_term(entry: Mapping[str, Any], where: str) -> Term:
 
 
 def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rewards after all terms in their order, float32 [S], and what they add to advantages, float32 [S] or None."""
+    """Rewards after all terms in their order, float32 [S], and what they add to advantages, float32 [S] or
+    None.
+    """
     added: torch.Tensor | None = None
     for term in terms:
         samples = replace(samples, rewards=term.rewards(samples))
@@ -79,19 +81,25 @@ def sample_reward(
     for term in terms:
         if term.needs_group or term.needs_entropies:
             what = "compares the samples of a prompt" if term.needs_group else "reads entropies"
-            raise UserError(f"length reward {type(term).__name__} {what}: this trainer rewards one completion at a time")
+            raise UserError(
+                f"length reward {type(term).__name__} {what}: this trainer rewards one completion at a time"
+            )
     rewards = torch.tensor([reward], dtype=torch.float32)
     budgets = None if budget is None else torch.tensor([float(budget)])
-    return float(apply_terms(terms, Samples(rewards, rewards >= correct_from, torch.tensor([length]), 1, longest, budgets))[0])
+    return float(
+        apply_terms(
+            terms, Samples(rewards, rewards >= correct_from, torch.tensor([length]), 1, longest, budgets)
+        )[0]
+    )
 
 
 class LengthAware:
     """A reward function in TRL's signature: another one's rewards, made length-aware.
 
-    ``GRPOTrainer(reward_funcs=LengthAware(accuracy_reward, [{"name": "overlong", "cache": 512}], 16, 4096), ...)``. Columns of the
-    data set or of a rollout function named ``budget`` (tokens), ``entropies`` (nats of each token) and ``answers`` (index of the
-    first token of the answer) are handed on to the terms that read them. What a term adds to advantages is left out: a reward
-    function cannot.
+    ``GRPOTrainer(reward_funcs=LengthAware(accuracy_reward, [{"name": "overlong", "cache": 512}], 16, 4096),
+    ...)``. Columns of the data set or of a rollout function named ``budget`` (tokens),
+    ``entropies`` (nats of each token) and ``answers`` (index of the first token of the answer) are handed on
+    to the terms that read them. What a term adds to advantages is left out: a reward function cannot.
 
     Args:
         reward: In TRL's signature.
@@ -120,10 +128,13 @@ class LengthAware:
         self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        rewards = torch.tensor(self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32)
+        rewards = torch.tensor(
+            self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32
+        )
         if len(rewards) % self.group_size:
             raise ValueError(
-                f"{len(rewards)} completions are no groups of {self.group_size}: make per_device_train_batch_size a multiple of it"
+                f"{len(rewards)} completions are no groups of {self.group_size}: make "
+                "per_device_train_batch_size a multiple of it"
             )
         budgets, entropies = columns.get("budget"), columns.get("entropies")
         samples = Samples(

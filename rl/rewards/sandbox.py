@@ -1,8 +1,10 @@
 """Confines the calling process: no file writes outside one directory, no network, a limit of memory.
 
-Scorers read completions, and some evaluate them. Landlock takes away file writes and signals to other processes, a seccomp filter
-takes away sockets and the calls that would change other processes or a file's mode, and both work without privileges and in
-containers. Sources: ``Documentation/userspace-api/landlock.rst`` and ``seccomp_filter.rst`` of the Linux kernel.
+Scorers read completions, and some evaluate them. Landlock takes away file writes and signals to other
+processes, a seccomp filter takes away sockets and the calls that would change other processes or a file's
+mode, and both work without privileges and in
+containers. Sources: ``Documentation/userspace-api/landlock.rst`` and ``seccomp_filter.rst`` of the Linux
+    kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import sys
 from pathlib import Path
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_MAKE_AND_REMOVE = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # write a file; make or remove any kind of entry
+# write a file; make or remove any kind of entry
+_MAKE_AND_REMOVE = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))
 _SINCE = {
     2: 1 << 13,
     3: 1 << 14,
@@ -25,9 +28,10 @@ _SINCE = {
 _TCP, _SIGNALS_AND_ABSTRACT_SOCKETS = 0b11, 0b11
 _WRITABLE_DEVICES = ("/dev/null", "/dev/zero", "/dev/full")
 
-# By machine: the audit architecture, the numbers of seccomp, capget and capset, of prlimit64, and of what is denied: socket,
-# io_uring_setup, truncate, chmod, fchmod, chown, fchown, lchown, fchownat, fchmodat, fchmodat2, the three setxattr, the three
-# removexattr, ptrace, process_vm_writev, pidfd_getfd, setpriority, unshare, setns, mount.
+# By machine: the audit architecture, the numbers of seccomp, capget and capset, of prlimit64, and of what is
+#     denied: socket,
+# io_uring_setup, truncate, chmod, fchmod, chown, fchown, lchown, fchownat, fchmodat, fchmodat2, the three
+# setxattr, the three removexattr, ptrace, process_vm_writev, pidfd_getfd, setpriority, unshare, setns, mount.
 _X86_64 = (
     41,
     425,
@@ -85,7 +89,8 @@ def unconfined() -> list[str]:
 def confine(writable: Path) -> None:
     """Takes away, for good, what this kernel can take away from the process and all that it starts.
 
-    Threads that already run keep their file writes and signals, so that it comes before any code that is not trusted.
+    Threads that already run keep their file writes and signals, so that it comes before any code that is not
+    trusted.
 
     Args:
         writable: The directory in which files may be written.

@@ -19,7 +19,9 @@ _IDLE_SECONDS = 1.0  # after which a thread without a job looks whether its proc
 
 @dataclass(slots=True)
 class Job:
-    """Completions that are scored in one call: their places in the step, what is sent, and what will come of it."""
+    """Completions that are scored in one call: their places in the step, what is sent, and what will come of
+    it.
+    """
 
     number: int
     places: list[int]
@@ -90,7 +92,9 @@ class ScoringThread(threading.Thread):
         with self._switching:
             self._job = None
         with contextlib.suppress(InvalidStateError):  # it has been given up
-            job.answer.set_exception(result) if isinstance(result, Exception) else job.answer.set_result(result)
+            job.answer.set_exception(result) if isinstance(result, Exception) else job.answer.set_result(
+                result
+            )
 
     def _ask(self, job: Job) -> dict[str, Any]:
         limit = self._config.score_seconds * len(job.places)

@@ -60,7 +60,8 @@ def length_terms(config: LengthConfig) -> list[Term]:
 
 
 def answer_start(token_ids: Sequence[int], marker: str, tokenizer: Any) -> int:
-    """Index of the first token after the marker's first appearance; the number of tokens where it does not appear.
+    """Index of the first token after the marker's first appearance; the number of tokens where it does not
+    appear.
 
     Each prefix is decoded as a whole, and only a few: an answer's start is found by bisection.
     """
@@ -89,7 +90,9 @@ class Shaping:
         self._config, self._tokenizer = config, tokenizer
         self._terms = length_terms(config.length)
 
-    def shape(self, rollouts: Sequence[Rollout], budgets: Sequence[int] | None, rewards: Sequence[float]) -> Shaped:
+    def shape(
+        self, rollouts: Sequence[Rollout], budgets: Sequence[int] | None, rewards: Sequence[float]
+    ) -> Shaped:
         """This rank's rewards, made length-aware. Collective where the recipe has terms.
 
         Args:

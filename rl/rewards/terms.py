@@ -20,10 +20,12 @@ class Samples:
         group_size: Samples of a prompt.
         longest: Most tokens of a completion.
         budgets: float32 [S], tokens that each was asked for; None where the recipe asks for none.
-        entropies: float32 [L_i] each, the policy's entropy where each token was drawn, in nats; None where it was not collected.
-        answers: Of each, the index of the first token after the answer's marker; its length where there is none. None where it
-            was not looked for.
-        ratios: float32 [G], correct share of each group of the step, over all ranks; None takes these groups alone.
+        entropies: float32 [L_i] each, the policy's entropy where each token was drawn, in nats; None where it
+            was not collected.
+        answers: Of each, the index of the first token after the answer's marker; its length where there is
+            none. None where it was not looked for.
+        ratios: float32 [G], correct share of each group of the step, over all ranks; None takes these groups
+            alone.
     """
 
     rewards: torch.Tensor
@@ -58,8 +60,8 @@ class Samples:
 class Term(Protocol):
     """A length-aware reward: a frozen dataclass of its parameters. Terms are applied one after the other.
 
-    A term that compares with budgets has ``needs_budgets``, one that reads entropies ``needs_entropies``, one that compares the
-    samples of a prompt ``needs_group``.
+    A term that compares with budgets has ``needs_budgets``, one that reads entropies ``needs_entropies``, one
+    that compares the samples of a prompt ``needs_group``.
     """
 
     needs_budgets: bool

@@ -1,6 +1,8 @@
-"""A scoring process: reads jobs from a pipe, one JSON object a line, scores them, and writes what came of it to another.
+"""A scoring process: reads jobs from a pipe, one JSON object a line, scores them, and writes what came of it
+to another.
 
-Its answers are JSON, not pickles: what runs in here may evaluate completions, and must not be able to run code in the trainer.
+Its answers are JSON, not pickles: what runs in here may evaluate completions, and must not be able to run
+    code in the trainer.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Scorer:
         self._asked_network = False
         try:
             scores, parts = self._score(job)
-        except BaseException as error:  # SystemExit and KeyboardInterrupt, too: it is one completion's or one group's
+        # SystemExit and KeyboardInterrupt, too: it is one completion's or one group's
+        except BaseException as error:
             scores = [self._reason(error)] * len(job["keys"])
         return {
             "job": job["job"],
@@ -76,7 +79,8 @@ class Scorer:
             return [problem.score(text) for problem, text in zip(problems, job["texts"], strict=True)], {}
         names = {str(name) for problem in problems for name in problem.entry}
         columns: dict[str, list[Any]] = {
-            name: [problem.entry.get(name) for problem in problems] for name in names - {"prompt", "completion"}
+            name: [problem.entry.get(name) for problem in problems]
+            for name in names - {"prompt", "completion"}
         }
         columns |= {
             "prompts": [problem.question for problem in problems],
@@ -115,7 +119,9 @@ def main(requests: int, replies: int, parent: int) -> None:
     with contextlib.suppress(OSError), os.fdopen(requests, encoding="utf-8") as lines:
         setup = json.loads(lines.readline())
         try:
-            scorer = Scorer(parse(TaskConfig, setup["task"], where="the recipe", prefix="task."), setup["seed"])
+            scorer = Scorer(
+                parse(TaskConfig, setup["task"], where="the recipe", prefix="task."), setup["seed"]
+            )
         except (Exception, SystemExit) as error:
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             _send(replies, {"failed": " ".join(said.split())})

@@ -1,4 +1,6 @@
-"""Where the weights that are trained lie, with their gradients and the optimizer's state: whole on every rank, or in parts."""
+"""Where the weights that are trained lie, with their gradients and the optimizer's state: whole on every
+rank, or in parts.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,17 @@ __all__ = [
 
 
 def is_shared(scale: ScaleConfig) -> bool:
-    """Whether each rank's own module holds the policy's whole weights, so that the engine can decode with them in place."""
+    """Whether each rank's own module holds the policy's whole weights, so that the engine can decode with
+    them in place.
+    """
     return not scale.sharded and scale.lora is None
 
 
-def shard(module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, settings: AdamWSettings) -> Trained:
-    """Wraps a module, and AdamW over its trainable parameters, as the recipe's scale section has it. Collective.
+def shard(
+    module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, settings: AdamWSettings
+) -> Trained:
+    """Wraps a module, and AdamW over its trainable parameters, as the recipe's scale section has it.
+    Collective.
 
     Args:
         module: Equal on every rank, in float32; ZeRO 3 and FSDP2 take its parameters apart.
@@ -37,7 +44,8 @@ def shard(module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, setti
         settings: Of the optimizer.
 
     Raises:
-        UserError: when DeepSpeed is wanted and is not installed, its file cannot be used, or there is no process group.
+        UserError: when DeepSpeed is wanted and is not installed, its file cannot be used, or there is no
+            process group.
     """
     if scale.deepspeed is not None:
         from paceline.rl.sharding.zero import ZeroSharded

@@ -16,7 +16,8 @@ from paceline.drafter_trainer.storage.optimizer_state import check_moments
 
 @dataclass(frozen=True, slots=True)
 class AdamWSettings:
-    """AdamW's, the norm that gradients are cut to, and the precision of the arithmetic (``bf16`` or ``no``)."""
+    """AdamW's, the norm that gradients are cut to, and the precision of the arithmetic (``bf16`` or
+    ``no``)."""
 
     lr: float
     weight_decay: float
@@ -60,7 +61,8 @@ class Trained(ABC):
 
     @abstractmethod
     def step(self) -> float:
-        """One optimizer step on the gradients, cut to their norm, and left out where they are not finite. Collective.
+        """One optimizer step on the gradients, cut to their norm, and left out where they are not finite.
+        Collective.
 
         Returns:
             The norm before the cut; not finite where the step was left out.
@@ -68,11 +70,15 @@ class Trained(ABC):
 
     @abstractmethod
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The present weights, whole, by their names in ``bare``, good until the next step. Collective: all go to the end."""
+        """The present weights, whole, by their names in ``bare``, good until the next step. Collective: all
+        go to the end.
+        """
 
     @abstractmethod
     def optimizer_state(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict` of an optimizer that is not sharded. Collective; on the main rank."""
+        """As `torch.optim.Optimizer.state_dict` of an optimizer that is not sharded. Collective; on the main
+        rank.
+        """
 
     @abstractmethod
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -88,7 +94,9 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def checked_moments(state: dict[str, Any], parameters: list[nn.Parameter], shapes: list[torch.Size]) -> list[dict[str, Any]]:
+def checked_moments(
+    state: dict[str, Any], parameters: list[nn.Parameter], shapes: list[torch.Size]
+) -> list[dict[str, Any]]:
     """AdamW's entry for each parameter, once it is clear that they fit.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Weights, gradients and moments in parts: PyTorch's fully sharded data parallelism, second form (``fully_shard``)."""
+"""Weights, gradients and moments in parts: PyTorch's fully sharded data parallelism, second form
+(``fully_shard``).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ from paceline.rl.sharding.gathering import whole, whole_parameters
 
 
 class FullySharded(Trained):
-    """See `paceline.rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered with every micro-batch.
+    """See `paceline.rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered
+    with every micro-batch.
 
     Args:
         module: To train; its decoder layers are found as the entries of its `nn.ModuleList`s.
         accelerator: Of the run.
-        settings: Of its optimizer; ``bf16`` gathers weights and computes in it, while they are kept, and gradients summed, in
-            float32.
+        settings: Of its optimizer; ``bf16`` gathers weights and computes in it, while they are kept, and
+            gradients summed, in float32.
 
     Raises:
         UserError: outside a process group.
@@ -35,7 +38,10 @@ class FullySharded(Trained):
 
     def __init__(self, module: nn.Module, settings: AdamWSettings, accelerator: Accelerator) -> None:
         if not torch.distributed.is_initialized():
-            raise UserError("scale.fsdp2 needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
+            raise UserError(
+                "scale.fsdp2 needs a process group: start with torchrun --nproc_per_node N launch/train.py "
+                "..."
+            )
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
@@ -74,6 +80,8 @@ class FullySharded(Trained):
         for p, entry in zip(self._parameters, entries, strict=True):
             assert isinstance(p, DTensor)
             self._optimizer.state[p] = {
-                name: value if value.dim() == 0 else distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+                name: value
+                if value.dim() == 0
+                else distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
                 for name, value in entry.items()
             }

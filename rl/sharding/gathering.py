@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 
 
 def in_parts(module: nn.Module) -> bool:
-    """Whether parameters are partitioned: by DeepSpeed's ZeRO 3, which marks them, or by ``fully_shard``, whose are `DTensor`s."""
+    """Whether parameters are partitioned: by DeepSpeed's ZeRO 3, which marks them, or by ``fully_shard``,
+    whose are `DTensor`s.
+    """
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters())
 
 
@@ -20,7 +22,9 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of the wanted names, whole, one after the other, good until the next step. Collective: all ranks go to the end."""
+    """Parameters of the wanted names, whole, one after the other, good until the next step. Collective: all
+    ranks go to the end.
+    """
     for name, parameter in module.named_parameters():
         if not wanted(name):
             continue
@@ -34,7 +38,9 @@ def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterat
             yield name, whole(parameter.detach())
 
 
-def in_buckets(weights: Iterable[tuple[str, torch.Tensor]], most_bytes: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def in_buckets(
+    weights: Iterable[tuple[str, torch.Tensor]], most_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """Weights in lists of about ``most_bytes``: a list ends with the tensor that takes it past that."""
     bucket: list[tuple[str, torch.Tensor]] = []
     held = 0

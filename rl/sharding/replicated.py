@@ -43,7 +43,8 @@ class Replicated(Trained):
         norm = float(self._accelerator.clip_grad_norm_(self.module.parameters(), self._limit))
         if math.isfinite(norm):
             self._optimizer.step()
-        # Kept, not dropped: the gradients are views of DDP's buckets, and fresh ones beside those would be a second copy.
+        # Kept, not dropped: the gradients are views of DDP's buckets, and fresh ones beside those would be a
+        #     second copy.
         self._optimizer.zero_grad(set_to_none=False)
         return norm
 

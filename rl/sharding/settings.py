@@ -30,7 +30,9 @@ def read_settings(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(shipped_or_own(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage") from None
+        raise UserError(
+            f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"scale.deepspeed {path}: not JSON ({error})") from None
     if not isinstance(settings, dict):

@@ -1,4 +1,6 @@
-"""Weights, gradients and moments in parts by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), stages 0 to 3."""
+"""Weights, gradients and moments in parts by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), stages
+0 to 3.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeroSharded(Trained):
     """See `paceline.rl.sharding.base.Trained`.
 
-    Gradients are accumulated by DeepSpeed without a count of its own (``managed_gradient_accumulation: false``): `step` is where an
-    optimizer step ends. Parameters stay float32 and arithmetic is the run's autocast, so that a checkpoint holds what was trained.
+    Gradients are accumulated by DeepSpeed without a count of its own
+    (``managed_gradient_accumulation: false``): `step` is where an optimizer step ends. Parameters stay
+    float32 and arithmetic is the run's autocast, so that a checkpoint holds what was trained.
 
     Args:
         module: To train.
@@ -34,14 +37,19 @@ class ZeroSharded(Trained):
         UserError: see `read_settings`; DeepSpeed not installed; no process group.
     """
 
-    def __init__(self, module: nn.Module, settings: AdamWSettings, path: str, accelerator: Accelerator) -> None:
+    def __init__(
+        self, module: nn.Module, settings: AdamWSettings, path: str, accelerator: Accelerator
+    ) -> None:
         theirs = read_settings(path)
         try:
             import deepspeed
         except ImportError:
             raise UserError("scale.deepspeed needs DeepSpeed: pip install 'paceline[deepspeed]'") from None
         if not torch.distributed.is_initialized():
-            raise UserError("scale.deepspeed needs a process group: start with torchrun --nproc_per_node N launch/train.py ...")
+            raise UserError(
+                "scale.deepspeed needs a process group: start with torchrun --nproc_per_node N "
+                "launch/train.py ..."
+            )
         self._stage, self._limit, self._main = (
             stage_of(theirs),
             settings.grad_clip,
@@ -58,7 +66,9 @@ class ZeroSharded(Trained):
         }
         self._parameters = trainable(module)
         self._torch = settings.over(module)
-        self._engine, self._optimizer, *_ = deepspeed.initialize(model=module, optimizer=self._torch, config={**theirs, **ours})
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=module, optimizer=self._torch, config={**theirs, **ours}
+        )
         self.module = self._engine
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -68,7 +78,8 @@ class ZeroSharded(Trained):
         if self._stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
-        # Stage 0 would step on whatever it finds: its exchange and its optimizer are asked one after the other.
+        # Stage 0 would step on whatever it finds: its exchange and its optimizer are asked one after the
+        #     other.
         self._engine.buffered_allreduce_fallback()
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit))
         if math.isfinite(norm):
@@ -93,7 +104,9 @@ class ZeroSharded(Trained):
         entries = []
         for p in self._parameters:
             moments = {name: safe_get_full_optimizer_state(p, name) for name in _MOMENTS}
-            entries.append({"step": step.clone(), **{n: m.cpu() for n, m in moments.items()}} if self._main else {})
+            entries.append(
+                {"step": step.clone(), **{n: m.cpu() for n, m in moments.items()}} if self._main else {}
+            )
         return as_state(entries, group)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
@@ -114,7 +127,9 @@ class ZeroSharded(Trained):
     def _make_moments(self, step: float) -> None:
         """Moments of zero for this rank's parts, which only a first step would make."""
         flat: Any = self._optimizer
-        for part in flat.fp32_partitioned_groups_flat if self._stage == 3 else flat.single_partition_of_fp32_groups:
+        for part in (
+            flat.fp32_partitioned_groups_flat if self._stage == 3 else flat.single_partition_of_fp32_groups
+        ):
             zeros = {name: torch.zeros_like(part.data) for name in _MOMENTS}
             self._torch.state[part] = {"step": torch.tensor(step), **zeros}
         if self._stage < 3:

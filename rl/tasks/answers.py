@@ -25,13 +25,16 @@ _COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm)\{([^{}]*)\}")
 
 
 def final_answer(completion: str) -> str | None:
-    """The text after the last ``Answer:``, up to the end of its line; None when there is none or it is empty."""
+    """The text after the last ``Answer:``, up to the end of its line; None when there is none or it is
+    empty."""
     found = _ANSWER.findall(completion)
     return found[-1].strip() or None if found else None
 
 
 def without_markup(text: str) -> str:
-    """The text without Markdown's emphasis and code marks, the signs of a formula around it, quotation marks and pictographs."""
+    """The text without Markdown's emphasis and code marks, the signs of a formula around it, quotation marks
+    and pictographs.
+    """
     text = "".join(c for c in _TAGS.sub("", text).replace("`", "") if not _is_pictograph(c)).strip()
     before = None
     while text != before:
@@ -48,11 +51,17 @@ def without_markup(text: str) -> str:
 def _is_pictograph(character: str) -> bool:
     """Emoji with what joins and colours them; the sign of degrees is of the same category and stays."""
     category = unicodedata.category(character)
-    return (category in ("So", "Cf") and character != "°") or character == "\ufe0f" or "\U0001f3fb" <= character <= "\U0001f3ff"
+    return (
+        (category in ("So", "Cf") and character != "°")
+        or character == "\ufe0f"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+    )
 
 
 def normalized(text: str) -> str:
-    """A form in which answers that differ in markup, case, white space, brackets around them or a final stop are equal."""
+    """A form in which answers that differ in markup, case, white space, brackets around them or a final stop
+    are equal.
+    """
     text = without_markup(text)
     while (bare := _COMMAND.sub(r"\1", text)) != text:
         text = bare

@@ -48,7 +48,9 @@ class GymProblems:
         entry = source[index]
         question = entry["question"] + (" " + self._config.instruction if self._config.instruction else "")
         score = reasoning_gym_score(source, entry)
-        return Problem(f"{order}/{index}", question, str(entry["answer"]), score, entry, dataset.name, dataset.difficulty)
+        return Problem(
+            f"{order}/{index}", question, str(entry["answer"]), score, entry, dataset.name, dataset.difficulty
+        )
 
     def row_of(self, key: str) -> int | None:
         order, _, index = key.partition("/")
@@ -74,8 +76,12 @@ def _create_dataset(dataset: DatasetConfig, size: int, seed: int) -> Any:
     name, params = dataset.name, dataset.params
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"task.datasets names {name!r}, which reasoning-gym does not have; did you mean {close}?")
+        raise UserError(
+            f"task.datasets names {name!r}, which reasoning-gym does not have; did you mean {close}?"
+        )
     try:
         return reasoning_gym.create_dataset(name, size=max(size, 1), seed=seed, **params)
     except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"task.datasets {name}: reasoning-gym refuses the parameters {params}: {error}") from None
+        raise UserError(
+            f"task.datasets {name}: reasoning-gym refuses the parameters {params}: {error}"
+        ) from None

@@ -25,8 +25,10 @@ class Problem:
         entry: The data set's own record: a row's columns by name.
         dataset: Name of the data set.
         difficulty: For a curriculum, on the recipe's own scale.
-        messages: The conversation to go on with, each turn with ``role`` and ``content``; None where the question is all.
-        repeat: How often the same step has asked it before; the samples of each time are drawn with other seeds.
+        messages: The conversation to go on with, each turn with ``role`` and ``content``; None where the
+            question is all.
+        repeat: How often the same step has asked it before; the samples of each time are drawn with other
+            seeds.
     """
 
     key: str

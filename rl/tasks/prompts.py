@@ -22,13 +22,17 @@ def encode_problem(tokenizer: Any, problem: Problem, config: TaskConfig, ending:
         ending: Appended to the last turn of the user's.
 
     Raises:
-        UserError: when the chat template refuses the conversation, or there is none for a conversation of several turns.
+        UserError: when the chat template refuses the conversation, or there is none for a conversation of
+            several turns.
     """
     if getattr(tokenizer, "chat_template", None) is not None:
-        return _encode(tokenizer, with_ending(messages_of(problem, config.system), ending), config.chat_template_kwargs)
+        return _encode(
+            tokenizer, with_ending(messages_of(problem, config.system), ending), config.chat_template_kwargs
+        )
     if len(problem.messages or ()) > 1:
         raise UserError(
-            f"{problem.key} is a conversation of several turns, and the policy's tokenizer has no chat template: write the prompt "
+            f"{problem.key} is a conversation of several turns, and the policy's tokenizer has no chat "
+            "template: write the prompt "
             "as text, or take a policy with a template"
         )
     return encode_prompt(tokenizer, problem.question + ending, None)
@@ -63,11 +67,21 @@ def encode_prompt(
 
 
 def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any]) -> list[int]:
-    """A last turn of the assistant's is continued; after any other a new one begins. Special tokens are the template's alone."""
-    goes_on = {"continue_final_message": True} if turns[-1]["role"] == "assistant" else {"add_generation_prompt": True}
+    """A last turn of the assistant's is continued; after any other a new one begins. Special tokens are the
+    template's alone.
+    """
+    goes_on = (
+        {"continue_final_message": True}
+        if turns[-1]["role"] == "assistant"
+        else {"add_generation_prompt": True}
+    )
 
     def apply(messages: Sequence[Message]) -> list[int]:
-        return list(tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **goes_on, **kwargs))
+        return list(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=True, return_dict=False, **goes_on, **kwargs
+            )
+        )
 
     try:
         return apply(turns)
@@ -79,14 +93,16 @@ def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any])
         except Exception:
             raise UserError(f"the policy's chat template cannot be applied: {reason}") from None
         raise UserError(
-            f"the policy's chat template refuses a system message ({reason}): write task.system: null, say it in task.instruction, "
+            f"the policy's chat template refuses a system message ({reason}): write task.system: null, say "
+            "it in task.instruction, "
             "and leave system turns out of the data"
         )
     raise UserError(f"the policy's chat template refuses {' → '.join(t['role'] for t in turns)}: {reason}")
 
 
 def scored_text(tokenizer: Any, token_ids: Sequence[int], config: TaskConfig, stops: Sequence[int]) -> str:
-    """What a scorer reads of a completion: with its special tokens, but for those that end it, where the recipe says so.
+    """What a scorer reads of a completion: with its special tokens, but for those that end it, where the
+    recipe says so.
 
     Args:
         tokenizer: The policy's.

@@ -42,7 +42,9 @@ class RowProblems:
             row = read_row(entry, self._config.columns, self._config.reward is None)
         except RowError as error:
             raise UserError(f"{self.source.place(number)}: {error}") from None
-        turns = with_ending(row.turns, " " + self._config.instruction) if self._config.instruction else row.turns
+        turns = (
+            with_ending(row.turns, " " + self._config.instruction) if self._config.instruction else row.turns
+        )
         return Problem(
             self.source.key(number),
             question_of(turns),

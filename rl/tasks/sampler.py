@@ -62,8 +62,9 @@ class Epochs:
 
 
 class Curriculum:
-    """The problems whose difficulty is nearest to a target that follows the reward (AdaRFT, Shi et al., arXiv 2504.05520):
-    T ← clip(T + η tanh(α (reward − β)), easiest, hardest). Among those equally near, chance decides anew in every step.
+    """The problems whose difficulty is nearest to a target that follows the reward (AdaRFT, Shi et al., arXiv
+    2504.05520): T ← clip(T + η tanh(α (reward − β)), easiest, hardest). Among those equally near, chance
+    decides anew in every step.
 
     Args:
         task: Problems with difficulties.
@@ -87,8 +88,8 @@ class Curriculum:
         return self._task.take(self._nearest(f"{self._seed}/more/{step}/{round_}/{rank}"), count)
 
     def _nearest(self, seed: str) -> Iterator[int]:
-        """Yields places of problems, the nearest difficulties first, equally near ones in random order, at a cost that grows with
-        what is taken."""
+        """Yields places of problems, the nearest difficulties first, equally near ones in random order, at a
+        cost that grows with what is taken."""
         chance = random.Random(seed)
         above = int(np.searchsorted(self._levels, self.target))
         below = above - 1
@@ -103,7 +104,9 @@ class Curriculum:
                 yield int(self._places[spans[0][i] if i < first else spans[1][i - first]])
 
     def observe(self, reward: float) -> None:
-        moved = self.target + self._config.step * math.tanh(self._config.sensitivity * (reward - self._config.reward))
+        moved = self.target + self._config.step * math.tanh(
+            self._config.sensitivity * (reward - self._config.reward)
+        )
         self.target = min(max(moved, self._low), self._high)
 
     def state(self) -> dict[str, Any]:

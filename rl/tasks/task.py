@@ -33,8 +33,8 @@ class Task:
 
     Attributes:
         rows: The numbers of the problems that are asked.
-        fits: Whether a problem, by its number, may be asked; None where all may. For data sets that are too large to try all of
-            them before the first step.
+        fits: Whether a problem, by its number, may be asked; None where all may. For data sets that are too
+            large to try all of them before the first step.
         notes: What was found when the data was read, in lines for the user.
     """
 
@@ -77,7 +77,9 @@ class Task:
         return Task(self.source, self._seed, self._heldout)
 
     def batch(self, step: int, count: int) -> list[Problem]:
-        """The ``count`` problems of step ``step``: a function of (seed, step), so that a resumed run goes on in the same order."""
+        """The ``count`` problems of step ``step``: a function of (seed, step), so that a resumed run goes on
+        in the same order.
+        """
         window = (divmod(position, len(self.rows)) for position in range(step * count, (step + 1) * count))
         asked = [place for epoch, offset in window if self._may(place := self._place(epoch, offset))]
         if len(asked) < count:
@@ -85,11 +87,16 @@ class Task:
             others = shuffled(len(self.rows), random.Random(f"{self._seed}/instead/{step}"))
             asked += islice((p for p in others if p not in taken and self._may(p)), count - len(asked))
         if len(asked) < count:
-            raise UserError(f"task: only {len(asked)} of {len(self.rows)} problems can be asked, {count} are wanted in a step")
+            raise UserError(
+                f"task: only {len(asked)} of {len(self.rows)} problems can be asked, {count} are wanted in a "
+                "step"
+            )
         return self._numbered(asked)
 
     def take(self, places: Iterable[int], count: int) -> list[Problem]:
-        """Returns the first ``count`` problems that may be asked (`fits`) of those at ``places``, which count in `problems`."""
+        """Returns the first ``count`` problems that may be asked (`fits`) of those at ``places``, which count
+        in `problems`.
+        """
         return self._numbered(islice((place for place in places if self._may(place)), count))
 
     def _place(self, epoch: int, offset: int) -> int:
@@ -99,7 +106,9 @@ class Task:
         return self.fits is None or self.fits(int(self.rows[place]))
 
     def _numbered(self, places: Iterable[int]) -> list[Problem]:
-        """Returns the problems at these places; one that comes again says in ``repeat`` how often it came before."""
+        """Returns the problems at these places; one that comes again says in ``repeat`` how often it came
+        before.
+        """
         seen: Counter[int] = Counter()
         problems = []
         for place in places:
@@ -133,11 +142,12 @@ def load_task(config: TaskConfig, seed: int, check: bool = True) -> Task:
     Args:
         config: The task section.
         seed: The run's: of the order, and of which problems are held out.
-        check: Whether every row is read once and checked. A process that only looks problems up by their keys does without, and
-            reads no other row.
+        check: Whether every row is read once and checked. A process that only looks problems up by their keys
+            does without, and reads no other row.
 
     Raises:
-        UserError: unknown data set, bad parameters, or a row that cannot be asked or scored, named by file and line.
+        UserError: unknown data set, bad parameters, or a row that cannot be asked or scored, named by file
+            and line.
     """
     if config.source == "reasoning_gym":
         gym = GymProblems(config, config.size, seed)
@@ -171,14 +181,20 @@ def _split(problems: Problems, config: TaskConfig, seed: int, rows: np.ndarray, 
     out = chosen_share(digests[rows], config.heldout, seed)
     if out.all() or not out.any():
         which = "all" if out.all() else "none"
-        raise UserError(f"task.heldout is {config.heldout}: of {len(rows)} problems that holds out {which}; write another share")
+        raise UserError(
+            f"task.heldout is {config.heldout}: of {len(rows)} problems that holds out {which}; write "
+            "another share"
+        )
     task = Task(problems, seed, rows[~out], rows[out])
-    task.notes.append(f"task: {int(out.sum())} of {len(rows)} problems are held out (task.heldout {config.heldout:g})")
+    task.notes.append(
+        f"task: {int(out.sum())} of {len(rows)} problems are held out (task.heldout {config.heldout:g})"
+    )
     return task
 
 
 def _says_duplicates(found: Survey, first: np.ndarray, config: TaskConfig, source: RowSource) -> str:
-    """Says how many rows repeat the prompt of an earlier one, and how many of those give it another answer."""
+    """Says how many rows repeat the prompt of an earlier one, and how many of those give it another
+    answer."""
     repeats = np.flatnonzero(first != np.arange(len(first)))
     other = repeats[found.golds[repeats] != found.golds[first[repeats]]]
     fate = (

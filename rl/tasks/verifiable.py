@@ -11,21 +11,25 @@ from paceline.rl.tasks.answers import boxed, final_answer, normalized, without_m
 
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _MATHEMATICAL = (
-    r"sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|inf|infty|infinity|and|pi|mod|gcd|lcm|min|max|oo"
+    "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|exp|inf|infty|infinity|and|pi|mod|"
+    "gcd|lcm|min|max|oo"
 )
 _PROSE = re.compile(rf"(?i)(?!(?:{_MATHEMATICAL})(?![a-z]))(?<![a-z])[^\W\d_]{{3,}}")
 _OR = re.compile(r"(?i)\\text\{\s*or\s*\}|\bor\b")
 
 
 def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], float]:
-    """The data set's own scorer on the final answer, as written or without markup, whichever earns more: completion → reward in
-    [0, 1], 0 without an answer."""
+    """The data set's own scorer on the final answer, as written or without markup, whichever earns more:
+    completion → reward in [0, 1], 0 without an answer."""
 
     def score(completion: str) -> float:
         answer = final_answer(completion)
         if answer is None:
             return 0.0
-        return max(float(dataset.score_answer(answer=text, entry=entry)) for text in {answer, without_markup(answer) or answer})
+        return max(
+            float(dataset.score_answer(answer=text, entry=entry))
+            for text in {answer, without_markup(answer) or answer}
+        )
 
     return score
 
@@ -33,10 +37,12 @@ def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], 
 def math_score(gold: str) -> Callable[[str], float]:
     """Equality with a reference answer: completion → 1.0 or 0.0.
 
-    A final answer that is marked decides where it can be read: it is right when it is the reference answer but for markup, case and
-    white space, or when math-verify finds it equal, as a formula or as a sentence with units or words; where it offers
-    alternatives, all of them have to be right. Without one that can be read, math-verify reads the whole completion. A reference
-    answer in words, such as a name, is compared as text alone. It is parsed when the first completion is scored.
+    A final answer that is marked decides where it can be read: it is right when it is the reference answer
+        but for markup, case and
+    white space, or when math-verify finds it equal, as a formula or as a sentence with units or words; where
+    it offers alternatives, all of them have to be right. Without one that can be read, math-verify reads the
+    whole completion. A reference answer in words, such as a name, is compared as text alone. It is parsed
+    when the first completion is scored.
 
     Args:
         gold: The reference answer, LaTeX or text.
@@ -110,7 +116,9 @@ def _is_prose(text: str) -> bool:
     return _PROSE.search(_COMMANDS.sub(" ", text)) is not None
 
 
-def verifiable_reward(prompts: list[Any], completions: list[str], problem: list[Any], **_: Any) -> list[float]:
+def verifiable_reward(
+    prompts: list[Any], completions: list[str], problem: list[Any], **_: Any
+) -> list[float]:
     """Reward of each completion by its problem's scorer, in TRL's reward-function signature.
 
     Args:

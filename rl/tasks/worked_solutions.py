@@ -36,5 +36,8 @@ def worked_solution(dataset: str, entry: dict[str, Any]) -> str:
         UserError: for a data set without a recipe.
     """
     if dataset not in SOLUTIONS:
-        raise UserError(f"policy.warmup: no worked solutions for {dataset!r}; there are some for: {', '.join(sorted(SOLUTIONS))}")
+        raise UserError(
+            f"policy.warmup: no worked solutions for {dataset!r}; there are some for: "
+            f"{', '.join(sorted(SOLUTIONS))}"
+        )
     return SOLUTIONS[dataset](entry)

@@ -22,15 +22,18 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
         (len(set(names)) == len(names), f"length.rewards names {names}: each at most once"),
         (
             not asks or bool(length.budgets),
-            f"length.rewards has {asks[:1]}, which compares lengths with budgets: write length.budgets, for example [64, 128]",
+            f"length.rewards has {asks[:1]}, which compares lengths with budgets: write length.budgets, for "
+            "example [64, 128]",
         ),
         (
             not length.budgets or r.group_size % len(length.budgets) == 0 or length.budget_of == "prompt",
-            f"rollout.group_size is {r.group_size}, not a multiple of the {len(length.budgets)} length.budgets, which share it",
+            f"rollout.group_size is {r.group_size}, not a multiple of the {len(length.budgets)} "
+            "length.budgets, which share it",
         ),
         (
             all(0 < budget <= r.max_tokens for budget in length.budgets),
-            f"length.budgets {list(length.budgets)} must lie between 1 and rollout.max_tokens, {r.max_tokens}",
+            f"length.budgets {list(length.budgets)} must lie between 1 and rollout.max_tokens, "
+            f"{r.max_tokens}",
         ),
         (
             not length.budgets or "{budget}" in length.budget_prompt,
@@ -38,11 +41,13 @@ def length_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             "hbpo" not in names or (u.advantage == "group" and length.budget_of == "subgroup"),
-            "length.rewards hbpo compares subgroups of a group: write update.advantage: group and length.budget_of: subgroup",
+            "length.rewards hbpo compares subgroups of a group: write update.advantage: group and "
+            "length.budget_of: subgroup",
         ),
         (
             not grouped or (u.advantage != "reinforce_pp" and u.advantage != "gae"),
-            f"length.rewards {grouped[:1]} compares the samples of a prompt: write update.advantage: group or rloo",
+            f"length.rewards {grouped[:1]} compares the samples of a prompt: write update.advantage: group "
+            "or rloo",
         ),
         (
             names[1:].count("hbpo") == 0,
@@ -73,16 +78,22 @@ def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
             "length.anytime demands answers that only update.advantage: brpo is trained on: write that",
         ),
         (
-            bool(budgets) and budgets == sorted(set(budgets)) and budgets[0] > 0 and budgets[-1] < r.max_tokens,
-            f"length.anytime.budgets {budgets} must ascend from 1 and stay below rollout.max_tokens, {r.max_tokens}",
+            bool(budgets)
+            and budgets == sorted(set(budgets))
+            and budgets[0] > 0
+            and budgets[-1] < r.max_tokens,
+            f"length.anytime.budgets {budgets} must ascend from 1 and stay below rollout.max_tokens, "
+            f"{r.max_tokens}",
         ),
         (
             not anytime.weights or (len(anytime.weights) == len(budgets) + 1 and min(anytime.weights) > 0),
-            f"length.anytime.weights must be {len(budgets) + 1} numbers above 0: of each budget and of whole completions",
+            f"length.anytime.weights must be {len(budgets) + 1} numbers above 0: of each budget and of whole "
+            "completions",
         ),
         (
             anytime.answers >= 2 and anytime.answer_tokens >= 1,
-            "length.anytime.answers must be at least 2, which are compared with each other, and answer_tokens at least 1",
+            "length.anytime.answers must be at least 2, which are compared with each other, and "
+            "answer_tokens at least 1",
         ),
         (
             not config.length.rewards,
@@ -90,7 +101,8 @@ def _anytime_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             r.tree is None and r.segment_tokens is None and r.resample == 0,
-            "length.anytime cuts a step's own whole completions: leave out rollout.tree, segment_tokens and resample",
+            "length.anytime cuts a step's own whole completions: leave out rollout.tree, segment_tokens and "
+            "resample",
         ),
         (u.kl_coef == 0, "length.anytime has no reference for demanded answers: write update.kl_coef: 0"),
     ]

@@ -25,7 +25,8 @@ def check(config: RunConfig) -> None:
         (r.resample >= 0, f"rollout.resample is {r.resample}: write a number from 0"),
         (
             r.resample == 0 or u.advantage in ("group", "rloo"),
-            f"rollout.resample asks again where a group's advantages are zero; update.advantage {u.advantage} has no groups",
+            "rollout.resample asks again where a group's advantages are zero; update.advantage "
+            f"{u.advantage} has no groups",
         ),
         (
             r.segment_tokens is None or r.segment_tokens >= 1,
@@ -33,11 +34,13 @@ def check(config: RunConfig) -> None:
         ),
         (
             r.segment_tokens is None or r.resample == 0,
-            "rollout.resample asks again for groups that are over, with rollout.segment_tokens others are not: choose one",
+            "rollout.resample asks again for groups that are over, with rollout.segment_tokens others are "
+            "not: choose one",
         ),
         (
             r.segment_tokens is None or config.measure.plain_every == 0,
-            "measure.plain_every decodes whole rollouts again, rollout.segment_tokens cuts them: write measure.plain_every: 0",
+            "measure.plain_every decodes whole rollouts again, rollout.segment_tokens cuts them: write "
+            "measure.plain_every: 0",
         ),
         *tree_rules(config),
         *length_rules(config),
@@ -90,7 +93,9 @@ def check(config: RunConfig) -> None:
             f"update.scale_by_std is about group advantages, update.advantage is {u.advantage}: leave it out",
         ),
         (
-            config.task.score_workers >= 1 and config.task.score_seconds > 0 and config.task.score_deadline > 0,
+            config.task.score_workers >= 1
+            and config.task.score_seconds > 0
+            and config.task.score_deadline > 0,
             "task.score_workers must be at least 1, score_seconds and score_deadline above 0",
         ),
         *task_rules(config),
@@ -110,8 +115,14 @@ def range_rules(config: RunConfig) -> list[tuple[bool, str]]:
     }
     from_zero = {"update.weight_decay": config.update.weight_decay, "update.clip_low": config.update.clip_low}
     return [
-        *((value is None or 0 < value < math.inf, f"{key} is {value}: write a number above 0") for key, value in above.items()),
-        *((0 <= value < math.inf, f"{key} is {value}: write a number from 0") for key, value in from_zero.items()),
+        *(
+            (value is None or 0 < value < math.inf, f"{key} is {value}: write a number above 0")
+            for key, value in above.items()
+        ),
+        *(
+            (0 <= value < math.inf, f"{key} is {value}: write a number from 0")
+            for key, value in from_zero.items()
+        ),
     ]
 
 
@@ -150,7 +161,8 @@ def tree_rules(config: RunConfig) -> list[tuple[bool, str]]:
     return [
         (
             tree.segment_tokens >= 1 and tree.width >= 2 and 1 <= tree.roots <= r.group_size,
-            "rollout.tree: segment_tokens must be at least 1, width at least 2, roots between 1 and rollout.group_size",
+            "rollout.tree: segment_tokens must be at least 1, width at least 2, roots between 1 and "
+            "rollout.group_size",
         ),
         (
             r.segment_tokens is None,

@@ -51,11 +51,13 @@ def check_drafting(config: RunConfig) -> None:
         ),
         (
             s.draw == "likeliest" or "composite" not in s.drafters,
-            "speculation.drafters has composite, which joins drafts of likeliest tokens: leave it out, or write draw: likeliest",
+            "speculation.drafters has composite, which joins drafts of likeliest tokens: leave it out, or "
+            "write draw: likeliest",
         ),
         (
             len(d.ensemble) > 0 and all(multiple > 0 for multiple in d.ensemble),
-            f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one drafter",
+            f"drafter.ensemble is {list(d.ensemble)}: write multiples of drafter.lr above 0, [1.0] for one "
+            "drafter",
         ),
         (
             d.warmup_minutes is None or d.warmup_minutes > 0,
@@ -68,7 +70,8 @@ def check_drafting(config: RunConfig) -> None:
         ),
         (
             d.loss != "length" or not (d.feedback_only or d.on_policy),
-            "drafter.loss length is of whole drafts: drafter.feedback_only and on_policy weigh single positions; leave them out",
+            "drafter.loss length is of whole drafts: drafter.feedback_only and on_policy weigh single "
+            "positions; leave them out",
         ),
         (d.on_policy >= 0, f"drafter.on_policy is {d.on_policy}: write a number from 0"),
         (d.least_idle_ranks >= 1, f"drafter.least_idle_ranks is {d.least_idle_ranks}: write at least 1"),
@@ -94,7 +97,10 @@ def check_drafting(config: RunConfig) -> None:
             raise UserError(f"speculation.drafters has {name!r}; did you mean {close}?")
     try:
         made = draft_rules(s)
-        named = [Strategy.parse(text) for text in (s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy))]
+        named = [
+            Strategy.parse(text)
+            for text in (s.arms if s.strategy in ("adaptive", "plain") else (*s.arms, s.strategy))
+        ]
     except ValueError as error:
         raise UserError(f"speculation: {error}") from None
     _check_verifier(s, made, named)
@@ -109,17 +115,28 @@ def _check_verifier(s: SpeculationConfig, rules: DraftRules, named: Sequence[Str
     if s.verifier is None:
         return
     adaptive = s.strategy == "adaptive" and not s.arms
-    usual = [a for name in s.drafters for a in default_arms(name, s.max_nodes, getattr(DRAFTERS[name], "chains_only", False))]
+    usual = [
+        a
+        for name in s.drafters
+        for a in default_arms(name, s.max_nodes, getattr(DRAFTERS[name], "chains_only", False))
+    ]
     may_run = [a for a in (usual if adaptive else named) if a.drafter in DRAFTERS]
     kinds = {stated_kind(DRAFTERS[a.drafter], a, rules) for a in may_run if a.drafter is not None}
     if kinds <= {DraftKind.FIXED} and s.draw == "likeliest":
         raise UserError(
-            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another speculation.draw"
+            f"speculation.verifier is {s.verifier}, but likeliest drafts need none: write null, or another "
+            "speculation.draw"
         )
     for arm in may_run:
-        problem = None if arm.drafter is None else refusal(VERIFIERS[s.verifier], DRAFTERS[arm.drafter], arm, rules)
+        problem = (
+            None if arm.drafter is None else refusal(VERIFIERS[s.verifier], DRAFTERS[arm.drafter], arm, rules)
+        )
         if problem is not None:
-            where = f"speculation.arms (empty stands for {arm} too)" if adaptive else f"speculation, strategy {arm}"
+            where = (
+                f"speculation.arms (empty stands for {arm} too)"
+                if adaptive
+                else f"speculation, strategy {arm}"
+            )
             raise UserError(f"{where}: {problem}")
 
 
@@ -153,7 +170,8 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             not r.vllm.servers or r.vllm.exchange is not None,
-            "rollout.vllm.servers read new weights from one directory: write it in rollout.vllm.exchange, and start them with "
+            "rollout.vllm.servers read new weights from one directory: write it in rollout.vllm.exchange, "
+            "and start them with "
             "paceline serve RUN --exchange DIRECTORY",
         ),
         (r.vllm.depth >= 1, f"rollout.vllm.depth is {r.vllm.depth}: write at least 1"),
@@ -163,7 +181,8 @@ def vllm_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             not drafts or config.drafter.start is not None,
-            "rollout.vllm takes a drafter at its start: name one in drafter.start (launch/warmup_drafter.py makes it), "
+            "rollout.vllm takes a drafter at its start: name one in drafter.start (launch/warmup_drafter.py "
+            "makes it), "
             "or write speculation.drafters: []",
         ),
         (

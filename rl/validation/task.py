@@ -6,12 +6,24 @@ import math
 
 from paceline.rl.config.run import RunConfig
 
-# what encoding a prompt decides itself; `tools` and `documents` are the template's own arguments, as `enable_thinking` is
+# what encoding a prompt decides itself; `tools` and `documents` are the template's own arguments, as
+# `enable_thinking` is
 _DECIDED = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages", "padding",
-    "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs",
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "tokenize",
+    "tokenizer_kwargs",
     "truncation",
-}  # fmt: skip
+}
 
 
 def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
@@ -35,7 +47,8 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             config.policy.warmup is None or bool(task.datasets),
-            "policy.warmup learns worked solutions of task.datasets, which is empty: name some, or write policy.warmup: null",
+            "policy.warmup learns worked solutions of task.datasets, which is empty: name some, or write "
+            "policy.warmup: null",
         ),
         (
             hub or (task.subset is None and task.split == "train"),
@@ -48,15 +61,21 @@ def task_rules(config: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             isinstance(task.reward, str | None)
-            or (bool(task.reward) and all(math.isfinite(entry.weight) and entry.reward for entry in task.reward)),
-            "task.reward: write {reward: module:function, weight: a finite number} for each, at least one, or null",
+            or (
+                bool(task.reward)
+                and all(math.isfinite(entry.weight) and entry.reward for entry in task.reward)
+            ),
+            "task.reward: write {reward: module:function, weight: a finite number} for each, at least one, "
+            "or null",
         ),
         (
             task.reward is not None or not task.reward_sees_special_tokens,
-            "task.reward_sees_special_tokens is about task.reward, which is null: the problems' own scorers read plain text",
+            "task.reward_sees_special_tokens is about task.reward, which is null: the problems' own scorers "
+            "read plain text",
         ),
         (
             not decided,
-            f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it out",
+            f"task.chat_template_kwargs sets {', '.join(decided)}, which encoding a prompt decides: leave it "
+            "out",
         ),
     ]

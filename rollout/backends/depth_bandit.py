@@ -27,11 +27,12 @@ class _Bucket:
 
 
 class DepthBandit:
-    """An ε-greedy bandit for each batch bucket (powers of two) over draft depths, 0 for none, by tokens of a sequence and second.
+    """An ε-greedy bandit for each batch bucket (powers of two) over draft depths, 0 for none, by tokens of a
+    sequence and second.
 
-    As `paceline.rollout.strategy.bandit`, but without a cost model: vLLM's steps cannot be timed apart before they run. Every depth is first
-    tried for a few steps; later trials are an ε of the bursts. What is chosen depends on counts and times of earlier steps alone,
-    so tokens keep the policy's distribution.
+    As `paceline.rollout.strategy.bandit`, but without a cost model: vLLM's steps cannot be timed apart before
+    they run. Every depth is first tried for a few steps; later trials are an ε of the bursts. What is chosen
+    depends on counts and times of earlier steps alone, so tokens keep the policy's distribution.
 
     Args:
         depths: To choose from.
@@ -40,7 +41,9 @@ class DepthBandit:
         seed: Of the trials.
     """
 
-    def __init__(self, depths: Sequence[int], *, epsilon: float = 0.05, window: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, depths: Sequence[int], *, epsilon: float = 0.05, window: int = 64, seed: int = 0
+    ) -> None:
         self.depths = tuple(dict.fromkeys(depths))
         self._epsilon, self._window, self._random = epsilon, window, random.Random(seed)
         self._buckets: dict[int, _Bucket] = {}
@@ -81,9 +84,11 @@ class DepthBandit:
                     arm.steps.popleft()
 
     def schedule(self) -> list[tuple[int, int, int]]:
-        """The best depth of each bucket seen, as vLLM's ``num_speculative_tokens_per_batch_size``: (from, to, tokens). Sizes
-        between two buckets go with the larger one."""
-        found = sorted((size, b) for size, b in self._buckets.items() if any(a.steps for a in b.arms.values()))
+        """The best depth of each bucket seen, as vLLM's ``num_speculative_tokens_per_batch_size``: (from, to,
+        tokens). Sizes between two buckets go with the larger one."""
+        found = sorted(
+            (size, b) for size, b in self._buckets.items() if any(a.steps for a in b.arms.values())
+        )
         best = [(size, max(b.arms, key=lambda d: b.arms[d].rate)) for size, b in found]
         starts = [1] + [size + 1 for size, _ in best[:-1]]
         return [(start, size, depth) for start, (size, depth) in zip(starts, best, strict=True)]

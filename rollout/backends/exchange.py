@@ -1,4 +1,6 @@
-"""The directory that a trainer and its vLLM servers share: it holds new weights, and the token that updates need."""
+"""The directory that a trainer and its vLLM servers share: it holds new weights, and the token that updates
+need.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,10 @@ import os
 import secrets
 from pathlib import Path
 
-DIRECTORY = "PACELINE_EXCHANGE"  # environment variable of a server: updates are read from this directory alone
-TOKEN = "PACELINE_UPDATE_TOKEN"  # environment variable of a server, or of a trainer that cannot read the token's file
+# environment variable of a server: updates are read from this directory alone
+DIRECTORY = "PACELINE_EXCHANGE"
+# environment variable of a server, or of a trainer that cannot read the token's file
+TOKEN = "PACELINE_UPDATE_TOKEN"
 
 
 def token_file(directory: Path) -> Path:
@@ -16,7 +20,8 @@ def token_file(directory: Path) -> Path:
 
 
 def make_token(directory: Path) -> str:
-    """Returns the token of ``directory``; the first server to start there writes it, readable by its owner alone.
+    """Returns the token of ``directory``; the first server to start there writes it, readable by its owner
+    alone.
 
     Raises:
         OSError: when the directory cannot be written.
@@ -56,8 +61,14 @@ def confined(path: str) -> Path:
     """
     directory = os.environ.get(DIRECTORY)
     if directory is None:
-        raise ValueError(f"this server takes no new weights: start it with paceline serve RUN --exchange DIRECTORY, not for {path}")
+        raise ValueError(
+            "this server takes no new weights: start it with paceline serve RUN --exchange DIRECTORY, not "
+            f"for {path}"
+        )
     found = Path(path).resolve()
     if found.suffix != ".safetensors" or not found.is_relative_to(Path(directory).resolve()):
-        raise ValueError(f"{path}: not a safetensors file in {directory}; set rollout.vllm.exchange to the server's --exchange")
+        raise ValueError(
+            f"{path}: not a safetensors file in {directory}; set rollout.vllm.exchange to the server's "
+            "--exchange"
+        )
     return found

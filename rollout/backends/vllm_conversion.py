@@ -9,7 +9,8 @@ from typing import Any
 from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats
 
 _SEEDS = 2**32
-# A server fills what a request leaves out from the policy's generation_config.json, which for many instruct models has penalties.
+# A server fills what a request leaves out from the policy's generation_config.json, which for many instruct
+# models has penalties.
 _NEUTRAL = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -22,9 +23,9 @@ _NEUTRAL = {
 def sampling(request: Request) -> dict[str, Any]:
     """Keyword arguments of vLLM's `SamplingParams`, which are also fields of its completion endpoint.
 
-    A completion ends at the request's own stop tokens alone, and every parameter that would change the policy's distribution is
-    sent with its neutral value; its log-probs are of the processed distribution where vLLM was started
-    with ``logprobs_mode="processed_logprobs"``.
+    A completion ends at the request's own stop tokens alone, and every parameter that would change the
+    policy's distribution is sent with its neutral value; its log-probs are of the processed distribution
+    where vLLM was started with ``logprobs_mode="processed_logprobs"``.
     """
     p = request.params
     found: dict[str, Any] = {

@@ -42,7 +42,8 @@ class VllmEngine:
         depth: Most draft tokens of a step.
         adaptive: Choose the depth of each step from measured times, 0 among them; else always ``depth``.
         seed: Of the bandit.
-        options: More arguments for ``vllm.LLM``, such as ``tensor_parallel_size`` or ``gpu_memory_utilization``.
+        options: More arguments for ``vllm.LLM``, such as ``tensor_parallel_size`` or
+            ``gpu_memory_utilization``.
 
     Raises:
         ImportError: where vLLM is not installed.
@@ -86,13 +87,16 @@ class VllmEngine:
             speculative_config=speculative,
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # the policy's own may add penalties: the tokens would not be the policy's
+            # the policy's own may add penalties: the tokens would not be the policy's
+            generation_config="vllm",
             async_scheduling=False,  # a step's time and depth belong to that step
             seed=seed % 2**31,
             **(options or {}),
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
-        self.depths = DepthBandit(range(depth + 1) if adaptive else [depth], seed=seed) if drafter is not None else None
+        self.depths = (
+            DepthBandit(range(depth + 1) if adaptive else [depth], seed=seed) if drafter is not None else None
+        )
         self._numbers = itertools.count()
         self._version = 0
         self.records: list[StepRecord] = []
@@ -148,7 +152,9 @@ class VllmEngine:
                 self._llm.llm_engine.abort_request(list(flights))
         return [done[index] for index in sorted(done)]
 
-    def _submit(self, requests: Sequence[Request], flights: dict[str, _Flight], over: Callable[[int, Rollout], None]) -> None:
+    def _submit(
+        self, requests: Sequence[Request], flights: dict[str, _Flight], over: Callable[[int, Rollout], None]
+    ) -> None:
         """Hands requests over; what vLLM refuses is over."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
@@ -197,14 +203,18 @@ class VllmEngine:
                 flight.stats.drafted += drafted
                 flight.stats.accepted += len(new.token_ids) - 1
             flight.tokens += new.token_ids
-            flight.logprobs += [entry[token].logprob for token, entry in zip(new.token_ids, new.logprobs, strict=True)]
+            flight.logprobs += [
+                entry[token].logprob for token, entry in zip(new.token_ids, new.logprobs, strict=True)
+            ]
             context = max(context, len(flight.request.prompt_ids) + len(flight.tokens))
         if active == 0 or first:  # reading prompts says nothing about what drafts cost
             return None
         if self.depths is not None:
             self.depths.record(active, drafted, committed, seconds)
         strategy = Strategy("eagle3", drafted) if drafted else PLAIN
-        feedback = StepFeedback(strategy, active, context, [drafted] * active, accepted, committed, 0.0, seconds, seconds)
+        feedback = StepFeedback(
+            strategy, active, context, [drafted] * active, accepted, committed, 0.0, seconds, seconds
+        )
         return StepRecord(time.perf_counter() - started, active, str(strategy), committed, feedback)
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:

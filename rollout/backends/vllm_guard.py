@@ -1,4 +1,6 @@
-"""Closes the development endpoints of a vLLM server, weight updates among them, to everyone without the token."""
+"""Closes the development endpoints of a vLLM server, weight updates among them, to everyone without the
+token.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ _INFERENCE = "/v1/"  # vLLM's own --api-key is for these
 
 
 class UpdateGuard:
-    """ASGI middleware for ``vllm serve --middleware``: inference and health checks pass, the rest needs a bearer token.
+    """ASGI middleware for ``vllm serve --middleware``: inference and health checks pass, the rest needs a
+    bearer token.
 
-    vLLM's ``VLLM_SERVER_DEV_MODE`` opens weight updates, and with them endpoints that call any method of its workers;
-    ``--api-key`` guards none of these.
+    vLLM's ``VLLM_SERVER_DEV_MODE`` opens weight updates, and with them endpoints that call any method of its
+    workers; ``--api-key`` guards none of these.
 
     Args:
         app: The server.
@@ -34,7 +37,9 @@ class UpdateGuard:
     def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
         token = os.environ.get(TOKEN)
         if not token:
-            raise RuntimeError(f"{TOKEN} is not set: start the server with paceline serve --exchange DIRECTORY")
+            raise RuntimeError(
+                f"{TOKEN} is not set: start the server with paceline serve --exchange DIRECTORY"
+            )
         self._app, self._token = app, _digest(token.encode())
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:

@@ -1,4 +1,6 @@
-"""vLLM behind one or more servers: on other machines, with their own parallelism, fed over HTTP and a shared file system."""
+"""vLLM behind one or more servers: on other machines, with their own parallelism, fed over HTTP and a shared
+file system.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,15 @@ _PATIENCE_SECONDS = 3600.0  # for one completion, which may wait in the server's
 class VllmServers:
     """A `ServedBackend` over servers started with `serve_command`.
 
-    Requests go to servers in turn, the samples of a group to one server, which keeps their prompt. How deep drafts are is each
-    server's own schedule by batch size: vLLM takes it at its start.
+    Requests go to servers in turn, the samples of a group to one server, which keeps their prompt. How deep
+    drafts are is each server's own schedule by batch size: vLLM takes it at its start.
 
     Args:
         urls: Of the servers, such as ``http://node1:8000``.
         max_slots: Requests in flight at one server.
         sends: Whether this process sends weights; of several ranks one does.
-        token: Of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for servers that were started otherwise.
+        token: Of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for servers
+            that were started otherwise.
 
     Attributes:
         records: Empty: servers do not say what a step took.
@@ -41,14 +44,21 @@ class VllmServers:
         ConnectionError: where a server does not answer, or was not started for weight updates.
     """
 
-    def __init__(self, urls: Sequence[str], max_slots: int, *, sends: bool = True, token: str | None = None) -> None:
+    def __init__(
+        self, urls: Sequence[str], max_slots: int, *, sends: bool = True, token: str | None = None
+    ) -> None:
         limits = httpx.Limits(max_connections=max_slots, max_keepalive_connections=max_slots)
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-        self._clients = [httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits, headers=headers) for url in urls]
+        self._clients = [
+            httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits, headers=headers)
+            for url in urls
+        ]
         self._max_slots, self._sends = max_slots, sends
         self._version = 0
         self.records: list[StepRecord] = []
-        self._models = [str(self._call(c, "GET", "/v1/models").json()["data"][0]["id"]) for c in self._clients]
+        self._models = [
+            str(self._call(c, "GET", "/v1/models").json()["data"][0]["id"]) for c in self._clients
+        ]
         if sends:
             for client in self._clients:
                 self._call(client, "POST", "/init_weight_transfer_engine", {"init_info": {}})
@@ -68,7 +78,8 @@ class VllmServers:
         stop = threading.Event()
         with ThreadPoolExecutor(self._max_slots * len(self._clients)) as pool:
             futures = {
-                pool.submit(self._complete, r, place, stop): i for i, (r, place) in enumerate(zip(requests, places, strict=True))
+                pool.submit(self._complete, r, place, stop): i
+                for i, (r, place) in enumerate(zip(requests, places, strict=True))
             }
             try:
                 for future in as_completed(futures):
@@ -76,7 +87,8 @@ class VllmServers:
                     done[index] = rollout = future.result()
                     if on_finish is not None:
                         on_finish(index, rollout)
-            except BaseException:  # what has not been sent is not: the pool's end then waits for what is in flight alone
+            # what has not been sent is not: the pool's end then waits for what is in flight alone
+            except BaseException:
                 stop.set()
                 raise
         return [r for r in done if r is not None]
@@ -124,7 +136,9 @@ class VllmServers:
             list(pool.map(send, self._clients))
 
     @staticmethod
-    def _call(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _call(
+        client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
+    ) -> httpx.Response:
         try:
             answer = client.request(method, path, json=body)
         except httpx.HTTPError as error:
@@ -160,19 +174,21 @@ def serve_command(
 ) -> list[str]:
     """The arguments of ``vllm serve`` for a policy and its drafter.
 
-    What a request leaves out takes vLLM's neutral defaults, not those of the policy's ``generation_config.json``.
+    What a request leaves out takes vLLM's neutral defaults, not those of the policy's
+    ``generation_config.json``.
 
     Args:
         model: Directory or hub id of the policy.
         drafter: Directory in the export format; None serves without drafts.
         depth: Most draft tokens of a step.
-        schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty drafts ``depth`` always.
+        schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty drafts
+            ``depth`` always.
         host: Address that the server listens on.
         port: Of the server.
         max_slots: Sequences decoded together.
         max_context: Most tokens of prompt and completion together.
-        updates: Take new weights from a trainer. The endpoints are vLLM's development ones: the environment of the server needs
-            what `serve_environment` gives.
+        updates: Take new weights from a trainer. The endpoints are vLLM's development ones: the environment
+            of the server needs what `serve_environment` gives.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
     """
     command = [
@@ -210,7 +226,8 @@ def serve_command(
 
 
 def serve_environment(exchange: Path, host: str) -> dict[str, str]:
-    """Environment variables of a server that takes new weights: through ``exchange`` alone, and with its token.
+    """Environment variables of a server that takes new weights: through ``exchange`` alone, and with its
+    token.
 
     On an address that other machines reach, completions need the token too.
 
@@ -225,7 +242,8 @@ def serve_environment(exchange: Path, host: str) -> dict[str, str]:
 def sglang_command(
     model: Path | str, drafter: Path | None, depth: int, host: str, port: int, more: Sequence[str] = ()
 ) -> list[str]:
-    """The arguments that start SGLang with the same policy and drafter, by its documentation; it was not run here.
+    """The arguments that start SGLang with the same policy and drafter, by its documentation; it was not run
+    here.
 
     Args:
         model, drafter, host, port, more: As for `serve_command`.

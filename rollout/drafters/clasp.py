@@ -19,16 +19,20 @@ from paceline.rollout.trees import DraftKind, DraftTree
 
 
 class ClaspDrafter(StatelessSlots):
-    """Drafts chains with the policy's own weights, so that it is always as fresh as they are and needs no training.
+    """Drafts chains with the policy's own weights, so that it is always as fresh as they are and needs no
+    training.
 
-    CLaSp (Chen et al., "CLaSp: In-Context Layer Skip for Self-Speculative Decoding", arXiv 2505.24196): dynamic programming over
-    the layers finds which ones to leave out so that the last token's hidden state stays closest, by cosine, to that of the whole
-    model. State (i, j) is the best hidden state after i layers of which j were left out::
+    CLaSp (Chen et al., "CLaSp: In-Context Layer Skip for Self-Speculative Decoding", arXiv 2505.24196):
+    dynamic programming over the layers finds which ones to leave out so that the last token's hidden state
+    stays closest, by cosine, to that of the whole model. State (i, j) is the best hidden state after i layers
+    of which j were left out::
 
-        g(i + 1, j) = the closer of  layer_i(g(i, j))  and  g(i, j − 1)  to  layer_i applied to the whole model's state
+        g(i + 1, j) = the closer of  layer_i(g(i, j))  and  g(i, j − 1)  to  layer_i applied to the whole
+        model's state
 
-    All j of a layer are evaluated side by side, so that the search costs about one forward of ``skipped`` + 1 tokens. The paper
-    searches after every verification; here every ``every`` ones, of the first sequence in the batch.
+    All j of a layer are evaluated side by side, so that the search costs about one forward of ``skipped`` + 1
+    tokens. The paper searches after every verification; here every ``every`` ones, of the first sequence in
+    the batch.
 
     The draft's keys lie in the policy's cache where verification writes its own over them.
 
@@ -42,7 +46,9 @@ class ClaspDrafter(StatelessSlots):
     name = "clasp"
     chains_only = True
 
-    def __init__(self, runner: ModelRunner, skipped: int, *, every: int = 32, rules: DraftRules | None = None) -> None:
+    def __init__(
+        self, runner: ModelRunner, skipped: int, *, every: int = 32, rules: DraftRules | None = None
+    ) -> None:
         layers = runner.shape.layers
         if not 0 < skipped < layers:
             raise ValueError(f"clasp leaves out {skipped} of {layers} layers: write 1 to {layers - 1}")
@@ -60,7 +66,9 @@ class ClaspDrafter(StatelessSlots):
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         sequences = context.sequences
         room = max(strategy.depth, self.skipped + 1) + 2
-        self.runner.cache.reserve(max(len(s.tokens) for s in sequences) + room, len(sequences), len(sequences))
+        self.runner.cache.reserve(
+            max(len(s.tokens) for s in sequences) + room, len(sequences), len(sequences)
+        )
         fits = len(sequences[0].tokens) + self.skipped + 1 <= self.runner.cache.shape.capacity
         if self._drafts % self.every == 0 and fits:
             self.left_out = self._choose(sequences)
@@ -118,7 +126,9 @@ class _Search:
         return _Watched(layer, self)
 
     def step(self, before: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Hidden states [states, hidden] before a layer and after it → the better of keeping and leaving it out."""
+        """Hidden states [states, hidden] before a layer and after it → the better of keeping and leaving it
+        out.
+        """
         skipped = before.roll(1, dims=0)
         goal = kept[:1].float()
         possible = self._possible.roll(1)

@@ -14,8 +14,9 @@ from paceline.rollout.trees import DraftKind, DraftTree, chain_parents
 class CompositeDrafter(StatelessSlots):
     """Takes the suffix drafter's proposal for sequences with a long match, the other's for the rest.
 
-    SAM-Decoding (Hu et al., arXiv 2411.10666): where the longest suffix match is at least a threshold the retrieved
-    continuation is likelier to be accepted than the model's, and free. The model does not run at all where every sequence has one.
+    SAM-Decoding (Hu et al., arXiv 2411.10666): where the longest suffix match is at least a threshold the
+    retrieved continuation is likelier to be accepted than the model's, and free. The model does not run at
+    all where every sequence has one.
 
     Args:
         suffix: Finds matches; also added to the engine, which keeps it informed.
@@ -31,7 +32,9 @@ class CompositeDrafter(StatelessSlots):
     def __init__(self, suffix: SuffixDrafter, model: Drafter, threshold: int = 5) -> None:
         rules = getattr(model, "rules", None)
         if rules is not None and rules.draw != "likeliest":
-            raise ValueError(f"the composite drafter joins drafts of likeliest tokens, {model.name} draws {rules.draw}")
+            raise ValueError(
+                f"the composite drafter joins drafts of likeliest tokens, {model.name} draws {rules.draw}"
+            )
         self._suffix, self._model, self.threshold = suffix, model, threshold
 
     @staticmethod
@@ -44,7 +47,9 @@ class CompositeDrafter(StatelessSlots):
             return self._suffix.propose(context, strategy)
         modelled = self._model.propose(context, strategy)
         if modelled.kind is not DraftKind.FIXED:
-            raise ValueError("the composite drafter joins drafts of likeliest tokens: write rollout.draft: likeliest")
+            raise ValueError(
+                "the composite drafter joins drafts of likeliest tokens: write rollout.draft: likeliest"
+            )
         if not any(long):
             return modelled
         return join(self._suffix.propose(context, strategy), modelled, long)
@@ -59,7 +64,8 @@ def join(one: DraftTree, other: DraftTree, choose_one: list[bool]) -> DraftTree:
     if one.parents is None and other.parents is None:
         return DraftTree(tokens, lengths, kind=DraftKind.FIXED)
     ours, theirs = (
-        _widen(chain_parents(*d.tokens.shape) if d.parents is None else d.parents.cpu(), nodes, fill=-1) for d in (one, other)
+        _widen(chain_parents(*d.tokens.shape) if d.parents is None else d.parents.cpu(), nodes, fill=-1)
+        for d in (one, other)
     )
     return DraftTree(tokens, lengths, torch.where(chosen[:, None], ours, theirs), kind=DraftKind.FIXED)
 

@@ -21,10 +21,11 @@ Place = tuple[SequenceState, int]
 class ConsensusDrafter(StatelessSlots):
     """Votes of the other samples that are being, or were, decoded in the same call.
 
-    Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference", arXiv 2503.05330):
-    the last tokens are looked up in the other samples of the group; what follows there is merged into a graph whose edges weigh
-    how many samples and how surely they took them; the draft follows the heaviest. Here paths merge where they share a prefix, a
-    vote is the probability that the policy gave the token, and a tree keeps what the vote does not decide. Deterministic.
+    Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference", arXiv
+    2503.05330): the last tokens are looked up in the other samples of the group; what follows there is merged
+    into a graph whose edges weigh how many samples and how surely they took them; the draft follows the
+    heaviest. Here paths merge where they share a prefix, a vote is the probability that the policy gave the
+    token, and a tree keeps what the vote does not decide. Deterministic.
 
     Args:
         longest, shortest: Tokens of the suffixes that are looked up; the longest that matches counts.
@@ -48,7 +49,11 @@ class ConsensusDrafter(StatelessSlots):
         """Where in other samples the sequence's last tokens occur."""
         index = self._index.get(sequence.request.group, {})
         for n in range(min(self.longest, len(sequence.tokens)), self.shortest - 1, -1):
-            places = [(s, at) for s, at in index.get(tuple(sequence.tokens[-n:]), []) if s is not sequence and at < len(s.tokens)]
+            places = [
+                (s, at)
+                for s, at in index.get(tuple(sequence.tokens[-n:]), [])
+                if s is not sequence and at < len(s.tokens)
+            ]
             if places:
                 return places[-_MOST_MATCHES:]
         return []

@@ -10,7 +10,9 @@ from paceline.rollout.verify import Verifier, default_verifier
 
 
 def stated_kind(drafter: Drafter | type[Drafter], strategy: Strategy, rules: DraftRules) -> DraftKind | None:
-    """How a drafter says that its drafts for a strategy come about (`Drafter` tells how it says so); None where it does not."""
+    """How a drafter says that its drafts for a strategy come about (`Drafter` tells how it says so); None
+    where it does not.
+    """
     states = getattr(drafter, "drafts", None)
     return None if states is None else states(strategy, rules)
 
@@ -30,8 +32,8 @@ def refusal(
         rules: Of model-based drafters; None for the drafter's own.
 
     Returns:
-        None where the verifier covers it, where it is fixed and needs no verifier, and where the drafter states no kind: what it
-        drafts is then judged draft by draft.
+        None where the verifier covers it, where it is fixed and needs no verifier, and where the drafter
+        states no kind: what it drafts is then judged draft by draft.
     """
     if rules is None:
         rules = getattr(drafter, "rules", None) or DraftRules()

@@ -17,7 +17,8 @@ from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
 
 
 class DraftModelDrafter:
-    """A separate causal LM drafts chains and trees (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+    """A separate causal LM drafts chains and trees (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv
+    2302.01318).
 
     It keeps a cache of its own, and reads what was committed when a draft is wanted, not before.
 
@@ -48,7 +49,10 @@ class DraftModelDrafter:
     ) -> None:
         own = model.config.get_text_config().vocab_size
         if own != vocab_size:
-            raise ValueError(f"the draft model has {own} tokens, the policy {vocab_size}: give one with the policy's tokenizer")
+            raise ValueError(
+                f"the draft model has {own} tokens, the policy {vocab_size}: give one with the policy's "
+                "tokenizer"
+            )
         self.rules = DraftRules() if rules is None else rules
         self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MOST_NODES)
         self._seen = [0] * slots
@@ -61,9 +65,13 @@ class DraftModelDrafter:
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         sequences = context.sequences
         held = len(sequences) if any(self._seen) else 0
-        self.runner.cache.reserve(max(len(s.tokens) for s in sequences) + MOST_NODES, active=held, slots=len(sequences))
+        self.runner.cache.reserve(
+            max(len(s.tokens) for s in sequences) + MOST_NODES, active=held, slots=len(sequences)
+        )
         root = self._read(sequences)
-        brancher = ModelBrancher(self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device)
+        brancher = ModelBrancher(
+            self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device
+        )
         return self.rules.grow(brancher, strategy, sequences)
 
     def _read(self, sequences: Sequence[SequenceState]) -> torch.Tensor:

@@ -20,8 +20,8 @@ from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
 class Eagle3Drafter:
     """Drafts chains and trees with an `Eagle3Model`.
 
-    The features of committed tokens are read from the engine's taps when a draft is wanted, not before, so that a batch
-    decoded plainly pays nothing for the drafter.
+    The features of committed tokens are read from the engine's taps when a draft is wanted, not before, so
+    that a batch decoded plainly pays nothing for the drafter.
 
     Args:
         model: Weights to start from; they are copied (and packed on a CPU in bfloat16).
@@ -30,9 +30,9 @@ class Eagle3Drafter:
         capacity: Tokens a slot of the engine holds.
         dtype: What to compute in.
         rules: How drafts are made; None for chains and dynamic trees of the likeliest tokens.
-        window: Tokens of a sequence that the drafter attends to, at least; None for all. The cache then keeps its size however long
-            sequences grow, and reading a long prompt starts that far before its end (LongSpec, arXiv 2502.17421,
-            bounds the drafter's memory to the same end by a sliding window).
+        window: Tokens of a sequence that the drafter attends to, at least; None for all. The cache then keeps
+            its size however long sequences grow, and reading a long prompt starts that far before its end
+            (LongSpec, arXiv 2502.17421, bounds the drafter's memory to the same end by a sliding window).
     """
 
     name = "eagle3"
@@ -56,7 +56,8 @@ class Eagle3Drafter:
         with torch.device(device):
             self._weights = Eagle3Model(config, model.vocabulary).to(dtype=dtype).requires_grad_(False).eval()
         self._weights.load_state_dict(model.state_dict())
-        # a bounded cache is moved on when twice the window is full, so that a token is moved once for each it attends to
+        # a bounded cache is moved on when twice the window is full, so that a token is moved once for each it
+        # attends to
         self._window = window
         self._room = capacity + MOST_NODES if window is None else min(2 * window, capacity) + MOST_NODES
         self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype), device)
@@ -73,7 +74,9 @@ class Eagle3Drafter:
         """
         broken = [name for name, p in source.named_parameters() if not bool(torch.isfinite(p).all())]
         if broken:
-            raise ValueError(f"the drafter's {broken[0]} has NaN or infinite values: the last good drafter stays in use")
+            raise ValueError(
+                f"the drafter's {broken[0]} has NaN or infinite values: the last good drafter stays in use"
+            )
         self._weights.load_state_dict(source.state_dict())
         self._network.refresh()
         self.vocabulary = self._weights.vocabulary.clone()
@@ -152,7 +155,9 @@ class _Brancher:
         device = hidden.device
         self._network, self._shift = network, shift
         self._hidden = hidden[:, None]  # of the root and every expanded node
-        self._trunks = torch.tensor([[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device=device)
+        self._trunks = torch.tensor(
+            [[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device=device
+        )
         self._ancestors = torch.zeros(len(sequences), 1, dtype=torch.long, device=device)
         self._depth = torch.zeros_like(self._ancestors)
         self.vocabulary: torch.Tensor | None = vocabulary
@@ -163,7 +168,9 @@ class _Brancher:
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         above = parents + 1
-        index = torch.arange(self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device)
+        index = torch.arange(
+            self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device
+        )
         depth = self._depth.gather(1, above) + 1
         ancestors = self._ancestors.gather(1, above) | (1 << index)
         trunks = self._trunks.expand_as(depth)

@@ -1,6 +1,7 @@
 """The EAGLE-3 draft model: one decoder layer over token embedding and fused target features.
 
-EAGLE-3: "Scaling up Inference Acceleration of Large Language Models via Training-Time Test" (arXiv 2503.01840), section 3.1.
+EAGLE-3: "Scaling up Inference Acceleration of Large Language Models via Training-Time Test" (arXiv
+    2503.01840), section 3.1.
 Parameter names are those of the checkpoints that vLLM and SGLang load (``LlamaForCausalLMEagle3``).
 """
 
@@ -35,16 +36,19 @@ def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: S
         tap_layers: Layers whose inputs the drafter reads; three.
 
     Raises:
-        ValueError: when the draft vocabulary is larger than the target's, or its embeddings are narrower than its hidden states.
+        ValueError: when the draft vocabulary is larger than the target's, or its embeddings are narrower than
+            its hidden states.
     """
     text = target.get_text_config()
     if not 0 < draft_vocab_size <= text.vocab_size:
         raise ValueError(
-            f"drafter.draft_vocab_size is {draft_vocab_size}, the target has {text.vocab_size} tokens: write at most that"
+            f"drafter.draft_vocab_size is {draft_vocab_size}, the target has {text.vocab_size} tokens: write "
+            "at most that"
         )
     if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
         raise ValueError(
-            f"speculation.drafters has eagle3, which needs embeddings as wide as the hidden states: the target's have "
+            "speculation.drafters has eagle3, which needs embeddings as wide as the hidden states: the "
+            "target's have "
             f"{text.word_embed_proj_dim} and {text.hidden_size} numbers; take other drafters"
         )
     keys = key_shape(text)
@@ -88,7 +92,9 @@ def parameter_count(config: LlamaConfig) -> int:
     hidden, taps = config.hidden_size, len(config.eagle_aux_hidden_state_layer_ids)
     attention = 2 * hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
     norms = 4 * hidden
-    return hidden * (taps * hidden + 3 * config.intermediate_size + config.draft_vocab_size) + attention + norms
+    return (
+        hidden * (taps * hidden + 3 * config.intermediate_size + config.draft_vocab_size) + attention + norms
+    )
 
 
 class _Attention(nn.Module):
@@ -102,7 +108,9 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv_heads * dim, bias=False)
         self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    ) -> torch.Tensor:
         batch, length, _ = x.shape
         query, key, value = (
             projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -151,7 +159,9 @@ class Eagle3Model(nn.Module):
     def __init__(self, config: LlamaConfig, vocabulary: torch.Tensor) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(len(config.eagle_aux_hidden_state_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(
+            len(config.eagle_aux_hidden_state_layer_ids) * config.hidden_size, config.hidden_size, bias=False
+        )
         self.midlayer = _Midlayer(config)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -163,7 +173,9 @@ class Eagle3Model(nn.Module):
     def set_vocabulary(self, vocabulary: torch.Tensor) -> None:
         """Sets which target ids can be drafted. int64 [draft vocabulary], strictly increasing."""
         if len(vocabulary) != self.config.draft_vocab_size or not bool((vocabulary.diff() > 0).all()):
-            raise ValueError(f"the draft vocabulary must be {self.config.draft_vocab_size} increasing target ids")
+            raise ValueError(
+                f"the draft vocabulary must be {self.config.draft_vocab_size} increasing target ids"
+            )
         self.d2t.copy_(vocabulary - torch.arange(len(vocabulary)))
         self.t2d.zero_()
         self.t2d[vocabulary] = True
@@ -173,18 +185,23 @@ class Eagle3Model(nn.Module):
         """int64 [draft vocabulary], the target id of each draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def rotary_at(self, reference: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_at(
+        self, reference: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, L, head_dim] at int64 positions [B, L], in the dtype of ``reference``."""
         return self.rotary(reference, positions)
 
-    def step(self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def step(
+        self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
         """One pass of the layer.
 
         Args:
             embeds: [B, L, hidden], the target's embedding of the tokens.
             hidden: [B, L, hidden], ``fc`` of the target's features, or this model's own previous output.
             positions: int64 [B, L].
-            attend: Maps query [B, H, L, d], key and value [B, KV, L, d] to [B, L, H, d]; the caller keeps the cache.
+            attend: Maps query [B, H, L, d], key and value [B, KV, L, d] to [B, L, H, d]; the caller keeps the
+                cache.
 
         Returns:
             [B, L, hidden]: read by `logits`, and fed back as ``hidden`` at the next draft position.

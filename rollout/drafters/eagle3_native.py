@@ -1,4 +1,5 @@
-"""Running the EAGLE-3 layer for drafting on the native kernels: without padding, and few tokens in one call."""
+"""Running the EAGLE-3 layer for drafting on the native kernels: without padding, and few tokens in one
+call."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ _FEW_TOKENS = 16  # up to here a step is bound by reading weights, and one call 
 class NativeNetwork:
     """`Eagle3Model.step` on the native kernels, CPU only.
 
-    Where weights are packed (bfloat16), steps of few tokens run in one call with weights in 8 bits: half the bytes to read, and no
-    interpreter between the parts of the layer. Longer ones run part by part.
+    Where weights are packed (bfloat16), steps of few tokens run in one call with weights in 8 bits: half the
+    bytes to read, and no interpreter between the parts of the layer. Longer ones run part by part.
 
     Args:
         weights: Read (packed, and rounded) by `refresh`.
@@ -54,7 +55,11 @@ class NativeNetwork:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rule = AttentionRule(cache.shape.head_dim**-0.5)
         linears = [m for m in weights.modules() if isinstance(m, nn.Linear)]
-        self._rounds = packs and Int8Rows.serves(*((m.out_features, m.in_features) for m in linears)) and _is_plain(embed_tokens)
+        self._rounds = (
+            packs
+            and Int8Rows.serves(*((m.out_features, m.in_features) for m in linears))
+            and _is_plain(embed_tokens)
+        )
         self._table: torch.Tensor = next(embed_tokens.parameters())
         self._layer: DraftLayer | None = None
 
@@ -65,7 +70,9 @@ class NativeNetwork:
             return
         layer, attention = self._weights.midlayer, self._weights.midlayer.self_attn
         self._layer = DraftLayer(
-            qkv=Int8Rows(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])),
+            qkv=Int8Rows(
+                torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+            ),
             o=Int8Rows(attention.o_proj.weight),
             gate_up=Int8Rows(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
             down=Int8Rows(layer.mlp.down_proj.weight),
@@ -83,7 +90,9 @@ class NativeNetwork:
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         counts = reading.counts
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
-        tokens = torch.tensor([t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]])
+        tokens = torch.tensor(
+            [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]]
+        )
         taps = reading.taps
         features = taps.flatten(-2)[ragged.token_slots, ragged.positions, : -taps.shape[-1]]
         few = self._layer is not None and len(tokens) <= _FEW_TOKENS
@@ -95,7 +104,9 @@ class NativeNetwork:
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, count = tokens.shape
-        out, logits = self._run(tokens.flatten(), hidden.flatten(0, 1), RaggedTokens.from_seats(seats, shift), None)
+        out, logits = self._run(
+            tokens.flatten(), hidden.flatten(0, 1), RaggedTokens.from_seats(seats, shift), None
+        )
         return out.view(batch, count, -1), logits.view(batch, count, -1)
 
     def _run(
@@ -104,7 +115,9 @@ class NativeNetwork:
         """tokens: int64 [N], hidden: [N, hidden] → outputs and logits of all, or of those in ``keep``."""
         lines = self._cache.lines(0)
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
-            out, logits = self._kernels.draft_step(self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales))
+            out, logits = self._kernels.draft_step(
+                self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales)
+            )
             return (out, logits) if keep is None else (out[keep], logits[keep])
         of_embedding, of_hidden, of_mlp, of_head = self._norms
         hidden = hidden[None]

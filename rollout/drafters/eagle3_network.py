@@ -26,7 +26,8 @@ class Reading:
 
     Attributes:
         sequences: In slot order.
-        seen: Positions of each that were read: token ``seen + 1`` is the next, with the target's features at position ``seen``.
+        seen: Positions of each that were read: token ``seen + 1`` is the next, with the target's features at
+            position ``seen``.
         shift: Position of place 0 of each slot of the draft cache.
         taps: As in `DraftContext`.
     """
@@ -55,7 +56,8 @@ class Network(Protocol):
         ...
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads tokens; the newest output of each sequence [B, hidden] and its logits [B, draft vocabulary]."""
+        """Reads tokens; the newest output of each sequence [B, hidden] and its logits [B, draft
+        vocabulary]."""
         ...
 
     def step(
@@ -66,7 +68,8 @@ class Network(Protocol):
         Args:
             tokens: int64 [B, E].
             hidden: [B, E, hidden], the output of each one's parent.
-            seats: int64 [4, B, E], as in `ForwardBatch`, counted from place 0 of each slot; E adjacent places a row.
+            seats: int64 [4, B, E], as in `ForwardBatch`, counted from place 0 of each slot; E adjacent places
+                a row.
             shift: Position of that place.
 
         Returns:
@@ -81,7 +84,9 @@ def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache,
     dtype, device = cache.shape.dtype, cache.device
     kernels = load_kernels(device.type, dtype)
     assert config.intermediate_size is not None and config.hidden_size is not None
-    if kernels is not None and Kernels.serve(attention_shape(config)[2], config.hidden_size, config.intermediate_size):
+    if kernels is not None and Kernels.serve(
+        attention_shape(config)[2], config.hidden_size, config.intermediate_size
+    ):
         from paceline.rollout.drafters.eagle3_native import NativeNetwork
 
         return NativeNetwork(weights, embed_tokens, cache, kernels, capacity)
@@ -92,7 +97,8 @@ def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache,
 
 
 class PaddedNetwork:
-    """Torch's operators, any device. Sequences are padded to the one furthest behind; in the steady state all are about as far.
+    """Torch's operators, any device. Sequences are padded to the one furthest behind; in the steady state all
+    are about as far.
 
     Args:
         weights: Used as they are.
@@ -114,7 +120,9 @@ class PaddedNetwork:
         if count > _EXACT_WIDTH:  # few distinct shapes: a new one costs the kernel library a compilation
             count = -(-count // _WIDTH_STEP) * _WIDTH_STEP
         device, taps = self._cache.device, reading.taps
-        padded = [s.tokens[at + 1 : at + 1 + count] for s, at in zip(reading.sequences, reading.seen, strict=True)]
+        padded = [
+            s.tokens[at + 1 : at + 1 + count] for s, at in zip(reading.sequences, reading.seen, strict=True)
+        ]
         tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
         place = torch.tensor(places, device=device)[:, None] + torch.arange(count, device=device)
         place = place.clamp(max=self._cache.span - 1)  # past a slot's end it is overwritten later
@@ -137,7 +145,9 @@ class PaddedNetwork:
         return out, self._model.logits(out)
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
-        """Captures a draft step for every batch bucket at the cache's present span; other spans when they are met."""
+        """Captures a draft step for every batch bucket at the cache's present span; other spans when they are
+        met.
+        """
         config, cache = self._model.config, self._cache
         heads, kv_heads, dim = attention_shape(config)
         assert config.intermediate_size is not None and config.hidden_size is not None
@@ -172,7 +182,9 @@ class PaddedNetwork:
         hidden = self._run(tokens, carried, seats, None)
         return self._model.logits(hidden), hidden
 
-    def _run(self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    def _run(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: torch.Tensor | None
+    ) -> torch.Tensor:
         batch = ForwardBatch(slice(0, len(tokens)), seats, span=self._cache.span)
         self._cache.begin(batch)
 

@@ -9,7 +9,8 @@ import torch
 from paceline.rollout.drafters.model_drafts import request_temperatures
 from paceline.rollout.sequence import SequenceState
 
-Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens [B, E], seats [4, B, E]) → logits [B, E, V]
+# (tokens [B, E], seats [4, B, E]) → logits [B, E, V]
+Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ModelBrancher:
@@ -17,7 +18,8 @@ class ModelBrancher:
 
     Args:
         forward: Runs nodes.
-        root: Logits [B, V] after the last committed token; None has them computed from that token, as the first node.
+        root: Logits [B, V] after the last committed token; None has them computed from that token, as the
+            first node.
         sequences: Sequence i sits in slot i.
         trunks: Tokens of each that the cache holds.
         device: Of the model.

@@ -28,9 +28,11 @@ class DraftRules:
     """How model-based drafters make their drafts.
 
     Attributes:
-        tree: Builder of the drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or ``static``.
-        draw: ``likeliest`` tokens, which needs no verifier of its own and gives the tokens of plain decoding; or drawn from the
-            drafter's distribution at the request's temperature, siblings with ``replacement`` or ``without_replacement``.
+        tree: Builder of the drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or
+            ``static``.
+        draw: ``likeliest`` tokens, which needs no verifier of its own and gives the tokens of plain decoding;
+            or drawn from the drafter's distribution at the request's temperature, siblings with
+            ``replacement`` or ``without_replacement``.
         stop: When a chain ends: ``fixed``, ``svip`` or ``specdec``.
         stop_threshold: Of that rule.
         gain: Least expected tokens that another level of an ``opt_tree`` must bring.
@@ -56,19 +58,30 @@ class DraftRules:
                 raise ValueError(f"{name} is {value!r}; write one of {', '.join(known)}")
         ranked = self.tree in ("dynamic", "opt_tree")
         if ranked and self.draw != "likeliest":
-            raise ValueError(f"tree {self.tree} ranks tokens by what they are, so they cannot be drawn: write draw likeliest")
+            raise ValueError(
+                f"tree {self.tree} ranks tokens by what they are, so they cannot be drawn: write draw "
+                "likeliest"
+            )
         if self.tree == "dyspec" and self.draw != "without_replacement":
             raise ValueError("tree dyspec draws siblings without replacement: write draw without_replacement")
         if self.tree == "static" and self.draw == "likeliest":
-            raise ValueError("tree static is for drawn tokens: write draw replacement or without_replacement, or tree dynamic")
+            raise ValueError(
+                "tree static is for drawn tokens: write draw replacement or without_replacement, or tree "
+                "dynamic"
+            )
         made = STOP_POLICIES[self.stop]
         self.policy = None if made is None else made(self.stop_threshold)
 
     def kind(self, width: int) -> DraftKind:
-        """How drafts of that width come about; what the builders in `paceline.rollout.trees` set themselves."""
+        """How drafts of that width come about; what the builders in `paceline.rollout.trees` set
+        themselves."""
         if self.draw == "likeliest":
             return DraftKind.FIXED
-        return DraftKind.WITH_REPLACEMENT if width == 1 or self.draw == "replacement" else DraftKind.WITHOUT_REPLACEMENT
+        return (
+            DraftKind.WITH_REPLACEMENT
+            if width == 1 or self.draw == "replacement"
+            else DraftKind.WITHOUT_REPLACEMENT
+        )
 
     def grow(self, brancher: Brancher, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
         """The draft that the strategy asks for."""
@@ -80,11 +93,17 @@ class DraftRules:
 
         uniform: Uniform | None = None if self.draw == "likeliest" else numbers
         if strategy.width == 1:
-            greedy = torch.tensor([s.request.params.greedy for s in sequences], device=brancher.temperatures.device)
+            greedy = torch.tensor(
+                [s.request.params.greedy for s in sequences], device=brancher.temperatures.device
+            )
             return grow_chain(brancher, strategy.depth, uniform, greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
         if uniform is None:
-            return grow_dynamic(brancher, limits) if self.tree == "dynamic" else grow_opt_tree(brancher, limits, self.gain)
+            return (
+                grow_dynamic(brancher, limits)
+                if self.tree == "dynamic"
+                else grow_opt_tree(brancher, limits, self.gain)
+            )
         if self.tree == "dyspec":
             return grow_dyspec(brancher, limits, uniform)
         return grow_static(brancher, limits, uniform, self.draw == "replacement")
@@ -96,5 +115,6 @@ class DraftRules:
 
 
 def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
-    """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own probabilities."""
+    """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own
+    probabilities."""
     return torch.tensor([s.request.params.divisor for s in sequences], device=device)

@@ -13,8 +13,8 @@ from paceline.rollout.trees import DraftKind, DraftTree
 class NgramDrafter(StatelessSlots):
     """Copies what followed the most recent earlier occurrence of the last tokens.
 
-    Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023), as vLLM's ``ngram`` method does it: the longest of the n-grams first.
-    It knows the sequence's prompt and completion and nothing else. Always a chain.
+    Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023), as vLLM's ``ngram`` method does it: the longest of
+    the n-grams first. It knows the sequence's prompt and completion and nothing else. Always a chain.
 
     Args:
         longest, shortest: Tokens of the n-grams that are looked up.
@@ -32,7 +32,10 @@ class NgramDrafter(StatelessSlots):
         return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
-        rows = [[(token, i - 1) for i, token in enumerate(self._copy(s, strategy.depth))] for s in context.sequences]
+        rows = [
+            [(token, i - 1) for i, token in enumerate(self._copy(s, strategy.depth))]
+            for s in context.sequences
+        ]
         return pack(rows, 1)
 
     def _copy(self, sequence: SequenceState, depth: int) -> list[int]:
@@ -46,7 +49,8 @@ class NgramDrafter(StatelessSlots):
     def observe(self, sequence: SequenceState, count: int) -> None:
         after, done = self._seen.get(sequence, ({}, 0))
         tokens = sequence.tokens
-        for end in range(max(done, self.shortest), len(tokens)):  # the n-gram at the very end has nothing after it yet
+        # the n-gram at the very end has nothing after it yet
+        for end in range(max(done, self.shortest), len(tokens)):
             for n in range(self.shortest, min(self.longest, end) + 1):
                 after[tuple(tokens[end - n : end])] = end
         self._seen[sequence] = after, len(tokens)

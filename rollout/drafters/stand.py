@@ -22,14 +22,14 @@ _LONGEST = 3
 class StandDrafter(StatelessSlots):
     """An n-gram table that keeps the target's likeliest tokens *with their logits*, and draws from them.
 
-    STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv 2506.04708):
-    reasoning traces repeat each other, and at high temperature a drawn draft with probabilities is accepted more often than a
-    repeated token. For each context of up to 3 tokens the 8 likeliest next tokens' logits of its last verification are kept; a
-    draft takes the longest known context and draws siblings without replacement by Gumbel-top-k, halving the branching each
-    level.
+    STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv
+    2506.04708): reasoning traces repeat each other, and at high temperature a drawn draft with probabilities
+    is accepted more often than a repeated token. For each context of up to 3 tokens the 8 likeliest next
+    tokens' logits of its last verification are kept; a draft takes the longest known context and draws
+    siblings without replacement by Gumbel-top-k, halving the branching each level.
 
-    The paper optimises the tree's shape on data beforehand; here depth, width and nodes come from the strategy, which the selector
-    chooses from measured times.
+    The paper optimises the tree's shape on data beforehand; here depth, width and nodes come from the
+    strategy, which the selector chooses from measured times.
 
     Args:
         max_contexts: Contexts kept, about 300 bytes each; the least recently seen go first.
@@ -68,8 +68,11 @@ class StandDrafter(StatelessSlots):
             self.drafts(strategy),
         )
 
-    def _draw_row(self, sequence: SequenceState, strategy: Strategy) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-        """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of drawing."""
+    def _draw_row(
+        self, sequence: SequenceState, strategy: Strategy
+    ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+        """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of
+        drawing."""
         row: list[tuple[int, int, np.ndarray, np.ndarray]] = []
         temperature = sequence.request.params.divisor
         seed, root = seeds_of([sequence]), np.array([len(sequence.tokens)])

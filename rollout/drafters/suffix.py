@@ -20,7 +20,9 @@ _UNSEEN = 0.5  # weight of what has not been seen, against one occurrence of wha
 
 @dataclass(slots=True)
 class _Live:
-    """A sample being decoded: its own state in the automaton, and its longest suffix that occurred earlier, with its length."""
+    """A sample being decoded: its own state in the automaton, and its longest suffix that occurred earlier,
+    with its length.
+    """
 
     last: int = 0
     match: int = 0
@@ -30,7 +32,9 @@ class _Live:
 
 @dataclass(slots=True)
 class _Group:
-    """One prompt's automaton. ``prompt`` is the prompt's state, ``weight`` that of the next sample's occurrences."""
+    """One prompt's automaton. ``prompt`` is the prompt's state, ``weight`` that of the next sample's
+    occurrences.
+    """
 
     automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
     prompt: _Live | None = None
@@ -39,16 +43,20 @@ class _Group:
 
 
 class SuffixDrafter(StatelessSlots):
-    """Drafts by longest suffix match in the samples of the same group, live ones and those of earlier epochs alike.
+    """Drafts by longest suffix match in the samples of the same group, live ones and those of earlier epochs
+    alike.
 
-    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666; Multi-Sample SD, arXiv 2503.05330), so
-    no model is needed and it works from the first step. A suffix automaton per group follows each sample's longest suffix that
-    occurred before, in any of them; a draft continues it by what followed then, in proportion to the weights of the occurrences,
-    and falls back to shorter suffixes where nothing did. The prompt's own tokens count. Deterministic: ``probs`` is None.
+    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666; Multi-Sample SD, arXiv
+    2503.05330), so no model is needed and it works from the first step. A suffix automaton per group follows
+    each sample's longest suffix that occurred before, in any of them; a draft continues it by what followed
+    then, in proportion to the weights of the occurrences, and falls back to shorter suffixes where nothing
+    did. The prompt's own tokens count. Deterministic: ``probs`` is None.
 
     Args:
-        max_states: Automaton states kept over all groups, about 300 bytes each; the least recently used groups go first.
-        decay: Weight of an occurrence against the same one in the next sample of the group: the policy moves on.
+        max_states: Automaton states kept over all groups, about 300 bytes each; the least recently used
+            groups go first.
+        decay: Weight of an occurrence against the same one in the next sample of the group: the policy moves
+            on.
         shared: Whether samples of a group share; otherwise each is alone with its own text.
     """
 
@@ -125,7 +133,9 @@ class SuffixDrafter(StatelessSlots):
         return sequence if group is None or not self.shared else group
 
     def forget(self, sequence: SequenceState) -> None:
-        """A finished sample stays useful to its siblings and to later epochs; one that shares nothing has neither."""
+        """A finished sample stays useful to its siblings and to later epochs; one that shares nothing has
+        neither.
+        """
         key = self._key(sequence)
         group = self._groups.get(key)
         if group is None:
@@ -135,8 +145,12 @@ class SuffixDrafter(StatelessSlots):
             self._states -= len(self._groups.pop(key).automaton)
 
 
-def _following(automaton: SuffixAutomaton, at: tuple[int, int]) -> Iterator[tuple[float, int, tuple[int, int]]]:
-    """What followed the suffix, heaviest first; where nothing did, what followed shorter ones. ``at``: state and matched tokens."""
+def _following(
+    automaton: SuffixAutomaton, at: tuple[int, int]
+) -> Iterator[tuple[float, int, tuple[int, int]]]:
+    """What followed the suffix, heaviest first; where nothing did, what followed shorter ones. ``at``: state
+    and matched tokens.
+    """
     state, matched = automaton.settle(*at), at[1]
     while state and not automaton.following[state]:
         state = automaton.link[state]

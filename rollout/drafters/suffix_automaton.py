@@ -8,17 +8,18 @@ _MOST_LINKS = 32
 class SuffixAutomaton:
     """All substrings of the texts seen so far, each found in time linear in its length.
 
-    Blumer et al., "The smallest automaton recognizing the subwords of a text", 1985; several texts at once as Mohri, Moreno and
-    Weinstein, "General suffix automaton construction algorithm and space bounds", 2009. A state stands for the substrings that
-    occur at the same ends, ``length`` is that of the longest; its link leads to the longest suffix that also occurs elsewhere.
+    Blumer et al., "The smallest automaton recognizing the subwords of a text", 1985; several texts at once as
+    Mohri, Moreno and Weinstein, "General suffix automaton construction algorithm and space bounds", 2009. A
+    state stands for the substrings that occur at the same ends, ``length`` is that of the longest; its link
+    leads to the longest suffix that also occurs elsewhere.
     State 0 is the empty string. Texts may grow in turns: the caller keeps each one's last state.
 
     Attributes:
         following: For each state, token → state.
         length: For each state.
         link: For each state; -1 for state 0.
-        weight: For each state, sum over occurrences of the weight they were added with (of a substring that ends more than 32
-            links above the longest one, some are left out).
+        weight: For each state, sum over occurrences of the weight they were added with (of a substring that
+            ends more than 32 links above the longest one, some are left out).
     """
 
     def __init__(self) -> None:
@@ -61,8 +62,11 @@ class SuffixAutomaton:
         return len(self.length) - 1
 
     def _split(self, at: int, token: int, state: int) -> int:
-        """Gives the shorter substrings of ``state``, those that end in ``at`` + token, a state of their own."""
-        shorter = self._add(dict(self.following[state]), self.length[at] + 1, self.link[state], self.weight[state])
+        """Gives the shorter substrings of ``state``, those that end in ``at`` + token, a state of their
+        own."""
+        shorter = self._add(
+            dict(self.following[state]), self.length[at] + 1, self.link[state], self.weight[state]
+        )
         self.link[state] = shorter
         while at >= 0 and self.following[at].get(token) == state:
             self.following[at][token] = shorter

@@ -19,10 +19,11 @@ _PRIOR = (8.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5)
 class TokenRecyclingDrafter(StatelessSlots):
     """For every token the target's last likeliest successors; a draft is a tree over these.
 
-    Token Recycling (Luo et al., "Turning Trash into Treasure", arXiv 2408.08696): an adjacency matrix of 8 successors
-    per token is overwritten with the top 8 of every verified row of logits, rejected nodes' included, and a static tree over
-    successor ranks is drafted breadth first. The paper fixes that tree beforehand; here the chance of each rank is what
-    acceptance has shown, and the tree follows from those. Deterministic.
+    Token Recycling (Luo et al., "Turning Trash into Treasure", arXiv 2408.08696): an adjacency matrix of 8
+    successors per token is overwritten with the top 8 of every verified row of logits, rejected nodes'
+    included, and a static tree over successor ranks is drafted breadth first. The paper fixes that tree
+    beforehand; here the chance of each rank is what acceptance has shown, and the tree follows from those.
+    Deterministic.
 
     Args:
         vocab_size: Of the target.
@@ -47,7 +48,9 @@ class TokenRecyclingDrafter(StatelessSlots):
                 if successor >= 0:
                     yield chance, successor, successor
 
-        return pack([best_first(s.tokens[-1], following, strategy) for s in context.sequences], strategy.width)
+        return pack(
+            [best_first(s.tokens[-1], following, strategy) for s in context.sequences], strategy.width
+        )
 
     def verified(self, step: VerifiedStep) -> None:
         last = torch.tensor([s.tokens[-1] for s in step.sequences], device=step.draft.tokens.device)

@@ -45,9 +45,11 @@ def verify_batch(
 
     Args:
         sequences: B sequences.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
+            nodes.
         draft: Chains or trees of up to N nodes.
-        verifier: For drawn drafts; None takes token-by-token verification for chains and recursive for trees. Deterministic
+        verifier: For drawn drafts; None takes token-by-token verification for chains and recursive for trees.
+            Deterministic
             drafts need none: nothing accepts more of them than following the target's own draws.
 
     Raises:
@@ -60,7 +62,9 @@ def verify_batch(
         if kernels is not None and not any(s.request.params.truncated for s in sequences):
             return _followed(kernels, sequences, logits, draft, counts, first)
         return _deterministic(sequences, logits, draft, counts, first)
-    return _sampled(sequences, logits, draft, counts, first, verifier or default_verifier(draft.parents is None))
+    return _sampled(
+        sequences, logits, draft, counts, first, verifier or default_verifier(draft.parents is None)
+    )
 
 
 def _followed(
@@ -77,7 +81,9 @@ def _followed(
     seeds = seeds_of(sequences)
     numbers = uniforms(seeds, first[:, None] + np.arange(draft.nodes + 1), Stream.TARGET)
     temperatures = kernel_temperatures([s.request.params for s in sequences])
-    path, kept, drawn, logprobs = kernels.follow(logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers))
+    path, kept, drawn, logprobs = kernels.follow(
+        logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers)
+    )
     lengths, values = kept.tolist(), logprobs.tolist()
     return BatchOutcome(
         [row[:n] for row, n in zip(path.tolist(), lengths, strict=True)],
@@ -107,7 +113,10 @@ def _deterministic(
     finite = torch.isfinite(drawn_logprobs)
     paths = [path[:a] for path, a in zip(outcome.path.tolist(), outcome.accepted.tolist(), strict=True)]
     # the token drawn after the last committed one, and after each accepted node
-    kept = [[int(start), *(int(start) + 1 + node for node in path)] for start, path in zip(starts, paths, strict=True)]
+    kept = [
+        [int(start), *(int(start) + 1 + node for node in path)]
+        for start, path in zip(starts, paths, strict=True)
+    ]
     flat = torch.tensor([row for rows in kept for row in rows])
     sizes = [len(rows) for rows in kept]
     return BatchOutcome(
@@ -132,7 +141,10 @@ def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
         return list(tensors)
     device = next(t.device for t in tensors if t.device.type != "cpu")
     joined = torch.cat([t.to(device, torch.float64).flatten() for t in tensors]).cpu()
-    return [part.view(t.shape) for part, t in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)]
+    return [
+        part.view(t.shape)
+        for part, t in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)
+    ]
 
 
 def _sampled(
@@ -159,7 +171,8 @@ def _sampled(
     path = torch.nn.functional.pad(outcome.path.clamp(min=0), (0, 1))
     chosen = draft.tokens.gather(1, path.clamp(max=nodes - 1))
     chosen = torch.where(index == outcome.accepted[:, None], outcome.next_token[:, None], chosen)
-    after = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))  # the row whose distribution each chosen token came from
+    # the row whose distribution each chosen token came from
+    after = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))
     logprobs = _logprobs(probs, padded, params, after, chosen)
     finite = torch.isfinite(padded.amax(-1)).all(-1)
     accepted, kept, tokens, values, usable = _to_host(outcome.accepted, path, chosen, logprobs, finite)
@@ -179,12 +192,14 @@ def _logprobs(
     rows: torch.Tensor,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those of the unscaled
-    distribution."""
+    """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those
+    of the unscaled distribution."""
     batch = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = probs[batch, rows, tokens].log()
     greedy = [row for row, p in enumerate(params) if p.greedy]
     if greedy:
         full = torch.log_softmax(logits[greedy].float(), dim=-1)
-        chosen[greedy] = full[torch.arange(len(greedy), device=rows.device)[:, None], rows[greedy], tokens[greedy]]
+        chosen[greedy] = full[
+            torch.arange(len(greedy), device=rows.device)[:, None], rows[greedy], tokens[greedy]
+        ]
     return chosen

@@ -20,7 +20,12 @@ from paceline.rollout.engine.entropies import drawn_entropies
 from paceline.rollout.engine.kept_prefixes import KeptPrefixes
 from paceline.rollout.engine.outputs import finished_rollout, snapshot
 from paceline.rollout.engine.rejections import note_refusals
-from paceline.rollout.engine.request_validation import EngineBusyError, RequestLimits, problem_with, refused_rollout
+from paceline.rollout.engine.request_validation import (
+    EngineBusyError,
+    RequestLimits,
+    problem_with,
+    refused_rollout,
+)
 from paceline.rollout.engine.scheduler import Scheduler
 from paceline.rollout.engine.speculation import Speculation
 from paceline.rollout.engine.stop_condition import StopCondition, TextDecoder
@@ -36,13 +41,18 @@ from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
 from paceline.rollout.values import listed, shown, whole_number
 from paceline.rollout.verify import Verifier
 
-_NOT_FINITE = "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and learning rate"
+_NOT_FINITE = (
+    "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and "
+    "learning rate"
+)
 OnMark = Callable[[list[tuple[int, Rollout]]], Sequence[Request]]
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One decode step, for timelines: seconds since the call began, active sequences, what ran, tokens committed."""
+    """One decode step, for timelines: seconds since the call began, active sequences, what ran, tokens
+    committed.
+    """
 
     at: float
     active: int
@@ -52,31 +62,35 @@ class StepRecord:
 
 
 class RolloutEngine:
-    """Decodes rollouts on the trainer's own parameters, losslessly, with speculation where measured times say it pays.
+    """Decodes rollouts on the trainer's own parameters, losslessly, with speculation where measured times say
+    it pays.
 
     Args:
         model: The trainer's unwrapped causal LM; docs/models.md lists the families that are tested.
         dtype: What to compute in; parameters are shared with the trainer where this is their dtype.
         max_slots: Sequences decoded together.
-        max_context: Most tokens of prompt and completion together; fewer where the model sets a limit to its texts, with a warning.
+        max_context: Most tokens of prompt and completion together; fewer where the model sets a limit to its
+            texts, with a warning.
         max_nodes: Most draft tokens of a sequence that one forward verifies.
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
         collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
         collect_entropies: Note the entropy that each token was drawn under (`Rollout.entropies`).
-        decode_text: Token ids → text, needed for stop strings only. It should keep special tokens, or a stop string that is one is
+        decode_text: Token ids → text, needed for stop strings only. It should keep special tokens, or a stop
+            string that is one is
             never met: ``lambda ids: tokenizer.decode(ids, skip_special_tokens=False)``.
-        kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` × ``max_context`` needs,
-            sequences are admitted by it, and preempted when they grow past it.
+        kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` ×
+            ``max_context`` needs, sequences are admitted by it, and preempted when they grow past it.
         prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
         lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
-        graphs: Decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so on CUDA. Without CUDA, True pads to the same
-            buckets and runs them as they are, for tests.
-        budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware`` for more where more
-            is left to decode.
+        graphs: Decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so on CUDA.
+            Without CUDA, True pads to the same buckets and runs them as they are, for tests.
+        budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware``
+            for more where more is left to decode.
 
     Attributes:
         policy_version: Counted up by `refresh_weights`.
-        kept: Keys and values of ended sequences, for later calls; keeps nothing until its ``most_tokens`` is set.
+        kept: Keys and values of ended sequences, for later calls; keeps nothing until its ``most_tokens`` is
+            set.
         records: The decode steps of the last call.
         prefill_seconds: What reading prompts took in the last call.
 
@@ -137,7 +151,9 @@ class RolloutEngine:
 
     @staticmethod
     def capacity_for(max_context: int, max_nodes: int) -> int:
-        """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may overwrite."""
+        """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may
+        overwrite.
+        """
         return max_context + max_nodes + 2
 
     @property
@@ -171,14 +187,17 @@ class RolloutEngine:
             self.speculation.verify_with(verifier)
 
     def refresh_weights(self) -> None:
-        """Call after each update of the policy: renews the casts and packed forms that do not share memory with it."""
+        """Call after each update of the policy: renews the casts and packed forms that do not share memory
+        with it.
+        """
         with self._alone("refresh_weights"):
             self.runner.refresh_weights()
             self.kept.clear()
             self.policy_version += 1
 
     def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """How the policy reads prompts, for predictions about what it will say. Not while requests are in flight.
+        """How the policy reads prompts, for predictions about what it will say. Not while requests are in
+        flight.
 
         Args:
             prompts: Token ids of each, at least one and fewer than the context.
@@ -191,14 +210,18 @@ class RolloutEngine:
         return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
 
     def read_traces(self, rollouts: Sequence[Rollout]) -> None:
-        """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have: one forward of the
-        present policy over each. Needs ``tap_layers``; not while requests are in flight."""
+        """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have:
+        one forward of the present policy over each. Needs ``tap_layers``; not while requests are in
+        flight."""
         with self._alone("read_traces"):
             drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
             waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
             for part in self._portions([s.tokens[:-1] for s in waiting]):
                 here, waiting = waiting[: len(part)], waiting[len(part) :]
-                chunks = [Chunk(slot, tokens, 0, s.num_prompt - 1) for slot, (tokens, s) in enumerate(zip(part, here, strict=True))]
+                chunks = [
+                    Chunk(slot, tokens, 0, s.num_prompt - 1)
+                    for slot, (tokens, s) in enumerate(zip(part, here, strict=True))
+                ]
                 for pieces in split_prefill(chunks, self.prefill_tokens):
                     self.runner.prefill(pieces)
                 for slot, s in enumerate(here):
@@ -209,7 +232,8 @@ class RolloutEngine:
         """Holds the engine for one call, of whatever thread: two at once would share slots."""
         if not self._held.acquire(blocking=False):
             raise EngineBusyError(
-                f"{call} while the engine serves another call: wait for it, and finish a stream or close() it; for more at once "
+                f"{call} while the engine serves another call: wait for it, and finish a stream or close() "
+                "it; for more at once "
                 "use more engines, or generate's arrivals"
             )
         try:
@@ -243,19 +267,26 @@ class RolloutEngine:
         on_mark: OnMark | None = None,
         arrivals: Callable[[], Sequence[Request]] | None = None,
     ) -> list[Rollout]:
-        """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says so.
+        """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says
+        so.
 
         Args:
             requests: What to produce.
-            on_step: Called after each decode step. An exception it raises ends the call and leaves the engine usable.
-            token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes back PAUSED.
-            on_finish: Called with a request's index and its rollout as soon as it is over, while others are still decoded.
+            on_step: Called after each decode step. An exception it raises ends the call and leaves the engine
+                usable.
+            token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes
+                back PAUSED.
+            on_finish: Called with a request's index and its rollout as soon as it is over, while others are
+                still decoded.
             segment: Most tokens of each request in this call; what is unfinished then comes back PAUSED.
             mark: Tokens of each request between calls of ``on_mark``.
-            on_mark: Called with the indices of requests that have just come so far, and what there is of each; they go on. The
-                requests that it returns are added to these: those that ``resume`` what they were shown branch off there, and
+            on_mark: Called with the indices of requests that have just come so far, and what there is of
+                each; they go on. The
+                requests that it returns are added to these: those that ``resume`` what they were shown branch
+                    off there, and
                 what the two have in common is copied, not read again.
-            arrivals: Asked after each decode step for requests that have come meanwhile; they are added to these.
+            arrivals: Asked after each decode step for requests that have come meanwhile; they are added to
+                these.
 
         Raises:
             EngineBusyError: while the engine serves another call, of this thread or another.
@@ -272,8 +303,8 @@ class RolloutEngine:
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
         """Each rollout as it finishes.
 
-        The engine serves nothing else until the stream is exhausted, closed (``close()``, or the end of a loop over it), or
-        no longer referred to; what was unfinished then is dropped.
+        The engine serves nothing else until the stream is exhausted, closed (``close()``, or the end of a
+        loop over it), or no longer referred to; what was unfinished then is dropped.
 
         Raises:
             EngineBusyError: at the first rollout, while the engine serves another call.
@@ -283,7 +314,8 @@ class RolloutEngine:
                 yield rollout
 
     def cancel(self, request: Request) -> None:
-        """Ends a request in flight before its next step, from a callback, the consumer of `stream`, or another thread.
+        """Ends a request in flight before its next step, from a callback, the consumer of `stream`, or
+        another thread.
 
         What it has comes back with finish reason CANCELLED. Does nothing for a request that has ended.
         """
@@ -350,7 +382,9 @@ class RolloutEngine:
     def _at_marks(self, on_mark: OnMark | None) -> Sequence[Request]:
         """What branches off from sequences that have come to a mark."""
         there = [s for s in self.scheduler.active if s.at_mark()] if on_mark is not None else []
-        return (on_mark([(s.index, snapshot(s)) for s in there]) or ()) if there and on_mark is not None else ()
+        return (
+            (on_mark([(s.index, snapshot(s)) for s in there]) or ()) if there and on_mark is not None else ()
+        )
 
     def _submit(
         self, requests: Sequence[Request], first: int, segment: int | None, mark: int | None
@@ -382,7 +416,9 @@ class RolloutEngine:
         self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
         clock = StepClock(self._device)
         held = self._prompts.held(self.scheduler.active[:before])
-        logits = prefill(self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before], self.kept)
+        logits = prefill(
+            self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before], self.kept
+        )
         self._prompts.keep(admitted, logits)
         clock.mark()
         self.prefill_seconds += sum(clock.seconds())
@@ -411,7 +447,9 @@ class RolloutEngine:
         self.scheduler.submit(back.values())
 
     def _step(self) -> tuple[StepFeedback, int]:
-        """One decode step of every active sequence: the strategy's feedback and how many tokens were committed."""
+        """One decode step of every active sequence: the strategy's feedback and how many tokens were
+        committed.
+        """
         active = list(self.scheduler.active)
         context = max(len(s.tokens) for s in active)
         strategy = self.speculation.selector.choose(len(active), context)
@@ -440,14 +478,18 @@ class RolloutEngine:
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
-        self.runner.cache.reserve(max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active))
+        self.runner.cache.reserve(
+            max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active)
+        )
         starts = [len(s.tokens) - 1 for s in active]
         return self.runner.decode(tokens, (draft.lengths + 1).tolist(), starts, draft.parents)
 
     def _verify(
         self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree, strategy: Strategy = PLAIN
     ) -> tuple[list[int], int]:
-        """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and committed counts."""
+        """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and
+        committed counts.
+        """
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if self.collect_traces:
             note_refusals(active, draft, outcome.paths, self.runner.cache.taps, self.runner.hidden_size)
@@ -536,10 +578,13 @@ class RolloutEngine:
         del self._stops[id(sequence)]
         whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
         traced = self.collect_traces and whole and slot is not None
-        return finished_rollout(sequence, self.runner.trace(sequence, slot) if traced and slot is not None else None)
+        return finished_rollout(
+            sequence, self.runner.trace(sequence, slot) if traced and slot is not None else None
+        )
 
     def _abandon(self) -> None:
-        """Frees every slot: nothing of one call is left for the next, also when its consumer stopped early."""
+        """Frees every slot: nothing of one call is left for the next, also when its consumer stopped
+        early."""
         for slot, sequence in enumerate(self.scheduler.active):
             self.speculation.vacate(slot, slot)
             self.speculation.forget(sequence)
@@ -564,7 +609,8 @@ def _fitting(max_context: int, name: str, limit: TextLimit | None) -> int:
     if limit is None or max_context <= limit.tokens:
         return max_context
     warnings.warn(
-        f"{name} {limit.reason} past {limit.tokens} tokens: texts end there, not at max_context={max_context}",
+        f"{name} {limit.reason} past {limit.tokens} tokens: texts end there, not at "
+        f"max_context={max_context}",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -18,7 +18,8 @@ def drawn_entropies(
 
     Args:
         sequences: B sequences.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft nodes.
+        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
+            nodes.
         draft: What was verified.
         paths: Draft nodes kept, root first, of each sequence.
 

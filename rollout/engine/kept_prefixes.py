@@ -1,9 +1,11 @@
-"""Keys and values of sequences that have ended, kept for requests of later calls that begin with the same tokens.
+"""Keys and values of sequences that have ended, kept for requests of later calls that begin with the same
+tokens.
 
-A conversation's next turn begins with all that was said before, so only what is new has to be read. What is kept lies beside the
-slots and takes none of them. It is given up, the longest unused first, for other sequences and when memory becomes short; all of it
-when the policy's weights change. A request whose tokens part from a kept sequence uses what comes before that place: text that was
-tokenized anew costs time, never a wrong token.
+A conversation's next turn begins with all that was said before, so only what is new has to be read. What is
+kept lies beside the slots and takes none of them. It is given up, the longest unused first, for other
+sequences and when memory becomes short; all of it when the policy's weights change. A request whose tokens
+part from a kept sequence uses what comes before that place: text that was tokenized anew costs time, never a
+    wrong token.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class KeptPrefixes:
         cache: Where they are decoded.
 
     Attributes:
-        most_tokens: Tokens kept at most; 0, as at first, keeps nothing. Each takes as much memory as in a slot.
+        most_tokens: Tokens kept at most; 0, as at first, keeps nothing. Each takes as much memory as in a
+            slot.
     """
 
     def __init__(self, cache: SlotCache) -> None:
@@ -66,22 +69,30 @@ class KeptPrefixes:
         if len(sequence.tokens) > self.most_tokens:
             return
         tokens = np.array(sequence.tokens[:-1])
-        self._kept = [k for k in self._kept if k.shared_with(tokens, len(tokens)) < len(k.tokens)]  # it has all of theirs
+        # it has all of theirs
+        self._kept = [k for k in self._kept if k.shared_with(tokens, len(tokens)) < len(k.tokens)]
         while self._kept and (self.tokens + len(tokens) > self.most_tokens or not self._fits(len(tokens))):
             del self._kept[0]
         if not self._fits(len(tokens)):
             return
-        views = [self._cache.lines(layer)[:, slot, :, : len(tokens)] for layer in range(self._cache.shape.layers)]
-        self._kept.append(_Kept(tokens, sequence.num_prompt, torch.stack(views), self._cache.taps[slot, : len(tokens)].clone()))
+        views = [
+            self._cache.lines(layer)[:, slot, :, : len(tokens)] for layer in range(self._cache.shape.layers)
+        ]
+        self._kept.append(
+            _Kept(
+                tokens, sequence.num_prompt, torch.stack(views), self._cache.taps[slot, : len(tokens)].clone()
+            )
+        )
 
     def _fits(self, tokens: int) -> bool:
         """Whether free memory holds so many tokens twice: the forwards need some as well."""
         return 2 * tokens * self._cache.shape.token_bytes <= available_bytes(self._cache.device)
 
     def restore(self, sequence: SequenceState, slot: int, more_than: int) -> int:
-        """Copies into a slot what the kept sequence that is most alike has in common with this one, if that is more than
-        ``more_than`` tokens. Returns how many; 0 where nothing was copied."""
-        wanted = np.array(sequence.tokens[:-1])  # the last one is read in any case: its logits are what comes next
+        """Copies into a slot what the kept sequence that is most alike has in common with this one, if that
+        is more than ``more_than`` tokens. Returns how many; 0 where nothing was copied."""
+        # the last one is read in any case: its logits are what comes next
+        wanted = np.array(sequence.tokens[:-1])
         counts = [kept.shared_with(wanted, sequence.num_prompt) for kept in self._kept]
         count = max(counts, default=0)
         if count <= more_than:

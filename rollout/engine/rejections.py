@@ -46,7 +46,9 @@ def note_refusals(
         node = _first_refused(draft, row, path)
         if node is not None:
             final = taps[row, len(sequence.tokens) + node, -hidden_size:].clone()
-            sequence.refusals.append(Refusal(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final))
+            sequence.refusals.append(
+                Refusal(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final)
+            )
 
 
 def _first_refused(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:

@@ -31,7 +31,9 @@ class RequestLimits:
 
 
 def problem_with(request: Any, limits: RequestLimits) -> str | None:
-    """Why a request cannot be served, in one line, or None. Whatever is handed in is judged, not raised about."""
+    """Why a request cannot be served, in one line, or None. Whatever is handed in is judged, not raised
+    about.
+    """
     try:
         if isinstance(request, Request) and isinstance(request.params, SamplingParams):
             request.params.check()  # somebody may have written into it
@@ -54,13 +56,19 @@ def _problem_with(request: Any, limits: RequestLimits) -> str | None:
     if not prompt:
         return "the prompt is empty: give at least one token"
     if len(prompt) >= limits.max_context:
-        return f"the prompt has {len(prompt)} tokens, the context {limits.max_context}: shorten it or raise rollout.max_context"
+        return (
+            f"the prompt has {len(prompt)} tokens, the context {limits.max_context}: shorten it or raise "
+            f"rollout.max_context"
+        )
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
         return f"the prompt has a token outside 0..{limits.vocab_size - 1}: was it made by another tokenizer?"
     if whole_number(request.seed) is None:
         return f"seed is {shown(request.seed)}: give a whole number"
     if not _is_key(request.group):
-        return f"group is {shown(request.group)}, which is not hashable: give a string, a number or a tuple of such"
+        return (
+            f"group is {shown(request.group)}, which is not hashable: give a string, a number or a tuple of "
+            f"such"
+        )
     if request.params.stop_strings and not limits.decodes_text:
         return "stop_strings need an engine built with decode_text (the tokenizer's decode)"
     return None if request.resume is None else _problem_with_resume(request, prompt, request.resume, limits)
@@ -73,7 +81,9 @@ def _is_key(group: Any) -> bool:
         return False
 
 
-def _problem_with_resume(request: Request, prompt: list[int], earlier: Any, limits: RequestLimits) -> str | None:
+def _problem_with_resume(
+    request: Request, prompt: list[int], earlier: Any, limits: RequestLimits
+) -> str | None:
     if not isinstance(earlier, Rollout) or earlier.finish_reason is not FinishReason.PAUSED:
         return "resume is not a paused rollout: give one whose finish_reason is PAUSED"
     if token_list(earlier.request.prompt_ids) != prompt:
@@ -82,10 +92,16 @@ def _problem_with_resume(request: Request, prompt: list[int], earlier: Any, limi
     if tokens is None or any(not 0 <= t < limits.vocab_size for t in tokens):
         return "resume has tokens that are not the policy's: give the rollout as the engine returned it"
     if not _tells_of(earlier, len(tokens)):
-        return f"resume has other log-probs, entropies or segments than its {len(tokens)} tokens: give it as the engine returned it"
+        return (
+            f"resume has other log-probs, entropies or segments than its {len(tokens)} tokens: give it as "
+            f"the engine returned it"
+        )
     room = min(limits.max_context - len(prompt), request.params.max_tokens)
     if len(tokens) >= room:
-        return f"resume has {len(tokens)} tokens, which max_tokens or the context does not exceed: raise max_tokens"
+        return (
+            f"resume has {len(tokens)} tokens, which max_tokens or the context does not exceed: raise "
+            f"max_tokens"
+        )
     return None
 
 
@@ -95,7 +111,10 @@ def _tells_of(earlier: Rollout, count: int) -> bool:
         earlier.logprobs,
         *([earlier.entropies] if earlier.entropies else []),
     ]
-    whole = all(len(row) == count and all(isinstance(x, float | int) and not math.isnan(x) for x in row) for row in numbers)
+    whole = all(
+        len(row) == count and all(isinstance(x, float | int) and not math.isnan(x) for x in row)
+        for row in numbers
+    )
     return whole and sum(n for _, n in earlier.segments) == count and isinstance(earlier.stats, RolloutStats)
 
 

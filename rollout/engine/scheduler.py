@@ -12,10 +12,13 @@ _UNKNOWN_LENGTH = 128
 
 
 class Scheduler:
-    """Continuous batching: sequences occupy slots ``0 .. active - 1`` without gaps, so that a step costs what is active.
+    """Continuous batching: sequences occupy slots ``0 .. active - 1`` without gaps, so that a step costs what
+    is active.
 
-    Waiting sequences are admitted longest-predicted-first: the makespan of a batch is bounded by its longest sequences, and
-    those started last would run on alone (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969: the LPT rule).
+    Waiting sequences are admitted longest-predicted-first: the makespan of a batch is bounded by its longest
+        sequences, and
+    those started last would run on alone (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969: the LPT
+    rule).
 
     Args:
         slots: Most sequences decoded together.
@@ -33,7 +36,9 @@ class Scheduler:
         return bool(self.waiting or self.active)
 
     def submit(self, sequences: Iterable[SequenceState]) -> None:
-        """Adds sequences to those waiting. Of equal prediction the earlier one comes first; the unknown ones come before all."""
+        """Adds sequences to those waiting. Of equal prediction the earlier one comes first; the unknown ones
+        come before all.
+        """
         self.waiting.extend(sequences)
         for sequence in self.waiting:
             sequence.predicted = self.lengths.predict(sequence.request)
@@ -53,8 +58,8 @@ class Scheduler:
         """Moves waiting sequences into free slots; yields (slot, sequence).
 
         Args:
-            fit: Longest sequence → how many sequences the KV cache holds then. Sequences count with their predicted length, so
-                that few of those admitted must be preempted later.
+            fit: Longest sequence → how many sequences the KV cache holds then. Sequences count with their
+                predicted length, so that few of those admitted must be preempted later.
         """
         longest = max((self._room(s) for s in self.active), default=0)
         while self.waiting and len(self.active) < self.slots:
@@ -83,7 +88,9 @@ class Scheduler:
                 slot += 1
 
     def preempt(self, keep: int) -> list[SequenceState]:
-        """The active sequences to put back so that ``keep`` remain: those with the fewest tokens, cheapest to read again."""
+        """The active sequences to put back so that ``keep`` remain: those with the fewest tokens, cheapest to
+        read again.
+        """
         return sorted(self.active, key=lambda s: len(s.tokens))[: len(self.active) - keep]
 
     def clear(self) -> None:

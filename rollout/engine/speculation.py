@@ -1,7 +1,9 @@
 """What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier.
 
-A drafter can only cost time, never a rollout: one that raises, or whose draft is not one (ids outside the vocabulary, probabilities
-that are no distribution, a kind that the verifier does not cover), is left out from then on, with one warning.
+A drafter can only cost time, never a rollout: one that raises, or whose draft is not one (ids outside the
+    vocabulary, probabilities
+that are no distribution, a kind that the verifier does not cover), is left out from then on, with one
+warning.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class DrafterWarning(RuntimeWarning):
 
 
 class Speculation:
-    """Drafters of one engine, and what they are asked for; every drafter is told of every token, whichever drafts.
+    """Drafters of one engine, and what they are asked for; every drafter is told of every token, whichever
+    drafts.
 
     Args:
         runner: Of the policy.
@@ -61,11 +64,13 @@ class Speculation:
         """Makes a drafter available to strategies, under its name.
 
         Raises:
-            ValueError: for one that reads what the engine does not keep, or drafts for a chosen strategy what the verifier does not
-                cover.
+            ValueError: for one that reads what the engine does not keep, or drafts for a chosen strategy what
+                the verifier does not cover.
         """
         if drafter.needs_taps and not self._runner.tap_layers:
-            raise ValueError(f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers")
+            raise ValueError(
+                f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers"
+            )
         replaced = self.drafters.get(drafter.name)
         self.drafters[drafter.name] = drafter
         try:
@@ -93,15 +98,18 @@ class Speculation:
         self.selector = FixedSelector(fixed)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
-        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few seconds.
+        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few
+        seconds.
 
         Args:
-            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later count from then on.
-                None at all takes chains and trees of every drafter, as far as the verifier covers them.
+            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later
+                count from then on. None at all takes chains and trees of every drafter, as far as the
+                verifier covers them.
             **options: Of `BanditSelector`.
 
         Raises:
-            ValueError: for a strategy that verifies more tokens than the engine can, or drafts what the verifier does not cover.
+            ValueError: for a strategy that verifies more tokens than the engine can, or drafts what the
+                verifier does not cover.
         """
         for arm in arms:
             self._check_size(arm)
@@ -123,7 +131,9 @@ class Speculation:
 
     def _check(self, strategy: Strategy) -> None:
         if strategy.drafter is not None and strategy.drafter not in self.drafters:
-            raise ValueError(f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}")
+            raise ValueError(
+                f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}"
+            )
         self._check_size(strategy)
         self._check_covered(strategy, self.verifier)
 
@@ -135,15 +145,17 @@ class Speculation:
 
     def _check_size(self, strategy: Strategy) -> None:
         if strategy.nodes > self.max_nodes:
-            raise ValueError(f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}")
+            raise ValueError(
+                f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}"
+            )
 
     def verify_with(self, verifier: Verifier | str | None) -> None:
-        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes token-by-token verification
-        for chains and recursive for trees.
+        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes
+        token-by-token verification for chains and recursive for trees.
 
         Raises:
-            ValueError: for an unknown name, a function that does not state which drafts it covers, and a verifier that does not
-                cover what the present strategies draft.
+            ValueError: for an unknown name, a function that does not state which drafts it covers, and a
+                verifier that does not cover what the present strategies draft.
         """
         if isinstance(verifier, str):
             if verifier not in VERIFIERS:
@@ -151,7 +163,8 @@ class Speculation:
             verifier = VERIFIERS[verifier]
         if verifier is not None and not hasattr(verifier, "refusal"):
             raise ValueError(
-                f"{verifier!r} does not state which drafts it covers: wrap it in paceline.rollout.verify.StatedVerifier"
+                f"{verifier!r} does not state which drafts it covers: wrap it in "
+                "paceline.rollout.verify.StatedVerifier"
             )
         for strategy in self.selector.strategies():
             self._check_covered(strategy, verifier)
@@ -162,14 +175,18 @@ class Speculation:
         room = [s.remaining - 1 for s in active]
         if strategy.drafter is None or max(room) <= 0:
             return no_draft(len(active), self._runner.cache.device)
-        budgets = [min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])]
+        budgets = [
+            min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])
+        ]
         asked = strategy.with_nodes(max(budgets), max(room))
         draft = self._ask(strategy.drafter, active, asked)
         if draft is None:
             return no_draft(len(active), self._runner.cache.device)
         # by each row's own room: what a request commits must not depend on how much room its neighbours have
         chains = draft.parents is None
-        return draft.cut(torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)]))
+        return draft.cut(
+            torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)])
+        )
 
     def _ask(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
         """The drafter's draft; None where it failed."""
@@ -178,7 +195,11 @@ class Speculation:
             cache = self._runner.cache
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
         try:
-            draft = self.drafters[name].propose(DraftContext(active, taps), strategy).to(self._runner.cache.device)
+            draft = (
+                self.drafters[name]
+                .propose(DraftContext(active, taps), strategy)
+                .to(self._runner.cache.device)
+            )
             problem = draft.problem(len(active), self._runner.vocab_size) or self._not_covered(draft)
         except Exception as error:  # whatever a drafter does wrong, rollouts go on
             problem = f"{type(error).__name__}: {error}"
@@ -196,7 +217,9 @@ class Speculation:
     def _leave_out(self, name: str, problem: str) -> None:
         del self.drafters[name]
         self.selector.drafter_lost(name)
-        message = f"the {name} drafter failed and is left out from now on ({problem}); rollouts go on without it"
+        message = (
+            f"the {name} drafter failed and is left out from now on ({problem}); rollouts go on without it"
+        )
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
     def _tell(self, event: Callable[[Drafter], None]) -> None:
@@ -215,7 +238,9 @@ class Speculation:
         self._tell(lambda drafter: drafter.verified(step))
 
     def vacate(self, slot: int, last: int) -> None:
-        """The sequence in ``slot`` is gone and the one in ``last`` has moved there; the same slot twice where none moved."""
+        """The sequence in ``slot`` is gone and the one in ``last`` has moved there; the same slot twice where
+        none moved.
+        """
 
         def close(drafter: Drafter) -> None:
             drafter.release(slot)

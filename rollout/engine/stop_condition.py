@@ -23,12 +23,14 @@ class StopCondition:
         self._decode = decode_text
         self._stop_tokens = frozenset(params.stop_token_ids)
         self._strings = params.stop_strings
-        # A token is at least one byte of the text, so the end of a stop string lies within as many tokens as it has bytes;
-        # a few more keep a character whole that is spread over tokens at the window's start.
+        # A token is at least one byte of the text, so the end of a stop string lies within as many tokens as
+        # it has bytes; a few more keep a character whole that is spread over tokens at the window's start.
         self._window = max((len(s.encode(errors="replace")) for s in self._strings), default=0) + 4
 
     def reason(self, sequence: SequenceState) -> FinishReason | None:
-        """Why the sequence ends with its last token, or None. Where the text decoder fails, the sequence fails, with its line."""
+        """Why the sequence ends with its last token, or None. Where the text decoder fails, the sequence
+        fails, with its line.
+        """
         try:
             met = self._meets_stop_string(sequence)
         except Exception as error:  # of the caller's own decoder; the other sequences go on

@@ -9,7 +9,8 @@ import torch
 
 
 class StepClock:
-    """Marks between the parts of a step: CUDA events on a GPU, read once the step's results have been fetched.
+    """Marks between the parts of a step: CUDA events on a GPU, read once the step's results have been
+    fetched.
 
     Args:
         device: Where the parts run.

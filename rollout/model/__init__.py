@@ -1,1 +1,2 @@
-"""Forwards of the policy as the engine runs them: its cache, its attention, fused layers and captured graphs."""
+"""Forwards of the policy as the engine runs them: its cache, its attention, fused layers and captured
+graphs."""

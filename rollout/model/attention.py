@@ -14,7 +14,8 @@ from paceline.rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
 _FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
-# Arguments of attention functions that change nothing: models run in eval mode, positions are in the rotated queries and keys.
+# Arguments of attention functions that change nothing: models run in eval mode, positions are in the rotated
+#     queries and keys.
 _WITHOUT_EFFECT = {
     "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "seen_attention", "forward_batch", "packed",
@@ -29,7 +30,8 @@ class ForwardBatch:
         rows: Slots that take part, contiguous. Not used where ``ragged`` is given.
         seats: int64 [4, B, Q], see `chain_seats` and `tree_seats`; [4, 1, N] where ``ragged`` is given.
         span: Keys that attention reads: places ``0 .. span-1`` of each slot.
-        from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain triangle.
+        from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain
+            triangle.
         ragged: The tokens without padding, for native kernels; None for a rectangle, for torch's operators.
     """
 
@@ -60,8 +62,8 @@ class ForwardBatch:
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, Q, d] for heads [B, Q, heads, d], as ``x * cos + x.roll(d / 2) * sin`` wants them.
 
-        Rotating halves, ``(x1, x2) → (−x2, x1)``, is a roll whose first half changes sign: the sign goes into sin, once for
-        all layers.
+        Rotating halves, ``(x1, x2) → (−x2, x1)``, is a roll whose first half changes sign: the sign goes into
+        sin, once for all layers.
         """
         made = self._rotations.get(id(cos))
         if made is None or made[0] is not cos:
@@ -72,15 +74,18 @@ class ForwardBatch:
 
 
 def chain_seats(positions: torch.Tensor) -> torch.Tensor:
-    """Seats int64 [4, B, Q] of consecutive tokens at int64 positions [B, Q]: position, place, trunk and ancestors.
+    """Seats int64 [4, B, Q] of consecutive tokens at int64 positions [B, Q]: position, place, trunk and
+    ancestors.
 
-    A token sees the places before its trunk's end, and those from there on that are its ancestors' (bits); see `RaggedTokens`.
+    A token sees the places before its trunk's end, and those from there on that are its ancestors' (bits);
+    see `RaggedTokens`.
     """
     return torch.stack([positions, positions, positions + 1, torch.zeros_like(positions)])
 
 
 def tree_seats(starts: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-    """Seats int64 [4, B, N + 1] of the last committed token at ``starts`` int64 [B] and the N nodes of a draft tree after it.
+    """Seats int64 [4, B, N + 1] of the last committed token at ``starts`` int64 [B] and the N nodes of a
+    draft tree after it.
 
     Args:
         starts: Position of the last committed token.
@@ -93,7 +98,9 @@ def tree_seats(starts: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tenso
 
 
 def seat_bias(seats: torch.Tensor, span: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[B, Q, span]: 0 for keys that a token sees, −inf elsewhere. seats: int64 [4, B, Q]; window: keys, its own included."""
+    """[B, Q, span]: 0 for keys that a token sees, −inf elsewhere. seats: int64 [4, B, Q]; window: keys, its
+    own included.
+    """
     positions, _, trunks, ancestors = (x[..., None] for x in seats)
     keys = torch.arange(span, device=seats.device)
     beyond = (keys - trunks).clamp(0, 63)
@@ -132,7 +139,9 @@ def grouped_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores.view(batch, kv_heads, group, queries, span) + bias, dim=-1)
-    out = torch.bmm(weights.view(batch * kv_heads, group * queries, span), value.reshape(batch * kv_heads, span, dim))
+    out = torch.bmm(
+        weights.view(batch * kv_heads, group * queries, span), value.reshape(batch * kv_heads, span, dim)
+    )
     return out.view(batch, heads, queries, dim).transpose(1, 2)
 
 
@@ -141,7 +150,8 @@ def check_attention(module: nn.Module, mask: torch.Tensor | None, others: Mappin
 
     Args:
         module: The attention module.
-        mask: Given to its attention function; transformers makes none for functions of ours, so that one is the module's own.
+        mask: Given to its attention function; transformers makes none for functions of ours, so that one is
+            the module's own.
         others: All other arguments of the attention function, except scaling, window and soft-capping.
 
     Raises:
@@ -151,7 +161,9 @@ def check_attention(module: nn.Module, mask: torch.Tensor | None, others: Mappin
         raise NotImplementedError("uses attention sinks, which change the softmax")
     if mask is not None:
         raise NotImplementedError(f"adds a mask of its own to the scores of {type(module).__name__}")
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT)
+    unknown = sorted(
+        name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT
+    )
     if unknown:
         raise NotImplementedError(f"hands {', '.join(unknown)} to its attention, whose effect is not known")
 
@@ -170,8 +182,16 @@ def check_window(module: nn.Module, window: int | None) -> None:
         getattr(getattr(module, "config", None), "layer_types", None),
         getattr(module, "layer_idx", None),
     )
-    if kinds and index is not None and index < len(kinds) and kinds[index] == "sliding_attention" and window is None:
-        raise NotImplementedError(f"does not tell the attention of {type(module).__name__} how wide its window is")
+    if (
+        kinds
+        and index is not None
+        and index < len(kinds)
+        and kinds[index] == "sliding_attention"
+        and window is None
+    ):
+        raise NotImplementedError(
+            f"does not tell the attention of {type(module).__name__} how wide its window is"
+        )
 
 
 def slot_attention(
@@ -187,7 +207,8 @@ def slot_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over `SlotCache`; ``forward_batch`` arrives through the model's keyword arguments.
+    """transformers' attention interface over `SlotCache`; ``forward_batch`` arrives through the model's
+    keyword arguments.
 
     Raises:
         NotImplementedError: for attention that computes something else, see `check_attention`.

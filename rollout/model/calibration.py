@@ -21,8 +21,10 @@ class ForwardTable:
 
     Attributes:
         points: (tokens of the whole forward, seconds) at the start of texts, both increasing.
-        by_batch: Seconds for each sequence and token of context: keys are read once a sequence where memory is the limit.
-        by_token: Seconds for each token read and token of context: they are multiplied with each where arithmetic is.
+        by_batch: Seconds for each sequence and token of context: keys are read once a sequence where memory
+            is the limit.
+        by_token: Seconds for each token read and token of context: they are multiplied with each where
+            arithmetic is.
     """
 
     points: tuple[tuple[int, float], ...]

@@ -1,10 +1,12 @@
 """A decoder layer with joined projections and few operators, for every model whose layer has the usual parts.
 
-A transformers decoder layer of a Llama-like model runs about 160 operators for a token; at small batches on a CPU their
-dispatch, not their arithmetic, is half of the time. `FusedLayer` runs the same mathematics in four matrix products and five
-kernels (`paceline.rollout.native`), or in about 60 operators where those cannot be built. It is not written for a model: it is put
-together from the parts that a layer *has* (`LayerParts`), and used only if, with random weights, it gives what the
-original layer gives (`paceline.rollout.model.fusion_check`). A layer with other parts, or other mathematics, stays as it is.
+A transformers decoder layer of a Llama-like model runs about 160 operators for a token; at small batches on a
+CPU their dispatch, not their arithmetic, is half of the time. `FusedLayer` runs the same mathematics in four
+matrix products and five kernels (`paceline.rollout.native`), or in about 60 operators where those cannot be
+built. It is not written for a model: it is put together from the parts that a layer *has* (`LayerParts`), and
+    used only if, with random weights, it gives what the
+original layer gives (`paceline.rollout.model.fusion_check`). A layer with other parts, or other mathematics,
+stays as it is.
 """
 
 from __future__ import annotations
@@ -23,8 +25,13 @@ from paceline.rollout.native import AttentionRule, Kernels
 from paceline.rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
 
 _LAYER_PARTS = {
-    "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-}  # fmt: skip
+    "self_attn",
+    "mlp",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -56,7 +63,9 @@ class LayerParts:
 
     @staticmethod
     def of(layer: Any) -> LayerParts | None:
-        """The parts of a layer that has exactly these, under the names that transformers gives them; else None."""
+        """The parts of a layer that has exactly these, under the names that transformers gives them; else
+        None.
+        """
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if attention is None or mlp is None or not _children(layer) <= _LAYER_PARTS:
             return None
@@ -90,10 +99,12 @@ def _children(module: nn.Module) -> set[str]:
 
 
 class RootMeanSquareNorm:
-    """x · rsqrt(mean(x²) + ε) · gain (Zhang and Sennrich, arXiv 1910.07467, equation 4), with ε as every Llama-like model adds it.
+    """x · rsqrt(mean(x²) + ε) · gain (Zhang and Sennrich, arXiv 1910.07467, equation 4), with ε as every
+    Llama-like model adds it.
 
     Args:
-        norm: A module of that mathematics, whose gain is its ``weight`` (Llama) or 1 + ``weight`` (Gemma): which, it is asked.
+        norm: A module of that mathematics, whose gain is its ``weight`` (Llama) or 1 + ``weight`` (Gemma):
+            which, it is asked.
         dtype: What to compute in.
         kernels: Native kernels, or None for torch's operator.
 
@@ -125,8 +136,8 @@ class RootMeanSquareNorm:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Reads the gain again, in place: a captured graph knows its address. A shared one is asked where it lies now: wrapping
-        a module for training may move its parameters."""
+        """Reads the gain again, in place: a captured graph knows its address. A shared one is asked where it
+        lies now: wrapping a module for training may move its parameters."""
         if self._shared:
             self.gain = self._weight.detach()
         else:
@@ -145,7 +156,8 @@ class FusedLayer(nn.Module):
     Args:
         parts: Of the trainer's layer.
         index: Of the layer, for the cache.
-        attention: Keyword arguments that the original layer hands to its attention function (scaling, sliding window, …).
+        attention: Keyword arguments that the original layer hands to its attention function (scaling, sliding
+            window, …).
         dtype: What to compute in.
         packed: Whether the linear layers are packed copies.
         kernels: Native kernels that serve this layer's widths, or None for torch's operators.
@@ -171,7 +183,11 @@ class FusedLayer(nn.Module):
         self._attention_in, self._mlp_in = norm(parts.attention_in), norm(parts.mlp_in)
         self._attention_out = None if parts.attention_out is None else norm(parts.attention_out)
         self._mlp_out = None if parts.mlp_out is None else norm(parts.mlp_out)
-        self._head_norms = () if parts.query is None or parts.key is None else (norm(parts.query, True), norm(parts.key, True))
+        self._head_norms = (
+            ()
+            if parts.query is None or parts.key is None
+            else (norm(parts.query, True), norm(parts.key, True))
+        )
         self._projections: list[Projection] = [
             join(*parts.qkv),
             join(parts.o),
@@ -194,7 +210,8 @@ class FusedLayer(nn.Module):
         """Runs the layer on what a transformers model hands to its layers, whatever the names are.
 
         Args:
-            args, kwargs: Hidden states [B, Q, hidden], the pair (cos, sin), a `SlotCache` and a `ForwardBatch` among them.
+            args, kwargs: Hidden states [B, Q, hidden], the pair (cos, sin), a `SlotCache` and a
+                `ForwardBatch` among them.
 
         Returns:
             Hidden states [B, Q, hidden].
@@ -247,7 +264,8 @@ class FusedLayer(nn.Module):
     def _rotated_heads(
         self, joined: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [B, H, Q, d], key and value [B, KV, Q, d], normed where there are norms, rotated by position."""
+        """Query [B, H, Q, d], key and value [B, KV, Q, d], normed where there are norms, rotated by
+        position."""
         cos, sin = rotation
         dim = cos.shape[-1]
         heads = joined.unflatten(-1, (-1, dim))
@@ -264,6 +282,10 @@ class FusedLayer(nn.Module):
 def attention_rule(arguments: dict[str, Any]) -> AttentionRule | None:
     """The native kernel's rule for the keyword arguments of an attention function; None where it has none."""
     known = {"scaling", "sliding_window", "softcap"}
-    if "scaling" not in arguments or not known >= {name for name, value in arguments.items() if value is not None}:
+    if "scaling" not in arguments or not known >= {
+        name for name, value in arguments.items() if value is not None
+    }:
         return None
-    return AttentionRule(arguments["scaling"], arguments.get("softcap") or 0.0, arguments.get("sliding_window") or 0)
+    return AttentionRule(
+        arguments["scaling"], arguments.get("softcap") or 0.0, arguments.get("sliding_window") or 0
+    )

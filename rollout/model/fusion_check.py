@@ -1,4 +1,5 @@
-"""Which decoder layers `FusedLayer` can stand in for: seen from one forward, then proved on random weights."""
+"""Which decoder layers `FusedLayer` can stand in for: seen from one forward, then proved on random
+weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from paceline.rollout.model.attention import SLOT_ATTENTION, ForwardBatch, chain_seats, check_window, slot_attention
+from paceline.rollout.model.attention import (
+    SLOT_ATTENTION,
+    ForwardBatch,
+    chain_seats,
+    check_window,
+    slot_attention,
+)
 from paceline.rollout.model.fused_layer import FusedLayer, LayerParts
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.native import Kernels, RaggedTokens, load_kernels
@@ -45,8 +52,12 @@ class LayerCall:
     observed: ObservedCall
 
 
-def _probe_attention(module: nn.Module, *args: Any, seen_attention: dict[int, dict[str, Any]], **kwargs: Any) -> Any:
-    seen_attention[id(module)] = {name: value for name, value in kwargs.items() if name in _RULES and value is not None}
+def _probe_attention(
+    module: nn.Module, *args: Any, seen_attention: dict[int, dict[str, Any]], **kwargs: Any
+) -> Any:
+    seen_attention[id(module)] = {
+        name: value for name, value in kwargs.items() if name in _RULES and value is not None
+    }
     check_window(module, kwargs.get("sliding_window"))
     return slot_attention(module, *args, **kwargs)
 
@@ -56,7 +67,8 @@ register_attention(_PROBE_ATTENTION, _probe_attention)
 
 @torch.no_grad()
 def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dtype) -> list[LayerCall] | None:
-    """Runs a few tokens through the model and notes what each layer is called with; None where a layer gets no rotary embedding.
+    """Runs a few tokens through the model and notes what each layer is called with; None where a layer gets
+    no rotary embedding.
 
     Args:
         view: A model of the engine's own, whose attention implementation may be set.
@@ -68,7 +80,9 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
     attention: dict[int, dict[str, Any]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[id(module)] = ObservedCall(args, {name: value for name, value in kwargs.items() if value is not attention})
+        calls[id(module)] = ObservedCall(
+            args, {name: value for name, value in kwargs.items() if value is not attention}
+        )
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     use_attention(view, _PROBE_ATTENTION)
@@ -77,7 +91,9 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             tokens = torch.zeros_like(positions)
-            run_causal_lm(view, tokens, positions, DynamicCache(), keep=1, forward_batch=batch, seen_attention=attention)
+            run_causal_lm(
+                view, tokens, positions, DynamicCache(), keep=1, forward_batch=batch, seen_attention=attention
+            )
     finally:
         use_attention(view, SLOT_ATTENTION)
         for hook in hooks:
@@ -96,13 +112,15 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
 def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
     """Whether a `FusedLayer` made of the layer's parts computes what the layer computes.
 
-    Asked in float32 on a copy with random weights, so that a part whose present weights hide it (a zero bias, a gain of one)
-    is asked too; and in two forwards, so that the second reads what the first has stored.
+    Asked in float32 on a copy with random weights, so that a part whose present weights hide it (a zero bias,
+    a gain of one) is asked too; and in two forwards, so that the second reads what the first has stored.
     """
     original: Any = copy.deepcopy(layer).float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in original.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * (parameter.shape[-1] ** -0.5) + 0.1)
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator) * (parameter.shape[-1] ** -0.5) + 0.1
+        )
     parts = LayerParts.of(original)
     if parts is None:
         return False
@@ -144,14 +162,15 @@ def in_two_forwards(
     forward: Callable[[slice, ForwardBatch], torch.Tensor],
     texts: int = 1,
 ) -> torch.Tensor:
-    """Runs all tokens of each text but the last two, then those two, which read what the first forward has stored.
+    """Runs all tokens of each text but the last two, then those two, which read what the first forward has
+    stored.
 
     Args:
         cache: An empty cache with a slot for each text.
         tokens: How many a text has, at least 3.
         ragged: Whether the batches hold tokens without padding, for native kernels.
-        forward: Runs the tokens of a slice of all texts, whose batch the cache knows; returns them as [texts, tokens, …], or end to
-            end where ``ragged``.
+        forward: Runs the tokens of a slice of all texts, whose batch the cache knows; returns them as [texts,
+            tokens, …], or end to end where ``ragged``.
         texts: How many are run side by side.
 
     Returns:
@@ -176,7 +195,9 @@ def kernels_for(parts: LayerParts, call: LayerCall, dtype: torch.dtype) -> Kerne
     return load_kernels(parts.down.weight.device.type, dtype) if served else None
 
 
-def fuse_layers(view: PreTrainedModel, source: PreTrainedModel, dtype: torch.dtype, packed: bool) -> list[FusedLayer]:
+def fuse_layers(
+    view: PreTrainedModel, source: PreTrainedModel, dtype: torch.dtype, packed: bool
+) -> list[FusedLayer]:
     """Puts a `FusedLayer` in the place of each of the view's decoder layers that allow it.
 
     Args:
@@ -204,7 +225,9 @@ def fuse_layers(view: PreTrainedModel, source: PreTrainedModel, dtype: torch.dty
             verdicts[kind] = can_fuse(layer, call)
         parts = LayerParts.of(sources[index] if packed else layer)
         if verdicts[kind] and parts is not None:
-            fused.append(FusedLayer(parts, index, call.attention, dtype, packed, kernels_for(parts, call, dtype)))
+            fused.append(
+                FusedLayer(parts, index, call.attention, dtype, packed, kernels_for(parts, call, dtype))
+            )
             layers[index] = fused[-1]
     return fused
 
@@ -219,4 +242,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise ValueError(f"{type(model).__name__} has no list of {wanted} decoder layers: the engine cannot tap its hidden states")
+    raise ValueError(
+        f"{type(model).__name__} has no list of {wanted} decoder layers: the engine cannot tap its hidden "
+        "states"
+    )

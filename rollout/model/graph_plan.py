@@ -1,8 +1,9 @@
 """Which shapes are captured, and what that takes, before anything is captured.
 
-A strategy that verifies many tokens pays at small batches only (TLT, arXiv 2511.16665: a graph for every strategy and every
-batch takes the memory that the KV cache needs). So tokens per sequence are captured up to a number of *rows*, batch × tokens,
-past which no speculation could pay; the number of graphs is then a sum over strategies, not a product.
+A strategy that verifies many tokens pays at small batches only (TLT, arXiv 2511.16665: a graph for every
+strategy and every batch takes the memory that the KV cache needs). So tokens per sequence are captured up to
+a number of *rows*, batch × tokens, past which no speculation could pay; the number of graphs is then a sum
+over strategies, not a product.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NODE_BYTES = 16 * 1024  # what CUDA keeps for one kernel of an instantiated graph; `launch/bench.py gpu` compares plan and fact
+# what CUDA keeps for one kernel of an instantiated graph; `launch/bench.py gpu` compares plan and fact
+NODE_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,8 +58,8 @@ class ModelShape:
     def activation_bytes(self, key: GraphKey) -> int:
         """Most bytes alive at once in a forward of ``key``, inputs and outputs apart.
 
-        Within a layer that is the residual stream and the widest of its stages: joined projections, attention scores in
-        float32 over the span, or gate and up beside their product. At the end it is the logits.
+        Within a layer that is the residual stream and the widest of its stages: joined projections, attention
+        scores in float32 over the span, or gate and up beside their product. At the end it is the logits.
         """
         attention = (self.heads + 2 * self.kv_heads) * self.head_dim * 2
         scores = self.heads * key.span * 3
@@ -90,8 +92,8 @@ def smallest_bucket(value: int, buckets: Sequence[int]) -> int | None:
 class GraphPlan:
     """The keys to capture, largest first, and their bytes.
 
-    Graphs replay one at a time, so all share one memory pool as large as the largest needs, and one buffer of logits; each
-    adds its kernels.
+    Graphs replay one at a time, so all share one memory pool as large as the largest needs, and one buffer of
+    logits; each adds its kernels.
     """
 
     keys: tuple[GraphKey, ...]
@@ -107,7 +109,9 @@ class GraphPlan:
 def plan_keys(
     phase: str, batches: Sequence[int], tokens: Sequence[int], spans: Sequence[int], max_rows: int
 ) -> tuple[GraphKey, ...]:
-    """Keys with at most ``max_rows`` rows, and those of one token at every batch; largest first, so that later ones fit in."""
+    """Keys with at most ``max_rows`` rows, and those of one token at every batch; largest first, so that
+    later ones fit in.
+    """
     every = (GraphKey(phase, b, t, span) for b, t, span in itertools.product(batches, tokens, spans))
     return tuple(
         sorted(
@@ -131,7 +135,9 @@ def plan_graphs(shape: ModelShape, keys: Sequence[GraphKey]) -> GraphPlan:
 
 
 def naive_bytes(shape: ModelShape, strategies: Sequence[int], batches: Sequence[int], span: int) -> int:
-    """Bytes when each strategy (tokens to verify) captures every batch for itself, as an engine with one strategy does: within a
-    strategy the graphs share a pool, between strategies nothing is shared."""
-    plans = [plan_graphs(shape, [GraphKey("target", b, tokens, span) for b in batches]) for tokens in strategies]
+    """Bytes when each strategy (tokens to verify) captures every batch for itself, as an engine with one
+    strategy does: within a strategy the graphs share a pool, between strategies nothing is shared."""
+    plans = [
+        plan_graphs(shape, [GraphKey("target", b, tokens, span) for b in batches]) for tokens in strategies
+    ]
     return sum(plan.total_bytes for plan in plans)

@@ -11,7 +11,9 @@ import torch
 
 from paceline.rollout.model.graph_plan import GraphKey, GraphPlan, smallest_bucket
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]]
+Forward = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 
 class Capturer(Protocol):
@@ -23,7 +25,9 @@ class Capturer(Protocol):
 
 
 class CudaCapturer:
-    """CUDA graphs that share one memory pool: only one replays at a time, and outputs are copied out inside the graph."""
+    """CUDA graphs that share one memory pool: only one replays at a time, and outputs are copied out inside
+    the graph.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -58,14 +62,15 @@ class _Captured:
 class GraphPool:
     """Runs decode forwards through captures of their bucket.
 
-    What is planned is captured by `capture_planned`; another shape is captured when it is first met, if its rows fit in the
-    output buffer; what fits no bucket, or fails to be captured, runs as it is, and `fallbacks` counts why.
+    What is planned is captured by `capture_planned`; another shape is captured when it is first met, if its
+    rows fit in the output buffer; what fits no bucket, or fails to be captured, runs as it is, and
+    `fallbacks` counts why.
 
     Weights are read where they lie: after an update in place nothing is captured again.
 
     Args:
-        forward: (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and what is
-            carried to the next forward, for whole buckets.
+        forward: (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and
+            what is carried to the next forward, for whole buckets.
         plan: What to capture.
         vocab: Size of the logits.
         carry: Width of a hidden state that goes in and comes out (a drafter's); 0 for none.
@@ -119,8 +124,8 @@ class GraphPool:
         slots: int,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where the caller must run
-        the forward itself.
+        """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where
+        the caller must run the forward itself.
 
         Args:
             tokens: int64 [B, Q] of the first B slots.

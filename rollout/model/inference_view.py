@@ -1,4 +1,6 @@
-"""A view of the trainer's module that the engine runs: same classes, shared parameters, its own attention and packing."""
+"""A view of the trainer's module that the engine runs: same classes, shared parameters, its own attention and
+packing.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,14 @@ from paceline.rollout.transformers_api import use_attention
 class InferenceView:
     """A structural copy of ``model`` for decoding.
 
-    The copy has its own modules and config, so that the attention function, hooks and packed layers plugged into it never
-    show in the trainer. Its parameters *are* the trainer's where the dtype agrees; elsewhere they are casts (linears packed
-    where the machine has a kernel) that `refresh` renews in place after each weight update. Decoder layers run as a
-    `FusedLayer` where that computes the same.
+    The copy has its own modules and config, so that the attention function, hooks and packed layers plugged
+    into it never show in the trainer. Its parameters *are* the trainer's where the dtype agrees; elsewhere
+    they are casts (linears packed where the machine has a kernel) that `refresh` renews in place after each
+    weight update. Decoder layers run as a `FusedLayer` where that computes the same.
 
-    Modules compute what their classes say. Forwards and hooks that a trainer put on its instances, such as a fused loss, autocast
-    or the gathering of partitioned weights, are about training, and the copy has none of them.
+    Modules compute what their classes say. Forwards and hooks that a trainer put on its instances, such as a
+    fused loss, autocast or the gathering of partitioned weights, are about training, and the copy has none of
+    them.
 
     Args:
         model: The trainer's unwrapped causal LM.
@@ -79,7 +82,8 @@ class InferenceView:
 
 
 def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = None) -> PreTrainedModel:
-    """A copy of a model in eval mode with modules and config of its own, but without the hooks and forwards put on its instances.
+    """A copy of a model in eval mode with modules and config of its own, but without the hooks and forwards
+    put on its instances.
 
     Args:
         model: The model.
@@ -96,7 +100,8 @@ def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = Non
 
 
 def _weights_read_by_linears_only(model: nn.Module) -> set[int]:
-    """Ids of parameters that no module but an `nn.Linear` holds: packing replaces them, so they need no cast."""
+    """Ids of parameters that no module but an `nn.Linear` holds: packing replaces them, so they need no
+    cast."""
     inside: set[int] = set()
     outside: set[int] = set()
     for module in model.modules():

@@ -55,13 +55,15 @@ def available_bytes(device: torch.device) -> int:
 class SlotCache(Cache):
     """KV cache of slots, through transformers' cache interface.
 
-    Each layer's keys and values are one buffer seen as [2, slots, kv_heads, span, head_dim]. ``span`` is the longest sequence now
-    decoded, rounded up to a bucket, so that the first B slots are one contiguous operand for a batched matrix product and short
-    sequences do not pay for long ones' room; the buffer is laid out anew when the span grows. Rows past the written length are
-    finite, and attention masks them.
+    Each layer's keys and values are one buffer seen as [2, slots, kv_heads, span, head_dim]. ``span`` is the
+    longest sequence now decoded, rounded up to a bucket, so that the first B slots are one contiguous operand
+    for a batched matrix product and short sequences do not pay for long ones' room; the buffer is laid out
+    anew when the span grows. Rows past the written length are finite, and attention masks them.
 
-    The buffers hold ``tokens`` tokens: all slots at full capacity where memory allows, else fewer, and then the number of slots
-    depends on the span (`slots_at`). Many short sequences fit, or few long ones, as a batch with a long tail has them.
+    The buffers hold ``tokens`` tokens: all slots at full capacity where memory allows, else fewer, and then
+        the number of slots
+    depends on the span (`slots_at`). Many short sequences fit, or few long ones, as a batch with a long tail
+    has them.
 
     Args:
         shape: What is held.
@@ -69,7 +71,8 @@ class SlotCache(Cache):
         limit_bytes: Memory allowed; None for what is free.
 
     Raises:
-        MemoryError: with the numbers, before anything is allocated, when not even one sequence of full length fits.
+        MemoryError: with the numbers, before anything is allocated, when not even one sequence of full length
+            fits.
     """
 
     def __init__(self, shape: CacheShape, device: torch.device, limit_bytes: int | None = None) -> None:
@@ -102,7 +105,9 @@ class SlotCache(Cache):
         return len(self.taps)
 
     def _span_for(self, length: int) -> int:
-        """The bucket of a length: multiples of 128 up to 512, then steps of a third or a half, so that there are few."""
+        """The bucket of a length: multiples of 128 up to 512, then steps of a third or a half, so that there
+        are few.
+        """
         if length <= 4 * SPAN_STEP:
             return min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
         power = 1 << (length - 1).bit_length()
@@ -118,10 +123,11 @@ class SlotCache(Cache):
         self.taps = self._taps_buffer[: slots * self.span * s.taps].view(slots, self.span, s.taps)
 
     def reserve(self, length: int, active: int, slots: int) -> None:
-        """Makes room for ``slots`` sequences, the longest of ``length`` tokens, keeping the first ``active`` slots' contents.
+        """Makes room for ``slots`` sequences, the longest of ``length`` tokens, keeping the first ``active``
+        slots' contents.
 
-        The span shrinks only where none is active or where the slots are wanted: every change copies. ``slots`` must be at
-        most `slots_at` of that length.
+        The span shrinks only where none is active or where the slots are wanted: every change copies.
+        ``slots`` must be at most `slots_at` of that length.
         """
         wanted = self._span_for(length)
         enough = self.slots >= slots
@@ -168,7 +174,9 @@ class SlotCache(Cache):
         return keys[self.batch.rows, :, : self.batch.span], values[self.batch.rows, :, : self.batch.span]
 
     def lines(self, layer_idx: int) -> torch.Tensor:
-        """A layer's keys and values, [2, slots, KV, span, d] and contiguous, for kernels that write and read in place."""
+        """A layer's keys and values, [2, slots, KV, span, d] and contiguous, for kernels that write and read
+        in place.
+        """
         return self._views[layer_idx]
 
     def write_taps(self, batch: ForwardBatch, taps: torch.Tensor) -> None:
@@ -198,7 +206,9 @@ class SlotCache(Cache):
         kernels = load_kernels(self.device.type, self.shape.dtype)
         if kernels is not None:
             kernels.move_lines(self._views, slots, sources, targets)
-        slot, source, target = (torch.from_numpy(np.ascontiguousarray(x)).to(self.device) for x in (slots, sources, targets))
+        slot, source, target = (
+            torch.from_numpy(np.ascontiguousarray(x)).to(self.device) for x in (slots, sources, targets)
+        )
         if kernels is None:
             for view in self._views:
                 view[:, slot, :, target] = view[:, slot, :, source]
@@ -219,5 +229,7 @@ class SlotCache(Cache):
         self.taps[slot] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Sequences differ in length, so positions are always given and this is never the answer to anything: 0."""
+        """Sequences differ in length, so positions are always given and this is never the answer to anything:
+        0.
+        """
         return 0

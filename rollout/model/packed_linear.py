@@ -1,4 +1,6 @@
-"""Linear layers for decoding: those that read one input joined, and packed where there are kernels for it (CPU, bfloat16)."""
+"""Linear layers for decoding: those that read one input joined, and packed where there are kernels for it
+(CPU, bfloat16).
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,15 @@ class Projection(Protocol):
 class PackedLinear(nn.Module):
     """Inference-only copy of one or more `nn.Linear` of one input, packed in bfloat16 as one matrix.
 
-    On a CPU with AMX by `PackedProducts`, which make a row's result independent of how many rows there are; else by oneDNN, which
-    chooses its kernel, and with it the rounding, by their number.
+    On a CPU with AMX by `PackedProducts`, which make a row's result independent of how many rows there are;
+    else by oneDNN, which chooses its kernel, and with it the rounding, by their number.
 
-    The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an update.
+    The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an
+    update.
 
     Args:
-        sources: Layers to copy; all with a bias, or none. They are referenced, not registered, so they do not appear in this
-            module's parameters.
+        sources: Layers to copy; all with a bias, or none. They are referenced, not registered, so they do not
+            appear in this module's parameters.
     """
 
     def __init__(self, *sources: nn.Linear) -> None:
@@ -89,11 +92,16 @@ class JoinedLinear:
 
 def joinable(layers: Sequence[nn.Module]) -> bool:
     """Whether the layers are plain `nn.Linear`, all with a bias or all without."""
-    return all(type(layer) is nn.Linear for layer in layers) and len({layer.bias is None for layer in layers}) == 1
+    return (
+        all(type(layer) is nn.Linear for layer in layers)
+        and len({layer.bias is None for layer in layers}) == 1
+    )
 
 
 def pack_linears(view: nn.Module, source: nn.Module) -> list[PackedLinear]:
-    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of the same name in ``source``; returns them."""
+    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of the same name in
+    ``source``; returns them.
+    """
     packed = []
     sources = dict(source.named_modules())
     for name, layer in list(view.named_modules()):

@@ -12,14 +12,17 @@ from paceline.rollout.sequence import SequenceState
 
 
 class PromptLogits:
-    """Logits after the prompts that sequences in flight have read. A sample that is admitted later than its siblings need not read
+    """Logits after the prompts that sequences in flight have read. A sample that is admitted later than its
+    siblings need not read
     again: its keys are in their slots."""
 
     def __init__(self) -> None:
         self._logits: dict[tuple[int, ...], torch.Tensor] = {}
 
     def held(self, active: Sequence[SequenceState]) -> dict[tuple[int, ...], tuple[int, torch.Tensor]]:
-        """Prompts of active sequences that are known: a slot that has their keys, and the logits [V]. Forgets all others."""
+        """Prompts of active sequences that are known: a slot that has their keys, and the logits [V]. Forgets
+        all others.
+        """
         slots = {tuple(s.tokens[: s.num_prompt]): slot for slot, s in enumerate(active)}
         self._logits = {tokens: row for tokens, row in self._logits.items() if tokens in slots}
         return {tokens: (slots[tokens], row) for tokens, row in self._logits.items()}
@@ -43,8 +46,9 @@ def prefill(
     active: Sequence[SequenceState] = (),
     kept: KeptPrefixes | None = None,
 ) -> torch.Tensor:
-    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those admitted before, and what
-    branches off from a sequence in flight, or begins like one of an earlier call that is kept, is copied from it.
+    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those
+    admitted before, and what branches off from a sequence in flight, or begins like one of an earlier call
+    that is kept, is copied from it.
 
     Args:
         runner: Its cache has room.
@@ -88,7 +92,9 @@ def _copy_beginning(
     active: Sequence[SequenceState],
     kept: KeptPrefixes | None,
 ) -> int:
-    """Copies into a sequence's slot as much of its beginning as there is elsewhere. Returns how many tokens that was."""
+    """Copies into a sequence's slot as much of its beginning as there is elsewhere. Returns how many tokens
+    that was.
+    """
     source, start = _longest_beginning(sequence.tokens, sequence.num_prompt, active)
     restored = kept.restore(sequence, slot, start) if kept is not None else 0
     if start and not restored:
@@ -96,12 +102,20 @@ def _copy_beginning(
     return restored or start
 
 
-def _longest_beginning(tokens: Sequence[int], num_prompt: int, active: Sequence[SequenceState]) -> tuple[int, int]:
-    """The slot that holds most of what a sequence begins with, and how much; 0 where that is no more than its prompt."""
+def _longest_beginning(
+    tokens: Sequence[int], num_prompt: int, active: Sequence[SequenceState]
+) -> tuple[int, int]:
+    """The slot that holds most of what a sequence begins with, and how much; 0 where that is no more than its
+    prompt.
+    """
     best = 0, 0
     for slot, other in enumerate(active):
         most = min(len(tokens), len(other.tokens)) - 1  # the last token is yet to be read
-        if len(tokens) == num_prompt or most <= max(best[1], num_prompt) or other.tokens[:num_prompt] != list(tokens[:num_prompt]):
+        if (
+            len(tokens) == num_prompt
+            or most <= max(best[1], num_prompt)
+            or other.tokens[:num_prompt] != list(tokens[:num_prompt])
+        ):
             continue
         same = next((i for i in range(num_prompt, most) if other.tokens[i] != tokens[i]), most)
         if same > max(best[1], num_prompt):

@@ -26,11 +26,13 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
 
-MOST_ROWS = 256  # sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
+# sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
+MOST_ROWS = 256
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L − 3."""
+    """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L −
+    3."""
     low, middle, high = sorted((min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)))
     return low, middle, high
 
@@ -43,7 +45,8 @@ class Chunk:
         slot: Where to.
         tokens: The tokens.
         start: Position of the first one.
-        head_from: Position from which on the output head's inputs are kept among the taps; the last token's always is.
+        head_from: Position from which on the output head's inputs are kept among the taps; the last token's
+            always is.
     """
 
     slot: int
@@ -92,7 +95,9 @@ class ModelRunner:
         self.vocab_size: int = config.vocab_size
         self.tap_layers = tuple(tap_layers)
         self.limit = text_limit(model)
-        self._last_position = self.limit.tokens - 1 if self.limit is not None and has_position_table(model) else None
+        self._last_position = (
+            self.limit.tokens - 1 if self.limit is not None and has_position_table(model) else None
+        )
         shape = CacheShape(
             layers=keys.layers,
             kv_heads=keys.kv_heads,
@@ -162,16 +167,22 @@ class ModelRunner:
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
     def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
-        """Logits [B, Q, V] of tokens int64 [B, Q] at seats int64 [4, B, Q] of the first B slots: what a graph captures."""
+        """Logits [B, Q, V] of tokens int64 [B, Q] at seats int64 [4, B, Q] of the first B slots: what a graph
+        captures.
+        """
         return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), seats, span=span))
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Reads (pieces of) known tokens into their slots. Returns the logits [len(chunks), V] after the last token of each."""
+        """Reads (pieces of) known tokens into their slots. Returns the logits [len(chunks), V] after the last
+        token of each.
+        """
         if not self._ragged:
             return torch.cat([self._prefill_alone(chunk) for chunk in chunks])
         tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens])
-        ragged = RaggedTokens([c.slot for c in chunks], [c.start for c in chunks], [len(c.tokens) for c in chunks])
+        ragged = RaggedTokens(
+            [c.slot for c in chunks], [c.start for c in chunks], [len(c.tokens) for c in chunks]
+        )
         first = ragged.offsets[:-1].tolist()
         keep = torch.tensor([at + i for at, chunk in zip(first, chunks, strict=True) for i in chunk.heads])
         last = torch.tensor([len(chunk.heads) for chunk in chunks]).cumsum(0) - 1
@@ -184,7 +195,8 @@ class ModelRunner:
         Returns:
             float32 [len(prompts), hidden], what the output head reads after each one's last token.
         """
-        read: list[torch.Tensor] = []  # one forward reads all prompts where tokens go without padding, else one each
+        # one forward reads all prompts where tokens go without padding, else one each
+        read: list[torch.Tensor] = []
         head = self.view.module.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
         try:
@@ -215,7 +227,8 @@ class ModelRunner:
             tokens: int64 [B, Q].
             counts: Tokens of each row that count.
             starts: Position of each row's first token.
-            parents: int64 [B, Q - 1], where the tokens after the first are the nodes of a draft tree; None for a chain.
+            parents: int64 [B, Q - 1], where the tokens after the first are the nodes of a draft tree; None
+                for a chain.
 
         Returns:
             Logits [R, V], R the sum of ``counts``, row after row.
@@ -225,7 +238,9 @@ class ModelRunner:
         shape = None if parents is None else tree_shape(parents)
         if self._ragged:
             flat = tokens.flatten() if real is None else tokens[real]
-            return self._forward(flat[None], self._ragged_batch(_ragged_tokens(counts, starts, shape, real)))[0]
+            return self._forward(flat[None], self._ragged_batch(_ragged_tokens(counts, starts, shape, real)))[
+                0
+            ]
         device, span = self.cache.device, self.cache.span
         first = torch.tensor(starts).to(device, non_blocking=True)
         chain = first[:, None] + torch.arange(width, device=device)
@@ -239,7 +254,8 @@ class ModelRunner:
 
     @torch.no_grad()
     def branch(self, tokens: torch.Tensor, seats: torch.Tensor) -> torch.Tensor:
-        """Logits [B, E, V] of E more nodes of a draft tree in each of the first B slots, for drafting: taps stay as they are.
+        """Logits [B, E, V] of E more nodes of a draft tree in each of the first B slots, for drafting: taps
+        stay as they are.
 
         Args:
             tokens: int64 [B, E].
@@ -253,7 +269,8 @@ class ModelRunner:
 
     @contextmanager
     def layers_replaced(self, replaced: Mapping[int, Callable[[nn.Module], nn.Module]]) -> Iterator[None]:
-        """Runs other modules in place of some decoder layers; what they take and give is what transformers' layers do.
+        """Runs other modules in place of some decoder layers; what they take and give is what transformers'
+        layers do.
 
         Args:
             replaced: Index of a layer → its replacement, made from it.
@@ -281,9 +298,12 @@ class ModelRunner:
         """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
         self.cache.begin(batch)
         positions = batch.positions
-        if self._last_position is not None:  # padding, and drafts past the end of a text, have none in the table
+        # padding, and drafts past the end of a text, have none in the table
+        if self._last_position is not None:
             positions = positions.clamp(max=self._last_position)
-        logits = run_causal_lm(self.view.module, tokens, positions, self.cache, 0 if keep is None else keep, forward_batch=batch)
+        logits = run_causal_lm(
+            self.view.module, tokens, positions, self.cache, 0 if keep is None else keep, forward_batch=batch
+        )
         if self.tap_layers and store_taps:
             self._store_taps(batch, keep)
         self._captured.clear()
@@ -303,7 +323,8 @@ class ModelRunner:
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
         final = final.clone()
         final[: sequence.num_prompt - 1] = 0  # an earlier turn's, where its keys were kept
-        refusals = [r for r in sequence.refusals if r.position < len(sequence.tokens)]  # a stop may have cut the rest
+        # a stop may have cut the rest
+        refusals = [r for r in sequence.refusals if r.position < len(sequence.tokens)]
         return DistillationTrace(
             torch.tensor(sequence.tokens),
             sequence.num_prompt,
@@ -329,4 +350,6 @@ def _ragged_tokens(
     depth, ancestors = (torch.nn.functional.pad(x, (1, 0)) for x in shape)
     trunks = (torch.tensor(starts)[:, None] + 1).expand_as(depth)
     nodes = [x.flatten() if real is None else x[real] for x in (trunks, depth, ancestors)]
-    return RaggedTokens(range(len(counts)), starts, counts, nodes=tuple(np.ascontiguousarray(x.numpy()) for x in nodes))
+    return RaggedTokens(
+        range(len(counts)), starts, counts, nodes=tuple(np.ascontiguousarray(x.numpy()) for x in nodes)
+    )

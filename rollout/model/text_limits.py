@@ -1,8 +1,10 @@
-"""How long a text may be for a model to compute the same for its beginning whatever comes after, alone or beside others.
+"""How long a text may be for a model to compute the same for its beginning whatever comes after, alone or
+beside others.
 
-Three things set such a limit. Rotary factors that change with the longest text of a forward (LongRoPE, arXiv 2402.13753, and
-dynamic NTK): past the original length every earlier token's log-probability changes, so that what was drawn is not what a later
-forward trains. Attention in chunks (Llama 4), and a scale of the queries that grows with the position. A table of positions.
+Three things set such a limit. Rotary factors that change with the longest text of a forward (LongRoPE, arXiv
+2402.13753, and dynamic NTK): past the original length every earlier token's log-probability changes, so that
+what was drawn is not what a later forward trains. Attention in chunks (Llama 4), and a scale of the queries
+that grows with the position. A table of positions.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ def _rotary_limits(config: PretrainedConfig) -> Iterator[TextLimit]:
     for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
         kind = str(rope.get("rope_type", "default"))
         if any(name in kind for name in _CHANGING):
-            longest = rope["original_max_position_embeddings"] if "longrope" in kind else config.max_position_embeddings
+            longest = (
+                rope["original_max_position_embeddings"]
+                if "longrope" in kind
+                else config.max_position_embeddings
+            )
             yield TextLimit(int(longest), f"changes its rotary factors ({kind})")
 
 
@@ -77,8 +83,9 @@ def has_position_table(model: PreTrainedModel) -> bool:
 def fix_rotary(view: PreTrainedModel) -> None:
     """Makes a model's rotary embeddings those of texts within its limit, for good.
 
-    They would otherwise follow the largest position of a forward, which may be another sequence's, or that of padding or of a
-    draft past the end of a text; and their buffers are shared with the trainer's module, which may see longer texts.
+    They would otherwise follow the largest position of a forward, which may be another sequence's, or that of
+    padding or of a draft past the end of a text; and their buffers are shared with the trainer's module,
+    which may see longer texts.
 
     Args:
         view: The engine's own copy of the model; changed in place.

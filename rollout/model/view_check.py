@@ -1,4 +1,6 @@
-"""Compares the engine's view of a policy with the policy's own forward in transformers, whenever an engine is built."""
+"""Compares the engine's view of a policy with the policy's own forward in transformers, whenever an engine is
+built.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from paceline.rollout.transformers_api import TESTED_RELEASES, run_causal_lm, us
 from paceline.rollout.values import error_line
 
 _TEXTS, _TOKENS = 2, 8
-# Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03 in bfloat16; a wrong
-# mask gives 1 or more, a softmax scale off by a tenth 0.08 (benchmarks/versions.md). `layer_probe` compares each kind of layer
-# in float32 before.
+# Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32, 0.03
+# in bfloat16; a wrong mask gives 1 or more, a softmax scale off by a tenth 0.08 (benchmarks/versions.md).
+# `layer_probe` compares each kind of layer in float32 before.
 _TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
 _STRICTEST = min(_TOLERANCES.values())
 
@@ -28,7 +30,8 @@ class UnfusedWarning(RuntimeWarning):
 
 
 def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) -> InferenceView:
-    """Makes a view of a policy and checks that it computes the policy's logits, with fused layers if they pass the check.
+    """Makes a view of a policy and checks that it computes the policy's logits, with fused layers if they
+    pass the check.
 
     Args:
         model: The trainer's unwrapped causal LM.
@@ -36,7 +39,8 @@ def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) 
         shape: The engine's cache.
 
     Raises:
-        ValueError: for a model which computes something else in the engine with the installed release of transformers.
+        ValueError: for a model which computes something else in the engine with the installed release of
+            transformers.
     """
     view, trouble = _attempt(model, dtype, shape, fuse=True)
     if view is not None and trouble is None:
@@ -46,7 +50,8 @@ def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) 
         view, trouble = _attempt(model, dtype, shape, fuse=False)
         if view is not None and trouble is None:
             warnings.warn(
-                f"{type(model).__name__} decodes without fused layers, which is slower: with transformers {version()} they "
+                f"{type(model).__name__} decodes without fused layers, which is slower: with transformers "
+                f"{version()} they "
                 f"fail the engine's check ({_said(reason)}); transformers{TESTED_RELEASES} is tested",
                 UnfusedWarning,
                 stacklevel=2,
@@ -54,9 +59,12 @@ def checked_view(model: PreTrainedModel, dtype: torch.dtype, shape: CacheShape) 
             return view
     name = type(model).__name__
     if isinstance(trouble, NotImplementedError) and str(trouble):
-        raise ValueError(f"{name} cannot run in the engine: it {_said(trouble)}; choose another policy, see docs/models.md")
+        raise ValueError(
+            f"{name} cannot run in the engine: it {_said(trouble)}; choose another policy, see docs/models.md"
+        )
     raise ValueError(
-        f"{name} does not run in the engine with transformers {version()}: {_said(trouble)}; if docs/models.md lists its family, "
+        f"{name} does not run in the engine with transformers {version()}: {_said(trouble)}; if "
+        "docs/models.md lists its family, "
         f"install transformers{TESTED_RELEASES}, the releases that are tested, else choose another policy"
     )
 
@@ -88,8 +96,8 @@ def _attempt(
 def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) -> float:
     """How far a view's logits are from those of the policy's own forward in transformers, on a few tokens.
 
-    The view reads two texts side by side in two forwards over a cache of its own, as the engine does; transformers reads each
-    alone in one forward without a cache, with its eager attention.
+    The view reads two texts side by side in two forwards over a cache of its own, as the engine does;
+    transformers reads each alone in one forward without a cache, with its eager attention.
 
     Args:
         view: The engine's view of the model.
@@ -97,9 +105,9 @@ def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) ->
         shape: The engine's cache.
 
     Returns:
-        ‖difference‖ / ‖logits‖, each token's logits less their mean: the median over the tokens of a forward, so that a token of
-        a mixture of experts that rounding sends to another expert does not count, and of both forwards and texts the largest. 0
-        where the policy's own logits are not finite.
+        ‖difference‖ / ‖logits‖, each token's logits less their mean: the median over the tokens of a forward,
+        so that a token of a mixture of experts that rounding sends to another expert does not count, and of
+        both forwards and texts the largest. 0 where the policy's own logits are not finite.
     """
     device, vocabulary = model.device, model.config.get_text_config().vocab_size
     tokens = torch.arange(1, _TEXTS * _TOKENS + 1, device=device).view(_TEXTS, _TOKENS) * 7919 % vocabulary
@@ -119,5 +127,7 @@ def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) ->
     if not bool(wanted.isfinite().all()):
         return 0.0
     wanted, got = (x - x.mean(-1, keepdim=True) for x in (wanted, got))
-    gaps = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    gaps = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
     return max(float(part.median(dim=1).values.max()) for part in (gaps[:, :-2], gaps[:, -2:]))

@@ -1,4 +1,6 @@
-"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler when first wanted."""
+"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler when first
+wanted.
+"""
 
 from paceline.rollout.native.build import NativeUnavailable
 from paceline.rollout.native.kernels import (

@@ -2,9 +2,10 @@
 
 Plain C symbols called through ctypes: two seconds to build, no torch headers, no ABI to match.
 
-A library runs with the rights of whoever loads it. One from the cache is loaded only where the file and its directory belong to
-this user and nobody else can write to them, and where the file still has the digest that its name carries; otherwise it is built
-anew, in the cache or, where that is not this user's alone, in a temporary directory.
+A library runs with the rights of whoever loads it. One from the cache is loaded only where the file and its
+directory belong to this user and nobody else can write to them, and where the file still has the digest that
+its name carries; otherwise it is built anew, in the cache or, where that is not this user's alone, in a
+temporary directory.
 """
 
 from __future__ import annotations
@@ -42,17 +43,24 @@ class NativeUnavailable(RuntimeError):
 
 
 def build_library() -> Path:
-    """The shared library for this machine, built unless the cache has it; without a usable cache, for this process alone.
+    """The shared library for this machine, built unless the cache has it; without a usable cache, for this
+    process alone.
 
     Raises:
         NativeUnavailable: without a compiler, or when it fails; one line.
     """
     compiler = next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (path := shutil.which(name))),
+        (
+            path
+            for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
+            if name and (path := shutil.which(name))
+        ),
         None,
     )
     if compiler is None:
-        raise NativeUnavailable("no C++ compiler was found: install g++ (or set CXX) for the native decode kernels")
+        raise NativeUnavailable(
+            "no C++ compiler was found: install g++ (or set CXX) for the native decode kernels"
+        )
     runtime = _openmp_runtime()
     key = _key(compiler, runtime)
     try:
@@ -63,7 +71,9 @@ def build_library() -> Path:
 
 
 def _private(compiler: str, runtime: Path | None, key: str, reason: str) -> Path:
-    """A library in a directory of this process's own, built once and removed at its end; ``reason`` is said once."""
+    """A library in a directory of this process's own, built once and removed at its end; ``reason`` is said
+    once.
+    """
     if key not in _privately_built:
         _log.warning(
             "the native decode kernels are built for this process alone, their cache cannot be used: %s",
@@ -130,23 +140,31 @@ def _digest(path: Path) -> str:
 
 
 def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> Path:
-    """Into a temporary file that is renamed: two ranks may build at once, and a killed one leaves nothing half written."""
+    """Into a temporary file that is renamed: two ranks may build at once, and a killed one leaves nothing
+    half written.
+    """
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         made = Path(folder) / "kernels.so"
         command = [compiler, *_FLAGS, str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(made)]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise NativeUnavailable(f"the native decode kernels could not be built: {error}") from None
         if result.returncode != 0:
-            reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[-200:])
+            reason = next(
+                (line for line in result.stderr.splitlines() if "error" in line), result.stderr[-200:]
+            )
             raise NativeUnavailable(f"{compiler} could not build the native decode kernels: {reason.strip()}")
         made.chmod(0o700)
         return made.rename(directory / f"kernels-{key}-{_digest(made)}.so")
 
 
 def _openmp_runtime() -> Path | None:
-    """The OpenMP library that torch has loaded. A second one would mean a second team of threads, spinning on the same cores."""
+    """The OpenMP library that torch has loaded. A second one would mean a second team of threads, spinning on
+    the same cores.
+    """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None

@@ -23,9 +23,9 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class _Layout(ctypes.Structure):
-    _fields_ = [(name, _int) for name in ("tokens", "sequences", "heads", "kv_heads", "dim", "slots", "span")] + [
-        (name, _pointer) for name in ("token_slots", "seats", "places", "trunks", "ancestors", "offsets")
-    ]
+    _fields_ = [
+        (name, _int) for name in ("tokens", "sequences", "heads", "kv_heads", "dim", "slots", "span")
+    ] + [(name, _pointer) for name in ("token_slots", "seats", "places", "trunks", "ancestors", "offsets")]
 
 
 class _Matrix(ctypes.Structure):
@@ -36,13 +36,17 @@ class _DraftLayer(ctypes.Structure):
     _fields_ = [
         *((name, _int) for name in ("hidden", "intermediate", "vocab")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "head")),
-        *((name, _pointer) for name in ("embeddings", "of_embedding", "of_hidden", "of_mlp", "of_head", "cosines", "sines")),
+        *(
+            (name, _pointer)
+            for name in ("embeddings", "of_embedding", "of_hidden", "of_mlp", "of_head", "cosines", "sines")
+        ),
         *((name, _float) for name in ("eps", "scale")),
     ]
 
 
 class Int8Rows:
-    """A matrix in 8 bits, each row with a scale of its own; for drafters, whose rounding costs acceptance at most.
+    """A matrix in 8 bits, each row with a scale of its own; for drafters, whose rounding costs acceptance at
+    most.
 
     Args:
         weight: [outputs, inputs], any float dtype; outputs a multiple of 4, inputs of 64.
@@ -71,12 +75,14 @@ class Int8Rows:
 
 @dataclass(frozen=True, slots=True)
 class DraftLayer:
-    """A drafter's whole layer, for `Kernels.draft_step`. What is not a matrix is in the kernels' dtype, contiguous.
+    """A drafter's whole layer, for `Kernels.draft_step`. What is not a matrix is in the kernels' dtype,
+    contiguous.
 
     Attributes:
         qkv, o, gate_up, down, head: Matrices.
         embeddings: [vocabulary of the target, hidden].
-        gains: [hidden] each, of the norms of the embedding, the hidden state, before the MLP and before the head.
+        gains: [hidden] each, of the norms of the embedding, the hidden state, before the MLP and before the
+            head.
         cosines, sines: [positions, d].
         eps: Of the norms.
         scale: Of the attention scores.
@@ -105,15 +111,15 @@ class DraftLayer:
 class RaggedTokens:
     """The tokens of a forward, sequence after sequence, without padding.
 
-    A chain's token stands at its position in the cache and sees all before it. A draft tree's nodes lie side by side after the
-    token they hang on, and see that token, what is before it, and their own ancestors.
+    A chain's token stands at its position in the cache and sees all before it. A draft tree's nodes lie side
+    by side after the token they hang on, and see that token, what is before it, and their own ancestors.
 
     Args:
         slots: Slot of each of the S sequences.
         starts: Place of its first token here.
         counts: How many tokens it has here, at least 1.
-        nodes: For draft trees, int64 [N] each: how many places the token sees all of, its depth below the last of these (0 for a
-            token that is no node), and its ancestors as bits.
+        nodes: For draft trees, int64 [N] each: how many places the token sees all of, its depth below the
+            last of these (0 for a token that is no node), and its ancestors as bits.
         shift: Position of place 0 of each sequence, where a cache holds its last tokens only; None for 0.
 
     Attributes:
@@ -145,14 +151,17 @@ class RaggedTokens:
             trunks, depth, ancestors = nodes
             seats = trunks - 1 + depth
         positions = seats if shift is None else seats + np.repeat(np.asarray(shift, dtype=np.int64), number)
-        self._seats = torch.from_numpy(seats)  # positions counted from place 0, which is what a window is measured in
+        # positions counted from place 0, which is what a window is measured in
+        self._seats = torch.from_numpy(seats)
         self.positions, self.trunks = torch.from_numpy(positions), torch.from_numpy(trunks)
         self.ancestors = torch.from_numpy(ancestors)
         self._layouts: dict[tuple[int, torch.Size], _Layout] = {}
 
     @classmethod
     def from_seats(cls, seats: torch.Tensor, shift: Sequence[int] | None = None) -> RaggedTokens:
-        """E tokens of each of the first B slots, from seats int64 [4, B, E] counted from place 0; adjacent places a row."""
+        """E tokens of each of the first B slots, from seats int64 [4, B, E] counted from place 0; adjacent
+        places a row.
+        """
         position, place, trunk, ancestors = seats.numpy()
         nodes = tuple(np.ascontiguousarray(x).reshape(-1) for x in (trunk, position - trunk + 1, ancestors))
         batch, count = place.shape
@@ -164,7 +173,9 @@ class RaggedTokens:
         return torch.stack([self.positions, self.places, self.trunks, self.ancestors])[:, None]
 
     def layout(self, heads: int, cache: torch.Size) -> ctypes.Structure:
-        """The kernels' description of these tokens over a cache of shape [2, slots, KV, span, d]; made once for all layers."""
+        """The kernels' description of these tokens over a cache of shape [2, slots, KV, span, d]; made once
+        for all layers.
+        """
         key = heads, cache
         if key not in self._layouts:
             _, slots, kv_heads, span, dim = cache
@@ -190,7 +201,9 @@ class AttentionRule:
 
 
 class Kernels:
-    """The kernels for one dtype, on CPU tensors of that dtype. cos, sin, gains, positions and cache must be contiguous."""
+    """The kernels for one dtype, on CPU tensors of that dtype. cos, sin, gains, positions and cache must be
+    contiguous.
+    """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         suffix = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
@@ -275,7 +288,9 @@ class Kernels:
         )
         return query
 
-    def attend(self, query: torch.Tensor, cache: torch.Tensor, tokens: RaggedTokens, rule: AttentionRule) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, cache: torch.Tensor, tokens: RaggedTokens, rule: AttentionRule
+    ) -> torch.Tensor:
         """Each query attends to the keys of its slot that its `RaggedTokens` let it see.
 
         Args:
@@ -290,7 +305,9 @@ class Kernels:
         _, count, heads, dim = query.shape
         out = query.new_empty((1, count, heads * dim))
         layout = ctypes.addressof(tokens.layout(heads, cache.shape))
-        self._attend(query.data_ptr(), cache.data_ptr(), out.data_ptr(), layout, rule.scale, rule.softcap, rule.window)
+        self._attend(
+            query.data_ptr(), cache.data_ptr(), out.data_ptr(), layout, rule.scale, rule.softcap, rule.window
+        )
         return out
 
     def multiply(self, x: torch.Tensor, matrix: Int8Rows) -> torch.Tensor:
@@ -325,11 +342,16 @@ class Kernels:
         """
         tokens, hidden = tokens.contiguous(), hidden.contiguous()
         out, logits = torch.empty_like(hidden), hidden.new_empty(len(hidden), vocab)
-        heads = ctypes.cast(ctypes.addressof(layer), ctypes.POINTER(_DraftLayer)).contents.o.inputs // cache.shape[-1]
+        heads = (
+            ctypes.cast(ctypes.addressof(layer), ctypes.POINTER(_DraftLayer)).contents.o.inputs
+            // cache.shape[-1]
+        )
         layout = ragged.layout(heads, cache.shape)
         arrays = (tokens, ragged.positions, hidden, cache)
         addresses = [x.data_ptr() for x in arrays]
-        self._draft_step(ctypes.addressof(layer), *addresses, ctypes.addressof(layout), out.data_ptr(), logits.data_ptr())
+        self._draft_step(
+            ctypes.addressof(layer), *addresses, ctypes.addressof(layout), out.data_ptr(), logits.data_ptr()
+        )
         return out, logits
 
     def follow(
@@ -344,14 +366,15 @@ class Kernels:
 
         Args:
             logits: [R, V].
-            rows: int64 [S], each sequence's first row: after its last committed token; those after its nodes follow.
+            rows: int64 [S], each sequence's first row: after its last committed token; those after its nodes
+                follow.
             nodes: int64 [S], nodes of each tree.
             tree: Tokens and parents of the nodes, int64 [S, N] each.
             draw: Temperatures float32 [S], and uniforms float64 [S, N + 1], by depth.
 
         Returns:
-            Path int64 [S, N] and how many of it were kept int64 [S]; tokens int64 [S, N + 1] drawn along it, one more than kept,
-            and their log-probs float32 [S, N + 1] as `draw` gives them.
+            Path int64 [S, N] and how many of it were kept int64 [S]; tokens int64 [S, N + 1] drawn along it,
+            one more than kept, and their log-probs float32 [S, N + 1] as `draw` gives them.
         """
         logits = logits.contiguous()
         tokens, parents = (x.contiguous() for x in tree)
@@ -366,23 +389,30 @@ class Kernels:
         self._follow(logits.data_ptr(), logits.shape[1], count, width, *(x.data_ptr() for x in arrays))
         return path, lengths, drawn, logprobs
 
-    def move_lines(self, layers: Sequence[torch.Tensor], slots: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+    def move_lines(
+        self, layers: Sequence[torch.Tensor], slots: np.ndarray, sources: np.ndarray, targets: np.ndarray
+    ) -> None:
         """Moves keys and values within their slots, in every layer.
 
         Args:
             layers: [2, slots, KV, span, d] each.
-            slots, sources, targets: int64 [M], a slot, the place a line is at, and where it goes; within a slot in increasing
-                order, no target after its source.
+            slots, sources, targets: int64 [M], a slot, the place a line is at, and where it goes; within a
+                slot in increasing order, no target after its source.
         """
         _, count, kv_heads, span, dim = layers[0].shape
         layout = _Layout(0, 0, kv_heads, kv_heads, dim, count, span)
         addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
         arrays = (np.ascontiguousarray(x, dtype=np.int64) for x in (slots, sources, targets))
         held = list(arrays)
-        self._move_lines(addresses, len(layers), *(x.ctypes.data for x in held), len(held[0]), ctypes.addressof(layout))
+        self._move_lines(
+            addresses, len(layers), *(x.ctypes.data for x in held), len(held[0]), ctypes.addressof(layout)
+        )
 
-    def draw(self, logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws one token a row from softmax(logits / temperature) in one pass; at temperature 0 the first of the largest.
+    def draw(
+        self, logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws one token a row from softmax(logits / temperature) in one pass; at temperature 0 the first of
+        the largest.
 
         Args:
             logits: [R, V].
@@ -390,8 +420,8 @@ class Kernels:
             uniforms: float64 [R] in [0, 1).
 
         Returns:
-            int64 [R] tokens and float32 [R] log-probs (at temperature 1 where the temperature is 0); NaN for a row that has
-            a NaN or infinite logit.
+            int64 [R] tokens and float32 [R] log-probs (at temperature 1 where the temperature is 0); NaN for
+            a row that has a NaN or infinite logit.
         """
         logits = logits.contiguous()
         rows, vocab = logits.shape
@@ -403,7 +433,9 @@ class Kernels:
 
 @functools.cache
 def load_kernels(device_type: str, dtype: torch.dtype) -> Kernels | None:
-    """The kernels for a device and dtype, built on the first call; None, with one logged line, where there are none."""
+    """The kernels for a device and dtype, built on the first call; None, with one logged line, where there
+    are none.
+    """
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:

@@ -16,7 +16,8 @@ _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 class PackedProducts:
     """bfloat16 products whose weights lie in the order in which matrix units read them; needs AMX.
 
-    A row's result depends on that row alone, bit for bit: not on how many rows there are, nor on what they hold.
+    A row's result depends on that row alone, bit for bit: not on how many rows there are, nor on what they
+    hold.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -40,13 +41,17 @@ class PackedProducts:
     def multiply(
         self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        """bfloat16 [..., inputs] → [..., outputs], plus ``bias`` [outputs] and ``residual`` [..., outputs]; rounded once."""
+        """bfloat16 [..., inputs] → [..., outputs], plus ``bias`` [outputs] and ``residual`` [..., outputs];
+        rounded once.
+        """
         outputs, inputs = packed.shape
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = x.new_empty((*x.shape[:-1], outputs))
         extras = (None if extra is None else extra.data_ptr() for extra in (bias, residual))
-        self._multiply(x.data_ptr(), x.numel() // inputs, packed.data_ptr(), outputs, inputs, *extras, out.data_ptr())
+        self._multiply(
+            x.data_ptr(), x.numel() // inputs, packed.data_ptr(), outputs, inputs, *extras, out.data_ptr()
+        )
         return out
 
 

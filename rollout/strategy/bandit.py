@@ -21,7 +21,9 @@ _BURST = 3  # steps of an exploration: the first also pays for what the drafter 
 
 @dataclass(slots=True)
 class _Arm:
-    """The recent steps of one strategy in one bucket: (the bucket's count of steps, tokens of a sequence, seconds)."""
+    """The recent steps of one strategy in one bucket: (the bucket's count of steps, tokens of a sequence,
+    seconds).
+    """
 
     steps: deque[tuple[int, float, float]]
     tokens: float = 0.0
@@ -42,7 +44,9 @@ class _Arm:
 
 @dataclass(slots=True)
 class _Bucket:
-    """What exploration in one bucket may cost: seconds spent there, and how many of them explorations lost against the best arm."""
+    """What exploration in one bucket may cost: seconds spent there, and how many of them explorations lost
+    against the best arm.
+    """
 
     steps: int = 0
     seconds: float = 0.0
@@ -54,20 +58,24 @@ class _Bucket:
 class BanditSelector:
     """BEG-MAB: bucketed ε-greedy over a sliding window.
 
-    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665): strategies are arms, buckets of the batch size keep
-    statistics apart, and a window of recent steps follows a moving policy and drafter. Here a bucket is (batch, context), plain
-    decoding is one of the arms, and the reward is what a step gave over what it took: tokens committed per sequence and second of
-    measured time, drafting included, as the ratio of the window's sums. Two things keep exploration cheap: an arm starts from
-    `CostModel`'s estimate, which counts as 64 steps; only arms are explored that could win for all that is known of their
-    drafter, which is the less the longer it has not run; and explorations live on an allowance, the share ε of the time spent in
-    the bucket, from which each is expected to lose.
+    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665): strategies are arms, buckets of the batch size
+    keep statistics apart, and a window of recent steps follows a moving policy and drafter. Here a bucket is
+    (batch, context), plain decoding is one of the arms, and the reward is what a step gave over what it took:
+    tokens committed per sequence and second of measured time, drafting included, as the ratio of the window's
+    sums. Two things keep exploration cheap: an arm starts from `CostModel`'s estimate, which counts as 64
+        steps; only arms are explored that could win for all that is known of their
+    drafter, which is the less the longer it has not run; and explorations live on an allowance, the share ε
+    of the time spent in the bucket, from which each is expected to lose.
 
-    With ``thompson`` the arm is drawn from the posterior of its rate instead (Thompson sampling, as EESD does for the draft
-    length, arXiv 2406.03853): a normal with the estimate's mean and the spread that so many steps leave.
+    With ``thompson`` the arm is drawn from the posterior of its rate instead (Thompson sampling, as EESD does
+    for the draft length, arXiv 2406.03853): a normal with the estimate's mean and the spread that so many
+    steps leave.
 
-    Losslessness: the choice is a function of counts and times of *earlier* steps and of numbers of its own, never of this step's
-    draft or random numbers. Given the past, each step's tokens have the target's distribution whatever was chosen; that the past's
-    acceptance counts depend on its tokens changes nothing, since the law holds given the past.
+    Losslessness: the choice is a function of counts and times of *earlier* steps and of numbers of its own,
+        never of this step's
+    draft or random numbers. Given the past, each step's tokens have the target's distribution whatever was
+    chosen; that the past's acceptance counts depend on its tokens changes nothing, since the law holds given
+    the past.
 
     Args:
         arms_of: Strategies to choose from with a drafter, by its name; plain decoding is added.
@@ -91,7 +99,9 @@ class BanditSelector:
         seed: int = 0,
     ) -> None:
         self._arms_of = arms_of
-        self.arms: dict[str | None, Sequence[Strategy]] = {None: (PLAIN,)} | {name: arms_of(name) for name in drafters}
+        self.arms: dict[str | None, Sequence[Strategy]] = {None: (PLAIN,)} | {
+            name: arms_of(name) for name in drafters
+        }
         self.cost, self.epsilon, self.window, self.thompson = cost, epsilon, window, thompson
         self._random = random.Random(seed)
         self._measured: dict[tuple[Bucket, Strategy], _Arm] = {}
@@ -114,9 +124,15 @@ class BanditSelector:
                 return explored
         return best
 
-    def _affordable(self, bucket: Bucket, known: _Bucket, rates: dict[Strategy, float], best: Strategy) -> Strategy | None:
-        """An arm that could beat the best one, and whose trial costs no more than what is left of the allowance."""
-        allowance = min(self.epsilon * known.seconds - known.lost, _MOST_LOSS * self.cost.seconds(best, bucket))
+    def _affordable(
+        self, bucket: Bucket, known: _Bucket, rates: dict[Strategy, float], best: Strategy
+    ) -> Strategy | None:
+        """An arm that could beat the best one, and whose trial costs no more than what is left of the
+        allowance.
+        """
+        allowance = min(
+            self.epsilon * known.seconds - known.lost, _MOST_LOSS * self.cost.seconds(best, bucket)
+        )
         hopeful = []
         for arm in rates:
             if arm == best or self._hope(arm, bucket, best) <= rates[best]:
@@ -140,7 +156,8 @@ class BanditSelector:
         return (_PRIOR_STEPS * tokens + measured.tokens) / (_PRIOR_STEPS * seconds + measured.seconds)
 
     def _spread(self, arm: Strategy, bucket: Bucket) -> float:
-        """Standard deviation of the estimate: a step's tokens spread about as far as their mean exceeds one."""
+        """Standard deviation of the estimate: a step's tokens spread about as far as their mean exceeds
+        one."""
         measured = self._measured.get((bucket, arm))
         steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
@@ -148,7 +165,8 @@ class BanditSelector:
     def _hope(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
         """Tokens per sequence and second that the arm may turn out to give.
 
-        Of the best arm's drafter the tokens are known well: there it is the time that was only calculated which may be wrong.
+        Of the best arm's drafter the tokens are known well: there it is the time that was only calculated
+        which may be wrong.
         """
         seconds = self.cost.seconds(arm, bucket)
         if arm.drafter == best.drafter and not self.cost.has_timed(arm, bucket):
@@ -175,8 +193,8 @@ class BanditSelector:
         arm.add(known.steps, feedback.committed / feedback.active, feedback.total_seconds)
 
     def drafter_changed(self, name: str) -> None:
-        """A new drafter, or new weights of one: what was measured with the old ones no longer counts, what was learned stays as a
-        weak prior."""
+        """A new drafter, or new weights of one: what was measured with the old ones no longer counts, what
+        was learned stays as a weak prior."""
         self.arms.setdefault(name, self._arms_of(name))
         self.cost.soften(name)
         self._forget(name)
@@ -213,15 +231,20 @@ class BanditSelector:
                 arm = measured[Bucket(batch, context), Strategy.parse(name)] = _Arm(deque())
                 for at, tokens, seconds in steps:
                     arm.add(int(at), float(tokens), float(seconds))
-            buckets = {Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]}
+            buckets = {
+                Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]
+            }
             self.cost.load_state(state["cost"])
             self._measured.update(measured)  # only now: of a state that is broken nothing is taken over
             self._buckets = buckets
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a selector's state ({type(error).__name__}: {error}): delete it to learn anew") from None
+            raise ValueError(
+                f"not a selector's state ({type(error).__name__}: {error}): delete it to learn anew"
+            ) from None
 
 
-# A forward reads one token more than there are nodes: 8, 16 or 32 rows fill the tiles of matrix units, one more starts another.
+# A forward reads one token more than there are nodes: 8, 16 or 32 rows fill the tiles of matrix units, one
+#     more starts another.
 _CHAINS = (1, 2, 3, 4, 7)
 _TREES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
 
@@ -229,4 +252,6 @@ _TREES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
 def default_arms(name: str, max_nodes: int, chains_only: bool = False) -> list[Strategy]:
     """Chains and trees of a drafter, of at most ``max_nodes`` draft tokens."""
     chains = [Strategy(name, d) for d in _CHAINS if d <= max_nodes]
-    return chains if chains_only else chains + [Strategy(name, d, w, n) for d, w, n in _TREES if n <= max_nodes]
+    return (
+        chains if chains_only else chains + [Strategy(name, d, w, n) for d, w, n in _TREES if n <= max_nodes]
+    )

@@ -14,11 +14,12 @@ def uniform_budgets(nodes: int, remaining: Sequence[float]) -> list[int]:
 
 
 def length_aware_budgets(nodes: int, remaining: Sequence[float]) -> list[int]:
-    """Twice the draft tokens for the quarter of the batch that has most left to decode, two thirds for the rest: the same sum.
+    """Twice the draft tokens for the quarter of the batch that has most left to decode, two thirds for the
+    rest: the same sum.
 
-    DAS (Shao et al., "Beat the Long Tail: Distribution-Aware Speculative Decoding for RL Training", arXiv 2511.13841):
-    the makespan of a rollout is that of its longest sequences, so these get the aggressive budget. Where all are expected to run
-    equally long, all get the same.
+    DAS (Shao et al., "Beat the Long Tail: Distribution-Aware Speculative Decoding for RL Training", arXiv
+    2511.13841): the makespan of a rollout is that of its longest sequences, so these get the aggressive
+    budget. Where all are expected to run equally long, all get the same.
 
     Args:
         nodes: Draft tokens of a sequence on average.

@@ -23,9 +23,9 @@ _UNKNOWN = 0.25  # variance that a rate may have although it was never seen to v
 class Acceptance:
     """Estimate of P(level i of a draft is accepted | the levels above were), with a prior that fades.
 
-    A sequence that was offered fewer levels than asked counts as a miss at the first one missing: an empty proposal costs
-    the same forward as a wrong one. Beside the counts that remember about 100 drafts runs a copy that remembers about 10; where
-    the two differ by more than chance allows, the long memory is dropped.
+    A sequence that was offered fewer levels than asked counts as a miss at the first one missing: an empty
+    proposal costs the same forward as a wrong one. Beside the counts that remember about 100 drafts runs a
+    copy that remembers about 10; where the two differ by more than chance allows, the long memory is dropped.
     """
 
     def __init__(self, prior: float) -> None:
@@ -98,8 +98,8 @@ class Acceptance:
 
 
 def expected_tokens(rates: Sequence[float]) -> float:
-    """Tokens one step commits for each sequence: 1 + Σ_i Π_{j≤i} P(level j) (Leviathan et al., arXiv 2211.17192, eq. 1, with a
-    probability for each level)."""
+    """Tokens one step commits for each sequence: 1 + Σ_i Π_{j≤i} P(level j) (Leviathan et al., arXiv
+    2211.17192, eq. 1, with a probability for each level)."""
     total, running = 1.0, 1.0
     for rate in rates:
         running *= rate
@@ -110,8 +110,8 @@ def expected_tokens(rates: Sequence[float]) -> float:
 class CostModel:
     """Seconds and tokens of every strategy in every bucket: measured where it ran, else from what is alike.
 
-    - Forward: by (bucket, strategy) where measured; else the calibrated time of that many tokens at that context, scaled by what
-      plain decoding in the bucket takes now against its calibration.
+    - Forward: by (bucket, strategy) where measured; else the calibrated time of that many tokens at that
+      context, scaled by what plain decoding in the bucket takes now against its calibration.
     - Drafting: by (bucket, strategy) where measured; else by level of the same drafter, else a first guess.
     - Tokens: acceptance by level of the drafter's chains or trees, over all buckets.
 
@@ -123,7 +123,9 @@ class CostModel:
         surprised_by: The drafter whose acceptance the last step showed to have changed, if it did.
     """
 
-    def __init__(self, forward_seconds: Callable[[int, int, int], float], draft_seconds: Callable[[str, int], float]) -> None:
+    def __init__(
+        self, forward_seconds: Callable[[int, int, int], float], draft_seconds: Callable[[str, int], float]
+    ) -> None:
         self._forward_guess, self._draft_guess = forward_seconds, draft_seconds
         self._forward: dict[tuple[Bucket, Strategy], float] = {}
         self._draft: dict[tuple[Bucket, Strategy], float] = {}
@@ -145,10 +147,16 @@ class CostModel:
 
     def tokens(self, strategy: Strategy) -> float:
         """Expected tokens of a sequence and step."""
-        return 1.0 if strategy.drafter is None else expected_tokens(self.accepted(strategy).rates(strategy.depth))
+        return (
+            1.0
+            if strategy.drafter is None
+            else expected_tokens(self.accepted(strategy).rates(strategy.depth))
+        )
 
     def hoped_tokens(self, strategy: Strategy) -> float:
-        """What they may turn out to be: 1.5 standard errors more, which grow with the time since the drafter last ran."""
+        """What they may turn out to be: 1.5 standard errors more, which grow with the time since the drafter
+        last ran.
+        """
         if strategy.drafter is None:
             return 1.0
         idle = self._steps - self._last_seen.get((strategy.drafter, strategy.width > 1), 0)
@@ -156,7 +164,11 @@ class CostModel:
 
     def seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         """Expected seconds of a step."""
-        return self._forward_seconds(strategy, bucket) + self._draft_seconds(strategy, bucket) + self._rest.get(bucket.batch, 0.0)
+        return (
+            self._forward_seconds(strategy, bucket)
+            + self._draft_seconds(strategy, bucket)
+            + self._rest.get(bucket.batch, 0.0)
+        )
 
     def has_timed(self, strategy: Strategy, bucket: Bucket) -> bool:
         """Whether the strategy's forward was measured in the bucket."""
@@ -179,12 +191,14 @@ class CostModel:
         measured = self._draft.get((bucket, strategy))
         if measured is not None:
             return measured
-        level = self._level.get((bucket.batch, strategy.drafter), self._draft_guess(strategy.drafter, bucket.batch))
+        level = self._level.get(
+            (bucket.batch, strategy.drafter), self._draft_guess(strategy.drafter, bucket.batch)
+        )
         return level * strategy.depth
 
     def add(self, feedback: StepFeedback) -> bool:
-        """Learns from a step. Returns whether its time says what the strategy costs: a drafter's first draft after a pause also
-        reads what was committed meanwhile."""
+        """Learns from a step. Returns whether its time says what the strategy costs: a drafter's first draft
+        after a pause also reads what was committed meanwhile."""
         bucket = bucket_of(feedback.active, feedback.context)
         strategy = feedback.strategy
         self._steps += 1

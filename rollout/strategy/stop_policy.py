@@ -18,8 +18,8 @@ def entropy(log_q: torch.Tensor) -> torch.Tensor:
 
 
 class EntropyThreshold:
-    """SVIP (Zhang et al., "Draft Model Knows When to Stop", arXiv 2411.18462): goes on while √H(q) is at most a
-    threshold, because 1 − √(c·H(q)) is approximately a lower bound of the chance to be accepted.
+    """SVIP (Zhang et al., "Draft Model Knows When to Stop", arXiv 2411.18462): goes on while √H(q) is at most
+    a threshold, because 1 − √(c·H(q)) is approximately a lower bound of the chance to be accepted.
 
     Args:
         threshold: Of the square root of the draft distribution's entropy in nats.
@@ -39,12 +39,12 @@ class EntropyThreshold:
 
 
 class LearnedThreshold:
-    """SpecDec++ (Huang et al., arXiv 2405.19715): stops when the predicted probability that some token of the draft is
-    rejected exceeds a threshold, the form of the optimal rule.
+    """SpecDec++ (Huang et al., arXiv 2405.19715): stops when the predicted probability that some token of the
+    draft is rejected exceeds a threshold, the form of the optimal rule.
 
-    The paper's acceptance head reads the draft model's hidden state; this one is a logistic regression on the token's
-    log-probability, the distribution's entropy and the depth, learned by gradient descent from every verification, so that it
-    follows the drafter.
+    The paper's acceptance head reads the draft model's hidden state; this one is a logistic regression on the
+    token's log-probability, the distribution's entropy and the depth, learned by gradient descent from every
+    verification, so that it follows the drafter.
 
     Args:
         threshold: Most probability that any drafted token is rejected.

@@ -28,7 +28,9 @@ class Strategy:
 
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.depth == 0) or self.depth < 0:
-            raise ValueError(f"strategy {self.drafter}:{self.depth}: name a drafter with a depth of at least 1, or neither")
+            raise ValueError(
+                f"strategy {self.drafter}:{self.depth}: name a drafter with a depth of at least 1, or neither"
+            )
         if self.width < 1:
             raise ValueError(f"strategy {self.drafter}: width is {self.width}, write at least 1")
         if self.width == 1 or self.nodes == 0:
@@ -51,8 +53,8 @@ class Strategy:
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """Reads what ``str`` writes: ``plain``, ``<drafter>:<depth>`` for a chain, ``<drafter>:<depth>x<width>/<nodes>`` for a
-        tree.
+        """Reads what ``str`` writes: ``plain``, ``<drafter>:<depth>`` for a chain,
+        ``<drafter>:<depth>x<width>/<nodes>`` for a tree.
 
         Raises:
             ValueError: for anything else.
@@ -62,7 +64,8 @@ class Strategy:
         match = re.fullmatch(r"([a-z0-9_]+):(\d+)(?:x(\d+)/(\d+))?", text)
         if match is None:
             raise ValueError(
-                f"strategy {text!r}: write plain, <drafter>:<depth> or <drafter>:<depth>x<width>/<nodes>, for example eagle3:5x4/12"
+                f"strategy {text!r}: write plain, <drafter>:<depth> or <drafter>:<depth>x<width>/<nodes>, "
+                "for example eagle3:5x4/12"
             )
         name, depth, width, nodes = match.groups()
         return cls(name, int(depth), int(width or 1), int(nodes or 0))
@@ -101,8 +104,8 @@ class StepFeedback:
 class Selector(Protocol):
     """Chooses a strategy before each step from counts and times alone; it never sees a token.
 
-    The choice is made before the step's random numbers are used, so each step's tokens have the target's distribution given the
-    past whatever was chosen, and so has the whole sequence.
+    The choice is made before the step's random numbers are used, so each step's tokens have the target's
+    distribution given the past whatever was chosen, and so has the whole sequence.
     """
 
     def choose(self, active: int, context: int) -> Strategy:

@@ -14,8 +14,8 @@ from paceline.rollout.trees.expander import Brancher, Uniform, log_probs, target
 class StopPolicy(Protocol):
     """Decides before each draft token but the first whether it is drawn.
 
-    It may look at the drafter's distribution for it, and at the tokens before it; never at the token itself, which would leave
-    those that are kept with another distribution than was reported.
+    It may look at the drafter's distribution for it, and at the tokens before it; never at the token itself,
+    which would leave those that are kept with another distribution than was reported.
     """
 
     def begin(self, batch: int) -> None:
@@ -43,9 +43,10 @@ def grow_chain(
     Args:
         brancher: The drafter.
         depth: Most tokens.
-        uniform: The step's numbers, to draw from the drafter's distribution; None takes the likeliest token each time, a
-            function of what is committed.
-        greedy: bool [B], rows that take the likeliest token even so (it is then all of the distribution it was drawn from).
+        uniform: The step's numbers, to draw from the drafter's distribution; None takes the likeliest token
+            each time, a function of what is committed.
+        greedy: bool [B], rows that take the likeliest token even so (it is then all of the distribution it
+            was drawn from).
         stop: When to end earlier; None never does.
     """
     logits = brancher.root()
@@ -56,7 +57,9 @@ def grow_chain(
     if stop is not None:
         stop.begin(batch)
     for level in range(depth):
-        log_q = log_probs(logits, brancher.temperatures) if stop is not None or uniform is not None else logits
+        log_q = (
+            log_probs(logits, brancher.temperatures) if stop is not None or uniform is not None else logits
+        )
         if stop is not None and level > 0:
             alive = alive & stop.go_on(log_q)
             if not bool(alive.any()):

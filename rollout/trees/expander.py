@@ -31,7 +31,8 @@ class Brancher(Protocol):
 
         Args:
             tokens: int64 [B, E], target ids.
-            parents: int64 [B, E], which of the nodes expanded before, in their order, each hangs on; ``-1`` for the root.
+            parents: int64 [B, E], which of the nodes expanded before, in their order, each hangs on; ``-1``
+                for the root.
         """
         ...
 
@@ -51,7 +52,8 @@ class TreeLimits:
     nodes: int
 
 
-Uniform = Callable[[int, int], torch.Tensor]  # (first, count) → float64 [B, count] of the step's numbers for drawing
+# (first, count) → float64 [B, count] of the step's numbers for drawing
+Uniform = Callable[[int, int], torch.Tensor]
 
 
 def log_probs(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
@@ -65,11 +67,13 @@ def target_ids(columns: torch.Tensor, vocabulary: torch.Tensor | None) -> torch.
     return columns if vocabulary is None else vocabulary[columns]
 
 
-def draw_without_replacement(probs: torch.Tensor, noise: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_without_replacement(
+    probs: torch.Tensor, noise: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``count`` distinct tokens in the order in which drawing one after another gives them.
 
-    Gumbel-top-k (Kool, van Hoof, Welling: "Stochastic Beams and Where to Find Them", arXiv 1903.06059, section 2.3): the largest of
-    log q + Gumbel noise are a sample without replacement, in order.
+    Gumbel-top-k (Kool, van Hoof, Welling: "Stochastic Beams and Where to Find Them", arXiv 1903.06059,
+    section 2.3): the largest of log q + Gumbel noise are a sample without replacement, in order.
 
     Args:
         probs: float32 [..., W].
@@ -77,8 +81,10 @@ def draw_without_replacement(probs: torch.Tensor, noise: torch.Tensor, count: in
         count: At most W.
 
     Returns:
-        int64 [..., count], and float32 [..., count, W]: what each was drawn from, q without those before it, normalised. Where
-        nothing was left but tokens of no mass, the choice among them is fixed, and that row has all its mass there.
+        int64 [..., count], and float32 [..., count, W]: what each was drawn from, q without those before it,
+            normalised. Where
+        nothing was left but tokens of no mass, the choice among them is fixed, and that row has all its mass
+        there.
     """
     race = -torch.log((-torch.log1p(-noise.double())).clamp(min=1e-300))  # 1 − u is never 0
     chosen = (probs.double().clamp(min=0).log() + race).topk(count, dim=-1).indices

@@ -11,10 +11,10 @@ from paceline.rollout.trees.expander import Brancher, TreeLimits, log_probs, tar
 def grow_dynamic(brancher: Brancher, limits: TreeLimits) -> DraftTree:
     """Expands the most confident nodes of each level, then keeps the best of all.
 
-    EAGLE-2 (Li et al., arXiv 2406.16858, sections 4.1 and 4.2): a node's value is the product of the drafter's probabilities on
-    its path, which estimates the probability that it is accepted. The ``width`` nodes of largest value of a level are expanded,
-    each to its ``width`` likeliest tokens; of all nodes the ``nodes`` of largest value are verified. A child's value is never
-    above its parent's, so these are a tree.
+    EAGLE-2 (Li et al., arXiv 2406.16858, sections 4.1 and 4.2): a node's value is the product of the
+    drafter's probabilities on its path, which estimates the probability that it is accepted. The ``width``
+    nodes of largest value of a level are expanded, each to its ``width`` likeliest tokens; of all nodes the
+    ``nodes`` of largest value are verified. A child's value is never above its parent's, so these are a tree.
 
     The tree is a function of the committed tokens: deterministic.
     """
@@ -27,11 +27,11 @@ def grow_dynamic(brancher: Brancher, limits: TreeLimits) -> DraftTree:
 def grow_opt_tree(brancher: Brancher, limits: TreeLimits, gain: float) -> DraftTree:
     """The tree of largest expected acceptance length for a budget of nodes, as deep as it pays.
 
-    OPT-Tree (Wang et al., "OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure", arXiv 2406.17276, section 3 and
-    algorithm 1): with the drafter's path probability as a node's chance to be accepted, the expected acceptance length is the sum
-    of these over the tree, so the best tree is made of the ``nodes`` of largest value. Only a node among these can have children
-    among them, so only those are expanded; drafting stops when a level adds less than ``gain`` to the expectation of the batch's
-    mean.
+    OPT-Tree (Wang et al., "OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure", arXiv
+    2406.17276, section 3 and algorithm 1): with the drafter's path probability as a node's chance to be
+    accepted, the expected acceptance length is the sum of these over the tree, so the best tree is made of
+    the ``nodes`` of largest value. Only a node among these can have children among them, so only those are
+    expanded; drafting stops when a level adds less than ``gain`` to the expectation of the batch's mean.
 
     Args:
         brancher: The drafter.
@@ -63,7 +63,8 @@ class _Candidates:
         self._values = values
         self._parents = torch.full_like(columns, -1)
         self._newest = 0  # the first candidate of the newest level
-        self._expanded = torch.zeros(len(values), 0, dtype=torch.long, device=values.device)  # candidates, in order of expansion
+        # candidates, in order of expansion
+        self._expanded = torch.zeros(len(values), 0, dtype=torch.long, device=values.device)
 
     def expand(self, count: int) -> None:
         """The ``count`` best of the newest level get children."""
@@ -76,8 +77,12 @@ class _Candidates:
         self._expanded = torch.cat([self._expanded, frontier], dim=1)
         values, columns = log_probs(logits, self._brancher.temperatures).topk(self._width, dim=-1)
         self._newest = self._values.shape[1]
-        self._values = torch.cat([self._values, (self._values.gather(1, frontier)[..., None] + values).flatten(1)], dim=1)
-        self._tokens = torch.cat([self._tokens, target_ids(columns, self._brancher.vocabulary).flatten(1)], dim=1)
+        self._values = torch.cat(
+            [self._values, (self._values.gather(1, frontier)[..., None] + values).flatten(1)], dim=1
+        )
+        self._tokens = torch.cat(
+            [self._tokens, target_ids(columns, self._brancher.vocabulary).flatten(1)], dim=1
+        )
         children = frontier[..., None].expand(-1, -1, self._width).flatten(1)
         self._parents = torch.cat([self._parents, children], dim=1)
 
@@ -96,10 +101,14 @@ class _Candidates:
         return float(best.exp().sum(-1).mean())
 
     def best(self) -> DraftTree:
-        """The nodes of largest value, largest first; of equals those found first, so that none precedes its parent."""
+        """The nodes of largest value, largest first; of equals those found first, so that none precedes its
+        parent.
+        """
         nodes = min(self._limits.nodes, self._values.shape[1])
         order = self._values.sort(dim=-1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
         kept = order[:, :nodes]
         above = self._parents.gather(1, kept)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)

@@ -6,15 +6,23 @@ import torch
 
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.draft_tree import MOST_NODES, DraftKind, DraftTree
-from paceline.rollout.trees.expander import Brancher, TreeLimits, Uniform, draw_without_replacement, log_probs, target_ids
+from paceline.rollout.trees.expander import (
+    Brancher,
+    TreeLimits,
+    Uniform,
+    draw_without_replacement,
+    log_probs,
+    target_ids,
+)
 
 
 def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
-    """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many as of the one above.
+    """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many
+    as of the one above.
 
     The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706) and the constant branching of
-    Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known before anything is drawn; nodes are in order
-    of levels.
+    Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known before anything is drawn; nodes are in
+    order of levels.
 
     Args:
         brancher: The drafter.
@@ -33,10 +41,11 @@ def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replac
 def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> DraftTree:
     """Greedy expansion by estimated acceptance, a level at a time.
 
-    DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv 2410.11744, its threshold
-    variant): a node that may get its next child has the value v, the product of the drafter's probabilities on its path times the
-    mass its earlier children left. The next child, drawn without replacement from what is left, gets v · r(x), and the node keeps
-    v · (1 − r(x)). Nodes go on getting children while v is at least the threshold, here one over the budget.
+    DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv
+    2410.11744, its threshold variant): a node that may get its next child has the value v, the product of the
+    drafter's probabilities on its path times the mass its earlier children left. The next child, drawn
+    without replacement from what is left, gets v · r(x), and the node keeps v · (1 − r(x)). Nodes go on
+    getting children while v is at least the threshold, here one over the budget.
 
     Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
     """
@@ -69,7 +78,9 @@ def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> Dra
 
 
 class _Drawn:
-    """Nodes in order of levels, with what each was drawn from. All rows have the same shape; `keep` says which nodes are real."""
+    """Nodes in order of levels, with what each was drawn from. All rows have the same shape; `keep` says
+    which nodes are real.
+    """
 
     def __init__(self, brancher: Brancher, uniform: Uniform) -> None:
         self._brancher, self._uniform = brancher, uniform
@@ -125,12 +136,15 @@ class _Drawn:
         self._level = log_probs(logits, self._brancher.temperatures).exp()
 
     def drawn_mass(self, first: int) -> torch.Tensor:
-        """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on the CPU."""
+        """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on
+        the CPU.
+        """
         columns, probs = torch.cat(self._columns, 1)[:, first:], torch.cat(self._probs, 1)[:, first:]
         return probs.gather(-1, columns[..., None])[..., 0].double().cpu()
 
     def keep(self, first: int, wanted: torch.Tensor) -> None:
-        """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent is."""
+        """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent
+        is."""
         self._kept[first] = wanted
 
     def finish(self) -> DraftTree:
@@ -141,10 +155,14 @@ class _Drawn:
         parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
         if not self._kept:
             lengths = torch.full((batch,), nodes)
-            return DraftTree(target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary, self._kind)
+            return DraftTree(
+                target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary, self._kind
+            )
         real = torch.cat([self._kept[first] for first in sorted(self._kept)], 1).to(columns.device)
         order = (~real).long().sort(dim=-1, stable=True).indices
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(nodes, device=order.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(nodes, device=order.device).expand_as(order)
+        )
         above = parents.gather(1, order)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
         lengths = real.sum(-1).cpu()

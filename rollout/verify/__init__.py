@@ -1,4 +1,6 @@
-"""Lossless verifiers: pure functions of what the target says, the draft, and uniforms. A new one is one file and one line here."""
+"""Lossless verifiers: pure functions of what the target says, the draft, and uniforms. A new one is one file
+and one line here.
+"""
 
 from paceline.rollout.verify.block import verify_block
 from paceline.rollout.verify.chain import verify_chain

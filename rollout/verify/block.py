@@ -12,24 +12,30 @@ from paceline.rollout.verify.verifier import verifier
 
 @verifier("block", trees=False)
 def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
-    """Block verification (Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv 2403.10444, Algorithm 2).
+    """Block verification (Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv
+    2403.10444, Algorithm 2).
 
     Theorem (Sun et al., theorems 1 and 2). For draft tokens X_1 … X_n let w_0 = 1 and
-    w_i = min(1, w_{i−1} · p(X_i | X_{<i}) / q(X_i | X_{<i})). The accepted length τ is the *last* i whose own uniform is at most
-    h_i::
+    w_i = min(1, w_{i−1} · p(X_i | X_{<i}) / q(X_i | X_{<i})). The accepted length τ is the *last* i whose own
+    uniform is at most h_i::
 
-        s_i = Σ_x max(0, w_i · p(x | X_{≤i}) − q(x | X_{≤i})),   h_i = s_i / (s_i + 1 − w_i) for i < n,   h_n = w_n
+        s_i = Σ_x max(0, w_i · p(x | X_{≤i}) − q(x | X_{≤i})),   h_i = s_i / (s_i + 1 − w_i) for i < n,   h_n
+        = w_n
 
-    and the next token is drawn from p where τ = n, else in proportion to max(0, w_τ · p − q) after X_τ. The committed tokens
-    then have the target's law, and no verifier of one chain accepts more in expectation; a prefix that token-by-token verification
-    would give up at its first rejection is kept where later tokens make up for it.
+    and the next token is drawn from p where τ = n, else in proportion to max(0, w_τ · p − q) after X_τ. The
+    committed tokens then have the target's law, and no verifier of one chain accepts more in expectation; a
+    prefix that token-by-token verification would give up at its first rejection is kept where later tokens
+    make up for it.
 
-    The proof takes the draft's length at each prefix as given, so that a chain may end where its own earlier tokens say so.
+    The proof takes the draft's length at each prefix as given, so that a chain may end where its own earlier
+    tokens say so.
 
-    Every uniform takes part in every outcome: unlike in chain verification, none may be used again at the next step.
+    Every uniform takes part in every outcome: unlike in chain verification, none may be used again at the
+        next step.
 
     Args:
-        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and after each draft token.
+        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and
+            after each draft token.
         draft: Chains of up to N nodes with ``probs``.
         uniforms: The random numbers.
 
@@ -55,7 +61,9 @@ def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     p = target_probs[rows, chosen]
     rest = _rest(p, at_chosen, draft, chosen.clamp(max=draft.nodes - 1))
     weights = torch.where(((chosen < lengths) & (rest.sum(-1) > 0))[:, None], rest, p)
-    return Verification(chain_path(draft), chosen, draw(weights, uniforms.target.gather(1, chosen[:, None])[:, 0]))
+    return Verification(
+        chain_path(draft), chosen, draw(weights, uniforms.target.gather(1, chosen[:, None])[:, 0])
+    )
 
 
 def _rest(p: torch.Tensor, weight: torch.Tensor, draft: DraftTree, nodes: torch.Tensor) -> torch.Tensor:

@@ -19,19 +19,23 @@ from paceline.rollout.verify.verifier import verifier
 
 @verifier("chain", trees=False)
 def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
-    """Speculative sampling (Leviathan et al., arXiv 2211.17192, Algorithm 1; Chen et al., arXiv 2302.01318, Algorithm 2).
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192, Algorithm 1; Chen et al., arXiv 2302.01318,
+    Algorithm 2).
 
-    Theorem (Leviathan et al., appendix A.1). Let p be the target's distribution at a node and q the one that the draft token
-    x was drawn from. Accept x with probability min(1, p(x)/q(x)); on rejection draw from the residual
-    r(y) ∝ max(0, p(y) − q(y)). Then the token kept has distribution p, whatever q is::
+    Theorem (Leviathan et al., appendix A.1). Let p be the target's distribution at a node and q the one that
+    the draft token x was drawn from. Accept x with probability min(1, p(x)/q(x)); on rejection draw from the
+    residual r(y) ∝ max(0, p(y) − q(y)). Then the token kept has distribution p, whatever q is::
 
-        P(y) = q(y)·min(1, p(y)/q(y)) + (1 − Σ_x min(p(x), q(x))) · r(y) = min(p, q)(y) + max(0, p − q)(y) = p(y)
+        P(y) = q(y)·min(1, p(y)/q(y)) + (1 − Σ_x min(p(x), q(x))) · r(y) = min(p, q)(y) + max(0, p − q)(y) =
+        p(y)
 
-    since 1 − Σ min(p, q) = Σ max(0, p − q) is just what normalises r. When every draft token is kept, one more is drawn from p.
-    Whether a further token was drafted may depend on the tokens before it: the theorem is applied given those.
+    since 1 − Σ min(p, q) = Σ max(0, p − q) is just what normalises r. When every draft token is kept, one
+    more is drawn from p. Whether a further token was drafted may depend on the tokens before it: the theorem
+    is applied given those.
 
     Args:
-        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and after each draft token.
+        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and
+            after each draft token.
         draft: Chains of up to N nodes with ``probs``.
         uniforms: The random numbers.
 
@@ -46,4 +50,6 @@ def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     # of every row: picking out the rejected ones would wait for a GPU
     rest = residual(weights, *drawn_from(draft, accepted.clamp(max=draft.nodes - 1)))
     weights = torch.where((accepted < lengths)[:, None], rest, weights)
-    return Verification(chain_path(draft), accepted, draw(weights, uniforms.target.gather(1, accepted[:, None])[:, 0]))
+    return Verification(
+        chain_path(draft), accepted, draw(weights, uniforms.target.gather(1, accepted[:, None])[:, 0])
+    )

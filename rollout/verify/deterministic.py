@@ -11,23 +11,27 @@ from paceline.rollout.verify.outcome import Verification, chain_path, leading_ru
 def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:
     """Walks down the tree while what the target itself draws is there.
 
-    Theorem (Leviathan et al., arXiv 2211.17192, Algorithm 1 with q = δ_x, for each child in turn). Let y be drawn from the
-    target's distribution p at a node with children S. Go on to the child y where y ∈ S: that has probability p(S), and y is the
-    committed token either way, so it has distribution p. No verifier accepts more often than p(S) when S is fixed, because an
-    accepted token lies in S. It is moreover *the token that plain decoding draws with the same random number*: by induction the
-    committed tokens are those of plain decoding with the same seed, not only equal in law. At temperature 0, y is the argmax,
+    Theorem (Leviathan et al., arXiv 2211.17192, Algorithm 1 with q = δ_x, for each child in turn). Let y be
+    drawn from the target's distribution p at a node with children S. Go on to the child y where y ∈ S: that
+    has probability p(S), and y is the committed token either way, so it has distribution p. No verifier
+    accepts more often than p(S) when S is fixed, because an accepted token lies in S. It is moreover *the
+    token that plain decoding draws with the same random number*: by induction the committed tokens are those
+        of plain decoding with the same seed, not only equal in law. At temperature 0, y is the argmax,
     and they are those of greedy decoding (Stern et al., arXiv 1811.03115, section 3).
 
     Args:
-        drawn: int64 [B, N + 1], the target's draw after the last committed token and after each node; nodes of one depth share
-            their random number.
+        drawn: int64 [B, N + 1], the target's draw after the last committed token and after each node; nodes
+            of one depth share their random number.
         draft: A chain or tree of N nodes; its kind must be fixed. Of equal siblings the first counts.
 
     Raises:
         ValueError: for a drawn draft.
     """
     if draft.kind is not DraftKind.FIXED:
-        raise ValueError(f"following the target's draws is for fixed drafts, this one is {draft.kind}: take one of VERIFIERS")
+        raise ValueError(
+            f"following the target's draws is for fixed drafts, this one is {draft.kind}: take one of "
+            "VERIFIERS"
+        )
     if draft.parents is None:
         accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths)
         return Verification(chain_path(draft), accepted, drawn.gather(1, accepted[:, None])[:, 0])

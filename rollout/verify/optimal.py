@@ -1,6 +1,8 @@
-"""How often a verifier can accept, and how often the best one could: for benchmarks and tests, not for decoding.
+"""How often a verifier can accept, and how often the best one could: for benchmarks and tests, not for
+decoding.
 
-All probabilities are those of accepting one of k candidates of one token, for a target distribution p and a draft distribution q.
+All probabilities are those of accepting one of k candidates of one token, for a target distribution p and a
+draft distribution q.
 """
 
 from __future__ import annotations
@@ -33,11 +35,14 @@ def spectr_acceptance(p: np.ndarray, q: np.ndarray, count: int) -> float:
     return float(select_rho(target, drafter, torch.tensor([count]))[1])
 
 
-def recursive_acceptance(p: np.ndarray, q: np.ndarray, count: int, replacement: bool, draws: int = 4096, seed: int = 0) -> float:
+def recursive_acceptance(
+    p: np.ndarray, q: np.ndarray, count: int, replacement: bool, draws: int = 4096, seed: int = 0
+) -> float:
     """Of recursive rejection sampling.
 
-    Exact with replacement, where the residuals are fixed. Without, what is drawn from depends on the candidates refused: the mean
-    over ``draws`` sequences of candidates, each with its own probability of acceptance.
+    Exact with replacement, where the residuals are fixed. Without, what is drawn from depends on the
+    candidates refused: the mean over ``draws`` sequences of candidates, each with its own probability of
+        acceptance.
     """
     if replacement:
         refused = 1.0
@@ -47,7 +52,9 @@ def recursive_acceptance(p: np.ndarray, q: np.ndarray, count: int, replacement: 
         return float(1 - refused)
     generator = np.random.default_rng(seed)
     with np.errstate(divide="ignore"):
-        order = np.argsort(-(np.log(q) + generator.gumbel(size=(draws, len(q)))), axis=1)[:, : min(count, np.count_nonzero(q))]
+        order = np.argsort(-(np.log(q) + generator.gumbel(size=(draws, len(q)))), axis=1)[
+            :, : min(count, np.count_nonzero(q))
+        ]
     rows = np.arange(draws)
     target, left = np.broadcast_to(p, (draws, len(p))), np.broadcast_to(q, (draws, len(q))).copy()
     missed = np.ones(draws)
@@ -56,7 +63,9 @@ def recursive_acceptance(p: np.ndarray, q: np.ndarray, count: int, replacement: 
         if i + 1 == order.shape[1]:  # the last one's own mean is known
             missed = missed * (1 - np.minimum(target, drawn_from).sum(1))
             break
-        missed = missed * (1 - np.minimum(1, target[rows, chosen] / np.maximum(drawn_from[rows, chosen], 1e-300)))
+        missed = missed * (
+            1 - np.minimum(1, target[rows, chosen] / np.maximum(drawn_from[rows, chosen], 1e-300))
+        )
         target = _residual(target, drawn_from)
         left[rows, chosen] = 0
     return float(1 - missed.mean())
@@ -72,13 +81,14 @@ def _residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def optimal_acceptance(p: np.ndarray, q: np.ndarray, count: int, replacement: bool) -> float:
     """The largest probability with which any lossless verifier accepts one of ``count`` candidates.
 
-    The dual of the optimal transport problem (Hu et al., "Towards Optimal Multi-draft Speculative Decoding", arXiv 2502.18779; by
-    max-flow min-cut)::
+    The dual of the optimal transport problem (Hu et al., "Towards Optimal Multi-draft Speculative Decoding",
+    arXiv 2502.18779; by max-flow min-cut)::
 
         1 + min over sets of tokens H of  p(H) − P(all candidates lie in H)
 
-    and the minimum is attained on a set that holds the tokens of smallest p/q, so that V + 1 sets suffice. Large vocabularies are
-    searched in steps that narrow down on the minimum, which is convex along that order.
+    and the minimum is attained on a set that holds the tokens of smallest p/q, so that V + 1 sets suffice.
+    Large vocabularies are searched in steps that narrow down on the minimum, which is convex along that
+    order.
 
     Args:
         p, q: float64 [V].
@@ -109,10 +119,10 @@ def optimal_acceptance(p: np.ndarray, q: np.ndarray, count: int, replacement: bo
 def _all_inside(q: np.ndarray, size: int, count: int) -> float:
     """P(``count`` tokens drawn without replacement are all among the first ``size``).
 
-    Drawing without replacement is a race of exponential clocks with rates q: all winners are inside exactly when ``count`` inside
-    clocks ring before the first outside one, which rings at an exponential time T of rate q(outside). So it is E[P(at least
-    ``count`` of independent events of probability 1 − e^{−q(x) T})], over u = e^{−q(outside) T} uniform, by Gauss–Legendre
-    quadrature.
+    Drawing without replacement is a race of exponential clocks with rates q: all winners are inside exactly
+    when ``count`` inside clocks ring before the first outside one, which rings at an exponential time T of
+    rate q(outside). So it is E[P(at least ``count`` of independent events of probability 1 − e^{−q(x) T})],
+    over u = e^{−q(outside) T} uniform, by Gauss–Legendre quadrature.
     """
     positive = q[:size][q[:size] > 0]
     if len(positive) < count:
@@ -126,7 +136,8 @@ def _all_inside(q: np.ndarray, size: int, count: int) -> float:
     u, jacobian = s**3, 3 * s**2 / 2 * weights
     times = -np.log(u) / outside
     rings = -np.expm1(-np.multiply.outer(times, positive))
-    # [times, clocks, count]: the chances that 0, 1, … of a clock's events happen, clocks joined pair by pair until one is left
+    # [times, clocks, count]: the chances that 0, 1, … of a clock's events happen, clocks joined pair by pair
+    #     until one is left
     chances = np.zeros((*rings.shape, count))
     chances[..., 0] = 1 - rings
     if count > 1:
@@ -141,10 +152,11 @@ def _all_inside(q: np.ndarray, size: int, count: int) -> float:
 
 
 def optimal_acceptance_lp(p: np.ndarray, q: np.ndarray, count: int, replacement: bool) -> float:
-    """The same by the linear program itself: for small vocabularies, with V^count candidate tuples. Needs scipy.
+    """The same by the linear program itself: for small vocabularies, with V^count candidate tuples. Needs
+    scipy.
 
-    Maximise Σ π(y, S) over couplings of the token y and the set S of candidates with y ∈ S (Sun et al., arXiv 2310.15141, section
-    3)::
+    Maximise Σ π(y, S) over couplings of the token y and the set S of candidates with y ∈ S (Sun et al., arXiv
+    2310.15141, section 3)::
 
         Σ_S π(y, S) ≤ p(y),   Σ_y π(y, S) ≤ P(S)
     """

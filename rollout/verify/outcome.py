@@ -38,11 +38,15 @@ class Verification:
 
 
 def drawn_from(draft: DraftTree, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What node ``nodes[b]`` of each row was drawn from: float32 [B, W], and the target ids of its entries as in `DraftTree`."""
+    """What node ``nodes[b]`` of each row was drawn from: float32 [B, W], and the target ids of its entries as
+    in `DraftTree`.
+    """
     assert draft.probs is not None
     rows = torch.arange(len(nodes), device=nodes.device)
     own = draft.vocabulary is not None and draft.vocabulary.ndim == 3
-    return draft.probs[rows, nodes], draft.vocabulary[rows, nodes] if own and draft.vocabulary is not None else draft.vocabulary
+    return draft.probs[rows, nodes], draft.vocabulary[
+        rows, nodes
+    ] if own and draft.vocabulary is not None else draft.vocabulary
 
 
 def subtract(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
@@ -63,15 +67,17 @@ def subtract(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torc
 
 
 def residual(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """max(0, p − q) normalised; arguments as in `subtract`. A row where it vanishes by rounding (p = q, where rejection has
-    probability zero) gives p."""
+    """max(0, p − q) normalised; arguments as in `subtract`. A row where it vanishes by rounding (p = q, where
+    rejection has probability zero) gives p."""
     rest = subtract(p, q, ids)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total, p)
 
 
 def leading_run(kept: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Length of each row's leading run of True within its first ``lengths`` entries. bool [B, N], int64 [B] → int64 [B]."""
+    """Length of each row's leading run of True within its first ``lengths`` entries. bool [B, N], int64 [B] →
+    int64 [B].
+    """
     inside = torch.arange(kept.shape[1], device=kept.device) < lengths.to(kept.device)[:, None]
     return (kept & inside).long().cumprod(-1).sum(-1)
 

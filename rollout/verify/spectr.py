@@ -17,15 +17,17 @@ def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Unifor
     """k-sequential selection (Sun et al., "SpecTr", arXiv 2310.15141, Algorithm 2, K-SEQ).
 
     Theorem (Sun et al., theorem 2). Let x_1 … x_k be drawn independently from q, and for ρ in [1, k] let
-    β = Σ_x min(q(x), p(x)/ρ). Accept the first x_i whose uniform is below p(x_i)/(ρ q(x_i)): some one is with probability
-    a = 1 − (1 − β)^k, and it then has distribution min(q, p/ρ)/β. Where none is, draw from
-    (p − min(q, p/ρ) · a/β) / (1 − a), which is a distribution as long as a ≤ ρβ. So the committed token has distribution p. The
-    least such ρ, where a = ρβ, is found by bisection; acceptance is then within a factor 1 − 1/e of the best possible.
-    The candidates must be independent and their number k known before they are drawn: (1 − β)^k is the probability that all are
-    refused only then. Siblings drawn without replacement are neither, and would leave the committed token with another law.
+    β = Σ_x min(q(x), p(x)/ρ). Accept the first x_i whose uniform is below p(x_i)/(ρ q(x_i)): some one is with
+    probability a = 1 − (1 − β)^k, and it then has distribution min(q, p/ρ)/β. Where none is, draw from
+    (p − min(q, p/ρ) · a/β) / (1 − a), which is a distribution as long as a ≤ ρβ. So the committed token has
+    distribution p. The least such ρ, where a = ρβ, is found by bisection; acceptance is then within a factor
+    1 − 1/e of the best possible. The candidates must be independent and their number k known before they are
+    drawn: (1 − β)^k is the probability that all are refused only then. Siblings drawn without replacement are
+        neither, and would leave the committed token with another law.
 
     Args:
-        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and after each node.
+        target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and
+            after each node.
         draft: Trees of up to N nodes with ``probs``, siblings drawn with replacement.
         uniforms: The random numbers.
 
@@ -36,7 +38,9 @@ def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Unifor
     table = child_table(draft)
     rows = torch.arange(len(mass), device=mass.device)
 
-    def siblings(weights: torch.Tensor, node: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def siblings(
+        weights: torch.Tensor, node: torch.Tensor, alive: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         children = table[rows, node + 1]
         count = (children >= 0).sum(-1)
         q, ids = drawn_from(draft, children[:, 0].clamp(min=0))
@@ -46,7 +50,12 @@ def verify_spectr(target_probs: torch.Tensor, draft: DraftTree, uniforms: Unifor
         for child in children.T:
             at = child.clamp(min=0)
             p = weights.gather(-1, draft.tokens[rows, at, None])[:, 0].double()
-            keep = alive & (moved < 0) & (child >= 0) & (uniforms.accept[rows, at].to(p) * rho * mass[rows, at] < p)
+            keep = (
+                alive
+                & (moved < 0)
+                & (child >= 0)
+                & (uniforms.accept[rows, at].to(p) * rho * mass[rows, at] < p)
+            )
             moved = torch.where(keep, child, moved)
         shared = torch.minimum(q.double(), over / rho[:, None])
         taken = shared * (accept / shared.sum(-1).clamp(min=1e-300))[:, None]

@@ -33,8 +33,8 @@ class StatedVerifier:
     Attributes:
         name: For messages.
         function: Takes the target's probabilities float32 [B, N + 1, V], the draft and the random numbers.
-        covers: Kinds of trees whose output keeps the target's distribution. A chain has no siblings, so that a drawn chain of any
-            kind is covered by every verifier.
+        covers: Kinds of trees whose output keeps the target's distribution. A chain has no siblings, so that
+            a drawn chain of any kind is covered by every verifier.
         trees: Whether it reads trees at all.
     """
 
@@ -45,14 +45,22 @@ class StatedVerifier:
 
     def refusal(self, kind: DraftKind, chain: bool) -> str | None:
         if kind is DraftKind.FIXED:
-            return f"{self.name} verification is for drawn drafts, this one is fixed: follow the target's own draws instead"
+            return (
+                f"{self.name} verification is for drawn drafts, this one is fixed: follow the target's own "
+                f"draws instead"
+            )
         if chain:
             return None
         if not self.trees:
-            return f"{self.name} verification reads chains, this draft is a tree: verify with recursive, or draft chains"
+            return (
+                f"{self.name} verification reads chains, this draft is a tree: verify with recursive, or "
+                f"draft chains"
+            )
         if kind in self.covers:
             return None
-        return f"{self.name} verification does not cover siblings {kind}: verify with recursive, or draft chains"
+        return (
+            f"{self.name} verification does not cover siblings {kind}: verify with recursive, or draft chains"
+        )
 
     def __call__(self, target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
         refusal = self.refusal(draft.kind, draft.parents is None)
@@ -61,7 +69,9 @@ class StatedVerifier:
         return self.function(target_probs, draft, uniforms)
 
 
-def verifier(name: str, covers: Collection[DraftKind] = (), trees: bool = True) -> Callable[[VerifierFunction], StatedVerifier]:
+def verifier(
+    name: str, covers: Collection[DraftKind] = (), trees: bool = True
+) -> Callable[[VerifierFunction], StatedVerifier]:
     """Makes a function a `StatedVerifier`; arguments as there."""
 
     def made(function: VerifierFunction) -> StatedVerifier:

@@ -53,7 +53,9 @@ def test_descent_reaches_the_teacher(name):
 
 
 def test_tvd_plus_points_where_total_variation_does():
-    """Its gradient is total variation's, standardised: the same direction up to a positive factor when the batch is one row."""
+    """Its gradient is total variation's, standardised: the same direction up to a positive factor when the
+    batch is one row.
+    """
     teacher = torch.softmax(torch.randn(1, 9, generator=torch.Generator().manual_seed(1)), -1)
     gradients = []
     for loss in (total_variation, total_variation_plus):
@@ -65,7 +67,9 @@ def test_tvd_plus_points_where_total_variation_does():
 
 def test_mass_outside_the_vocabulary_weighs_a_row():
     thin = HALF * 0.1
-    assert soft_cross_entropy(QUARTER.log(), thin).item() == pytest.approx(0.1 * soft_cross_entropy(QUARTER.log(), HALF).item())
+    assert soft_cross_entropy(QUARTER.log(), thin).item() == pytest.approx(
+        0.1 * soft_cross_entropy(QUARTER.log(), HALF).item()
+    )
 
 
 def test_length_loss_is_minus_the_expected_acceptance_length():
@@ -88,7 +92,9 @@ def test_length_loss_is_minus_the_expected_acceptance_length():
 
 
 def test_hopeless_positions_are_left_out():
-    """With a mask of all tokens nothing is hopeless; with one token only anchors whose likeliest is right keep their loss."""
+    """With a mask of all tokens nothing is hopeless; with one token only anchors whose likeliest is right
+    keep their loss.
+    """
     model = tiny_llama(sharpness=4.0)
     eagle = tiny_eagle3(model)
     _, rollouts = traces_of(model, count=4)
@@ -96,7 +102,9 @@ def test_hopeless_positions_are_left_out():
     losses = {}
     for top in (None, len(eagle.vocabulary), 1):
         with torch.no_grad():
-            losses[top] = float(unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, mask_top=top)).loss)
+            losses[top] = float(
+                unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, mask_top=top)).loss
+            )
     assert losses[len(eagle.vocabulary)] == pytest.approx(losses[None])
     assert losses[1] < losses[None]
 
@@ -124,7 +132,9 @@ def with_refusals():
     eagle = tiny_eagle3(model)
     engine = engine_for(model, collect_traces=True)
     engine.use_strategy("suffix:3")
-    rollouts = engine.generate([Request([3, 1, 4, 1, 3, 1, 4], SamplingParams(max_tokens=60), seed=i) for i in range(4)])
+    rollouts = engine.generate(
+        [Request([3, 1, 4, 1, 3, 1, 4], SamplingParams(max_tokens=60), seed=i) for i in range(4)]
+    )
     for r in rollouts:
         assert 0 < len(r.trace.refused) <= r.stats.steps
         assert (r.trace.refused[:, 0] > r.trace.num_prompt).all()
@@ -141,7 +151,9 @@ def test_refused_tokens_are_not_the_texts_and_come_with_what_the_target_says_aft
                 wanted = model.model(text[None]).last_hidden_state[0, -1]
             torch.testing.assert_close(final, wanted, rtol=1e-3, atol=1e-4)
     teacher = torch.cat([r.trace.refused_final for r in rollouts]) @ model.lm_head.weight.T
-    torch.testing.assert_close(batch.aside_teacher, torch.softmax(teacher, -1)[:, eagle.vocabulary], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        batch.aside_teacher, torch.softmax(teacher, -1)[:, eagle.vocabulary], rtol=1e-3, atol=1e-5
+    )
 
 
 def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusals):
@@ -165,9 +177,12 @@ def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusal
         told.advance()
         torch.testing.assert_close(draft.logits_aside()[0], told.logits(torch.tensor([position - 2]))[0])
         losses = [
-            unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, on_policy=w)).loss for w in (0.0, 1.0, 2.0)
+            unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, on_policy=w)).loss
+            for w in (0.0, 1.0, 2.0)
         ]
-    assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(float(losses[1] - losses[0]), rel=1e-4)
+    assert losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(
+        float(losses[1] - losses[0]), rel=1e-4
+    )
     assert len(final) == model.config.hidden_size
 
 
@@ -181,5 +196,7 @@ def test_feedback_alone_counts_where_drafts_were_refused(with_refusals):
         clean = replace(batch, refused=torch.zeros_like(batch.refused))
         assert unrolled_loss(eagle, model.model.embed_tokens, clean, objective).loss == 0
         full = replace(batch, refused=torch.ones_like(batch.refused))
-        torch.testing.assert_close(unrolled_loss(eagle, model.model.embed_tokens, full, objective).loss, everything)
+        torch.testing.assert_close(
+            unrolled_loss(eagle, model.model.embed_tokens, full, objective).loss, everything
+        )
     assert 0 < loss < everything

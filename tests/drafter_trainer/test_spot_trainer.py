@@ -32,7 +32,9 @@ def rollouts():
 
 def spot_for(setup, *, lr=3e-3, held_out_every=4, passes=8, **options) -> SpotTrainer:
     model, engine, made = setup
-    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    drafter = initial_drafter(
+        eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0
+    )
     buffer = buffer_of(made, held_out_every=held_out_every, passes=passes)
     return SpotTrainer([learner_for(drafter, model, lr=lr)], buffer, budget=64, **options)
 
@@ -104,7 +106,9 @@ def test_only_what_does_better_is_served(rollouts):
 
 
 def test_weights_that_are_not_finite_are_never_approved(rollouts):
-    """Also where nothing is kept back to judge by; training goes on from the approved weights, with fresh moments."""
+    """Also where nothing is kept back to judge by; training goes on from the approved weights, with fresh
+    moments.
+    """
     spot = spot_for(rollouts, judge_every=1, held_out_every=0)
     before = weights(spot.approved).clone()
     with torch.no_grad():
@@ -171,7 +175,9 @@ def test_ranks_train_while_others_are_busy_and_stop_when_all_are_idle():
 
 
 def test_a_silent_rank_ends_training():
-    """A rank that died while it was busy never becomes idle: those that wait for it stop, and the step's collectives report it."""
+    """A rank that died while it was busy never becomes idle: those that wait for it stop, and the step's
+    collectives report it.
+    """
     now = [0.0]
     store = HashStore()
     busy, idle = (Coordinator(store, 2, clock=lambda: now[0]) for _ in range(2))
@@ -269,9 +275,13 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
 
 
 def test_an_ensemble_proposes_the_one_that_does_best(rollouts):
-    """One learns too slowly to matter, one ruins itself: the third is served; the ruined one starts again from what is approved."""
+    """One learns too slowly to matter, one ruins itself: the third is served; the ruined one starts again
+    from what is approved.
+    """
     model, engine, made = rollouts
-    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    drafter = initial_drafter(
+        eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0
+    )
     learners = [learner_for(copy.deepcopy(drafter), model, lr=lr) for lr in (1e-7, 3e-3, 10.0)]
     spot = SpotTrainer(learners, buffer_of(made, held_out_every=4, passes=8), budget=64, judge_every=2)
     report = spot.run(lambda: False)
@@ -286,7 +296,9 @@ def test_an_ensemble_proposes_the_one_that_does_best(rollouts):
 
 def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, monkeypatch):
     model, engine, made = rollouts
-    drafter = initial_drafter(eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0)
+    drafter = initial_drafter(
+        eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0
+    )
     learners = [learner_for(copy.deepcopy(drafter), model, lr=1e-3) for _ in range(2)]
     spot = SpotTrainer(learners, buffer_of(made, held_out_every=0), budget=64, judge_every=1000)
     seen: list[tuple[int, list]] = []
@@ -295,7 +307,9 @@ def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, m
         monkeypatch.setattr(
             learner,
             "update",
-            lambda p, w, stop, number=number, original=original: seen.append((number, p)) or original(p, w, stop),
+            lambda p, w, stop, number=number, original=original: (
+                seen.append((number, p)) or original(p, w, stop)
+            ),
         )
     assert spot.run(after(2 * (UPDATE + 6) + UPDATE)).updates == 5
     assert [number for number, _ in seen] == [0, 1, 1, 0, 0, 1]  # the last one was broken off

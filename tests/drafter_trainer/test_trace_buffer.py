@@ -11,7 +11,9 @@ from paceline.rollout.api import RolloutStats
 
 def rollout(length: int, prompt: int = 3, group: int | None = None) -> Rollout:
     taps, final = torch.full((length - 1, 6), float(length)), torch.zeros(length - 1, 2)
-    trace = DistillationTrace(torch.arange(length), prompt, taps, final, torch.zeros(0, 2, dtype=torch.long), final[:0])
+    trace = DistillationTrace(
+        torch.arange(length), prompt, taps, final, torch.zeros(0, 2, dtype=torch.long), final[:0]
+    )
     completion = list(range(prompt, length))
     return Rollout(
         Request([1] * prompt, group=group),
@@ -48,7 +50,9 @@ def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
     buffer.add([rollout(n) for n in (10, 20, 30, 90)])
     first = buffer.next_batch(32)  # a stop may come here: the next call goes on
     batches = [first, *through(buffer, 32)]
-    seen = Counter((p.entry.trace.length, a) for batch in batches for p in batch for a in range(p.begin, p.end))
+    seen = Counter(
+        (p.entry.trace.length, a) for batch in batches for p in batch for a in range(p.begin, p.end)
+    )
     assert set(seen.values()) == {2}
     assert len(seen) == 9 + 19 + 29 + 89
     assert all(sum(p.end - p.begin for p in batch) <= 32 for batch in batches)

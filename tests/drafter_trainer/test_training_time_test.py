@@ -31,7 +31,9 @@ def traces_of(model, count=6, tokens=20, **options):
 def learner_for(drafter, model, *, lr, unroll=3, **options) -> DrafterLearner:
     objective = Objective(unroll=unroll, **options)
     autocast = partial(torch.autocast, "cpu", enabled=False)
-    return DrafterLearner(drafter, model.model.embed_tokens, model.lm_head, objective, lr=lr, temperature=1.0, autocast=autocast)
+    return DrafterLearner(
+        drafter, model.model.embed_tokens, model.lm_head, objective, lr=lr, temperature=1.0, autocast=autocast
+    )
 
 
 def buffer_of(rollouts, **options) -> TraceBuffer:
@@ -43,19 +45,25 @@ def buffer_of(rollouts, **options) -> TraceBuffer:
 
 def packed(traces, model, vocabulary, temperature=1.0, unroll=2):
     pieces = [Piece(Entry(StoredTrace(t)), 0, len(t.token_ids) - 1) for t in traces]
-    return pack(pieces, [1.0] * len(pieces), model.lm_head, vocabulary, temperature, unroll, torch.device("cpu"))
+    return pack(
+        pieces, [1.0] * len(pieces), model.lm_head, vocabulary, temperature, unroll, torch.device("cpu")
+    )
 
 
 def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
-    """From each anchor, the greedy tokens of the unrolled model are what the inference drafter proposes, when the text continues as
-    the drafter drafts: checked by drafting from every prefix and comparing step 0, and step 1 where the draft was right."""
+    """From each anchor, the greedy tokens of the unrolled model are what the inference drafter proposes, when
+    the text continues as
+    the drafter drafts: checked by drafting from every prefix and comparing step 0, and step 1 where the draft
+        was right."""
     model = tiny_llama(sharpness=4.0)
     eagle = tiny_eagle3(model)
     _, rollouts = traces_of(model, count=1)
     trace = rollouts[0].trace
     outputs = []
     original = type(eagle).logits
-    monkeypatch.setattr(type(eagle), "logits", lambda self, hidden: outputs.append(original(self, hidden)) or outputs[-1])
+    monkeypatch.setattr(
+        type(eagle), "logits", lambda self, hidden: outputs.append(original(self, hidden)) or outputs[-1]
+    )
     batch = packed([trace], model, eagle.vocabulary)
     batch.trained[:] = True
     with torch.no_grad():
@@ -79,7 +87,9 @@ def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
 
 
 def test_second_step_matches_inference_when_text_follows_the_draft():
-    """Builds the text from the drafter's own proposals, so that step 1 of the unrolled model must give its second token."""
+    """Builds the text from the drafter's own proposals, so that step 1 of the unrolled model must give its
+    second token.
+    """
     model = tiny_llama(sharpness=4.0)
     eagle = tiny_eagle3(model)
     _, rollouts = traces_of(model, count=1)
@@ -91,7 +101,9 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
     drafted = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 3)).tokens[0]
     text = torch.cat([trace.token_ids[: anchor + 2], drafted])
-    followed = replace(trace, token_ids=text, taps=trace.taps[: len(text) - 1], final=trace.final[: len(text) - 1])
+    followed = replace(
+        trace, token_ids=text, taps=trace.taps[: len(text) - 1], final=trace.final[: len(text) - 1]
+    )
     seen = []
     original = type(eagle).logits
     type(eagle).logits = lambda self, hidden: seen.append(original(self, hidden)) or seen[-1]
@@ -134,8 +146,12 @@ def test_packing_changes_nothing_but_the_shape():
     embed = model.model.embed_tokens
     with torch.no_grad():
         together = unrolled_loss(eagle, embed, packed(traces, model, eagle.vocabulary), Objective(unroll=2))
-        alone = [unrolled_loss(eagle, embed, packed([t], model, eagle.vocabulary), Objective(unroll=2)) for t in traces]
-    counts = [len(t.token_ids) - t.num_prompt - 1 for t in traces]  # anchors whose first drafted token is known
+        alone = [
+            unrolled_loss(eagle, embed, packed([t], model, eagle.vocabulary), Objective(unroll=2))
+            for t in traces
+        ]
+    # anchors whose first drafted token is known
+    counts = [len(t.token_ids) - t.num_prompt - 1 for t in traces]
     mean = sum(a.acceptance[0] * n for a, n in zip(alone, counts, strict=True)) / sum(counts)
     assert abs(together.acceptance[0] - mean) < 1e-5
 
@@ -156,7 +172,9 @@ def test_a_long_trace_is_cut_at_its_own_positions():
 
 
 def test_learning_raises_acceptance_length():
-    """After passes over some rollouts, decoding the same requests accepts more: the learner and the engine's drafter agree."""
+    """After passes over some rollouts, decoding the same requests accepts more: the learner and the engine's
+    drafter agree.
+    """
     model = tiny_llama(sharpness=40.0)
     engine, rollouts = traces_of(model, count=16, tokens=40, slots=8)
     config = eagle3_config(model.config, 97, engine.runner.tap_layers)
@@ -211,8 +229,12 @@ def test_vocabulary_is_the_most_frequent_tokens(texts, size):
 def test_traces_of_another_precision_than_the_policys_train_the_drafter():
     """As bfloat16 rollouts of a policy that is trained in float32 without autocast."""
     model = tiny_llama(sharpness=4.0)
-    engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=4, max_context=64, tap_layers=(1, 2, 3), collect_traces=True)
-    rollouts = engine.generate([Request([3, 1, 4, i], SamplingParams(max_tokens=12), seed=i) for i in range(4)])
+    engine = RolloutEngine(
+        model, dtype=torch.bfloat16, max_slots=4, max_context=64, tap_layers=(1, 2, 3), collect_traces=True
+    )
+    rollouts = engine.generate(
+        [Request([3, 1, 4, i], SamplingParams(max_tokens=12), seed=i) for i in range(4)]
+    )
     assert rollouts[0].trace is not None and rollouts[0].trace.final.dtype == torch.bfloat16
     drafter = tiny_eagle3(model)
     before = drafter.lm_head.weight.clone()

@@ -1,7 +1,7 @@
 """Reward functions that do something wrong, or something odd, and what has to come of it.
 
-Each is a module whose ``reward`` is called with the completions ``one`` and ``three``. Nothing that it does may end the run, keep
-it waiting beyond the limits, or cost other completions their scores.
+Each is a module whose ``reward`` is called with the completions ``one`` and ``three``. Nothing that it does
+may end the run, keep it waiting beyond the limits, or cost other completions their scores.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class BadReward:
     Attributes:
         name: Of the module.
         source: Of the module, which defines ``reward``.
-        expected: The score of each completion, None where there is none; None in its place where the reward is refused before it is
-            called.
+        expected: The score of each completion, None where there is none; None in its place where the reward
+            is refused before it is called.
         says: A part of the line that the user reads; empty where there is nothing to be said.
         slow: Whether it is ended by the time limit.
     """
@@ -34,11 +34,15 @@ class BadReward:
     slow: bool = False
 
 
-def _body(name: str, body: str, expected: tuple[float | None, ...], says: str = "", slow: bool = False) -> BadReward:
+def _body(
+    name: str, body: str, expected: tuple[float | None, ...], says: str = "", slow: bool = False
+) -> BadReward:
     """A reward function with this body."""
     imports = "import asyncio, ctypes, os, signal, socket, sys, threading, time\n\n\n"
     function = "def reward(prompts, completions, **columns):\n"
-    return BadReward(name, imports + function + indent(dedent(body).strip(), "    ") + "\n", expected, says, slow)
+    return BadReward(
+        name, imports + function + indent(dedent(body).strip(), "    ") + "\n", expected, says, slow
+    )
 
 
 _LENGTHS = "return [float(len(text)) for text in completions]"
@@ -72,7 +76,8 @@ CASES: list[BadReward] = [
     _body("spins", "while True: pass", FAILS, "took longer", slow=True),
     _body(
         "hangs_and_ignores_signals",
-        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\ntime.sleep(600)",
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, "
+        "signal.SIG_IGN)\ntime.sleep(600)",
         FAILS,
         "took longer",
         slow=True,
@@ -129,7 +134,9 @@ CASES: list[BadReward] = [
         "def reward(completions):\n    return [len(text) for text in completions]\n",
         LENGTHS,
     ),
-    BadReward("wants_what_is_not_there", "def reward(completions, judge):\n    return [1, 1]\n", FAILS, "judge"),
+    BadReward(
+        "wants_what_is_not_there", "def reward(completions, judge):\n    return [1, 1]\n", FAILS, "judge"
+    ),
     BadReward("is_no_function", "reward = 1.0\n", None, "cannot be called"),
     BadReward("is_not_there", "def rewards(**columns):\n    return [3, 5]\n", None, "write module:function"),
     BadReward("cannot_be_imported", "import no_such_module\n", None, "No module named"),

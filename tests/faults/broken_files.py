@@ -1,4 +1,5 @@
-"""Breaks files of a finished run at random and goes on from it: each must end in a line, or go on and say what it left out.
+"""Breaks files of a finished run at random and goes on from it: each must end in a line, or go on and say
+what it left out.
 
 ``python -m tests.faults.broken_files 200 0`` prints the counts.
 """
@@ -33,9 +34,14 @@ from paceline.rl.trainer import Trainer, make_accelerator
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("refused in a line", "went on and said so", "made no difference", "silent", "traceback")
 _RECIPE = (
-    "steps=3", "save_every=1", "drafter.schedule=always", "drafter.snapshots=2", "update.kl_coef=0", "measure.plain_every=0",
+    "steps=3",
+    "save_every=1",
+    "drafter.schedule=always",
+    "drafter.snapshots=2",
+    "update.kl_coef=0",
+    "measure.plain_every=0",
     "rollout.max_tokens=8",
-)  # fmt: skip
+)
 _FULL_EVERY = 25  # of so many broken runs one goes on for a whole step
 _BOTH = 0.2  # the share of faults in a checkpoint that meet the older one, too
 _NOT_READ = ("lock", "stop", "report.html", "summary.json", "resumes.jsonl", "rollouts.jsonl")
@@ -82,7 +88,9 @@ def garbage(path: Path, chance: random.Random, others: list[Path]) -> None:
 
 
 def swap(path: Path, chance: random.Random, others: list[Path]) -> None:
-    alike = [p for p in others if p.suffix == path.suffix and p != path and p.read_bytes() != path.read_bytes()]
+    alike = [
+        p for p in others if p.suffix == path.suffix and p != path and p.read_bytes() != path.read_bytes()
+    ]
     path.write_bytes(chance.choice(alike).read_bytes() if alike else b"swapped")
 
 
@@ -109,7 +117,9 @@ def retype(path: Path, chance: random.Random, others: list[Path]) -> None:
             place, keys = place[key], list(place[key])
             continue
         old = place[key]
-        place[key] = chance.choice([v for v in (None, "x", [1], {"a": 1}, 1e400, True, -3) if type(v) is not type(old)])
+        place[key] = chance.choice(
+            [v for v in (None, "x", [1], {"a": 1}, 1e400, True, -3) if type(v) is not type(old)]
+        )
         break
     lines[number] = json.dumps(data)
     path.write_text("\n".join(lines) + "\n")
@@ -117,12 +127,23 @@ def retype(path: Path, chance: random.Random, others: list[Path]) -> None:
 
 
 FAULTS: tuple[Callable[[Path, random.Random, list[Path]], None], ...] = (
-    truncate, empty, delete, flip_bit, flip_bit, garbage, swap, unreadable, retype, retype,
-)  # fmt: skip
+    truncate,
+    empty,
+    delete,
+    flip_bit,
+    flip_bit,
+    garbage,
+    swap,
+    unreadable,
+    retype,
+    retype,
+)
 
 
 def run(count: int, seed: int, say: Callable[[Broken], None] = lambda broken: None) -> dict[str, int]:
-    """Breaks ``count`` files, one at a time, of copies of one tiny run. Returns how many came to each of `OUTCOMES`."""
+    """Breaks ``count`` files, one at a time, of copies of one tiny run. Returns how many came to each of
+    `OUTCOMES`.
+    """
     chance, counts = random.Random(seed), Counter(dict.fromkeys(OUTCOMES, 0))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -162,7 +183,11 @@ def _broken(run_: Path, chance: random.Random, whole_step: bool) -> Broken:
     except Exception:
         return Broken(str(name), fault.__name__, "traceback", traceback.format_exc())
     text = " ".join(out.getvalue().split())  # a terminal's lines may be broken
-    named = (f"{path}", f"{path.parent}: no checksums") if path.name != "config.json" else (f"{path}", "other than before")
+    named = (
+        (f"{path}", f"{path.parent}: no checksums")
+        if path.name != "config.json"
+        else (f"{path}", "other than before")
+    )
     said = any(name in text for name in named)
     return Broken(
         str(name),
@@ -175,7 +200,11 @@ def _broken(run_: Path, chance: random.Random, whole_step: bool) -> Broken:
 def _read_by_a_resume(path: Path, run_: Path) -> bool:
     top, *below = path.relative_to(run_).parts
     newest = max((p.name for p in (run_ / "drafters").iterdir()), default="")
-    return path.name not in _NOT_READ and top not in ("checkpoint.old", "drafter") and (top != "drafters" or below[0] == newest)
+    return (
+        path.name not in _NOT_READ
+        and top not in ("checkpoint.old", "drafter")
+        and (top != "drafters" or below[0] == newest)
+    )
 
 
 def _meaning(path: Path) -> Any:

@@ -1,7 +1,9 @@
-"""The whole fault campaign: requests, servers, broken files, kills and bad rewards, with one table of what came of them.
+"""The whole fault campaign: requests, servers, broken files, kills and bad rewards, with one table of what
+came of them.
 
-``make faults`` (``python -m tests.faults.campaign``) takes about half an hour on two cores, writes ``benchmarks/faults.json`` as
-the parts end, and the table of ``docs/faults.md``. Names after the command run those parts alone.
+``make faults`` (``python -m tests.faults.campaign``) takes about half an hour on two cores, writes
+``benchmarks/faults.json`` as the parts end, and the table of ``docs/faults.md``. Names after the command run
+those parts alone.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def files() -> dict[str, Any]:
     """200 broken files of a finished run, each before it goes on."""
     from tests.faults.broken_files import run
 
-    found = run(200, SEED, lambda broken: print(broken.outcome, broken.how, broken.file, sep="  ", flush=True))
+    found = run(
+        200, SEED, lambda broken: print(broken.outcome, broken.how, broken.file, sep="  ", flush=True)
+    )
     assert not found["silent"] and not found["traceback"], found
     return found
 

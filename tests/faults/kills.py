@@ -1,4 +1,5 @@
-"""Kills processes of a run on two ranks at random and goes on: nothing is lost, nothing stays behind, nothing hangs.
+"""Kills processes of a run on two ranks at random and goes on: nothing is lost, nothing stays behind, nothing
+hangs.
 
 ``python -m tests.faults.kills 40 0`` prints the counts.
 """
@@ -26,9 +27,13 @@ _SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 _PATIENCE = 180.0  # seconds in which whatever was killed must be over, and whatever was started must go on
 _STEPS_TO_SPARE = 50  # more than a run makes between two kills
 _RECIPE = (
-    "save_every=1", "speculation.strategy=plain", "speculation.drafters=[]", "update.kl_coef=0", "measure.plain_every=0",
+    "save_every=1",
+    "speculation.strategy=plain",
+    "speculation.drafters=[]",
+    "update.kl_coef=0",
+    "measure.plain_every=0",
     "rollout.max_tokens=12",
-)  # fmt: skip
+)
 _SAME = ("reward/mean", "length/mean", "update/tokens", "update/entropy")
 
 
@@ -46,10 +51,12 @@ class Faults(Exception):
 
 
 def run(count: int, seed: int, say: Callable[[Kill], None] = lambda kill: None) -> dict[str, int]:
-    """Kills one process ``count`` times and goes on each time; then lets the run end and compares it with one that nobody killed.
+    """Kills one process ``count`` times and goes on each time; then lets the run end and compares it with one
+    that nobody killed.
 
     Returns:
-        Kills of each kind of process, and how many of them something was wrong after: ``lost``, ``left behind``, ``hung``.
+        Kills of each kind of process, and how many of them something was wrong after: ``lost``,
+        ``left behind``, ``hung``.
     """
     chance, counts = random.Random(seed), Counter(dict.fromkeys((*VICTIMS, "lost", "left behind", "hung"), 0))
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +85,9 @@ def run(count: int, seed: int, say: Callable[[Kill], None] = lambda kill: None) 
     return dict(counts)
 
 
-def _kill_one(job: subprocess.Popen[str], run_: Path, chance: random.Random) -> tuple[subprocess.Popen[str], Kill]:
+def _kill_one(
+    job: subprocess.Popen[str], run_: Path, chance: random.Random
+) -> tuple[subprocess.Popen[str], Kill]:
     """Kills one process of a running job at a random moment, and starts it again where that ended it."""
     before = _saved(run_)
     _wait(lambda: _saved(run_) > before or job.poll() is not None, "no step was saved")
@@ -132,7 +141,9 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job whose last words are in ``folder``."""
     command = [sys.executable, "-m", "paceline.cli.main", "train", *arguments, "--ranks", "2"]
     with (folder / "said").open("w") as out:
-        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
 
 
 def _finished(folder: Path, job: subprocess.Popen[str]) -> tuple[int, str]:

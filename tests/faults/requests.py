@@ -1,9 +1,12 @@
-"""Random requests and interleavings on one engine, checked against an engine that decodes each request alone and plainly.
+"""Random requests and interleavings on one engine, checked against an engine that decodes each request alone
+and plainly.
 
-`run` makes calls of every kind, over and over on one engine: plain calls and streams, streams that are abandoned, callbacks that
-raise, cancellations, pauses that are resumed, new weights, drafters that fail, other strategies, a second call in between and from
-another thread, and odd requests among good ones. After each call every good request's tokens are those of the plain engine, every
-odd one failed in a line or was served, every slot is free, and nothing was raised but one-line ValueErrors.
+`run` makes calls of every kind, over and over on one engine: plain calls and streams, streams that are
+    abandoned, callbacks that
+raise, cancellations, pauses that are resumed, new weights, drafters that fail, other strategies, a second
+call in between and from another thread, and odd requests among good ones. After each call every good
+request's tokens are those of the plain engine, every odd one failed in a line or was served, every slot is
+free, and nothing was raised but one-line ValueErrors.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ class Unreliable(StatelessSlots):
             raise RuntimeError("broken")
         batch = len(context.sequences) + (self._way == "rows")
         tokens = torch.full((batch, strategy.depth), VOCAB if self._way == "ids" else 1)
-        probs = None if self._way in ("ids", "rows") else torch.full((batch, strategy.depth, VOCAB), torch.nan)
+        probs = (
+            None if self._way in ("ids", "rows") else torch.full((batch, strategy.depth, VOCAB), torch.nan)
+        )
         return DraftTree(tokens, torch.full((batch,), strategy.depth), probs=probs)
 
 
@@ -68,7 +73,9 @@ class Campaign:
         self.alone = self._build(slots=1)
         self.counts: Counter[str] = Counter()
         self._expected: dict[tuple[Any, ...], list[int]] = {}
-        self._prompts = [[self.rng.randrange(1, VOCAB) for _ in range(self.rng.randrange(1, 9))] for _ in range(PROMPTS)]
+        self._prompts = [
+            [self.rng.randrange(1, VOCAB) for _ in range(self.rng.randrange(1, 9))] for _ in range(PROMPTS)
+        ]
         self._seeds = [self.rng.choice((i, 2**63 + i, -i, 2**70 + i)) for i in range(1, 3)]
 
     def _build(self, slots: int) -> RolloutEngine:
@@ -133,14 +140,17 @@ class Campaign:
         assert len(rollout.logprobs) == len(rollout.token_ids)
 
     def check_all(self, rollouts: Sequence[Rollout], requests: Sequence[Any], own: set[int]) -> None:
-        assert [id(r.request) for r in rollouts] == [id(r) for r in requests], "rollouts are not in the order of their requests"
+        assert [id(r.request) for r in rollouts] == [id(r) for r in requests], (
+            "rollouts are not in the order of their requests"
+        )
         for i, rollout in enumerate(rollouts):
             self.check(rollout, i in own)
 
     def check_free(self) -> None:
         """Nothing of the last call is left."""
         assert not self.engine.scheduler.has_work
-        self.engine.use_strategy(self.engine.speculation.selector.strategies()[0])  # refused while the engine is held
+        # refused while the engine is held
+        self.engine.use_strategy(self.engine.speculation.selector.strategies()[0])
 
     def generate(self) -> None:
         requests, own = self.mixed()

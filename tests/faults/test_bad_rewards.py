@@ -19,7 +19,8 @@ def reward(case, **columns):
     call = importlib.import_module(case[0]).reward
     call = call() if isinstance(call, type) else call
     names = inspect.signature(call).parameters
-    return call(**(columns if "columns" in names else {name: columns[name] for name in names if name in columns}))
+    taken = columns if "columns" in names else {name: columns[name] for name in names if name in columns}
+    return call(**taken)
 """
 
 
@@ -30,7 +31,10 @@ def modules(tmp_path, monkeypatch) -> Path:
         (tmp_path / f"{case.name}.py").write_text(case.source)
     good = tmp_path / "good.py"
     good.write_text("def reward(completions):\n    return [len(text) for text in completions]\n")
-    rows = [f'{{"prompt": "?", "answer": "0", "case": "{name}"}}\n' for name in ["good", *(case.name for case in CASES)]]
+    rows = [
+        f'{{"prompt": "?", "answer": "0", "case": "{name}"}}\n'
+        for name in ["good", *(case.name for case in CASES)]
+    ]
     (tmp_path / "cases.jsonl").write_text("".join(rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -64,15 +68,23 @@ def test_what_bad_rewards_do_when_they_are_called(modules, capfd):
                 scores,
             )
             missing = wanted.count(None)
-            assert (scores.timeouts, scores.errors) == ((missing, 0) if case.slow else (0, missing)), case.name
-            assert (case.says in str(scores.problem) and "\n" not in str(scores.problem)) if case.says else scores.problem is None
+            assert (scores.timeouts, scores.errors) == ((missing, 0) if case.slow else (0, missing)), (
+                case.name
+            )
+            assert (
+                (case.says in str(scores.problem) and "\n" not in str(scores.problem))
+                if case.says
+                else scores.problem is None
+            )
     assert not (modules / "written").exists()
     printed = capfd.readouterr()
     assert 60_000 < printed.err.count("x") < 70_000 and "Traceback" not in printed.err
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("case", [case for case in CASES if case.expected is None], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.expected is None], ids=lambda case: case.name
+)
 def test_what_is_no_reward_is_refused_in_a_line(modules, case: BadReward):
     with ScoringPool(task(modules, case.name), 0, group_size=2) as pool, pytest.raises(UserError) as refusal:
         pool.wait_ready()

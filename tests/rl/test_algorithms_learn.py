@@ -22,14 +22,21 @@ STEPS = 60
 _OTHERS = ["dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp"]
 
 
-@pytest.mark.parametrize("recipe", ["grpo", "ppo", *(pytest.param(name, marks=pytest.mark.ci) for name in _OTHERS)])
+@pytest.mark.parametrize(
+    "recipe", ["grpo", "ppo", *(pytest.param(name, marks=pytest.mark.ci) for name in _OTHERS)]
+)
 def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
-    """From a tenth of the characters to nine tenths, with the recipe's own update section on a random model."""
+    """From a tenth of the characters to nine tenths, with the recipe's own update section on a random
+    model."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "digit_reward.py").write_text(REWARD)
     monkeypatch.chdir(tmp_path)
     sections = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
-    named = [f"{section}.{key}={value}" for section in ("update", "critic") for key, value in sections.get(section, {}).items()]
+    named = [
+        f"{section}.{key}={value}"
+        for section in ("update", "critic")
+        for key, value in sections.get(section, {}).items()
+    ]
     tiny = [
         "update.minibatches=1",
         "update.kl_coef=0.0",
@@ -37,7 +44,8 @@ def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
         "critic.lr=3e-3",
         "measure.plain_every=0",
     ]
-    named.append("update.mask_truncated=false")  # a random model hardly ever stops by itself: all would be left out
+    # a random model hardly ever stops by itself: all would be left out
+    named.append("update.mask_truncated=false")
     rollout = [
         "rollout.max_tokens=8",
         "rollout.group_size=8",
@@ -55,7 +63,9 @@ def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
     config = load_config(ROOT / "configs" / "tiny.yaml", overrides)
     (tmp_path / "run").mkdir()
     with Tracker(config, tmp_path / "run", active=False) as tracker:
-        trainer = Trainer(config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        trainer = Trainer(
+            config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker
+        )
         rewards = []
         with trainer.scoring:
             for step in range(config.steps):
@@ -69,9 +79,14 @@ def test_it_learns_to_write_digits(recipe, tmp_path, monkeypatch):
 
 
 def test_groups_that_say_nothing_are_asked_again_and_stay_out(tmp_path, monkeypatch):
-    """A reward that is the same for most groups: others are asked beside them, with seeds of their own, and only those count."""
+    """A reward that is the same for most groups: others are asked beside them, with seeds of their own, and
+    only those count.
+    """
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    reward = "def rare(prompts, completions, **columns):\n    return [float(text.count('7') > 1) for text in completions]\n"
+    reward = (
+        "def rare(prompts, completions, **columns):\n    return [float(text.count('7') > 1) for text in "
+        "completions]\n"
+    )
     (tmp_path / "rare_reward.py").write_text(reward)
     monkeypatch.chdir(tmp_path)
     options = [
@@ -86,7 +101,9 @@ def test_groups_that_say_nothing_are_asked_again_and_stay_out(tmp_path, monkeypa
     )
     (tmp_path / "run").mkdir()
     with Tracker(config, tmp_path / "run", active=False) as tracker:
-        trainer = Trainer(config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        trainer = Trainer(
+            config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker
+        )
         with trainer.scoring:
             metrics, (record,) = trainer.step(0)
     groups = len(record["rewards"]) // 2
@@ -101,9 +118,13 @@ def test_groups_that_say_nothing_are_asked_again_and_stay_out(tmp_path, monkeypa
 
 
 def one_step(tmp_path, monkeypatch, reward: str, *options: str) -> tuple[Trainer, dict, list[bool]]:
-    """A step of the tiny recipe: the trainer, the step's metrics, and which of the policy's tensors it changed."""
+    """A step of the tiny recipe: the trainer, the step's metrics, and which of the policy's tensors it
+    changed.
+    """
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "step_reward.py").write_text(f"def score(prompts, completions, **columns):\n    return {reward}\n")
+    (tmp_path / "step_reward.py").write_text(
+        f"def score(prompts, completions, **columns):\n    return {reward}\n"
+    )
     monkeypatch.chdir(tmp_path)
     plain = [
         "speculation.drafters=[suffix]",
@@ -115,7 +136,9 @@ def one_step(tmp_path, monkeypatch, reward: str, *options: str) -> tuple[Trainer
     config = load_config(ROOT / "configs" / "tiny.yaml", arguments)
     (tmp_path / "run").mkdir()
     with Tracker(config, tmp_path / "run", active=False) as tracker:
-        trainer = Trainer(config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker)
+        trainer = Trainer(
+            config, tmp_path / "run", make_accelerator(config, timedelta(minutes=1)), None, tracker
+        )
         before = [p.detach().clone() for p in trainer.policy.parameters()]
         with trainer.scoring:
             metrics, _ = trainer.step(0)
@@ -146,9 +169,11 @@ def test_groups_that_are_all_alike_change_nothing(tmp_path, monkeypatch):
 
 
 def test_an_update_that_is_not_finite_is_left_out_and_counted(tmp_path, monkeypatch):
-    """An infinite advantage weight cannot be had from finite rewards; an overflowing learning signal can: an entropy bonus of
-    1e38 makes the gradient infinite."""
-    _, metrics, changed = one_step(tmp_path, monkeypatch, "[float(len(c)) for c in completions]", "update.entropy_coef=1e38")
+    """An infinite advantage weight cannot be had from finite rewards; an overflowing learning signal can: an
+    entropy bonus of 1e38 makes the gradient infinite."""
+    _, metrics, changed = one_step(
+        tmp_path, monkeypatch, "[float(len(c)) for c in completions]", "update.entropy_coef=1e38"
+    )
     assert metrics["update/skipped"] == 2  # both minibatches
     assert not any(changed)
 
@@ -179,5 +204,7 @@ def test_importance_weights_reach_the_gradient(tmp_path, monkeypatch, importance
             _, metrics, _ = one_step(folder, patch, "[float(len(set(c))) for c in completions]", *options)
         updates.append(metrics)
     assert updates[1]["update/grad_norm"] == pytest.approx(2 * updates[0]["update/grad_norm"], rel=1e-3)
-    assert updates[1]["engine/importance_truncated"] == 1.0 and updates[0]["engine/importance_truncated"] == 0.0
+    assert (
+        updates[1]["engine/importance_truncated"] == 1.0 and updates[0]["engine/importance_truncated"] == 0.0
+    )
     assert updates[0]["engine/effective_share"] == pytest.approx(1.0, abs=1e-3)

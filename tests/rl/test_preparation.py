@@ -49,7 +49,9 @@ def test_one_makes_and_the_others_wait(tmp_path):
 def test_a_killed_maker_is_not_waited_for(tmp_path):
     lock = tmp_path / "thing.lock"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, env=environment) as job:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, env=environment
+    ) as job:
         assert job.stdout.readline() == b"held\n"
         assert lock.read_text() == str(job.pid)
         job.kill()
@@ -100,7 +102,10 @@ def test_the_first_drafter_is_of_its_policy(tmp_path, monkeypatch):
     """Another policy, task or size makes another; another place for the run does not."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     base = first_drafter_path(load_config(TINY, STARTS))
-    assert first_drafter_path(load_config(TINY, [*STARTS, "out=elsewhere", "steps=9", "drafter.schedule=never"])) == base
+    assert (
+        first_drafter_path(load_config(TINY, [*STARTS, "out=elsewhere", "steps=9", "drafter.schedule=never"]))
+        == base
+    )
     others = [
         "policy.warmup.examples=6",
         "task.size=9",
@@ -108,7 +113,10 @@ def test_the_first_drafter_is_of_its_policy(tmp_path, monkeypatch):
         "drafter.draft_vocab_size=40",
         "seed=1",
     ]
-    assert len({first_drafter_path(load_config(TINY, [*STARTS, other])) for other in others} | {base}) == len(others) + 1
+    assert (
+        len({first_drafter_path(load_config(TINY, [*STARTS, other])) for other in others} | {base})
+        == len(others) + 1
+    )
 
 
 def test_a_failed_preparation_ends_the_run(monkeypatch, tmp_path):
@@ -146,7 +154,9 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
             "--ranks",
             "2",
         ]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -155,7 +165,12 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
         assert first.count(f"{phase}: done") == 1
     start = json.loads((tmp_path / "one" / "config.json").read_text())["drafter"]["start"]
     assert start.startswith(str(tmp_path / "cache" / "drafters"))
-    assert json.loads((tmp_path / "cache" / "drafters" / start.rsplit("/")[-1] / "warmup.json").read_text())["rounds"] >= 1
+    assert (
+        json.loads((tmp_path / "cache" / "drafters" / start.rsplit("/")[-1] / "warmup.json").read_text())[
+            "rounds"
+        ]
+        >= 1
+    )
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(preparation, "_in_a_process", lambda *_: pytest.fail("made again"))
     assert prepare(load_config("tiny", STARTS), Display(active=False)).drafter.start == start

@@ -91,7 +91,9 @@ def test_a_verifier_that_would_change_the_distribution_is_refused(overrides, say
 
 
 def test_overrides_and_yaml_floats(tmp_path):
-    config = load_config(TINY, ["update.lr=2e-6", "rollout.stop_strings=['x']", "policy.warmup={examples: 3}"])
+    config = load_config(
+        TINY, ["update.lr=2e-6", "rollout.stop_strings=['x']", "policy.warmup={examples: 3}"]
+    )
     assert config.update.lr == 2e-6
     assert config.rollout.stop_strings == ("x",)
     assert config.policy.warmup.examples == 3
@@ -103,7 +105,9 @@ def test_a_kept_config_reads_back():
     assert dataclasses.is_dataclass(config.policy.warmup)
 
 
-@pytest.mark.parametrize(("text", "says"), [("- 1", "mapping"), ("a: [", "not valid YAML"), (None, "no such recipe")])
+@pytest.mark.parametrize(
+    ("text", "says"), [("- 1", "mapping"), ("a: [", "not valid YAML"), (None, "no such recipe")]
+)
 def test_unreadable_recipes(tmp_path, text, says):
     path = tmp_path / "recipe.yaml"
     if text is not None:
@@ -121,7 +125,9 @@ def test_a_draft_vocabulary_larger_than_the_targets_is_refused():
 
 
 def test_a_recipe_over_another(tmp_path):
-    (tmp_path / "low.yaml").write_text("steps: 7\nupdate: {lr: 1.0e-3, minibatches: 3}\ntask: {datasets: [{name: chain_sum}]}\n")
+    (tmp_path / "low.yaml").write_text(
+        "steps: 7\nupdate: {lr: 1.0e-3, minibatches: 3}\ntask: {datasets: [{name: chain_sum}]}\n"
+    )
     (tmp_path / "high.yaml").write_text("base: low.yaml\nupdate: {minibatches: 2}\n")
     config = load_config(tmp_path / "high.yaml", ["steps=9"])
     assert (config.steps, config.update.lr, config.update.minibatches) == (9, 1e-3, 2)
@@ -133,7 +139,8 @@ def test_a_recipe_over_another(tmp_path):
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml"), key=str))
 def test_every_recipe_is_valid_and_says_what_it_takes(recipe):
     config = load_config(recipe)
-    few = dataclasses.replace(config.task, size=min(config.task.size, 64))  # a data set of thousands takes half a minute to make
+    # a data set of thousands takes half a minute to make
+    few = dataclasses.replace(config.task, size=min(config.task.size, 64))
     assert load_task(few, config.seed).problems
     first, *rest = describe(config, recipe, ranks=2, gpu=80)
     assert "valid" in first
@@ -157,7 +164,8 @@ def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_sharded_is_divided_by_the_ranks():
-    """Table 1 of the ZeRO paper, with 16 bytes a parameter of which 4 are weights, 4 gradients and 8 moments."""
+    """Table 1 of the ZeRO paper, with 16 bytes a parameter of which 4 are weights, 4 gradients and 8
+    moments."""
     policy = policy_config("tiny-llama")
     trained = ("weights", "gradients", "Adam's moments")
 
@@ -167,7 +175,9 @@ def test_what_is_sharded_is_divided_by_the_ranks():
 
     whole = size()
     for stage, share in enumerate((16, 4 + 4 + 8 / 4, 4 + 12 / 4, 16 / 4)):
-        assert size(f"scale.deepspeed={ROOT}/configs/deepspeed/zero{stage}.json") == pytest.approx(whole * share / 16, abs=4)
+        assert size(f"scale.deepspeed={ROOT}/configs/deepspeed/zero{stage}.json") == pytest.approx(
+            whole * share / 16, abs=4
+        )
     assert size("scale.fsdp2=true") == pytest.approx(whole / 4, abs=4)
     assert whole / 4 < size("scale.lora={rank: 1}") < whole / 2
 
@@ -180,7 +190,9 @@ def test_the_estimate_of_a_known_shape():
     policy = policy_config("tiny-llama")
     parameters += policy.vocab_size * 64 * (1 if policy.tie_word_embeddings else 2)
     found = estimate(config, policy, 2, gpu_of(80))
-    assert [found.size(what) for what in ("weights", "gradients", "Adam's moments")] == [4 * parameters] * 2 + [8 * parameters]
+    assert [found.size(what) for what in ("weights", "gradients", "Adam's moments")] == [
+        4 * parameters
+    ] * 2 + [8 * parameters]
     assert found.size("reference policy") == 4 * parameters
     drafter = tiny_eagle3(tiny_llama())
     assert parameter_count(drafter.config) == sum(p.numel() for p in drafter.parameters())

@@ -1,7 +1,8 @@
-"""Whatever combination of drafter, draw, tree, verifier and shape is accepted keeps the law of four tokens; the others are refused.
+"""Whatever combination of drafter, draw, tree, verifier and shape is accepted keeps the law of four tokens;
+the others are refused.
 
-The grid comes from the registries. The law is enumerated in float64 through transformers' own forward, and shares no code with the
-engine or the other statistical tests.
+The grid comes from the registries. The law is enumerated in float64 through transformers' own forward, and
+shares no code with the engine or the other statistical tests.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ PROMPTS = (
 FEWEST = 5  # expected in a cell of the test; rarer outcomes are pooled
 SHAPES = ("{}:3", "{}:3x3/8")
 NEEDED = {"composite": ("suffix", "eagle3")}  # which drafters one is made of
-MODELS = {name for name, made in DRAFTERS.items() if "rules" in inspect.signature(made).parameters} | set(NEEDED)
+MODELS = {name for name, made in DRAFTERS.items() if "rules" in inspect.signature(made).parameters} | set(
+    NEEDED
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Combination:
     shape: str
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.strategy, self.tree, self.draw, self.stop, self.verifier or "default")))
+        return " ".join(
+            filter(None, (self.strategy, self.tree, self.draw, self.stop, self.verifier or "default"))
+        )
 
     @property
     def strategy(self) -> str:
@@ -63,8 +68,12 @@ class Combination:
         """An engine that runs this combination; ValueError where it is refused."""
         model = target()
         taps = default_tap_layers(model.config.num_hidden_layers)
-        engine = RolloutEngine(model, dtype=torch.float32, max_slots=slots, max_context=16, max_nodes=8, tap_layers=taps)
-        parts = DrafterParts(self.rules(), tiny_eagle3(model), draft_model=small_model(), composite_match=2, clasp_skipped=0.5)
+        engine = RolloutEngine(
+            model, dtype=torch.float32, max_slots=slots, max_context=16, max_nodes=8, tap_layers=taps
+        )
+        parts = DrafterParts(
+            self.rules(), tiny_eagle3(model), draft_model=small_model(), composite_match=2, clasp_skipped=0.5
+        )
         for name in (*NEEDED.get(self.drafter, ()), self.drafter):
             engine.add_drafter(build_drafter(name, engine, parts))
         engine.verify_with(self.verifier)
@@ -116,7 +125,10 @@ class Combination:
     @property
     def fixed(self) -> bool:
         """Whether no verifier takes part, because the drafts are fixed."""
-        return stated_kind(DRAFTERS[self.drafter], Strategy.parse(self.strategy), self.rules()) is DraftKind.FIXED
+        return (
+            stated_kind(DRAFTERS[self.drafter], Strategy.parse(self.strategy), self.rules())
+            is DraftKind.FIXED
+        )
 
 
 @cache
@@ -159,7 +171,8 @@ def accepted() -> tuple[Combination, ...]:
 
 
 def law(params: SamplingParams) -> np.ndarray:
-    """P(t1 … t4) after each prompt: float64 [prompts, VOCAB, …], from full forwards of the model in float64."""
+    """P(t1 … t4) after each prompt: float64 [prompts, VOCAB, …], from full forwards of the model in
+    float64."""
     return np.stack([law_after(prompt, params) for prompt in PROMPTS])
 
 
@@ -182,14 +195,18 @@ def law_after(prompt: tuple[int, ...], params: SamplingParams) -> np.ndarray:
 
 
 def drawn(engine: RolloutEngine, params: SamplingParams, samples: int) -> np.ndarray:
-    """How often the engine gave each four tokens after each prompt, equally many after each; shape as of `law`.
+    """How often the engine gave each four tokens after each prompt, equally many after each; shape as of
+    `law`.
 
     A fifth token leaves drafts their depth.
     """
     counts = np.zeros((len(PROMPTS), *(VOCAB,) * LENGTH))
     for start in range(0, samples, 10_000):
         seeds = range(start, min(start + 10_000, samples))
-        requests = [Request(PROMPTS[seed % len(PROMPTS)], params, seed=seed, group=seed % len(PROMPTS)) for seed in seeds]
+        requests = [
+            Request(PROMPTS[seed % len(PROMPTS)], params, seed=seed, group=seed % len(PROMPTS))
+            for seed in seeds
+        ]
         for rollout in engine.stream(requests):
             assert rollout.error is None
             counts[(rollout.request.group, *rollout.token_ids[:LENGTH])] += 1
@@ -249,7 +266,9 @@ def test_what_a_recipe_accepts_the_engine_accepts():
 def test_law_of_four_tokens_of_drawn_trees():
     """What is most easily wrong, siblings, of one drafter for each way to draw them."""
     drawing = ("stand", "eagle3")
-    combinations = [c for c in accepted() if c.drafter in drawing and not c.fixed and c.shape == SHAPES[1] and c.verifier]
+    combinations = [
+        c for c in accepted() if c.drafter in drawing and not c.fixed and c.shape == SHAPES[1] and c.verifier
+    ]
     assert len({(c.tree, c.draw, c.verifier) for c in combinations}) == 5
     values = p_values(combinations, SETTINGS[0], 2_500)
     assert min(values.values()) > 0.001 / len(values), least(values)

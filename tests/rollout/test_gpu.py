@@ -1,4 +1,6 @@
-"""What only a GPU can show: captured graphs give generate's tokens, follow updates, and take the memory that was planned."""
+"""What only a GPU can show: captured graphs give generate's tokens, follow updates, and take the memory that
+was planned.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def greedy_requests() -> list[Request]:
-    return [Request([1 + i, 2, 3], SamplingParams(temperature=0, max_tokens=10 + 3 * i), group=i % 2) for i in range(12)]
+    return [
+        Request([1 + i, 2, 3], SamplingParams(temperature=0, max_tokens=10 + 3 * i), group=i % 2)
+        for i in range(12)
+    ]
 
 
 @pytest.mark.parametrize(

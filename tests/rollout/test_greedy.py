@@ -31,8 +31,12 @@ def requests_and_references(model):
         prompt = torch.randint(0, 97, (length,), generator=generator)
         tokens = int(torch.randint(1, 60, (1,), generator=generator))
         mask = torch.ones(1, length, dtype=torch.long)  # else generate hides token 0, the padding id
-        made = model.generate(prompt[None], attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
-        requests.append(Request(prompt.tolist(), SamplingParams(temperature=0, max_tokens=tokens), group=i % 7))
+        made = model.generate(
+            prompt[None], attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None
+        )
+        requests.append(
+            Request(prompt.tolist(), SamplingParams(temperature=0, max_tokens=tokens), group=i % 7)
+        )
         references.append(made[0, length:].tolist())
     return requests, references
 
@@ -51,7 +55,9 @@ def test_equals_generate(model, requests_and_references, strategy, reverse):
 
 
 def test_suffix_drafts_are_accepted_on_repetitive_text(model, requests_and_references):
-    """A random model at temperature 0 loops, so a suffix drafter that works must commit clearly more than a token a step."""
+    """A random model at temperature 0 loops, so a suffix drafter that works must commit clearly more than a
+    token a step.
+    """
     engine = engine_for(model)
     engine.use_strategy(Strategy("suffix", 4))
     rollouts = engine.generate(requests_and_references[0])

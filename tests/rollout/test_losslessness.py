@@ -41,7 +41,9 @@ def exact_joint(model, params: SamplingParams) -> np.ndarray:
 
 
 def chi_square_p(counts: np.ndarray, joint: np.ndarray) -> float:
-    """p-value of a chi-square test; cells expected fewer than 5 times are pooled, impossible ones must be empty."""
+    """p-value of a chi-square test; cells expected fewer than 5 times are pooled, impossible ones must be
+    empty.
+    """
     total = counts.sum()
     assert counts[joint == 0].sum() == 0, "a token of probability zero was produced"
     expected = joint[joint > 0] * total
@@ -97,7 +99,9 @@ CUTS = [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6, "top_k": 4, "top_
 
 @pytest.mark.parametrize(("case", "cut"), [(case, CUTS[i % 4]) for i, case in enumerate(CASES)], ids=NAMES)
 def test_engine_joint_distribution(model, case, cut):
-    """Every drafter, tree, verifier and stop policy, and every sampling setting with some of them; all pairs on demand."""
+    """Every drafter, tree, verifier and stop policy, and every sampling setting with some of them; all pairs
+    on demand.
+    """
     check_case(model, case, cut, samples=60_000)
 
 
@@ -113,8 +117,13 @@ def check_case(model, case, cut, samples) -> None:
     params = SamplingParams(max_tokens=3, **cut)
     engine = full_engine(model, slots=1000, context=16, max_nodes=6, rules=options.get("rules"))
     engine.verify_with(options.get("verifier"))
-    used = {"suffix", "eagle3", "composite"} if strategy.startswith("composite") else {strategy.partition(":")[0]}
-    for name in set(engine.drafters) - used:  # what the others would note of each token takes half of the time
+    used = (
+        {"suffix", "eagle3", "composite"}
+        if strategy.startswith("composite")
+        else {strategy.partition(":")[0]}
+    )
+    # what the others would note of each token takes half of the time
+    for name in set(engine.drafters) - used:
         del engine.drafters[name]
     counts = joint_counts(engine, strategy, params, samples)
     assert chi_square_p(counts, exact_joint(model, params)) > ALPHA
@@ -142,7 +151,9 @@ def test_switching_strategies_on_past_acceptance_keeps_the_law(model):
     counts = np.zeros((VOCAB,) * 3)
     engine.speculation.selector = Restless(["plain", "suffix:2", "eagle3:2x3/6", "eagle3:2", "adversarial:1"])
     for start in range(0, 60_000, 20_000):
-        for rollout in engine.stream([Request(PROMPT, params, seed=start + i, group="g") for i in range(20_000)]):
+        for rollout in engine.stream(
+            [Request(PROMPT, params, seed=start + i, group="g") for i in range(20_000)]
+        ):
             counts[tuple(rollout.token_ids)] += 1
     assert chi_square_p(counts, exact_joint(model, params)) > ALPHA
 
@@ -173,14 +184,18 @@ def test_deterministic_drafts_give_the_tokens_of_plain_decoding():
     """Stronger than equal in law: with the same seeds, suffix and greedy EAGLE-3 drafts change no token."""
     model = tiny_llama(97, sharpness=6.0)
     engine = full_engine(model, slots=6, max_nodes=12)
-    requests = [Request([5, 6, 7, i % 3], SamplingParams(max_tokens=50), seed=i, group=i % 3) for i in range(18)]
+    requests = [
+        Request([5, 6, 7, i % 3], SamplingParams(max_tokens=50), seed=i, group=i % 3) for i in range(18)
+    ]
     plain = [r.token_ids for r in engine.generate(requests)]
     for strategy in DETERMINISTIC:
         engine.use_strategy(strategy)
         assert [r.token_ids for r in engine.generate(requests)] == plain
 
 
-@pytest.mark.parametrize("strategy", ["plain", "suffix:4", "eagle3:3", "eagle3:3x3/7", "draft_model:2x2/4", "adversarial:3"])
+@pytest.mark.parametrize(
+    "strategy", ["plain", "suffix:4", "eagle3:3", "eagle3:3x3/7", "draft_model:2x2/4", "adversarial:3"]
+)
 def test_a_result_does_not_depend_on_its_neighbours(strategy):
     model = tiny_llama(97, sharpness=6.0)
     requests = [Request([5, 6, i], SamplingParams(max_tokens=20), seed=i) for i in range(10)]

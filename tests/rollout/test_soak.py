@@ -1,4 +1,6 @@
-"""Ten thousand requests with cancellations and failing callbacks: nothing leaks, and each result is that of its request alone."""
+"""Ten thousand requests with cancellations and failing callbacks: nothing leaks, and each result is that of
+its request alone.
+"""
 
 import gc
 import random
@@ -49,13 +51,17 @@ def alone(model):
     made = {}
     while len(made) < PROMPTS:
         prompt = tuple(rng.randrange(1, 97) for _ in range(rng.randrange(1, 120)))
-        made[prompt] = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=24))])[0].token_ids
+        made[prompt] = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=24))])[
+            0
+        ].token_ids
     return made
 
 
 def test_ten_thousand_requests(model, alone):
     rng = random.Random(1)
-    engine = engine_for(model, slots=16, context=160, max_nodes=8, kv_memory_bytes=2_000_000, prefill_tokens=64)
+    engine = engine_for(
+        model, slots=16, context=160, max_nodes=8, kv_memory_bytes=2_000_000, prefill_tokens=64
+    )
     engine.use_strategy("adaptive")
     prompts = list(alone)
     served = cancelled = broken = preempted = 0
@@ -65,7 +71,9 @@ def test_ten_thousand_requests(model, alone):
         for i in range(BATCH):
             params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 25))
             requests.append(Request(rng.choice(prompts), params, seed=i, group=rng.choice((None, i % 9))))
-        disturbance = Disturbance(engine, rng.sample(requests, 8), rng.randrange(2, 20) if rng.random() < 0.4 else None)
+        disturbance = Disturbance(
+            engine, rng.sample(requests, 8), rng.randrange(2, 20) if rng.random() < 0.4 else None
+        )
         try:
             rollouts = engine.generate(requests, disturbance)
         except CallersError:
@@ -83,7 +91,8 @@ def test_ten_thousand_requests(model, alone):
         assert not engine.scheduler.active
         assert not engine.scheduler.waiting
         assert not any(engine.drafters["eagle3"]._seen)
-        if steady is None and served >= REQUESTS // 4:  # allocators and the suffix index have grown to their size by then
+        # allocators and the suffix index have grown to their size by then
+        if steady is None and served >= REQUESTS // 4:
             steady = resident_bytes()
     assert broken > 3
     assert cancelled > 50

@@ -1,4 +1,6 @@
-"""The engine under releases of transformers that call things by other names, hand over other things, or compute otherwise."""
+"""The engine under releases of transformers that call things by other names, hand over other things, or
+compute otherwise.
+"""
 
 from types import SimpleNamespace
 
@@ -24,8 +26,11 @@ def greedy(engine: RolloutEngine) -> list[list[int]]:
     return [r.token_ids for r in engine.generate(REQUESTS)]
 
 
-def as_class(model: LlamaForCausalLM, whole: type, decoder: type = LlamaModel, layer: type = LlamaDecoderLayer) -> torch.nn.Module:
-    """The model with modules of other classes: what another release would have loaded from the same weights."""
+def as_class(
+    model: LlamaForCausalLM, whole: type, decoder: type = LlamaModel, layer: type = LlamaDecoderLayer
+) -> torch.nn.Module:
+    """The model with modules of other classes: what another release would have loaded from the same
+    weights."""
     model.__class__, model.model.__class__ = whole, decoder
     for each in model.model.layers:
         each.__class__ = layer
@@ -65,7 +70,9 @@ class RenamedLM(LlamaForCausalLM):
         **through,
     ):
         if not use_cache:  # attention without a cache needs the causal mask that this stand-in does not make
-            through["attention_mask"] = torch.full([input_ids.shape[1]] * 2, float("-inf")).triu(1)[None, None]
+            through["attention_mask"] = torch.full([input_ids.shape[1]] * 2, float("-inf")).triu(1)[
+                None, None
+            ]
         hidden = self.model(input_ids, position_ids, memory, **through)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return SimpleNamespace(logits=self.lm_head(hidden[:, kept]))
@@ -96,7 +103,9 @@ def test_layers_that_compute_otherwise_are_not_fused():
         engine = build(model)
     assert not engine.runner.view.fused
     prompt = torch.tensor([REQUESTS[0].prompt_ids])
-    wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)[0, 4:].tolist()
+    wanted = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+    )[0, 4:].tolist()
     assert greedy(engine)[0] == wanted
 
 
@@ -133,7 +142,9 @@ class Shortsighted(LlamaModel):
 
 @pytest.mark.parametrize(("decoder", "reason"), [(Forgetful, "TypeError"), (Shortsighted, "")])
 def test_a_model_that_the_engine_gets_wrong_is_refused_in_a_line(decoder, reason):
-    with pytest.raises(ValueError, match=rf"does not run in the engine with transformers \d+\.\d+.*{reason}.*install") as caught:
+    with pytest.raises(
+        ValueError, match=rf"does not run in the engine with transformers \d+\.\d+.*{reason}.*install"
+    ) as caught:
         build(as_class(tiny_llama(), LlamaForCausalLM, decoder))
     assert "\n" not in str(caught.value)
 
@@ -146,7 +157,9 @@ def test_the_view_is_compared_in_each_precision(monkeypatch):
 
     def broken(*args, **kwargs):
         view = original(*args, **kwargs)
-        view.module.model.norm.weight = torch.nn.Parameter(view.module.model.norm.weight.detach().clone().flip(0) * 3)
+        view.module.model.norm.weight = torch.nn.Parameter(
+            view.module.model.norm.weight.detach().clone().flip(0) * 3
+        )
         view.module.model.norm.weight.data[:32] = 0
         return view
 

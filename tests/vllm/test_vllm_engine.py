@@ -1,4 +1,6 @@
-"""vLLM in the process: what it draws is the policy's, under new weights too, whatever drafts (``make test-vllm``)."""
+"""vLLM in the process: what it draws is the policy's, under new weights too, whatever drafts
+(``make test-vllm``).
+"""
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ VOCAB = 64
 
 @pytest.fixture(scope="module")
 def policy():
-    return tiny_llama(VOCAB, layers=8, sharpness=8.0, hidden=256)  # heads of 64, which vLLM has CPU kernels for
+    # heads of 64, which vLLM has CPU kernels for
+    return tiny_llama(VOCAB, layers=8, sharpness=8.0, hidden=256)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,9 @@ def test_drafts_change_no_greedy_token(policy, served):
     lengths.append(mean_acceptance_length(engine.generate(asked)))
     engine.depths.depths = kept
     with torch.no_grad():
-        wanted = policy.generate(torch.tensor([asked[0].prompt_ids]), max_new_tokens=32, do_sample=False, eos_token_id=None)
+        wanted = policy.generate(
+            torch.tensor([asked[0].prompt_ids]), max_new_tokens=32, do_sample=False, eos_token_id=None
+        )
     assert found[0][0] == wanted[0, 4:].tolist()
     assert found[0] == found[1] == found[2]
     assert lengths[1] == 1.0
@@ -99,7 +104,9 @@ def test_the_law_of_two_tokens_is_exact_with_drafts(policy, served):
         firsts = torch.tensor([[3, 5, 6, 7, t] for t in range(VOCAB)])
         second = policy(firsts).logits[:, -1].softmax(-1)
         both = torch.tensor([[3, 5, 6, 7, a, b] for a in range(VOCAB) for b in range(VOCAB)])
-        third = torch.cat([policy(part).logits[:, -1].softmax(-1) for part in both.split(512)]).view(VOCAB, VOCAB, VOCAB)
+        third = torch.cat([policy(part).logits[:, -1].softmax(-1) for part in both.split(512)]).view(
+            VOCAB, VOCAB, VOCAB
+        )
     law = torch.einsum("a,ab,abc->bc", first, second, third).flatten()
     counts = torch.zeros(VOCAB * VOCAB)
     for b, c in pairs:

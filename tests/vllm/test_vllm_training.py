@@ -1,4 +1,6 @@
-"""The trainer with vLLM's rollouts: in the process, and behind a server. Runs where vLLM is: ``make test-vllm``."""
+"""The trainer with vLLM's rollouts: in the process, and behind a server. Runs where vLLM is:
+``make test-vllm``.
+"""
 
 import json
 import os
@@ -22,7 +24,8 @@ from tests.support import ROOT, tiny_eagle3
 
 pytestmark = pytest.mark.vllm
 REWARD = (
-    "def score(prompts, completions, **columns):\n    return [sum(c.isdigit() for c in t) / max(len(t), 1) for t in completions]\n"
+    "def score(prompts, completions, **columns):\n    return [sum(c.isdigit() for c in t) / max(len(t), 1) "
+    "for t in completions]\n"
 )
 
 
@@ -53,7 +56,9 @@ def train(home, *options):
     command = [sys.executable, str(ROOT / "launch" / "train.py"), *options]
     if "--resume" not in options:
         command[2:2] = [str(ROOT / "configs" / "tiny.yaml"), *recipe, *drafter]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
@@ -63,14 +68,18 @@ def rewards(run):
 
 def check(run):
     metrics = read_metrics(run)
-    assert all(m["engine/logprob_gap_mean"] < 0.01 for m in metrics), [m["engine/logprob_gap_mean"] for m in metrics]
+    assert all(m["engine/logprob_gap_mean"] < 0.01 for m in metrics), [
+        m["engine/logprob_gap_mean"] for m in metrics
+    ]
     assert rewards(run)[-1] > rewards(run)[0] + 0.05, rewards(run)
     assert metrics[-1]["drafter/updates"] > 0
     assert (run / "drafter" / "model.safetensors").is_file()
 
 
 def test_the_tiny_task_is_learned_in_the_process(home):
-    """Rewards rise, log-probs are the trainer's own before and after a stop, the drafter is trained and handed over."""
+    """Rewards rise, log-probs are the trainer's own before and after a stop, the drafter is trained and
+    handed over.
+    """
     options = "rollout.vllm={options: {enforce_eager: true, gpu_memory_utilization: 0.5}}"
     train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
     check(home / "run")
@@ -100,7 +109,9 @@ def test_the_tiny_task_is_learned_behind_a_server(home):
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
         with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger changes no weights
-            urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/start_weight_update", method="POST"))
+            urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{port}/start_weight_update", method="POST")
+            )
         options = f"rollout.vllm={{servers: ['http://127.0.0.1:{port}'], exchange: '{exchange}'}}"
         train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
         check(home / "run")

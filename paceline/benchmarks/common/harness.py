@@ -1,4 +1,6 @@
-"""Decoding speed on a recipe's own prompts: the engine plain, with each drafter and adaptive, beside its peers."""
+"""Decoding speed on a recipe's own prompts: the engine plain, with each drafter and adaptive, beside its
+peers.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests whose lengths are fixed beforehand, so that every method produces the same number of tokens for each.
+    """Requests whose lengths are fixed beforehand, so that every method produces the same number of tokens
+    for each.
 
     Attributes:
         name: In tables.
@@ -64,7 +67,8 @@ class Measurement:
         acceptance_length: Tokens of a sequence a target forward, where known.
         draft_ms_per_token: Time spent drafting, for each committed token.
         prefill_seconds: Of that time, reading prompts: what no speculation shortens.
-        outside_forwards: Share of the wall time in neither a target forward nor the drafter; only of the engine.
+        outside_forwards: Share of the wall time in neither a target forward nor the drafter; only of the
+            engine.
     """
 
     workload: str
@@ -86,10 +90,12 @@ class RolloutBench:
 
     Args:
         config: A recipe.
-        run: A finished run, for its trained policy and drafter; None takes the recipe's starting policy and no EAGLE-3.
+        run: A finished run, for its trained policy and drafter; None takes the recipe's starting policy and
+            no EAGLE-3.
         repeats: Timed passes; the fastest counts.
         tail_cap: Most tokens of a completion in the long-tailed batch.
-        own_problems: Ask the recipe's own problems, as its rollouts do epoch after epoch, instead of others of their kind.
+        own_problems: Ask the recipe's own problems, as its rollouts do epoch after epoch, instead of others
+            of their kind.
     """
 
     def __init__(
@@ -105,7 +111,11 @@ class RolloutBench:
         self.tokenizer = load_tokenizer(self.path)
         self.policy = load_policy(self.path, dtype=torch.bfloat16).eval()
         text = self.policy.config.get_text_config()
-        self.drafter = None if run is None else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
+        self.drafter = (
+            None
+            if run is None
+            else load_drafter(run / "checkpoint" / "drafter", text.vocab_size, text.hidden_size)
+        )
         trained = None if self.drafter is None else self.drafter.config.eagle_aux_hidden_state_layer_ids
         self.taps = default_tap_layers(text.num_hidden_layers) if trained is None else tuple(trained)
         self._parts = DrafterParts(eagle3=self.drafter, composite_match=config.speculation.composite_match)
@@ -134,7 +144,9 @@ class RolloutBench:
         return {**named, "adaptive": "adaptive"}
 
     def workloads(self, only: Sequence[str] | None = None) -> list[Workload]:
-        """1 to 64 sequences on the recipe's mixture, by number, then a long-tailed GRPO batch, ``tail``; all, or those named."""
+        """1 to 64 sequences on the recipe's mixture, by number, then a long-tailed GRPO batch, ``tail``; all,
+        or those named.
+        """
         shapes = {"1": (1, 24, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
         made = []
         for name, (slots, count, samples) in shapes.items():
@@ -142,7 +154,9 @@ class RolloutBench:
                 continue
             timed = self.requests(self.problems[:40], count, samples, self.params)
             warm = self.requests(self.problems[40:], slots, samples, self.params)
-            made.append(Workload(name, slots, self.with_natural_lengths(timed), self.with_natural_lengths(warm)))
+            made.append(
+                Workload(name, slots, self.with_natural_lengths(timed), self.with_natural_lengths(warm))
+            )
         if only is not None and "tail" not in only:
             return made
         params = replace(self.params, max_tokens=self.tail_cap)
@@ -151,11 +165,19 @@ class RolloutBench:
         return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
 
     def _tail_problems(self) -> list[Problem]:
-        """One sum of each of eight sizes: completions from a dozen tokens to the cap, which the two longest grow with."""
+        """One sum of each of eight sizes: completions from a dozen tokens to the cap, which the two longest
+        grow with.
+        """
         problems: list[Problem] = []
-        for i, terms in enumerate((*_TAIL_TERMS[:-2], *(terms * self.tail_cap // 1024 for terms in _TAIL_TERMS[-2:]))):
-            dataset = DatasetConfig("chain_sum", 1, {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1})
-            problems += load_task(replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i).problems
+        for i, terms in enumerate(
+            (*_TAIL_TERMS[:-2], *(terms * self.tail_cap // 1024 for terms in _TAIL_TERMS[-2:]))
+        ):
+            dataset = DatasetConfig(
+                "chain_sum", 1, {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1}
+            )
+            problems += load_task(
+                replace(self.config.task, size=1, datasets=(dataset,)), seed=300 + i
+            ).problems
         return [replace(p, key=f"tail {i}") for i, p in enumerate(problems)]
 
     def requests(
@@ -166,14 +188,20 @@ class RolloutBench:
         for i in range(count):
             problem = problems[i // samples % len(problems)]
             prompt = encode_problem(self.tokenizer, problem, self.config.task)
-            made.append(Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key))
+            made.append(
+                Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key)
+            )
         return made
 
     def with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
-        """The same requests, each to be cut after as many tokens as plain decoding gave it before it stopped by itself."""
+        """The same requests, each to be cut after as many tokens as plain decoding gave it before it stopped
+        by itself.
+        """
         engine = self.engine(64, max(r.params.max_tokens for r in requests))
         return [
-            replace(r.request, params=replace(r.request.params, max_tokens=len(r.token_ids), stop_token_ids=()))
+            replace(
+                r.request, params=replace(r.request.params, max_tokens=len(r.token_ids), stop_token_ids=())
+            )
             for r in engine.generate(requests)
         ]
 
@@ -189,7 +217,8 @@ class RolloutBench:
         drafters: Sequence[str] | None = None,
         collect_traces: bool = False,
     ) -> RolloutEngine:
-        """An engine with this policy's drafters, or those named; traces are of use to a drafter's training."""
+        """An engine with this policy's drafters, or those named; traces are of use to a drafter's
+        training."""
         s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
         engine = policy_engine(
@@ -218,12 +247,17 @@ class RolloutBench:
         only: Sequence[str] | None = None,
         keep: Keep = ignore,
     ) -> list[Measurement]:
-        """Every method on every workload, or on those named, beside peers where there are any; ``keep`` gets each as it comes."""
+        """Every method on every workload, or on those named, beside peers where there are any; ``keep`` gets
+        each as it comes.
+        """
         workloads = self.workloads(only)
         for w in workloads:
             lengths = sorted(r.params.max_tokens for r in w.timed)
             middle = lengths[len(lengths) // 2]
-            say(f"{w.name}: {len(lengths)} completions, {sum(lengths)} tokens, median {middle}, longest {lengths[-1]}")
+            say(
+                f"{w.name}: {len(lengths)} completions, {sum(lengths)} tokens, median {middle}, longest "
+                f"{lengths[-1]}"
+            )
         results = []
         for w in workloads:
             if peers is not None:
@@ -237,15 +271,21 @@ class RolloutBench:
                 keep(results[-1])
                 say(_line(results[-1]))
         if peers is not None:
-            for name, method, tokens, seconds in peers.vllm({w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats):
+            for name, method, tokens, seconds in peers.vllm(
+                {w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats
+            ):
                 results.append(Measurement(name, method, tokens, seconds))
                 keep(results[-1])
                 say(_line(results[-1]))
         order = [w.name for w in workloads]
         return sorted(results, key=lambda m: order.index(m.workload))
 
-    def measure(self, w: Workload, method: str, strategy: Strategy | str | None, engine: RolloutEngine) -> Measurement:
-        """One method on one workload, the fastest of the repeats, after a warm pass. No strategy: the engine as it is, warm."""
+    def measure(
+        self, w: Workload, method: str, strategy: Strategy | str | None, engine: RolloutEngine
+    ) -> Measurement:
+        """One method on one workload, the fastest of the repeats, after a warm pass. No strategy: the engine
+        as it is, warm.
+        """
         if strategy is not None:
             engine.use_strategy(strategy)
             engine.generate(w.warm)
@@ -260,7 +300,9 @@ class RolloutBench:
         return best
 
 
-def _measurement(workload: str, method: str, engine: RolloutEngine, rollouts: Sequence[Rollout], seconds: float) -> Measurement:
+def _measurement(
+    workload: str, method: str, engine: RolloutEngine, rollouts: Sequence[Rollout], seconds: float
+) -> Measurement:
     tokens = sum(len(r.token_ids) for r in rollouts)
     drafting = sum(r.feedback.draft_seconds for r in engine.records)
     inside = sum(r.feedback.forward_seconds for r in engine.records) + drafting + engine.prefill_seconds

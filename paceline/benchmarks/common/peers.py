@@ -34,7 +34,9 @@ class _EachItsLength(StoppingCriteria):
     def __init__(self, prompt: int, lengths: Sequence[int]) -> None:
         self._ends = torch.tensor(lengths) + prompt
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.BoolTensor:
         return torch.BoolTensor(input_ids.shape[1] >= self._ends)
 
 
@@ -110,7 +112,8 @@ class Peers:
         repeats: int,
         speculative: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """One workload in a process of its own, so that what vLLM reserves is given back: what paceline/benchmarks/common/vllm_peer.py writes.
+        """One workload in a process of its own, so that what vLLM reserves is given back: what
+        paceline/benchmarks/common/vllm_peer.py writes.
 
         Raises:
             UserError: when vLLM fails, with its last line.
@@ -121,7 +124,9 @@ class Peers:
             source.write_text(json.dumps(job))
             script = Path(__file__).with_name("vllm_peer.py")
             command = [str(self._python), str(script), str(self._path), str(source), str(target)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+            result = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            )
             if result.returncode != 0:
                 lines = result.stderr.strip().splitlines() or ["no message"]
                 raise UserError(f"vLLM failed in {self._python}: {lines[-1]}; make it anew with: make peers")
@@ -136,7 +141,10 @@ def _as_json(
     speculative: dict[str, Any] | None,
 ) -> dict[str, Any]:
     def plain(requests: Sequence[Request]) -> list[dict[str, Any]]:
-        return [{"prompt": list(r.prompt_ids), "tokens": r.params.max_tokens, "seed": r.seed & 0xFFFFFFFF} for r in requests]
+        return [
+            {"prompt": list(r.prompt_ids), "tokens": r.params.max_tokens, "seed": r.seed & 0xFFFFFFFF}
+            for r in requests
+        ]
 
     p = timed[0].params
     sampling = {"temperature": p.temperature, "top_k": p.top_k, "top_p": p.top_p}

@@ -55,7 +55,9 @@ def _drafters(tables: dict[str, Rows]) -> plt.Figure:
             ax.text(r["ratio"], y, f" {r['acceptance_length']:.2f}", va="center", fontsize=6)
         ax.axvline(1, color="grey", lw=0.8)
         ax.tick_params(labelsize=6)
-        ax.set_title(f"T = {temperature}, {batch} sequences: ÷ plain\n(accepted length at the bars)", fontsize=8)
+        ax.set_title(
+            f"T = {temperature}, {batch} sequences: ÷ plain\n(accepted length at the bars)", fontsize=8
+        )
     return figure
 
 
@@ -72,7 +74,9 @@ def _lengths(tables: dict[str, Rows]) -> plt.Figure:
 def _tail(tables: dict[str, Rows]) -> plt.Figure:
     rows = tables["rows"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), dpi=90)
-    axes[0].barh([r["remedy"] for r in rows], [rows[0]["step_by_completion"] / r["step_by_completion"] for r in rows])
+    axes[0].barh(
+        [r["remedy"] for r in rows], [rows[0]["step_by_completion"] / r["step_by_completion"] for r in rows]
+    )
     axes[0].axvline(1, color="grey", lw=0.8)
     axes[0].set_title("time of a step for each completion: none ÷ remedy", fontsize=9)
     axes[0].tick_params(labelsize=7)
@@ -85,7 +89,9 @@ def _tail(tables: dict[str, Rows]) -> plt.Figure:
 
 
 def _smoothed(values: list[float], window: int = 4) -> list[float]:
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(i - window + 1, 0) : i + 1])]
+    return [
+        sum(part) / len(part) for i in range(len(values)) if (part := values[max(i - window + 1, 0) : i + 1])
+    ]
 
 
 def _sharing(tables: dict[str, Rows]) -> plt.Figure:
@@ -115,8 +121,14 @@ def _positions(tables: dict[str, Rows]) -> plt.Figure:
     for row in tables["rows"]:
         lines[row["drafter"], row["window"]].append(row)
     for (drafter, window), rows in lines.items():
-        label = drafter if drafter == "suffix" else f"{drafter}, " + ("all tokens" if window is None else f"window {window}")
-        ax.plot([r["until"] for r in rows], [r["tokens_per_step"] for r in rows], marker="o", ms=3, label=label)
+        label = (
+            drafter
+            if drafter == "suffix"
+            else f"{drafter}, " + ("all tokens" if window is None else f"window {window}")
+        )
+        ax.plot(
+            [r["until"] for r in rows], [r["tokens_per_step"] for r in rows], marker="o", ms=3, label=label
+        )
     ax.set(xlabel="position in the text", ylabel="acceptance length, chains of 3")
     ax.legend(fontsize=8)
     return figure
@@ -136,7 +148,9 @@ def _verifiers(tables: dict[str, Rows]) -> plt.Figure:
             ("deterministic", "C3o-"),
         ):
             ax.plot(k, [r[key] for r in rows], style, ms=3, label=key.replace("_", " "))
-        ax.set(xlabel="candidates", ylabel="P(one is accepted)", title=name.removeprefix("bounds, "), xticks=k)
+        ax.set(
+            xlabel="candidates", ylabel="P(one is accepted)", title=name.removeprefix("bounds, "), xticks=k
+        )
         ax.legend(fontsize=7)
     return figure
 
@@ -148,7 +162,9 @@ def _selection(tables: dict[str, Rows]) -> plt.Figure:
         fixed = sorted(row["search"].items(), key=lambda item: item[1])
         ax.barh([name for name, _ in fixed], [speed for _, speed in fixed], color="#b0b0b0")
         for speed in row["finals"]["adaptive"]:
-            ax.axvline(speed, color="C3", lw=1, label="bandit" if speed == row["finals"]["adaptive"][0] else None)
+            ax.axvline(
+                speed, color="C3", lw=1, label="bandit" if speed == row["finals"]["adaptive"][0] else None
+            )
         ax.tick_params(labelsize=6)
         ax.set_title(f"{row['batch']} sequences: tokens/s", fontsize=9)
         ax.legend(fontsize=7)

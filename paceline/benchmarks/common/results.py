@@ -1,4 +1,6 @@
-"""A benchmark's JSON file, written as its rows come: what is measured is not lost with the process that measures it."""
+"""A benchmark's JSON file, written as its rows come: what is measured is not lost with the process that
+measures it.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,16 @@ def check_target(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--out {out}: {path} cannot be written ({error.strerror}); name another file") from None
+        raise UserError(
+            f"--out {out}: {path} cannot be written ({error.strerror}); name another file"
+        ) from None
 
 
 class Results:
     """The tables of one benchmark, as a context. Each row is on disk once it is added.
 
-    Until the context ends well the file says ``"unfinished": true``, and the results of an earlier run lie beside it as
-    ``….before.json``.
+    Until the context ends well the file says ``"unfinished": true``, and the results of an earlier run lie
+    beside it as ``….before.json``.
 
     Args:
         out: The file, with or without ``.json``.
@@ -67,7 +71,9 @@ class Results:
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             del self._data["unfinished"]
             if self._write():
@@ -93,10 +99,12 @@ class Results:
         self._write()
 
     def _write(self) -> bool:
-        """Replaces the file in one instant, and tells whether it could. A full disk is said and does not end the measurement: the
-        next row may find room."""
+        """Replaces the file in one instant, and tells whether it could. A full disk is said and does not end
+        the measurement: the next row may find room."""
         try:
-            if self._path.is_file() and "unfinished" not in json.loads(self._path.read_text(encoding="utf-8")):
+            if self._path.is_file() and "unfinished" not in json.loads(
+                self._path.read_text(encoding="utf-8")
+            ):
                 self._path.replace(self._before)
         except (OSError, ValueError):
             pass  # nothing of an earlier run that could be kept

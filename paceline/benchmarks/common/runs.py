@@ -19,7 +19,9 @@ _BETWEEN_LINES = 30.0  # seconds
 Say = Callable[[str], None]
 
 
-def train_recipe(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say) -> list[dict[str, Any]]:
+def train_recipe(
+    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say
+) -> list[dict[str, Any]]:
     """Trains a recipe as ``paceline train`` does and returns the metrics of its steps.
 
     Raises:
@@ -43,7 +45,9 @@ def run_ranks(module: str, arguments: Sequence[str], out: Path, ranks: int, say:
         UserError: when it fails, with what it said itself, or its last line.
     """
     with tempfile.TemporaryFile("w+") as errors:
-        job = subprocess.Popen([*_launcher(module, ranks), *arguments, f"out={out}"], stdout=subprocess.DEVNULL, stderr=errors)
+        job = subprocess.Popen(
+            [*_launcher(module, ranks), *arguments, f"out={out}"], stdout=subprocess.DEVNULL, stderr=errors
+        )
         say(f"training {out}")
         try:
             _watch(job, out, say)
@@ -85,7 +89,9 @@ def _watch(job: subprocess.Popen[bytes], out: Path, say: Say) -> None:
             say(f"  {out}: {f'step {done} done' if done else 'starting'}, {duration(now - began)}")
 
 
-def finished_run(config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say) -> list[dict[str, Any]]:
+def finished_run(
+    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say
+) -> list[dict[str, Any]]:
     """Trains a recipe as `train_recipe` does, unless ``out`` is already there and finished."""
     if (out / "summary.json").is_file():
         return read_metrics(out)

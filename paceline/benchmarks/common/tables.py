@@ -68,7 +68,11 @@ def draw_results(results: Sequence[Measurement], path: Path) -> None:
     width = 0.85 / len(methods)
     plain = {m.workload: m.tokens_per_second for m in results if m.method == "plain"}
     for i, method in enumerate(methods):
-        points = [(workloads.index(m.workload), m.tokens_per_second / plain[m.workload]) for m in results if m.method == method]
+        points = [
+            (workloads.index(m.workload), m.tokens_per_second / plain[m.workload])
+            for m in results
+            if m.method == method
+        ]
         ax.bar(
             [x + (i - (len(methods) - 1) / 2) * width for x, _ in points],
             [y for _, y in points],

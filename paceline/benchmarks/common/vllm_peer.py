@@ -1,9 +1,12 @@
-"""Decodes a JSON file of requests with vLLM and times it; run by the peers' own interpreter, which has no Paceline.
+"""Decodes a JSON file of requests with vLLM and times it; run by the peers' own interpreter, which has no
+Paceline.
 
-``.venv-peers/bin/python paceline/benchmarks/common/vllm_peer.py MODEL WORKLOAD.json OUT.json``, after ``make peers``. The workload has
+``.venv-peers/bin/python paceline/benchmarks/common/vllm_peer.py MODEL WORKLOAD.json OUT.json``, after
+``make peers``. The workload has
 
 - ``slots``: requests in flight together; ``repeats``: timed passes, of which the fastest counts;
-- ``warm``, ``timed``: lists of ``{"prompt": [ids], "tokens": n, "seed": s}``; every completion has exactly its number of tokens;
+- ``warm``, ``timed``: lists of ``{"prompt": [ids], "tokens": n, "seed": s}``; every completion has exactly
+  its number of tokens;
 - ``sampling``: temperature, top_k, top_p; ``speculative``: vLLM's ``speculative_config``, or null.
 
 With a ``speculative_config`` the result has vLLM's own count of drafts and accepted tokens, over all passes.
@@ -15,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: no transport between it and the clock
+# the engine in this process: no transport between it and the clock
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 from vllm import LLM, SamplingParams
@@ -24,7 +28,8 @@ from vllm import LLM, SamplingParams
 def decode(llm: LLM, requests: list[dict], sampling: dict) -> tuple[float, int]:
     """Seconds and completion tokens of one pass."""
     params = [
-        SamplingParams(**sampling, max_tokens=r["tokens"], seed=r["seed"], ignore_eos=True, detokenize=False) for r in requests
+        SamplingParams(**sampling, max_tokens=r["tokens"], seed=r["seed"], ignore_eos=True, detokenize=False)
+        for r in requests
     ]
     begin = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": r["prompt"]} for r in requests], params, use_tqdm=False)
@@ -52,7 +57,9 @@ def main() -> None:
     decode(llm, work["warm"], work["sampling"])
     seconds, tokens = min(decode(llm, work["timed"], work["sampling"]) for _ in range(work["repeats"]))
     result = {"seconds": seconds, "tokens": tokens}
-    Path(target).write_text(json.dumps(result if work["speculative"] is None else {**result, **counters(llm)}))
+    Path(target).write_text(
+        json.dumps(result if work["speculative"] is None else {**result, **counters(llm)})
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class StepProfile:
 def profile_step(policy: PreTrainedModel, batch: int) -> StepProfile:
     """Measures a step; see `StepProfile`."""
     engine = policy_engine(policy, max_slots=batch, max_context=_CONTEXT + 80)
-    requests = [Request([5 + i] * (_CONTEXT - 20), SamplingParams(max_tokens=41), seed=i) for i in range(batch)]
+    requests = [
+        Request([5 + i] * (_CONTEXT - 20), SamplingParams(max_tokens=41), seed=i) for i in range(batch)
+    ]
     engine.generate(requests)
     engine.generate(requests)
     steps = [r.feedback for r in engine.records if r.feedback.active == batch]
@@ -76,7 +78,9 @@ def _mean(values: list[float]) -> float:
 
 @contextmanager
 def _clocks() -> Iterator[dict[str, float]]:
-    """Adds up the seconds inside each part during decode steps; an inner part's time is not counted in the outer one."""
+    """Adds up the seconds inside each part during decode steps; an inner part's time is not counted in the
+    outer one.
+    """
     spent: dict[str, float] = dict.fromkeys((name for _, _, name in _TIMED_PARTS), 0.0)
     inner = [0.0]
 
@@ -137,13 +141,21 @@ def refresh_seconds(policy: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def logprob_gap(policy: PreTrainedModel, requests: list[Request]) -> tuple[float, float]:
-    """Mean and largest |log-prob of the engine − log-prob of the trainer's own bfloat16 forward| over sampled tokens."""
+    """Mean and largest |log-prob of the engine − log-prob of the trainer's own bfloat16 forward| over sampled
+    tokens.
+    """
     engine = policy_engine(policy, max_slots=16, max_context=512)
     gaps = []
     for rollout in engine.generate(requests):
         start = len(rollout.request.prompt_ids) - 1
         ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
-        full = policy(ids).logits[0, start:-1].float().log_softmax(-1).gather(-1, ids[0, start + 1 :, None])[:, 0]
+        full = (
+            policy(ids)
+            .logits[0, start:-1]
+            .float()
+            .log_softmax(-1)
+            .gather(-1, ids[0, start + 1 :, None])[:, 0]
+        )
         gaps.append((torch.tensor(rollout.logprobs) - full).abs())
     every = torch.cat(gaps)
     return float(every.mean()), float(every.max())

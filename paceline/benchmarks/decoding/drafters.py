@@ -1,4 +1,6 @@
-"""Drafters side by side: every one at several temperatures and batches, sharing within groups, and long positions."""
+"""Drafters side by side: every one at several temperatures and batches, sharing within groups, and long
+positions.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ RULES = {
 
 @dataclass(frozen=True, slots=True)
 class DrafterRow:
-    """One way to draft at one temperature and batch: against plain decoding of the same requests, all drafting counted."""
+    """One way to draft at one temperature and batch: against plain decoding of the same requests, all
+    drafting counted.
+    """
 
     temperature: float
     batch: str
@@ -61,17 +65,22 @@ def compare_drafters(
     say: Callable[[str], None],
     keep: Keep = ignore,
 ) -> list[DrafterRow]:
-    """Every drafter's chains and trees, then EAGLE-3 under other rules; each row is handed to ``keep`` as it comes."""
+    """Every drafter's chains and trees, then EAGLE-3 under other rules; each row is handed to ``keep`` as it
+    comes.
+    """
     rows = []
     for temperature in temperatures:
-        bench = RolloutBench(replace(config, rollout=replace(config.rollout, temperature=temperature)), run, 1, 64)
+        bench = RolloutBench(
+            replace(config, rollout=replace(config.rollout, temperature=temperature)), run, 1, 64
+        )
         bench.give_draft_model(truncated_policy(bench.policy, config, bench.tokenizer, layers=4))
         for w in bench.workloads(batches):
             for row in _rows(bench, w, temperature):
                 rows.append(row)
                 keep(row)
                 say(
-                    f"T {temperature}  {w.name:>3}  {row.strategy:<18} {row.rules:<26} accepted {row.acceptance_length:.2f}  "
+                    f"T {temperature}  {w.name:>3}  {row.strategy:<18} {row.rules:<26} accepted "
+                    f"{row.acceptance_length:.2f}  "
                     f"drafting {row.draft_ms_per_token:.2f} ms/token  {row.ratio:.2f} x plain"
                 )
     return rows
@@ -91,11 +100,17 @@ def _rows(bench: RolloutBench, w: Workload, temperature: float) -> Iterator[Draf
             m = bench.measure(w, text, text, engine)
             assert m.acceptance_length is not None and m.draft_ms_per_token is not None
             ratio = m.tokens_per_second / plain.tokens_per_second
-            yield DrafterRow(temperature, w.name, text, rules_name, m.acceptance_length, m.draft_ms_per_token, ratio)
+            yield DrafterRow(
+                temperature, w.name, text, rules_name, m.acceptance_length, m.draft_ms_per_token, ratio
+            )
 
 
-def truncated_policy(policy: PreTrainedModel, config: RunConfig, tokenizer: object, layers: int) -> PreTrainedModel:
-    """A small draft model of the policy's vocabulary: its first layers, its embedding and head, trained like its warm-up."""
+def truncated_policy(
+    policy: PreTrainedModel, config: RunConfig, tokenizer: object, layers: int
+) -> PreTrainedModel:
+    """A small draft model of the policy's vocabulary: its first layers, its embedding and head, trained like
+    its warm-up.
+    """
     small_config = copy.deepcopy(policy.config)
     small_config.num_hidden_layers = layers
     if getattr(small_config, "layer_types", None):
@@ -118,8 +133,12 @@ class SharingRow:
     acceptance_length: float
 
 
-def compare_sharing(bench: RolloutBench, epochs: int, samples: int, strategy: str, keep: Keep = ignore) -> list[SharingRow]:
-    """Samples of a group one after another, over several epochs with new seeds: what earlier ones leave for later ones."""
+def compare_sharing(
+    bench: RolloutBench, epochs: int, samples: int, strategy: str, keep: Keep = ignore
+) -> list[SharingRow]:
+    """Samples of a group one after another, over several epochs with new seeds: what earlier ones leave for
+    later ones.
+    """
     problems = bench.problems[:8]
     rows = []
     for shared in (True, False):
@@ -129,9 +148,12 @@ def compare_sharing(bench: RolloutBench, epochs: int, samples: int, strategy: st
         for epoch in range(epochs):
             for sample in range(samples):
                 requests = [
-                    replace(r, seed=stable_seed(7, epoch, str(r.group), sample)) for r in bench.requests(problems, len(problems), 1)
+                    replace(r, seed=stable_seed(7, epoch, str(r.group), sample))
+                    for r in bench.requests(problems, len(problems), 1)
                 ]
-                rows.append(SharingRow(shared, epoch, sample, mean_acceptance_length(engine.generate(requests))))
+                rows.append(
+                    SharingRow(shared, epoch, sample, mean_acceptance_length(engine.generate(requests)))
+                )
                 keep(rows[-1])
     return rows
 
@@ -151,11 +173,16 @@ class PositionRow:
 def measure_positions(
     bench: RolloutBench, until: int, stretch: int, windows: Sequence[int | None], keep: Keep = ignore
 ) -> list[PositionRow]:
-    """Four texts of ``until`` tokens (stop tokens ignored), drafted by EAGLE-3 with each window, and by the suffix drafter."""
+    """Four texts of ``until`` tokens (stop tokens ignored), drafted by EAGLE-3 with each window, and by the
+    suffix drafter.
+    """
     rows: list[PositionRow] = []
     params = replace(bench.params, max_tokens=until, stop_token_ids=())
     for name, window in [("suffix", None), *(("eagle3", window) for window in windows)]:
-        requests = [replace(r, params=replace(params, max_tokens=until)) for r in bench.requests(bench.problems[:4], 4, 1)]
+        requests = [
+            replace(r, params=replace(params, max_tokens=until))
+            for r in bench.requests(bench.problems[:4], 4, 1)
+        ]
         engine = bench.engine(4, until, drafters=() if name == "eagle3" else (name,))
         if name == "eagle3":
             engine.add_drafter(_eagle3(bench, engine, window))
@@ -170,7 +197,9 @@ def _eagle3(bench: RolloutBench, engine: RolloutEngine, window: int | None) -> E
     assert bench.drafter is not None
     embed = engine.runner.view.module.get_input_embeddings()
     capacity = engine.capacity_for(engine.max_context, engine.max_nodes)
-    return Eagle3Drafter(bench.drafter, embed, slots=4, capacity=capacity, dtype=torch.bfloat16, window=window)
+    return Eagle3Drafter(
+        bench.drafter, embed, slots=4, capacity=capacity, dtype=torch.bfloat16, window=window
+    )
 
 
 def _stretches(
@@ -179,7 +208,11 @@ def _stretches(
     engine.generate(requests)
     last = max(r.feedback.context for r in engine.records)
     for end in range(stretch, last + stretch, stretch):
-        records = [r for r in engine.records if end - stretch <= r.feedback.context < end and r.feedback.active == len(requests)]
+        records = [
+            r
+            for r in engine.records
+            if end - stretch <= r.feedback.context < end and r.feedback.active == len(requests)
+        ]
         if not records:
             continue
         accepted = [a for r in records for a in r.feedback.accepted]

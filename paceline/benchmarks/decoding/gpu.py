@@ -1,4 +1,5 @@
-"""One GPU in one command: graph memory, step times, the price of verifying, and the drafter's, for random weights.
+"""One GPU in one command: graph memory, step times, the price of verifying, and the drafter's, for random
+weights.
 
 Needs torch and transformers only. Nothing here is timed on a CPU.
 """
@@ -23,11 +24,25 @@ from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.runner import MOST_ROWS, ModelRunner, default_tap_layers
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-             "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151936},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256},
-}  # fmt: skip
+    "1.5B": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
+}
 STRATEGIES = (16, 24, 32, 48, 64)
 BATCHES = powers_of_two(32)
 _CONTEXT, _SPAN_TOKENS = 512, 640
@@ -62,7 +77,9 @@ def random_model(shape: str, device: str) -> PreTrainedModel:
 
 
 def planned(shape: str, span: int = 2048) -> tuple[int, int, int]:
-    """Graphs, their planned bytes, and the naive ones' for a shape, TLT's strategies and batches; nothing is captured."""
+    """Graphs, their planned bytes, and the naive ones' for a shape, TLT's strategies and batches; nothing is
+    captured.
+    """
     sizes = SHAPES[shape]
     model = ModelShape(
         layers=sizes["num_hidden_layers"],
@@ -82,16 +99,23 @@ def measure(shape: str, say: Callable[[str], None]) -> GpuReport:
     report = GpuReport(shape)
     model = random_model(shape, "cuda")
     taps = default_tap_layers(model.config.num_hidden_layers)
-    runner = ModelRunner(model, dtype=torch.bfloat16, slots=BATCHES[-1], capacity=_SPAN_TOKENS, tap_layers=taps)
+    runner = ModelRunner(
+        model, dtype=torch.bfloat16, slots=BATCHES[-1], capacity=_SPAN_TOKENS, tap_layers=taps
+    )
     runner.cache.reserve(_SPAN_TOKENS, active=0, slots=BATCHES[-1])
     eager = _step_times(runner, plan_widths())
     _graph_memory(runner, report)
     graphs = _step_times(runner, plan_widths())
     for (batch, tokens), seconds in eager.items():
-        captured = runner.graphs is not None and any(k.batch == batch and k.tokens >= tokens for k in runner.graphs.replays)
+        captured = runner.graphs is not None and any(
+            k.batch == batch and k.tokens >= tokens for k in runner.graphs.replays
+        )
         report.steps.append((batch, tokens, seconds * 1e3, graphs[batch, tokens] * 1e3 if captured else None))
         report.verification.append((batch, tokens, graphs[batch, tokens] / graphs[batch, 1]))
-        say(f"{shape}: batch {batch}, {tokens} tokens: eager {seconds * 1e3:.2f} ms, graph {graphs[batch, tokens] * 1e3:.2f} ms")
+        say(
+            f"{shape}: batch {batch}, {tokens} tokens: eager {seconds * 1e3:.2f} ms, graph "
+            f"{graphs[batch, tokens] * 1e3:.2f} ms"
+        )
     _drafter(model, runner, taps, graphs, report)
     assert runner.graphs is not None
     report.fallbacks = dict(runner.graphs.fallbacks)
@@ -190,7 +214,9 @@ def _drafter(
     with torch.device("cuda"):
         weights = Eagle3Model(config, torch.arange(32000)).to(torch.bfloat16)
     head_dim, kv_heads = runner.shape.head_dim, runner.shape.kv_heads
-    cache = SlotCache(CacheShape(1, kv_heads, head_dim, BATCHES[-1], _SPAN_TOKENS, 0, torch.bfloat16), runner.cache.device)
+    cache = SlotCache(
+        CacheShape(1, kv_heads, head_dim, BATCHES[-1], _SPAN_TOKENS, 0, torch.bfloat16), runner.cache.device
+    )
     cache.reserve(_SPAN_TOKENS, active=0, slots=BATCHES[-1])
     network = PaddedNetwork(weights, model.get_input_embeddings(), cache)
     network.capture_graphs(CudaCapturer(), precapture=True)

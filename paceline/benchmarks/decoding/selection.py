@@ -20,13 +20,14 @@ _FINALISTS, _FINAL_PASSES = 3, 3
 class SelectionRow:
     """One batch size: every fixed strategy once, then the best of them and the bandit in turn.
 
-    The fastest of many single passes is also the luckiest, so the first few are measured again, as often as the bandit and in
-    alternation with it.
+    The fastest of many single passes is also the luckiest, so the first few are measured again, as often as
+    the bandit and in alternation with it.
 
     Attributes:
         batch: Concurrent sequences.
         search: Tokens a second of every fixed strategy, one pass each.
-        finals: Tokens a second of plain decoding, of the search's best three and of the bandit (``adaptive``), three passes each.
+        finals: Tokens a second of plain decoding, of the search's best three and of the bandit
+            (``adaptive``), three passes each.
         chosen: How often the bandit chose what, in its last pass.
     """
 
@@ -58,7 +59,9 @@ class SelectionRow:
 def compare_selection(
     bench: RolloutBench, batches: list[str], say: Callable[[str], None], keep: Keep = ignore
 ) -> list[SelectionRow]:
-    """Exhaustive search over the default arms at each batch size, then the bandit once it has seen 200 steps of other requests."""
+    """Exhaustive search over the default arms at each batch size, then the bandit once it has seen 200 steps
+    of other requests.
+    """
     rows = []
     for w in bench.workloads(batches):
         engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
@@ -70,12 +73,15 @@ def compare_selection(
         chosen: Counter[str] = Counter()
         for _ in range(_FINAL_PASSES):
             for name, speeds in finals.items():
-                engine.speculation.selector = bandit if name == "adaptive" else FixedSelector(Strategy.parse(name))
+                engine.speculation.selector = (
+                    bandit if name == "adaptive" else FixedSelector(Strategy.parse(name))
+                )
                 speeds.append(bench.measure(w, name, None, engine).tokens_per_second)
             chosen = Counter(r.strategy for r in engine.records)
         row = SelectionRow(w.name, search, finals, dict(chosen))
         say(
-            f"{w.name:>3}: best {row.best} {row.speed(row.best):.1f} tokens/s, bandit {row.speed('adaptive'):.1f} "
+            f"{w.name:>3}: best {row.best} {row.speed(row.best):.1f} tokens/s, bandit "
+            f"{row.speed('adaptive'):.1f} "
             f"({row.share_of_best:.1%} of it, {row.over_plain:.2f} x plain)"
         )
         rows.append(row)
@@ -86,7 +92,8 @@ def compare_selection(
 def _taught(bench: RolloutBench, w: Workload, engine: RolloutEngine) -> Selector:
     engine.use_strategy("adaptive")
     seen = passes = 0
-    while seen < _LEAST_STEPS:  # a text that drafters have seen before would teach it that they are always right
+    # a text that drafters have seen before would teach it that they are always right
+    while seen < _LEAST_STEPS:
         bench.forget(engine)
         engine.generate([replace(r, seed=r.seed + passes) for r in w.warm])
         seen, passes = seen + len(engine.records), passes + 1
@@ -101,9 +108,11 @@ class AmdahlRow:
         workload: Its name.
         plain_seconds, adaptive_seconds: Wall time.
         ratio: Of the two.
-        bound: Plain time over what would be left if every decode forward committed a whole draft of ``max_nodes`` tokens at the
+        bound: Plain time over what would be left if every decode forward committed a whole draft of
+            ``max_nodes`` tokens at the
             price of a plain one: prefill and 1 / (max_nodes + 1) of the decoding.
-        tail_ratio: Of the time with at most four sequences active; None where plain decoding never had so few.
+        tail_ratio: Of the time with at most four sequences active; None where plain decoding never had so
+            few.
     """
 
     workload: str
@@ -115,7 +124,9 @@ class AmdahlRow:
 
 
 def measure_whole_batch(bench: RolloutBench, w: Workload) -> AmdahlRow:
-    """Plain and adaptive, twice in turn and the faster of each, on a batch whose sequences end at different times."""
+    """Plain and adaptive, twice in turn and the faster of each, on a batch whose sequences end at different
+    times.
+    """
     engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
     engine.use_strategy("adaptive")
     selectors = {"adaptive": engine.speculation.selector, "plain": FixedSelector(PLAIN)}

@@ -1,4 +1,6 @@
-"""Verifiers on the policy's own distributions: theory, what was measured, the optimum, and acceptance lengths."""
+"""Verifiers on the policy's own distributions: theory, what was measured, the optimum, and acceptance
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class BoundRow:
 
     Attributes:
         candidates: k.
-        deterministic: Of the drafter's k likeliest tokens, not drawn; its own bound, since nothing accepts more of a fixed set.
+        deterministic: Of the drafter's k likeliest tokens, not drawn; its own bound, since nothing accepts
+            more of a fixed set.
         with_replacement, without_replacement: Of recursive rejection.
         spectr: Of k-sequential selection.
         bound_with, bound_without: The best that any verifier can reach for candidates drawn so.
@@ -54,7 +57,8 @@ class VerifierRow:
         strategy, draw, verifier: What ran.
         nodes: Draft tokens of a verification.
         acceptance_length: Tokens of a sequence a target forward.
-        acceptance: Share of drafts whose first level was accepted; with its theory on the same nodes, for chains.
+        acceptance: Share of drafts whose first level was accepted; with its theory on the same nodes, for
+            chains.
     """
 
     strategy: str
@@ -92,7 +96,8 @@ class Watching:
         if candidates and len(self.pairs) < self._keep:
             row = candidates[self._calls % len(candidates)]
             rest = 1 - float(p[row, ids[row]].sum(dtype=torch.float64))
-            # what the drafter cannot draft is one token of no draft mass: neither verifiers nor bounds tell it apart
+            # what the drafter cannot draft is one token of no draft mass: neither verifiers nor bounds tell
+            #     it apart
             target = np.append(p[row, ids[row]].double().numpy(), max(rest, 0.0))
             drafter = np.append(q[row].double().numpy(), 0.0)
             self.pairs.append((target / target.sum(), drafter / drafter.sum()))
@@ -122,7 +127,9 @@ def measure_verifiers(
     say: Callable[[str], None],
     keep: Keep = ignore,
 ) -> tuple[list[VerifierRow], list[BoundRow]]:
-    """Every verifier in the engine on one workload, twice over with new seeds; then theory and bounds on nodes it met."""
+    """Every verifier in the engine on one workload, twice over with new seeds; then theory and bounds on
+    nodes it met.
+    """
     (w,) = bench.workloads((batch,))
     longest = max(r.params.max_tokens for r in w.timed)
     rows: list[VerifierRow] = []
@@ -132,24 +139,40 @@ def measure_verifiers(
         engine = bench.engine(w.slots, longest, DraftRules(), ("eagle3",))
         engine.use_strategy(strategy)
         rollouts = engine.generate(w.timed)
-        steps = [(a, d) for r in engine.records for a, d in zip(r.feedback.accepted, r.feedback.drafted, strict=True) if d]
+        steps = [
+            (a, d)
+            for r in engine.records
+            for a, d in zip(r.feedback.accepted, r.feedback.drafted, strict=True)
+            if d
+        ]
         first = sum(a > 0 for a, _ in steps) / len(steps)
         nodes = max(d for _, d in steps)
-        rows.append(VerifierRow(strategy, "likeliest", "deterministic", nodes, mean_acceptance_length(rollouts), first, None))
+        rows.append(
+            VerifierRow(
+                strategy, "likeliest", "deterministic", nodes, mean_acceptance_length(rollouts), first, None
+            )
+        )
         keep(rows[-1])
     for strategy, draw, name in CASES:
         engine = bench.engine(w.slots, longest, DraftRules("static", draw), ("eagle3",))
         watching = Watching(VERIFIERS[name], pairs if (name, strategy) == ("chain", "eagle3:1") else 0)
         engine.verify_with(watching)
         engine.use_strategy(strategy)
-        rollouts = [r for seed in range(2) for r in engine.generate([replace(q, seed=q.seed + seed) for q in w.timed])]
+        rollouts = [
+            r for seed in range(2) for r in engine.generate([replace(q, seed=q.seed + seed) for q in w.timed])
+        ]
         nodes = max(max(r.feedback.drafted) for r in engine.records)
         theory = watching.overlap / watching.seen if name == "chain" else None
         acceptance = watching.accepted / watching.seen
-        rows.append(VerifierRow(strategy, draw, name, nodes, mean_acceptance_length(rollouts), acceptance, theory))
+        rows.append(
+            VerifierRow(strategy, draw, name, nodes, mean_acceptance_length(rollouts), acceptance, theory)
+        )
         keep(rows[-1])
         met += watching.pairs
-        say(f"{strategy:<14} {draw:<20} {name:<10} accepted length {rows[-1].acceptance_length:.3f}  first level {acceptance:.4f}")
+        say(
+            f"{strategy:<14} {draw:<20} {name:<10} accepted length {rows[-1].acceptance_length:.3f}  first "
+            f"level {acceptance:.4f}"
+        )
     return rows, list(_bounds(met, candidates))
 
 

@@ -91,7 +91,9 @@ def observe(bench: RolloutBench, prompts: int, samples: int) -> Observed:
     rollouts = engine.generate(requests)
     lengths = [len(r.token_ids) for r in rollouts]
     groups = [requests[i : i + samples] for i in range(0, len(requests), samples)]
-    examples = [Example(state, tuple(lengths[i * samples : (i + 1) * samples])) for i, state in enumerate(states)]
+    examples = [
+        Example(state, tuple(lengths[i * samples : (i + 1) * samples])) for i, state in enumerate(states)
+    ]
     return Observed(groups, examples, sum(is_loop(r.token_ids) for r in rollouts))
 
 
@@ -103,7 +105,9 @@ def trained(kind: Kind, examples: Sequence[Example], longest: int, seed: int) ->
     return head
 
 
-def compare_predictors(known: Observed, held_out: Observed, longest: int, seeds: int = 3) -> list[PredictionRow]:
+def compare_predictors(
+    known: Observed, held_out: Observed, longest: int, seeds: int = 3
+) -> list[PredictionRow]:
     """Heads and constants on held-out prompts."""
     states = torch.stack([e.state for e in held_out.examples])
     lengths = np.array([e.lengths for e in held_out.examples])
@@ -126,8 +130,14 @@ def compare_predictors(known: Observed, held_out: Observed, longest: int, seeds:
     best = losses["prod_d"]
     rows = []
     for name, (median, ninety) in losses.items():
-        errors = [(of - to).std(ddof=1) / len(of) ** 0.5 for of, to in zip((median, ninety), best, strict=True)]
-        rows.append(PredictionRow(name, float(median.mean()), float(ninety.mean()), float(errors[0]), float(errors[1])))
+        errors = [
+            (of - to).std(ddof=1) / len(of) ** 0.5 for of, to in zip((median, ninety), best, strict=True)
+        ]
+        rows.append(
+            PredictionRow(
+                name, float(median.mean()), float(ninety.mean()), float(errors[0]), float(errors[1])
+            )
+        )
     return rows
 
 

@@ -18,7 +18,8 @@ class RewardRow:
     Attributes:
         recipe: Its file's name.
         accuracy, length: Share of correct completions, tokens of a completion: mean over seeds.
-        accuracy_change, accuracy_error: Less plain GRPO's of the same seeds: mean, and standard error over seeds.
+        accuracy_change, accuracy_error: Less plain GRPO's of the same seeds: mean, and standard error over
+            seeds.
         length_ratio: Length ÷ plain GRPO's.
         entropy: Of a token, in nats.
         step: Seconds of a step, as the machine was then.
@@ -57,7 +58,9 @@ def compare_rewards(
     plain: list[list[float]] = []
     rows = []
     for recipe in (base, *recipes):
-        metrics = [finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, say) for seed in seeds]
+        metrics = [
+            finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, say) for seed in seeds
+        ]
         names = ("reward/exact", "length/mean", "update/entropy", "time/step")
         runs = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
         plain = plain or runs

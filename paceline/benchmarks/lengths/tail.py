@@ -1,4 +1,6 @@
-"""Remedies of the tail on one workload: speculation, segments, shared beginnings, a length-aware reward, and together."""
+"""Remedies of the tail on one workload: speculation, segments, shared beginnings, a length-aware reward, and
+together.
+"""
 
 from __future__ import annotations
 

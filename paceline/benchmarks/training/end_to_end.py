@@ -33,7 +33,9 @@ class RunTimes:
     length_max: int
 
 
-def compare_speculation(config: Path, overrides: Sequence[str], out: Path, say: Say, keep: Keep = ignore) -> list[RunTimes]:
+def compare_speculation(
+    config: Path, overrides: Sequence[str], out: Path, say: Say, keep: Keep = ignore
+) -> list[RunTimes]:
     """Trains the recipe plainly and adaptively, from the same policy and seed.
 
     Raises:

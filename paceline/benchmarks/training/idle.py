@@ -1,4 +1,6 @@
-"""The drafter trained in idle time beside one that stays as it is: what training costs a step, and what it brings."""
+"""The drafter trained in idle time beside one that stays as it is: what training costs a step, and what it
+brings.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class IdleRow:
         acceptance: Acceptance length by quarter of the run.
         reward: Mean reward by quarter.
         snapshot: Mean seconds that a snapshot of the drafter takes of a step which makes one.
-        longer, longer_error: By how much a step is longer than the same one of the frozen run: mean of the pairs' differences as a
-            share of the frozen run's mean step, and its standard error.
+        longer, longer_error: By how much a step is longer than the same one of the frozen run: mean of the
+            pairs' differences as a share of the frozen run's mean step, and its standard error.
         update_longer: The same of the policy's update alone, the yardstick: training is over by then.
     """
 
@@ -56,7 +58,8 @@ def compare_idle(
     say: Callable[[str], None],
     keep: Keep = ignore,
 ) -> list[IdleRow]:
-    """Trains the recipe twice from the same policy, drafter and seed: drafter frozen, and trained on idle ranks.
+    """Trains the recipe twice from the same policy, drafter and seed: drafter frozen, and trained on idle
+    ranks.
 
     Raises:
         UserError: when a run fails, with its last line.
@@ -73,7 +76,10 @@ def compare_idle(
         metrics = train_recipe(config, options, out / schedule, ranks, say)
         frozen = frozen or metrics
         row = idle_row(schedule, metrics, frozen)
-        say(f"{schedule}: a step {row.step:.2f} s, {row.updates} updates, {row.inside:.0%} of training in idle time")
+        say(
+            f"{schedule}: a step {row.step:.2f} s, {row.updates} updates, {row.inside:.0%} of training in "
+            "idle time"
+        )
         say(f"{schedule}: acceptance length by quarter {', '.join(f'{a:.2f}' for a in row.acceptance)}")
         rows.append(row)
         keep(row)

@@ -1,4 +1,6 @@
-"""Runs of one recipe with speculation and without, seed by seed: the same learning, and what of the rollouts' ratio arrives."""
+"""Runs of one recipe with speculation and without, seed by seed: the same learning, and what of the rollouts'
+ratio arrives.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,12 @@ class SameLearning:
     """Runs in pairs.
 
     Attributes:
-        reward_difference, reward_error: With speculation less without: mean over seeds, and its standard error.
+        reward_difference, reward_error: With speculation less without: mean over seeds, and its standard
+            error.
         length_difference, length_error: Likewise, tokens.
         rollout_ratio, step_ratio: Seconds without ÷ with speculation, over all runs.
-        bound: Step ratio that this rollout ratio would bring if all else took as long as without speculation (Amdahl).
+        bound: Step ratio that this rollout ratio would bring if all else took as long as without speculation
+            (Amdahl).
         limit: Step ratio of rollouts that took no time.
     """
 
@@ -65,7 +69,8 @@ def learning_row(run: Path) -> LearningRow:
 def compare_learning(speculating: Sequence[LearningRow], plain: Sequence[LearningRow]) -> SameLearning:
     """Runs of the same seeds, in the same order; at least two of each."""
     reward, length = (
-        _difference([getattr(r, n) for r in speculating], [getattr(r, n) for r in plain]) for n in ("reward", "length")
+        _difference([getattr(r, n) for r in speculating], [getattr(r, n) for r in plain])
+        for n in ("reward", "length")
     )
     rollouts, steps = sum(r.rollout for r in plain), sum(r.step for r in plain)
     ratio = rollouts / sum(r.rollout for r in speculating)

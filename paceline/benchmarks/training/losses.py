@@ -68,7 +68,9 @@ def compare_losses(
     """Every variant from the same start, on the same traces, in the same order."""
     rollouts = _traced(bench, sequences)
     texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
-    vocabulary = choose_vocabulary(texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size)
+    vocabulary = choose_vocabulary(
+        texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
+    )
     rows = []
     for name, (objective, optimistic) in VARIANTS.items():
         config = eagle3_config(bench.policy.config, len(vocabulary), bench.taps)
@@ -85,7 +87,9 @@ def compare_losses(
         buffer = TraceBuffer(passes=_ENDLESS, seed=0)
         buffer.begin_step()
         buffer.add(rollouts)
-        spot = SpotTrainer([learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS)
+        spot = SpotTrainer(
+            [learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS
+        )
         end = time.perf_counter() + seconds
         with torch.enable_grad():
             report = spot.run(partial(is_over, end))
@@ -103,7 +107,10 @@ def compare_losses(
             )
         )
         keep(rows[-1])
-        say(f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest {judged.likeliest_length:.3f}")
+        say(
+            f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest "
+            f"{judged.likeliest_length:.3f}"
+        )
     return rows
 
 

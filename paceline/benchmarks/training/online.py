@@ -1,4 +1,6 @@
-"""Drafters that learn online on one moving policy, and what each loses against the best fixed drafter in hindsight."""
+"""Drafters that learn online on one moving policy, and what each loses against the best fixed drafter in
+hindsight.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ class OnlineRow:
     Attributes:
         variant: Its name; ``frozen`` is the drafter that all start from.
         updates: Over all steps.
-        lengths: Expected acceptance length of the drafter served at each step, on that step's rollouts, before it learns from them.
+        lengths: Expected acceptance length of the drafter served at each step, on that step's rollouts,
+            before it learns from them.
         regret: Of the steps up to each one: the best fixed drafter's lengths less these, summed.
     """
 
@@ -110,7 +113,9 @@ class _SideBySide(SharedDrafter):
         buffer.begin_step()
         buffer.add(done.rollouts)
         (pieces,) = buffer.held_out_batches(_JUDGED_TOKENS, 1)
-        embed, head = copy.deepcopy((self._policy.get_input_embeddings(), self._policy.get_output_embeddings()))
+        embed, head = copy.deepcopy(
+            (self._policy.get_input_embeddings(), self._policy.get_output_embeddings())
+        )
         autocast = partial(torch.autocast, self._policy.device.type, dtype=torch.bfloat16)
         objective = Objective(unroll=_CHAIN)
         learner = DrafterLearner(
@@ -133,10 +138,11 @@ def compare_online(
     say: Callable[[str], None],
     keep: Callable[[list[OnlineRow]], None],
 ) -> list[OnlineRow]:
-    """Trains the recipe's policy in this process; after each step's rollouts every variant learns for ``seconds``.
+    """Trains the recipe's policy in this process; after each step's rollouts every variant learns for
+    ``seconds``.
 
-    Fixed drafters in hindsight are the one all start from and every variant's, every six steps: only at the end is there a regret.
-    Until then ``keep`` gets the rows without it after each step.
+    Fixed drafters in hindsight are the one all start from and every variant's, every six steps: only at the
+    end is there a regret. Until then ``keep`` gets the rows without it after each step.
     """
     frozen = replace(config.drafter, schedule="never", start=None)
     quiet = replace(config, out=str(out), drafter=frozen, measure=replace(config.measure, plain_every=0))
@@ -145,14 +151,21 @@ def compare_online(
     with Tracker(quiet, out, active=False) as tracker:
         trainer = Trainer(quiet, out, accelerator, None, tracker)
         runner = trainer.worker.engine.runner
-        drafter = load_drafter(start, runner.vocab_size, runner.hidden_size, tap_layers=trainer.worker.tap_layers)
+        drafter = load_drafter(
+            start, runner.vocab_size, runner.hidden_size, tap_layers=trainer.worker.tap_layers
+        )
         trainer.worker.create_drafter(None, drafter)
         comparison = _SideBySide(quiet, trainer, drafter, seconds, say)
         trainer.drafter = comparison
         with trainer.scoring:
             for step in range(quiet.steps):
                 trainer.step(step)
-                keep([OnlineRow(name, comparison.updates[name], lengths, []) for name, lengths in comparison.lengths.items()])
+                keep(
+                    [
+                        OnlineRow(name, comparison.updates[name], lengths, [])
+                        for name, lengths in comparison.lengths.items()
+                    ]
+                )
     return _rows(comparison)
 
 

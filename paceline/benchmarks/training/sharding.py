@@ -1,4 +1,6 @@
-"""One recipe trained in every way that weights can lie: the same curve, and what gathering them for the engine takes."""
+"""One recipe trained in every way that weights can lie: the same curve, and what gathering them for the
+engine takes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ def compare_sharding(
             peak_gb=max(m["memory/peak_gb"] for m in metrics),
             logprob_gap=max(m["engine/logprob_gap_max"] for m in metrics),
         )
-        say(f"{way}: loss within {row.loss_gap:.1e}, gather {row.gather:.2f} s, update {row.update:.2f} s, {row.peak_gb:.1f} GB")
+        say(
+            f"{way}: loss within {row.loss_gap:.1e}, gather {row.gather:.2f} s, update {row.update:.2f} s, "
+            f"{row.peak_gb:.1f} GB"
+        )
         rows.append(row)
         keep(row)
     return rows

@@ -41,7 +41,8 @@ class TrlPair:
     Attributes:
         step_ratio, generation_ratio: Seconds of TRL's own ÷ with our rollouts.
         by_token: The same for the generation of a token: lengths differ by chance.
-        equal_lengths: Step ratio with TRL's own updates and completions, and its generation divided by ``by_token``.
+        equal_lengths: Step ratio with TRL's own updates and completions, and its generation divided by
+            ``by_token``.
         limit: Step ratio of rollouts that took no time.
         reward_difference, reward_error: Ours less TRL's, mean over steps, and its standard error.
     """
@@ -74,7 +75,10 @@ def compare_trl(
         out = folder / side
         if not (out / "steps.jsonl").is_file():
             if not drafter.is_dir():
-                raise UserError(f"--drafter {drafter}: not there; make it with paceline warmup {config} --drafter {drafter}")
+                raise UserError(
+                    f"--drafter {drafter}: not there; make it with paceline warmup {config} --drafter "
+                    f"{drafter}"
+                )
             run_ranks(
                 "paceline.benchmarks.training.trl_run",
                 [config, "--rollouts", side, "--drafter", str(drafter), *overrides],

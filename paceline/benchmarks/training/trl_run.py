@@ -1,7 +1,8 @@
 """A recipe's task in TRL's own GRPOTrainer, with its generation or with Paceline's rollouts.
 
-Run it as ``python -m paceline.benchmarks.training.trl_run RECIPE --rollouts paceline --drafter DIR out=runs/trl``, or under torchrun.
-The two lines that a script has to change are marked. Each step's seconds, reward and length go to ``<out>/steps.jsonl``.
+Run it as ``python -m paceline.benchmarks.training.trl_run RECIPE --rollouts paceline --drafter DIR
+out=runs/trl``, or under torchrun. The two lines that a script has to change are marked. Each step's seconds,
+reward and length go to ``<out>/steps.jsonl``.
 """
 
 import argparse
@@ -45,7 +46,10 @@ class Clock(TrainerCallback):
                 "generation": self.generation,
             }
             with self.path.open("a") as file:
-                file.write(json.dumps({**measured, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}) + "\n")
+                file.write(
+                    json.dumps({**measured, **{k: v for k, v in logs.items() if isinstance(v, int | float)}})
+                    + "\n"
+                )
 
     def timed(self, function):
         """The same function, its time counted as generation."""
@@ -60,12 +64,18 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="a recipe: its policy, task, sampling, learning rate and steps")
     parser.add_argument("--rollouts", choices=["trl", "paceline"], default="paceline")
     parser.add_argument("--drafter", help="directory of a drafter to start from")
-    parser.add_argument("--schedule", choices=["idle", "always", "never"], default="idle", help="when the drafter is trained")
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32", help="of the policy in TRL")
+    parser.add_argument(
+        "--schedule", choices=["idle", "always", "never"], default="idle", help="when the drafter is trained"
+    )
+    parser.add_argument(
+        "--weights", choices=["float32", "bfloat16"], default="float32", help="of the policy in TRL"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
@@ -73,7 +83,9 @@ def main() -> None:
     rows = [{"prompt": list(messages_of(p, config.task.system)), "problem": p.key} for p in task.problems]
 
     def correct(prompts, completions, problem, **columns):
-        return [task.find(key).score(text[0]["content"]) for key, text in zip(problem, completions, strict=True)]
+        return [
+            task.find(key).score(text[0]["content"]) for key, text in zip(problem, completions, strict=True)
+        ]
 
     r, source, clock = config.rollout, starting_policy(config), Clock(Path(config.out) / "steps.jsonl")
     clock.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +116,9 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
         bf16=config.policy.mixed_precision == "bf16",
     )
-    ours = paceline_rollouts(arguments, drafter=drafter, rollout={"max_slots": r.max_slots, "max_context": r.max_context})
+    ours = paceline_rollouts(
+        arguments, drafter=drafter, rollout={"max_slots": r.max_slots, "max_context": r.max_context}
+    )
     trainer = GRPOTrainer(
         model=str(source),
         reward_funcs=correct,

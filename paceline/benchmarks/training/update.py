@@ -1,4 +1,6 @@
-"""Speed of the update's forward and backward: packed with shared prompts, against packed alone and against padding."""
+"""Speed of the update's forward and backward: packed with shared prompts, against packed alone and against
+padding.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as 
 
 @dataclass(frozen=True, slots=True)
 class UpdateMeasurement:
-    """``tokens`` counts prompt and completion of every sample, however often the method computes them; ``bound`` is the time that
-    the matrix products of those it has to compute would take at the speed of a large one (6 operations a parameter and token)."""
+    """``tokens`` counts prompt and completion of every sample, however often the method computes them;
+    ``bound`` is the time that the matrix products of those it has to compute would take at the speed of a
+    large one (6 operations a parameter and token)."""
 
     method: str
     tokens: int
@@ -31,7 +34,9 @@ class UpdateMeasurement:
 
 
 def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list[UpdateMeasurement]:
-    """Best of ``repeats`` passes over ``groups`` groups of eight samples of random tokens, gradients included."""
+    """Best of ``repeats`` passes over ``groups`` groups of eight samples of random tokens, gradients
+    included.
+    """
     path = starting_policy(config)
     vocab = 1000
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +44,10 @@ def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list
     def tokens(count: int) -> list[int]:
         return torch.randint(3, vocab, (count,), generator=generator).tolist()
 
-    rows = [PromptRow(tokens(_PROMPT), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS))) for _ in range(groups)]
+    rows = [
+        PromptRow(tokens(_PROMPT), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS)))
+        for _ in range(groups)
+    ]
     alone = [PromptRow(row.prompt, (sample,)) for row in rows for sample in row.samples]
     total = sum(row.length for row in alone)
     padded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -42,7 +42,9 @@ def test_format_is_what_servers_load(saved):
     assert tensors["midlayer.self_attn.k_proj.weight"].shape == (32, 2 * 64)
     assert tensors["lm_head.weight"].shape == (49, 64)
     assert tensors["d2t"].shape == (49,) and tensors["t2d"].shape == (97,)
-    assert (torch.arange(49) + tensors["d2t"])[tensors["t2d"][::2].nonzero()[:, 0]].tolist() == list(range(0, 97, 2))
+    assert (torch.arange(49) + tensors["d2t"])[tensors["t2d"][::2].nonzero()[:, 0]].tolist() == list(
+        range(0, 97, 2)
+    )
     expected = {
         "midlayer.hidden_norm.weight",
         "midlayer.input_layernorm.weight",
@@ -92,12 +94,16 @@ def test_wrong_vocabulary_width_or_architecture(saved):
 
 
 def test_what_other_writers_leave_out_is_filled_in(saved):
-    """Layers under ``eagle_config``, a flat ``rope_theta``, no head dimension: as SpecForge and the first checkpoints have it."""
+    """Layers under ``eagle_config``, a flat ``rope_theta``, no head dimension: as SpecForge and the first
+    checkpoints have it.
+    """
     drafter, path = saved
     config = json.loads((path / "config.json").read_text())
     for key in ("rope_parameters", "head_dim"):
         del config[key]
-    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": config.pop("eagle_aux_hidden_state_layer_ids")}
+    config["eagle_config"] = {
+        "eagle_aux_hidden_state_layer_ids": config.pop("eagle_aux_hidden_state_layer_ids")
+    }
     config["rope_theta"] = 5000.0
     (path / "config.json").write_text(json.dumps(config))
     again = load_drafter(path, 97, 64)
@@ -158,7 +164,9 @@ CONFIGS = {
 def test_a_config_that_cannot_be_is_one_line(saved, changed, said):
     _, path = saved
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(changed if isinstance(changed, list) else {**config, **changed}))
+    (path / "config.json").write_text(
+        json.dumps(changed if isinstance(changed, list) else {**config, **changed})
+    )
     with pytest.raises(DrafterError) as found:
         load_drafter(path, 97, 64)
     assert said in str(found.value) and "\n" not in str(found.value) and str(path) in str(found.value)

@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer, read_state, save_optimizer
+from paceline.drafter_trainer.storage.optimizer_state import (
+    OptimizerStateError,
+    load_optimizer,
+    read_state,
+    save_optimizer,
+)
 
 
 def stepped(lr: float = 1e-3) -> torch.optim.AdamW:
@@ -32,7 +37,9 @@ def test_moments_are_taken_over_and_settings_stay(stem):
     load_optimizer(other, stem)
     for index, entry in wanted.items():
         for name, value in entry.items():
-            assert torch.equal(torch.as_tensor(other.state_dict()["state"][index][name]), torch.as_tensor(value))
+            assert torch.equal(
+                torch.as_tensor(other.state_dict()["state"][index][name]), torch.as_tensor(value)
+            )
     assert other.param_groups[0]["lr"] == 0.5
 
 
@@ -69,7 +76,10 @@ def test_tensors_of_another_optimizer_are_one_line(stem, changed, said):
     with pytest.raises(OptimizerStateError, match=said) as found:
         load_optimizer(optimizer, stem)
     assert "\n" not in str(found.value)
-    assert all(torch.equal(optimizer.state_dict()["state"][i]["exp_avg"], e["exp_avg"]) for i, e in before["state"].items())
+    assert all(
+        torch.equal(optimizer.state_dict()["state"][i]["exp_avg"], e["exp_avg"])
+        for i, e in before["state"].items()
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def test_what_is_restored_is_what_was_saved_however_the_model_moved_on(tmp_path)
     assert step == 3 and not problems and bool((again.fc.weight == 3).all())
     fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
     load_optimizer(fresh, path / "optimizer")
-    torch.testing.assert_close(fresh.state[again.fc.weight]["exp_avg"], optimizer.state[drafter.fc.weight]["exp_avg"])
+    torch.testing.assert_close(
+        fresh.state[again.fc.weight]["exp_avg"], optimizer.state[drafter.fc.weight]["exp_avg"]
+    )
 
 
 def test_a_truncated_one_is_named_and_the_one_before_is_used(tmp_path):
@@ -95,7 +97,9 @@ def test_killed_at_any_point_what_loads_is_right(tmp_path, kills):
     pause = random.Random(0)
     for attempt in range(kills):
         folder = tmp_path / str(attempt % 4)
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)], env=environment, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder)], env=environment, stdout=subprocess.PIPE
+        )
         process.stdout.readline()
         time.sleep(pause.uniform(0.02, 0.25))
         process.send_signal(signal.SIGKILL)

@@ -16,16 +16,22 @@ from paceline.rollout.verify import VERIFIERS
 from tests.support import engine_for, tiny_llama
 
 
-@pytest.mark.parametrize(("verifier", "strategy"), [("chain", "eagle3:1"), ("block", "eagle3:1"), ("recursive", "eagle3:1")])
+@pytest.mark.parametrize(
+    ("verifier", "strategy"), [("chain", "eagle3:1"), ("block", "eagle3:1"), ("recursive", "eagle3:1")]
+)
 def test_measured_acceptance_in_the_engine_is_theory(verifier, strategy):
     """One candidate is accepted with probability Σ min(p, q), by every verifier that takes one."""
-    engine = engine_for(tiny_llama(97, sharpness=4.0), slots=50, context=64, rules=DraftRules("static", "replacement"))
+    engine = engine_for(
+        tiny_llama(97, sharpness=4.0), slots=50, context=64, rules=DraftRules("static", "replacement")
+    )
     watching = Watching(VERIFIERS[verifier], keep=10)
     engine.verify_with(watching)
     engine.use_strategy(strategy)
     engine.generate([Request([3, i % 90], SamplingParams(max_tokens=40), seed=i) for i in range(400)])
     assert watching.seen > 10_000
-    assert watching.accepted / watching.seen == pytest.approx(watching.overlap / watching.seen, abs=4 * 0.5 / watching.seen**0.5)
+    assert watching.accepted / watching.seen == pytest.approx(
+        watching.overlap / watching.seen, abs=4 * 0.5 / watching.seen**0.5
+    )
     assert len(watching.pairs) == 10
     for p, q in watching.pairs:
         assert (
@@ -70,7 +76,11 @@ def test_selection_rows_and_pictures(tmp_path):
     assert row.share_of_best == pytest.approx(0.975)
     assert row.over_plain == pytest.approx(1.56)
     (tmp_path / "selection.json").write_text(json.dumps({"selection, T = 1.0": [asdict(row)]}))
-    sharing = [{"shared": s, "epoch": 0, "sample": i, "acceptance_length": 1.5} for s in (True, False) for i in range(3)]
+    sharing = [
+        {"shared": s, "epoch": 0, "sample": i, "acceptance_length": 1.5}
+        for s in (True, False)
+        for i in range(3)
+    ]
     (tmp_path / "sharing.json").write_text(json.dumps({"rows": sharing}))
     assert {p.name for p in draw_all(tmp_path)} == {"selection.png", "sharing.png"}
     assert all(p.stat().st_size > 1000 for p in draw_all(tmp_path))

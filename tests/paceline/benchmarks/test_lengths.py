@@ -40,7 +40,9 @@ def test_rewards_are_compared_seed_by_seed(tmp_path):
                 "update/entropy": 0.1,
                 "time/step": 2.0,
             }
-            made(tmp_path / f"{name}-{seed}", **{key: [0.0, 0.0, 0.0, value] for key, value in columns.items()})
+            made(
+                tmp_path / f"{name}-{seed}", **{key: [0.0, 0.0, 0.0, value] for key, value in columns.items()}
+            )
     plain, brief = compare_rewards([Path("alp.yaml")], Path("verbose.yaml"), [0, 1], tmp_path, silent)
     assert plain.accuracy_change == 0 and plain.length_ratio == 1
     assert (brief.accuracy, brief.length, brief.length_ratio) == pytest.approx((0.7, 25, 0.5))
@@ -85,7 +87,8 @@ def observed(prompts: int, samples: int) -> Observed:
         lengths = torch.exp(2.5 + 0.7 * state[0] + 0.4 * torch.randn(samples, generator=g)).clamp(1, 40)
         examples.append(Example(state, tuple(int(n) for n in lengths)))
     requests = [
-        [Request([3, i % 90], SamplingParams(max_tokens=40), seed=100 * i + j) for j in range(samples)] for i in range(prompts)
+        [Request([3, i % 90], SamplingParams(max_tokens=40), seed=100 * i + j) for j in range(samples)]
+        for i in range(prompts)
     ]
     return Observed(requests, examples, 0)
 
@@ -112,11 +115,18 @@ def test_the_oracle_needs_no_more_steps_than_arrival_order():
 
     known, held_out = observed(60, 4).split(40)
     rows = {row.order: row for row in compare_orders(Bench(), known, held_out, 4, None, lambda line: None)}
-    assert rows["longest first (oracle)"].steps <= rows["longest predicted first (ProD-D)"].steps <= rows["arrival order"].steps
+    assert (
+        rows["longest first (oracle)"].steps
+        <= rows["longest predicted first (ProD-D)"].steps
+        <= rows["arrival order"].steps
+    )
     tight = {row.order: row for row in compare_orders(Bench(), known, held_out, 4, 100, lambda line: None)}
     assert tight["all kept room for the longest"].preempted <= tight["arrival order"].preempted
     assert tight["all kept room for the longest"].steps > rows["arrival order"].steps
 
 
 def test_unknown_requests_are_not_predicted():
-    assert _Known({7: 3.0}).predict(Request([1], seed=7)) == 3.0 and _Known({}).predict(Request([1], seed=7)) is None
+    assert (
+        _Known({7: 3.0}).predict(Request([1], seed=7)) == 3.0
+        and _Known({}).predict(Request([1], seed=7)) is None
+    )

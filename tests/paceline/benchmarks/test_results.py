@@ -39,7 +39,11 @@ def test_each_row_is_there_at_once_and_an_earlier_result_until_the_end(tmp_path)
             assert read(path.with_name("speed.before.json"))["command"] == "earlier"
         results.note(total=1.5)
     assert "unfinished" not in read(path)
-    assert read(path)["total"] == 1.5 and read(path)["command"] == "paceline bench speed" and "torch" in read(path)["machine"]
+    assert (
+        read(path)["total"] == 1.5
+        and read(path)["command"] == "paceline bench speed"
+        and "torch" in read(path)["machine"]
+    )
     assert [p.name for p in path.parent.iterdir()] == ["speed.json"]
 
 
@@ -106,14 +110,18 @@ def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch
 
     monkeypatch.setattr(sharding, "train_recipe", train)
     with pytest.raises(SystemExit):
-        main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        main(
+            ["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        )
     assert [row["way"] for row in read(tmp_path / "out.json")["rows"]] == ["replicated", "ZeRO 0"]
 
 
 def test_a_benchmarks_run_says_how_far_it_is(tmp_path, monkeypatch):
     """Steps of a run in another process are read from its metrics."""
     script = "import pathlib, sys, time\nout = pathlib.Path(sys.argv[-1].removeprefix('out='))\nout.mkdir()\n"
-    script += "for step in range(3):\n    (out / 'metrics.jsonl').open('a').write('{}\\n')\n    time.sleep(0.15)\n"
+    script += (
+        "for step in range(3):\n    (out / 'metrics.jsonl').open('a').write('{}\\n')\n    time.sleep(0.15)\n"
+    )
     script += "print('paceline: no such thing', file=sys.stderr)\nsys.exit(2 if 'fail' in sys.argv else 0)\n"
     monkeypatch.setattr(runs, "_launcher", lambda module, ranks: [sys.executable, "-c", script])
     monkeypatch.setattr(runs, "_POLL", 0.02)

@@ -18,7 +18,9 @@ from tests.support import ROOT, tiny_llama
 
 def test_generate_makes_as_many_tokens_of_each_as_asked():
     requests = [Request([1 + i, 2], SamplingParams(max_tokens=3 + 4 * i), seed=i) for i in range(5)]
-    ((method, tokens, seconds),) = Peers(tiny_llama(), Path("unused"), None).generate(2, requests, requests, repeats=1)
+    ((method, tokens, seconds),) = Peers(tiny_llama(), Path("unused"), None).generate(
+        2, requests, requests, repeats=1
+    )
     assert (method, tokens) == ("generate", sum(r.params.max_tokens for r in requests))
     assert seconds > 0
     assert list(Peers(tiny_llama(), Path("unused"), None).vllm({"1": (1, requests, requests)}, 1)) == []
@@ -34,7 +36,9 @@ def test_the_parts_of_a_step_add_up():
 def test_refresh_and_gap():
     model = tiny_llama(sharpness=4.0)
     assert refresh_seconds(model) > 0
-    mean, largest = logprob_gap(model, [Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)])
+    mean, largest = logprob_gap(
+        model, [Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)]
+    )
     assert 0 < mean <= largest < 0.2
 
 
@@ -46,13 +50,17 @@ def test_planned_graphs(shape):
 
 
 def test_the_same_learning_in_numbers():
-    """Two seeds by hand: rollouts of 10 + 10 s against 20 + 20 s; the rest of a step takes 10 s in each of the four runs."""
+    """Two seeds by hand: rollouts of 10 + 10 s against 20 + 20 s; the rest of a step takes 10 s in each of
+    the four runs.
+    """
     speculating = [LearningRow("a", 0.6, 50.0, 10.0, 20.0), LearningRow("b", 0.8, 40.0, 10.0, 20.0)]
     plain = [LearningRow("c", 0.5, 52.0, 20.0, 30.0), LearningRow("d", 0.8, 40.0, 20.0, 30.0)]
     found = compare_learning(speculating, plain)
     assert found.reward_difference == pytest.approx(0.05) and found.reward_error == pytest.approx(0.05)
     assert found.length_difference == pytest.approx(-1.0) and found.length_error == pytest.approx(1.0)
-    assert (found.rollout_ratio, found.step_ratio, found.bound, found.limit) == pytest.approx((2.0, 1.5, 1.5, 3.0))
+    assert (found.rollout_ratio, found.step_ratio, found.bound, found.limit) == pytest.approx(
+        (2.0, 1.5, 1.5, 3.0)
+    )
 
 
 @pytest.mark.slow
@@ -76,7 +84,9 @@ def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):
         "--runs",
         str(tmp_path / "runs"),
     ]
-    subprocess.run([*command, "--out", str(out), "steps=2"], cwd=ROOT, check=True, capture_output=True, timeout=240)
+    subprocess.run(
+        [*command, "--out", str(out), "steps=2"], cwd=ROOT, check=True, capture_output=True, timeout=240
+    )
     record = json.loads(out.read_text())
     assert [r["strategy"] for r in record["runs"]] == ["plain", "adaptive"]
     assert record["runs"][0]["acceptance_length"] == 1

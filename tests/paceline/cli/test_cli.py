@@ -57,7 +57,8 @@ for command in ([], *([name] for name in sys.argv[1:])):
     done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0 and "usage" in done.output.lower(), (command, done.output)
     assert "No such" not in done.output
-heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "rollout", "datasets"} & set(sys.modules)
+heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "paceline.rollout", "datasets"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -66,11 +67,15 @@ def test_help_imports_nothing_that_takes_long():
     """Every command's; a module that imports torch at its top would make all of them slow."""
     names = list(typer.main.get_command(app).commands)
     assert len(names) >= 9
-    done = subprocess.run([sys.executable, "-c", LIGHT, *names], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", typer.main.get_command(app).commands.values(), ids=lambda command: command.name)
+@pytest.mark.parametrize(
+    "command", typer.main.get_command(app).commands.values(), ids=lambda command: command.name
+)
 def test_every_option_says_what_it_is(command):
     assert command.help and (command.help.endswith(".") or command.name == "bench")
     for parameter in command.params:
@@ -126,7 +131,9 @@ def test_serve_prints_what_it_would_run(tmp_path):
     target.config.save_pretrained(run / "checkpoint" / "policy")
     save_drafter(tiny_eagle3(target), run / "drafter")
     (run / "config.json").write_text(json.dumps({"rollout": {"max_context": 384}}))
-    vllm = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "[[1,8,3],[9,64,0]]", "--", "--dtype", "float32"]).output
+    vllm = runner.invoke(
+        app, ["serve", str(run), "--print", "--schedule", "[[1,8,3],[9,64,0]]", "--", "--dtype", "float32"]
+    ).output
     assert vllm.startswith("vllm serve ")
     assert "--host 127.0.0.1" in vllm
     assert '"num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 64, 0]]' in vllm
@@ -270,7 +277,8 @@ def test_bench_has_its_own_help():
 
 
 def _interrupted(tmp_path, ranks, number):
-    """Starts a long run, sends it a signal in its first steps, and returns what it said with its exit status."""
+    """Starts a long run, sends it a signal in its first steps, and returns what it said with its exit
+    status."""
     command = [
         sys.executable,
         "-m",
@@ -297,7 +305,9 @@ def _interrupted(tmp_path, ranks, number):
         text=True,
     )
     for _ in range(400):
-        if (tmp_path / "run" / "metrics.jsonl").is_file() and (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") >= 1:
+        if (tmp_path / "run" / "metrics.jsonl").is_file() and (
+            tmp_path / "run" / "metrics.jsonl"
+        ).read_text().count("\n") >= 1:
             break
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.2)

@@ -1,4 +1,6 @@
-"""RLOO, REINFORCE++, PPO, KL estimates and importance weights against numbers worked by hand and independent sums."""
+"""RLOO, REINFORCE++, PPO, KL estimates and importance weights against numbers worked by hand and independent
+sums.
+"""
 
 import math
 
@@ -46,7 +48,9 @@ def test_k2_has_the_gradient_of_the_kl():
 def test_kl_estimates_by_hand():
     """Policy 0.5, reference 0.25: d = ln 2; k1 = 0.6931, k2 = d²/2 = 0.2402, k3 = 0.5 − 1 + 0.6931."""
     for kind, expected in (("k1", math.log(2)), ("k2", math.log(2) ** 2 / 2), ("k3", math.log(2) - 0.5)):
-        assert float(estimate_kl(torch.tensor(0.5).log(), torch.tensor(0.25).log(), kind)) == pytest.approx(expected)
+        assert float(estimate_kl(torch.tensor(0.5).log(), torch.tensor(0.25).log(), kind)) == pytest.approx(
+            expected
+        )
 
 
 def test_the_coefficient_follows_its_target():
@@ -61,7 +65,9 @@ def test_the_coefficient_follows_its_target():
 
 
 def test_rewards_to_go_by_hand():
-    torch.testing.assert_close(rewards_to_go(1.0, torch.tensor([0.1, 0.2, 0.3])), torch.tensor([0.4, 0.5, 0.7]))
+    torch.testing.assert_close(
+        rewards_to_go(1.0, torch.tensor([0.1, 0.2, 0.3])), torch.tensor([0.4, 0.5, 0.7])
+    )
 
 
 def test_normalised_over_ranks():
@@ -89,7 +95,9 @@ def test_generalised_advantages_are_their_sum(length, gamma, lam, seed):
     after = [*values.tolist()[1:], 0.0]
     delta = [float(rewards[t]) + gamma * after[t] - float(values[t]) for t in range(length)]
     for t in range(length):
-        assert float(advantages[t]) == pytest.approx(sum((gamma * lam) ** n * d for n, d in enumerate(delta[t:])), abs=1e-4)
+        assert float(advantages[t]) == pytest.approx(
+            sum((gamma * lam) ** n * d for n, d in enumerate(delta[t:])), abs=1e-4
+        )
     torch.testing.assert_close(returns, advantages + values)
 
 
@@ -103,7 +111,9 @@ def test_value_loss_by_hand():
     """Value 1.0 after 0.5, return 2: (1 − 2)² = 1, clipped to 0.7: 1.69; the larger, halved."""
     loss = value_loss(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0]), clip=0.2)
     torch.testing.assert_close(loss, torch.tensor([1.69 / 2]))
-    torch.testing.assert_close(value_loss(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0]), None), torch.tensor([0.5]))
+    torch.testing.assert_close(
+        value_loss(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([2.0]), None), torch.tensor([0.5])
+    )
 
 
 def test_importance_by_hand():
@@ -111,7 +121,9 @@ def test_importance_by_hand():
     trainer, engine = torch.tensor([2.0, 0.5, 4.0]).log(), torch.zeros(3)
     owner = torch.tensor([0, 0, 1])
     assert importance_weights(trainer, engine, owner, "token", 3.0).tolist() == pytest.approx([2.0, 0.5, 3.0])
-    assert importance_weights(trainer, engine, owner, "sequence", 3.0).tolist() == pytest.approx([1.0, 1.0, 3.0])
+    assert importance_weights(trainer, engine, owner, "sequence", 3.0).tolist() == pytest.approx(
+        [1.0, 1.0, 3.0]
+    )
     assert importance_weights(trainer, engine, owner, "none", 3.0).tolist() == [1.0] * 3
     # weights 1 and 3: (1 + 3)² / (2 · 10) = 0.8
     assert effective_share(4.0, 10.0, 2) == pytest.approx(0.8)
@@ -119,7 +131,9 @@ def test_importance_by_hand():
 
 
 def test_the_penalty_in_the_reward():
-    """β = 0.5 and k1: each token costs half of its log-ratio; group advantages are of what is left of the reward."""
+    """β = 0.5 and k1: each token costs half of its log-ratio; group advantages are of what is left of the
+    reward.
+    """
     update = UpdateConfig(kl_coef=0.5, kl="k1", kl_in="reward", scale_by_std=False)
     drawn, reference = (
         [torch.tensor([0.0, -1.0]), torch.tensor([-1.0])],
@@ -128,7 +142,9 @@ def test_the_penalty_in_the_reward():
     taken = penalties(update, 0.5, drawn, reference)
     assert taken[0].tolist() == pytest.approx([0.2, 0.1]) and taken[1].tolist() == [0.0]
     advantages = token_advantages(update, 2, [1.0, 0.0], taken, ALONE)
-    assert advantages[0].tolist() == pytest.approx([0.35, 0.35]) and advantages[1].tolist() == pytest.approx([-0.35])
+    assert advantages[0].tolist() == pytest.approx([0.35, 0.35]) and advantages[1].tolist() == pytest.approx(
+        [-0.35]
+    )
     in_loss = UpdateConfig(kl_coef=0.5)
     assert [p.tolist() for p in penalties(in_loss, 0.5, drawn, reference)] == [[0.0, 0.0], [0.0]]
 

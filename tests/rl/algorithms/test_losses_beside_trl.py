@@ -17,7 +17,9 @@ CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 
 
 def numbers() -> dict[str, torch.Tensor]:
-    """[4, 7] each: log-probs that have moved by up to half a nat from the old ones, so that some ratios are clipped."""
+    """[4, 7] each: log-probs that have moved by up to half a nat from the old ones, so that some ratios are
+    clipped.
+    """
     generator = torch.Generator().manual_seed(0)
     now = -torch.rand(4, 7, generator=generator) * 3
     return {
@@ -114,4 +116,6 @@ def test_loss_and_gradient_are_trls(loss_type, aggregate, level, beta):
     our_loss, our_gradient = ours(aggregate, level, beta)
     assert our_loss == pytest.approx(their_loss, rel=1e-5)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-7)
-    assert (their_gradient[numbers()["mask"].bool()] == 0).any() == (beta == 0 and level == "token"), "some are clipped"
+    assert (their_gradient[numbers()["mask"].bool()] == 0).any() == (beta == 0 and level == "token"), (
+        "some are clipped"
+    )

@@ -142,8 +142,10 @@ def test_metrics_are_cut_back(tmp_path):
         "",
         "{}",
         '{"cost": {"forward": 3}, "windows": [], "spent": []}',
-        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [], "acceptance": []}, "windows": [[1]], "spent": []}',
-        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [[1, NaN]], "acceptance": []}, "windows": [], "spent": []}',
+        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [], "acceptance": []}, '
+        '"windows": [[1]], "spent": []}',
+        '{"cost": {"forward": [], "draft": [], "level": [], "rest": [[1, NaN]], "acceptance": []}, '
+        '"windows": [], "spent": []}',
     ],
 )
 def test_a_broken_selector_state_is_said_and_nothing_of_it_stays(tmp_path, broken):
@@ -153,7 +155,9 @@ def test_a_broken_selector_state_is_said_and_nothing_of_it_stays(tmp_path, broke
     assert restore_selector(Checkpoint(tmp_path, 1), selector) is None  # there is none
     (tmp_path / "selector.json").write_text(broken)
     said = restore_selector(Checkpoint(tmp_path, 1), selector)
-    assert said.startswith(f"{tmp_path}/selector.json: ") and said.endswith("measured anew") and "\n" not in said
+    assert (
+        said.startswith(f"{tmp_path}/selector.json: ") and said.endswith("measured anew") and "\n" not in said
+    )
     assert selector.state() == fresh
 
 
@@ -161,7 +165,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
     assert write_whole(path, "one")
     before = path.stat()
-    assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino  # nothing is written that is there
+    # nothing is written that is there
+    assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino
     monkeypatch.setattr("paceline.rl.process.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_whole(path, "two")
@@ -194,17 +199,27 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, tokeniz
     """A power cut after the rename must not find files without their content."""
     run, order = tmp_path / "run", []
     sync, rename = os.fsync, Path.rename
-    monkeypatch.setattr("os.fsync", lambda file: (order.append(str(Path(f"/proc/self/fd/{file}").readlink())), sync(file)))
-    monkeypatch.setattr(Path, "rename", lambda path, target: (order.append(f"renamed {path.name}"), rename(path, target))[1])
+    monkeypatch.setattr(
+        "os.fsync", lambda file: (order.append(str(Path(f"/proc/self/fd/{file}").readlink())), sync(file))
+    )
+    monkeypatch.setattr(
+        Path, "rename", lambda path, target: (order.append(f"renamed {path.name}"), rename(path, target))[1]
+    )
     save(run, 1, tokenizer)
     before = order[: order.index("renamed checkpoint.new")]
-    synced = {Path(place).relative_to(run / "checkpoint.new") for place in before if place.startswith(str(run / "checkpoint.new"))}
+    synced = {
+        Path(place).relative_to(run / "checkpoint.new")
+        for place in before
+        if place.startswith(str(run / "checkpoint.new"))
+    }
     files = {path.relative_to(run / "checkpoint") for path in (run / "checkpoint").rglob("*")}
     assert files <= synced
     assert order[-1] == str(run)
 
 
-@pytest.mark.parametrize("content", ["", "3", "{}", '{"scalars": {}, "param_groups": 3}', '{"scalars": [], "param_groups": []}'])
+@pytest.mark.parametrize(
+    "content", ["", "3", "{}", '{"scalars": {}, "param_groups": 3}', '{"scalars": [], "param_groups": []}']
+)
 def test_an_optimizers_json_that_is_none_is_one_line(tmp_path, content):
     model = tiny_llama()
     save_optimizer(stepped(model), tmp_path / "optimizer")

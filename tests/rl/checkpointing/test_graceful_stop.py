@@ -26,7 +26,9 @@ raise SystemExit(interruption.status)
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_the_first_signal_asks(tmp_path, number, status, capsys):
     before = signal.getsignal(number)
     (tmp_path / "stop").touch()  # of a run before
@@ -40,7 +42,9 @@ def test_the_first_signal_asks(tmp_path, number, status, capsys):
 
 
 def test_a_second_one_ends_the_process_at_once(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path), "60"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path), "60"], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     said = [process.stdout.readline() for _ in range(3)]

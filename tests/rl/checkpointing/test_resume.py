@@ -48,7 +48,9 @@ def made(tmp_path_factory):
                 steps_done=step + 1,
                 policy=policy,
                 tokenizer_from=source,
-                state_of_policy=WholeState(dict(policy.named_parameters()), torch.optim.AdamW(policy.parameters()).state_dict()),
+                state_of_policy=WholeState(
+                    dict(policy.named_parameters()), torch.optim.AdamW(policy.parameters()).state_dict()
+                ),
                 drafter=None,
                 drafter_optimizer=None,
                 selector=None,
@@ -93,7 +95,8 @@ def test_a_run_goes_on_with_other_values_which_are_recorded(tmp_path, monkeypatc
     for name in ("checkpoint", "checkpoint.old"):
         shutil.rmtree(run / name)
     (run / "summary.json").unlink()
-    train_here(monkeypatch, str(ROOT / "configs" / "tiny.yaml"), f"out={run}", "steps=1", *PLAIN)  # where nothing whole is
+    # where nothing whole is
+    train_here(monkeypatch, str(ROOT / "configs" / "tiny.yaml"), f"out={run}", "steps=1", *PLAIN)
     assert steps_of(run) == [0] and (run / "checkpoint").is_dir()
 
 
@@ -155,16 +158,25 @@ def test_the_older_checkpoint_is_used_where_the_newest_is_broken(run, capsys):
     data[len(data) // 2] ^= 4
     weights.write_bytes(data)
     found, said = opened(run, capsys)
-    assert "its content has changed since it was written; going on from the older" in said and "after step 1" in said
+    assert (
+        "its content has changed since it was written; going on from the older" in said
+        and "after step 1" in said
+    )
     assert (found.path, found.steps_done) == (run / "checkpoint.old", 1)
     assert steps_of(run) == [0]
     assert (run / "checkpoint.broken").is_dir() and not (run / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("part", ["selector.json", "drafter/model.safetensors", "drafter_optimizer.json", "lengths.safetensors"])
+@pytest.mark.parametrize(
+    "part", ["selector.json", "drafter/model.safetensors", "drafter_optimizer.json", "lengths.safetensors"]
+)
 def test_what_a_run_can_do_without_is_left_out(run, capsys, part):
     for name in ("drafter", "drafter_optimizer.json", "selector.json", "lengths.safetensors"):
-        path = run / "checkpoint" / name / "model.safetensors" if name == "drafter" else run / "checkpoint" / name
+        path = (
+            run / "checkpoint" / name / "model.safetensors"
+            if name == "drafter"
+            else run / "checkpoint" / name
+        )
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
     write_checksums(run / "checkpoint")
@@ -180,7 +192,9 @@ def test_where_no_checkpoint_is_whole_both_are_named(run, monkeypatch, capsys):
     for name in ("checkpoint", "checkpoint.old"):
         (run / name / "optimizer.safetensors").write_bytes(b"")
     said = refused(monkeypatch, capsys, "--resume", run)
-    assert "checkpoint/optimizer.safetensors: it has 0 bytes" in said and "no older checkpoint is whole" in said
+    assert (
+        "checkpoint/optimizer.safetensors: it has 0 bytes" in said and "no older checkpoint is whole" in said
+    )
 
 
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, capsys):
@@ -206,7 +220,9 @@ def test_a_broken_recipe_is_read_from_the_checkpoint(run):
     assert len(said) == 1 and "config.json: truncated" in said[0]
     shutil.rmtree(run / "checkpoint")
     shutil.rmtree(run / "checkpoint.old")
-    with pytest.raises(UserError, match=r"config.json: truncated or not JSON .*write the run's recipe there again"):
+    with pytest.raises(
+        UserError, match=r"config.json: truncated or not JSON .*write the run's recipe there again"
+    ):
         resumed_recipe(run, [], said.append)
 
 
@@ -269,7 +285,9 @@ def test_a_full_disk_at_resume_is_one_line_and_keeps_what_there_is(run, monkeypa
 
 def test_a_run_in_the_way_is_one_line(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    assert "a file is in the way" in refused(monkeypatch, capsys, ROOT / "configs" / "tiny.yaml", f"out={tmp_path / 'file'}")
+    assert "a file is in the way" in refused(
+        monkeypatch, capsys, ROOT / "configs" / "tiny.yaml", f"out={tmp_path / 'file'}"
+    )
 
 
 def test_differences_have_dotted_names():

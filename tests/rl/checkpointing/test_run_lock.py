@@ -25,7 +25,9 @@ with RunLock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -37,7 +39,12 @@ def test_a_second_writer_is_refused_in_a_line_and_a_killed_one_leaves_the_lock_f
     with pytest.raises(UserError) as refused, RunLock(run):
         pass
     said = str(refused.value)
-    assert f"process {holder.pid} on " in said and "since 2" in said and "last sign of life" in said and "\n" not in said
+    assert (
+        f"process {holder.pid} on " in said
+        and "since 2" in said
+        and "last sign of life" in said
+        and "\n" not in said
+    )
     holder.kill()
     holder.wait()
     begin = time.monotonic()

@@ -184,13 +184,19 @@ def test_columns_are_mapped_by_dotted_paths():
         read(entry, prompt="task.text", answer="golds.0", difficulty="hard")
     with pytest.raises(
         RowError,
-        match=r"no prompt and no answer; .* name the columns in task\.columns \(the row has task, golds, a\.b\)",
+        match=(
+            r"no prompt and no answer; .* name the columns in task\.columns \(the row has task, golds, "
+            r"a\.b\)"
+        ),
     ):
         read(entry)
 
 
 def test_difficulties():
-    assert [read({"prompt": "q", "answer": "1", **more}).difficulty for more in ({"difficulty": 2}, {"level": "Level 4"}, {})] == [
+    assert [
+        read({"prompt": "q", "answer": "1", **more}).difficulty
+        for more in ({"difficulty": 2}, {"level": "Level 4"}, {})
+    ] == [
         2,
         4,
         0,

@@ -1,4 +1,6 @@
-"""Files and tables of rows: read when they are wanted, found by their keys, and what is wrong with them said in a line."""
+"""Files and tables of rows: read when they are wanted, found by their keys, and what is wrong with them said
+in a line.
+"""
 
 import json
 
@@ -32,7 +34,9 @@ def said(tmp_path, content: bytes) -> str:
 
 
 def test_lines_by_offset_are_the_lines_of_the_file(tmp_path, monkeypatch):
-    """Also where lines are blank, end in CRLF, begin with a byte-order mark or lack the last newline, and across chunks."""
+    """Also where lines are blank, end in CRLF, begin with a byte-order mark or lack the last newline, and
+    across chunks.
+    """
     monkeypatch.setattr("paceline.rl.data.jsonl._CHUNK", 16)
     lines = [
         b'\xef\xbb\xbf{"a": 1}',
@@ -95,7 +99,9 @@ def test_tables_in_every_form_give_the_same_problems(tmp_path, monkeypatch):
         assert [(p.key, p.question, p.answer, p.dataset) for p in task.problems] == [
             (f"{name}/{i}", f"What is {i} + 1?", str(i + 1), "gsm8k") for i in range(5)
         ]
-        assert task.find(f"{name}/3").entry == VERL[3] and task.find(f"{name}/3").messages == tuple(VERL[3]["prompt"])
+        assert task.find(f"{name}/3").entry == VERL[3] and task.find(f"{name}/3").messages == tuple(
+            VERL[3]["prompt"]
+        )
         for unknown in (f"{name}/5", "other/1", f"{name}/-1"):
             with pytest.raises(KeyError):
                 task.find(unknown)
@@ -121,9 +127,15 @@ def test_tables_that_cannot_be_read_are_a_line(tmp_path, monkeypatch):
     assert "task.split is 'dev': " in says(source="huggingface", path=str(tmp_path / "splits"), split="dev")
     datasets.Dataset.from_list([{"prompt": "q", "answer": None}]).save_to_disk(tmp_path / "null")
     assert "row 0: answer is null" in says(source="huggingface", path=str(tmp_path / "null"))
-    images = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(), "answer": datasets.Value("string")})
-    datasets.Dataset.from_list([{"prompt": "q", "image": None, "answer": "1"}], features=images).save_to_disk(tmp_path / "images")
-    assert "column image is of type Image, and prompts hold text only" in says(source="huggingface", path=str(tmp_path / "images"))
+    images = datasets.Features(
+        {"prompt": datasets.Value("string"), "image": datasets.Image(), "answer": datasets.Value("string")}
+    )
+    datasets.Dataset.from_list([{"prompt": "q", "image": None, "answer": "1"}], features=images).save_to_disk(
+        tmp_path / "images"
+    )
+    assert "column image is of type Image, and prompts hold text only" in says(
+        source="huggingface", path=str(tmp_path / "images")
+    )
 
 
 class GatedRepoError(Exception):
@@ -189,7 +201,8 @@ def test_golds_are_parsed_when_a_completion_is_scored(tmp_path, monkeypatch):
 
 
 def test_a_share_is_held_out_by_prompt_and_seed_alone(tmp_path):
-    rows = [{"prompt": f"What is {i % 300} + 1?", "answer": str(i % 300 + 1)} for i in range(400)]  # a quarter comes twice
+    # a quarter comes twice
+    rows = [{"prompt": f"What is {i % 300} + 1?", "answer": str(i % 300 + 1)} for i in range(400)]
     questions = []
     for number, order in enumerate((range(400), np.random.RandomState(0).permutation(400))):
         path = tmp_path / f"{number}.jsonl"

@@ -1,4 +1,6 @@
-"""The drafter's training as users reach it: the warm-up command, a start from its drafter, losses side by side."""
+"""The drafter's training as users reach it: the warm-up command, a start from its drafter, losses side by
+side.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,8 @@ def cache(tmp_path_factory):
 
 @pytest.mark.ci
 def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
-    """Then the very first step drafts with it, every rank alike; a run that never trains keeps it as it is."""
+    """Then the very first step drafts with it, every rank alike; a run that never trains keeps it as it
+    is."""
     out = tmp_path / "drafter"
     command = [sys.executable, "launch/warmup_drafter.py", "configs/tiny.yaml", str(out), "--minutes", "0.05"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
@@ -46,7 +49,8 @@ def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
     assert "rollout/acceptance_length_eagle3" in steps[0]
     assert all("drafter/updates" not in step for step in steps)
     kept, started = load_drafter(run / "drafter", 99, 64), load_drafter(out, 99, 64)
-    assert (kept.fc.weight - started.fc.weight).abs().max() <= started.fc.weight.abs().max() * 2**-8  # exported in bfloat16
+    # exported in bfloat16
+    assert (kept.fc.weight - started.fc.weight).abs().max() <= started.fc.weight.abs().max() * 2**-8
 
 
 def test_a_start_that_does_not_fit_is_one_line(tmp_path, cache, monkeypatch, capsys):
@@ -79,7 +83,8 @@ def test_weights_follow_rewards():
 
 @pytest.mark.ci
 def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
-    """Checkpoint and snapshots are cut short while the job is down: it goes on, says so, and makes another."""
+    """Checkpoint and snapshots are cut short while the job is down: it goes on, says so, and makes
+    another."""
     run = tmp_path / "run"
     finish(
         train(
@@ -123,7 +128,8 @@ def test_online_learners_beside_each_other(tmp_path, cache):
     assert all(len(row.lengths) == len(row.regret) == 2 and min(row.lengths) >= 1 for row in rows)
     assert rows[0].updates == 0 and rows[1].updates > 0
     assert rows[0].lengths[0] == rows[1].lengths[0]  # nothing learned before the first step
-    assert rows[0].regret == pytest.approx([0.0, 0.0])  # it is the best fixed drafter where there are no others
+    # it is the best fixed drafter where there are no others
+    assert rows[0].regret == pytest.approx([0.0, 0.0])
 
 
 def test_steps_are_paired():
@@ -144,5 +150,9 @@ def test_steps_are_paired():
     )
     assert idle_row("never", frozen, frozen).training == 0
     row = idle_row("idle", trained, frozen)
-    assert row.inside == 0.5 and row.longer == pytest.approx(2 / 15) and row.longer_error == pytest.approx(1 / 15)
+    assert (
+        row.inside == 0.5
+        and row.longer == pytest.approx(2 / 15)
+        and row.longer_error == pytest.approx(1 / 15)
+    )
     assert row.update_longer == 0

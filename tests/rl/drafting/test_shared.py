@@ -42,7 +42,9 @@ def start(tmp_path):
 
 def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(start, tmp_path, monkeypatch):
     said: list[str] = []
-    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS, f"drafter.start={start}") as trainer:
+    with tiny_trainer(
+        tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS, f"drafter.start={start}"
+    ) as trainer:
         trainer.step(0)
         shared, worker = trainer.drafter, trainer.worker
         assert worker.spot is not None and worker.spot.serving.vocabulary.tolist() == list(range(75, 99))
@@ -57,12 +59,15 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         shared.share(done, report, 1)
         assert "NaN or infinite values; the last good drafter stays in use" in said.pop()
         assert torch.equal(worker.spot.serving.fc.weight, good)
-        assert torch.equal(worker.engine.drafters["eagle3"]._weights.fc.weight.float(), good.to(worker.dtype).float())
+        assert torch.equal(
+            worker.engine.drafters["eagle3"]._weights.fc.weight.float(), good.to(worker.dtype).float()
+        )
         with torch.no_grad():
             worker.spot.serving.fc.weight[0, 0] = float("inf")
         assert "fc.weight has NaN or infinite values" in worker.take_over_drafter()
 
-        # resuming: a broken checkpoint leads back to the start, broken moments begin anew, and without a start a fresh one is made
+        # resuming: a broken checkpoint leads back to the start, broken moments begin anew, and without a
+        #     start a fresh one is made
         kept = tmp_path / "kept"
         shutil.copytree(start, kept / "drafter")
         (kept / "drafter_optimizer.json").write_text("[]")
@@ -100,9 +105,12 @@ def test_a_start_of_another_recipe_says_what_to_write(start, tmp_path, monkeypat
     with pytest.raises(UserError, match=r"drafter.start: .*write drafter.draft_vocab_size: 24"):
         starting_drafter(recipe("drafter.draft_vocab_size=48"), policy)
     save_drafter(drafter_for((0, 1, 2)), start)
-    with pytest.raises(UserError, match=r"drafter.start: .*layers \[0, 1, 2\], .*write drafter.tap_layers: \[0, 1, 2\]"):
+    with pytest.raises(
+        UserError, match=r"drafter.start: .*layers \[0, 1, 2\], .*write drafter.tap_layers: \[0, 1, 2\]"
+    ):
         starting_drafter(recipe(), policy)
-    with pytest.raises(UserError, match=r"drafter.start: .*write drafter.tap_layers: \[0, 1, 2\]"):  # --dry-run says it too
+    # --dry-run says it too
+    with pytest.raises(UserError, match=r"drafter.start: .*write drafter.tap_layers: \[0, 1, 2\]"):
         describe(recipe(), TINY, 1)
     assert starting_drafter(recipe("drafter.tap_layers=[0,1,2]"), policy) is not None
     with pytest.raises(UserError, match=r"made for 99 tokens, the policy has 120"):

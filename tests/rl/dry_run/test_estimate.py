@@ -44,7 +44,9 @@ def test_keys_and_values_take_what_is_free_or_what_they_want():
     policy = policy_config(config.policy.model)
     wanted = {gb: estimate(config, policy, 8, gpu_of(gb)).size(KEYS_AND_VALUES) for gb in (80, 141, 192, 400)}
     assert wanted[80] < wanted[141] < wanted[192] <= wanted[400]
-    full = next(part.whole for part in estimate(config, policy, 8, gpu_of(400)).parts if part.what == KEYS_AND_VALUES)
+    full = next(
+        part.whole for part in estimate(config, policy, 8, gpu_of(400)).parts if part.what == KEYS_AND_VALUES
+    )
     assert wanted[400] == full
     limited = load_config(SEVEN, ["rollout.kv_memory_gb=7"])
     assert estimate(limited, policy, 8, gpu_of(80)).size(KEYS_AND_VALUES) == 7_000_000_000
@@ -64,7 +66,9 @@ def test_what_does_not_fit_is_said_and_what_to_write():
     said = describe(load_config(SEVEN), SEVEN, ranks=8, gpu=80)
     (advice,) = [line for line in said if line.startswith("write rollout.kv_memory_gb=")]
     taken = load_config(SEVEN, [advice.split()[1].rstrip(":")])
-    assert not [line for line in describe(taken, SEVEN, ranks=8, gpu=80) if line.startswith(("write", "does not fit"))]
+    assert not [
+        line for line in describe(taken, SEVEN, ranks=8, gpu=80) if line.startswith(("write", "does not fit"))
+    ]
     assert "not a multiple of 7 ranks" in " ".join(describe(load_config(SEVEN), SEVEN, ranks=7, gpu=80))
     assert "is not known" in describe(load_config(TINY), TINY, ranks=1, gpu=33)[-1]
 
@@ -85,7 +89,8 @@ def test_vllm_in_the_process_has_weights_and_a_cache_of_its_own(monkeypatch):
 
 
 def test_seconds_by_hand():
-    """64 sequences of 112 tokens on two ranks. Fast arithmetic: a token takes as long as reading the weights and the keys; slow
+    """64 sequences of 112 tokens on two ranks. Fast arithmetic: a token takes as long as reading the weights
+    and the keys; slow
     arithmetic: 2 operations a weight and sequence, and 6 a weight and trained token."""
     config = load_config(QUICKSTART, ["speculation.drafters=[suffix]"])
     policy = policy_config(config.policy.model)
@@ -97,7 +102,9 @@ def test_seconds_by_hand():
     slow = estimate(config, policy, 2, dataclasses.replace(FAST, flops=1e9))
     assert slow.rollout == pytest.approx(112 * 32 * 2 * parameters / 1e9)
     assert slow.update == pytest.approx(6 * parameters * (32 * 112 + 4 * 160) / 1e9)
-    assert estimate(config, policy, 1, dataclasses.replace(FAST, flops=1e9)).update == pytest.approx(2 * slow.update)
+    assert estimate(config, policy, 1, dataclasses.replace(FAST, flops=1e9)).update == pytest.approx(
+        2 * slow.update
+    )
 
 
 def test_ranks_of_one_machine_share_it(monkeypatch):
@@ -113,4 +120,8 @@ def test_the_command_takes_ranks_and_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(description, "this_machine", lambda *_: pytest.fail("timed though a GPU is named"))
     train_here(monkeypatch, str(TINY), "--dry-run", "--ranks", "4", "--gpu", "80")
     said = capsys.readouterr().out
-    assert "on 4 ranks" in said and "of 80.00 GB (A100 80 GB)" in said and "100 steps without speculation" in said
+    assert (
+        "on 4 ranks" in said
+        and "of 80.00 GB (A100 80 GB)" in said
+        and "100 steps without speculation" in said
+    )

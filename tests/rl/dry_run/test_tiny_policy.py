@@ -29,7 +29,9 @@ def test_a_policy_that_runs_passes_at_its_published_size(kind):
     assert check_policy(config, max_context=1000) is None
     small = tiny_policy(config)
     assert small.num_parameters() < 2e7
-    assert config.get_text_config().num_hidden_layers > small.config.num_hidden_layers, "the policy's own config was made small"
+    assert config.get_text_config().num_hidden_layers > small.config.num_hidden_layers, (
+        "the policy's own config was made small"
+    )
 
 
 @pytest.mark.parametrize(("kind", "reason"), REFUSED)
@@ -49,7 +51,9 @@ def test_a_context_past_the_policys_length_is_a_line():
 
 def test_a_config_that_cannot_be_made_small_is_left_to_the_run():
     config = AutoConfig.for_model("deepseek_v2")  # whose routers have no number of experts by default
-    assert "no small model of model_type deepseek_v2 could be made" in str(check_policy(config, max_context=1000))
+    assert "no small model of model_type deepseek_v2 could be made" in str(
+        check_policy(config, max_context=1000)
+    )
 
 
 def test_dry_run_refuses_what_a_run_would(tmp_path):

@@ -53,8 +53,13 @@ def test_a_tiny_copy_is_of_the_same_kind_and_small(policy):
     model = AutoModelForCausalLM.from_config(tiny)
     assert type(model) is AutoModelForCausalLM._model_mapping[type(policy)]
     text = tiny.get_text_config()
-    assert text.num_hidden_layers == LAYERS and text.hidden_size == 64 and text.vocab_size == policy.vocab_size
-    assert sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "head" not in name) < 20_000_000
+    assert (
+        text.num_hidden_layers == LAYERS and text.hidden_size == 64 and text.vocab_size == policy.vocab_size
+    )
+    assert (
+        sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "head" not in name)
+        < 20_000_000
+    )
     kinds = getattr(policy, "layer_types", None)
     assert kinds is None or set(tiny.layer_types) == set(kinds)
     assert AutoConfig.for_model(**tiny.to_dict()).num_hidden_layers == LAYERS  # as it is read back
@@ -64,7 +69,9 @@ def test_a_tiny_copy_is_of_the_same_kind_and_small(policy):
 def test_what_was_tried_is_said(tmp_path, tmp_path_factory, monkeypatch):
     """Evaluations of held-out rows too: they are tried on the rows that the run would hold out."""
     rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{i} + 1 =", "answer": str(i + 1)}) + "\n" for i in range(40))
+    )
     task = [
         "task.source=jsonl",
         f"task.path={rows}",

@@ -1,4 +1,6 @@
-"""Evaluations on problems that are not trained on, within a run and after it, and the checkpoints that a run keeps."""
+"""Evaluations on problems that are not trained on, within a run and after it, and the checkpoints that a run
+keeps.
+"""
 
 import contextlib
 import json
@@ -66,9 +68,12 @@ def test_the_file_that_is_trained_on_is_no_evaluation(tmp_path, monkeypatch, mor
 
 def test_another_split_of_the_data_set_is_asked(tmp_path):
     rows = {
-        name: [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(k, k + 9)] for name, k in (("train", 0), ("test", 50))
+        name: [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(k, k + 9)]
+        for name, k in (("train", 0), ("test", 50))
     }
-    datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in rows.items()}).save_to_disk(tmp_path / "sums")
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part) for name, part in rows.items()}
+    ).save_to_disk(tmp_path / "sums")
     task = [
         "task.source=huggingface",
         f"task.path={tmp_path / 'sums'}",
@@ -84,7 +89,9 @@ def test_another_split_of_the_data_set_is_asked(tmp_path):
 def test_a_step_is_saved_before_an_evaluation_that_nothing_scores_ends_the_run(tmp_path):
     trainer, done = object.__new__(Trainer), []
     trainer.config, trainer.run_dir = load_config(TINY, ["eval_every=3"]), tmp_path
-    trainer.tracker = SimpleNamespace(phase=lambda *_: contextlib.nullcontext(), log=lambda step, *_: done.append(("log", step)))
+    trainer.tracker = SimpleNamespace(
+        phase=lambda *_: contextlib.nullcontext(), log=lambda step, *_: done.append(("log", step))
+    )
     trainer._save = lambda steps: done.append(("save", steps))
     trainer.evaluation = SimpleNamespace(
         run=lambda steps: (_ for _ in ()).throw(EvaluationFailed(f"evaluation after step {steps}"))
@@ -96,11 +103,15 @@ def test_a_step_is_saved_before_an_evaluation_that_nothing_scores_ends_the_run(t
 
 def test_problems_of_their_own_file(tmp_path):
     own = write_rows(tmp_path / "own.jsonl", 6, start=500)
-    config = of_rows(write_rows(tmp_path / "rows.jsonl", 12), f"evaluation.path={own}", "task.instruction=Be brief.")
+    config = of_rows(
+        write_rows(tmp_path / "rows.jsonl", 12), f"evaluation.path={own}", "task.instruction=Be brief."
+    )
     asked = evaluation_problems(config, 4)
     assert len(asked.problems) == 4
     assert all("Be brief." in p.question and int(p.answer) > 500 for p in asked.problems)
-    assert all(load_task(asked.task, asked.seed, check=False).find(p.key).answer == p.answer for p in asked.problems)
+    assert all(
+        load_task(asked.task, asked.seed, check=False).find(p.key).answer == p.answer for p in asked.problems
+    )
 
 
 def test_reasoning_gyms_problems_are_others():

@@ -1,4 +1,6 @@
-"""Anytime reasoning: advantages by hand, answers demanded where thought is cut, thinking and answering credited apart."""
+"""Anytime reasoning: advantages by hand, answers demanded where thought is cut, thinking and answering
+credited apart.
+"""
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ OPTIONS = (
 
 
 def test_brpo_by_hand():
-    """Two samples, two budgets of weight 1/2. At the first: returns 1/2 and 1, baseline their mean, 3/4. At the second both return
-    1/2; the first was worth 0 before, the second 1/2: baselines (0 + 1/2) / 2 and (1/2 + 1/2) / 2."""
+    """Two samples, two budgets of weight 1/2. At the first: returns 1/2 and 1, baseline their mean, 3/4. At
+    the second both return 1/2; the first was worth 0 before, the second 1/2: baselines (0 + 1/2) / 2 and (1/2
+    + 1/2) / 2."""
     scores = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     wanted = torch.tensor([[-0.25, 0.25], [0.25, 0.0]])
     torch.testing.assert_close(brpo_advantages(scores, torch.ones(2)), wanted)
@@ -44,7 +47,9 @@ def test_one_budget_is_a_group_without_deviation():
 
 
 def test_the_baseline_lowers_the_variance_of_what_does_not_depend_on_the_stretch():
-    """Thoughts of very different worth, which the stretch after them does not change: its advantage is all noise."""
+    """Thoughts of very different worth, which the stretch after them does not change: its advantage is all
+    noise.
+    """
     g = torch.Generator().manual_seed(0)
     worth = torch.where(torch.rand(500, 1, generator=g) < 0.5, 0.1, 0.9)
     scores = (torch.rand(500, 4, generator=g) < worth).float()

@@ -12,7 +12,9 @@ from tests.support import tiny_llama
 def test_what_cannot_be_built_is_a_line():
     mamba = next(family for family, _ in REFUSED if family.kind == "mamba")
     options = {"dtype": torch.float32, "max_slots": 2}
-    with pytest.raises(UserError, match=r"^policy.model: MambaForCausalLM does not let its attention be replaced"):
+    with pytest.raises(
+        UserError, match=r"^policy.model: MambaForCausalLM does not let its attention be replaced"
+    ):
         policy_engine(tiny(mamba), max_context=64, **options)
     with pytest.raises(
         UserError,

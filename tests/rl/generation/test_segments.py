@@ -1,4 +1,6 @@
-"""Segment rollouts: what is carried over steps is what whole rollouts would have been, and says under which policy it was drawn."""
+"""Segment rollouts: what is carried over steps is what whole rollouts would have been, and says under which
+policy it was drawn.
+"""
 
 import json
 
@@ -30,7 +32,9 @@ def played(trainer: Trainer, steps: int) -> list[tuple[str, list[int], list[tupl
     learn = trainer.learner.learn
 
     def watched(done, *arguments):
-        seen.extend((p.key, r.token_ids, r.segments) for p, r in zip(done.problems, done.rollouts, strict=True))
+        seen.extend(
+            (p.key, r.token_ids, r.segments) for p, r in zip(done.problems, done.rollouts, strict=True)
+        )
         return learn(done, *arguments)
 
     trainer.learner.learn = watched
@@ -44,7 +48,9 @@ def test_with_a_policy_that_stands_still_segments_are_the_whole_rollouts(tmp_pat
     for name, options in (("cut", SEGMENTS), ("whole", SEGMENTS[1:])):
         folder = tmp_path / name
         folder.mkdir()
-        with tiny_trainer(folder, monkeypatch, LENGTHS, *options, "update.lr=1e-30", "task.size=40") as trainer:
+        with tiny_trainer(
+            folder, monkeypatch, LENGTHS, *options, "update.lr=1e-30", "task.size=40"
+        ) as trainer:
             found.append(played(trainer, 6))
     cut, whole = ({(key, tuple(tokens)) for key, tokens, _ in seen} for seen in found)
     assert cut < whole and len(cut) >= 8 * 2
@@ -63,7 +69,9 @@ def test_groups_are_trained_on_whole_and_only_once(tmp_path, monkeypatch):
 
 
 def test_metrics_say_what_is_carried_and_stale(tmp_path, monkeypatch):
-    with tiny_trainer(tmp_path, monkeypatch, LENGTHS, *SEGMENTS, "update.importance=token", "update.lr=1e-2") as trainer:
+    with tiny_trainer(
+        tmp_path, monkeypatch, LENGTHS, *SEGMENTS, "update.importance=token", "update.lr=1e-2"
+    ) as trainer:
         steps = [trainer.step(number)[0] for number in range(5)]
     assert any(m["rollout/carried"] > 0 for m in steps)
     assert any(m["rollout/stale_share"] > 0.2 for m in steps)
@@ -111,13 +119,17 @@ def test_masking_begins_below_the_target_entropy(tmp_path, monkeypatch, entropy,
 
 
 def test_masked_tokens_leave_the_loss(tmp_path, monkeypatch):
-    """At the parameters that drew them a token's loss is its negative advantage: without the positive ones no loss is below 0."""
+    """At the parameters that drew them a token's loss is its negative advantage: without the positive ones no
+    loss is below 0.
+    """
     losses = []
     for name, entropy in (("all", 1.0), ("masked", 0.1)):
         folder = tmp_path / name
         folder.mkdir()
         options = ("update.mask_mastered=1e-9", "rollout.max_tokens=8", "update.minibatches=1")
-        with tiny_trainer(folder, monkeypatch, "[float(len(set(c))) for c in completions]", *options) as trainer:
+        with tiny_trainer(
+            folder, monkeypatch, "[float(len(set(c))) for c in completions]", *options
+        ) as trainer:
             trainer.learner.entropy = entropy
             metrics, (record,) = trainer.step(0)
         losses.append(metrics["update/loss"])

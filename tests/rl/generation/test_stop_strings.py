@@ -34,7 +34,9 @@ def test_a_special_token_stops(worker, where):
     wanted = tokenizer.unk_token if where == "alone" else before + tokenizer.unk_token
     params = SamplingParams(temperature=1e30, max_tokens=60, stop_strings=(wanted,))
     stopped = 0
-    for whole, r in zip(free, worker.engine.generate([Request(q.prompt_ids, params, q.seed) for q in requests]), strict=True):
+    for whole, r in zip(
+        free, worker.engine.generate([Request(q.prompt_ids, params, q.seed) for q in requests]), strict=True
+    ):
         assert r.token_ids == whole[: len(r.token_ids)]
         text = tokenizer.decode(r.token_ids, skip_special_tokens=False)
         if r.finish_reason is FinishReason.STOP:

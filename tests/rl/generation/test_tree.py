@@ -83,12 +83,14 @@ def test_the_most_uncertain_end_branches_first():
 def test_loops_are_stopped(monkeypatch):
     monkeypatch.setattr("paceline.rl.generation.tree.is_loop", lambda ids: len(ids) >= 16)
     _, trees, _ = grown(PARAMS[0], TreeConfig(8, 2, 2))
-    assert all(r.finish_reason is FinishReason.LENGTH and len(r.token_ids) < 40 for t in trees for _, r in t.leaves)
+    assert all(
+        r.finish_reason is FinishReason.LENGTH and len(r.token_ids) < 40 for t in trees for _, r in t.leaves
+    )
 
 
 def test_advantages_by_hand():
-    """Four samples; two share segment 1, the third and fourth are alone. Rewards 1, 0, 0, 0: the group has a mean of
-    1/4, the two have 1/2. So (3/4 + 1/2) / 2, (−1/4 − 1/2) / 2, −1/4, −1/4."""
+    """Four samples; two share segment 1, the third and fourth are alone. Rewards 1, 0, 0, 0: the group has a
+    mean of 1/4, the two have 1/2. So (3/4 + 1/2) / 2, (−1/4 − 1/2) / 2, −1/4, −1/4."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
     paths = [(1, 2), (1, 3), (4,), (5, 6)]
     wanted = torch.tensor([0.625, -0.375, -0.25, -0.25])

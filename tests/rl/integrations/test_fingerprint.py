@@ -61,7 +61,10 @@ def test_every_write_is_noticed(digest, dtype, write):
 @pytest.mark.parametrize("digest", [fingerprint, by_products])
 def test_permutations_of_an_identity_differ(digest):
     """What sums of rows and columns would not tell apart."""
-    seen = [digest([torch.eye(6)[order]]) for order in ([0, 1, 2, 3, 4, 5], [2, 1, 0, 3, 4, 5], [5, 4, 3, 2, 1, 0])]
+    seen = [
+        digest([torch.eye(6)[order]])
+        for order in ([0, 1, 2, 3, 4, 5], [2, 1, 0, 3, 4, 5], [5, 4, 3, 2, 1, 0])
+    ]
     assert len({str(s) for s in seen}) == 3
 
 

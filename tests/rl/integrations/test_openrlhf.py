@@ -1,4 +1,6 @@
-"""OpenRLHF's own executor and loader with our rewards; its engine is played by a stand-in (``make test-pipelines``)."""
+"""OpenRLHF's own executor and loader with our rewards; its engine is played by a stand-in
+(``make test-pipelines``).
+"""
 
 import asyncio
 from dataclasses import dataclass
@@ -53,7 +55,9 @@ def tokenizer(tmp_path, monkeypatch):
 
 def test_one_completion_at_a_time(tokenizer):
     """Overlong, by hand: limit 8, cache 4, a completion of 6 tokens loses (6 - 4) / 4."""
-    reward = per_sample(lambda text, prompt, label: 1.0, [{"name": "overlong", "limit": 8, "cache": 4}], tokenizer, longest=8)
+    reward = per_sample(
+        lambda text, prompt, label: 1.0, [{"name": "overlong", "limit": 8, "cache": 4}], tokenizer, longest=8
+    )
     text = "123456"
     assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 6
     found = reward(["1+1=" + text], ["1+1="], [None])
@@ -68,7 +72,9 @@ def test_terms_of_groups_are_refused_there(tokenizer):
 
 
 def executor(tmp_path, terms, group_size, score="1.0"):
-    """Through OpenRLHF's own loader, from a file, as its --train.agent_func_path does; without vLLM, whose module it needs."""
+    """Through OpenRLHF's own loader, from a file, as its --train.agent_func_path does; without vLLM, whose
+    module it needs.
+    """
     import importlib.util
 
     from openrlhf.utils.agent import AgentExecutorBase

@@ -46,14 +46,17 @@ def server(tmp_path, monkeypatch):
 
 def ask(server, count, tokens=16, seed=0):
     params = SamplingParams(max_tokens=tokens)
-    return [server.submit(Request([3, 5, 7 + i % 3], params, seed=seed + i, group=i % 3)) for i in range(count)]
+    return [
+        server.submit(Request([3, 5, 7 + i % 3], params, seed=seed + i, group=i % 3)) for i in range(count)
+    ]
 
 
 def test_requests_weights_and_a_drafter_between_them(server):
     served, model = server
     first = [f.result(60) for f in ask(served, 10)]
     assert worst_gap(model, first) < 1e-3
-    assert [f.result(60).token_ids for f in ask(served, 10)] == [r.token_ids for r in first]  # trained meanwhile, and lossless
+    # trained meanwhile, and lossless
+    assert [f.result(60).token_ids for f in ask(served, 10)] == [r.token_ids for r in first]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -111,7 +114,9 @@ def test_a_pause_comes_through_while_requests_keep_coming(server):
 
 
 def test_a_pause_that_comes_first_holds_what_was_asked_before(server, monkeypatch):
-    """Between a request's arrival and the engine's first step: the engine does nothing once `pause` has returned."""
+    """Between a request's arrival and the engine's first step: the engine does nothing once `pause` has
+    returned.
+    """
     served, _ = server
     lock = served._engine_free
 

@@ -1,4 +1,6 @@
-"""An engine's server under everything that can happen to it at once: a state machine, and each fault by itself."""
+"""An engine's server under everything that can happen to it at once: a state machine, and each fault by
+itself.
+"""
 
 import time
 from concurrent.futures import Future, wait
@@ -44,7 +46,9 @@ def start(known, out, lines):
     path, _, _ = known
     rollout = {"max_tokens": 24, "max_context": 64, "max_slots": 3, "dtype": "float32"}
     options = {"speculation": {"drafters": ["suffix"]}, "drafter": {"schedule": "always"}}
-    config = host_config(options, {"out": str(out), "policy": {"mixed_precision": "no"}, "rollout": rollout}, alone=False)
+    config = host_config(
+        options, {"out": str(out), "policy": {"mixed_precision": "no"}, "rollout": rollout}, alone=False
+    )
     policy = load_policy(path, torch.device("cpu")).requires_grad_(False)
     return EngineServer(config, policy, AutoTokenizer.from_pretrained(path), lines.append)
 
@@ -65,8 +69,8 @@ def once(error):
 
 
 class Machine(RuleBasedStateMachine):
-    """Whatever comes in whatever order: every future ends, and what it holds are the tokens of one of the weights that were whole
-    while it waited."""
+    """Whatever comes in whatever order: every future ends, and what it holds are the tokens of one of the
+    weights that were whole while it waited."""
 
     known = None  # the module's policies
     out = None
@@ -76,7 +80,8 @@ class Machine(RuleBasedStateMachine):
         self.patched = pytest.MonkeyPatch()
         self.lines = []
         self.server = start(self.known, self.out, self.lines)
-        self.futures: list[tuple[Future, int, int]] = []  # with the prompt, and how many weights there had been before
+        # with the prompt, and how many weights there had been before
+        self.futures: list[tuple[Future, int, int]] = []
         self.serving = [0]  # every weights that were whole, in order
         self.half: int | None = None  # an update under way
         self.mixed = False
@@ -85,7 +90,9 @@ class Machine(RuleBasedStateMachine):
     def submit(self, prompt, count):
         for i in range(count):
             which = (prompt + i) % len(PROMPTS)
-            self.futures.append((self.server.submit(Request(PROMPTS[which], GREEDY, seed=i)), which, len(self.serving) - 1))
+            self.futures.append(
+                (self.server.submit(Request(PROMPTS[which], GREEDY, seed=i)), which, len(self.serving) - 1)
+            )
 
     @rule(data=st.data())
     def cancel_one(self, data):

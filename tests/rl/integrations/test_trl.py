@@ -86,7 +86,9 @@ class Watched:
     def __call__(self, prompts, trainer):
         found = self.inner(prompts, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        for prompt, ids, logprobs in zip(found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True):
+        for prompt, ids, logprobs in zip(
+            found["prompt_ids"], found["completion_ids"], found["logprobs"], strict=True
+        ):
             wanted = forward_logprobs(model, prompt, ids, self.temperature).tolist()
             self.errors.append(max(abs(a - b) for a, b in zip(logprobs, wanted, strict=True)))
         self.calls.append(found["completion_ids"])
@@ -129,7 +131,9 @@ def put_in_place_of_data(model):
 
 
 def loaded(model):
-    model.load_state_dict({name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+    model.load_state_dict(
+        {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    )
 
 
 def scaled(model):
@@ -143,13 +147,17 @@ def adapters_of(model):
 
 
 def test_rollouts_follow_the_weights_whoever_wrote_them(tiny, tmp_path):
-    """Also where the trainer's step has not moved: a second train(), a checkpoint that was loaded, writes by hand."""
+    """Also where the trainer's step has not moved: a second train(), a checkpoint that was loaded, writes by
+    hand.
+    """
     from peft import LoraConfig
 
     rollouts = paceline_rollouts()
     watched = Watched(rollouts, 1.0)
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
-    trainer = trainer_for(tiny, tmp_path, watched, peft_config=lora, max_steps=1, per_device_eval_batch_size=4)
+    trainer = trainer_for(
+        tiny, tmp_path, watched, peft_config=lora, max_steps=1, per_device_eval_batch_size=4
+    )
     few = Dataset.from_list(PROMPTS[:1])
     trainer.train()
     trainer.train()
@@ -171,7 +179,9 @@ def test_what_adapters_do_is_part_of_the_weights(tiny):
 
     from paceline.rl.integrations.policy import HostPolicy
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear")
+    )
     policy = HostPolicy(model, torch.float32, torch.device("cpu"))
     seen = [policy.fingerprint()]
     assert policy.fingerprint() == seen[0]
@@ -187,7 +197,9 @@ def test_copies_keep_the_precision_of_rotary_frequencies(tiny):
 
     from paceline.rl.integrations.policy import HostPolicy
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=2, target_modules="all-linear")
+    )
     policy = HostPolicy(model, torch.bfloat16, torch.device("cpu"))
     policy.refresh()
     ours, theirs = dict(policy.decoded.named_buffers()), dict(model.base_model.model.named_buffers())
@@ -204,7 +216,11 @@ def test_rollouts_follow_another_model(tiny, tmp_path, same_trainer, caplog):
     first = trainer_for(tiny, tmp_path / "first", watched)
     first.train()
     drafter = rollouts._hosted.worker.spot.serving.fc.weight.clone()
-    second = first if same_trainer else trainer_for(tiny, tmp_path / "second", watched, per_device_eval_batch_size=4)
+    second = (
+        first
+        if same_trainer
+        else trainer_for(tiny, tmp_path / "second", watched, per_device_eval_batch_size=4)
+    )
     second.model.lm_head.weight = torch.nn.Parameter(torch.randn_like(second.model.lm_head.weight))
     second.evaluate(Dataset.from_list(PROMPTS))
     assert max(watched.errors) < 1e-3
@@ -249,7 +265,9 @@ def test_rollouts_follow_the_trainer_seed_alone(tiny, tmp_path):
 def test_a_checkpoint_keeps_the_drafter(tiny, tmp_path, caplog):
     """A stopped run goes on with its drafter, its bandit and the tokens that it would have drawn."""
     whole = Watched(paceline_rollouts(**DRAFTING), 1.0)
-    trainer_for(tiny, tmp_path / "whole", whole, max_steps=3, learning_rate=0.0, lr_scheduler_type="constant").train()
+    trainer_for(
+        tiny, tmp_path / "whole", whole, max_steps=3, learning_rate=0.0, lr_scheduler_type="constant"
+    ).train()
     first = Watched(paceline_rollouts(**DRAFTING), 1.0)
     options = {
         "learning_rate": 0.0,
@@ -265,7 +283,8 @@ def test_a_checkpoint_keeps_the_drafter(tiny, tmp_path, caplog):
     assert [*first.calls, *rest.calls] == whole.calls
     assert not [record for record in caplog.records if record.name == "paceline"]
     drafters = [
-        load_drafter(path, 99, 64).fc.weight for path in (kept / "drafter", tmp_path / "whole" / "trl" / "paceline" / "drafter")
+        load_drafter(path, 99, 64).fc.weight
+        for path in (kept / "drafter", tmp_path / "whole" / "trl" / "paceline" / "drafter")
     ]
     assert 0 < (drafters[0] - drafters[1]).abs().max() < 0.1  # the whole run's has gone one step on from it
     for broken in ("[2]", '{"calls": null}', "{}", "{"):

@@ -50,7 +50,9 @@ def run(folder, policy, deepspeed, port):
 
 @pytest.mark.ci
 def test_zero3_draws_and_learns_as_whole_weights_do(tmp_path, monkeypatch):
-    """Each rank decodes with the gathered weights of the moment, draws what it would have drawn, and learns the same."""
+    """Each rank decodes with the gathered weights of the moment, draws what it would have drawn, and learns
+    the same.
+    """
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     policy = fetch_policy("tiny-llama")

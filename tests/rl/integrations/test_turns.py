@@ -17,7 +17,8 @@ from paceline.rl.rewards.registry import LengthAware
 from tests.support import ROOT, forward_logprobs
 
 CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% "
+    "endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -32,7 +33,9 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluate(tiny, tmp_path_factory):
     """Runs a rollout function over one prompt's samples, in one trainer for all tests."""
-    trainer = trainer_for(tiny, tmp_path_factory.mktemp("trainer"), print, lambda completions, **c: [0.0] * len(completions))
+    trainer = trainer_for(
+        tiny, tmp_path_factory.mktemp("trainer"), print, lambda completions, **c: [0.0] * len(completions)
+    )
     trainer.processing_class.chat_template = None
 
     def run(rollout_func, longest=40):
@@ -70,7 +73,9 @@ def guessing(talk):
 
 
 def test_a_conversation_reaches_the_loss_and_the_rewards(tiny, tmp_path):
-    """Tokens are what was drawn and answered, log-probs the policy's own, the mask tells them apart, a turn reads what is new."""
+    """Tokens are what was drawn and answered, log-probs the policy's own, the mask tells them apart, a turn
+    reads what is new.
+    """
     rollouts = paceline_rollouts()
     seen, read = [], []
 
@@ -131,7 +136,9 @@ def test_keeping_changes_no_token(evaluate):
 
         def play(prompts, trainer, rollouts=rollouts, keeps=keeps):
             inner = rollouts.complete
-            rollouts.complete = lambda ids, trainer, *, max_tokens, keep: inner(ids, trainer, max_tokens=max_tokens, keep=keeps)
+            rollouts.complete = lambda ids, trainer, *, max_tokens, keep: inner(
+                ids, trainer, max_tokens=max_tokens, keep=keeps
+            )
             found.append(rollouts.converse(prompts, trainer, lambda talk: "?\n", turns=3, turn_tokens=5))
             return found[-1]
 
@@ -139,16 +146,21 @@ def test_keeping_changes_no_token(evaluate):
     assert found[0]["completion_ids"] == found[1]["completion_ids"]
     assert found[0]["env_mask"] == found[1]["env_mask"]
     samples = {tuple(ids) for ids in found[0]["completion_ids"]}
-    assert len(samples) == len(found[0]["completion_ids"])  # samples of a prompt have seeds of their own in every turn
+    # samples of a prompt have seeds of their own in every turn
+    assert len(samples) == len(found[0]["completion_ids"])
 
 
 def test_a_conversation_ends_where_there_is_no_room(evaluate):
-    """Both sides' tokens count; an answer that leaves no room for a turn is left out, and so is what follows the last turn."""
+    """Both sides' tokens count; an answer that leaves no room for a turn is left out, and so is what follows
+    the last turn.
+    """
     rollouts, lengths = paceline_rollouts(), []
 
     def play(prompts, trainer):
         for answer, turns in (("?" * 10, 9), ("?" * 100, 9), ("?", 1)):
-            found = rollouts.converse(prompts, trainer, lambda talk, answer=answer: answer, turns=turns, turn_tokens=8)
+            found = rollouts.converse(
+                prompts, trainer, lambda talk, answer=answer: answer, turns=turns, turn_tokens=8
+            )
             lengths.append({len(ids) for ids in found["completion_ids"]})
             assert all(mask[-1] == 1 for mask in found["env_mask"])
         return found
@@ -182,7 +194,9 @@ def test_what_cannot_be_played_is_said(evaluate, options, said):
 
 def test_rewards_that_read_entropies_are_refused(tiny, tmp_path):
     rollouts = paceline_rollouts()
-    reward = LengthAware(lambda completions, **c: [0.0] * 8, [{"name": "pear", "weight": 0.1}], group_size=4, longest=40)
+    reward = LengthAware(
+        lambda completions, **c: [0.0] * 8, [{"name": "pear", "weight": 0.1}], group_size=4, longest=40
+    )
     trainer = trainer_for(tiny, tmp_path, lambda p, t: rollouts.converse(p, t, guessing, turns=2), reward)
     with pytest.raises(UserError, match="entropies judge one turn"):
         trainer.train()
@@ -218,7 +232,11 @@ def test_the_example_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["calculator.py", "--steps", "1", "--turn-tokens", "6"])
     example = runpy.run_path(str(ROOT / "examples" / "calculator.py"))
     trainer = example["main"]()
-    lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "completions/mean_length" in entry]
+    lengths = [
+        entry["completions/mean_length"]
+        for entry in trainer.state.log_history
+        if "completions/mean_length" in entry
+    ]
     assert len(lengths) == 1 and lengths[0] > 6  # more than one turn
     assert example["value"]("12 * -7 + 5") == -79
     for wrong in ("__import__('os')", "2 ** 9", "1 +", "a"):

@@ -1,4 +1,5 @@
-"""verl's registries, and a replica as a real Ray actor: requests, weights, pauses (``make test-pipelines``)."""
+"""verl's registries, and a replica as a real Ray actor: requests, weights, pauses (``make
+test-pipelines``)."""
 
 import asyncio
 import os
@@ -71,7 +72,9 @@ def started(verl_module, policy, tmp_path):
     )
     try:
         config, model = configs(policy)
-        replica = verl_module.PacelineReplica(replica_rank=0, config=config, model_config=model, gpus_per_node=1)
+        replica = verl_module.PacelineReplica(
+            replica_rank=0, config=config, model_config=model, gpus_per_node=1
+        )
 
         @ray.remote
         class Worker:

@@ -1,5 +1,5 @@
-"""A TRL trainer with our rollouts on several ranks, for tests: its arguments are an output directory, a policy and a DeepSpeed file
-(or ``none``). Writes what each rank saw to ``<output>/rank-N.json``."""
+"""A TRL trainer with our rollouts on several ranks, for tests: its arguments are an output directory, a
+policy and a DeepSpeed file (or ``none``). Writes what each rank saw to ``<output>/rank-N.json``."""
 
 import json
 import sys
@@ -63,7 +63,8 @@ def main():
     trainer.train()
     rank = trainer.accelerator.process_index
     if rank == 1:
-        rollouts._hosted._decoded_with = None  # as if weights had changed on one rank alone: both must gather them
+        # as if weights had changed on one rank alone: both must gather them
+        rollouts._hosted._decoded_with = None
     watched([f"{i} + 1 =" for i in range(3)], trainer)
     answers = [None, "?"]  # rank 0's conversations end with their first turn, and it plays on with rank 1
     found = rollouts.converse(["4 + 1 ="], trainer, lambda talk: answers[rank], turns=3, turn_tokens=4)

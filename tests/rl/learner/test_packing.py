@@ -1,4 +1,6 @@
-"""Packed batches: nothing lost, nothing mixed, and the same log-probs and gradients as one sequence at a time."""
+"""Packed batches: nothing lost, nothing mixed, and the same log-probs and gradients as one sequence at a
+time.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from paceline.rl.learner.log_probs import PolicyLogProbs, TokenScores
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from tests.support import tiny_llama
 
-rows_strategy = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=4)), min_size=1, max_size=5)
+rows_strategy = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=4)), min_size=1, max_size=5
+)
 
 
 def make_rows(shape, seed=0) -> list[PromptRow]:
@@ -58,7 +62,9 @@ def test_packed_equals_one_by_one(shape):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_scores_and_their_gradients_are_autograds(temperature):
-    """Of log-probs and entropies, over more rows than are worked on at a time, beside torch's own derivation in float64."""
+    """Of log-probs and entropies, over more rows than are worked on at a time, beside torch's own derivation
+    in float64.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(11, 70_000, generator=generator) * 3
     targets = torch.randint(0, 70_000, (11,), generator=generator)

@@ -1,4 +1,5 @@
-"""Budget guidance: the head fits a Gamma, steering shortens, and nothing of it can be reached from training."""
+"""Budget guidance: the head fits a Gamma, steering shortens, and nothing of it can be reached from
+training."""
 
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def test_what_fits_is_preferred_and_the_unlikely_left_out():
         logits = model(ids).logits[:, -1]
         steered = guidance(ids, logits).softmax(-1)
     plain = logits.softmax(-1)
-    assert steered[0, 5] / (1 - steered[0, 5]) == pytest.approx(1000 * float(plain[0, 5] / (1 - plain[0, 5])), rel=1e-3)
+    assert steered[0, 5] / (1 - steered[0, 5]) == pytest.approx(
+        1000 * float(plain[0, 5] / (1 - plain[0, 5])), rel=1e-3
+    )
     few = BudgetGuidance(head, 4, 3, candidates=2)
     few.states = guidance.states
     assert int((few(ids, logits) > -float("inf")).sum()) == 2

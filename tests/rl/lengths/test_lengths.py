@@ -64,7 +64,8 @@ def test_quantiles_rise_and_stay_within_the_limit():
 
 
 def test_pinball_by_hand():
-    """Median of 10 predicted, lengths 6 and 20: (0.5 · 4 + 0.5 · 10) / 2; at 0.9: (0.1 · 4 + 0.9 · 10) / 2."""
+    """Median of 10 predicted, lengths 6 and 20: (0.5 · 4 + 0.5 · 10) / 2; at 0.9: (0.1 · 4 + 0.9 · 10) /
+    2."""
     assert pinball(np.array([10.0]), np.array([[6, 20]]), 0.5) == pytest.approx(3.5)
     assert pinball(np.array([10.0]), np.array([[6, 20]]), 0.9) == pytest.approx(4.7)
 

@@ -23,7 +23,9 @@ def own_cache(tmp_path, monkeypatch):
 def refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
     return kind(
         "no",
-        response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/a/b")),
+        response=httpx.Response(
+            status, request=httpx.Request("GET", "https://huggingface.co/api/models/a/b")
+        ),
     )
 
 

@@ -42,7 +42,9 @@ _SMALL = {
 
 def gpt2():
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+        GPT2Config(
+            vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+        )
     )
 
 
@@ -81,7 +83,10 @@ EXACT = {
     "without some": {"exclude_modules": ["v_proj"]},
     "an untied head": {"target_modules": ["q_proj", "lm_head"]},
     "dropout": {"lora_dropout": 0.5},
-    **{str(first): {"init_lora_weights": first} for first in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")},
+    **{
+        str(first): {"init_lora_weights": first}
+        for first in (False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+    },
 }
 
 
@@ -103,7 +108,8 @@ def test_what_is_accepted_merges_exactly(options):
 @pytest.mark.parametrize("build", [gpt2, qwen2, mixtral, tied_llama])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_every_linear_layer_of_other_families_merges_exactly(build):
-    """Weights kept as [in, out], biases, experts whose weights stay, a tied head: with the recipe's adapters."""
+    """Weights kept as [in, out], biases, experts whose weights stay, a tied head: with the recipe's
+    adapters."""
     policy = made(build)
     add_adapters(policy, LoraConfig(rank=2), seed=0)
     moved(policy)
@@ -140,7 +146,9 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_not_known_to_merge_is_one_line_that_names_it(key):
-    build = {"target_parameters": mixtral, "lora_bias": qwen2, "ensure_weight_tying": tied_llama}.get(key, tiny_llama)
+    build = {"target_parameters": mixtral, "lora_bias": qwen2, "ensure_weight_tying": tied_llama}.get(
+        key, tiny_llama
+    )
     options = {"target_modules": ["q_proj", "v_proj"], **REFUSED[key]}
     if key == "velora_config":
         options[key] = peft.tuners.lora.config.VeloraConfig()
@@ -166,29 +174,41 @@ def test_every_field_of_pefts_config_is_free_or_refused():
         check_adapter_config(config)
 
 
-@pytest.mark.parametrize("kind", [peft.IA3Config, peft.VeraConfig, peft.PromptTuningConfig, peft.AdaLoraConfig])
+@pytest.mark.parametrize(
+    "kind", [peft.IA3Config, peft.VeraConfig, peft.PromptTuningConfig, peft.AdaLoraConfig]
+)
 def test_other_methods_are_one_line(kind):
     options = {"num_virtual_tokens": 4} if kind is peft.PromptTuningConfig else {"target_modules": ["q_proj"]}
     options |= {"feedforward_modules": []} if kind is peft.IA3Config else {}
     options |= {"total_step": 10} if kind is peft.AdaLoraConfig else {}
     model = get_peft_model(tiny_llama(), kind(task_type="CAUSAL_LM", **options))
-    with pytest.raises(UserError, match=r"peft_type \w+ is not known to merge exactly: train with peft's LoraConfig"):
+    with pytest.raises(
+        UserError, match=r"peft_type \w+ is not known to merge exactly: train with peft's LoraConfig"
+    ):
         HostPolicy(model, torch.float32, torch.device("cpu"))
 
 
 def test_a_tied_head_is_not_adapted():
     tied = made(tied_llama)
-    with pytest.raises(UserError, match=r"scale.lora.targets: lm_head: its weight is also that of another layer"):
+    with pytest.raises(
+        UserError, match=r"scale.lora.targets: lm_head: its weight is also that of another layer"
+    ):
         add_adapters(tied, LoraConfig(targets=("q_proj", "lm_head")), seed=0)
     with pytest.raises(UserError, match=r"scale.lora.targets: model.embed_tokens: peft's layer.Embedding"):
         add_adapters(made(tied_llama), LoraConfig(targets=("q_proj", "embed_tokens")), seed=0)
-    with pytest.raises(UserError, match=r"scale.lora.targets: no layer is named 'v_prj'; write some of .*v_proj"):
+    with pytest.raises(
+        UserError, match=r"scale.lora.targets: no layer is named 'v_prj'; write some of .*v_proj"
+    ):
         add_adapters(made(tied_llama), LoraConfig(targets=("q_proj", "v_prj")), seed=0)
 
 
 def test_the_adapter_in_use_is_followed():
-    """A frozen copy beside it, as TRL keeps one for its KL term; a changed scaling; what is merged already is refused."""
-    model = get_peft_model(tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    """A frozen copy beside it, as TRL keeps one for its KL term; a changed scaling; what is merged already is
+    refused.
+    """
+    model = get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     model.add_adapter("ref", peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     moved(model)
     host = HostPolicy(model, torch.float32, torch.device("cpu"))
@@ -223,7 +243,9 @@ def test_a_quantized_policy_is_one_line():
         HostPolicy(model, torch.float32, torch.device("cpu"))
     eighth = get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
     layer = eighth.get_base_model().model.layers[0].self_attn.q_proj
-    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    layer.base_layer.weight = torch.nn.Parameter(
+        layer.base_layer.weight.to(torch.float8_e4m3fn), requires_grad=False
+    )
     with pytest.raises(UserError, match="not quantized"):
         HostPolicy(eighth, torch.float32, torch.device("cpu"))
 
@@ -234,7 +256,9 @@ def test_saved_adapters_lead_peft_to_their_base(tmp_path):
     policy = tiny_llama()
     add_adapters(policy, LoraConfig(rank=4, alpha=8), seed=3, base=AdapterBase(str(tmp_path / "base")))
     moved(policy)
-    save_adapters(policy, {n: p.detach() for n, p in policy.named_parameters() if ".lora_" in n}, tmp_path / "adapter")
+    save_adapters(
+        policy, {n: p.detach() for n, p in policy.named_parameters() if ".lora_" in n}, tmp_path / "adapter"
+    )
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, policy(IDS).logits, rtol=0, atol=2e-5)
@@ -245,7 +269,9 @@ def test_saved_adapters_lead_peft_to_their_base(tmp_path):
 def test_adapters_without_their_policy_are_one_line(tmp_path, written):
     (tmp_path / "adapter_config.json").write_text("{" if written is None else json.dumps(written))
     base = "org/base" if written else "an unnamed policy"
-    with pytest.raises(UserError, match=rf"policy.model .*: holds adapters of {base}, not a policy; merge them") as found:
+    with pytest.raises(
+        UserError, match=rf"policy.model .*: holds adapters of {base}, not a policy; merge them"
+    ) as found:
         fetch_policy(str(tmp_path))
     assert "\n" not in str(found.value)
 

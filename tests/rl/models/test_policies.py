@@ -32,7 +32,9 @@ def test_tiny_llama_is_made_once_and_round_trips_text():
 
 
 def test_bad_ids(tmp_path):
-    with pytest.raises(UserError, match="the Hugging Face hub is not reachable and its cache does not hold it"):
+    with pytest.raises(
+        UserError, match="the Hugging Face hub is not reachable and its cache does not hold it"
+    ):
         policies.fetch_policy("nobody/nothing")
     with pytest.raises(UserError, match=r"no config\.json"):
         policies.fetch_policy(str(tmp_path))
@@ -64,12 +66,16 @@ def test_missing_and_surplus_weights_are_named(tmp_path):
         path / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(UserError, match=r"lacks \d+ of the model's weights \(.*embed_tokens.*and has \d+ that are not") as caught:
+    with pytest.raises(
+        UserError, match=r"lacks \d+ of the model's weights \(.*embed_tokens.*and has \d+ that are not"
+    ) as caught:
         policies.load_policy(path)
     assert "\n" not in str(caught.value)
     fewer = {name: w for name, w in weights.items() if "layers.2.mlp.up_proj" not in name}
     save_file(fewer, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 of the model's weights \(model.layers.2.mlp.up_proj.weight\): it would"):
+    with pytest.raises(
+        UserError, match=r"lacks 1 of the model's weights \(model.layers.2.mlp.up_proj.weight\): it would"
+    ):
         policies.load_policy(path)
     save_file({**weights, "v_head.weight": torch.zeros(1, 64)}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"has 1 that are not the model's \(v_head.weight\)"):
@@ -184,6 +190,8 @@ def test_a_policy_that_the_engine_refuses_is_a_line(tmp_path, monkeypatch):
         raise ValueError("Model does not run in the engine with transformers 9.0")
 
     monkeypatch.setattr("paceline.rl.generation.policy_engine.RolloutEngine", refuse)
-    refused = pytest.raises(UserError, match=r"^policy.model: Model does not run in the engine with transformers 9.0$")
+    refused = pytest.raises(
+        UserError, match=r"^policy.model: Model does not run in the engine with transformers 9.0$"
+    )
     with refused, tiny_trainer(tmp_path, monkeypatch, "[0.0 for _ in completions]"):
         pass

@@ -42,7 +42,9 @@ class Hub:
         return SimpleNamespace(private=repo_id not in self.public)
 
     def upload_folder(self, *, repo_id, folder_path, ignore_patterns, commit_message):
-        kept = {str(f.relative_to(folder_path)): f.read_bytes() for f in folder_path.rglob("*") if f.is_file()}
+        kept = {
+            str(f.relative_to(folder_path)): f.read_bytes() for f in folder_path.rglob("*") if f.is_file()
+        }
         self.files[repo_id] = {name: data for name, data in kept.items() if name not in ignore_patterns}
 
     def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
@@ -63,23 +65,33 @@ def run(tmp_path_factory):
     policy = tiny_llama()
     save_drafter(tiny_eagle3(policy), run / "checkpoint" / "drafter", torch.float32)
     policy.save_pretrained(run / "checkpoint" / "policy")
-    (run / "checkpoint" / "policy" / "README.md").write_text("---\nlicense: apache-2.0\n---\nthe card of the base\n")
+    (run / "checkpoint" / "policy" / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\nthe card of the base\n"
+    )
     add_adapters(policy, LoraConfig(rank=2), seed=0, base=AdapterBase("org/base", "0" * 40))
     weights = {n: p.detach() for n, p in policy.named_parameters() if ".lora_" in n}
     save_adapters(policy, weights, run / "checkpoint" / "adapter")
-    (run / "config.json").write_text(json.dumps({"policy": {"model": "org/base"}, "rollout": {"temperature": 0.8}}))
+    (run / "config.json").write_text(
+        json.dumps({"policy": {"model": "org/base"}, "rollout": {"temperature": 0.8}})
+    )
     steps = [
         {"step": 0, "rollout/acceptance_length": 1.5},
         {"step": 1, "rollout/acceptance_length_eagle3": 2.25, "drafter/acceptance": [0.7, 0.5]},
     ]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps) + '{"step": 2, "rollout/acc')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(s) + "\n" for s in steps) + '{"step": 2, "rollout/acc'
+    )
     return run
 
 
 def test_an_exported_drafter_says_what_it_is_for(run, tmp_path):
     path = export_drafter(run, tmp_path / "drafter")
     card = ModelCard.load(path / "README.md")
-    assert card.data.base_model == "org/base" and card.data.license == "apache-2.0" and card.data.library_name == "vllm"
+    assert (
+        card.data.base_model == "org/base"
+        and card.data.license == "apache-2.0"
+        and card.data.library_name == "vllm"
+    )
     assert {"eagle3", "speculative-decoding"} <= set(card.data.tags)
     for said in (
         "after 2 RL steps",
@@ -116,7 +128,9 @@ def test_all_parts_are_pushed_with_their_cards(hub, run, tmp_path):
     assert drafter.data.base_model == "me/policy" and '"model": "me/drafter"' in drafter.text
     policy = ModelCard(hub.files["me/policy"]["README.md"].decode())
     assert (
-        policy.data.base_model == "org/base" and policy.data.license == "apache-2.0" and "the card of the base" not in policy.text
+        policy.data.base_model == "org/base"
+        and policy.data.license == "apache-2.0"
+        and "the card of the base" not in policy.text
     )
     adapter = ModelCard(hub.files["me/adapter"]["README.md"].decode())
     assert adapter.data.base_model == "org/base" and adapter.data.library_name == "peft"

@@ -17,7 +17,10 @@ def step(accuracy, length=100.0, entropy=1.0):
 
 def test_accuracy_that_falls_from_its_best_is_named_once():
     guard = Guard(GuardConfig(window=2, accuracy_fall=0.5))
-    lines = [guard.observe(step(a, n)) for a, n in [(0.4, 90), (0.6, 90), (0.5, 60), (0.3, 20), (0.1, 10), (0.1, 5)]]
+    lines = [
+        guard.observe(step(a, n))
+        for a, n in [(0.4, 90), (0.6, 90), (0.5, 60), (0.3, 20), (0.1, 10), (0.1, 5)]
+    ]
     assert [line is not None for line in lines] == [False, False, False, False, True, False]
     assert "accuracy collapse: 0.20 of the last 2 steps' completions are correct, 0.55 at best" in lines[4]
     assert "from 75 to 15 tokens" in lines[4] and "\n" not in lines[4]
@@ -52,10 +55,12 @@ def test_off_does_not_look():
     assert [guard.observe(step(a)) for a in (1.0, 0.0)] == [None, None]
 
 
-@pytest.mark.parametrize(("terms", "collapses"), [("{name: linear, alpha: 6.0}", True), ("{name: grpo_lambda, share: 0.5}", False)])
+@pytest.mark.parametrize(
+    ("terms", "collapses"), [("{name: linear, alpha: 6.0}", True), ("{name: grpo_lambda, share: 0.5}", False)]
+)
 def test_a_naive_penalty_collapses_and_grpo_lambda_does_not(tmp_path, monkeypatch, terms, collapses):
-    """Two digits among sixteen characters are right. The naive penalty pays a random model to say nothing; GRPO-λ keeps
-    it right."""
+    """Two digits among sixteen characters are right. The naive penalty pays a random model to say nothing;
+    GRPO-λ keeps it right."""
     options = ["update.lr=3e-3", "rollout.max_tokens=16", "rollout.group_size=8", f"length.rewards=[{terms}]"]
     accuracy, lengths, lines = [], [], []
     with tiny_trainer(tmp_path, monkeypatch, DIGITS, *options, f"steps={STEPS}") as trainer:

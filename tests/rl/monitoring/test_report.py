@@ -81,7 +81,11 @@ def test_step_metrics_by_hand():
     assert m["reward/shaped"] == 0.375 and m["length/pinball"] == 2.0
     assert m["rollout/shared_share"] == pytest.approx(1 - 80 / 101)
     assert m["anytime/accuracy"] == [0.5, 0.5]
-    assert m["rollout/carried"] == 1 and m["rollout/stale_share"] == pytest.approx(5 / 101) and m["length/loops"] == 1 / 8
+    assert (
+        m["rollout/carried"] == 1
+        and m["rollout/stale_share"] == pytest.approx(5 / 101)
+        and m["length/loops"] == 1 / 8
+    )
     assert m["engine/importance_std"] == pytest.approx(0.5)
     assert m["rollout/seconds"] == pytest.approx(2.9)
     assert m["measure/rollout_speedup"] == pytest.approx(5.8 / 2.9)
@@ -112,11 +116,14 @@ def test_drafter_time_on_and_off_the_critical_path():
 
 
 def test_paired_standard_error():
-    """Differences 0.1, 0.3: mean 0.2, sample std 0.1414, over √2 is 0.1, though the problems differ by 0.8."""
+    """Differences 0.1, 0.3: mean 0.2, sample std 0.1414, over √2 is 0.1, though the problems differ by
+    0.8."""
     first = [{"reward/by_problem": {"a": 0.0, "b": 0.8}}]
     last = [{"reward/by_problem": {"b": 1.1, "a": 0.1}}]
     assert rise_std_error(first, last) == pytest.approx(0.1)
-    assert rise_std_error(first, [{"reward/by_problem": {"c": 0.0, "d": 0.8}}]) == pytest.approx(np.sqrt(2 * 0.32 / 2))
+    assert rise_std_error(first, [{"reward/by_problem": {"c": 0.0, "d": 0.8}}]) == pytest.approx(
+        np.sqrt(2 * 0.32 / 2)
+    )
 
 
 def test_report_holds_every_plot_and_summary_the_bound(tmp_path):

@@ -67,7 +67,9 @@ def test_why_it_lost_and_what_to_change(metrics, says):
     first, *reasons = verdict(metrics)
     assert first.startswith("speculation lost: ")
     assert says in reasons[0]
-    assert any(word in reasons[0] for word in ("speculation.", "drafter.", "measure.", "rollout.", "by chance"))
+    assert any(
+        word in reasons[0] for word in ("speculation.", "drafter.", "measure.", "rollout.", "by chance")
+    )
 
 
 def test_neither_gain_nor_loss_and_no_drafts():

@@ -62,5 +62,7 @@ def test_a_child_ends_with_its_parent(tmp_path, script, call, ends):
 
 
 def test_a_parent_that_is_dead_already_ends_its_child_at_once():
-    done = subprocess.run([sys.executable, "-c", CHILD.format(call="end_with_parent(1 << 22)")], timeout=30, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD.format(call="end_with_parent(1 << 22)")], timeout=30, check=False
+    )
     assert done.returncode == -signal.SIGKILL

@@ -41,9 +41,10 @@ def test_torchruns_default_is_not_the_users_word(tmp_path, asked, threads):
     """torchrun gives each of several ranks OMP_NUM_THREADS=1 where the user has set nothing."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, sys\nimport paceline.rl.process.process_tuning\nrl.machine.usable_cores = lambda: 16\n"
+        "import os, sys\nfrom paceline.rl.process import process_tuning\n"
+        "process_tuning.usable_cores = lambda: 16\n"
         f"assert os.environ['OMP_NUM_THREADS'] == {asked or '1'!r}\n"
-        "print('threads', paceline.rl.process.process_tuning.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
+        "print('threads', process_tuning.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
     )
     environment = {
         **os.environ,

@@ -28,7 +28,9 @@ def shown_in_a_file(clock):
     return Display(console=console(out), clock=clock), out
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(42.4, "42 s"), (89, "89 s"), (125, "2 min"), (3600 * 2 + 300, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(42.4, "42 s"), (89, "89 s"), (125, "2 min"), (3600 * 2 + 300, "2 h 05 min")]
+)
 def test_durations(seconds, said):
     assert duration(seconds) == said
 
@@ -91,7 +93,12 @@ def test_a_terminal_gets_bars_with_the_time_left():
         phase.update(2, "512 tokens/s")
         display.bars.refresh()
     drawn = out.getvalue()
-    assert "step 2/4  rollouts" in drawn and "2/8 sequences" in drawn and "512 tokens/s" in drawn and "left" in drawn
+    assert (
+        "step 2/4  rollouts" in drawn
+        and "2/8 sequences" in drawn
+        and "512 tokens/s" in drawn
+        and "left" in drawn
+    )
 
 
 def test_ranks_but_the_first_show_nothing():

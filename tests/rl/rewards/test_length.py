@@ -40,29 +40,38 @@ def test_l1_max():
 
 
 def test_dapo_overlong():
-    """The paper's numbers: limit 20,480, cache 4,096: free up to 16,384, halfway at 18,432, −1 at the limit."""
+    """The paper's numbers: limit 20,480, cache 4,096: free up to 16,384, halfway at 18,432, −1 at the
+    limit."""
     given = samples([1, 1, 0, 1], [16384, 18432, 20480, 100], longest=20480)
     assert shaped({"name": "overlong", "cache": 4096}, given) == pytest.approx([1, 0.5, -1, 1])
 
 
 def test_target_asks_for_longer_too():
-    """LongWriter's score: twice the target 1 − 1/3, half of it 1 − 1/2, at it 1; half of the reward is the task's."""
+    """LongWriter's score: twice the target 1 − 1/3, half of it 1 − 1/2, at it 1; half of the reward is the
+    task's.
+    """
     given = samples([1, 1, 1, 0], [200, 50, 100, 400])
-    assert shaped({"name": "target", "tokens": 100}, given) == pytest.approx([0.5 + 0.5 * 2 / 3, 0.75, 1.0, 0.0])
+    assert shaped({"name": "target", "tokens": 100}, given) == pytest.approx(
+        [0.5 + 0.5 * 2 / 3, 0.75, 1.0, 0.0]
+    )
     by_budget = samples([0, 0], [100, 100], 2, budgets=budgets(100, 200))
     assert shaped({"name": "target"}, by_budget) == pytest.approx([0.5, 0.25])
 
 
 def test_hbpo_rewards_and_advantages():
-    """Limit 4,096, w = 4, α = 1 / 4,096, as in the reference code. Asked for 1,024: shorter or equal earns what the budget does,
-    4 cos(π/8) = 3.696, longer less; beyond the limit or wrong nothing."""
+    """Limit 4,096, w = 4, α = 1 / 4,096, as in the reference code. Asked for 1,024: shorter or equal earns
+    what the budget does, 4 cos(π/8) = 3.696, longer less; beyond the limit or wrong nothing."""
     entry = {"name": "hbpo", "limit": 4096}
-    given = samples([1, 1, 1, 0], [1024, 2048, 5000, 10], budgets=budgets(1024, 1024, 1024, 1024), longest=8192)
+    given = samples(
+        [1, 1, 1, 0], [1024, 2048, 5000, 10], budgets=budgets(1024, 1024, 1024, 1024), longest=8192
+    )
     own = 4 * math.cos(math.pi / 4) - 0.25
     assert shaped(entry, given) == pytest.approx([4 * math.cos(math.pi / 8), own, 0, 0], abs=1e-5)
     short = samples([1, 1], [512, 512], 2, budgets=budgets(1024, 512))
     # 4 cos(π/16) − 512/4096 = 3.798 would be more than the budget's 3.696
-    assert shaped(entry, short) == pytest.approx([4 * math.cos(math.pi / 8), 4 * math.cos(math.pi / 16)], abs=1e-5)
+    assert shaped(entry, short) == pytest.approx(
+        [4 * math.cos(math.pi / 8), 4 * math.cos(math.pi / 16)], abs=1e-5
+    )
     both = samples([1, 0, 1, 1], [1024, 9, 512, 512], budgets=budgets(1024, 1024, 512, 512))
     _, added = apply_terms([load_term(entry, "here")], both)
     high = 4 * math.cos(math.pi / 8)
@@ -70,8 +79,8 @@ def test_hbpo_rewards_and_advantages():
 
 
 def test_grpo_lambda_penalises_only_the_groups_that_are_right():
-    """Three groups, right by 100, 50 and 0 %; the best third is trained for brevity. Correct lengths 100 and 300 of the first:
-    mean 200, deviation 100, so σ(∓1)."""
+    """Three groups, right by 100, 50 and 0 %; the best third is trained for brevity. Correct lengths 100 and
+    300 of the first: mean 200, deviation 100, so σ(∓1)."""
     given = samples([1, 1, 1, 0, 0, 0], [100, 300, 100, 300, 50, 60], 2)
     low, high = (1 / (1 + math.exp(s)) for s in (1, -1))
     entry = {"name": "grpo_lambda", "share": 0.3, "alpha": 0.2}
@@ -105,8 +114,8 @@ def test_alp():
 
 
 def test_pear():
-    """Thinking at 0.5 nats, answering at 0.2: a correct one keeps 1 − (0.5 − 0.2) of its reward, with α = 2 1 − 0.1; without an
-    answer 1 − 0.5; calmer thinking than answering is not paid for."""
+    """Thinking at 0.5 nats, answering at 0.2: a correct one keeps 1 − (0.5 − 0.2) of its reward, with α = 2 1
+    − 0.1; without an answer 1 − 0.5; calmer thinking than answering is not paid for."""
     entropies = [
         torch.tensor([0.6, 0.4, 0.2]),
         torch.tensor([0.5, 0.5]),
@@ -132,8 +141,8 @@ def test_terms_compose_in_their_order():
 
 @pytest.mark.parametrize("name", sorted(TERMS))
 def test_a_wrong_completion_never_earns_by_a_length_more_than_a_right_one(name):
-    """The best that a wrong completion can get is less than a right one of the same length gets; the target's score aside, which
-    is of its own."""
+    """The best that a wrong completion can get is less than a right one of the same length gets; the target's
+    score aside, which is of its own."""
     lengths = [1, 30, 60, 90]
     more = {
         "budgets": budgets(60, 60, 60, 60),
@@ -194,7 +203,10 @@ def test_where_the_answer_starts(text, start):
 def test_budgets_of_subgroups_and_prompts():
     config = LengthConfig(budgets=(10, 20))
     assert assign_budgets(config, 4, "s") == [10, 10, 20, 20]
-    drawn = {tuple(assign_budgets(LengthConfig(budgets=(10, 20), budget_of="prompt"), 4, str(i))) for i in range(30)}
+    drawn = {
+        tuple(assign_budgets(LengthConfig(budgets=(10, 20), budget_of="prompt"), 4, str(i)))
+        for i in range(30)
+    }
     assert drawn == {(10,) * 4, (20,) * 4}
     assert assign_budgets(LengthConfig(), 4, "s") is None
 
@@ -240,7 +252,9 @@ def test_trl_trains_with_it(tmp_path, monkeypatch):
         model=str(path),
         reward_funcs=Watched(digits, terms, group_size=4, longest=8),
         args=args,
-        train_dataset=Dataset.from_list([{"prompt": "1 + 1 =", "budget": 6}, {"prompt": "2 + 1 =", "budget": 3}]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": "1 + 1 =", "budget": 6}, {"prompt": "2 + 1 =", "budget": 3}]
+        ),
         processing_class=AutoTokenizer.from_pretrained(path),
     )
     trainer.train()

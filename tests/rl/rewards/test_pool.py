@@ -43,7 +43,9 @@ def odd(prompts, completions, problem, answer):
 
 
 def task(**options) -> TaskConfig:
-    data = (DatasetConfig("chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),)
+    data = (
+        DatasetConfig("chain_sum", params={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
+    )
     return TaskConfig(size=4, datasets=data, **options)
 
 
@@ -156,7 +158,9 @@ def of_sums(completions, dataset_name, completion_ids, **_):
 
 
 def test_several_rewards_are_weighted_and_none_is_left_out(tmp_path, monkeypatch):
-    """TRL's convention: the sum of weight × reward over those that are not None; columns come as lists, by keyword."""
+    """TRL's convention: the sum of weight × reward over those that are not None; columns come as lists, by
+    keyword.
+    """
     (tmp_path / "several_rewards.py").write_text(SEVERAL)
     rows = [{"prompt": "1+1", "answer": "2", "dataset_name": name} for name in ("sums", "words")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,7 +172,10 @@ def test_several_rewards_are_weighted_and_none_is_left_out(tmp_path, monkeypatch
         for place, (text, ids) in enumerate((("abcd", [1, 2]), ("ab", [3]), ("abcd", [1, 2]), ("ab", [3]))):
             pool.add(place, problems[place // 2], text, ids)
         scores = pool.collect()
-    assert scores.values == {0: 0.5 * 4 + 2.0 * 3, 1: 0.5 * 2 + 2.0 * 3, 2: 2.0, 3: 1.0} and scores.problem is None
+    assert (
+        scores.values == {0: 0.5 * 4 + 2.0 * 3, 1: 0.5 * 2 + 2.0 * 3, 2: 2.0, 3: 1.0}
+        and scores.problem is None
+    )
     assert scores.parts == {"length": [4, 2, 4, 2], "of_sums": [3, 3, None, None]}
 
 
@@ -198,7 +205,9 @@ def test_a_completion_that_is_evaluated_reaches_neither_files_nor_the_network(tm
 
 
 def test_a_machine_that_cannot_confine_is_named_or_refused(odd, monkeypatch):
-    monkeypatch.setattr("paceline.rl.rewards.pool.unconfined", lambda: ["file writes (the kernel lacks Landlock)"])
+    monkeypatch.setattr(
+        "paceline.rl.rewards.pool.unconfined", lambda: ["file writes (the kernel lacks Landlock)"]
+    )
     with pytest.raises(UserError, match="cannot confine file writes"):
         ScoringPool(replace(odd, sandbox="require"), 0, 2)
     with ScoringPool(odd, 0, 2) as pool:

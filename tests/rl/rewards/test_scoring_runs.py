@@ -1,4 +1,6 @@
-"""What a run does with scores: special tokens, several rewards, completions without a score, and steps in which none has one."""
+"""What a run does with scores: special tokens, several rewards, completions without a score, and steps in
+which none has one.
+"""
 
 from pathlib import Path
 
@@ -11,12 +13,18 @@ from tests.support import ROOT, tiny_trainer, train_here
 
 @pytest.mark.ci
 def test_a_reward_sees_special_tokens_and_ids_on_request(tmp_path, monkeypatch):
-    """The token "1" is made a special one, as those around thoughts are. Each reward function has its own line of metrics."""
+    """The token "1" is made a special one, as those around thoughts are. Each reward function has its own
+    line of metrics.
+    """
     shown = "[1.0 if '1' in text else None for text in completions]"
     name = f"reward_{tmp_path.name}"
-    (tmp_path / "lengths.py").write_text("def ids(completion_ids, **_):\n    return [len(ids) for ids in completion_ids]\n")
+    (tmp_path / "lengths.py").write_text(
+        "def ids(completion_ids, **_):\n    return [len(ids) for ids in completion_ids]\n"
+    )
     rewards = f"task.reward=[{{reward: {name}:score}}, {{reward: lengths:ids, weight: 0.5}}]"
-    with tiny_trainer(tmp_path, monkeypatch, shown, rewards, "task.reward_sees_special_tokens=true") as trainer:
+    with tiny_trainer(
+        tmp_path, monkeypatch, shown, rewards, "task.reward_sees_special_tokens=true"
+    ) as trainer:
         trainer.tokenizer.add_special_tokens({"additional_special_tokens": ["1"]})
         metrics, (record,) = trainer.step(0)
     seen = record["reward_parts"]["score"]
@@ -34,13 +42,18 @@ def test_a_share_of_failures_is_said(tmp_path, monkeypatch):
         monkeypatch.setattr(trainer.tracker, "say", said.append)
         metrics, _ = trainer.step(0)
     assert metrics["reward/errors"] == 4
-    assert said == ["reward: 4 of 16 completions have no score (score returned nan, which is no finite number); they get 0"]
+    assert said == [
+        "reward: 4 of 16 completions have no score (score returned nan, which is no finite number); they get "
+        "0"
+    ]
 
 
 def test_a_step_without_any_score_stops_the_run_and_keeps_what_was_learned(tmp_path, monkeypatch):
     reward = "1 / 0 if __import__('os').path.exists('broken') else [float(len(text)) for text in completions]"
     with tiny_trainer(tmp_path, monkeypatch, reward, "save_every=100", "steps=4") as trainer:
-        monkeypatch.setattr(trainer.tracker, "log", lambda step, *_: (tmp_path / "broken").touch() if step == 1 else None)
+        monkeypatch.setattr(
+            trainer.tracker, "log", lambda step, *_: (tmp_path / "broken").touch() if step == 1 else None
+        )
         with pytest.raises(
             UserError,
             match=r"^step 3: none of the 16 completions has a reward: .*ZeroDivisionError.*; the run stops",
@@ -53,7 +66,9 @@ def test_a_step_without_any_score_stops_the_run_and_keeps_what_was_learned(tmp_p
 @pytest.mark.ci
 def test_a_dry_run_scores_an_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dry_reward.py").write_text("def good(**_):\n    return [0.25] * 4\ndef bad(**_):\n    return [1]\n")
+    (tmp_path / "dry_reward.py").write_text(
+        "def good(**_):\n    return [0.25] * 4\ndef bad(**_):\n    return [1]\n"
+    )
     tiny = [str(ROOT / "configs" / "tiny.yaml"), "--dry-run", f"out={tmp_path / 'run'}"]
     train_here(monkeypatch, *tiny, "task.reward=dry_reward:good")
     assert "scores 0.25, 'I do not know.' 0.25" in capsys.readouterr().out

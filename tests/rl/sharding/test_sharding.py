@@ -29,7 +29,10 @@ from tests.support import ROOT, tiny_llama
 SETTINGS = AdamWSettings(lr=1e-3, weight_decay=0.01, grad_clip=0.5, precision="no")
 MODES = {
     "replicated": ScaleConfig(),
-    **{f"zero{stage}": ScaleConfig(deepspeed=str(ROOT / f"configs/deepspeed/zero{stage}.json")) for stage in range(3)},
+    **{
+        f"zero{stage}": ScaleConfig(deepspeed=str(ROOT / f"configs/deepspeed/zero{stage}.json"))
+        for stage in range(3)
+    },
     "zero3": ScaleConfig(deepspeed=str(ROOT / "tests/rl/sharding/zero3_in_parts.json")),
     "fsdp2": ScaleConfig(fsdp2=True),
 }
@@ -38,7 +41,9 @@ BEFORE, AFTER = 3, 2
 LENGTHS = ([900, 30, 20, 400], [10, 50])
 
 
-def steps(accelerator: Accelerator, trained: Trained, rows: list[PromptRow], count: int, scale: float) -> list[float]:
+def steps(
+    accelerator: Accelerator, trained: Trained, rows: list[PromptRow], count: int, scale: float
+) -> list[float]:
     """Optimizer steps on log-probs with signs, a micro-batch a row: the gradients' norms."""
 
     def loss(batch: PackedBatch) -> torch.Tensor:
@@ -46,7 +51,10 @@ def steps(accelerator: Accelerator, trained: Trained, rows: list[PromptRow], cou
         return -(trained.module(batch, 0.7)[0] * signs[batch.owner]).sum() * scale
 
     batches = [pack([row]) for row in rows]
-    return [packed_step(accelerator, trained, batches, loss, lambda b: trained.module(b, 0.7)[0].sum()) for _ in range(count)]
+    return [
+        packed_step(accelerator, trained, batches, loss, lambda b: trained.module(b, 0.7)[0].sum())
+        for _ in range(count)
+    ]
 
 
 def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -75,15 +83,17 @@ def wrapped(mode: str, accelerator: Accelerator, state: WholeState | None) -> Tr
 
 
 def state_for_all(trained: Trained) -> WholeState:
-    whole = whole_state(trained.full_weights(lambda name: True), trained, main=torch.distributed.get_rank() == 0)
+    whole = whole_state(
+        trained.full_weights(lambda name: True), trained, main=torch.distributed.get_rank() == 0
+    )
     box = [whole]
     torch.distributed.broadcast_object_list(box)
     return copy.deepcopy(box[0])  # some give out what they go on working with
 
 
 def two_ranks(rank: int, port: int, folder: Path) -> None:
-    """Rank 0 has three rows in three micro-batches, rank 1 one. Each mode starts anew, and goes on from what the one before it had
-    saved."""
+    """Rank 0 has three rows in three micro-batches, rank 1 one. Each mode starts anew, and goes on from what
+    the one before it had saved."""
     torch.set_num_threads(1)
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
@@ -112,7 +122,9 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
                 )
             ],
             "bad": bad[0],
-            "unmoved": all(torch.equal(end.weights[name], tensor) for name, tensor in unmoved.weights.items()),
+            "unmoved": all(
+                torch.equal(end.weights[name], tensor) for name, tensor in unmoved.weights.items()
+            ),
         }
     samples = [
         Scored(torch.tensor([rank, i]), torch.arange(n), torch.full((n,), float(rank)), torch.ones(n))
@@ -120,7 +132,9 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
     ]
     share = spread(samples, [float(n) for n in LENGTHS[rank]], accelerator)
     box: list = [None, None]
-    torch.distributed.all_gather_object(box, [(s.prompt.tolist(), len(s.completion), s.logprobs.tolist()) for s in share])
+    torch.distributed.all_gather_object(
+        box, [(s.prompt.tolist(), len(s.completion), s.logprobs.tolist()) for s in share]
+    )
     if rank == 0:
         torch.save({"modes": found, "spread": box}, folder / "found.pt")
     torch.distributed.destroy_process_group()
@@ -139,7 +153,9 @@ def found(tmp_path_factory):
 @pytest.mark.ci
 @pytest.mark.parametrize("mode", MODES)
 def test_two_ranks_train_as_one_process_does(found, mode):
-    """Other numbers of micro-batches on each rank, clipped gradients, and half of the way from another mode's state."""
+    """Other numbers of micro-batches on each rank, clipped gradients, and half of the way from another mode's
+    state.
+    """
     norms, weights = alone()
     of_mode = found["modes"][mode]
     assert of_mode["norms"] == pytest.approx(norms, rel=1e-4)
@@ -170,7 +186,11 @@ def test_samples_go_where_there_is_less_to_do(found):
     totals = [sum(length for _, length, _ in share) for share in found["spread"]]
     assert max(totals) - min(totals) <= max(length for length, _ in own)
     assert sorted((length, prompt) for share in found["spread"] for prompt, length, _ in share) == sorted(own)
-    assert all(logprobs == [float(prompt[0])] * length for share in found["spread"] for prompt, length, logprobs in share)
+    assert all(
+        logprobs == [float(prompt[0])] * length
+        for share in found["spread"]
+        for prompt, length, logprobs in share
+    )
 
 
 @given(st.lists(st.lists(st.integers(0, 500), max_size=12), min_size=1, max_size=6))
@@ -234,7 +254,9 @@ class TestAdapters:
         moved = policy(ids).logits
         with without_adapters(policy):
             torch.testing.assert_close(policy(ids).logits, start(ids).logits)
-        assert torch.equal(policy(ids).logits, moved) and not torch.allclose(moved, start(ids).logits, atol=1e-3)
+        assert torch.equal(policy(ids).logits, moved) and not torch.allclose(
+            moved, start(ids).logits, atol=1e-3
+        )
 
     def test_a_run_goes_on_with_its_adapters(self, tmp_path):
         policy, trained = self.trained()

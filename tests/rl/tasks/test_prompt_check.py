@@ -49,12 +49,16 @@ def rows_of(*lengths):
 
 
 def test_prompts_without_room_are_left_out_and_counted(recipe):
-    """A prompt has a token more than it has letters: of 159 and 200 letters there is no room for a completion, of 140 for 19."""
+    """A prompt has a token more than it has letters: of 159 and 200 letters there is no room for a
+    completion, of 140 for 19.
+    """
     task, lines = checked(recipe(rows_of(9, 159, 140, 200, 158)))
     assert [len(p.question) for p in task.problems] == [9, 140, 158]
     assert lines == [
-        "task: 2 of 5 prompts are too long for rollout.max_context (160 tokens, the longest has 201): left out",
-        "task: 2 of 5 prompts leave room for less than rollout.max_tokens (24) in rollout.max_context: their completions are cut "
+        "task: 2 of 5 prompts are too long for rollout.max_context (160 tokens, the longest has 201): left "
+        "out",
+        "task: 2 of 5 prompts leave room for less than rollout.max_tokens (24) in rollout.max_context: their "
+        "completions are cut "
         "there, after 1 tokens or more",
     ]
     assert checked(recipe(rows_of(9, 8, 135)))[1] == []
@@ -71,7 +75,9 @@ def test_what_is_left_must_make_a_step(recipe):
         match=r"every prompt has 160 tokens or more, the shortest that was tried 301: raise rollout\.max_con",
     ):
         checked(recipe(rows_of(300, 400)))
-    gym = load_config("configs/tiny.yaml", ["task.heldout=0.9", "task.size=20", "rollout.prompts_per_step=16"])
+    gym = load_config(
+        "configs/tiny.yaml", ["task.heldout=0.9", "task.size=20", "rollout.prompts_per_step=16"]
+    )
     with pytest.raises(UserError, match=r"problems to ask are fewer than rollout\.prompts_per_step \(16\)"):
         check_recipe(load_task(gym.task, gym.seed), gym)
 
@@ -79,9 +85,13 @@ def test_what_is_left_must_make_a_step(recipe):
 def test_of_many_long_prompts_a_sample_is_tried_and_the_rest_when_chosen(recipe, monkeypatch):
     monkeypatch.setattr(prompt_check, "_TRIED", 50)
     monkeypatch.setattr(prompt_check, "_SAMPLE", 40)
-    config = recipe([{"prompt": f"{i:03} " + "x" * (200 if i % 4 == 0 else 135), "answer": "1"} for i in range(200)])
+    config = recipe(
+        [{"prompt": f"{i:03} " + "x" * (200 if i % 4 == 0 else 135), "answer": "1"} for i in range(200)]
+    )
     task, lines = checked(config)
-    assert len(task.rows) == 200 and lines[0].startswith("task: about ") and 30 < int(lines[0].split()[2]) < 70
+    assert (
+        len(task.rows) == 200 and lines[0].startswith("task: about ") and 30 < int(lines[0].split()[2]) < 70
+    )
     asked = [p.question for step in range(25) for p in task.batch(step, 8)]
     assert all(len(q) < 160 for q in asked) and len(set(asked)) >= 140
     assert [p.question for p in task.batch(3, 8)] == [p.question for p in checked(config)[0].batch(3, 8)]
@@ -92,7 +102,9 @@ def test_of_many_long_prompts_a_sample_is_tried_and_the_rest_when_chosen(recipe,
 
 def test_the_template_is_tried_with_every_sequence_of_roles(recipe):
     plain = {"prompt": "1 + 1 =", "answer": "2"}
-    with pytest.raises(UserError, match=r"refuses a system message \(System role not supported\).*\(tried with p\.jsonl/3\)"):
+    with pytest.raises(
+        UserError, match=r"refuses a system message \(System role not supported\).*\(tried with p\.jsonl/3\)"
+    ):
         checked(recipe([plain, plain, {"prompt": SYSTEM, "answer": "2"}]), GEMMA)
     with pytest.raises(UserError, match="refuses a system message"):
         checked(recipe([plain, plain], "task.system=Be kind."), GEMMA)
@@ -105,9 +117,13 @@ def test_the_template_is_tried_with_every_sequence_of_roles(recipe):
 def test_template_arguments_are_checked(recipe):
     asks = recipe(rows_of(5, 6), "task.chat_template_kwargs={enable_thinking: false}")
     assert checked(asks, QWEN3)[1] == []
-    with pytest.raises(UserError, match="sets enable_thinking, which the policy's chat template does not read"):
+    with pytest.raises(
+        UserError, match="sets enable_thinking, which the policy's chat template does not read"
+    ):
         checked(asks, PLAIN)
-    with pytest.raises(UserError, match="sets enable_thinking, and the policy's tokenizer has no chat template"):
+    with pytest.raises(
+        UserError, match="sets enable_thinking, and the policy's tokenizer has no chat template"
+    ):
         checked(asks)
     with pytest.raises(UserError, match="sets add_generation_prompt, which encoding a prompt decides"):
         recipe(rows_of(5, 6), "task.chat_template_kwargs={add_generation_prompt: false}")
@@ -143,14 +159,19 @@ def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
     tokenizer(GEMMA).save_pretrained(model)
     with pytest.raises(SystemExit):
         train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", "task.system=Be kind.", *over)
-    assert "the policy's chat template refuses a system message (System role not supported)" in capsys.readouterr().err
+    assert (
+        "the policy's chat template refuses a system message (System role not supported)"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(prompt_check, "cached_policy", lambda model: tmp_path / "none")
     config = load_config("configs/tiny.yaml", over)
     assert "no tokenizer at hand" in check_recipe(load_task(config.task, config.seed), config)[-1]
 
 
 @pytest.mark.ci
-def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_same(recipe, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_same(
+    recipe, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     turns = [*SYSTEM, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 2 ="}]
     recipe([{"prompt": turns, "answer": "4"}, {"prompt": "1 + 1 =", "answer": "2"}, *rows_of(3, 4, 5, 6)])
@@ -170,4 +191,8 @@ def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_sam
         *over,
     )
     out = capsys.readouterr().out
-    assert "no tokenizer at hand" in out and "of 6 problems are held out" in out and "with a tokenizer of characters" in out
+    assert (
+        "no tokenizer at hand" in out
+        and "of 6 problems are held out" in out
+        and "with a tokenizer of characters" in out
+    )

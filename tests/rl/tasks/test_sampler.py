@@ -23,7 +23,9 @@ def task(difficulties=(1.0, 1.0, 2.0, 3.0, 3.0, 3.0)) -> Task:
 
 
 def test_the_target_follows_the_reward_by_hand():
-    """T = 2, η = 1, α = 2, β = 1/2: reward 1 gives tanh(1) = 0.7616 more, reward 0 as much less, and the ends are the problems'."""
+    """T = 2, η = 1, α = 2, β = 1/2: reward 1 gives tanh(1) = 0.7616 more, reward 0 as much less, and the ends
+    are the problems'.
+    """
     choice = Curriculum(task(), 0, CurriculumConfig(start=2.0))
     choice.observe(1.0)
     assert choice.target == pytest.approx(2 + math.tanh(1))
@@ -67,14 +69,18 @@ def test_difficulties_come_from_the_recipe_and_the_data(tmp_path):
 
 
 def test_the_nearest_are_those_of_a_sorted_list():
-    """Against sorting all problems by their distance: the same distances in the same order, for targets between and on levels."""
+    """Against sorting all problems by their distance: the same distances in the same order, for targets
+    between and on levels.
+    """
     chance = random.Random(0)
     difficulties = [float(chance.randrange(12)) for _ in range(60)]
     for target in (0.0, 3.5, 4.0, 6.2, 11.0):
         choice = Curriculum(task(difficulties), 0, CurriculumConfig(start=target))
         asked = choice.choose(0, 40)
         assert len({p.key for p in asked}) == 40
-        assert [abs(p.difficulty - target) for p in asked] == sorted(abs(d - target) for d in difficulties)[:40]
+        assert [abs(p.difficulty - target) for p in asked] == sorted(abs(d - target) for d in difficulties)[
+            :40
+        ]
     halves = Curriculum(task([1.0] * 30 + [2.0] * 30), 0, CurriculumConfig(start=1.5))
     assert 10 < sum(p.difficulty == 1.0 for p in halves.choose(0, 30)) < 20
 
@@ -85,7 +91,9 @@ def test_groups_that_say_nothing():
 
 def test_rates_by_hand():
     """Over ten steps without a rise: half way linear 1/2, cosine 1/2, REX (1/2) / (3/4) = 2/3."""
-    assert [rate_at(5, 10, 1, s) for s in ("constant", "linear", "cosine", "rex")] == pytest.approx([1, 0.5, 0.5, 2 / 3])
+    assert [rate_at(5, 10, 1, s) for s in ("constant", "linear", "cosine", "rex")] == pytest.approx(
+        [1, 0.5, 0.5, 2 / 3]
+    )
     assert [rate_at(0, 10, 1, s) for s in ("linear", "cosine", "rex")] == [1.0, 1.0, 1.0]
     assert [rate_at(step, 10, 4, "linear") for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert rate_at(99, 10, 4, "rex") == 0.0

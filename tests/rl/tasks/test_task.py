@@ -16,7 +16,9 @@ from paceline.rl.tasks.task import Problem, Task, load_heldout_task, load_task
 from paceline.rl.tasks.verifiable import math_score, verifiable_reward
 from paceline.rl.tasks.worked_solutions import worked_solution
 
-CHAIN = TaskConfig(datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=40, instruction="Think.")
+CHAIN = TaskConfig(
+    datasets=(DatasetConfig("chain_sum", 3.0), DatasetConfig("gcd", 1.0)), size=40, instruction="Think."
+)
 
 
 def test_worked_solutions_earn_full_reward():
@@ -63,7 +65,9 @@ def test_orders_of_a_large_epoch_cost_no_more_in_later_steps():
     """Every number once; what is drawn without an order of all is a permutation, too."""
     order = epoch_order(100_000, 7, 3)
     assert sorted(order) == list(range(100_000)) and list(order[:4]) == list(epoch_order(100_000, 7, 3)[:4])
-    assert list(order[:9]) != list(epoch_order(100_000, 7, 4)[:9]) and list(order[:9]) != list(epoch_order(100_000, 8, 3)[:9])
+    assert list(order[:9]) != list(epoch_order(100_000, 7, 4)[:9]) and list(order[:9]) != list(
+        epoch_order(100_000, 8, 3)[:9]
+    )
     assert sorted(shuffled(1000, random.Random(0))) == list(range(1000))
     firsts = Counter(next(shuffled(5, random.Random(i))) for i in range(5000))
     assert set(firsts) == set(range(5)) and max(firsts.values()) < 1.2 * min(firsts.values())
@@ -76,7 +80,11 @@ def test_reasoning_gyms_problems_are_made_when_they_are_wanted():
     task, again = load_task(config, seed=0), load_task(config, seed=0, check=False)
     asked = task.batch(5, 8)
     assert [again.find(p.key).question for p in asked] == [p.question for p in asked]
-    assert len(task.problems) == 10**6 and task.problems[750_000].key == "1/0" and task.problems[749_999].key == "0/749999"
+    assert (
+        len(task.problems) == 10**6
+        and task.problems[750_000].key == "1/0"
+        and task.problems[749_999].key == "0/749999"
+    )
     for unknown in ("0/750000", "2/0", "x/1", "1"):
         with pytest.raises(KeyError):
             task.find(unknown)
@@ -117,9 +125,13 @@ def test_math_verify_scores_equal_forms():
 
 
 def test_a_users_reward_is_found_by_name(tmp_path, monkeypatch):
-    (tmp_path / "short_reward.py").write_text("def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n")
+    (tmp_path / "short_reward.py").write_text(
+        "def brevity(completions, **_):\n    return [1.0 / len(c) for c in completions]\n"
+    )
     monkeypatch.chdir(tmp_path)
-    assert load_reward("short_reward:brevity")(prompts=[""], completions=["four"], problem=[None], answer=["x"]) == [0.25]
+    assert load_reward("short_reward:brevity")(
+        prompts=[""], completions=["four"], problem=[None], answer=["x"]
+    ) == [0.25]
     with pytest.raises(UserError, match="write module:function"):
         load_reward("short_reward:absent")
 
@@ -127,12 +139,19 @@ def test_a_users_reward_is_found_by_name(tmp_path, monkeypatch):
 def test_reward_has_trls_signature():
     problem = load_task(CHAIN, seed=0).problems[0]
     right = f"Answer: {problem.answer}"
-    assert verifiable_reward(prompts=["", ""], completions=[right, "?"], problem=[problem] * 2, extra=[1, 2]) == [1.0, 0.0]
+    assert verifiable_reward(
+        prompts=["", ""], completions=[right, "?"], problem=[problem] * 2, extra=[1, 2]
+    ) == [1.0, 0.0]
 
 
 def test_jsonl(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"prompt": "1+1", "answer": 2}) + "\n\n" + json.dumps({"prompt": "2+2", "answer": "4"}) + "\n")
+    path.write_text(
+        json.dumps({"prompt": "1+1", "answer": 2})
+        + "\n\n"
+        + json.dumps({"prompt": "2+2", "answer": "4"})
+        + "\n"
+    )
     problems = load_task(TaskConfig(source="jsonl", path=str(path)), seed=0).problems
     assert [(p.question, p.answer, p.score(f"Answer: {p.answer}.0")) for p in problems] == [
         ("1+1", "2", 1.0),

@@ -8,7 +8,10 @@ from paceline.rl.tasks.task import load_task
 from paceline.rl.tasks.verifiable import math_score, reasoning_gym_score
 
 RIGHT = [
-    *(("18", f"Answer: {text}") for text in ("18", "18.", "18 dollars", "$18 per day", "He has 18 pens.", "the total is 18")),
+    *(
+        ("18", f"Answer: {text}")
+        for text in ("18", "18.", "18 dollars", "$18 per day", "He has 18 pens.", "the total is 18")
+    ),
     *(
         ("18", f"Answer: {text}")
         for text in ("**18**", "*18*", "__18__", "`18`", '"18"', "<b>18</b>", "**18** eggs", "✅ 18", "18 😀")
@@ -17,7 +20,10 @@ RIGHT = [
         ("18", f"Answer: {text}")
         for text in ("\\(18\\)", "\\[18\\]", "$18$", "$$18$$", "\\boxed{18}", "$18 \\text{ cm}$", "18 cm^2")
     ),
-    *(("18", f"Answer: {text}") for text in ("x = 18", "3 + 15 = 18", "(18)", "36/2", "18 or 18.0", "\\[\n18\n\\]", "$$\n18\n$$")),
+    *(
+        ("18", f"Answer: {text}")
+        for text in ("x = 18", "3 + 15 = 18", "(18)", "36/2", "18 or 18.0", "\\[\n18\n\\]", "$$\n18\n$$")
+    ),
     *(
         ("18", text)
         for text in (
@@ -40,14 +46,20 @@ RIGHT = [
     ("(B)", "Answer: B"),
     ("Paris", "Answer: **paris**."),
     ("Paris", "It is \\boxed{Paris}"),
-    *((gold, f"Answer: {gold}") for gold in ("east", "(B)", "B", "New York", "12:00", "yes", "x = 3 or x = 5", "a,b,c", "5 cm")),
+    *(
+        (gold, f"Answer: {gold}")
+        for gold in ("east", "(B)", "B", "New York", "12:00", "yes", "x = 3 or x = 5", "a,b,c", "5 cm")
+    ),
 ]
 WRONG = [
     *(
         ("18", f"Answer: {text}")
         for text in ("18 or 20", "20 or 18", "18 dollars or 20 dollars", "**18** or **20**", "18, 20", "20")
     ),
-    *(("18", f"{text} Answer: 20") for text in ("18.", "$18$,", "\\boxed{18}", "Answer: 18.\n", "18 * 1 = 18.")),
+    *(
+        ("18", f"{text} Answer: 20")
+        for text in ("18.", "$18$,", "\\boxed{18}", "Answer: 18.\n", "18 * 1 = 18.")
+    ),
     ("18", "Answer: -18"),
     ("18", "Answer: 18/20"),
     ("20", "Answer: 18 or 20"),
@@ -99,7 +111,9 @@ def test_a_reference_answer_is_parsed_when_it_is_needed(monkeypatch):
 
 def test_markup_does_not_cost_a_data_sets_own_scorer_its_answer():
     problem = load_task(TaskConfig(size=1, datasets=(DatasetConfig("chain_sum"),)), 0).problems[0]
-    assert [problem.score(f"Answer: {mark}{problem.answer}{mark}") for mark in ("", "**", "`", "$")] == [1.0] * 4
+    assert [problem.score(f"Answer: {mark}{problem.answer}{mark}") for mark in ("", "**", "`", "$")] == [
+        1.0
+    ] * 4
 
     class Exact:
         def score_answer(self, answer: str, entry: dict) -> float:

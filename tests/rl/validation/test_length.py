@@ -51,13 +51,17 @@ def accepted(*names: str) -> bool:
 
 
 def runs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    with tiny_trainer(folder, monkeypatch, REWARD, *combined(*names), "update.minibatches=1", "steps=9") as trainer:
+    with tiny_trainer(
+        folder, monkeypatch, REWARD, *combined(*names), "update.minibatches=1", "steps=9"
+    ) as trainer:
         for step in range(2):
             metrics, _ = trainer.step(step)
     assert metrics["update/skipped"] == 0 and metrics["length/mean"] > 0
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "length").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configs" / "length").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_length_recipe_is_valid(recipe):
     assert "valid" in describe(load_config(recipe), recipe, ranks=1, gpu=80)[0]
 
@@ -66,10 +70,13 @@ def test_which_pairs_are_refused():
     pairs = [pair for pair in combinations([*TERMS, *WAYS], 2) if not accepted(*pair)]
     refused = {frozenset(pair) for pair in pairs}
     alone = {frozenset(("anytime", other)) for other in [*TERMS, "segments", "tree"]}
-    of_trees = {frozenset(("tree", "segments"))} | {frozenset(("tree", other)) for other in WAYS if other == "anytime"}
+    of_trees = {frozenset(("tree", "segments"))} | {
+        frozenset(("tree", other)) for other in WAYS if other == "anytime"
+    }
     budgets = {pair for pair in refused if "tree" in pair} - of_trees
     assert refused - budgets == alone | of_trees
-    assert all("tree" in pair for pair in budgets)  # subgroups with budgets of their own have no beginning in common
+    # subgroups with budgets of their own have no beginning in common
+    assert all("tree" in pair for pair in budgets)
 
 
 @pytest.mark.parametrize(

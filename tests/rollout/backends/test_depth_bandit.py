@@ -8,7 +8,9 @@ DEPTHS = (0, 2, 4)
 
 
 def simulate(bandit, batch, steps, seconds_of, tokens_of, seed=0):
-    """Runs steps of one batch size; a step verifies what the step before it drafted. Returns the depths that were chosen."""
+    """Runs steps of one batch size; a step verifies what the step before it drafted. Returns the depths that
+    were chosen.
+    """
     noise, drafted, chosen = random.Random(seed), 0, []
     for _ in range(steps):
         depth = bandit.choose(batch)
@@ -20,7 +22,8 @@ def simulate(bandit, batch, steps, seconds_of, tokens_of, seed=0):
 
 
 def test_the_tail_speculates_and_the_bulk_does_not():
-    """Verification is free for one sequence and dear for many: the best depth differs, and is found for each."""
+    """Verification is free for one sequence and dear for many: the best depth differs, and is found for
+    each."""
     bandit = DepthBandit(DEPTHS, seed=1)
 
     def seconds(batch, depth):

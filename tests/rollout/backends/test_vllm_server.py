@@ -94,11 +94,16 @@ def test_groups_keep_their_server_and_results_their_order():
     with server(echo) as (first, calls), server(echo) as (second, others):
         servers = VllmServers([first, second], max_slots=2)
         seen = []
-        rollouts = servers.generate(requests, on_finish=lambda index, rollout: seen.append((index, rollout.token_ids)))
+        rollouts = servers.generate(
+            requests, on_finish=lambda index, rollout: seen.append((index, rollout.token_ids))
+        )
         servers.close()
     assert [r.token_ids for r in rollouts] == [[9, i + 1, i] for i in range(12)]
     assert sorted(seen) == [(i, [9, i + 1, i]) for i in range(12)]
-    assert all(r.finish_reason is FinishReason.STOP and r.logprobs == [-0.5] * 3 and r.segments == [(0, 3)] for r in rollouts)
+    assert all(
+        r.finish_reason is FinishReason.STOP and r.logprobs == [-0.5] * 3 and r.segments == [(0, 3)]
+        for r in rollouts
+    )
     asked = [[body for path, body in found if path == "/v1/completions"] for found in (calls, others)]
     groups = [{body["seed"] // 3 for body in bodies} for bodies in asked]
     assert groups[0] | groups[1] == {0, 1, 2, 3}
@@ -131,7 +136,9 @@ def test_weights_are_sent_in_vllms_order(tmp_path):
         "/v1/completions",
     ]
     sent = [body["update_info"]["path"] for path, body in calls if path == "/update_weights"]
-    assert sent == [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "drafter/model.safetensors")]
+    assert sent == [
+        str(tmp_path / name) for name in ("a.safetensors", "b.safetensors", "drafter/model.safetensors")
+    ]
     assert rollout.segments == [(3, 2)]
 
 
@@ -152,7 +159,9 @@ def test_failures_are_rollouts_that_say_so():
 
     with server(answer) as (url, _):
         servers = VllmServers([url], max_slots=4)
-        failed, nan, good = servers.generate([Request([i, 7], SamplingParams(max_tokens=2), i) for i in (1, 2, 3)])
+        failed, nan, good = servers.generate(
+            [Request([i, 7], SamplingParams(max_tokens=2), i) for i in (1, 2, 3)]
+        )
         servers.close()
     assert failed.finish_reason is FinishReason.FAILED
     assert "400" in failed.error
@@ -212,7 +221,8 @@ def test_the_token_of_an_exchange_directory(tmp_path, monkeypatch):
     assert environment["PACELINE_UPDATE_TOKEN"] == token == make_token(tmp_path / "exchange")
     assert environment["PACELINE_EXCHANGE"] == str(tmp_path / "exchange")
     assert "VLLM_API_KEY" not in environment
-    assert serve_environment(tmp_path / "exchange", "0.0.0.0")["VLLM_API_KEY"] == token  # completions ask for it there
+    # completions ask for it there
+    assert serve_environment(tmp_path / "exchange", "0.0.0.0")["VLLM_API_KEY"] == token
     assert [p.stat().st_mode & 0o077 for p in (tmp_path / "exchange").iterdir()] == [0]
     with pytest.raises(OSError, match="token"):
         read_token(tmp_path)

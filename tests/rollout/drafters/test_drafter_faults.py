@@ -23,7 +23,8 @@ class Breaking(StatelessSlots):
 
     def __init__(self, way: str) -> None:
         self._way = way
-        self._left = {"observe": 8, "release": 0}.get(way, 3)  # calls that go well: some steps, and not to the end
+        # calls that go well: some steps, and not to the end
+        self._left = {"observe": 8, "release": 0}.get(way, 3)
 
     def _breaks(self, way: str) -> bool:
         self._left -= way == self._way

@@ -68,7 +68,9 @@ def test_automaton_knows_every_substring_and_how_often_it_occurs(texts, random):
             state = 0
             for token in text[a:b]:
                 state = automaton.following[state][token]
-            count = sum(other[i : i + b - a] == text[a:b] for other in texts for i in range(len(other) - (b - a) + 1))
+            count = sum(
+                other[i : i + b - a] == text[a:b] for other in texts for i in range(len(other) - (b - a) + 1)
+            )
             assert automaton.weight[state] == count
     assert len(automaton) <= 2 * sum(map(len, texts)) + 1
 
@@ -79,7 +81,9 @@ def test_the_match_is_the_longest_suffix_that_occurred_before(text):
     drafter = SuffixDrafter()
     s = begin(drafter, text, prompt=1)
     expected = max(
-        n for n in range(len(text)) if any(text[i : i + n] == text[len(text) - n :] for i in range(len(text) - n)) or n == 0
+        n
+        for n in range(len(text))
+        if any(text[i : i + n] == text[len(text) - n :] for i in range(len(text) - n)) or n == 0
     )
     assert drafter.matched(s) == expected
 
@@ -109,11 +113,15 @@ def test_longest_match_wins_then_the_most_frequent_and_recent():
         begin(drafter, text)
     assert draft(drafter, begin(drafter, [0, 0, 3, 5, 6]), "suffix:1") == [1]
     assert draft(drafter, begin(drafter, [0, 0, 7, 4, 5, 6]), "suffix:1") == [2]
-    assert draft(drafter, begin(drafter, [0, 0, 3, 3, 5, 6]), "suffix:1x2/2") == [1, 2], "a tree takes both, likelier first"
+    assert draft(drafter, begin(drafter, [0, 0, 3, 3, 5, 6]), "suffix:1x2/2") == [1, 2], (
+        "a tree takes both, likelier first"
+    )
     fading = SuffixDrafter(decay=0.3)
     for text in ([0, 0, 8, 5, 1], [0, 0, 8, 5, 1], [0, 0, 8, 5, 2]):
         begin(fading, text)
-    assert draft(fading, begin(fading, [0, 0, 9, 8, 5]), "suffix:1") == [2], "the newest outweighs two older ones"
+    assert draft(fading, begin(fading, [0, 0, 9, 8, 5]), "suffix:1") == [2], (
+        "the newest outweighs two older ones"
+    )
 
 
 def test_suffix_without_sharing_knows_its_own_text_only():
@@ -190,9 +198,13 @@ def test_stand_draws_from_what_the_target_gave_after_the_longest_context():
     tree = drafter.propose(DraftContext([s], None), Strategy("stand", 1, 2, 2))
     assert tree.lengths.tolist() == [2]
     expected = torch.softmax(logits_of([5, 6])[0].topk(8).values, -1)
-    assert tree.probs[0, 0].sort(descending=True).values.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert tree.probs[0, 0].sort(descending=True).values.tolist() == pytest.approx(
+        expected.tolist(), abs=1e-6
+    )
     first = (tree.vocabulary[0, 0] == tree.tokens[0, 0]).nonzero().item()
-    assert tree.probs[0, 1, first] == 0 and tree.probs[0, 1].sum() == pytest.approx(1), "the second is drawn without the first"
+    assert tree.probs[0, 1, first] == 0 and tree.probs[0, 1].sum() == pytest.approx(1), (
+        "the second is drawn without the first"
+    )
     small = StandDrafter(max_contexts=2)
     small.verified(VerifiedStep([s], Strategy(), nothing, logits_of([5]), [[]]))
     assert len(small._table) == 2
@@ -207,7 +219,9 @@ def test_composite_takes_the_long_match_and_the_model_elsewhere():
 
         def propose(self, context, strategy):
             Model.calls += 1
-            return DraftTree(torch.full((len(context.sequences), 2), 99), torch.full((len(context.sequences),), 2))
+            return DraftTree(
+                torch.full((len(context.sequences), 2), 99), torch.full((len(context.sequences),), 2)
+            )
 
     suffix = SuffixDrafter()
     composite = CompositeDrafter(suffix, Model(), threshold=3)
@@ -229,28 +243,38 @@ def test_a_window_that_holds_everything_changes_nothing_and_a_small_one_stays_bo
         engine = engine_for(model, slots=4, context=200, max_nodes=9)
         capacity = engine.capacity_for(200, 9)
         embed = engine.runner.view.module.get_input_embeddings()
-        drafter = Eagle3Drafter(tiny_eagle3(model), embed, slots=4, capacity=capacity, dtype=torch.float32, window=window)
+        drafter = Eagle3Drafter(
+            tiny_eagle3(model), embed, slots=4, capacity=capacity, dtype=torch.float32, window=window
+        )
         engine.drafters["eagle3"] = drafter
         engine.use_strategy(strategy)
         results.append([(r.token_ids, r.stats.accepted) for r in engine.generate(requests)])
     assert results[0] == results[1]
-    assert [tokens for tokens, _ in results[2]] == [tokens for tokens, _ in results[0]], "the window is no matter of correctness"
+    assert [tokens for tokens, _ in results[2]] == [tokens for tokens, _ in results[0]], (
+        "the window is no matter of correctness"
+    )
     assert drafter.cache.span <= 2 * 16 + 64, "the cache keeps its size however long the sequences"
 
 
 def test_a_draft_model_that_is_the_target_is_always_right_at_temperature_0():
     model = tiny_llama(97, sharpness=6.0)
     engine = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=100, max_nodes=6)
-    engine.add_drafter(DraftModelDrafter(model, 97, slots=3, capacity=engine.capacity_for(100, 6), dtype=torch.float32))
+    engine.add_drafter(
+        DraftModelDrafter(model, 97, slots=3, capacity=engine.capacity_for(100, 6), dtype=torch.float32)
+    )
     engine.use_strategy("draft_model:4")
-    rollouts = engine.generate([Request([3, i], SamplingParams(temperature=0, max_tokens=51), seed=i) for i in range(7)])
+    rollouts = engine.generate(
+        [Request([3, i], SamplingParams(temperature=0, max_tokens=51), seed=i) for i in range(7)]
+    )
     assert mean_acceptance_length(rollouts) == 5.0
     with pytest.raises(ValueError, match="97 tokens, the policy 50"):
         DraftModelDrafter(model, 50, slots=1, capacity=10, dtype=torch.float32)
 
 
 def test_clasp_that_leaves_out_useless_layers_is_always_right():
-    """Layers whose outputs are zero: the search must find them, and drafts without them are the target's own tokens."""
+    """Layers whose outputs are zero: the search must find them, and drafts without them are the target's own
+    tokens.
+    """
     model = tiny_llama(97, sharpness=6.0, layers=6)
     with torch.no_grad():
         for useless in (1, 4):
@@ -260,7 +284,9 @@ def test_clasp_that_leaves_out_useless_layers_is_always_right():
     clasp = ClaspDrafter(engine.runner, 2)
     engine.add_drafter(clasp)
     engine.use_strategy("clasp:3")
-    rollouts = engine.generate([Request([3, i], SamplingParams(temperature=0, max_tokens=41), seed=i) for i in range(5)])
+    rollouts = engine.generate(
+        [Request([3, i], SamplingParams(temperature=0, max_tokens=41), seed=i) for i in range(5)]
+    )
     assert clasp.left_out == (1, 4)
     assert mean_acceptance_length(rollouts) == 4.0
     with pytest.raises(ValueError, match="leaves out 6 of 6"):
@@ -304,7 +330,9 @@ def test_svip_stops_where_the_entropy_is_high():
 
 
 def test_specdec_learns_when_drafts_are_rejected():
-    """Tokens the drafter is unsure of are rejected: after some verifications it stops after them and goes on after sure ones."""
+    """Tokens the drafter is unsure of are rejected: after some verifications it stops after them and goes on
+    after sure ones.
+    """
     policy = LearnedThreshold(0.5)
     sure, unsure = torch.tensor([[0.95, 0.03, 0.02]]).log(), torch.tensor([[0.4, 0.3, 0.3]]).log()
     token = torch.zeros(1, dtype=torch.long)
@@ -319,7 +347,9 @@ def test_specdec_learns_when_drafts_are_rejected():
         assert policy.go_on(sure).tolist() == [expected]
 
 
-@pytest.mark.parametrize("rules", [DraftRules(stop="svip", stop_threshold=0.0), DraftRules(stop="svip", stop_threshold=9.0)])
+@pytest.mark.parametrize(
+    "rules", [DraftRules(stop="svip", stop_threshold=0.0), DraftRules(stop="svip", stop_threshold=9.0)]
+)
 def test_the_policy_decides_how_much_is_drafted(rules):
     model = tiny_llama(97, sharpness=6.0)
     engine = engine_for(model, rules=rules, max_nodes=6)

@@ -185,9 +185,13 @@ def resumes(prompt: list[int], token: int) -> list[Any]:
     """Rollouts of ``prompt`` that were not returned like this by any engine."""
     request = Request(prompt)
 
-    def paused(tokens: Any, logprobs: Any = (-1.0,), segments: Any = ((0, 1),), stats: Any = None, **rest: Any) -> Rollout:
+    def paused(
+        tokens: Any, logprobs: Any = (-1.0,), segments: Any = ((0, 1),), stats: Any = None, **rest: Any
+    ) -> Rollout:
         stats = RolloutStats() if stats is None else stats
-        return Rollout(rest.pop("request", request), tokens, logprobs, FinishReason.PAUSED, stats, segments, **rest)
+        return Rollout(
+            rest.pop("request", request), tokens, logprobs, FinishReason.PAUSED, stats, segments, **rest
+        )
 
     return [
         *(5, "x", {}, Broken(), Rollout(request, [1], [-1.0], FinishReason.STOP, RolloutStats())),
@@ -211,7 +215,9 @@ def resumes(prompt: list[int], token: int) -> list[Any]:
 
 
 def odd_request(rng: random.Random) -> Any:
-    """A request that is wrong in one place, or only looks so; ValueError where `SamplingParams` refuses it at once."""
+    """A request that is wrong in one place, or only looks so; ValueError where `SamplingParams` refuses it at
+    once.
+    """
     prompt = [rng.randrange(1, 97) for _ in range(rng.randrange(1, 6))]
     good: dict[str, Any] = {"max_tokens": rng.randrange(1, 9)}
     places: list[Callable[[], Any]] = [

@@ -97,7 +97,8 @@ def test_the_longest_unused_gives_way():
     lengths = [len(p) + PARAMS.max_tokens - 1 for p in PROMPTS]
     engine.kept.most_tokens = lengths[0] + lengths[2] + 1
     said = [engine.generate([request])[0] for request in first_turn()[:2]]
-    engine.generate([next_turn(said, ANSWERS[:2])[0]])  # what is kept of it takes more room now, and the second goes
+    # what is kept of it takes more room now, and the second goes
+    engine.generate([next_turn(said, ANSWERS[:2])[0]])
     assert engine.kept.tokens == lengths[0] + len(ANSWERS[0]) + 1 + PARAMS.max_tokens - 1
     again = engine.generate(next_turn(said, ANSWERS[:2]))
     assert again[1].stats.prefilled > len(again[1].request.prompt_ids) // 2
@@ -151,7 +152,10 @@ def test_random_conversations_draw_the_same():
     begun = [[1, 2, 3, *torch.randint(0, 97, (4,), generator=generator).tolist()] for _ in range(3)]
     talks = [list(begun[i % 3]) for i in range(8)]
     for turn in range(6):
-        requests = [Request(list(t), replace(PARAMS, max_tokens=3 + i % 5), 10 * turn + i) for i, t in enumerate(talks)]
+        requests = [
+            Request(list(t), replace(PARAMS, max_tokens=3 + i % 5), 10 * turn + i)
+            for i, t in enumerate(talks)
+        ]
         reference, mine = plain.generate(requests), kept.generate(requests)
         assert [r.token_ids for r in reference] == [r.token_ids for r in mine]
         for talk, rollout in zip(talks, mine, strict=True):

@@ -30,7 +30,10 @@ def engine() -> RolloutEngine:
 
 @pytest.fixture(scope="module")
 def good():
-    return [Request([3, 1, 4, i], SamplingParams(max_tokens=7 + i, top_k=9 * (i % 2)), seed=2**63 + i, group="g") for i in range(4)]
+    return [
+        Request([3, 1, 4, i], SamplingParams(max_tokens=7 + i, top_k=9 * (i % 2)), seed=2**63 + i, group="g")
+        for i in range(4)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +125,13 @@ def test_sampling_params_of_another_type_name_the_field(values):
 
 
 def test_numbers_of_other_libraries_become_pythons():
-    params = SamplingParams(np.float32(0.5), torch.tensor(3), np.float64(0.9), np.int64(4), np.array([1, 2]), "end")
+    params = SamplingParams(
+        np.float32(0.5), torch.tensor(3), np.float64(0.9), np.int64(4), np.array([1, 2]), "end"
+    )
     assert params == SamplingParams(0.5, 3, 0.9, 4, (1, 2), ("end",))
-    assert [type(x) for x in (params.temperature, params.top_k, params.max_tokens, params.stop_token_ids[0])] == [
+    assert [
+        type(x) for x in (params.temperature, params.top_k, params.max_tokens, params.stop_token_ids[0])
+    ] == [
         float,
         int,
         int,
@@ -140,7 +147,9 @@ def test_seeds_count_modulo_two_to_the_64(engine):
     assert tokens(5) == tokens(2**64 + 5) == tokens(np.uint64(5)) == tokens(5 - 2**64)
     assert tokens(-1) == tokens(2**64 - 1)
     assert len({tuple(tokens(s)) for s in (5, 2**63, 2**63 + 1, -(2**63) + 2, 2**64 - 1)}) == 5
-    together = engine.generate([Request([5, 6], SamplingParams(max_tokens=12), seed=2**63 + i) for i in range(5)])
+    together = engine.generate(
+        [Request([5, 6], SamplingParams(max_tokens=12), seed=2**63 + i) for i in range(5)]
+    )
     assert len({tuple(r.token_ids) for r in together}) == 5
 
 
@@ -336,7 +345,9 @@ def test_of_two_threads_one_is_served_and_one_is_told(engine, good, expected):
 def test_preempted_sequences_of_an_abandoned_call_are_forgotten():
     made = engine_for(tiny_llama(sharpness=4.0, layers=2), slots=4, context=120, kv_memory_bytes=600_000)
     suffix = made.drafters["suffix"]
-    stream = made.stream([Request([1, i], SamplingParams(max_tokens=100, temperature=0)) for i in range(1, 9)])
+    stream = made.stream(
+        [Request([1, i], SamplingParams(max_tokens=100, temperature=0)) for i in range(1, 9)]
+    )
     next(stream)
     stream.close()
     assert not suffix._groups

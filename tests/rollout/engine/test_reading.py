@@ -1,4 +1,5 @@
-"""What an engine learns of rollouts that something else has decoded, and requests that come while it decodes."""
+"""What an engine learns of rollouts that something else has decoded, and requests that come while it
+decodes."""
 
 from dataclasses import replace
 
@@ -14,7 +15,10 @@ def engine(model, **options):
 
 
 def requests(count):
-    return [Request([3, 5, 7 + i % 4], SamplingParams(max_tokens=6 + 5 * i), seed=i, group=i % 4) for i in range(count)]
+    return [
+        Request([3, 5, 7 + i % 4], SamplingParams(max_tokens=6 + 5 * i), seed=i, group=i % 4)
+        for i in range(count)
+    ]
 
 
 def test_traces_read_afterwards_are_those_of_decoding():

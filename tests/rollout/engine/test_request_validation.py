@@ -55,7 +55,9 @@ def test_a_bad_request_fails_alone(model, prompt, params, says):
 
 @pytest.mark.parametrize("strategy", ["plain", Strategy("eagle3", 3)], ids=str)
 def test_nan_logits_fail_one_sequence_and_poison_nothing(model, strategy):
-    """A token whose embedding is NaN breaks only the sequence that holds it, and not the next one in its slot."""
+    """A token whose embedding is NaN breaks only the sequence that holds it, and not the next one in its
+    slot.
+    """
     broken = tiny_llama(sharpness=4.0)
     with torch.no_grad():
         broken.model.embed_tokens.weight[50] = math.nan
@@ -72,7 +74,9 @@ def test_nan_logits_fail_one_sequence_and_poison_nothing(model, strategy):
 
 
 def test_the_context_ends_a_rollout(model):
-    rollout = engine_for(model, context=20).generate([Request([1] * 15, SamplingParams(temperature=0, max_tokens=100))])[0]
+    rollout = engine_for(model, context=20).generate(
+        [Request([1] * 15, SamplingParams(temperature=0, max_tokens=100))]
+    )[0]
     assert len(rollout.token_ids) == 5
     assert rollout.finish_reason is FinishReason.LENGTH
 
@@ -84,7 +88,9 @@ def test_stop_token_ends_and_is_kept(model, strategy):
     stop = free[10]
     first = free.index(stop)
     engine.use_strategy(strategy)
-    rollout = engine.generate([Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=40, stop_token_ids=(stop,)))])[0]
+    rollout = engine.generate(
+        [Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=40, stop_token_ids=(stop,)))]
+    )[0]
     assert rollout.token_ids == free[: first + 1]
     assert rollout.finish_reason is FinishReason.STOP
     assert len(rollout.logprobs) == first + 1
@@ -97,7 +103,9 @@ def letters(ids) -> str:
 @pytest.mark.parametrize("strategy", ["plain", Strategy("suffix", 4)], ids=str)
 def test_stop_string_across_tokens(model, strategy):
     engine = engine_for(model, decode_text=letters)
-    free = letters(engine.generate([Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=40))])[0].token_ids)
+    free = letters(
+        engine.generate([Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=40))])[0].token_ids
+    )
     wanted = free[6:9]
     engine.use_strategy(strategy)
     params = SamplingParams(temperature=0, max_tokens=40, stop_strings=(wanted,))
@@ -115,7 +123,9 @@ def test_stop_string_never_met_runs_to_max_tokens(model):
 
 
 def test_cache_size_is_checked_before_it_is_allocated(model):
-    with pytest.raises(MemoryError, match=r"needs 0\.000215 GB for one sequence of 210 tokens, 0\.0001 GB are allowed"):
+    with pytest.raises(
+        MemoryError, match=r"needs 0\.000215 GB for one sequence of 210 tokens, 0\.0001 GB are allowed"
+    ):
         RolloutEngine(model, dtype=torch.float32, max_slots=64, max_context=200, kv_memory_bytes=100_000)
 
 

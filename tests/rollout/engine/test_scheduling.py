@@ -71,7 +71,9 @@ def test_paused_rollouts_resume_to_the_same_result(model, requests, expected, st
     while pending:
         keys = list(pending)
         rollouts = engine.generate([pending[k] for k in keys], token_budget=300)
-        made = sum(len(r.token_ids) - len(r.request.resume.token_ids if r.request.resume else []) for r in rollouts)
+        made = sum(
+            len(r.token_ids) - len(r.request.resume.token_ids if r.request.resume else []) for r in rollouts
+        )
         assert made <= 300 + 6 * 8
         for key, rollout in zip(keys, rollouts, strict=True):
             assert len(rollout.token_ids) == len(rollout.logprobs) == sum(n for _, n in rollout.segments)
@@ -98,7 +100,9 @@ def test_segments_of_each_sequence_change_nothing(model, requests, expected, str
     pending, done = dict(enumerate(requests)), {}
     while pending:
         keys = list(pending)
-        for key, rollout in zip(keys, engine.generate([pending.pop(k) for k in keys], segment=40), strict=True):
+        for key, rollout in zip(
+            keys, engine.generate([pending.pop(k) for k in keys], segment=40), strict=True
+        ):
             earlier = len(rollout.request.resume.token_ids) if rollout.request.resume else 0
             r = requests[key]
             if rollout.finish_reason is FinishReason.PAUSED:
@@ -118,12 +122,18 @@ def test_what_branches_off_in_flight_is_what_resuming_alone_gives(model, strateg
     branches, read = [], []
 
     def at_mark(reached):
-        made = [Request(r.request.prompt_ids, r.request.params, 100 + i, resume=r) for i, r in reached if len(r.token_ids) < 40]
+        made = [
+            Request(r.request.prompt_ids, r.request.params, 100 + i, resume=r)
+            for i, r in reached
+            if len(r.token_ids) < 40
+        ]
         branches.extend(made)
         return made
 
     prefill = engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda chunks: read.extend(len(c.tokens) for c in chunks) or prefill(chunks))
+    monkeypatch.setattr(
+        engine.runner, "prefill", lambda chunks: read.extend(len(c.tokens) for c in chunks) or prefill(chunks)
+    )
     rollouts = engine.generate(requests, mark=25, on_mark=at_mark)
     assert len(rollouts) == 4 + len(branches) and len(branches) >= 4
     assert [r.request for r in rollouts] == [*requests, *branches]
@@ -185,7 +195,9 @@ def test_a_failing_callback_leaves_a_usable_engine(model, requests, expected):
 
 @pytest.mark.parametrize("length", [100, 128])
 def test_a_slot_is_copied_also_where_it_is_full(model, length):
-    """A whole span from slot 0 to one other slot: the shape that once met torch's check for overlapping memory."""
+    """A whole span from slot 0 to one other slot: the shape that once met torch's check for overlapping
+    memory.
+    """
     engine = engine_for(model, slots=3, context=400)
     cache = engine.runner.cache
     for slot in range(3):
@@ -203,7 +215,9 @@ def test_the_longest_predicted_come_first():
         lengths.observe(Request([1], group="short"), tokens)
     lengths.observe(Request([1], group="long"), 90)
     scheduler = Scheduler(2, lengths)
-    sequences = [SequenceState(Request([1], group=g), i, 200) for i, g in enumerate(("short", "long", "short", "new"))]
+    sequences = [
+        SequenceState(Request([1], group=g), i, 200) for i, g in enumerate(("short", "long", "short", "new"))
+    ]
     scheduler.submit(sequences)
     assert scheduler.waiting[0].index == 1
     assert {s.index for s in list(scheduler.waiting)[2:]} == {0, 2}
@@ -212,7 +226,9 @@ def test_the_longest_predicted_come_first():
 
 def test_longest_first_needs_fewer_steps_than_arrival_order(model):
     """One long request that arrives last: known, it runs beside the short ones; unknown, alone after them."""
-    short = [Request([i + 1, 2], SamplingParams(temperature=0, max_tokens=10), group="short") for i in range(12)]
+    short = [
+        Request([i + 1, 2], SamplingParams(temperature=0, max_tokens=10), group="short") for i in range(12)
+    ]
     long = Request([50, 2], SamplingParams(temperature=0, max_tokens=60), group="long")
     engine = RolloutEngine(model, dtype=torch.float32, max_slots=4, max_context=100)
     engine.scheduler.lengths.observe(short[0], 10)
@@ -226,17 +242,24 @@ def test_longest_first_needs_fewer_steps_than_arrival_order(model):
 def test_a_group_learned_from_one_call_orders_the_next(model):
     engine = RolloutEngine(model, dtype=torch.float32, max_slots=2, max_context=100)
     engine.add_drafter(SuffixDrafter())
-    requests = [Request([1, i + 1], SamplingParams(temperature=0, max_tokens=5 + 10 * i), group=i) for i in range(6)]
+    requests = [
+        Request([1, i + 1], SamplingParams(temperature=0, max_tokens=5 + 10 * i), group=i) for i in range(6)
+    ]
     engine.generate(requests)
     started = [r.request.group for r in engine.stream(requests)]
-    assert started.index(5) < started.index(0), "the longest of the last call should be among the first to start"
+    assert started.index(5) < started.index(0), (
+        "the longest of the last call should be among the first to start"
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_a_prompt_is_read_once_while_its_samples_follow_each_other(model, strategy, monkeypatch):
     """Samples admitted when a slot becomes free take their prompt's keys from a sibling's slot."""
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
-    asked = [Request(prompts[i // 8], SamplingParams(max_tokens=10 + 7 * (i % 3)), seed=i, group=i // 8) for i in range(16)]
+    asked = [
+        Request(prompts[i // 8], SamplingParams(max_tokens=10 + 7 * (i % 3)), seed=i, group=i // 8)
+        for i in range(16)
+    ]
     alone = [engine_for(model, slots=1, context=64).generate([r])[0] for r in asked]
     engine = engine_for(model, slots=3, context=64, collect_traces=True)
     engine.use_strategy(strategy)
@@ -249,7 +272,9 @@ def test_a_prompt_is_read_once_while_its_samples_follow_each_other(model, strate
     for rollout in rollouts:
         with torch.no_grad():
             final = model.model(rollout.trace.token_ids[None, :-1]).last_hidden_state[0]
-        torch.testing.assert_close(rollout.trace.final[rollout.trace.num_prompt - 1 :], final[rollout.trace.num_prompt - 1 :])
+        torch.testing.assert_close(
+            rollout.trace.final[rollout.trace.num_prompt - 1 :], final[rollout.trace.num_prompt - 1 :]
+        )
     read.clear()
     engine.refresh_weights()
     engine.generate(asked[:2])

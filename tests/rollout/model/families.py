@@ -1,4 +1,6 @@
-"""The tested model families, in tiny random models; ``python -m tests.rollout.model.families`` writes their table into the docs."""
+"""The tested model families, in tiny random models; ``python -m tests.rollout.model.families`` writes their
+table into the docs.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ FAMILIES = (
     Family("qwen3_moe", "Qwen3 with experts", {**_GROUPED, **_EXPERTS, "head_dim": 16}),
     Family("olmoe", "OLMoE", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
     Family("granitemoe", "Granite 3 with experts", {**_GROUPED, "num_local_experts": 4}),
-    Family("glm4_moe", "GLM-4.5", {**_GROUPED, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}),
+    Family(
+        "glm4_moe", "GLM-4.5", {**_GROUPED, "head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    ),
 )
 BY_KIND = {family.kind: family for family in FAMILIES}
 _LATENT = {
@@ -139,7 +143,9 @@ REFUSED = (
 
 
 def tiny(family: Family, **options: Any) -> PreTrainedModel:
-    """A random float32 model of a family, with gains and biases other than those of a fresh one, which hide mistakes."""
+    """A random float32 model of a family, with gains and biases other than those of a fresh one, which hide
+    mistakes.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(family.kind, **{**COMMON, **family.options, **options})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -157,7 +163,9 @@ def table() -> str:
     lines = ["| model_type | models | decoder layers | updates |", "| --- | --- | --- | --- |"]
     for family in FAMILIES:
         layers = "fused" if family.fused else "transformers' own"
-        lines.append(f"| `{family.kind}` | {family.models} | {layers} | {'yes' if family.trained else 'refused'} |")
+        lines.append(
+            f"| `{family.kind}` | {family.models} | {layers} | {'yes' if family.trained else 'refused'} |"
+        )
     lines += [
         "",
         "Refused in one line, by a run and by `--dry-run`:",

@@ -1,4 +1,6 @@
-"""Float32 rollouts of every common family are those of transformers' generate, with fused layers where they apply."""
+"""Float32 rollouts of every common family are those of transformers' generate, with fused layers where they
+apply.
+"""
 
 import shutil
 from dataclasses import replace
@@ -64,9 +66,14 @@ def test_greedy_equals_generate(family, strategy):
     check_greedy(family, [strategy], requests())
 
 
-@pytest.mark.parametrize("family", [*MORE, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)], ids=kind)
+@pytest.mark.parametrize(
+    "family", [*MORE, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)], ids=kind
+)
 def test_greedy_equals_generate_in_other_families(family):
-    few = [replace(r, params=SamplingParams(temperature=0, max_tokens=8 + i)) for i, r in enumerate(requests()[1:5])]
+    few = [
+        replace(r, params=SamplingParams(temperature=0, max_tokens=8 + i))
+        for i, r in enumerate(requests()[1:5])
+    ]
     check_greedy(family, [PLAIN, Strategy("suffix", 3)], few)
 
 
@@ -85,7 +92,11 @@ def check_packing(family) -> None:
     with torch.no_grad():
         for row in rows:
             for sample in row.samples:
-                full = model(torch.tensor([[*row.prompt, *sample.tokens]])).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1)
+                full = (
+                    model(torch.tensor([[*row.prompt, *sample.tokens]]))
+                    .logits[0, len(row.prompt) - 1 : -1]
+                    .log_softmax(-1)
+                )
                 expected.append(full.gather(-1, torch.tensor(sample.tokens)[:, None])[:, 0])
         if not family.trained:
             with pytest.raises(UserError, match="caps or scales its logits"):
@@ -98,7 +109,9 @@ def check_packing(family) -> None:
     torch.testing.assert_close(logprobs, torch.cat(expected), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", [*COMMON, *MORE, *(pytest.param(family, marks=pytest.mark.ci) for family in REST)], ids=kind)
+@pytest.mark.parametrize(
+    "family", [*COMMON, *MORE, *(pytest.param(family, marks=pytest.mark.ci) for family in REST)], ids=kind
+)
 def test_packed_log_probs_are_those_of_each_sequence_alone(family):
     check_packing(family)
 
@@ -119,9 +132,12 @@ def test_the_page_of_families_says_what_is_tested():
 
 
 LONGROPE = {
-    "rope_theta": 10000.0, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)],
+    "rope_theta": 10000.0,
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0 + i for i in range(8)],
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 LIMITED = [
     ("llama", {"rope_parameters": LONGROPE}, "longrope"),
     (
@@ -167,7 +183,11 @@ def test_a_text_is_computed_as_alone_up_to_the_length_that_the_model_sets(kind, 
         prompt = list(rollout.request.prompt_ids)
         assert rollout.finish_reason is FinishReason.LENGTH and len(prompt) + len(rollout.token_ids) == 32
         with torch.no_grad():
-            full = model(torch.tensor([prompt + rollout.token_ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            full = (
+                model(torch.tensor([prompt + rollout.token_ids]))
+                .logits[0, len(prompt) - 1 : -1]
+                .log_softmax(-1)
+            )
         alone = full.gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprobs), alone, rtol=0, atol=1e-4)
     packed = (
@@ -187,7 +207,9 @@ def test_without_native_kernels_the_tokens_are_the_same(family, monkeypatch):
     from paceline.rollout.model import fusion_check
 
     model = tiny(family)
-    with_kernels = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160).generate(requests())
+    with_kernels = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160).generate(
+        requests()
+    )
     monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     engine = RolloutEngine(model, dtype=torch.float32, max_slots=3, max_context=160)
     assert len(engine.runner.view.fused) == 4
@@ -199,7 +221,9 @@ def test_bfloat16_log_probs_stay_near_the_trainers(family):
     """The engine's bfloat16 log-probs differ from the float32 forward by rounding only."""
     model = tiny(family)
     engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=4, max_context=64)
-    for rollout in engine.generate([Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)]):
+    for rollout in engine.generate(
+        [Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)]
+    ):
         ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
         with torch.no_grad():
             full = torch.log_softmax(model(ids).logits[0, 2:-1], -1).gather(-1, ids[0, 3:, None])[:, 0]

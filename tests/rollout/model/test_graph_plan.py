@@ -6,12 +6,24 @@ import torch
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.model.attention import chain_seats
-from paceline.rollout.model.graph_plan import NODE_BYTES, GraphKey, ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_plan import (
+    NODE_BYTES,
+    GraphKey,
+    ModelShape,
+    naive_bytes,
+    plan_graphs,
+    plan_keys,
+    powers_of_two,
+)
 from paceline.rollout.model.graph_pool import GraphPool, PlainCapturer
 from tests.support import engine_for, tiny_llama
 
-LLAMA_8B = ModelShape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256)
-QWEN_1_5B = ModelShape(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936)
+LLAMA_8B = ModelShape(
+    layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256
+)
+QWEN_1_5B = ModelShape(
+    layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128, vocab=151936
+)
 
 
 def test_buckets():
@@ -24,13 +36,16 @@ def test_many_tokens_are_captured_for_small_batches_only():
     keys = plan_keys("target", (1, 2, 4, 8, 16, 32), (1, 16, 32, 64), (256,), max_rows=128)
     assert {(k.batch, k.tokens) for k in keys if k.tokens == 64} == {(1, 64), (2, 64)}
     assert {k.batch for k in keys if k.tokens == 1} == {1, 2, 4, 8, 16, 32}
-    assert [k.rows for k in keys] == sorted((k.rows for k in keys), reverse=True), "the largest is captured first"
+    assert [k.rows for k in keys] == sorted((k.rows for k in keys), reverse=True), (
+        "the largest is captured first"
+    )
 
 
 def test_bytes_by_hand():
     shape = ModelShape(layers=2, hidden=8, intermediate=32, heads=4, kv_heads=2, head_dim=4, vocab=50)
     key = GraphKey("target", 2, 3, 10)
-    # six rows; residual and its sum 2·8; widest stage: attention (4+2·2)·4·2 = 64, scores 4·10·3 = 120 together 184; bfloat16
+    # six rows; residual and its sum 2·8; widest stage: attention (4+2·2)·4·2 = 64, scores 4·10·3 = 120
+    # together 184; bfloat16
     assert shape.activation_bytes(key) == 6 * (16 + 184) * 2
     plan = plan_graphs(shape, [key, GraphKey("target", 1, 1, 10)])
     assert plan.pool_bytes == 6 * 200 * 2
@@ -48,19 +63,27 @@ def test_bucketed_takes_at_most_a_third_of_naive(shape):
 
 
 def requests() -> list[Request]:
-    return [Request([1 + i % 7, 2, 3 + i], SamplingParams(max_tokens=20 + 9 * i), seed=i, group=i % 3) for i in range(12)]
+    return [
+        Request([1 + i % 7, 2, 3 + i], SamplingParams(max_tokens=20 + 9 * i), seed=i, group=i % 3)
+        for i in range(12)
+    ]
 
 
-@pytest.mark.parametrize("strategy", ["suffix:3x2/5", "plain", Strategy("suffix", 4), Strategy("suffix", 5)], ids=str)
+@pytest.mark.parametrize(
+    "strategy", ["suffix:3x2/5", "plain", Strategy("suffix", 4), Strategy("suffix", 5)], ids=str
+)
 def test_bucketed_decoding_gives_the_same_tokens(strategy, monkeypatch):
     """Padding to buckets of sequences and of tokens, over several spans, changes nothing."""
     from paceline.rollout.model import fusion_check
 
-    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)  # torch's operators on rectangles, as on a GPU
+    # torch's operators on rectangles, as on a GPU
+    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     model = tiny_llama(sharpness=4.0)
     results = []
     for graphs in (False, True):
-        engine = RolloutEngine(model, dtype=torch.float32, max_slots=6, max_context=300, graphs=graphs, tap_layers=(1, 2, 3))
+        engine = RolloutEngine(
+            model, dtype=torch.float32, max_slots=6, max_context=300, graphs=graphs, tap_layers=(1, 2, 3)
+        )
         engine.add_drafter(SuffixDrafter())
         engine.use_strategy(strategy)
         results.append([r.token_ids for r in engine.generate(requests())])
@@ -105,7 +128,11 @@ def test_an_update_reaches_captured_forwards(monkeypatch):
     assert [p.data_ptr() for p in engine.runner.view.module.parameters()] == addresses
     assert [layer._mlp_in.gain.data_ptr() for layer in engine.runner.view.fused] == gains
     after = engine.generate([request])[0].token_ids
-    expected = RolloutEngine(other, dtype=torch.bfloat16, max_slots=2, max_context=64).generate([request])[0].token_ids
+    expected = (
+        RolloutEngine(other, dtype=torch.bfloat16, max_slots=2, max_context=64)
+        .generate([request])[0]
+        .token_ids
+    )
     assert after == expected != before
 
 
@@ -119,17 +146,23 @@ def test_what_is_not_captured_falls_back_and_is_counted():
     def forward(tokens, seats, carried, span):
         return torch.nn.functional.one_hot(tokens, 10).float(), None
 
-    pool = GraphPool(forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=PlainCapturer())
+    pool = GraphPool(
+        forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=PlainCapturer()
+    )
     assert pool.run(torch.tensor([[1], [2], [3]]), seats(3, 1), 16, 4) is None
     assert pool.run(torch.tensor([[1, 2, 3]]), seats(1, 3), 16, 4) is None
     assert pool.run(torch.tensor([[1], [2]]), seats(2, 1), 16, 1) is None
-    assert pool.run(torch.tensor([[7]]), seats(1, 1), 32, 4)[0].argmax().item() == 7, "a span met late is captured then"
+    assert pool.run(torch.tensor([[7]]), seats(1, 1), 32, 4)[0].argmax().item() == 7, (
+        "a span met late is captured then"
+    )
 
     class Failing:
         def capture(self, run):
             raise RuntimeError("no memory\nand more")
 
-    failing = GraphPool(forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=Failing())
+    failing = GraphPool(
+        forward, plan, vocab=10, dtype=torch.float32, device=torch.device("cpu"), capturer=Failing()
+    )
     assert failing.run(torch.tensor([[7]]), seats(1, 1), 32, 4) is None
     assert dict(failing.fallbacks) == {"capture failed: no memory": 1}
     assert sum(pool.fallbacks.values()) == 3

@@ -16,7 +16,9 @@ def test_float32_shares_parameters_and_leaves_the_trainer_alone():
     engine = engine_for(model)
     expected = engine_for(other).generate([GREEDY])[0].token_ids
     model.load_state_dict(other.state_dict())
-    assert engine.generate([GREEDY])[0].token_ids == expected, "an update needs a refresh although the dtypes agree"
+    assert engine.generate([GREEDY])[0].token_ids == expected, (
+        "an update needs a refresh although the dtypes agree"
+    )
     assert model.config._attn_implementation == attention
     assert not any(m._forward_pre_hooks for m in model.modules())
 
@@ -34,7 +36,9 @@ def test_an_update_reaches_the_engine(dtype):
 
 
 def test_parameters_that_have_moved_reach_the_engine():
-    """Wrapping a module for training may give its parameters other storage, as accelerate does for DDP on a CPU."""
+    """Wrapping a module for training may give its parameters other storage, as accelerate does for DDP on a
+    CPU.
+    """
     model, other = tiny_llama(seed=0), tiny_llama(seed=5)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
@@ -49,12 +53,16 @@ def test_parameters_that_have_moved_reach_the_engine():
     assert engine.generate([GREEDY])[0].logprobs == expected.logprobs
 
 
-@pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.bfloat16), reason="no bfloat16 kernels for this CPU")
+@pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.bfloat16), reason="no bfloat16 kernels for this CPU"
+)
 def test_packed_bfloat16_stays_near_the_trainers_forward():
     """The bfloat16 engine's log-probs differ from the float32 forward by rounding only."""
     model = tiny_llama(sharpness=4.0)
     engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=4, max_context=64)
-    for rollout in engine.generate([Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)]):
+    for rollout in engine.generate(
+        [Request([1, 2, i], SamplingParams(max_tokens=20), seed=i) for i in range(4)]
+    ):
         ids = torch.tensor([[*rollout.request.prompt_ids, *rollout.token_ids]])
         with torch.no_grad():
             full = torch.log_softmax(model(ids).logits[0, 2:-1], -1).gather(-1, ids[0, 3:, None])[:, 0]
@@ -65,7 +73,10 @@ def test_slots_are_relaid_when_sequences_outgrow_the_span():
     """Contexts past 128 and past 256 force two relayouts with other sequences in flight."""
     model = tiny_llama()
     engine = engine_for(model, slots=3, context=400)
-    requests = [Request([i, 2, 3], SamplingParams(temperature=0, max_tokens=n)) for i, n in enumerate((300, 90, 200, 40))]
+    requests = [
+        Request([i, 2, 3], SamplingParams(temperature=0, max_tokens=n))
+        for i, n in enumerate((300, 90, 200, 40))
+    ]
     for request, rollout in zip(requests, engine.generate(requests), strict=True):
         prompt = torch.tensor([list(request.prompt_ids)])
         made = model.generate(

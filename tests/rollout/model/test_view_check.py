@@ -1,4 +1,6 @@
-"""How far faults move a view's logits, and how far rounding does: what the bounds of `paceline.rollout.model.view_check` stand between."""
+"""How far faults move a view's logits, and how far rounding does: what the bounds of
+`paceline.rollout.model.view_check` stand between.
+"""
 
 import copy
 
@@ -75,7 +77,8 @@ def check(found: dict[str, float]) -> None:
 def test_bounds_are_between_rounding_and_faults(monkeypatch):
     model = tiny_llama()
     with torch.no_grad():
-        for layer in model.model.layers:  # attention that matters, as it does in a policy that has learned something
+        # attention that matters, as it does in a policy that has learned something
+        for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(10)
             layer.self_attn.k_proj.weight.mul_(10)
             layer.self_attn.v_proj.weight.mul_(10)

@@ -33,7 +33,9 @@ def reference_attention(query, cache, tokens: RaggedTokens, rule: AttentionRule)
     for n in range(query.shape[1]):
         slot, position = int(tokens.token_slots[n]), int(tokens.positions[n])
         first = max(position - rule.window + 1, 0) if rule.window else 0
-        keys, values = cache[:, slot, :, first : position + 1].double().repeat_interleave(heads // kv_heads, dim=1)
+        keys, values = (
+            cache[:, slot, :, first : position + 1].double().repeat_interleave(heads // kv_heads, dim=1)
+        )
         scores = torch.einsum("hd,htd->ht", query[0, n].double(), keys) * rule.scale
         if rule.softcap:
             scores = rule.softcap * torch.tanh(scores / rule.softcap)
@@ -45,7 +47,8 @@ def reference_attention(query, cache, tokens: RaggedTokens, rule: AttentionRule)
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_ragged_attention(dim, rule, dtype):
-    """One token far past a chunk of keys, a long piece of a prompt, a first token, and a slot out of order."""
+    """One token far past a chunk of keys, a long piece of a prompt, a first token, and a slot out of
+    order."""
     torch.manual_seed(0)
     tokens = RaggedTokens(slots=[3, 0, 1, 2], starts=[700, 250, 0, 30], counts=[1, 21, 1, 5])
     cache = torch.randn(2, 4, 2, 768, dim).to(dtype)
@@ -53,7 +56,9 @@ def test_ragged_attention(dim, rule, dtype):
     got = load_kernels("cpu", dtype).attend(query, cache, tokens, rule).view(28, 6, dim)
     # weights and results are rounded to bfloat16: 2^-9 of the largest that either can be
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2**-7, 2**-8)
-    torch.testing.assert_close(got.double(), reference_attention(query, cache, tokens, rule), rtol=rtol, atol=atol)
+    torch.testing.assert_close(
+        got.double(), reference_attention(query, cache, tokens, rule), rtol=rtol, atol=atol
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +69,9 @@ def test_a_token_gets_the_same_whoever_is_beside_it(dtype):
     cache, query = torch.randn(2, 2, 3, 768, 64).to(dtype), torch.randn(1, 20, 9, 64).to(dtype)
     together = kernels.attend(query, cache, RaggedTokens([0, 1], [500, 290], [9, 11]), AttentionRule(0.125))
     for n, (slot, place) in enumerate([(0, 500 + i) for i in range(9)] + [(1, 290 + i) for i in range(11)]):
-        alone = kernels.attend(query[:, n : n + 1], cache, RaggedTokens([slot], [place], [1]), AttentionRule(0.125))
+        alone = kernels.attend(
+            query[:, n : n + 1], cache, RaggedTokens([slot], [place], [1]), AttentionRule(0.125)
+        )
         assert torch.equal(alone[0, 0], together[0, n])
 
 
@@ -98,7 +105,9 @@ def test_norm_gate_and_bfloat16_rounding(kernels):
     wanted = double * (double.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
     torch.testing.assert_close(kernels.rms_norm(x, gain, 1e-5).double(), wanted, rtol=1e-5, atol=1e-6)
     gate, up = (x * 20).double().chunk(2, -1)
-    torch.testing.assert_close(kernels.silu_gate(x * 20).double(), gate * gate.sigmoid() * up, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        kernels.silu_gate(x * 20).double(), gate * gate.sigmoid() * up, rtol=1e-5, atol=1e-6
+    )
     half = load_kernels("cpu", torch.bfloat16)
     ones = torch.ones(64, dtype=torch.bfloat16)
     y = x.bfloat16()
@@ -139,7 +148,11 @@ def test_draw_reports_unusable_rows(kernels, bad):
     logits[1, 17] = bad
     _, logprobs = kernels.draw(logits, torch.tensor([1.0, 1.0, 0.0]), torch.rand(3, dtype=torch.float64))
     assert logprobs.isnan().tolist() == [False, True, False]
-    assert kernels.draw(torch.full((1, 40), -math.inf), torch.ones(1), torch.zeros(1, dtype=torch.float64))[1].isnan().all()
+    assert (
+        kernels.draw(torch.full((1, 40), -math.inf), torch.ones(1), torch.zeros(1, dtype=torch.float64))[1]
+        .isnan()
+        .all()
+    )
 
 
 def test_draw_at_the_ends_of_the_interval(kernels):
@@ -150,7 +163,8 @@ def test_draw_at_the_ends_of_the_interval(kernels):
 
 
 def test_both_ways_of_drawing_agree(monkeypatch):
-    """A truncated row sends its batch to torch's operators: the neighbours' tokens must not change by that."""
+    """A truncated row sends its batch to torch's operators: the neighbours' tokens must not change by
+    that."""
     torch.manual_seed(0)
     logits, uniform = torch.randn(300, 500) * 2, torch.rand(300, dtype=torch.float64)
     params = [SamplingParams(temperature=t) for t in (0.0, 0.7, 1.0)] * 100
@@ -163,7 +177,9 @@ def test_both_ways_of_drawing_agree(monkeypatch):
 @pytest.mark.parametrize("scale", [0.0, 0.01, 3.0])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 0.9999])
 def test_nucleus_without_a_sort_is_the_one_with(scale, top_p):
-    """Also flat distributions, where the few likeliest tokens do not reach the mass, and ties, of which the first stay."""
+    """Also flat distributions, where the few likeliest tokens do not reach the mass, and ties, of which the
+    first stay.
+    """
     torch.manual_seed(0)
     logits = (torch.randn(20, 1500) * scale * 4).round() / 4
     mine = processed_probs(logits[:, None], [SamplingParams(top_p=top_p)] * 20)[:, 0]
@@ -251,8 +267,12 @@ def a_link_elsewhere(folder, path):
     "tamper",
     [
         *(others_write_to_the_directory, others_write_to_the_file, a_link_elsewhere),
-        pytest.param(another_users_file, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")),
-        pytest.param(another_users_directory, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")),
+        pytest.param(
+            another_users_file, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")
+        ),
+        pytest.param(
+            another_users_directory, marks=pytest.mark.skipif(os.getuid() != 0, reason="chown needs root")
+        ),
     ],
 )
 def test_a_cache_that_others_can_write_to_is_not_loaded(compiler, cache, caplog, tamper):
@@ -281,14 +301,18 @@ def test_a_cache_that_cannot_be_made_is_gone_without(compiler, cache, caplog):
 
 def test_a_user_without_a_home(compiler, cache, monkeypatch, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
     assert loaded()
     assert "home directory" in caplog.text
 
 
 def test_nowhere_to_build_is_said_in_a_line(compiler, cache, monkeypatch, caplog):
     cache.parent.write_text("a file")
-    monkeypatch.setattr(build.tempfile, "mkdtemp", lambda prefix: (_ for _ in ()).throw(OSError("no space left on device")))
+    monkeypatch.setattr(
+        build.tempfile, "mkdtemp", lambda prefix: (_ for _ in ()).throw(OSError("no space left on device"))
+    )
     assert not loaded()
     assert "no space left on device" in caplog.records[-1].getMessage()
 

@@ -24,10 +24,14 @@ def test_products_match_float64(outputs, inputs, bias):
     packed = PackedLinear(source)
     for rows in (1, 5, 16, 17, 33, 80):
         x, residual = torch.randn(2, 1, rows, inputs).bfloat16(), torch.randn(1, rows, outputs).bfloat16()
-        exact = torch.nn.functional.linear(x[0].double(), source.weight.double(), source.bias.double() if bias else None)
+        exact = torch.nn.functional.linear(
+            x[0].double(), source.weight.double(), source.bias.double() if bias else None
+        )
         # one rounding to bfloat16 of a sum that float32 has nearly exactly
         torch.testing.assert_close(packed(x[0]).double(), exact, rtol=2**-8, atol=1e-4)
-        torch.testing.assert_close(packed(x[0], residual).double(), exact + residual.double(), rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(
+            packed(x[0], residual).double(), exact + residual.double(), rtol=2**-8, atol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -45,7 +49,8 @@ def test_a_row_does_not_depend_on_the_others():
 
 @torch.no_grad()
 def test_other_libraries_keep_their_tiles():
-    """torch's own bfloat16 products use the same registers and may believe them set up from the call before."""
+    """torch's own bfloat16 products use the same registers and may believe them set up from the call
+    before."""
     source = layer(128, 256, bias=False)
     packed, x = PackedLinear(source), torch.randn(40, 256).bfloat16()
     theirs = source(x)
@@ -63,10 +68,14 @@ def test_shapes_that_are_not_whole_panels_go_another_way():
 
 
 def test_speculation_in_bfloat16_says_what_plain_decoding_says():
-    """Chains token for token and log-prob for log-prob: every row of a forward is computed the same way, whatever stands beside it.
-    In trees a node's ancestors lie elsewhere among the keys, so that sums are rounded in another order."""
+    """Chains token for token and log-prob for log-prob: every row of a forward is computed the same way,
+    whatever stands beside it. In trees a node's ancestors lie elsewhere among the keys, so that sums are
+    rounded in another order."""
     model = tiny_llama(vocab_size=128, layers=3, sharpness=30.0, hidden=128).bfloat16()
-    requests = [Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(max_tokens=120), seed=i, group=i % 3) for i in range(12)]
+    requests = [
+        Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(max_tokens=120), seed=i, group=i % 3)
+        for i in range(12)
+    ]
     spoken = {}
     for strategy in ("plain", "suffix:3", "suffix:5x3/11"):
         engine = RolloutEngine(model, max_slots=5, max_context=160, max_nodes=11)
@@ -76,6 +85,8 @@ def test_speculation_in_bfloat16_says_what_plain_decoding_says():
         spoken[strategy] = [(r.token_ids, r.logprobs) for r in rollouts]
         assert strategy == "plain" or sum(r.stats.accepted for r in rollouts) > 0
     assert spoken["suffix:3"] == spoken["plain"]
-    for (tree, tree_logprobs), (plain, plain_logprobs) in zip(spoken["suffix:5x3/11"], spoken["plain"], strict=True):
+    for (tree, tree_logprobs), (plain, plain_logprobs) in zip(
+        spoken["suffix:5x3/11"], spoken["plain"], strict=True
+    ):
         assert tree == plain
         assert tree_logprobs == pytest.approx(plain_logprobs, abs=1e-3)

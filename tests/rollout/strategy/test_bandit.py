@@ -1,4 +1,6 @@
-"""The bandit finds what pays in every bucket, costs little where nothing does, recovers, and goes on from its state."""
+"""The bandit finds what pays in every bucket, costs little where nothing does, recovers, and goes on from its
+state.
+"""
 
 import json
 
@@ -61,12 +63,16 @@ class World:
 
 
 def selector_for(world: World, names=("suffix", "eagle3"), **options) -> BanditSelector:
-    cost = CostModel(lambda batch, width, context: world.forward(batch, width), lambda name, batch: world.level)
+    cost = CostModel(
+        lambda batch, width, context: world.forward(batch, width), lambda name, batch: world.level
+    )
     return BanditSelector(lambda name: default_arms(name, 16), names, cost, **options)
 
 
 def play(selector, world, batch, steps, context=100) -> float:
-    """Tokens of a sequence per second over ``steps``, by the world's exact rates of what was chosen (so that luck is no skill)."""
+    """Tokens of a sequence per second over ``steps``, by the world's exact rates of what was chosen (so that
+    luck is no skill).
+    """
     tokens = seconds = 0.0
     for _ in range(steps):
         strategy = selector.choose(batch, context)
@@ -83,7 +89,9 @@ def best_fixed(selector, world, batch) -> float:
 
 
 @pytest.mark.parametrize("thompson", [False, True], ids=["beg", "thompson"])
-@pytest.mark.parametrize("accept", [{"suffix": 0.3, "eagle3": 0.7}, {"suffix": 0.8, "eagle3": 0.5}, {"suffix": 0.1, "eagle3": 0.2}])
+@pytest.mark.parametrize(
+    "accept", [{"suffix": 0.3, "eagle3": 0.7}, {"suffix": 0.8, "eagle3": 0.5}, {"suffix": 0.1, "eagle3": 0.2}]
+)
 @pytest.mark.parametrize("batch", [1, 4, 16, 64])
 def test_95_percent_of_the_best_fixed_strategy_after_200_steps(batch, accept, thompson):
     shares = []
@@ -106,7 +114,9 @@ def test_within_2_percent_of_plain_where_speculation_cannot_pay():
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_recovers_within_100_steps_of_a_collapse(batch):
-    """At one sequence a step says so little that arms within a tenth of the best are still confused: 93 % of it."""
+    """At one sequence a step says so little that arms within a tenth of the best are still confused: 93 % of
+    it.
+    """
     shares, over_plain = [], []
     for seed in range(10):
         world = World({"suffix": 0.2, "eagle3": 0.8}, seed=seed)

@@ -18,7 +18,9 @@ from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
 from tests.rollout.verify.verifier_cases import Chooser, Process, after
 from tests.support import full_engine, tiny_llama
 
-parents_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=30).map(lambda xs: [min(p, i - 1) for i, p in enumerate(xs)])
+parents_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=30).map(
+    lambda xs: [min(p, i - 1) for i, p in enumerate(xs)]
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -32,9 +34,13 @@ def test_shape_and_children_of_any_tree(parents):
             at = parents[at]
         assert depth[0, node] == len(path)
         assert ancestors[0, node] == sum(1 << i for i in path)
-    table = child_table(DraftTree(torch.zeros(1, len(parents)).long(), torch.tensor([len(parents)]), torch.tensor([parents])))[0]
+    table = child_table(
+        DraftTree(torch.zeros(1, len(parents)).long(), torch.tensor([len(parents)]), torch.tensor([parents]))
+    )[0]
     for above in range(-1, len(parents)):
-        assert [c for c in table[above + 1].tolist() if c >= 0] == [i for i, p in enumerate(parents) if p == above]
+        assert [c for c in table[above + 1].tolist() if c >= 0] == [
+            i for i, p in enumerate(parents) if p == above
+        ]
 
 
 def test_a_chain_is_a_tree():
@@ -44,14 +50,18 @@ def test_a_chain_is_a_tree():
     assert torch.equal(chain, tree)
     assert chain[0, :, 0].tolist() == [0, 1, -1, -1], "what is past the length is no child"
     depth, ancestors = tree_shape(chain_parents(1, 3))
-    assert torch.equal(tree_seats(torch.tensor([7]), depth, ancestors)[0], chain_seats(torch.arange(7, 11)[None])[0])
+    assert torch.equal(
+        tree_seats(torch.tensor([7]), depth, ancestors)[0], chain_seats(torch.arange(7, 11)[None])[0]
+    )
     for window in (None, 4):
         bias = seat_bias(tree_seats(torch.tensor([7]), depth, ancestors), 16, window, torch.float32)
         assert torch.equal(bias, seat_bias(chain_seats(torch.arange(7, 11)[None]), 16, window, torch.float32))
 
 
 def test_native_tree_attention_is_the_masked_one():
-    """Trees of two sequences over more keys than one chunk, against torch's operators with the mask written out."""
+    """Trees of two sequences over more keys than one chunk, against torch's operators with the mask written
+    out.
+    """
     torch.manual_seed(0)
     kernels = load_kernels("cpu", torch.float32)
     if kernels is None:
@@ -100,7 +110,9 @@ def test_tree_decoding_on_both_paths_gives_the_tokens_of_plain_decoding(kernels,
         monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: None)
     model = tiny_llama(97, sharpness=6.0)
     engine = full_engine(model, slots=3, max_nodes=12, graphs=not kernels)
-    requests = [Request([5, 6, 7, i % 2], SamplingParams(max_tokens=60), seed=i, group=i % 2) for i in range(6)]
+    requests = [
+        Request([5, 6, 7, i % 2], SamplingParams(max_tokens=60), seed=i, group=i % 2) for i in range(6)
+    ]
     plain = engine.generate(requests)
     for strategy in ("suffix:5x3/12", "recycling:3x4/11", "eagle3:4x3/9"):
         engine.use_strategy(strategy)

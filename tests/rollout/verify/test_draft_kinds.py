@@ -109,13 +109,17 @@ class OwnTree(StatelessSlots):
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         batch = len(context.sequences)
-        tokens = torch.randint(0, VOCAB, (batch, 2), generator=torch.Generator().manual_seed(len(context.sequences[0].tokens)))
+        tokens = torch.randint(
+            0, VOCAB, (batch, 2), generator=torch.Generator().manual_seed(len(context.sequences[0].tokens))
+        )
         probs = torch.full((batch, 2, VOCAB), 1 / VOCAB)
         return DraftTree(tokens, torch.full((batch,), 2), torch.full((batch, 2), -1), probs, **self._label)
 
 
 def engine_with(*drafters) -> RolloutEngine:
-    engine = RolloutEngine(tiny_llama(VOCAB, layers=2), dtype=torch.float32, max_slots=8, max_context=24, max_nodes=6)
+    engine = RolloutEngine(
+        tiny_llama(VOCAB, layers=2), dtype=torch.float32, max_slots=8, max_context=24, max_nodes=6
+    )
     for drafter in drafters:
         engine.add_drafter(drafter)
     return engine
@@ -174,7 +178,9 @@ def test_a_tree_that_is_covered_is_verified(label):
             "after its parent",
         ),
         (
-            DraftTree(torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), kind=DraftKind.WITH_REPLACEMENT),
+            DraftTree(
+                torch.zeros(8, 1, dtype=torch.long), torch.ones(8).long(), kind=DraftKind.WITH_REPLACEMENT
+            ),
             "gives no probs",
         ),
     ],

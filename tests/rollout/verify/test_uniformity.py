@@ -1,4 +1,5 @@
-"""p-values of the losslessness tests over 1000 seeds are uniform: neither a small bias nor an insensitive test would be.
+"""p-values of the losslessness tests over 1000 seeds are uniform: neither a small bias nor an insensitive
+test would be.
 
 On demand: ``pytest -m slow tests/rollout/verify/test_uniformity.py`` writes ``benchmarks/p_values.png`` anew.
 """

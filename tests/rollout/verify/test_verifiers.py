@@ -1,4 +1,6 @@
-"""Every verifier × tree keeps the target's law, accepts as often as theory says, and is no worse than what it improves on."""
+"""Every verifier × tree keeps the target's law, accepts as often as theory says, and is no worse than what it
+improves on.
+"""
 
 import numpy as np
 import pytest
@@ -93,7 +95,8 @@ def test_a_dropped_factor_is_seen(name, monkeypatch):
 
 
 def test_siblings_reported_without_what_was_drawn_before_are_seen(monkeypatch):
-    """Drawing without replacement but reporting q itself is the classic mistake of multi-candidate drafting."""
+    """Drawing without replacement but reporting q itself is the classic mistake of multi-candidate
+    drafting."""
     from paceline.rollout.trees import sampled
 
     def wrong(probs, noise, count):
@@ -107,7 +110,9 @@ def test_siblings_reported_without_what_was_drawn_before_are_seen(monkeypatch):
 
 
 def test_a_tree_pruned_by_what_was_drawn_is_seen(monkeypatch):
-    """Leaving out drawn nodes for being unlikely biases what is kept: trees of drawn tokens may not be ranked afterwards."""
+    """Leaving out drawn nodes for being unlikely biases what is kept: trees of drawn tokens may not be ranked
+    afterwards.
+    """
     import tests.rollout.verify.verifier_cases as cases
 
     def pruned(chooser, uniform):
@@ -169,11 +174,14 @@ def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatc
     p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)
     narrowed = [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)]
     monkeypatch.setattr(optimal, "_FULL_SCAN", 1000)
-    assert narrowed == pytest.approx([optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)], abs=1e-6)
+    assert narrowed == pytest.approx(
+        [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)], abs=1e-6
+    )
 
 
 def test_nothing_beats_the_bound_and_the_order_is_that_of_the_papers():
-    """SpecTr ≥ (1 − 1/e) of the best; without replacement ≥ with; all at most the bound of their candidates."""
+    """SpecTr ≥ (1 − 1/e) of the best; without replacement ≥ with; all at most the bound of their
+    candidates."""
     g = np.random.default_rng(5)
     for _ in range(10):
         p, q = g.dirichlet(np.ones(20) * 0.5), g.dirichlet(np.ones(20) * 0.5)

@@ -27,7 +27,9 @@ class Process:
     def __init__(self, seed: int = 0, narrow: bool = False) -> None:
         g = torch.Generator().manual_seed(seed)
         states = (VOCAB + 1) ** 2
-        self.target = torch.softmax(torch.randn(states, VOCAB, generator=g, dtype=torch.float64) * _SPREAD, -1)
+        self.target = torch.softmax(
+            torch.randn(states, VOCAB, generator=g, dtype=torch.float64) * _SPREAD, -1
+        )
         self.vocabulary = torch.tensor([0, 2, 3]) if narrow else None
         width = 3 if narrow else VOCAB
         self.drafter = torch.softmax(torch.randn(states, width, generator=g) * _SPREAD, -1)
@@ -97,17 +99,25 @@ FITTING = [
 def run(
     process: Process, tree: str, verifier: str | None, samples: int, seed: int, step: int = 2
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """One verified draft for each sample, then plain draws: counts of (t1, t2, t3), and the accepted lengths int64 [samples]."""
+    """One verified draft for each sample, then plain draws: counts of (t1, t2, t3), and the accepted lengths
+    int64 [samples].
+    """
     seeds = np.arange(samples) + seed * samples
     roots = np.full(samples, 7)
     chooser = Chooser(process, samples)
-    draft = BUILDERS[tree](chooser, lambda first, count: step_uniforms(seeds, roots, first, count, Stream.DRAFT))
+    draft = BUILDERS[tree](
+        chooser, lambda first, count: step_uniforms(seeds, roots, first, count, Stream.DRAFT)
+    )
     states = node_states(draft, samples)
     probs = process.target[states].float()
     g = torch.Generator().manual_seed(seed)
     target = torch.rand(samples, LEVELS + draft.nodes + 1, dtype=torch.float64, generator=g)
     if draft.probs is None:
-        depth = tree_shape(draft.parents)[0] if draft.parents is not None else torch.arange(1, draft.nodes + 1).expand(samples, -1)
+        depth = (
+            tree_shape(draft.parents)[0]
+            if draft.parents is not None
+            else torch.arange(1, draft.nodes + 1).expand(samples, -1)
+        )
         depth = torch.nn.functional.pad(depth, (1, 0))
         drawn = draw(probs.flatten(0, 1), target.gather(1, depth).flatten()).view(samples, -1)
         outcome = verify_deterministic(drawn, draft)
