@@ -20,6 +20,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.warmup import WarmupReport, warm_drafter
 from paceline.rl.errors import UserError
 from paceline.rl.learner.sft_warmup import make_warmed_policy, warmed_policy_path
@@ -28,7 +29,7 @@ from paceline.rl.process.invocation import command_line
 from paceline.rl.process.made_once import alone, made_once, put
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rl.process.progress import Display
-from paceline.rl.recipe import RunConfig, to_dict
+from paceline.rl.recipe import to_dict
 
 _OF_A_RANK = (
     "RANK",

@@ -24,10 +24,10 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
     """
     end_with_parent(int(parent))
     from paceline.rl.config.parsing import parse
+    from paceline.rl.config.run import RunConfig
     from paceline.rl.preparation import make_first_drafter, make_policy
     from paceline.rl.process.process_tuning import fit_process
     from paceline.rl.process.progress import Display
-    from paceline.rl.recipe import RunConfig
 
     with user_errors(), Display() as display:
         config = parse(RunConfig, json.loads(Path(recipe).read_text()), where=recipe)

@@ -11,44 +11,9 @@ import yaml
 
 from paceline.rl.config.parsing import apply_override, parse
 from paceline.rl.config.paths import shipped_folder, shipped_or_own
-from paceline.rl.config.run import (
-    CriticConfig,
-    EvaluationConfig,
-    LoraConfig,
-    MeasureConfig,
-    PolicyConfig,
-    RolloutConfig,
-    RunConfig,
-    ScaleConfig,
-    TrackingConfig,
-    UpdateConfig,
-    WarmupConfig,
-)
-from paceline.rl.config.speculation import DrafterConfig, SpeculationConfig
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.validation.recipe import check
-from paceline.rl.validation.speculation import check_drafting, draft_rules
-
-__all__ = [
-    "CriticConfig",
-    "DrafterConfig",
-    "EvaluationConfig",
-    "LoraConfig",
-    "MeasureConfig",
-    "PolicyConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "ScaleConfig",
-    "SpeculationConfig",
-    "TrackingConfig",
-    "UpdateConfig",
-    "WarmupConfig",
-    "check",
-    "check_drafting",
-    "draft_rules",
-    "load_config",
-    "to_dict",
-]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

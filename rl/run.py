@@ -20,6 +20,7 @@ from paceline.rl.checkpointing.graceful_stop import Interruption
 from paceline.rl.checkpointing.resume import resumed_recipe
 from paceline.rl.checkpointing.run_directory import is_main, main_speaks_first, on_main, open_run, say_on_main
 from paceline.rl.checkpointing.run_lock import RunLock
+from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.description import describe
 from paceline.rl.dry_run.tiny_step import try_tiny_step
 from paceline.rl.errors import UserError
@@ -31,7 +32,7 @@ from paceline.rl.process.files import disk_errors, write_whole
 from paceline.rl.process.parent_death import end_with_launcher
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.process.progress import Display
-from paceline.rl.recipe import RunConfig, load_config
+from paceline.rl.recipe import load_config
 from paceline.rl.rewards.example import score_example
 from paceline.rl.tasks.prompt_check import check_recipe
 from paceline.rl.tasks.task import load_task

@@ -19,6 +19,7 @@ from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, s
 from paceline.rl.checkpointing.graceful_stop import Interruption
 from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
 from paceline.rl.checkpointing.run_directory import on_main
+from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
@@ -33,7 +34,7 @@ from paceline.rl.monitoring.collapse_guard import Guard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
 from paceline.rl.monitoring.tracker import RolloutProgress, Tracker
-from paceline.rl.recipe import RunConfig, to_dict
+from paceline.rl.recipe import to_dict
 from paceline.rl.rewards.pool import Scores, ScoringPool
 from paceline.rl.rewards.shaping import Shaping
 from paceline.rl.sharding import is_shared

@@ -12,7 +12,8 @@ from paceline.rl.algorithms.ppo import generalised_advantages
 from paceline.rl.algorithms.reinforce_pp import normalise, rewards_to_go
 from paceline.rl.algorithms.rloo import leave_one_out_advantages
 from paceline.rl.algorithms.tree import tree_advantages
-from paceline.rl.recipe import CriticConfig, UpdateConfig
+from paceline.rl.config.critic import CriticConfig
+from paceline.rl.config.update import UpdateConfig
 
 
 def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:

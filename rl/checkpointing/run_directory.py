@@ -23,9 +23,9 @@ from paceline.rl.checkpointing.checkpoint import (
     set_aside_broken,
 )
 from paceline.rl.checkpointing.resume import compare_recipes, keep_recipe, record_resume
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import disk_errors
-from paceline.rl.recipe import RunConfig
 
 T = TypeVar("T")
 _TO_SPEAK = 2.0  # seconds

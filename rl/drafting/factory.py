@@ -13,7 +13,7 @@ from paceline.drafter_trainer.learner import DrafterLearner
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
-from paceline.rl.recipe import RunConfig
+from paceline.rl.config.run import RunConfig
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 

@@ -14,11 +14,11 @@ from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import starting_policy
 from paceline.rl.models.policies import load_policy, load_tokenizer
-from paceline.rl.recipe import RunConfig
 from paceline.rl.tasks.problems import Problem
 from paceline.rl.tasks.task import load_task
 from paceline.rollout import Strategy, mean_acceptance_length

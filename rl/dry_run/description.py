@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.devices import Place, gpu_of, this_machine
 from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy_config
 from paceline.rl.dry_run.tiny_policy import check_policy
 from paceline.rl.models.initial import starting_drafter
-from paceline.rl.recipe import RunConfig
 from paceline.rl.sharding import zero_stage
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.estimate import policy_config
 from paceline.rl.dry_run.tiny_copy import LAYERS, write_tiny_copy
 from paceline.rl.errors import UserError, one_line
 from paceline.rl.models.policies import cached_policy
 from paceline.rl.monitoring.tracker import Tracker
-from paceline.rl.recipe import RunConfig
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import Request, Strategy
 

@@ -9,10 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.problems import evaluation_problems, fitting
 from paceline.rl.generation.worker import RolloutWorker
-from paceline.rl.recipe import RunConfig
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, stable_seed
 from paceline.rl.tasks.task import Task

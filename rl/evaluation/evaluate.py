@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.problems import evaluation_problems, fitting
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
 from paceline.rl.models.policies import load_policy, load_tokenizer
-from paceline.rl.recipe import RunConfig
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
 from paceline.rl.tasks.task import Problem, load_task

@@ -10,9 +10,11 @@ from pathlib import Path
 from paceline.rl.checkpointing.kept_checkpoints import find_kept
 from paceline.rl.checkpointing.resume import kept_recipe
 from paceline.rl.config.parsing import apply_override, parse
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.problems import check_not_trained
-from paceline.rl.recipe import RunConfig, check, load_config
+from paceline.rl.recipe import load_config
+from paceline.rl.validation.recipe import check
 
 
 def evaluated_policy(

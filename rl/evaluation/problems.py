@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError
-from paceline.rl.recipe import RunConfig
 from paceline.rl.tasks.problems import Problem
 from paceline.rl.tasks.prompts import encode_problem
 from paceline.rl.tasks.task import Task, load_heldout_task, load_task

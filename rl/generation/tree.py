@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from paceline.rl.config.run import TreeConfig
+from paceline.rl.config.rollout import TreeConfig
 from paceline.rl.lengths.statistics import is_loop
 from paceline.rl.tasks.task import Problem
 from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine, StepRecord

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
-from paceline.rl.recipe import RunConfig
 from paceline.rl.sharding.gathering import in_buckets
 from paceline.rollout.backends import ServedBackend
 from paceline.rollout.backends.exchange import TOKEN, read_token

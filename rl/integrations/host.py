@@ -20,12 +20,13 @@ from paceline.drafter_trainer.storage.export import hub_id
 from paceline.drafter_trainer.storage.model_card import DrafterFacts, drafter_card, license_of
 from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, save_drafting
 from paceline.rl.config.parsing import parse
+from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.process.files import read_object, write_whole
-from paceline.rl.recipe import RunConfig, check_drafting
+from paceline.rl.validation.speculation import check_drafting
 from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from paceline.rl.algorithms.ppo import value_loss
 from paceline.rl.checkpointing.checkpoint import restore_moments
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.learner.balance import Scored
 from paceline.rl.learner.log_probs import PACKED_ATTENTION
@@ -22,7 +23,6 @@ from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
 from paceline.rl.learner.token_scores import Completion, by_completion, micro_batches
-from paceline.rl.recipe import RunConfig
 from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
 from paceline.rollout.transformers_api import use_attention
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages, uniform_groups
 from paceline.rl.algorithms.kl import KlCoefficient
 from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_moments
+from paceline.rl.config.run import RunConfig
 from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.learner.balance import Scored, compute_cost, spread
 from paceline.rl.learner.critic import Critic, CriticReport, ValueModel
@@ -24,7 +25,6 @@ from paceline.rl.models.lora import merged
 from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.models.policies import load_policy, recompute_activations
 from paceline.rl.process.progress import Phase
-from paceline.rl.recipe import RunConfig
 from paceline.rl.rewards.shaping import Shaped
 from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
 from paceline.rollout import FinishReason

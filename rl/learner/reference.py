@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.token_scores import Completion, by_completion
 from paceline.rl.models.lora import without_adapters
 from paceline.rl.models.policies import load_policy
-from paceline.rl.recipe import RunConfig
 
 
 class Reference:

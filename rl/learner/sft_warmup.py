@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from paceline.rl.models.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
 from paceline.rl.process.made_once import put
-from paceline.rl.recipe import RunConfig
 from paceline.rl.tasks.gym_problems import reasoning_gym_problems
 from paceline.rl.tasks.prompts import encode_problem
 from paceline.rl.tasks.worked_solutions import with_rechecks, worked_solution

@@ -13,12 +13,12 @@ from paceline.rl.algorithms.grpo import mastered_tokens, policy_loss, token_weig
 from paceline.rl.algorithms.importance import importance_weights
 from paceline.rl.algorithms.kl import estimate_kl
 from paceline.rl.algorithms.lr_schedule import rate_at
+from paceline.rl.config.update import UpdateConfig
 from paceline.rl.learner.balance import Scored
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.token_scores import by_completion, micro_batches
 from paceline.rl.process.progress import Phase
-from paceline.rl.recipe import UpdateConfig
 from paceline.rl.sharding import Trained
 
 

@@ -13,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.checkpointing.checkpoint import Checkpoint
+from paceline.rl.config.drafter import DrafterConfig
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.learner.sft_warmup import warmed_policy_path
 from paceline.rl.models.lora import AdapterBase, add_adapters, load_adapters
 from paceline.rl.models.policies import cache_dir, fetch_policy, load_policy
-from paceline.rl.recipe import DrafterConfig, RunConfig
 from paceline.rollout import default_tap_layers
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from paceline.rl.config.run import LoraConfig
+from paceline.rl.config.scale import LoraConfig
 from paceline.rl.errors import UserError, one_line
 from paceline.rl.models.mergeable import AdaptedLayer, adapted_layers
 

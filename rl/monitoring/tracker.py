@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import append_line, read_object, write_whole
 from paceline.rl.process.progress import Display, Phase, duration
-from paceline.rl.recipe import RunConfig, to_dict
+from paceline.rl.recipe import to_dict
 from paceline.rollout import StepRecord
 
 _STEPS_BACK = 5  # whose mean the time left goes by

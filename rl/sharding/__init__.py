@@ -7,7 +7,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
-from paceline.rl.recipe import ScaleConfig
+from paceline.rl.config.scale import ScaleConfig
 from paceline.rl.sharding.base import AdamWSettings, Trained, WholeState, trainable, whole_state
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rl.sharding.settings import zero_stage

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.models.hub import hub_answers
 from paceline.rl.models.policies import cached_policy
-from paceline.rl.recipe import RunConfig
 from paceline.rl.tasks.problems import Problem
 from paceline.rl.tasks.prompts import encode_problem
 from paceline.rl.tasks.row_problems import RowProblems

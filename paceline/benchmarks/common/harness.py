@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from paceline.benchmarks.common.peers import Peers
 from paceline.benchmarks.common.results import Keep, ignore
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.rl.config.run import RunConfig
 from paceline.rl.config.task import DatasetConfig
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.models.initial import starting_policy
 from paceline.rl.models.policies import load_policy, load_tokenizer
-from paceline.rl.recipe import RunConfig, draft_rules
 from paceline.rl.tasks.prompts import encode_problem, stable_seed, stop_token_ids
 from paceline.rl.tasks.task import Problem, load_task
+from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import (
     PLAIN,
     Request,

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from paceline.benchmarks.common.harness import RolloutBench, Workload
 from paceline.benchmarks.common.results import Keep, ignore
+from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.sft_warmup import fine_tune
-from paceline.rl.recipe import RunConfig
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout import PLAIN, Request, RolloutEngine, Strategy, mean_acceptance_length
 from paceline.rollout.drafters import DraftRules, Eagle3Drafter, SuffixDrafter

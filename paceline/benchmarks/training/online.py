@@ -20,11 +20,12 @@ from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
+from paceline.rl.config.drafter import DrafterConfig
+from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.factory import spot_trainer, trace_buffer
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.monitoring.tracker import Tracker
-from paceline.rl.recipe import DrafterConfig, RunConfig
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 

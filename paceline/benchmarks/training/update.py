@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.devices import product_speed
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from paceline.rl.models.initial import starting_policy
-from paceline.rl.recipe import RunConfig
 
 _PROMPT = 60
 _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as the quickstart's are

@@ -15,7 +15,8 @@ from paceline.rl.algorithms.kl import KlCoefficient, estimate_kl
 from paceline.rl.algorithms.ppo import generalised_advantages, value_loss
 from paceline.rl.algorithms.reinforce_pp import normalise, rewards_to_go
 from paceline.rl.algorithms.rloo import leave_one_out_advantages
-from paceline.rl.recipe import CriticConfig, UpdateConfig
+from paceline.rl.config.critic import CriticConfig
+from paceline.rl.config.update import UpdateConfig
 
 ALONE = lambda part: part  # noqa: E731
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paceline.rl.algorithms.tree import tree_advantages
-from paceline.rl.config.run import TreeConfig
+from paceline.rl.config.rollout import TreeConfig
 from paceline.rl.errors import UserError
 from paceline.rl.generation.tree import Tree, grow
 from paceline.rl.recipe import load_config

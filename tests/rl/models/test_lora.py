@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from paceline.rl.config.run import LoraConfig
+from paceline.rl.config.scale import LoraConfig
 from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.policy import HostPolicy

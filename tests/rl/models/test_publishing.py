@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from paceline.cli.main import app
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.export import export_drafter, hub_id
-from paceline.rl.config.run import LoraConfig
+from paceline.rl.config.scale import LoraConfig
 from paceline.rl.models import publishing
 from paceline.rl.models.lora import AdapterBase, add_adapters, save_adapters
 from tests.support import tiny_eagle3, tiny_llama

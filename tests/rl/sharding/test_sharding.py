@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
+from paceline.rl.config.scale import LoraConfig, ScaleConfig
 from paceline.rl.errors import UserError
 from paceline.rl.learner.balance import Scored, homes, spread
 from paceline.rl.learner.log_probs import PolicyLogProbs
@@ -21,7 +22,6 @@ from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
 from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
 from paceline.rl.models.mergeable import adapted_layers
-from paceline.rl.recipe import LoraConfig, ScaleConfig
 from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
 from paceline.rl.sharding.settings import read_settings
 from tests.support import ROOT, tiny_llama
