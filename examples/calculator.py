@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from paceline.cli.common import user_errors
+from paceline.rl.errors import user_errors
 from paceline.rl.integrations.trl import paceline_rollouts
 from paceline.rl.models.policies import fetch_policy
 

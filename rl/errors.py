@@ -1,5 +1,13 @@
 """Errors that a user can act on."""
 
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from paceline.drafter_trainer.errors import DrafterError
+
 
 class UserError(Exception):
     """Bad configuration, data or files: one line saying what was wrong, where, and what to write instead.
@@ -13,3 +21,15 @@ def one_line(error: BaseException, most: int = 200) -> str:
     no message.
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its
+    traceback.
+    """
+    try:
+        yield
+    except (UserError, DrafterError) as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from paceline.cli.common import user_errors
-from paceline.rl.errors import UserError
+from paceline.rl.errors import UserError, user_errors
 from paceline.rl.process.parent_death import end_with_parent
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch.distributed
 
-from paceline.cli.common import user_errors
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.export import export_drafter
 from paceline.rl.checkpointing.checkpoint import has_checkpoint
@@ -23,7 +22,7 @@ from paceline.rl.checkpointing.run_lock import RunLock
 from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.description import describe
 from paceline.rl.dry_run.tiny_step import try_tiny_step
-from paceline.rl.errors import UserError
+from paceline.rl.errors import UserError, user_errors
 from paceline.rl.monitoring.report import write_report
 from paceline.rl.monitoring.summary import read_metrics, summarise, table
 from paceline.rl.monitoring.tracker import Tracker

@@ -6,16 +6,28 @@ import operator
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from paceline.rollout.api import FinishReason, Request, RolloutStats
 from paceline.rollout.counter_rng import reduced_seed
 from paceline.rollout.values import token_list
 
-if TYPE_CHECKING:
-    from paceline.rollout.engine.rejections import Refusal
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A draft token that verification rejected, and what the target would have said after it.
+
+    Attributes:
+        position: Its position in the text, where another token stands now.
+        token: Its id.
+        final: [hidden], the input of the target's output head after it.
+    """
+
+    position: int
+    token: int
+    final: torch.Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +51,7 @@ class SequenceState:
         error: One line, where it failed.
         predicted: Expected completion tokens, where something is known.
         segments: (policy version, tokens committed under it), oldest first.
-        refusals: Draft tokens that were refused, where that is collected.
+        rejections: Draft tokens that verification rejected, where that is collected.
         entropies: One for each committed token, where that is collected.
     """
 
@@ -58,7 +70,7 @@ class SequenceState:
     error: str | None = None
     predicted: float | None = None
     segments: list[tuple[int, int]] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 

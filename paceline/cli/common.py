@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 from typer import Argument
 
-from paceline.drafter_trainer.errors import DrafterError
-from paceline.rl.errors import UserError
-
 Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY=VALUE]...")]
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its
-    traceback.
-    """
-    try:
-        yield
-    except (UserError, DrafterError) as error:
-        print(f"paceline: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def say_first(doing: str, *, data: bool = False) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first, user_errors
-from paceline.rl.errors import UserError
+from paceline.cli.common import Overrides, say_first
+from paceline.rl.errors import UserError, user_errors
 from paceline.rl.process.invocation import command_line
 
 

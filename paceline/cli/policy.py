@@ -7,9 +7,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first, user_errors
+from paceline.cli.common import Overrides, say_first
 from paceline.cli.drafter import warm_up_drafter
-from paceline.rl.errors import UserError
+from paceline.rl.errors import UserError, user_errors
 
 
 def fetch(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import say_first, user_errors
+from paceline.cli.common import say_first
+from paceline.rl.errors import user_errors
 
 
 def push(

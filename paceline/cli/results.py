@@ -9,7 +9,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first, user_errors
+from paceline.cli.common import Overrides, say_first
+from paceline.rl.errors import user_errors
 
 
 def report(

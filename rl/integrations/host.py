@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,12 +25,10 @@ from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.generation.worker import RolloutWorker
+from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.process.files import read_object, write_whole
 from paceline.rl.validation.speculation import check_drafting
 from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
-
-if TYPE_CHECKING:
-    from paceline.rl.integrations.policy import HostPolicy
 
 _SECTIONS = {"speculation", "drafter", "rollout", "measure"}
 _ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb", "stop_strings"}

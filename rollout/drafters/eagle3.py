@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from paceline.rollout.drafters.eagle3_network import Network, Reading, network_for
+from paceline.rollout.drafters.eagle3_network import network_for
 from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.sequence import SequenceState

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.drafters.eagle3_network import Reading
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack

@@ -19,7 +19,7 @@ from paceline.rollout.engine.batch_verification import verify_batch
 from paceline.rollout.engine.entropies import drawn_entropies
 from paceline.rollout.engine.kept_prefixes import KeptPrefixes
 from paceline.rollout.engine.outputs import finished_rollout, snapshot
-from paceline.rollout.engine.rejections import note_refusals
+from paceline.rollout.engine.rejections import record_rejections
 from paceline.rollout.engine.request_validation import (
     EngineBusyError,
     RequestLimits,
@@ -492,7 +492,7 @@ class RolloutEngine:
         """
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if self.collect_traces:
-            note_refusals(active, draft, outcome.paths, self.runner.cache.taps, self.runner.hidden_size)
+            record_rejections(active, draft, outcome.paths, self.runner.cache.taps, self.runner.hidden_size)
         if draft.parents is not None:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)

@@ -1,39 +1,23 @@
-"""What verification computed off the path: after draft tokens that it refused."""
+"""Records what the target would have said after draft tokens that verification rejected."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from paceline.rollout.sequence import SequenceState
+from paceline.rollout.sequence import Rejection, SequenceState
 from paceline.rollout.trees import DraftTree
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A draft token that verification refused, and what the target would have said after it.
-
-    Attributes:
-        position: In the text; another token stands there now.
-        token: The one refused.
-        final: [hidden], what the target's output head read after it.
-    """
-
-    position: int
-    token: int
-    final: torch.Tensor
-
-
-def note_refusals(
+def record_rejections(
     active: Sequence[SequenceState],
     draft: DraftTree,
     paths: Sequence[Sequence[int]],
     taps: torch.Tensor,
     hidden_size: int,
 ) -> None:
-    """Adds each sequence's first refused token to its record. Call before accepted paths are moved.
+    """Adds each sequence's first rejected token to its record. Call before accepted paths are moved.
 
     Args:
         active: B sequences, in slots 0 … B − 1, as they were when the draft was made.
@@ -43,15 +27,15 @@ def note_refusals(
         hidden_size: Of the target.
     """
     for row, (sequence, path) in enumerate(zip(active, paths, strict=True)):
-        node = _first_refused(draft, row, path)
+        node = _first_rejected(draft, row, path)
         if node is not None:
             final = taps[row, len(sequence.tokens) + node, -hidden_size:].clone()
-            sequence.refusals.append(
-                Refusal(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final)
+            sequence.rejections.append(
+                Rejection(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final)
             )
 
 
-def _first_refused(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:
+def _first_rejected(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:
     """The first child of the last node kept; a drafter's first is its likeliest."""
     length = int(draft.lengths[row])
     if draft.parents is None:

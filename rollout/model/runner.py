@@ -324,14 +324,14 @@ class ModelRunner:
         final = final.clone()
         final[: sequence.num_prompt - 1] = 0  # an earlier turn's, where its keys were kept
         # a stop may have cut the rest
-        refusals = [r for r in sequence.refusals if r.position < len(sequence.tokens)]
+        rejections = [r for r in sequence.rejections if r.position < len(sequence.tokens)]
         return DistillationTrace(
             torch.tensor(sequence.tokens),
             sequence.num_prompt,
             taps.clone(),
             final,
-            torch.tensor([[r.position, r.token] for r in refusals], dtype=torch.long).view(-1, 2),
-            torch.stack([r.final for r in refusals]) if refusals else final[:0].clone(),
+            torch.tensor([[r.position, r.token] for r in rejections], dtype=torch.long).view(-1, 2),
+            torch.stack([r.final for r in rejections]) if rejections else final[:0].clone(),
         )
 
     def refresh_weights(self) -> None:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from paceline.cli.common import user_errors
+from paceline.rl.errors import user_errors
 from paceline.rl.integrations.trl import paceline_rollouts  # marked: one import
 from paceline.rl.models.initial import starting_policy
 from paceline.rl.process.process_tuning import fit_process
