@@ -8,7 +8,7 @@ from paceline.rl.process.parent_death import end_with_launcher
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
     # here: scoring processes import this file anew, and need none of it
-    from paceline.cli.common import say_first
+    from paceline.rl.process.console import say_first
 
     say_first("loading torch and transformers")
     from paceline.rl.run import main

@@ -20,16 +20,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from paceline.rl.config.run import RunConfig
+from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.drafting.warmup import WarmupReport, warm_drafter
 from paceline.rl.errors import UserError
-from paceline.rl.learner.sft_warmup import make_warmed_policy, warmed_policy_path
+from paceline.rl.learner.sft_warmup import make_warmed_policy
+from paceline.rl.models.initial import warmed_policy_path
 from paceline.rl.models.policies import cache_dir, cached_policy, fetch_policy
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.made_once import alone, made_once, put
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rl.process.progress import Display
-from paceline.rl.recipe import to_dict
 
 _OF_A_RANK = (
     "RANK",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,3 @@ def _over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain data, as it would be written in YAML."""
-    return dataclasses.asdict(config)

@@ -19,12 +19,12 @@ from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, s
 from paceline.rl.checkpointing.graceful_stop import Interruption
 from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
 from paceline.rl.checkpointing.run_directory import on_main
-from paceline.rl.config.run import RunConfig
+from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
 from paceline.rl.generation.anytime import Anytime, Dense
-from paceline.rl.generation.groups import RankRollouts
+from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.learner.policy import PolicyLearner
@@ -33,8 +33,7 @@ from paceline.rl.models.policies import load_tokenizer
 from paceline.rl.monitoring.collapse_guard import Guard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
-from paceline.rl.monitoring.tracker import RolloutProgress, Tracker
-from paceline.rl.recipe import to_dict
+from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.rewards.pool import Scores, ScoringPool
 from paceline.rl.rewards.shaping import Shaping
 from paceline.rl.sharding import is_shared
@@ -42,6 +41,7 @@ from paceline.rl.tasks.prompt_check import check_prompts
 from paceline.rl.tasks.prompts import scored_text
 from paceline.rl.tasks.sampler import prompt_choice
 from paceline.rl.tasks.task import Problem, load_task
+from paceline.rl.types import RankRollouts
 from paceline.rollout import FinishReason, Rollout, StepRecord
 
 # more steps than any run has: added to the step for each further round, so that its seeds are new
@@ -84,13 +84,14 @@ class Trainer:
             tracker.say(line)
         self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
-        self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
+        whole = None if checkpoint is None else checkpoint.path
+        self.policy = trained_policy(config, self.source, accelerator.device, whole)
         shared = is_shared(config.scale)
         self.decoded = (
-            self.policy if shared else decoding_copy(config, self.source, accelerator.device, checkpoint)
+            self.policy if shared else decoding_copy(config, self.source, accelerator.device, whole)
         )
         # before the engine, which notes where parameters lie: wrapping them for training may move them
-        self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
+        self.learner = PolicyLearner(config, self.policy, self.source, accelerator, whole)
         self.shaping = Shaping(config, self.tokenizer)
         self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
         self.worker = RolloutWorker(
@@ -141,6 +142,7 @@ class Trainer:
             self.guard.load_state(checkpoint.state.get("guard", {}))
             if self.evaluation is not None:
                 self.evaluation.load_state(checkpoint.state.get("evaluation", {}))
+            self.learner.kl.value = float(checkpoint.state.get("kl_coef", self.learner.kl.value))
             self.learner.entropy = checkpoint.state.get("entropy")
             self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

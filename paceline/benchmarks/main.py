@@ -45,8 +45,8 @@ from typing import Any
 
 from paceline.benchmarks.commands import COMMANDS
 from paceline.benchmarks.common.results import check_target
-from paceline.cli.common import say_first
 from paceline.rl.errors import user_errors
+from paceline.rl.process.console import say_first
 
 NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
 

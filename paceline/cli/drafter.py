@@ -10,8 +10,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first
+from paceline.cli.common import Overrides
 from paceline.rl.errors import UserError, user_errors
+from paceline.rl.process.console import say_first
 from paceline.rl.process.invocation import command_line
 
 

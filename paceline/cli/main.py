@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from paceline.cli.common import say_first
 from paceline.cli.drafter import export, serve
 from paceline.cli.policy import fetch, warm_up_policy
 from paceline.cli.push import push
 from paceline.cli.results import evaluate, report
 from paceline.cli.train import train
+from paceline.rl.process.console import say_first
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first
+from paceline.cli.common import Overrides
 from paceline.cli.drafter import warm_up_drafter
 from paceline.rl.errors import UserError, user_errors
+from paceline.rl.process.console import say_first
 
 
 def fetch(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import say_first
 from paceline.rl.errors import user_errors
+from paceline.rl.process.console import say_first
 
 
 def push(

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first
+from paceline.cli.common import Overrides
 from paceline.rl.errors import user_errors
+from paceline.rl.process.console import say_first
 
 
 def report(

@@ -14,10 +14,11 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from paceline.cli.common import Overrides, say_first
+from paceline.cli.common import Overrides
 from paceline.cli.rank import rank_command
 from paceline.rl.checkpointing.graceful_stop import ASKS, ONE_PRESS, say_stopping
 from paceline.rl.errors import UserError, user_errors
+from paceline.rl.process.console import say_first
 
 
 def train(

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.checksums import changed_files, prefix_sum, sync, write_checksums
 from paceline.drafter_trainer.storage.optimizer_state import (
-    OptimizerStateError,
-    read_state,
     save_optimizer,
     write_state,
 )
@@ -27,7 +25,7 @@ from paceline.rl.errors import UserError
 from paceline.rl.models.lora import save_adapters
 from paceline.rl.models.policies import copy_tokenizer
 from paceline.rl.process.files import read_lines, read_object, write_whole
-from paceline.rl.sharding import Trained, WholeState
+from paceline.rl.sharding import WholeState
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.strategy import Selector
 
@@ -258,22 +256,6 @@ def set_aside_broken(run: Path, used: Checkpoint) -> None:
     if used.path != newest and newest.exists():
         shutil.rmtree(run / "checkpoint.broken", ignore_errors=True)
         newest.rename(run / "checkpoint.broken")
-
-
-def restore_moments(trained: Trained, stem: Path) -> None:
-    """Loads an optimizer's state, wherever its parts lie now and lay then. Collective.
-
-    Raises:
-        UserError: truncated or missing files, or those of another optimizer.
-    """
-    try:
-        trained.load_optimizer_state(read_state(stem))
-    except OptimizerStateError as error:
-        raise UserError(str(error)) from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{stem}: of another optimizer ({error}); resume with the recipe of the run"
-        ) from None
 
 
 def restore_selector(checkpoint: Checkpoint, selector: Selector) -> str | None:

@@ -11,10 +11,9 @@ from typing import Any
 
 from paceline.rl.checkpointing.checkpoint import CHECKPOINTS, Checkpoint
 from paceline.rl.config.parsing import apply_override, parse
-from paceline.rl.config.run import RunConfig
+from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import append_line, read_object, write_whole
-from paceline.rl.recipe import to_dict
 from paceline.rl.validation.recipe import check
 
 # A checkpoint means nothing without these: weights and moments of another model, half-finished groups of

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from paceline.rl.config.critic import CriticConfig
 from paceline.rl.config.drafter import DrafterConfig
@@ -48,3 +49,8 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain data, as it would be written in YAML."""
+    return asdict(config)

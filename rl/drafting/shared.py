@@ -21,9 +21,9 @@ from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
-from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import starting_drafter
+from paceline.rl.types import RankRollouts
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 

@@ -15,11 +15,10 @@ import torch
 
 from paceline.rl.algorithms.brpo import brpo_advantages
 from paceline.rl.config.run import RunConfig
-from paceline.rl.generation.groups import RankRollouts
-from paceline.rl.learner.balance import Scored
 from paceline.rl.rewards.shaping import answer_start
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rl.tasks.task import Problem
+from paceline.rl.types import RankRollouts, TrainingSample
 from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine
 
 
@@ -43,7 +42,7 @@ class Dense:
     """
 
     advantages: list[torch.Tensor]
-    answers: list[Scored]
+    answers: list[TrainingSample]
     accuracy: list[float]
 
 
@@ -164,7 +163,7 @@ class Anytime:
 
     def _answers(
         self, cuts: Sequence[Cut], scores: Sequence[float], by_place: dict[tuple[int, int], list[float]]
-    ) -> list[Scored]:
+    ) -> list[TrainingSample]:
         made = []
         for cut, score in zip(cuts, scores, strict=True):
             of_cut, r = by_place[cut.sample, cut.level], cut.rollout
@@ -172,5 +171,5 @@ class Anytime:
                 continue
             advantage = torch.full((len(r.token_ids),), score - sum(of_cut) / len(of_cut))
             prompt, answer = torch.tensor(list(r.request.prompt_ids)), torch.tensor(r.token_ids)
-            made.append(Scored(prompt, answer, torch.tensor(r.logprobs), advantage))
+            made.append(TrainingSample(prompt, answer, torch.tensor(r.logprobs), advantage))
         return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from paceline.rl.config.run import RunConfig
@@ -14,57 +14,12 @@ from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.rewards.shaping import assign_budgets
 from paceline.rl.tasks.prompts import encode_problem, seed_key, stable_seed
 from paceline.rl.tasks.task import Problem
+from paceline.rl.types import RankRollouts
 from paceline.rollout import Request, Rollout, RolloutEngine, SamplingParams, StepRecord
 from paceline.rollout.backends import Decoder
 
 OnStep = Callable[[StepRecord], None] | None
 OnFinish = Callable[[int, Problem, Rollout], None] | None
-
-
-@dataclass(slots=True)
-class RankRollouts:
-    """What one rank produced in one step; the samples of a problem are adjacent.
-
-    Attributes:
-        problems: One for each rollout.
-        rollouts: In the same order.
-        seconds: Wall time.
-        records: The engine's decode steps.
-        plain_seconds: Wall time of the same requests without speculation, where that was measured.
-        plain_identical: Share of them whose tokens were the same, where that was measured.
-        budgets: Tokens that each was asked for, where the recipe asks for some.
-        places: Under which each was handed to ``on_finish``.
-        paths: Segments of each, by number, where samples share beginnings.
-        drawn: Tokens that were decoded for them.
-    """
-
-    problems: list[Problem]
-    rollouts: list[Rollout]
-    seconds: float
-    records: list[StepRecord] = field(default_factory=list)
-    plain_seconds: float | None = None
-    plain_identical: float | None = None
-    budgets: list[int] | None = None
-    places: list[int] = field(default_factory=list)
-    paths: list[tuple[int, ...]] | None = None
-    drawn: int = 0
-
-    def joined(self, more: RankRollouts) -> RankRollouts:
-        """These, and others that were made after them."""
-        later = [replace(record, at=record.at + self.seconds) for record in more.records]
-        budgets = (
-            [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
-        )
-        paths = [*self.paths, *more.paths] if self.paths is not None and more.paths is not None else None
-        return RankRollouts(
-            [*self.problems, *more.problems],
-            [*self.rollouts, *more.rollouts],
-            self.seconds + more.seconds,
-            [*self.records, *later],
-            budgets=budgets,
-            paths=paths,
-            drawn=self.drawn + more.drawn,
-        )
 
 
 class Groups:

@@ -17,15 +17,16 @@ from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.factory import reward_weights, spot_trainer, trace_buffer
 from paceline.rl.errors import UserError
-from paceline.rl.generation.groups import Groups, OnFinish, OnStep, RankRollouts
+from paceline.rl.generation.groups import Groups, OnFinish, OnStep
 from paceline.rl.generation.policy_engine import policy_engine
+from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.models.initial import tap_layers
 from paceline.rl.models.policies import fetch_policy, load_policy
-from paceline.rl.monitoring.tracker import RolloutProgress
 from paceline.rl.rewards.shaping import length_terms
 from paceline.rl.tasks.prompts import stop_token_ids
 from paceline.rl.tasks.task import Problem
+from paceline.rl.types import RankRollouts
 from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import Eagle3Drafter

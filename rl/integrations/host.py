@@ -23,10 +23,10 @@ from paceline.rl.config.parsing import parse
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
-from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.process.files import read_object, write_whole
+from paceline.rl.types import RankRollouts
 from paceline.rl.validation.speculation import check_drafting
 from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
 

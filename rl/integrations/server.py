@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.config.run import RunConfig
-from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import copy_weights
+from paceline.rl.types import RankRollouts
 from paceline.rollout import FinishReason, Request, Rollout, RolloutStats
 
 _LEARNING_FAILURES = 3  # in a row, after which the drafter stays as it is

@@ -5,39 +5,19 @@ not update alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import load, save
 
+from paceline.rl.types import TrainingSample
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A rollout with what the update needs to know of it.
-
-    Attributes:
-        prompt, completion: int64 [P], [L], token ids.
-        logprobs: float32 [L], the engine's, one a token.
-        advantages: float32 [L].
-        reference: float32 [L], log-probs of the reference policy, or None.
-        values, returns: float32 [L], the critic's, and what they should have been, or None.
-    """
-
-    prompt: torch.Tensor
-    completion: torch.Tensor
-    logprobs: torch.Tensor
-    advantages: torch.Tensor
-    reference: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+_NAMES = [f.name for f in fields(TrainingSample)]
 
 
-_NAMES = [f.name for f in fields(Scored)]
-
-
-def compute_cost(sample: Scored, attention: float) -> float:
+def compute_cost(sample: TrainingSample, attention: float) -> float:
     """What a sample's forward and backward take, in tokens' worth of matrix products, its prompt aside.
 
     Args:
@@ -70,7 +50,9 @@ def homes(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     return found
 
 
-def spread(samples: Sequence[Scored], costs: Sequence[float], accelerator: Accelerator) -> list[Scored]:
+def spread(
+    samples: Sequence[TrainingSample], costs: Sequence[float], accelerator: Accelerator
+) -> list[TrainingSample]:
     """This rank's share of all ranks' samples. Collective.
 
     Args:
@@ -104,7 +86,7 @@ def _exchange(parcels: list[bytes], accelerator: Accelerator) -> list[bytes]:
     return [part.cpu().numpy().tobytes() for part in received.split(coming)]
 
 
-def _wrap(samples: Sequence[Scored]) -> bytes:
+def _wrap(samples: Sequence[TrainingSample]) -> bytes:
     named = {
         f"{i}.{n}": getattr(s, n).contiguous()
         for i, s in enumerate(samples)
@@ -114,9 +96,9 @@ def _wrap(samples: Sequence[Scored]) -> bytes:
     return save(named) if named else b""
 
 
-def _unwrap(parcel: bytes) -> list[Scored]:
+def _unwrap(parcel: bytes) -> list[TrainingSample]:
     by_sample: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load(parcel).items() if parcel else ():
         index, _, column = name.partition(".")
         by_sample.setdefault(int(index), {})[column] = tensor
-    return [Scored(**by_sample[i]) for i in sorted(by_sample)]
+    return [TrainingSample(**by_sample[i]) for i in sorted(by_sample)]

@@ -14,16 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rl.algorithms.ppo import value_loss
-from paceline.rl.checkpointing.checkpoint import restore_moments
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
-from paceline.rl.learner.balance import Scored
 from paceline.rl.learner.log_probs import PACKED_ATTENTION
 from paceline.rl.learner.microbatches import packed_step
+from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
 from paceline.rl.learner.token_scores import Completion, by_completion, micro_batches
 from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rl.types import TrainingSample
 from paceline.rollout.transformers_api import use_attention
 
 
@@ -107,7 +107,7 @@ class Critic:
         )
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
 
-    def update(self, samples: Sequence[Scored], total_tokens: float) -> CriticReport:
+    def update(self, samples: Sequence[TrainingSample], total_tokens: float) -> CriticReport:
         """One optimizer step. Collective.
 
         Args:

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages, uniform_groups
 from paceline.rl.algorithms.kl import KlCoefficient
-from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_moments
 from paceline.rl.config.run import RunConfig
-from paceline.rl.generation.groups import RankRollouts
-from paceline.rl.learner.balance import Scored, compute_cost, spread
+from paceline.rl.learner.balance import compute_cost, spread
 from paceline.rl.learner.critic import Critic, CriticReport, ValueModel
 from paceline.rl.learner.log_probs import PolicyLogProbs
+from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.reference import Reference
 from paceline.rl.learner.updater import PolicyUpdater, UpdateReport
 from paceline.rl.models.lora import merged
@@ -27,6 +26,7 @@ from paceline.rl.models.policies import load_policy, recompute_activations
 from paceline.rl.process.progress import Phase
 from paceline.rl.rewards.shaping import Shaped
 from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rl.types import RankRollouts, TrainingSample
 from paceline.rollout import FinishReason
 
 _WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
@@ -41,7 +41,8 @@ class PolicyLearner:
         policy: Whole, on every rank alike; it may be taken apart.
         start: Directory of the policy that the run starts from: the reference, and the critic's decoder.
         accelerator: Of this process.
-        checkpoint: To go on from; the policy's weights are the caller's. None at the start.
+        checkpoint: Directory of the checkpoint to go on from, or None; the caller has loaded the policy's
+            weights from it.
 
     Attributes:
         kl: β, which may be adapted.
@@ -59,7 +60,7 @@ class PolicyLearner:
         policy: PreTrainedModel,
         start: Path,
         accelerator: Accelerator,
-        checkpoint: Checkpoint | None,
+        checkpoint: Path | None,
     ) -> None:
         self._config, self._accelerator = config, accelerator
         update = config.update
@@ -90,12 +91,9 @@ class PolicyLearner:
             if config.policy.gradient_checkpointing:
                 recompute_activations(decoder)
             value_model = ValueModel(decoder).to(accelerator.device)
-            self.critic = Critic(
-                accelerator, value_model, config, None if checkpoint is None else checkpoint.path
-            )
+            self.critic = Critic(accelerator, value_model, config, checkpoint)
         if checkpoint is not None:
-            restore_moments(self._trained, checkpoint.path / "optimizer")
-            self.kl.value = float(checkpoint.state.get("kl_coef", self.kl.value))
+            restore_moments(self._trained, checkpoint / "optimizer")
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's present weights, whole, by their names without adapters. Collective; good until the
@@ -115,7 +113,7 @@ class PolicyLearner:
             adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in found}
         return whole_state(self.weights(), self._trained, main), adapters
 
-    def samples(self, done: RankRollouts) -> list[Scored]:
+    def samples(self, done: RankRollouts) -> list[TrainingSample]:
         """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there
         is one: a rank that has finished early computes them while others decode."""
         made = []
@@ -124,7 +122,9 @@ class PolicyLearner:
                 torch.tensor(r.request.prompt_ids),
                 torch.tensor(r.token_ids, dtype=torch.long),
             )
-            made.append(Scored(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion))))
+            made.append(
+                TrainingSample(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion)))
+            )
         if self.reference is None:
             return made
         return [
@@ -133,7 +133,12 @@ class PolicyLearner:
         ]
 
     def learn(
-        self, done: RankRollouts, samples: list[Scored], shaped: Shaped, step: int, shown: Phase | None = None
+        self,
+        done: RankRollouts,
+        samples: list[TrainingSample],
+        shaped: Shaped,
+        step: int,
+        shown: Phase | None = None,
     ) -> tuple[UpdateReport, CriticReport, list[float]]:
         """Updates on a step's rollouts. Collective.
 
@@ -181,8 +186,8 @@ class PolicyLearner:
         )
 
     def _with_advantages(
-        self, samples: list[Scored], shaped: Shaped, paths: list[tuple[int, ...]] | None
-    ) -> list[Scored]:
+        self, samples: list[TrainingSample], shaped: Shaped, paths: list[tuple[int, ...]] | None
+    ) -> list[TrainingSample]:
         config, rewards = self._config, shaped.rewards
         if shaped.tokens is not None:
             return [replace(s, advantages=a) for s, a in zip(samples, shaped.tokens, strict=True)]
@@ -202,7 +207,7 @@ class PolicyLearner:
         columns = zip(samples, advantages, values, returns, strict=True)
         return [replace(s, advantages=a, values=v, returns=r) for s, a, v, r in columns]
 
-    def _tokens(self, samples: list[Scored]) -> float:
+    def _tokens(self, samples: list[TrainingSample]) -> float:
         """Of all ranks."""
         return float(self._total(torch.tensor(float(sum(len(s.completion) for s in samples)))))
 

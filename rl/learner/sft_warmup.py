@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,12 @@ from transformers import PreTrainedModel
 from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
-from paceline.rl.models.policies import cache_dir, copy_tokenizer, fetch_policy, load_policy, load_tokenizer
+from paceline.rl.models.initial import warmed_policy_path
+from paceline.rl.models.policies import copy_tokenizer, fetch_policy, load_policy, load_tokenizer
 from paceline.rl.process.made_once import put
 from paceline.rl.tasks.gym_problems import reasoning_gym_problems
 from paceline.rl.tasks.prompts import encode_problem
 from paceline.rl.tasks.worked_solutions import with_rechecks, worked_solution
-
-
-def warmed_policy_path(config: RunConfig) -> Path:
-    """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
-    assert config.policy.warmup is not None
-    datasets = [{"name": d.name, "weight": d.weight, "params": d.params} for d in config.task.datasets]
-    settings = asdict(config.policy.warmup)
-    if not settings["rechecks"]:
-        del settings["rechecks"]  # so that what was cached before there was such a key is found
-    parts: list[object] = [config.policy.model, settings, datasets]
-    parts += [config.task.instruction, config.task.system]
-    parts += [config.task.chat_template_kwargs] if config.task.chat_template_kwargs else []
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
 
 
 def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:

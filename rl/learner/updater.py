@@ -14,12 +14,12 @@ from paceline.rl.algorithms.importance import importance_weights
 from paceline.rl.algorithms.kl import estimate_kl
 from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.config.update import UpdateConfig
-from paceline.rl.learner.balance import Scored
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.token_scores import by_completion, micro_batches
 from paceline.rl.process.progress import Phase
 from paceline.rl.sharding import Trained
+from paceline.rl.types import TrainingSample
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ class PolicyUpdater:
 
     def run(
         self,
-        samples: Sequence[Scored],
+        samples: Sequence[TrainingSample],
         step: int,
         kl_coef: float = 0.0,
         entropy: float | None = None,
@@ -109,12 +109,12 @@ class PolicyUpdater:
             self._optimizer_step(samples, part, old, kl_coef, report)
         return report
 
-    def moves(self, sample: Scored, kl_coef: float) -> bool:
+    def moves(self, sample: TrainingSample, kl_coef: float) -> bool:
         """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty
         or bonus: it is not computed at all, though its tokens count in the normalisation."""
         return kl_coef > 0 or self._config.entropy_coef != 0 or bool(sample.advantages.any())
 
-    def _old_logprobs(self, samples: Sequence[Scored], kl_coef: float) -> dict[int, torch.Tensor]:
+    def _old_logprobs(self, samples: Sequence[TrainingSample], kl_coef: float) -> dict[int, torch.Tensor]:
         """Log-probs before the first optimizer step, of samples that can have a gradient."""
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
@@ -129,7 +129,7 @@ class PolicyUpdater:
 
     def _optimizer_step(
         self,
-        samples: Sequence[Scored],
+        samples: Sequence[TrainingSample],
         chosen: Sequence[int],
         old: dict[int, torch.Tensor],
         kl_coef: float,
@@ -158,7 +158,7 @@ class PolicyUpdater:
 
     def _loss(
         self,
-        samples: Sequence[Scored],
+        samples: Sequence[TrainingSample],
         batch: PackedBatch,
         old: dict[int, torch.Tensor],
         weights: dict[int, float],

@@ -4,7 +4,10 @@ and a first drafter.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,11 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
-from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
-from paceline.rl.learner.sft_warmup import warmed_policy_path
 from paceline.rl.models.lora import AdapterBase, add_adapters, load_adapters
 from paceline.rl.models.policies import cache_dir, fetch_policy, load_policy
 from paceline.rollout import default_tap_layers
@@ -40,16 +41,31 @@ def starting_policy(config: RunConfig) -> Path:
     return path
 
 
+def warmed_policy_path(config: RunConfig) -> Path:
+    """Where the warmed-up policy of a recipe is cached: a function of all that shapes it."""
+    assert config.policy.warmup is not None
+    datasets = [{"name": d.name, "weight": d.weight, "params": d.params} for d in config.task.datasets]
+    settings = asdict(config.policy.warmup)
+    if not settings["rechecks"]:
+        del settings["rechecks"]  # so that what was cached before there was such a key is found
+    parts: list[object] = [config.policy.model, settings, datasets]
+    parts += [config.task.instruction, config.task.system]
+    parts += [config.task.chat_template_kwargs] if config.task.chat_template_kwargs else []
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_dir() / "warmed" / f"{config.policy.model.replace('/', '--')}-{digest}"
+
+
 def trained_policy(
-    config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None
+    config: RunConfig, source: Path, device: torch.device, checkpoint: Path | None
 ) -> PreTrainedModel:
-    """In float32, from the start or a checkpoint, with the recipe's adapters."""
+    """Loads the policy in float32, from the start or from a checkpoint's directory, with the recipe's
+    adapters."""
     if config.scale.lora is None:
         return load_policy(_whole_weights(source, checkpoint), device)
     policy = load_policy(source, device)
     add_adapters(policy, config.scale.lora, config.seed, adapter_base(config.policy.model, source))
     if checkpoint is not None:
-        load_adapters(policy, checkpoint.path / "adapter")
+        load_adapters(policy, checkpoint / "adapter")
     return policy
 
 
@@ -106,7 +122,7 @@ def adapter_base(model: str, source: Path) -> AdapterBase:
 
 
 def decoding_copy(
-    config: RunConfig, source: Path, device: torch.device, checkpoint: Checkpoint | None
+    config: RunConfig, source: Path, device: torch.device, checkpoint: Path | None
 ) -> PreTrainedModel:
     """Whole and in the engine's precision, for where what is trained lies in parts or beside adapters."""
     return load_policy(
@@ -114,8 +130,8 @@ def decoding_copy(
     ).requires_grad_(False)
 
 
-def _whole_weights(source: Path, checkpoint: Checkpoint | None) -> Path:
-    return source if checkpoint is None else checkpoint.path / "policy"
+def _whole_weights(source: Path, checkpoint: Path | None) -> Path:
+    return source if checkpoint is None else checkpoint / "policy"
 
 
 @torch.no_grad()

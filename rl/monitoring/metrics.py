@@ -13,11 +13,11 @@ import numpy as np
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.algorithms.importance import effective_share
 from paceline.rl.generation.anytime import Dense
-from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.learner.critic import CriticReport
 from paceline.rl.learner.updater import UpdateReport
 from paceline.rl.lengths.statistics import is_loop, prompt_statistics
 from paceline.rl.rewards.pool import Scores
+from paceline.rl.types import RankRollouts
 from paceline.rollout import FinishReason
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from paceline.rl.config.run import RunConfig
+from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import append_line, read_object, write_whole
 from paceline.rl.process.progress import Display, Phase, duration
-from paceline.rl.recipe import to_dict
-from paceline.rollout import StepRecord
 
 _STEPS_BACK = 5  # whose mean the time left goes by
 _NAMES = {
@@ -129,30 +126,6 @@ class Tracker:
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step + 1)
-
-
-class RolloutProgress:
-    """Shows how many of a rank's sequences have ended and how fast it decodes, while the engine does.
-
-    Args:
-        phase: Where it is shown.
-        sequences: That the engine was given.
-    """
-
-    def __init__(self, phase: Phase, sequences: int) -> None:
-        self._phase, self._sequences = phase, sequences
-        self._begin, self._tokens, self._ended = time.perf_counter(), 0, 0
-
-    def on_step(self, record: StepRecord) -> None:
-        """The engine's callback after each decode step."""
-        self._tokens += record.committed
-        speed = self._tokens / max(time.perf_counter() - self._begin, 1e-9)
-        note = f"{speed:.0f} tokens/s, {record.active} active, {record.strategy}"
-        self._phase.update(self._ended, note, self._sequences, "sequences")
-
-    def on_finish(self, *_: object) -> None:
-        """The engine's callback when a sequence has ended."""
-        self._ended += 1
 
 
 def _wandb_id(run: Path) -> str:

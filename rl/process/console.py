@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TextIO
 
@@ -20,3 +21,18 @@ def console(stream: TextIO | None = None) -> Console:
     if out.isatty():
         return Console(file=out)
     return Console(file=out, force_terminal=False, color_system=None, width=_FILE_WIDTH, soft_wrap=True)
+
+
+def say_first(doing: str, *, data: bool = False) -> None:
+    """Says what a command is about to do, before it imports torch and transformers, which takes seconds.
+
+    Says nothing where torch is imported already, nor on any rank of a run but the first.
+
+    Args:
+        doing: A phrase such as ``reading the recipe``.
+        data: Whether standard output is for a script to read, such as a path: the line then goes to a
+            terminal's standard error or nowhere.
+    """
+    if "torch" in sys.modules or os.environ.get("RANK", "0") != "0" or (data and not sys.stderr.isatty()):
+        return
+    print(f"{doing} …", file=sys.stderr if data else sys.stdout, flush=True)

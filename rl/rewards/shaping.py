@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 
 from paceline.rl.config.length import LengthConfig
 from paceline.rl.config.run import RunConfig
-from paceline.rl.learner.balance import Scored
 from paceline.rl.rewards.registry import apply_terms, load_term
 from paceline.rl.rewards.terms import Samples, Term
+from paceline.rl.types import TrainingSample
 from paceline.rollout import Rollout
 
 
@@ -32,7 +32,7 @@ class Shaped:
     rewards: list[float]
     added: torch.Tensor | None = None
     tokens: list[torch.Tensor] | None = None
-    more: tuple[Scored, ...] = ()
+    more: tuple[TrainingSample, ...] = ()
 
 
 def assign_budgets(config: LengthConfig, group_size: int, seed: str) -> list[int] | None:

@@ -11,8 +11,7 @@ import pytest
 
 from paceline.rl import preparation
 from paceline.rl.errors import UserError
-from paceline.rl.learner.sft_warmup import warmed_policy_path
-from paceline.rl.models.initial import starting_policy
+from paceline.rl.models.initial import starting_policy, warmed_policy_path
 from paceline.rl.preparation import first_drafter_path, prepare, wants_first_drafter
 from paceline.rl.process.made_once import alone, made_once
 from paceline.rl.process.progress import Display

@@ -6,12 +6,12 @@ import re
 import pytest
 
 from paceline.rl.config.parsing import parse
-from paceline.rl.config.run import RunConfig
+from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.dry_run.description import describe
 from paceline.rl.dry_run.devices import gpu_of
 from paceline.rl.dry_run.estimate import estimate, policy_config
 from paceline.rl.errors import UserError
-from paceline.rl.recipe import load_config, to_dict
+from paceline.rl.recipe import load_config
 from paceline.rl.tasks.task import load_task
 from paceline.rollout.drafters.eagle3_model import parameter_count
 from tests.support import ROOT, tiny_eagle3, tiny_llama, train_here

@@ -24,9 +24,9 @@ from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.factory import spot_trainer, trace_buffer
 from paceline.rl.drafting.shared import SharedDrafter
-from paceline.rl.generation.groups import RankRollouts
 from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.trainer import Trainer, make_accelerator
+from paceline.rl.types import RankRollouts
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 VARIANTS: dict[str, Callable[[DrafterConfig], DrafterConfig]] = {

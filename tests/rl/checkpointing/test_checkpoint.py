@@ -14,11 +14,11 @@ from paceline.rl.checkpointing.checkpoint import (
     Checkpoint,
     find_checkpoint,
     keep_first_lines,
-    restore_moments,
     restore_selector,
     save_checkpoint,
 )
 from paceline.rl.errors import UserError
+from paceline.rl.learner.moments import restore_moments
 from paceline.rl.process.files import write_whole
 from paceline.rl.sharding import AdamWSettings, WholeState
 from paceline.rl.sharding.replicated import Replicated

@@ -10,10 +10,11 @@ from paceline.drafter_trainer.storage.checksums import write_checksums
 from paceline.rl.checkpointing.checkpoint import save_checkpoint
 from paceline.rl.checkpointing.resume import changes, keep_recipe, resumed_recipe
 from paceline.rl.checkpointing.run_directory import open_run
+from paceline.rl.config.run import to_dict
 from paceline.rl.errors import UserError
 from paceline.rl.models.policies import fetch_policy, load_policy
 from paceline.rl.process.files import append_line
-from paceline.rl.recipe import load_config, to_dict
+from paceline.rl.recipe import load_config
 from paceline.rl.run import find_run, parse_arguments
 from paceline.rl.sharding import WholeState
 from tests.support import ROOT, train_here

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from paceline.rl.config.scale import LoraConfig, ScaleConfig
 from paceline.rl.errors import UserError
-from paceline.rl.learner.balance import Scored, homes, spread
+from paceline.rl.learner.balance import homes, spread
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
@@ -24,6 +24,7 @@ from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_ad
 from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
 from paceline.rl.sharding.settings import read_settings
+from paceline.rl.types import TrainingSample
 from tests.support import ROOT, tiny_llama
 
 SETTINGS = AdamWSettings(lr=1e-3, weight_decay=0.01, grad_clip=0.5, precision="no")
@@ -127,7 +128,7 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
             ),
         }
     samples = [
-        Scored(torch.tensor([rank, i]), torch.arange(n), torch.full((n,), float(rank)), torch.ones(n))
+        TrainingSample(torch.tensor([rank, i]), torch.arange(n), torch.full((n,), float(rank)), torch.ones(n))
         for i, n in enumerate(LENGTHS[rank])
     ]
     share = spread(samples, [float(n) for n in LENGTHS[rank]], accelerator)

@@ -1,0 +1,26 @@
+"""An optimizer's moments, read from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paceline.drafter_trainer.errors import OptimizerStateError
+from paceline.drafter_trainer.storage.optimizer_state import read_state
+from paceline.rl.errors import UserError
+from paceline.rl.sharding import Trained
+
+
+def restore_moments(trained: Trained, stem: Path) -> None:
+    """Loads an optimizer's state, wherever its parts lie now and lay then. Collective.
+
+    Raises:
+        UserError: truncated or missing files, or those of another optimizer.
+    """
+    try:
+        trained.load_optimizer_state(read_state(stem))
+    except OptimizerStateError as error:
+        raise UserError(str(error)) from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{stem}: of another optimizer ({error}); resume with the recipe of the run"
+        ) from None
