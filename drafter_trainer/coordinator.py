@@ -1,5 +1,6 @@
 """Which ranks have nothing left to decode: over a key-value store, without a collective and without
-waiting."""
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +115,8 @@ class Coordinator:
 
 def connect_store(world: int) -> Store | None:
     """A connection of this rank's own to the store that the process group was made with, with a timeout of
-    its own: a store that is gone must not hold up a step. None for a rank alone."""
+    its own: a store that is gone must not hold up a step. None for a rank alone.
+    """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if world == 1 or host is None or port is None:
         return None

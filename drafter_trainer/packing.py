@@ -1,5 +1,6 @@
 """Pieces of traces side by side in one row, without padding between them and without attention across
-them."""
+them.
+"""
 
 from __future__ import annotations
 

@@ -167,7 +167,8 @@ class SpotTrainer:
 
     def _judge(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
         """Expected acceptance length of each sequence kept back; empty without any, None when told to
-        stop."""
+        stop.
+        """
         judged = []
         for pieces in self.buffer.held_out_batches(self._budget, _JUDGED):
             if stop():
@@ -204,7 +205,8 @@ class SpotTrainer:
     def _mend(self) -> None:
         """A learner whose weights are not finite any more goes on from the approved ones, with an optimizer
         that has seen
-        nothing: its moments would spoil them again."""
+        nothing: its moments would spoil them again.
+        """
         for learner in self.learners:
             if first_non_finite(learner.model) is not None:
                 learner.start_over(self.approved)
@@ -219,7 +221,8 @@ class SpotTrainer:
     def _hold_against(self, number: int, differences: torch.Tensor) -> None:
         """A learner that was worse three times in a row goes on from the approved weights. A judgement of a
         few sequences is
-        uncertain: only what is worse by two standard errors counts."""
+        uncertain: only what is worse by two standard errors counts.
+        """
         differences = differences[differences.isfinite()]
         certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
         self._worse[number] = self._worse[number] + 1 if float(differences.mean()) < -certain else 0

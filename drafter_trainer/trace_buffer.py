@@ -18,7 +18,8 @@ _JUDGING_STEPS = 3
 @dataclass(slots=True)
 class Entry:
     """A trace in the buffer: how much it counts, its age in RL steps, and the group of samples it belongs
-    to."""
+    to.
+    """
 
     trace: StoredTrace
     weight: float = 1.0
@@ -181,7 +182,8 @@ class TraceBuffer:
 
     def held_out_batches(self, budget: int, count: int) -> list[list[Piece]]:
         """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in
-        turn; the same until something is added."""
+        turn; the same until something is added.
+        """
         groups: dict[tuple[int, Hashable], list[Piece]] = {}
         for entry in self.held_out:
             groups.setdefault((entry.age, entry.group), []).extend(pieces_of(entry, budget))

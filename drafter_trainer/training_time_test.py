@@ -203,7 +203,8 @@ def _without_hopeless(
 
 class _UnrolledAttention:
     """Keeps position 0's keys (the real features, attended causally within their piece) and, for each later
-    position, one key for each anchor."""
+    position, one key for each anchor.
+    """
 
     def __init__(self, attends: torch.Tensor, scaling: float) -> None:
         self._keys: list[torch.Tensor] = []

@@ -1,5 +1,6 @@
 """Resolves a model id to a directory: ``python launch/fetch_model.py MODEL``, the same as ``paceline
-fetch``."""
+fetch``.
+"""
 
 import typer
 

@@ -105,7 +105,8 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
 
 def _in_a_process(what: str, config: RunConfig) -> None:
     """Makes one thing in a process of its own, which has all cores of the machine and gives its memory
-    back."""
+    back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
         recipe.write_text(json.dumps(to_dict(config)))
@@ -143,7 +144,8 @@ def _environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def make_policy(config: RunConfig, display: Display) -> None:
     """Warms the recipe's policy up, with a progress bar. The caller makes sure that no other process does
-    so."""
+    so.
+    """
     assert config.policy.warmup is not None
     steps = config.policy.warmup.examples // config.policy.warmup.batch_size
     with display.phase("warming the policy up", steps, "steps", announced=True) as phase:

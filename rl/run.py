@@ -101,7 +101,8 @@ def run(arguments: Sequence[str], description: str | None = None) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit
-    with."""
+    with.
+    """
     if args.dry_run:
         dry_run(args)
         return 0

@@ -214,7 +214,8 @@ class Trainer:
 
     def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The step; when none of its completions can be scored, what the steps before it made is saved
-        first."""
+        first.
+        """
         try:
             return self.step(step)
         except ScoringFailed as error:
@@ -455,7 +456,8 @@ def _line(step: int, steps: int, m: dict[str, Any]) -> str:
 
 def make_accelerator(config: RunConfig, timeout: timedelta) -> Accelerator:
     """The process group and precision of a run, from torchrun's environment. A rank that waits longer than
-    ``timeout`` for another gives up with an error."""
+    ``timeout`` for another gives up with an error.
+    """
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=timeout),

@@ -150,7 +150,8 @@ def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Te
 
 def rotary_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The pair (cos, sin) among the arguments of a decoder layer; None for a model without rotary
-    embeddings."""
+    embeddings.
+    """
     for value in (*args, *kwargs.values()):
         if _is_rotary(value):
             return value

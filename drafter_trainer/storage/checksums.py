@@ -111,7 +111,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _all_sums(paths: dict[str, Path], pool: ThreadPoolExecutor) -> dict[str, dict[str, Any]]:
     """Size and checksums of each file, a checksum a block, so that a large file is read by several
-    threads."""
+    threads.
+    """
     jobs = {}
     for name, path in paths.items():
         size = path.stat().st_size

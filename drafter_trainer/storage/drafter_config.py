@@ -1,5 +1,6 @@
 """A drafter's ``config.json``, read with suspicion: it may be of another project, cut off, or edited by
-hand."""
+hand.
+"""
 
 from __future__ import annotations
 

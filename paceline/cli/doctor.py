@@ -50,7 +50,8 @@ class Finding:
 
 def doctor() -> None:
     """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
-    run."""
+    run.
+    """
     found = list(findings())
     table = Table("", "found", "serves", "what to do", title="paceline doctor")
     for f in found:
@@ -118,7 +119,8 @@ def _required() -> Iterator[Finding]:
 
 def _modules_by_package() -> dict[str, list[str]]:
     """Name of an installed package → the module of its name, or else all that it installs but private
-    ones."""
+    ones.
+    """
     found: dict[str, list[str]] = {}
     for module, packages in importlib.metadata.packages_distributions().items():
         for package in packages:

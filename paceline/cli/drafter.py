@@ -23,7 +23,8 @@ def warm_up_drafter(
     minutes: Annotated[float, Option(help="of sampling and training together")] = 10.0,
 ) -> None:
     """Makes a first drafter for a recipe's policy. Start a run from it with drafter.start=OUT;
-    OUT/warmup.json says how long it took and what acceptance it reached."""
+    OUT/warmup.json says how long it took and what acceptance it reached.
+    """
     with user_errors():
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
@@ -77,7 +78,8 @@ def serve(
     more: Annotated[list[str] | None, Argument(help="after --: further arguments of the server")] = None,
 ) -> None:
     """Serves a run's policy by vLLM, with its drafter where the run has one; with --exchange it takes new
-    weights from a trainer (rollout.vllm.servers)."""
+    weights from a trainer (rollout.vllm.servers).
+    """
     with user_errors():
         policy, context = _served(run)
         drafter: Path | None = run / "drafter"

@@ -50,7 +50,8 @@ app.command()(fetch)
 @app.command()
 def doctor() -> None:
     """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
-    run."""
+    run.
+    """
     say_first("looking at this machine; a tiny run at the end takes half a minute")
     from paceline.cli.doctor import doctor as examine
 

@@ -33,7 +33,8 @@ def warm_up_policy(
     minutes: Annotated[float, Option(help="for the drafter, of sampling and training together")] = 10.0,
 ) -> None:
     """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both
-    are kept: runs of the recipe find the policy."""
+    are kept: runs of the recipe find the policy.
+    """
     say_first(f"warming the policy of {config} up: loading torch and transformers")
     from paceline.rl.models.initial import starting_policy
     from paceline.rl.preparation import prepare

@@ -78,7 +78,8 @@ def _directory(config: str | None, overrides: list[str] | None, resume: Path | N
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:
     """Starts the ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process
     alone, which asks them to stop by a file, because torchrun would kill them after half a minute. They end
-    with this process, however it ends."""
+    with this process, however it ends.
+    """
     job = subprocess.Popen(rank_command(ranks, arguments), start_new_session=True)
     first: tuple[int, float] | None = None
 

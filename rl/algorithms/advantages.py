@@ -18,7 +18,8 @@ from paceline.rl.config.update import UpdateConfig
 
 def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:
     """Groups whose samples all have one reward: their advantages are zero, and nothing is learned from
-    them."""
+    them.
+    """
     groups = [rewards[at : at + group_size] for at in range(0, len(rewards), group_size)]
     return {number for number, group in enumerate(groups) if max(group) - min(group) < 1e-6}
 

@@ -38,5 +38,6 @@ def importance_weights(
 
 def effective_share(weights_sum: float, squares_sum: float, count: float) -> float:
     """(Σ w)² / (n Σ w²): the share of the tokens that a sample of equal weights would need for the same
-    variance (Kish's effective sample size)."""
+    variance (Kish's effective sample size).
+    """
     return weights_sum**2 / (count * squares_sum) if squares_sum > 0 and count > 0 else 1.0

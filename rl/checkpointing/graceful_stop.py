@@ -65,5 +65,6 @@ class Interruption:
     @property
     def status(self) -> int:
         """The exit status of a run that was stopped: 0 after a Ctrl-C or the file, else 128 and the signal's
-        number, as shells have it, so that a cluster takes it for unfinished."""
+        number, as shells have it, so that a cluster takes it for unfinished.
+        """
         return 0 if self.signal in (None, signal.SIGINT) else 128 + int(self.signal)

@@ -105,7 +105,8 @@ class RunLock:
 
     def _owner(self) -> dict[str, Any] | None:
         """Who wrote last and has not let go; None where nobody has, or it cannot be read. The file is
-        opened anew each time, so that a network file system asks its server."""
+        opened anew each time, so that a network file system asks its server.
+        """
         try:
             found = json.loads(self._path.read_text(encoding="utf-8", errors="replace").rstrip("\0 \n"))
         except (OSError, ValueError):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class EvaluationConfig:
     """Problems that the run is not trained on: from ``path``, else the share that ``task.heldout`` sets
     aside, else others that reasoning-gym makes. They are asked every ``eval_every`` steps, and by ``paceline
-    evaluate``."""
+    evaluate``.
+    """
 
     path: str | None = None
     """A file or data set of its own, read as ``task`` is; null takes the others."""

@@ -38,7 +38,8 @@ class AnytimeConfig:
 @dataclass(frozen=True, slots=True)
 class LengthConfig:
     """Length-aware rewards and what they read. configs/length/ has a recipe of each; benchmarks/length.md
-    says when to take which."""
+    says when to take which.
+    """
 
     rewards: tuple[dict[str, Any], ...] = ()
     """Terms by name, with their parameters, applied one after the other to the task's rewards: ``l1_exact``,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
     """Low-rank adapters on the policy's linear layers (Hu et al., arXiv 2106.09685), through peft; all else
-    stays as it is."""
+    stays as it is.
+    """
 
     rank: int = 16
     """Of an adapter."""
@@ -21,7 +22,8 @@ class LoraConfig:
 @dataclass(frozen=True, slots=True)
 class ScaleConfig:
     """How ranks share what is trained. By default each holds the whole policy, and gradients are averaged
-    (DDP)."""
+    (DDP).
+    """
 
     deepspeed: str | None = None
     """DeepSpeed's JSON file, for ZeRO; configs/deepspeed/ has one a stage. Keys that the recipe decides are

@@ -9,7 +9,8 @@ from typing import Any, Literal
 @dataclass(frozen=True, slots=True)
 class DatasetConfig:
     """One reasoning-gym data set: its name, its share of the problems, its own parameters, and how difficult
-    they make it, on a scale of the recipe's own, for ``task.curriculum``."""
+    they make it, on a scale of the recipe's own, for ``task.curriculum``.
+    """
 
     name: str = ""
     weight: float = 1.0
@@ -20,7 +21,8 @@ class DatasetConfig:
 @dataclass(frozen=True, slots=True)
 class CurriculumConfig:
     """Problems about as difficult as the policy can bear (AdaRFT): the target rises while the reward is above
-    ``reward``."""
+    ``reward``.
+    """
 
     start: float = 0.0
     """Difficulty at first."""
@@ -35,7 +37,8 @@ class CurriculumConfig:
 @dataclass(frozen=True, slots=True)
 class ColumnsConfig:
     """Which columns of a row hold what, where the names are not those that are known by themselves
-    (docs/data.md). A dot leads into a column: ``reward_model.ground_truth``."""
+    (docs/data.md). A dot leads into a column: ``reward_model.ground_truth``.
+    """
 
     prompt: str | None = None
     """Text, or a list of messages."""
@@ -48,7 +51,8 @@ class ColumnsConfig:
 @dataclass(frozen=True, slots=True)
 class RewardConfig:
     """One of several reward functions: ``module:function``, and the weight by which its rewards are
-    multiplied."""
+    multiplied.
+    """
 
     reward: str = ""
     weight: float = 1.0

@@ -9,7 +9,8 @@ from typing import Literal
 @dataclass(frozen=True, slots=True)
 class UpdateConfig:
     """The policy update. The defaults are GRPO with DAPO's token-level loss; configs/ has a recipe of each
-    algorithm."""
+    algorithm.
+    """
 
     lr: float = 1e-6
     weight_decay: float = 0.0

@@ -26,7 +26,8 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def shuffled(count: int, chance: random.Random) -> Iterator[int]:
     """Yields every number below ``count`` once, in random order (Fisher–Yates); the cost grows with what is
-    taken, not with ``count``."""
+    taken, not with ``count``.
+    """
     moved: dict[int, int] = {}
     for i in range(count):
         j = chance.randrange(i, count)

@@ -81,7 +81,8 @@ def read_row(entry: Any, columns: ColumnsConfig, needs_gold: bool) -> Row:
 
 def _found(entry: Any, mapped: str | None, known: tuple[str, ...]) -> tuple[str, Any]:
     """Name and value of the first column that is there and not null; a null only where there is nothing
-    else."""
+    else.
+    """
     if not isinstance(entry, dict):
         return known[0], _ABSENT
     found = known[0], _ABSENT

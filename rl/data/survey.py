@@ -89,7 +89,8 @@ def survey(source: RowSource, config: TaskConfig) -> Survey:
 
 def content(turns: tuple[Message, ...]) -> str:
     """Returns a conversation as one text, by which prompts are compared. A single question gives the same
-    text whether it was written as text or as a list of messages."""
+    text whether it was written as text or as a list of messages.
+    """
     if len(turns) == 1:
         return str(turns[0]["content"]).strip()
     return json.dumps([(turn["role"], turn["content"].strip()) for turn in turns], ensure_ascii=False)

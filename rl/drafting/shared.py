@@ -1,5 +1,6 @@
 """The ranks' one drafter over a run: trained where they idle, averaged between steps, restored after a
-stop."""
+stop.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ class SharedDrafter:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on with the newest whole snapshot, also one made after the checkpoint (a drafter that is ahead
         costs acceptance at most); else with the checkpoint's own, or ``drafter.start``. Where none can be
-        read a new one is made, and a line says so. Collective."""
+        read a new one is made, and a line says so. Collective.
+        """
         if not self._worker.needs_drafter:
             return
         found = self._newest(checkpoint)

@@ -261,7 +261,8 @@ def _adapter_parameters(policy: PreTrainedConfig, lora: LoraConfig) -> int:
 
 def _largest_layer(policy: PreTrainedConfig) -> int:
     """Parameters of the module that a sharded forward gathers at the most: a decoder layer or the
-    embedding."""
+    embedding.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(policy)
     embedding = model.get_input_embeddings().weight.numel()
@@ -271,7 +272,8 @@ def _largest_layer(policy: PreTrainedConfig) -> int:
 
 def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
     """34 bytes a token, layer and hidden unit in 16 bits (Korthikanti et al., arXiv 2205.05198, equation 1,
-    without attention's scores, which are made anew); with checkpoints one layer's, and 2 of each other."""
+    without attention's scores, which are made anew); with checkpoints one layer's, and 2 of each other.
+    """
     text = policy.get_text_config()
     size = 2 if config.policy.mixed_precision == "bf16" else 4
     layer = 17 * size * text.hidden_size

@@ -1,5 +1,6 @@
 """A random policy of the same kind as another one, made small: to try what a recipe does with it, in
-seconds."""
+seconds.
+"""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
 
 def _draft(trainer: Trainer) -> list[str]:
     """Decodes with every drafter once: a run chooses among them by measured times, which may leave some
-    out."""
+    out.
+    """
     engine = trainer.worker.engine
     problem = trainer.choice.choose(0, 1)[0]
     requests = trainer.worker.groups.requests([problem], step=0)[:2]

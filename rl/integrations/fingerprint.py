@@ -24,7 +24,8 @@ _LANES = 1 << 20  # multipliers, and elements that one pass on a device reads
 def fingerprint(tensors: Iterable[torch.Tensor]) -> Fingerprint:
     """Returns dtype, shape and a digest of each tensor's bytes: xxHash (XXH3, 128 bits) on the CPU;
     elsewhere, where copying the weights to the CPU would cost more, a multilinear hash modulo 2^64 (Carter
-    and Wegman, 1979) with fixed random multipliers."""
+    and Wegman, 1979) with fixed random multipliers.
+    """
     found = [(t.dtype, t.shape, _digest(t.detach())) for t in tensors]
     # waits for the devices once all are asked
     return tuple((dtype, shape, int(digest)) for dtype, shape, digest in found)
@@ -32,7 +33,8 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> Fingerprint:
 
 def tensors_held(module: nn.Module) -> Iterator[torch.Tensor] | None:
     """Returns the parameters and buffers that this rank holds, its parts where they lie in parts; None where
-    some of them are not in memory (ZeRO-Infinity's, on a disk)."""
+    some of them are not in memory (ZeRO-Infinity's, on a disk).
+    """
     held = []
     for tensor in chain(module.parameters(), module.buffers()):
         held.append(tensor.to_local() if isinstance(tensor, DTensor) else tensor)

@@ -107,7 +107,8 @@ class HostedRollouts:
     def refresh(self) -> bool:
         """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies
         where anything has changed since the last call. Collective where they lie in parts. Returns whether it
-        renewed them."""
+        renewed them.
+        """
         now = self.policy.fingerprint()
         changed = now is None or now != self._decoded_with
         if self.policy.in_parts:
@@ -144,7 +145,8 @@ class HostedRollouts:
 
     def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:
         """Makes the rollouts of a training step. A rank that has finished trains the drafter while others
-        decode, and then all ranks share what was trained. Collective."""
+        decode, and then all ranks share what was trained. Collective.
+        """
         self.drafter.coordinator.begin(self._calls)
         done = self.rollouts(requests)
         report = self.drafter.train(done, [0.0] * len(done.rollouts), self._calls)

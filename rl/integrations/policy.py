@@ -81,7 +81,8 @@ class HostPolicy:
 
     def reads(self, model: nn.Module) -> bool:
         """Whether the engine, built on `decoded`, follows this model: the same modules and adapter, and the
-        same parameters if it shares them (sharding a model, for one, puts others in their place)."""
+        same parameters if it shares them (sharding a model, for one, puts others in their place).
+        """
         if (
             model is not self._model
             or (self.shared and in_parts(self._source))

@@ -100,7 +100,8 @@ class EngineServer:
 
     def cancel_all(self) -> int:
         """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there
-        were."""
+        were.
+        """
         with self._change:
             waiting = self._take()
             flying = len(self._flying)

@@ -253,7 +253,8 @@ class PacelineRollouts(TrainerCallback):
 
     def _moment(self, trainer: Any) -> str:
         """Names this call by the trainer's step and how many there were in it. Evaluations are counted apart,
-        so that a run that is resumed after one draws what it would have drawn."""
+        so that a run that is resumed after one draws what it would have drawn.
+        """
         mode, step = "" if trainer.model.training else "/evaluation", int(trainer.state.global_step)
         before = self._calls.get(mode)
         calls = before[1] + 1 if before is not None and before[0] == step else 0

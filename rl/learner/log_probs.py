@@ -25,7 +25,8 @@ _CACHED = 1 << 18  # of them that are worked on at a time on a CPU
 
 class _ToRows(torch.autograd.Function):
     """[T, …] → [n, L, …]. Its gradient is a gather, where indexing's own would be a slow accumulating
-    scatter: padding, the only thing read twice, never receives a gradient."""
+    scatter: padding, the only thing read twice, never receives a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, line: torch.Tensor, packed: PackedBatch) -> torch.Tensor:

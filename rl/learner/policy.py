@@ -115,7 +115,8 @@ class PolicyLearner:
 
     def samples(self, done: RankRollouts) -> list[TrainingSample]:
         """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there
-        is one: a rank that has finished early computes them while others decode."""
+        is one: a rank that has finished early computes them while others decode.
+        """
         made = []
         for r in done.rollouts:
             prompt, completion = (

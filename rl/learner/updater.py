@@ -111,7 +111,8 @@ class PolicyUpdater:
 
     def moves(self, sample: TrainingSample, kl_coef: float) -> bool:
         """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty
-        or bonus: it is not computed at all, though its tokens count in the normalisation."""
+        or bonus: it is not computed at all, though its tokens count in the normalisation.
+        """
         return kl_coef > 0 or self._config.entropy_coef != 0 or bool(sample.advantages.any())
 
     def _old_logprobs(self, samples: Sequence[TrainingSample], kl_coef: float) -> dict[int, torch.Tensor]:

@@ -1,5 +1,6 @@
 """What is observed of lengths: quantiles by prompt, as CASTILLO (arXiv 2505.16881) reports them, and
-loops."""
+loops.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def trained_policy(
     config: RunConfig, source: Path, device: torch.device, checkpoint: Path | None
 ) -> PreTrainedModel:
     """Loads the policy in float32, from the start or from a checkpoint's directory, with the recipe's
-    adapters."""
+    adapters.
+    """
     if config.scale.lora is None:
         return load_policy(_whole_weights(source, checkpoint), device)
     policy = load_policy(source, device)

@@ -156,7 +156,8 @@ def _inexact(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
 
 def _is_plain(weight: Any) -> bool:
     """Whether a weight is an ordinary floating-point matrix, perhaps in parts, and no quantized form of
-    one."""
+    one.
+    """
     return (
         weight.is_floating_point()
         and weight.itemsize >= 2

@@ -194,7 +194,8 @@ def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _speculation_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Sequences decoded together on average over all ranks' time of decoding, and the shares of it in which
-    drafts were verified and made."""
+    drafts were verified and made.
+    """
     whole = together = speculating = 0.0
     for rank in ranks:
         before = 0.0

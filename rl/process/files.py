@@ -95,7 +95,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 @contextlib.contextmanager
 def disk_errors(run: Path) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into one line that says how to go on with a
-    run."""
+    run.
+    """
     try:
         yield
     except OSError as error:

@@ -152,7 +152,8 @@ class ScoringPool:
 
     def collect(self) -> Scores:
         """Every score of the step; waits for what is missing, at most ``task.score_deadline`` seconds in
-        which there is a process that scores."""
+        which there is a process that scores.
+        """
         for group in self._groups.values():  # those that lack a failed sample
             self._schedule(group)
         jobs, self._jobs, self._groups = self._jobs, [], {}

@@ -1,5 +1,6 @@
 """The trainer's side of a scoring process: starts it, asks it, and ends it with everything that it
-started."""
+started.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from paceline.drafter_trainer.storage.optimizer_state import check_moments
 @dataclass(frozen=True, slots=True)
 class AdamWSettings:
     """AdamW's, the norm that gradients are cut to, and the precision of the arithmetic (``bf16`` or
-    ``no``)."""
+    ``no``).
+    """
 
     lr: float
     weight_decay: float

@@ -26,7 +26,8 @@ _COMMAND = re.compile(r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm)\{([^{}]*)\}")
 
 def final_answer(completion: str) -> str | None:
     """The text after the last ``Answer:``, up to the end of its line; None when there is none or it is
-    empty."""
+    empty.
+    """
     found = _ANSWER.findall(completion)
     return found[-1].strip() or None if found else None
 

@@ -242,7 +242,8 @@ def _lengths(task: Task, config: RunConfig, tokenizer: Any) -> Any:
 
 def _bounds(task: Task, config: RunConfig, tokenizer: Any) -> np.ndarray:
     """Returns int64 [problems], upper bounds of the prompts' tokens: no text has more tokens than bytes, and
-    the chat template adds to each turn at most what it adds to an empty one, and 64 tokens."""
+    the chat template adds to each turn at most what it adds to an empty one, and 64 tokens.
+    """
     if not isinstance(task.source, RowProblems):
         # problems that are made on demand: their sizes are not known
         return np.full(len(task.source), np.iinfo(np.int64).max)

@@ -89,7 +89,8 @@ class Curriculum:
 
     def _nearest(self, seed: str) -> Iterator[int]:
         """Yields places of problems, the nearest difficulties first, equally near ones in random order, at a
-        cost that grows with what is taken."""
+        cost that grows with what is taken.
+        """
         chance = random.Random(seed)
         above = int(np.searchsorted(self._levels, self.target))
         below = above - 1

@@ -194,7 +194,8 @@ def _split(problems: Problems, config: TaskConfig, seed: int, rows: np.ndarray, 
 
 def _says_duplicates(found: Survey, first: np.ndarray, config: TaskConfig, source: RowSource) -> str:
     """Says how many rows repeat the prompt of an earlier one, and how many of those give it another
-    answer."""
+    answer.
+    """
     repeats = np.flatnonzero(first != np.arange(len(first)))
     other = repeats[found.golds[repeats] != found.golds[first[repeats]]]
     fate = (

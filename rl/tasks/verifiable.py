@@ -20,7 +20,8 @@ _OR = re.compile(r"(?i)\\text\{\s*or\s*\}|\bor\b")
 
 def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], float]:
     """The data set's own scorer on the final answer, as written or without markup, whichever earns more:
-    completion → reward in [0, 1], 0 without an answer."""
+    completion → reward in [0, 1], 0 without an answer.
+    """
 
     def score(completion: str) -> float:
         answer = final_answer(completion)

@@ -85,7 +85,8 @@ class DepthBandit:
 
     def schedule(self) -> list[tuple[int, int, int]]:
         """The best depth of each bucket seen, as vLLM's ``num_speculative_tokens_per_batch_size``: (from, to,
-        tokens). Sizes between two buckets go with the larger one."""
+        tokens). Sizes between two buckets go with the larger one.
+        """
         found = sorted(
             (size, b) for size, b in self._buckets.items() if any(a.steps for a in b.arms.values())
         )

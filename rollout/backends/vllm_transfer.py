@@ -26,7 +26,8 @@ NAME = "paceline_files"
 
 def register() -> None:
     """Makes ``weight_transfer_config={"backend": "paceline_files"}`` known to vLLM, and mends drafting on
-    CPUs. A second call does nothing."""
+    CPUs. A second call does nothing.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 

@@ -48,7 +48,8 @@ class Network(Protocol):
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads tokens; the newest output of each sequence [B, hidden] and its logits [B, draft
-        vocabulary]."""
+        vocabulary].
+        """
         ...
 
     def step(

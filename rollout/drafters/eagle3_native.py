@@ -1,5 +1,6 @@
 """Running the EAGLE-3 layer for drafting on the native kernels: without padding, and few tokens in one
-call."""
+call.
+"""
 
 from __future__ import annotations
 

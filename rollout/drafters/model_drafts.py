@@ -74,7 +74,8 @@ class DraftRules:
 
     def kind(self, width: int) -> DraftKind:
         """How drafts of that width come about; what the builders in `paceline.rollout.trees` set
-        themselves."""
+        themselves.
+        """
         if self.draw == "likeliest":
             return DraftKind.FIXED
         return (
@@ -116,5 +117,6 @@ class DraftRules:
 
 def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
     """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own
-    probabilities."""
+    probabilities.
+    """
     return torch.tensor([s.request.params.divisor for s in sequences], device=device)

@@ -72,7 +72,8 @@ class StandDrafter(StatelessSlots):
         self, sequence: SequenceState, strategy: Strategy
     ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
         """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of
-        drawing."""
+        drawing.
+        """
         row: list[tuple[int, int, np.ndarray, np.ndarray]] = []
         temperature = sequence.request.params.divisor
         seed, root = seeds_of([sequence]), np.array([len(sequence.tokens)])

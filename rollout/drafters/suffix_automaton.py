@@ -63,7 +63,8 @@ class SuffixAutomaton:
 
     def _split(self, at: int, token: int, state: int) -> int:
         """Gives the shorter substrings of ``state``, those that end in ``at`` + token, a state of their
-        own."""
+        own.
+        """
         shorter = self._add(
             dict(self.following[state]), self.length[at] + 1, self.link[state], self.weight[state]
         )

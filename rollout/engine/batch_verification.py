@@ -193,7 +193,8 @@ def _logprobs(
     tokens: torch.Tensor,
 ) -> torch.Tensor:
     """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those
-    of the unscaled distribution."""
+    of the unscaled distribution.
+    """
     batch = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = probs[batch, rows, tokens].log()
     greedy = [row for row, p in enumerate(params) if p.greedy]

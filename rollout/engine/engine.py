@@ -212,7 +212,8 @@ class RolloutEngine:
     def read_traces(self, rollouts: Sequence[Rollout]) -> None:
         """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have:
         one forward of the present policy over each. Needs ``tap_layers``; not while requests are in
-        flight."""
+        flight.
+        """
         with self._alone("read_traces"):
             drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
             waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
@@ -584,7 +585,8 @@ class RolloutEngine:
 
     def _abandon(self) -> None:
         """Frees every slot: nothing of one call is left for the next, also when its consumer stopped
-        early."""
+        early.
+        """
         for slot, sequence in enumerate(self.scheduler.active):
             self.speculation.vacate(slot, slot)
             self.speculation.forget(sequence)

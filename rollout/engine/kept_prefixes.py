@@ -90,7 +90,8 @@ class KeptPrefixes:
 
     def restore(self, sequence: SequenceState, slot: int, more_than: int) -> int:
         """Copies into a slot what the kept sequence that is most alike has in common with this one, if that
-        is more than ``more_than`` tokens. Returns how many; 0 where nothing was copied."""
+        is more than ``more_than`` tokens. Returns how many; 0 where nothing was copied.
+        """
         # the last one is read in any case: its logits are what comes next
         wanted = np.array(sequence.tokens[:-1])
         counts = [kept.shared_with(wanted, sequence.num_prompt) for kept in self._kept]

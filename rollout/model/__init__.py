@@ -1,2 +1,3 @@
 """Forwards of the policy as the engine runs them: its cache, its attention, fused layers and captured
-graphs."""
+graphs.
+"""

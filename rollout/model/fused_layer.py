@@ -137,7 +137,8 @@ class RootMeanSquareNorm:
     @torch.no_grad()
     def refresh(self) -> None:
         """Reads the gain again, in place: a captured graph knows its address. A shared one is asked where it
-        lies now: wrapping a module for training may move its parameters."""
+        lies now: wrapping a module for training may move its parameters.
+        """
         if self._shared:
             self.gain = self._weight.detach()
         else:
@@ -265,7 +266,8 @@ class FusedLayer(nn.Module):
         self, joined: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [B, H, Q, d], key and value [B, KV, Q, d], normed where there are norms, rotated by
-        position."""
+        position.
+        """
         cos, sin = rotation
         dim = cos.shape[-1]
         heads = joined.unflatten(-1, (-1, dim))

@@ -1,5 +1,6 @@
 """Which decoder layers `FusedLayer` can stand in for: seen from one forward, then proved on random
-weights."""
+weights.
+"""
 
 from __future__ import annotations
 

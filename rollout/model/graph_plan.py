@@ -136,7 +136,8 @@ def plan_graphs(shape: ModelShape, keys: Sequence[GraphKey]) -> GraphPlan:
 
 def naive_bytes(shape: ModelShape, strategies: Sequence[int], batches: Sequence[int], span: int) -> int:
     """Bytes when each strategy (tokens to verify) captures every batch for itself, as an engine with one
-    strategy does: within a strategy the graphs share a pool, between strategies nothing is shared."""
+    strategy does: within a strategy the graphs share a pool, between strategies nothing is shared.
+    """
     plans = [
         plan_graphs(shape, [GraphKey("target", b, tokens, span) for b in batches]) for tokens in strategies
     ]

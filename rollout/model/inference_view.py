@@ -101,7 +101,8 @@ def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = Non
 
 def _weights_read_by_linears_only(model: nn.Module) -> set[int]:
     """Ids of parameters that no module but an `nn.Linear` holds: packing replaces them, so they need no
-    cast."""
+    cast.
+    """
     inside: set[int] = set()
     outside: set[int] = set()
     for module in model.modules():

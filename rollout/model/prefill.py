@@ -14,7 +14,8 @@ from paceline.rollout.sequence import SequenceState
 class PromptLogits:
     """Logits after the prompts that sequences in flight have read. A sample that is admitted later than its
     siblings need not read
-    again: its keys are in their slots."""
+    again: its keys are in their slots.
+    """
 
     def __init__(self) -> None:
         self._logits: dict[tuple[int, ...], torch.Tensor] = {}

@@ -32,7 +32,8 @@ MOST_ROWS = 256
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
     """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L −
-    3."""
+    3.
+    """
     low, middle, high = sorted((min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)))
     return low, middle, high
 

@@ -157,7 +157,8 @@ class BanditSelector:
 
     def _spread(self, arm: Strategy, bucket: Bucket) -> float:
         """Standard deviation of the estimate: a step's tokens spread about as far as their mean exceeds
-        one."""
+        one.
+        """
         measured = self._measured.get((bucket, arm))
         steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
@@ -194,7 +195,8 @@ class BanditSelector:
 
     def drafter_changed(self, name: str) -> None:
         """A new drafter, or new weights of one: what was measured with the old ones no longer counts, what
-        was learned stays as a weak prior."""
+        was learned stays as a weak prior.
+        """
         self.arms.setdefault(name, self._arms_of(name))
         self.cost.soften(name)
         self._forget(name)

@@ -99,7 +99,8 @@ class Acceptance:
 
 def expected_tokens(rates: Sequence[float]) -> float:
     """Tokens one step commits for each sequence: 1 + Σ_i Π_{j≤i} P(level j) (Leviathan et al., arXiv
-    2211.17192, eq. 1, with a probability for each level)."""
+    2211.17192, eq. 1, with a probability for each level).
+    """
     total, running = 1.0, 1.0
     for rate in rates:
         running *= rate
@@ -198,7 +199,8 @@ class CostModel:
 
     def add(self, feedback: StepFeedback) -> bool:
         """Learns from a step. Returns whether its time says what the strategy costs: a drafter's first draft
-        after a pause also reads what was committed meanwhile."""
+        after a pause also reads what was committed meanwhile.
+        """
         bucket = bucket_of(feedback.active, feedback.context)
         strategy = feedback.strategy
         self._steps += 1

@@ -144,7 +144,8 @@ class _Drawn:
 
     def keep(self, first: int, wanted: torch.Tensor) -> None:
         """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent
-        is."""
+        is.
+        """
         self._kept[first] = wanted
 
     def finish(self) -> DraftTree:

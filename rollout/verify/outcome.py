@@ -68,7 +68,8 @@ def subtract(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torc
 
 def residual(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """max(0, p − q) normalised; arguments as in `subtract`. A row where it vanishes by rounding (p = q, where
-    rejection has probability zero) gives p."""
+    rejection has probability zero) gives p.
+    """
     rest = subtract(p, q, ids)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total, p)

@@ -219,7 +219,8 @@ class RolloutBench:
         collect_traces: bool = False,
     ) -> RolloutEngine:
         """An engine with this policy's drafters, or those named; traces are of use to a drafter's
-        training."""
+        training.
+        """
         s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
         engine = policy_engine(

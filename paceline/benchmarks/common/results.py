@@ -100,7 +100,8 @@ class Results:
 
     def _write(self) -> bool:
         """Replaces the file in one instant, and tells whether it could. A full disk is said and does not end
-        the measurement: the next row may find room."""
+        the measurement: the next row may find room.
+        """
         try:
             if self._path.is_file() and "unfinished" not in json.loads(
                 self._path.read_text(encoding="utf-8")

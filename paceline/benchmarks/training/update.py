@@ -25,7 +25,8 @@ _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as 
 class UpdateMeasurement:
     """``tokens`` counts prompt and completion of every sample, however often the method computes them;
     ``bound`` is the time that the matrix products of those it has to compute would take at the speed of a
-    large one (6 operations a parameter and token)."""
+    large one (6 operations a parameter and token).
+    """
 
     method: str
     tokens: int
