@@ -20,6 +20,7 @@ from paceline.rl.checkpointing.graceful_stop import Interruption
 from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
 from paceline.rl.checkpointing.run_directory import on_main
 from paceline.rl.config.run import RunConfig, to_dict
+from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
@@ -94,15 +95,19 @@ class Trainer:
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, whole)
         self.shaping = Shaping(config, self.tokenizer)
         self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
-        self.worker = RolloutWorker(
-            config, self.decoded, self.tokenizer, accelerator.process_index, self.vllm
-        )
+        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, self.vllm)
         if self.vllm is None:
             tracker.say(f"{type(self.decoded).__name__}: {self.worker.engine.fusion}")
         self.anytime = (
             None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
         )
-        self.drafter = SharedDrafter(config, self.worker, accelerator, run, tracker.say)
+        self.drafter = SharedDrafter(
+            config,
+            RankDrafter(config, self.decoded, self.worker, accelerator.process_index, self.vllm),
+            accelerator,
+            run,
+            tracker.say,
+        )
         self.guard = Guard(config.length.guard)
         self.scoring.wait_ready()  # a wrong reward is said before the first step
         if self.scoring.notice is not None:
@@ -411,7 +416,7 @@ class Trainer:
         policy, adapters = self.learner.state()
         critic = None if self.learner.critic is None else self.learner.critic.state()
         carried = gather_object(self.worker.groups.open_state())
-        spot = self.worker.spot
+        spot = self.drafter.local.spot
 
         def write() -> None:
             save_checkpoint(

@@ -21,8 +21,8 @@ from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.config.run import RunConfig
+from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.errors import UserError
-from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import starting_drafter
 from paceline.rl.types import RankRollouts
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
@@ -37,7 +37,7 @@ class SharedDrafter:
 
     Args:
         config: The recipe.
-        worker: This rank's engine and spot trainer.
+        local: This rank's drafter.
         accelerator: Of this process.
         run: The run's directory.
         say: Where one line about a problem goes.
@@ -46,13 +46,13 @@ class SharedDrafter:
     def __init__(
         self,
         config: RunConfig,
-        worker: RolloutWorker,
+        local: RankDrafter,
         accelerator: Accelerator,
         run: Path,
         say: Callable[[str], None],
     ) -> None:
         self._run_config, self._config, self._steps = config, config.drafter, config.steps
-        self._worker, self._accelerator, self._say = worker, accelerator, say
+        self.local, self._accelerator, self._say = local, accelerator, say
         ranks = accelerator.num_processes
         self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
@@ -63,12 +63,12 @@ class SharedDrafter:
         Raises:
             UserError: where it cannot be used.
         """
-        if not self._worker.needs_drafter:
+        if not self.local.missing:
             return
-        model = starting_drafter(self._run_config, self._worker.policy_config)
+        model = starting_drafter(self._run_config, self.local.policy_config)
         if model is None:
             return
-        self._worker.create_drafter(None, model)
+        self.local.create(None, model)
         moments = Path(str(self._config.start)) / "optimizer"
         if moments.with_suffix(".json").is_file():
             try:
@@ -81,7 +81,7 @@ class SharedDrafter:
         costs acceptance at most); else with the checkpoint's own, or ``drafter.start``. Where none can be
         read a new one is made, and a line says so. Collective.
         """
-        if not self._worker.needs_drafter:
+        if not self.local.missing:
             return
         found = self._newest(checkpoint)
         names = gather_object([None if found is None else str(found[1])])
@@ -91,7 +91,7 @@ class SharedDrafter:
         if found is None:
             return
         model, moments = found
-        self._worker.create_drafter(None, model)
+        self.local.create(None, model)
         if moments is None or (
             "drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path
         ):
@@ -103,9 +103,9 @@ class SharedDrafter:
 
     def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
         """A drafter and where its optimizer's state lies."""
-        runner = self._worker.engine.runner
+        runner = self.local.worker.engine.runner
         wanted: dict[str, Any] = {
-            "tap_layers": self._worker.tap_layers,
+            "tap_layers": self.local.worker.tap_layers,
             "draft_vocab_size": self._config.draft_vocab_size,
         }
         found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
@@ -128,7 +128,7 @@ class SharedDrafter:
         """The drafter that the run began from; None, and a line, where there is none."""
         model: Eagle3Model | None = None
         try:
-            model = starting_drafter(self._run_config, self._worker.policy_config)
+            model = starting_drafter(self._run_config, self.local.policy_config)
         except UserError as error:
             self._tell(str(error))
         if model is None:
@@ -138,8 +138,8 @@ class SharedDrafter:
         return model, None
 
     def _restore_moments(self, stem: Path) -> None:
-        assert self._worker.spot is not None
-        for learner in self._worker.spot.learners:
+        assert self.local.spot is not None
+        for learner in self.local.spot.learners:
             learner.restore(stem)
 
     def train(self, done: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
@@ -152,15 +152,15 @@ class SharedDrafter:
             step: Of the run, for the learning rate.
         """
         self.coordinator.idle()
-        for learner in self._worker.spot.learners if self._worker.spot is not None else ():
+        for learner in self.local.spot.learners if self.local.spot is not None else ():
             learner.scale_rate(rate_at(step, self._steps, 1, self._config.lr_schedule))
-        self._worker.learn_from(done, rewards)
+        self.local.learn_from(done, rewards)
         if self._config.schedule == "never":
             return LearnerReport()
         if self._config.schedule == "always":
-            return self._worker.train_drafter(lambda: False)
+            return self.local.train(lambda: False)
         self.coordinator.wait_until_training()
-        report = self._worker.train_drafter(lambda: not self.coordinator.may_train())
+        report = self.local.train(lambda: not self.coordinator.may_train())
         self._tell(self.coordinator.take_problem())
         return report
 
@@ -173,10 +173,10 @@ class SharedDrafter:
             report: This step's training; what its snapshot took is noted there.
             step: Index of the step.
         """
-        if self._worker.needs_drafter:
-            self._worker.create_drafter(self._vocabulary_of(done))
+        if self.local.missing:
+            self.local.create(self._vocabulary_of(done))
             return
-        spot = self._worker.spot
+        spot = self.local.spot
         if spot is None:
             return
         updates = sum(gather_object([report.approved]))
@@ -191,10 +191,10 @@ class SharedDrafter:
         every = self._config.vocabulary_every
         anew = every > 0 and (step + 1) % every == 0
         if anew:
-            self._worker.change_vocabulary(self._vocabulary_of(done))
+            self.local.change_vocabulary(self._vocabulary_of(done))
         if not updates and not anew:
             return
-        self._tell(self._worker.take_over_drafter())
+        self._tell(self.local.swap_in())
         if self._accelerator.is_main_process and self._config.snapshots:
             self._tell(self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer))
             report.snapshot_seconds = self._snapshots.seconds
@@ -203,7 +203,7 @@ class SharedDrafter:
         """The draft vocabulary that serves all ranks' rollouts of this step best."""
         everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts])
         return choose_vocabulary(
-            everywhere, self._config.draft_vocab_size, self._worker.engine.runner.vocab_size
+            everywhere, self._config.draft_vocab_size, self.local.worker.engine.runner.vocab_size
         )
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
 from paceline.rl.config.run import RunConfig
+from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import starting_policy
@@ -84,6 +85,7 @@ def warm_drafter(
         .eval()
     )
     worker = RolloutWorker(config, policy.requires_grad_(False), load_tokenizer(source))
+    drafter = RankDrafter(config, policy, worker)
     task = load_task(config.task, config.seed)
     report, started = WarmupReport(), time.perf_counter()
     size, vocab = config.drafter.draft_vocab_size, worker.engine.runner.vocab_size
@@ -104,17 +106,17 @@ def warm_drafter(
         done = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
         report.sampling_seconds += done.seconds
         texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
-        spot = worker.spot or worker.create_drafter(choose_vocabulary(texts, size, vocab))
+        spot = drafter.spot or drafter.create(choose_vocabulary(texts, size, vocab))
         report.coverage = coverage(texts, spot.serving.vocabulary)
-        worker.learn_from(done, [0.0] * len(done.rollouts))
-        trained = worker.train_drafter(partial(stop, spot))
+        drafter.learn_from(done, [0.0] * len(done.rollouts))
+        trained = drafter.train(partial(stop, spot))
         report.rounds += 1
         report.updates += trained.updates
         report.tokens += trained.tokens
         report.training_seconds += trained.seconds
         if trained.approved:
             spot.adopt([p.detach() for p in spot.approved.parameters()])
-            worker.take_over_drafter()
+            drafter.swap_in()
             report.curve.append((time.perf_counter() - started, trained.candidate_length))
         if on_round is not None:
             seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"

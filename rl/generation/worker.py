@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.initialization import initial_drafter
-from paceline.drafter_trainer.learner import first_non_finite
-from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
-from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rl.config.run import RunConfig
-from paceline.rl.drafting.factory import reward_weights, spot_trainer, trace_buffer
 from paceline.rl.errors import UserError
 from paceline.rl.generation.groups import Groups, OnFinish, OnStep
 from paceline.rl.generation.policy_engine import policy_engine
@@ -31,29 +26,28 @@ from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import Eagle3Drafter
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
-from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.engine.kept_prefixes import KeptPrefixes
 
-_WITH_WEIGHTS = {
-    "eagle3",
-    "composite",
-}  # these come with the EAGLE-3 drafter's weights, see `RolloutWorker.create_drafter`
+_WITH_WEIGHTS = {"eagle3", "composite"}  # they wait for `RolloutWorker.add_trained_drafter`
 
 
 class RolloutWorker:
-    """Owns the rank's engine and drafters.
+    """Decodes a rank's completions with an engine that is built from the recipe.
 
     Args:
         config: The recipe.
         policy: The trainer's unwrapped module.
-        tokenizer: Its tokenizer.
-        rank: Of this process, for where it spills traces and in which order it trains on them.
-        vllm: Decodes in the engine's place, where the recipe has it; the engine then reads what was drawn,
-            for the drafter.
+        tokenizer: The policy's tokenizer.
+        vllm: The backend that decodes in the engine's place, or None; the engine then only reads the finished
+            completions, for the drafter.
 
     Attributes:
-        groups: Makes the rollouts, and carries what is not over.
-        policy_config: The policy's.
+        engine: The rank's engine.
+        groups: The groups of completions, including those that a later step finishes.
+        params: How completions are sampled.
+        tap_layers: The layers whose inputs the EAGLE-3 drafter reads.
+        dtype: The engine's precision.
     """
 
     def __init__(
@@ -61,17 +55,14 @@ class RolloutWorker:
         config: RunConfig,
         policy: PreTrainedModel,
         tokenizer: Any,
-        rank: int = 0,
         vllm: VllmRollouts | None = None,
     ) -> None:
         self.config, self._vllm = config, vllm
-        self._policy, self.policy_config = policy, policy.config
-        self._tokenizer = tokenizer
+        self._policy, self._tokenizer = policy, tokenizer
         self._wants_eagle3 = "eagle3" in config.speculation.drafters
         r = config.rollout
         self.tap_layers = tap_layers(config.drafter, policy.config)
         self.dtype = getattr(torch, r.dtype)
-        self._drafter_config = self._check_drafter() if self._wants_eagle3 else None
         self.engine = self._build_engine()
         self._parts = self._drafter_parts()
         self._add_drafters(name for name in config.speculation.drafters if name not in _WITH_WEIGHTS)
@@ -83,19 +74,11 @@ class RolloutWorker:
             stop_token_ids=stop_token_ids(tokenizer, policy.generation_config),
             stop_strings=r.stop_strings,
         )
-        self.buffer = trace_buffer(config, rank)
-        self.spot: SpotTrainer | None = None
         self._drafter: Eagle3Drafter | None = None
         self.groups = Groups(
             config, self.engine, tokenizer, self.params, None if vllm is None else vllm.backend
         )
         self._use_strategy()
-
-    def _check_drafter(self) -> LlamaConfig:
-        try:
-            return eagle3_config(self._policy.config, self.config.drafter.draft_vocab_size, self.tap_layers)
-        except ValueError as error:
-            raise UserError(str(error)) from None
 
     def _build_engine(self) -> RolloutEngine:
         r = self.config.rollout
@@ -159,13 +142,6 @@ class RolloutWorker:
         temperature = self.config.evaluation.temperature
         return self.params if temperature is None else replace(self.params, temperature=temperature)
 
-    @property
-    def needs_drafter(self) -> bool:
-        """Whether the EAGLE-3 drafter is wanted and not there yet: its vocabulary comes from the first
-        rollouts.
-        """
-        return self._wants_eagle3 and self.spot is None
-
     def rollout(
         self, problems: Sequence[Problem], step: int, on_step: OnStep = None, on_finish: OnFinish = None
     ) -> RankRollouts:
@@ -207,66 +183,32 @@ class RolloutWorker:
         same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
         done.plain_identical = sum(same) / len(same)
 
-    def create_drafter(
-        self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None
-    ) -> SpotTrainer:
-        """Builds the EAGLE-3 drafter, fresh over ``vocabulary`` or from a checkpoint's ``model``. Returns its
-        trainer.
+    def add_trained_drafter(self, weights: Eagle3Model) -> None:
+        """Adds the EAGLE-3 drafter, and the drafters that are built on it, to the engine.
+
+        Args:
+            weights: The drafter's weights, which are copied.
         """
-        if model is None:
-            assert vocabulary is not None and self._drafter_config is not None
-            model = initial_drafter(self._drafter_config, vocabulary, self._policy, self.config.seed)
-        spot = spot_trainer(self.config, self._policy, model, self.buffer)
-        self.spot = spot
-        if self._vllm is not None:
-            # after a stop it is ahead of the one that vLLM has loaded
-            self._vllm.update_drafter(spot.serving)
-            return spot
-        self._parts.eagle3 = self.spot.serving
+        self._parts.eagle3 = weights
         self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
         drafter = self.engine.drafters["eagle3"]
         assert isinstance(drafter, Eagle3Drafter)
         self._drafter = drafter
         if self.config.speculation.strategy != "adaptive":
             self._use_strategy()
-        return spot
 
-    def learn_from(self, done: RankRollouts, rewards: Sequence[float]) -> None:
-        """Hands the step's traces to the drafter's buffer."""
-        if self._vllm is not None and self._wants_eagle3:
-            self.engine.read_traces(done.rollouts)
-        self.buffer.begin_step()
-        self.buffer.add(done.rollouts, reward_weights(rewards, self.config.drafter.reward_weight))
+    def update_trained_drafter(self, weights: Eagle3Model) -> str | None:
+        """Replaces the weights of the EAGLE-3 drafter.
 
-    def train_drafter(self, stop: Callable[[], bool]) -> LearnerReport:
-        """Trains on the traces of recent steps until ``stop()``, or until the step's passes are through."""
-        return LearnerReport() if self.spot is None else self.spot.run(stop)
+        Args:
+            weights: The new weights, which are copied.
 
-    def change_vocabulary(self, vocabulary: torch.Tensor) -> None:
-        """The drafter drafts other tokens from now on; what it knows of those that stay is kept."""
-        if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
-            return
-        for learner in self.spot.learners:
-            move_vocabulary(
-                learner.model, learner.optimizer, vocabulary, self._policy.get_output_embeddings()
-            )
-        self.spot.replace_model()
-
-    def take_over_drafter(self) -> str | None:
-        """The engine drafts with the weights to be served. Returns one line when they are unusable and the
-        old ones stay.
+        Returns:
+            One line when they do not fit, and the old ones stay; otherwise None.
         """
-        if self.spot is None:
-            return None
-        broken = first_non_finite(self.spot.serving)
-        if broken is not None:
-            return f"its {broken} has NaN or infinite values: the last good drafter stays in use"
-        if self._vllm is not None:
-            self._vllm.update_drafter(self.spot.serving)
-            return None
         assert self._drafter is not None
         try:
-            self._drafter.load_weights(self.spot.serving)
+            self._drafter.load_weights(weights)
         except ValueError as error:
             return str(error)
         for name in _WITH_WEIGHTS & self.engine.drafters.keys():

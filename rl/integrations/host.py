@@ -21,6 +21,7 @@ from paceline.drafter_trainer.storage.model_card import DrafterFacts, drafter_ca
 from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, save_drafting
 from paceline.rl.config.parsing import parse
 from paceline.rl.config.run import RunConfig
+from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.worker import RolloutWorker
@@ -97,9 +98,10 @@ class HostedRollouts:
     ) -> None:
         self.config, self.policy, self._accelerator, self._say = config, policy, accelerator, say
         self._decoded_with: Any = None
-        self.worker = RolloutWorker(config, policy.decoded, tokenizer, accelerator.process_index)
+        self.worker = RolloutWorker(config, policy.decoded, tokenizer)
         self.engine = self.worker.engine
-        self.drafter = SharedDrafter(config, self.worker, accelerator, Path(config.out), say)
+        local = RankDrafter(config, policy.decoded, self.worker, accelerator.process_index)
+        self.drafter = SharedDrafter(config, local, accelerator, Path(config.out), say)
         self.drafter.start()
         self._calls = 0
         self._acceptance_length: float | None = None
@@ -166,7 +168,7 @@ class HostedRollouts:
         Raises:
             UserError: when it cannot be written; the host's own checkpoint is not touched.
         """
-        spot = self.worker.spot
+        spot = self.drafter.local.spot
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_drafting(
@@ -215,10 +217,10 @@ class HostedRollouts:
         the main rank.
         """
         self.drafter.finish()
-        if self.worker.spot is None or not self._accelerator.is_main_process:
+        if self.drafter.local.spot is None or not self._accelerator.is_main_process:
             return None
-        path, drafter = Path(self.config.out) / "drafter", self.worker.spot.serving
-        name = str(self.worker.policy_config.name_or_path)
+        path, drafter = Path(self.config.out) / "drafter", self.drafter.local.spot.serving
+        name = str(self.drafter.local.policy_config.name_or_path)
         facts = DrafterFacts(
             target=name,
             base_model=hub_id(name, path),

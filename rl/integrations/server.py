@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.config.run import RunConfig
+from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import copy_weights
 from paceline.rl.types import RankRollouts
@@ -68,6 +69,7 @@ class EngineServer:
         self, config: RunConfig, policy: PreTrainedModel, tokenizer: Any, say: Callable[[str], None]
     ) -> None:
         self.worker = RolloutWorker(config, policy, tokenizer)
+        self.drafter = RankDrafter(config, policy, self.worker)
         self.version = 0
         self._config, self._policy, self._say = config, policy, say
         self._inbox: list[_Flight] = []
@@ -296,20 +298,20 @@ class EngineServer:
             )
 
     def _train_drafter(self, whole: list[Rollout]) -> None:
-        worker = self.worker
-        if worker.needs_drafter:
+        drafter = self.drafter
+        if drafter.missing:
             texts = [[*r.request.prompt_ids, *r.token_ids] for r in whole]
             vocabulary = choose_vocabulary(
-                texts, self._config.drafter.draft_vocab_size, worker.engine.runner.vocab_size
+                texts, self._config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size
             )
-            worker.create_drafter(vocabulary)
-        if worker.spot is None:
+            drafter.create(vocabulary)
+        if drafter.spot is None:
             return
-        worker.learn_from(RankRollouts([], whole, 0.0), [0.0] * len(whole))
-        report = worker.train_drafter(lambda: bool(self._inbox) or self._held or self._closed)
+        drafter.learn_from(RankRollouts([], whole, 0.0), [0.0] * len(whole))
+        report = drafter.train(lambda: bool(self._inbox) or self._held or self._closed)
         if report.approved:
-            worker.spot.adopt([p.detach() for p in worker.spot.approved.parameters()])
-            problem = worker.take_over_drafter()
+            drafter.spot.adopt([p.detach() for p in drafter.spot.approved.parameters()])
+            problem = drafter.swap_in()
             if problem is not None:
                 self._say(f"drafter: {problem}")
 

@@ -170,7 +170,7 @@ class PacelineServer:
 
     async def has_drafter(self) -> bool:
         """Whether there is an EAGLE-3 drafter yet: it begins after the first requests."""
-        return self._server.worker.spot is not None
+        return self._server.drafter.spot is not None
 
 
 class PacelineReplica(RolloutReplica):

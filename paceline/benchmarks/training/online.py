@@ -155,7 +155,7 @@ def compare_online(
         drafter = load_drafter(
             start, runner.vocab_size, runner.hidden_size, tap_layers=trainer.worker.tap_layers
         )
-        trainer.worker.create_drafter(None, drafter)
+        trainer.drafter.local.create(None, drafter)
         comparison = _SideBySide(quiet, trainer, drafter, seconds, say)
         trainer.drafter = comparison
         with trainer.scoring:

@@ -46,25 +46,25 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS, f"drafter.start={start}"
     ) as trainer:
         trainer.step(0)
-        shared, worker = trainer.drafter, trainer.worker
-        assert worker.spot is not None and worker.spot.serving.vocabulary.tolist() == list(range(75, 99))
+        shared, worker, local = trainer.drafter, trainer.worker, trainer.drafter.local
+        assert local.spot is not None and local.spot.serving.vocabulary.tolist() == list(range(75, 99))
         shared._say = said.append
 
         # what was trained turns out not to be finite: the engine keeps what it has, and so does the next step
-        good = worker.spot.serving.fc.weight.clone()
+        good = local.spot.serving.fc.weight.clone()
         with torch.no_grad():
-            worker.spot.approved.fc.weight.fill_(float("nan"))
-        done, report = worker.rollout(trainer.choice.choose(1, 2), 1), worker.train_drafter(lambda: True)
+            local.spot.approved.fc.weight.fill_(float("nan"))
+        done, report = worker.rollout(trainer.choice.choose(1, 2), 1), local.train(lambda: True)
         report.approved = 1
         shared.share(done, report, 1)
         assert "NaN or infinite values; the last good drafter stays in use" in said.pop()
-        assert torch.equal(worker.spot.serving.fc.weight, good)
+        assert torch.equal(local.spot.serving.fc.weight, good)
         assert torch.equal(
             worker.engine.drafters["eagle3"]._weights.fc.weight.float(), good.to(worker.dtype).float()
         )
         with torch.no_grad():
-            worker.spot.serving.fc.weight[0, 0] = float("inf")
-        assert "fc.weight has NaN or infinite values" in worker.take_over_drafter()
+            local.spot.serving.fc.weight[0, 0] = float("inf")
+        assert "fc.weight has NaN or infinite values" in local.swap_in()
 
         # resuming: a broken checkpoint leads back to the start, broken moments begin anew, and without a
         #     start a fresh one is made
@@ -77,18 +77,18 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
 
         def resumed(path) -> list[str]:
             said.clear()
-            worker.spot = None
+            local.spot = None
             shared.resume(Checkpoint(path, 1))
             return said
 
-        assert "its optimizer begins anew" in resumed(kept)[-1] and worker.spot is not None
+        assert "its optimizer begins anew" in resumed(kept)[-1] and local.spot is not None
         for broken in (b"", b"{}", (start / "model.safetensors").read_bytes()[:-9]):
             (kept / "drafter" / "model.safetensors").write_bytes(broken)
             assert f"it begins again from {start}" in resumed(kept)[-1]
-            assert worker.spot is not None and worker.spot.serving.vocabulary.tolist() == list(range(75, 99))
+            assert local.spot is not None and local.spot.serving.vocabulary.tolist() == list(range(75, 99))
         (start / "config.json").write_text("[]")
         assert resumed(kept)[-1] == "drafter: a fresh one is made" and len(said) == 3
-        assert worker.spot is None and worker.needs_drafter
+        assert local.spot is None and local.missing
         assert all("\n" not in line for line in said)
 
 

@@ -66,7 +66,7 @@ def test_requests_weights_and_a_drafter_between_them(server):
     served.weights_loaded(3)
     assert served.version == 3
     assert worst_gap(model, [f.result(60) for f in ask(served, 10)]) < 1e-3
-    assert served.worker.spot is not None
+    assert served.drafter.spot is not None
 
 
 def test_pauses_hold_requests_back(server):

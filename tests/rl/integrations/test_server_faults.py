@@ -257,7 +257,7 @@ def test_learning_that_fails_is_said_and_given_up(server, monkeypatch):
 
     monkeypatch.setattr(served.worker, "learn_from", broken)
     monkeypatch.setattr(type(served.worker), "needs_drafter", False)
-    served.worker.spot = object()
+    served.drafter.spot = object()
     for _ in range(5):
         assert served.submit(Request(PROMPTS[0], GREEDY)).result(60).token_ids
     served.pause()

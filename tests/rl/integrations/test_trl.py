@@ -215,7 +215,7 @@ def test_rollouts_follow_another_model(tiny, tmp_path, same_trainer, caplog):
     watched = Watched(rollouts, 1.0)
     first = trainer_for(tiny, tmp_path / "first", watched)
     first.train()
-    drafter = rollouts._hosted.worker.spot.serving.fc.weight.clone()
+    drafter = rollouts._hosted.drafter.local.spot.serving.fc.weight.clone()
     second = (
         first
         if same_trainer
@@ -226,11 +226,11 @@ def test_rollouts_follow_another_model(tiny, tmp_path, same_trainer, caplog):
     assert max(watched.errors) < 1e-3
     warned = [record.message for record in caplog.records if record.name == "paceline"]
     if same_trainer:
-        assert torch.equal(rollouts._hosted.worker.spot.serving.fc.weight, drafter)
+        assert torch.equal(rollouts._hosted.drafter.local.spot.serving.fc.weight, drafter)
         assert len(warned) == 1 and "modules were replaced" in warned[0]
         assert not (tmp_path / "first" / "trl" / "paceline" / "handover").exists()
     else:
-        assert rollouts._hosted.worker.spot is None and not warned
+        assert rollouts._hosted.drafter.local.spot is None and not warned
 
 
 def test_sampling_follows_the_trainer(tiny, tmp_path):
@@ -297,9 +297,9 @@ def test_evaluation_trains_no_drafter(tiny, tmp_path):
     rollouts = paceline_rollouts(**DRAFTING)
     trainer = trainer_for(tiny, tmp_path, rollouts, per_device_eval_batch_size=4, num_generations_eval=2)
     trainer.evaluate(Dataset.from_list(PROMPTS))
-    assert rollouts._hosted.worker.spot is None
+    assert rollouts._hosted.drafter.local.spot is None
     trainer.train()
-    assert rollouts._hosted.worker.spot is not None
+    assert rollouts._hosted.drafter.local.spot is not None
 
 
 def test_rloo_trains_on_our_rollouts(tiny, tmp_path):

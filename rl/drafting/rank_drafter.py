@@ -1,0 +1,135 @@
+"""One rank's drafter: its traces, its training, and the weights that the rank's engine drafts with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from paceline.drafter_trainer.initialization import initial_drafter
+from paceline.drafter_trainer.learner import first_non_finite
+from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.vocabulary import move_vocabulary
+from paceline.rl.config.run import RunConfig
+from paceline.rl.drafting.factory import reward_weights, spot_trainer, trace_buffer
+from paceline.rl.errors import UserError
+from paceline.rl.generation.vllm import VllmRollouts
+from paceline.rl.generation.worker import RolloutWorker
+from paceline.rl.types import RankRollouts
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+
+
+class RankDrafter:
+    """Distils the EAGLE-3 drafter on one rank and hands better weights to the rank's engine.
+
+    The drafter does not exist before the first rollouts, which choose its vocabulary, unless `create` is
+    given one.
+
+    Args:
+        config: The recipe.
+        policy: The trainer's unwrapped module, which is the target.
+        worker: The rank's engine.
+        rank: Index of this process; it decides where traces are spilled and in which order they are visited.
+        vllm: The backend that drafts in the engine's place, or None.
+
+    Attributes:
+        spot: The drafter's trainer; None until the drafter exists.
+        buffer: Traces of recent steps.
+
+    Raises:
+        UserError: when the recipe's drafter does not fit the policy.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        policy: PreTrainedModel,
+        worker: RolloutWorker,
+        rank: int = 0,
+        vllm: VllmRollouts | None = None,
+    ) -> None:
+        self._config, self._policy, self.worker, self._vllm = config, policy, worker, vllm
+        self._wanted = "eagle3" in config.speculation.drafters
+        self.buffer = trace_buffer(config, rank)
+        self.spot: SpotTrainer | None = None
+        if self._wanted:
+            try:
+                self._shape = eagle3_config(policy.config, config.drafter.draft_vocab_size, worker.tap_layers)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+
+    @property
+    def missing(self) -> bool:
+        """Whether the recipe wants a drafter and there is none yet."""
+        return self._wanted and self.spot is None
+
+    @property
+    def policy_config(self) -> PretrainedConfig:
+        """The configuration of the policy."""
+        return self._policy.config
+
+    def create(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> SpotTrainer:
+        """Builds the drafter and lets the engine draft with it.
+
+        Args:
+            vocabulary: int64 [D], the token ids that a new drafter can draft.
+            model: A drafter to start from; its own vocabulary is used.
+
+        Returns:
+            The drafter's trainer.
+        """
+        if model is None:
+            assert vocabulary is not None
+            model = initial_drafter(self._shape, vocabulary, self._policy, self._config.seed)
+        self.spot = spot_trainer(self._config, self._policy, model, self.buffer)
+        if self._vllm is None:
+            self.worker.add_trained_drafter(self.spot.serving)
+        else:  # after a stop, these weights are newer than those that vLLM has loaded
+            self._vllm.update_drafter(self.spot.serving)
+        return self.spot
+
+    def learn_from(self, batch: RankRollouts, rewards: Sequence[float]) -> None:
+        """Adds a step's traces to the buffer.
+
+        Args:
+            batch: The step's rollouts.
+            rewards: One for each rollout.
+        """
+        if self._vllm is not None and self._wanted:
+            self.worker.engine.read_traces(batch.rollouts)
+        self.buffer.begin_step()
+        self.buffer.add(batch.rollouts, reward_weights(rewards, self._config.drafter.reward_weight))
+
+    def train(self, stop: Callable[[], bool]) -> LearnerReport:
+        """Trains on the traces of recent steps until ``stop()``, or until the step's passes are finished."""
+        return LearnerReport() if self.spot is None else self.spot.run(stop)
+
+    def change_vocabulary(self, vocabulary: torch.Tensor) -> None:
+        """Lets the drafter draft other tokens; what it has learned of those that stay is kept.
+
+        Args:
+            vocabulary: int64 [D], token ids.
+        """
+        if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
+            return
+        head = self._policy.get_output_embeddings()
+        for learner in self.spot.learners:
+            move_vocabulary(learner.model, learner.optimizer, vocabulary, head)
+        self.spot.replace_model()
+
+    def swap_in(self) -> str | None:
+        """Lets the engine draft with the weights that are to be served.
+
+        Returns:
+            One line when they are unusable, and the engine keeps the old ones; otherwise None.
+        """
+        if self.spot is None:
+            return None
+        broken = first_non_finite(self.spot.serving)
+        if broken is not None:
+            return f"its {broken} has NaN or infinite values: the last good drafter stays in use"
+        if self._vllm is not None:
+            self._vllm.update_drafter(self.spot.serving)
+            return None
+        return self.worker.update_trained_drafter(self.spot.serving)
