@@ -17,11 +17,10 @@ from paceline.rl.algorithms.ppo import value_loss
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.learner.log_probs import PACKED_ATTENTION
-from paceline.rl.learner.microbatches import packed_step
+from paceline.rl.learner.microbatches import Completion, packed_microbatches, packed_step, token_outputs
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
-from paceline.rl.learner.token_scores import Completion, by_completion, micro_batches
 from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
 from paceline.rl.types import TrainingSample
 from paceline.rollout.transformers_api import use_attention
@@ -102,7 +101,7 @@ class Critic:
     def values(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
         """float32 [L_i] for each sample, on the CPU."""
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
-        found = by_completion(
+        found = token_outputs(
             self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained
         )
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
@@ -132,7 +131,7 @@ class Critic:
             return loss * scale
 
         model = self._trained.module.train()
-        batches = list(micro_batches(samples, range(len(samples)), self._budget, device))
+        batches = list(packed_microbatches(samples, range(len(samples)), self._budget, device))
         packed_step(self._accelerator, self._trained, batches, loss_of, lambda batch: model(batch).sum())
         return report
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
-from paceline.rl.learner.token_scores import Completion, by_completion
+from paceline.rl.learner.microbatches import Completion, token_outputs
 from paceline.rl.models.lora import without_adapters
 from paceline.rl.models.policies import load_policy
 
@@ -43,7 +43,7 @@ class Reference:
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
         budget, temperature = self._config.update.tokens_per_microbatch, self._config.rollout.temperature
         with without_adapters(self._module.policy) if self._adapted else nullcontext():
-            found = by_completion(
+            found = token_outputs(
                 lambda b: self._module(b, temperature)[0], samples, chosen, budget, self._accelerator
             )
         return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]

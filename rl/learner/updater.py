@@ -14,9 +14,8 @@ from paceline.rl.algorithms.importance import importance_weights
 from paceline.rl.algorithms.kl import estimate_kl
 from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.config.update import UpdateConfig
-from paceline.rl.learner.microbatches import packed_step
+from paceline.rl.learner.microbatches import packed_microbatches, packed_step, token_outputs
 from paceline.rl.learner.packing import PackedBatch
-from paceline.rl.learner.token_scores import by_completion, micro_batches
 from paceline.rl.process.progress import Phase
 from paceline.rl.sharding import Trained
 from paceline.rl.types import TrainingSample
@@ -119,7 +118,7 @@ class PolicyUpdater:
         """Log-probs before the first optimizer step, of samples that can have a gradient."""
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
-        return by_completion(
+        return token_outputs(
             lambda b: trained.bare(b, self._temperature)[0],
             samples,
             moving,
@@ -151,7 +150,7 @@ class PolicyUpdater:
         report.grad_norm = packed_step(
             self._accelerator,
             self._trained,
-            list(micro_batches(samples, moving, self._config.tokens_per_microbatch, device)),
+            list(packed_microbatches(samples, moving, self._config.tokens_per_microbatch, device)),
             lambda batch: self._loss(samples, batch, old, weights, kl_coef, report) * scale,
             lambda batch: self._trained.module(batch, self._temperature)[0].sum(),
         )
