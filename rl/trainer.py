@@ -1,4 +1,4 @@
-"""The RL loop: rollout → distil → score → advantages → update."""
+"""The RL loop: generate → score → distil → update → sync."""
 
 from __future__ import annotations
 
@@ -14,10 +14,22 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 
-from paceline.rl.algorithms.advantages import uniform_groups
-from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, save_checkpoint
+from paceline.rl.checkpointing.checkpoint import (
+    AttributeState,
+    Checkpoint,
+    Stateful,
+    Writer,
+    save_checkpoint,
+)
 from paceline.rl.checkpointing.graceful_stop import Interruption
 from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
+from paceline.rl.checkpointing.parts import (
+    restore_selector,
+    write_critic,
+    write_lengths,
+    write_policy,
+    write_speculation,
+)
 from paceline.rl.checkpointing.run_directory import on_main
 from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.drafting.rank_drafter import RankDrafter
@@ -25,7 +37,9 @@ from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
 from paceline.rl.generation.anytime import Anytime, Dense
+from paceline.rl.generation.groups import CarriedGroups
 from paceline.rl.generation.progress import RolloutProgress
+from paceline.rl.generation.scored import ScoredGenerator, ScoredRollouts, ScoringFailed
 from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.learner.policy import PolicyLearner
@@ -35,22 +49,13 @@ from paceline.rl.monitoring.collapse_guard import Guard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
 from paceline.rl.monitoring.tracker import Tracker
-from paceline.rl.rewards.pool import Scores, ScoringPool
-from paceline.rl.rewards.shaping import Shaping
+from paceline.rl.rewards.pool import ScoringPool
+from paceline.rl.rewards.shaping import Shaped, Shaping
 from paceline.rl.sharding import is_shared
 from paceline.rl.tasks.prompt_check import check_prompts
-from paceline.rl.tasks.prompts import scored_text
 from paceline.rl.tasks.sampler import prompt_choice
-from paceline.rl.tasks.task import Problem, load_task
+from paceline.rl.tasks.task import load_task
 from paceline.rl.types import RankRollouts
-from paceline.rollout import FinishReason, Rollout, StepRecord
-
-# more steps than any run has: added to the step for each further round, so that its seeds are new
-_ROUND = 10**9
-
-
-class ScoringFailed(Exception):
-    """No completion of a step has a reward; the message says why."""
 
 
 class Trainer:
@@ -59,9 +64,12 @@ class Trainer:
     Args:
         config: The recipe.
         run: The run's directory, which exists.
-        accelerator: Of this process.
-        checkpoint: To go on from, or None.
-        tracker: Where metrics and lines go.
+        accelerator: The process group and precision of the run.
+        checkpoint: The checkpoint to resume from, or None.
+        tracker: Receives metrics and lines for the user.
+
+    Raises:
+        UserError: when the recipe does not fit the policy, the data or the number of ranks.
     """
 
     def __init__(
@@ -73,53 +81,18 @@ class Trainer:
         tracker: Tracker,
     ) -> None:
         self.config, self.run_dir, self.accelerator, self.tracker = config, run, accelerator, tracker
-        if config.rollout.prompts_per_step % accelerator.num_processes:
-            raise UserError(
-                f"prompts_per_step is {config.rollout.prompts_per_step}, not a multiple of the "
-                f"{accelerator.num_processes} ranks"
-            )
-        self.source = starting_policy(config)
-        self.tokenizer = load_tokenizer(self.source)
-        self.task = load_task(config.task, config.seed)
-        for line in check_prompts(self.task, config, self.tokenizer):
-            tracker.say(line)
-        self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
-        self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
-        whole = None if checkpoint is None else checkpoint.path
-        self.policy = trained_policy(config, self.source, accelerator.device, whole)
-        shared = is_shared(config.scale)
-        self.decoded = (
-            self.policy if shared else decoding_copy(config, self.source, accelerator.device, whole)
-        )
-        # before the engine, which notes where parameters lie: wrapping them for training may move them
-        self.learner = PolicyLearner(config, self.policy, self.source, accelerator, whole)
-        self.shaping = Shaping(config, self.tokenizer)
-        self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
-        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, self.vllm)
-        if self.vllm is None:
-            tracker.say(f"{type(self.decoded).__name__}: {self.worker.engine.fusion}")
-        self.anytime = (
-            None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
-        )
-        self.drafter = SharedDrafter(
-            config,
-            RankDrafter(config, self.decoded, self.worker, accelerator.process_index, self.vllm),
-            accelerator,
-            run,
-            tracker.say,
-        )
+        prompts, ranks = config.rollout.prompts_per_step, accelerator.num_processes
+        if prompts % ranks:
+            raise UserError(f"prompts_per_step is {prompts}, not a multiple of the {ranks} ranks")
+        self._load_task()
+        self._load_policy(None if checkpoint is None else checkpoint.path)
+        self._build_generation()
         self.guard = Guard(config.length.guard)
-        self.scoring.wait_ready()  # a wrong reward is said before the first step
+        self.scoring.wait_ready()  # a wrong reward is reported before the first step
         if self.scoring.notice is not None:
             tracker.say(self.scoring.notice)
-        self._said: set[str] = set()
-        self.evaluation: RunEvaluation | None = None
-        if config.eval_every:
-            decoder = None if self.vllm is None else self.vllm.backend
-            self.evaluation = RunEvaluation(
-                config, self.worker, decoder, self.tokenizer, self._scored_text, accelerator, self.task
-            )
-            tracker.say(self.evaluation.origin)
+        self.evaluation = self._evaluation() if config.eval_every else None
+        self.stateful = self._stateful()
         self.first_step = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -127,29 +100,83 @@ class Trainer:
             self.drafter.start()
         self._saved = self.first_step
 
+    def _load_task(self) -> None:
+        config = self.config
+        self.source = starting_policy(config)
+        self.tokenizer = load_tokenizer(self.source)
+        self.task = load_task(config.task, config.seed)
+        for line in check_prompts(self.task, config, self.tokenizer):
+            self.tracker.say(line)
+        self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
+        self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
+
+    def _load_policy(self, checkpoint: Path | None) -> None:
+        config, accelerator = self.config, self.accelerator
+        self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
+        self.decoded = (
+            self.policy
+            if is_shared(config.scale)
+            else decoding_copy(config, self.source, accelerator.device, checkpoint)
+        )
+        # before the engine, which notes where parameters lie: wrapping them for training may move them
+        self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
+        self.shaping = Shaping(config, self.tokenizer)
+
+    def _build_generation(self) -> None:
+        config, accelerator, log = self.config, self.accelerator, self.tracker.say
+        self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
+        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, self.vllm)
+        if self.vllm is None:
+            log(f"{type(self.decoded).__name__}: {self.worker.fusion}")
+        self.anytime = (
+            None if config.length.anytime is None else Anytime(config, self.tokenizer, self.worker.engine)
+        )
+        local = RankDrafter(config, self.decoded, self.worker, accelerator.process_index, self.vllm)
+        self.drafter = SharedDrafter(config, local, accelerator, self.run_dir, log)
+        self.generator = ScoredGenerator(
+            config,
+            self.worker,
+            self.scoring,
+            self.choice,
+            self.tokenizer,
+            accelerator,
+            log,
+            lambda: self.drafter.beat(),
+        )
+
+    def _evaluation(self) -> RunEvaluation:
+        decoder = None if self.vllm is None else self.vllm.backend
+        read, task = self.generator.text, self.task
+        made = RunEvaluation(self.config, self.worker, decoder, self.tokenizer, read, self.accelerator, task)
+        self.tracker.say(made.origin)
+        return made
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """Returns what a checkpoint keeps as JSON, by the names under which it is kept."""
+        parts: dict[str, Stateful] = {
+            "kl_coef": AttributeState(self.learner.kl, "value"),
+            "entropy": AttributeState(self.learner, "entropy"),
+            "prompts": self.choice,
+            "guard": self.guard,
+            "open": CarriedGroups(self.worker.groups, self.task.find, self.accelerator),
+        }
+        return parts if self.evaluation is None else {**parts, "evaluation": self.evaluation}
+
     def _resume(self, checkpoint: Checkpoint) -> None:
         self.first_step = checkpoint.steps_done
         if self.vllm is not None:
             self.vllm.update_policy(self.learner.weights())
         self.drafter.resume(checkpoint)
-        problem = restore_selector(checkpoint, self.worker.engine.speculation.selector)
+        problem = restore_selector(checkpoint, self.worker.selector)
         if problem is not None:
             self.tracker.say(problem)
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if self.worker.groups.lengths is not None and not self.worker.groups.lengths.restore(
-            checkpoint.path / "lengths.safetensors", self.first_step
-        ):
-            self.tracker.say(
-                f"{checkpoint.path / 'lengths.safetensors'}: cannot be read; lengths are learned anew"
-            )
+        weights = checkpoint.path / "lengths.safetensors"
+        if not self.worker.restore_lengths(weights, self.first_step):
+            self.tracker.say(f"{weights}: cannot be read; lengths are learned anew")
         try:
-            self.choice.load_state(checkpoint.state.get("prompts", {}))
-            self.guard.load_state(checkpoint.state.get("guard", {}))
-            if self.evaluation is not None:
-                self.evaluation.load_state(checkpoint.state.get("evaluation", {}))
-            self.learner.kl.value = float(checkpoint.state.get("kl_coef", self.learner.kl.value))
-            self.learner.entropy = checkpoint.state.get("entropy")
-            self.worker.groups.load_open(checkpoint.state.get("open", [])[rank::ranks], self.task.find)
+            for name, part in self.stateful.items():
+                if name in checkpoint.state:
+                    part.load_state(checkpoint.state[name])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
@@ -158,10 +185,10 @@ class Trainer:
             ) from None
 
     def run(self, interruption: Interruption | None = None) -> bool:
-        """All remaining steps, or those until it is asked to stop: then the last one is saved.
+        """Runs the remaining steps, or those until it is asked to stop, and saves the last one.
 
         Args:
-            interruption: Asked after each step, on the main rank.
+            interruption: Asked after each step on every rank.
 
         Returns:
             Whether no step remains.
@@ -234,44 +261,38 @@ class Trainer:
             raise UserError(f"{error}; the run stops, {kept}") from None
 
     def _stops(self, interruption: Interruption | None) -> bool:
-        """Whether any rank was asked to stop: a cluster may tell those of one machine. Collective."""
+        """Whether any rank was asked to stop; a cluster may signal one machine only. Collective."""
         return any(gather_object([interruption is not None and interruption.asked]))
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One RL step. Returns its metrics and every rank's record."""
+        """Runs one RL step. Collective. Returns its metrics and every rank's record."""
         clock = Clock(self.accelerator, partial(self.tracker.phase, step))
-        self.drafter.coordinator.begin(step)
-        done, scores, rewards = self._rollouts(step, clock)
-        dense = self._demand_answers(done, rewards, step, clock)
+        self.drafter.begin_step(step)
+        scored = self.generator.generate(step, clock.phase)
+        dense = None
+        if self.anytime is not None:
+            dense = self.generator.demand_answers(self.anytime, scored, step, clock.phase)
+        batch = scored.batch
         with clock.phase("reference"):
-            samples = self.learner.samples(done)
+            samples = self.learner.samples(batch)
         with clock.phase("drafter"):
-            distilled = self.drafter.train(done, rewards, step)
+            distilled = self.drafter.train(batch, scored.rewards, step)
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
-        if self.config.measure.plain_every and (step + 1) % self.config.measure.plain_every == 0:
-            with clock.phase("measure") as shown:
-                self.worker.measure_plain(done, RolloutProgress(shown, len(done.rollouts)))
-                self.accelerator.wait_for_everyone()
+        self._measure_plain(batch, step, clock)
         with clock.phase("update") as shown:
-            shaped = self.shaping.shape(done.rollouts, done.budgets, rewards)
-            if dense is not None:
-                shaped = replace(shaped, tokens=dense.advantages, more=tuple(dense.answers))
-            update, critic, advantages = self.learner.learn(done, samples, shaped, step, shown)
-        if self.decoded is not self.policy:
-            with clock.phase("gather"):
-                copy_weights(self.learner.weights(), self.decoded)
-        if self.vllm is not None:
-            with clock.phase("gather"):
-                self.vllm.update_policy(self.learner.weights())
+            shaped = self._shape(scored, dense)
+            update, critic, advantages = self.learner.learn(batch, samples, shaped, step, shown)
+        self._send_weights(clock)
         with clock.phase("sync"):
-            self.worker.engine.refresh_weights()
-            self.drafter.share(done, distilled, step)
-            errors = self._learn_lengths(done)
+            self.worker.refresh_weights()
+            self.drafter.share(batch, distilled, step)
+            length_errors = self._learn_lengths(batch)
+        scores = scored.scores
         mine = RankStep(
-            done=done,
+            batch=batch,
             scores=scores,
-            rewards=rewards,
+            rewards=scored.rewards,
             shaped=shaped.rewards,
             advantages=advantages,
             distilled=distilled,
@@ -279,133 +300,68 @@ class Trainer:
             critic=critic,
             spans=clock.spans,
             scoring=[(clock.since(begin), clock.since(end)) for begin, end in scores.busy],
-            carried=sum(len(group.pending()) for group in self.worker.groups.open),
-            length_errors=errors,
+            carried=self.worker.unfinished,
+            length_errors=length_errors,
             dense=dense,
         )
+        return self._record(mine, step)
+
+    def _shape(self, scored: ScoredRollouts, dense: Dense | None) -> Shaped:
+        """Returns the rewards that are trained on."""
+        batch = scored.batch
+        shaped = self.shaping.shape(batch.rollouts, batch.budgets, scored.rewards)
+        return (
+            shaped if dense is None else replace(shaped, tokens=dense.advantages, more=tuple(dense.answers))
+        )
+
+    def _measure_plain(self, batch: RankRollouts, step: int, clock: Clock) -> None:
+        """Decodes the requests again without speculation, every few steps as configured. Collective."""
+        every = self.config.measure.plain_every
+        if not every or (step + 1) % every:
+            return
+        with clock.phase("measure") as shown:
+            self.worker.measure_plain(batch, RolloutProgress(shown, len(batch.rollouts)))
+            self.accelerator.wait_for_everyone()
+
+    def _send_weights(self, clock: Clock) -> None:
+        """Copies new weights to whatever decodes with weights of its own. Collective."""
+        if self.decoded is not self.policy:
+            with clock.phase("gather"):
+                copy_weights(self.learner.weights(), self.decoded)
+        if self.vllm is not None:
+            with clock.phase("gather"):
+                self.vllm.update_policy(self.learner.weights())
+
+    def _learn_lengths(self, batch: RankRollouts) -> list[float]:
+        """Trains every rank's length predictor on all ranks' groups. Collective.
+
+        Returns:
+            Losses of what had been predicted for this rank's groups.
+        """
+        predictor = self.worker.lengths
+        if predictor is None:
+            return []
+        taught, errors = self.worker.groups.lessons(batch)
+        predictor.learn(gather_object(taught))
+        return errors
+
+    def _record(self, mine: RankStep, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         ranks = gather_object([rank_record(mine)])
-        self._write_samples(step, done, rewards)
+        self._write_samples(step, mine.batch, mine.rewards)
         metrics = step_metrics(ranks, self.config.rollout.group_size)
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
 
-    def _demand_answers(
-        self, done: RankRollouts, rewards: list[float], step: int, clock: Clock
-    ) -> Dense | None:
-        """Answers to cut thoughts and what they credit, where the recipe has it."""
-        if self.anytime is None:
-            return None
-        with clock.phase("rollout"):
-            thoughts, cuts = self.anytime.demand(done, step)
-        with clock.phase("score"):
-            self.anytime.hand_over(done, cuts, self._scored_text, self.scoring.add)
-            found = self.scoring.collect()
-        self._say_failures(step, found)
-        scores = [found.values.get(number, self.config.task.score_failed) for number in range(len(cuts))]
-        return self.anytime.credit(done, thoughts, rewards, cuts, scores)
-
-    def _learn_lengths(self, done: RankRollouts) -> list[float]:
-        """Every rank learns from all ranks' groups. Returns the losses of what had been predicted of this
-        rank's.
-        """
-        if self.worker.groups.lengths is None:
-            return []
-        taught, errors = self.worker.groups.lessons(done)
-        self.worker.groups.lengths.learn(gather_object(taught))
-        return errors
-
-    def _rollouts(self, step: int, clock: Clock) -> tuple[RankRollouts, Scores, list[float]]:
-        """This rank's completions with their rewards; where groups say nothing and the recipe has it, others
-        beside them.
-        """
-        rank, ranks, rollout = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.config.rollout,
-        )
-        problems = self.choice.choose(step, rollout.prompts_per_step)[rank::ranks]
-        done, scores, rewards = self._round(problems, step, 0, clock)
-        for number in range(1, rollout.resample + 1):
-            silent = len(uniform_groups(rewards, rollout.group_size)) - (
-                len(done.problems) // rollout.group_size - len(problems)
-            )
-            if silent <= 0:
-                break
-            more = self.choice.more(step, silent, number, rank)
-            # ranks may draw the same problem
-            again, scored, rewarded = self._round(more, step, number * ranks + rank, clock)
-            done, rewards = done.joined(again), [*rewards, *rewarded]
-            scores.note(scored)
-        self._say_failures(step, scores)
-        return done, scores, rewards
-
-    def _say_failures(self, step: int, scores: Scores) -> None:
-        """Says how many completions have no score. Collective.
-
-        Raises:
-            ScoringFailed: on every rank, when no completion of any has one.
-        """
-        asked, failed, problems, notices = zip(
-            *gather_object([(scores.asked, scores.failed, scores.problem, scores.notice)]), strict=True
-        )
-        problem = next((p for p in problems if p is not None), None)
-        notice = next((n for n in notices if n is not None), None)
-        if notice is not None and notice not in self._said:
-            self._said.add(notice)
-            self.tracker.say(notice)
-        if not sum(failed):
-            return
-        if sum(failed) == sum(asked):
-            raise ScoringFailed(
-                f"step {step + 1}: none of the {sum(asked)} completions has a reward: {problem}"
-            )
-        self.tracker.say(
-            f"reward: {sum(failed)} of {sum(asked)} completions have no score ({problem}); "
-            f"they get {self.config.task.score_failed:g}"
-        )
-
-    def _round(
-        self, problems: list[Problem], step: int, number: int, clock: Clock
-    ) -> tuple[RankRollouts, Scores, list[float]]:
-        with clock.phase("rollout") as shown:
-            progress = RolloutProgress(shown, len(problems) * self.config.rollout.group_size)
-
-            def on_step(record: StepRecord) -> None:
-                self.drafter.coordinator.beat()
-                progress.on_step(record)
-
-            def on_finish(index: int, problem: Problem, rollout: Rollout) -> None:
-                progress.on_finish()
-                self._finished(index, problem, rollout)
-
-            # a problem may come again in a later round: with seeds of its own
-            done = self.worker.rollout(problems, step + number * _ROUND, on_step, on_finish)
-        with clock.phase("score"):
-            scores = self.scoring.collect()
-        return (
-            done,
-            scores,
-            [scores.values.get(place, self.config.task.score_failed) for place in done.places],
-        )
-
-    def _finished(self, index: int, problem: Problem, rollout: Rollout) -> None:
-        """A rollout is over: it is scored while others are decoded."""
-        if rollout.finish_reason is not FinishReason.FAILED:
-            self.scoring.add(index, problem, self._scored_text(rollout.token_ids), rollout.token_ids)
-
-    def _scored_text(self, token_ids: Sequence[int]) -> str:
-        return scored_text(self.tokenizer, token_ids, self.config.task, self.worker.params.stop_token_ids)
-
-    def _write_samples(self, step: int, done: RankRollouts, rewards: list[float]) -> None:
-        """The first completion of each prompt of rank 0, to read what the policy does."""
+    def _write_samples(self, step: int, batch: RankRollouts, rewards: Sequence[float]) -> None:
+        """Appends the first completion of each prompt of rank 0 to ``rollouts.jsonl``."""
         if not self.accelerator.is_main_process:
             return
         with (self.run_dir / "rollouts.jsonl").open("a", encoding="utf-8") as file:
-            for i in range(0, len(done.rollouts), self.config.rollout.group_size):
-                text = self.tokenizer.decode(done.rollouts[i].token_ids, skip_special_tokens=True)
+            for i in range(0, len(batch.rollouts), self.config.rollout.group_size):
+                text = self.tokenizer.decode(batch.rollouts[i].token_ids, skip_special_tokens=True)
                 sample = {
                     "step": step,
-                    "question": done.problems[i].question,
+                    "question": batch.problems[i].question,
                     "completion": text,
                     "reward": rewards[i],
                 }
@@ -413,39 +369,32 @@ class Trainer:
 
     def _save(self, steps_done: int, best: bool = False) -> None:
         """Writes a checkpoint. Collective; where it cannot be written, every rank ends."""
-        policy, adapters = self.learner.state()
-        critic = None if self.learner.critic is None else self.learner.critic.state()
-        carried = gather_object(self.worker.groups.open_state())
-        spot = self.drafter.local.spot
+        writers = self._writers()
+        state = {name: part.state() for name, part in self.stateful.items()}
 
         def write() -> None:
-            save_checkpoint(
-                self.run_dir,
-                steps_done=steps_done,
-                policy=self.policy,
-                tokenizer_from=self.source,
-                state_of_policy=policy,
-                adapters=adapters,
-                state_of_critic=critic,
-                lengths=None
-                if self.worker.groups.lengths is None
-                else self.worker.groups.lengths.head.state(),
-                drafter=spot.serving if spot else None,
-                drafter_optimizer=spot.learner.optimizer if spot else None,
-                selector=self.worker.engine.speculation.selector.state(),
-                state={
-                    "kl_coef": self.learner.kl.value,
-                    "entropy": self.learner.entropy,
-                    "prompts": self.choice.state(),
-                    "guard": self.guard.state(),
-                    "evaluation": {} if self.evaluation is None else self.evaluation.state(),
-                    "open": carried,
-                },
-                recipe=to_dict(self.config),
-            )
+            save_checkpoint(self.run_dir, steps_done, writers, state, to_dict(self.config))
             keep_checkpoint(self.run_dir, steps_done, self.config.keep_last, best)
 
         on_main(self.accelerator, write)
+
+    def _writers(self) -> list[Writer]:
+        """Collects what a checkpoint keeps in files. Collective. Returns what writes it on the main rank."""
+        policy, adapters = self.learner.state()
+        critic, lengths = self.learner.critic_state(), self.worker.length_weights()
+        drafter, optimizer = self.drafter.local.served()
+        selector = self.worker.selector.state()
+        writers: list[Writer] = [
+            partial(
+                write_policy, policy=self.policy, tokenizer_from=self.source, state=policy, adapters=adapters
+            ),
+            partial(write_speculation, drafter=drafter, optimizer=optimizer, selector=selector),
+        ]
+        if critic is not None:
+            writers.append(partial(write_critic, state=critic))
+        if lengths is not None:
+            writers.append(partial(write_lengths, weights=lengths))
+        return writers
 
 
 def _line(step: int, steps: int, m: dict[str, Any]) -> str:
@@ -460,8 +409,11 @@ def _line(step: int, steps: int, m: dict[str, Any]) -> str:
 
 
 def make_accelerator(config: RunConfig, timeout: timedelta) -> Accelerator:
-    """The process group and precision of a run, from torchrun's environment. A rank that waits longer than
-    ``timeout`` for another gives up with an error.
+    """Returns the process group and precision of a run, from torchrun's environment.
+
+    Args:
+        config: The recipe.
+        timeout: The longest that a rank waits for another before it gives up with an error.
     """
     handlers = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),

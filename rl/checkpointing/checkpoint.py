@@ -1,38 +1,25 @@
-"""A run on disk: whole checkpoints, replaced atomically, and what it takes to go on from one."""
+"""Whole checkpoints of a run: written, swapped atomically, found again and checked."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.storage.checkpoint import save_drafter
-from paceline.drafter_trainer.storage.checksums import changed_files, prefix_sum, sync, write_checksums
-from paceline.drafter_trainer.storage.optimizer_state import (
-    save_optimizer,
-    write_state,
-)
+from paceline.drafter_trainer.storage.checksums import changed_files, sync, write_checksums
+from paceline.rl.checkpointing.run_logs import log_sums
 from paceline.rl.errors import UserError
-from paceline.rl.models.lora import save_adapters
-from paceline.rl.models.policies import copy_tokenizer
-from paceline.rl.process.files import read_lines, read_object, write_whole
-from paceline.rl.sharding import WholeState
-from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.strategy import Selector
+from paceline.rl.process.files import read_object
 
 # Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the
 # newest broken has it.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
-LOGS = ("metrics.jsonl", "timeline.jsonl")  # from which the report takes its numbers
 _EXTRAS = (
     "drafter_optimizer",
     "drafter",
@@ -59,40 +46,65 @@ class Checkpoint:
     broken: frozenset[str] = frozenset()
 
 
+Writer = Callable[[Path], None]
+"""Writes one part of a checkpoint into its directory; called on the main rank alone."""
+
+
+class Stateful(Protocol):
+    """A part of a run whose state a checkpoint keeps as JSON, under the name that it is registered by."""
+
+    def state(self) -> Any:
+        """Returns the state as JSON data. Collective where ranks differ."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Restores what `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: for data of another form.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttributeState:
+    """Keeps one attribute of an object in checkpoints.
+
+    Attributes:
+        owner: The object.
+        name: The attribute's name; its value is JSON data.
+    """
+
+    owner: Any
+    name: str
+
+    def state(self) -> Any:
+        """Returns the attribute."""
+        return getattr(self.owner, self.name)
+
+    def load_state(self, state: Any) -> None:
+        """Sets the attribute."""
+        setattr(self.owner, self.name, state)
+
+
 def save_checkpoint(
     run: Path,
-    *,
     steps_done: int,
-    policy: PreTrainedModel,
-    tokenizer_from: Path,
-    state_of_policy: WholeState,
-    drafter: Eagle3Model | None,
-    drafter_optimizer: torch.optim.Optimizer | None,
-    selector: dict[str, Any] | None,
-    state_of_critic: WholeState | None = None,
-    lengths: dict[str, torch.Tensor] | None = None,
-    adapters: dict[str, torch.Tensor] | None = None,
+    writers: Sequence[Writer],
     state: dict[str, Any] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> None:
-    """Writes ``checkpoint/`` of a run beside the last one, waits until it is on the disk, then swaps them by
-    renaming: at every instant a whole one exists. The last one stays as ``checkpoint.old`` until the next is
-        begun.
+    """Writes ``checkpoint/`` of a run whole, and keeps the last one as ``checkpoint.old`` until the next.
+
+    The new one is written beside the last one and flushed to the disk; then the two are swapped by renaming.
+    A whole checkpoint exists at every instant.
 
     Args:
         run: The run's directory.
-        steps_done: Whole steps behind it.
-        policy: Whose config is kept.
-        tokenizer_from: Directory with its tokenizer.
-        state_of_policy: Its whole weights under the names they have without adapters, and what is trained of
-            it.
-        drafter, drafter_optimizer: None before there are.
-        selector: The strategy selector's state.
-        state_of_critic: Where the recipe has one.
-        lengths: The length predictor's weights, where the recipe has one.
-        adapters: Weights of adapters by their names in the policy, where the recipe has them.
-        state: What else a run had come to.
-        recipe: Of the run, as plain data: what may not change when it goes on is compared with it.
+        steps_done: The number of finished steps.
+        writers: Writers of the checkpoint's parts.
+        state: The states of the run's `Stateful` parts by their names.
+        recipe: The run's recipe as plain data; what may not change on resume is compared with it.
 
     Raises:
         UserError: when the disk is full or not writable; the previous checkpoint stays.
@@ -100,24 +112,15 @@ def save_checkpoint(
     building, final, old = run / "checkpoint.new", run / "checkpoint", run / "checkpoint.old"
     try:
         shutil.rmtree(building, ignore_errors=True)
-        if final.exists():  # else the older one is all there is
+        if final.exists():  # otherwise the older one is the only one
             shutil.rmtree(old, ignore_errors=True)
         building.mkdir(parents=True)
-        policy.save_pretrained(building / "policy", state_dict=state_of_policy.weights)
-        copy_tokenizer(tokenizer_from, building / "policy")
-        write_state(state_of_policy.optimizer, building / "optimizer")
-        if adapters is not None:
-            save_adapters(policy, adapters, building / "adapter")
-        save_drafting(building, drafter, drafter_optimizer, selector)
-        if state_of_critic is not None:
-            save_file(state_of_critic.weights, building / "critic.safetensors")
-            write_state(state_of_critic.optimizer, building / "critic_optimizer")
-        if lengths is not None:
-            save_file(lengths, building / "lengths.safetensors")
+        for write in writers:
+            write(building)
         if recipe is not None:
             (building / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
         # Random numbers are functions of (seed, step): the step is all the state that they have.
-        kept = {"steps_done": steps_done, "logs": _log_sums(run), **(state or {})}
+        kept = {"steps_done": steps_done, "logs": log_sums(run), **(state or {})}
         (building / "state.json").write_text(json.dumps(kept))
         write_checksums(building)
         if final.exists():
@@ -129,22 +132,6 @@ def save_checkpoint(
         raise UserError(
             f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}"
         ) from None
-
-
-def save_drafting(
-    folder: Path,
-    drafter: Eagle3Model | None,
-    optimizer: torch.optim.Optimizer | None,
-    selector: dict[str, Any] | None,
-) -> None:
-    """Writes what speculation has learned: the drafter with its optimizer, and the selector's state. Errors
-    come as they are.
-    """
-    if drafter is not None and optimizer is not None:
-        save_drafter(drafter, folder / "drafter", torch.float32)
-        save_optimizer(optimizer, folder / "drafter_optimizer")
-    if selector is not None:
-        (folder / "selector.json").write_text(json.dumps(selector))
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -226,28 +213,6 @@ _STATE: dict[str, tuple[Any, bool]] = {
 }
 
 
-def _log_sums(run: Path) -> dict[str, tuple[int, str]]:
-    return {name: prefix_sum(run / name) for name in LOGS if (run / name).is_file()}
-
-
-def changed_logs(run: Path, checkpoint: Checkpoint) -> list[str]:
-    """A line for each of a run's logs that is not as it was when the checkpoint was made, beside what was
-    added since.
-    """
-    said = []
-    for name, kept in checkpoint.state.get("logs", {}).items():
-        try:
-            if list(prefix_sum(run / name, kept[0])) == list(kept):
-                continue
-            reason = "has changed"
-        except OSError as error:
-            reason = (
-                "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            )
-        said.append(f"{run / name} {reason} since the checkpoint was made: the report's numbers may be wrong")
-    return said
-
-
 def set_aside_broken(run: Path, used: Checkpoint) -> None:
     """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one that is used is not
     deleted in its favour.
@@ -256,45 +221,3 @@ def set_aside_broken(run: Path, used: Checkpoint) -> None:
     if used.path != newest and newest.exists():
         shutil.rmtree(run / "checkpoint.broken", ignore_errors=True)
         newest.rename(run / "checkpoint.broken")
-
-
-def restore_selector(checkpoint: Checkpoint, selector: Selector) -> str | None:
-    """Goes on from what the checkpoint's strategy selector had learned, where it has one that can be read.
-
-    Returns:
-        A line where it has one that cannot be: the selector then learns anew.
-    """
-    path = checkpoint.path / "selector.json"
-    if "selector.json" in checkpoint.broken or not path.exists():
-        return None
-    try:
-        state = read_object(path)
-        _check_leaves(state)
-        selector.load_state(state)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
-        return f"{path}: {reason}; strategies are measured anew"
-    return None
-
-
-def _check_leaves(value: Any) -> None:
-    """Refuses numbers that are none: what was measured is finite."""
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_leaves(inner)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"a measured number is {value}")
-
-
-def keep_first_lines(path: Path, steps_done: int) -> int:
-    """Drops the lines of ``path`` (JSON with a "step" each) that belong to steps after the checkpoint, and
-    those that are broken.
-
-    Returns:
-        How many broken lines there were, beside a last one that a kill has cut off.
-    """
-    if not path.exists():
-        return 0
-    lines, broken = read_lines(path)
-    cut = broken > 0 and not path.read_bytes().endswith(b"\n")
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < steps_done))
-    return broken - cut

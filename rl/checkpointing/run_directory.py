@@ -13,16 +13,9 @@ from typing import TypeVar
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from paceline.rl.checkpointing.checkpoint import (
-    LOGS,
-    Checkpoint,
-    changed_logs,
-    find_checkpoint,
-    has_checkpoint,
-    keep_first_lines,
-    set_aside_broken,
-)
+from paceline.rl.checkpointing.checkpoint import Checkpoint, find_checkpoint, has_checkpoint, set_aside_broken
 from paceline.rl.checkpointing.resume import compare_recipes, keep_recipe, record_resume
+from paceline.rl.checkpointing.run_logs import LOGS, changed_logs, keep_first_lines
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import disk_errors
@@ -106,7 +99,7 @@ def open_run(
             checkpoint = find_checkpoint(run, say_on_main)
             if (changed := compare_recipes(config, checkpoint)) is not None:
                 say_on_main(changed)
-            for line in changed_logs(run, checkpoint):
+            for line in changed_logs(run, checkpoint.state):
                 say_on_main(line)
             set_aside_broken(run, checkpoint)
         elif resume:

@@ -89,6 +89,10 @@ class RankDrafter:
             self._vllm.update_drafter(self.spot.serving)
         return self.spot
 
+    def served(self) -> tuple[Eagle3Model, torch.optim.Optimizer] | tuple[None, None]:
+        """Returns the served weights and their optimizer; None for both before there is a drafter."""
+        return (None, None) if self.spot is None else (self.spot.serving, self.spot.learner.optimizer)
+
     def learn_from(self, batch: RankRollouts, rewards: Sequence[float]) -> None:
         """Adds a step's traces to the buffer.
 

@@ -57,6 +57,14 @@ class SharedDrafter:
         self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
 
+    def begin_step(self, step: int) -> None:
+        """Tells the other ranks that this rank is decoding."""
+        self.coordinator.begin(step)
+
+    def beat(self) -> None:
+        """Tells the other ranks that this rank is alive; called after each decode step."""
+        self.coordinator.beat()
+
     def start(self) -> None:
         """Begins with ``drafter.start``, and with its optimizer's state where that is there.
 
@@ -142,19 +150,19 @@ class SharedDrafter:
         for learner in self.local.spot.learners:
             learner.restore(stem)
 
-    def train(self, done: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
+    def train(self, batch: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
         """This rank has finished its rollouts: training while others decode, or for whole passes, as the
         recipe has it.
 
         Args:
-            done: This step's rollouts.
+            batch: This step's rollouts.
             rewards: Of each.
             step: Of the run, for the learning rate.
         """
         self.coordinator.idle()
         for learner in self.local.spot.learners if self.local.spot is not None else ():
             learner.scale_rate(rate_at(step, self._steps, 1, self._config.lr_schedule))
-        self.local.learn_from(done, rewards)
+        self.local.learn_from(batch, rewards)
         if self._config.schedule == "never":
             return LearnerReport()
         if self._config.schedule == "always":
@@ -164,17 +172,17 @@ class SharedDrafter:
         self._tell(self.coordinator.take_problem())
         return report
 
-    def share(self, done: RankRollouts, report: LearnerReport, step: int) -> None:
+    def share(self, batch: RankRollouts, report: LearnerReport, step: int) -> None:
         """Lets every rank draft with the mean of the weights that ranks have approved, weighted by the
         updates in them. The first step's rollouts choose the vocabulary. Collective.
 
         Args:
-            done: This step's rollouts.
+            batch: This step's rollouts.
             report: This step's training; what its snapshot took is noted there.
             step: Index of the step.
         """
         if self.local.missing:
-            self.local.create(self._vocabulary_of(done))
+            self.local.create(self._vocabulary_of(batch))
             return
         spot = self.local.spot
         if spot is None:
@@ -191,7 +199,7 @@ class SharedDrafter:
         every = self._config.vocabulary_every
         anew = every > 0 and (step + 1) % every == 0
         if anew:
-            self.local.change_vocabulary(self._vocabulary_of(done))
+            self.local.change_vocabulary(self._vocabulary_of(batch))
         if not updates and not anew:
             return
         self._tell(self.local.swap_in())
@@ -199,9 +207,9 @@ class SharedDrafter:
             self._tell(self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer))
             report.snapshot_seconds = self._snapshots.seconds
 
-    def _vocabulary_of(self, done: RankRollouts) -> torch.Tensor:
+    def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:
         """The draft vocabulary that serves all ranks' rollouts of this step best."""
-        everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts])
+        everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts])
         return choose_vocabulary(
             everywhere, self._config.draft_vocab_size, self.local.worker.engine.runner.vocab_size
         )

@@ -103,12 +103,12 @@ def warm_drafter(
         return spent() >= 1 and asked > _LEAST_ASKED
 
     while report.rounds == 0 or spent() < 1:
-        done = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
-        report.sampling_seconds += done.seconds
-        texts = [[*r.request.prompt_ids, *r.token_ids] for r in done.rollouts]
+        batch = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
+        report.sampling_seconds += batch.seconds
+        texts = [[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts]
         spot = drafter.spot or drafter.create(choose_vocabulary(texts, size, vocab))
         report.coverage = coverage(texts, spot.serving.vocabulary)
-        drafter.learn_from(done, [0.0] * len(done.rollouts))
+        drafter.learn_from(batch, [0.0] * len(batch.rollouts))
         trained = drafter.train(partial(stop, spot))
         report.rounds += 1
         report.updates += trained.updates

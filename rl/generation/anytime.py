@@ -66,18 +66,18 @@ class Anytime:
         self._marker = "\n" + config.length.answer
         self._marker_ids = list(tokenizer(self._marker, add_special_tokens=False)["input_ids"])
 
-    def demand(self, done: RankRollouts, step: int) -> tuple[list[int], list[Cut]]:
+    def demand(self, batch: RankRollouts, step: int) -> tuple[list[int], list[Cut]]:
         """Cuts thoughts that are longer than a budget and draws answers.
 
         Returns:
             How many tokens each completion thought, and the answers.
         """
         thoughts = [
-            answer_start(r.token_ids, self._config.length.answer, self._tokenizer) for r in done.rollouts
+            answer_start(r.token_ids, self._config.length.answer, self._tokenizer) for r in batch.rollouts
         ]
         cuts: list[tuple[int, int]] = []
         requests: list[Request] = []
-        for i, (rollout, thought) in enumerate(zip(done.rollouts, thoughts, strict=True)):
+        for i, (rollout, thought) in enumerate(zip(batch.rollouts, thoughts, strict=True)):
             for level, budget in enumerate(self._anytime.budgets):
                 if thought <= budget:
                     break
@@ -85,21 +85,21 @@ class Anytime:
                 params = replace(rollout.request.params, max_tokens=self._anytime.answer_tokens)
                 for number in range(self._anytime.answers):
                     seed = stable_seed(
-                        self._config.seed, step, f"{done.problems[i].key}/{budget}/{i}", number
+                        self._config.seed, step, f"{batch.problems[i].key}/{budget}/{i}", number
                     )
                     requests.append(Request(prompt, params, seed, group=rollout.request.group))
                     cuts.append((i, level))
         answers = self._engine.generate(requests)
         return thoughts, [Cut(i, level, rollout) for (i, level), rollout in zip(cuts, answers, strict=True)]
 
-    def text(self, done: RankRollouts, cut: Cut, decode: Callable[[Sequence[int]], str]) -> str:
+    def text(self, batch: RankRollouts, cut: Cut, decode: Callable[[Sequence[int]], str]) -> str:
         """The cut thought with its answer, to be scored."""
-        thought = done.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
+        thought = batch.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
         return decode(thought) + self._marker + decode(cut.rollout.token_ids)
 
     def hand_over(
         self,
-        done: RankRollouts,
+        batch: RankRollouts,
         cuts: Sequence[Cut],
         decode: Callable[[Sequence[int]], str],
         score: Callable[[int, Problem, str, Sequence[int]], None],
@@ -107,20 +107,20 @@ class Anytime:
         """Gives the answers to a scorer, under their numbers.
 
         Args:
-            done: The step's completions.
+            batch: The step's completions.
             cuts: From `demand`.
             decode: Token ids to the text that scorers read.
             score: Takes number, problem, text and token ids.
         """
         for number, cut in enumerate(cuts):
             if cut.rollout.finish_reason is not FinishReason.FAILED:
-                thought = done.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
+                thought = batch.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
                 ids = [*thought, *self._marker_ids, *cut.rollout.token_ids]
-                score(number, done.problems[cut.sample], self.text(done, cut, decode), ids)
+                score(number, batch.problems[cut.sample], self.text(batch, cut, decode), ids)
 
     def credit(
         self,
-        done: RankRollouts,
+        batch: RankRollouts,
         thoughts: Sequence[int],
         rewards: Sequence[float],
         cuts: Sequence[Cut],
@@ -129,7 +129,7 @@ class Anytime:
         """Advantages of thoughts and answers.
 
         Args:
-            done: The step's completions.
+            batch: The step's completions.
             thoughts: Tokens that each thought.
             rewards: Of each, whole.
             cuts: From `demand`.
@@ -152,7 +152,7 @@ class Anytime:
         final = torch.tensor(rewards).view(-1, size)
         answered = (final - final.mean(1, keepdim=True)).flatten().tolist() if len(table) else []
         advantages = []
-        for i, rollout in enumerate(done.rollouts):
+        for i, rollout in enumerate(batch.rollouts):
             stretch = torch.bucketize(torch.arange(len(rollout.token_ids)), torch.tensor(budgets), right=True)
             each = credits[i][stretch].clone()
             each[thoughts[i] :] = answered[i]

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
 from paceline.rl.config.run import RunConfig
 from paceline.rl.generation.segments import OpenGroup, restored
 from paceline.rl.generation.tree import Tree, grow
@@ -100,13 +103,13 @@ class Groups:
                 dict.fromkeys(tuple(request.prompt_ids) for group in new for request in group.requests)
             )
             self.lengths.read(dict(zip(prompts, self._engine.prompt_states(prompts), strict=True)))
-        done = (
+        batch = (
             self._grow(new, on_step, on_finish)
             if self._config.rollout.tree
             else self._go_on(new, on_step, on_finish)
         )
-        done.seconds = time.perf_counter() - begin
-        return done
+        batch.seconds = time.perf_counter() - begin
+        return batch
 
     def _go_on(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
         """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the
@@ -119,15 +122,17 @@ class Groups:
             records += [replace(record, at=record.at + before) for record in self._decoder.records]
         self.open = [group for group in groups if not group.whole]
         size = self._config.rollout.group_size
-        done = RankRollouts([], [], 0.0, records)
+        batch = RankRollouts([], [], 0.0, records)
         for number, group in enumerate(groups):
             if group.whole:
-                done.problems += [group.problem] * size
-                done.rollouts += group.finished()
-                done.places += range(number * size, (number + 1) * size)
-                done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
-        done.drawn = sum(len(r.token_ids) for r in done.rollouts)
-        return done
+                batch.problems += [group.problem] * size
+                batch.rollouts += group.finished()
+                batch.places += range(number * size, (number + 1) * size)
+                batch.budgets = (
+                    [*(batch.budgets or ()), *group.budgets] if group.budgets is not None else None
+                )
+        batch.drawn = sum(len(r.token_ids) for r in batch.rollouts)
+        return batch
 
     def _grow(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
         """The same with samples that share beginnings."""
@@ -139,7 +144,7 @@ class Groups:
                 on_finish(number * size + order, trees[number].problem, rollout)
 
         records = grow(self._engine, trees, self._config.rollout.tree, on_step, leaf)
-        done = RankRollouts(
+        batch = RankRollouts(
             [],
             [],
             0.0,
@@ -149,11 +154,11 @@ class Groups:
             drawn=sum(t.drawn for t in trees),
         )
         for tree, group in zip(trees, new, strict=True):
-            done.problems += [tree.problem] * size
-            done.rollouts += [replace(r, request=replace(r.request, resume=None)) for _, r in tree.leaves]
-            done.paths = [*(done.paths or ()), *(path for path, _ in tree.leaves)]
-            done.budgets = [*(done.budgets or ()), *group.budgets] if group.budgets is not None else None
-        return done
+            batch.problems += [tree.problem] * size
+            batch.rollouts += [replace(r, request=replace(r.request, resume=None)) for _, r in tree.leaves]
+            batch.paths = [*(batch.paths or ()), *(path for path, _ in tree.leaves)]
+            batch.budgets = [*(batch.budgets or ()), *group.budgets] if group.budgets is not None else None
+        return batch
 
     def _decode(
         self,
@@ -185,14 +190,14 @@ class Groups:
         else:
             self._engine.generate(requests, on_step, on_finish=finished, segment=segment)
 
-    def lessons(self, done: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
+    def lessons(self, batch: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
         """What whole groups teach of lengths, as plain data, and the pinball losses of what had been
         predicted of them.
         """
         if self.lengths is None:
             return [], []
         by_prompt: dict[tuple[int, ...], list[int]] = {}
-        for r in done.rollouts:
+        for r in batch.rollouts:
             by_prompt.setdefault(tuple(r.request.prompt_ids), []).append(len(r.token_ids))
         return self.lengths.examples(list(by_prompt.items()))
 
@@ -204,3 +209,25 @@ class Groups:
         """Goes on with groups from `open_state`; those of which ``find`` raises KeyError are dropped."""
         found = [restored(state, find, self._ask) for state in states]
         self.open = [group for group in found if group is not None]
+
+
+class CarriedGroups:
+    """Keeps the unfinished groups of all ranks in checkpoints; any number of ranks can resume them.
+
+    Args:
+        groups: This rank's groups.
+        find: Returns the problem of a key; groups for whose key it raises KeyError are dropped.
+        accelerator: The run's accelerator.
+    """
+
+    def __init__(self, groups: Groups, find: Callable[[str], Problem], accelerator: Accelerator) -> None:
+        self._groups, self._find, self._accelerator = groups, find, accelerator
+
+    def state(self) -> list[dict[str, Any]]:
+        """Returns the unfinished groups of all ranks. Collective."""
+        return gather_object(self._groups.open_state())
+
+    def load_state(self, state: list[dict[str, Any]]) -> None:
+        """Takes this rank's share of the groups that `state` returned."""
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        self._groups.load_open(state[rank::ranks], self._find)

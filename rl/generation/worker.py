@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from paceline.rl.generation.groups import Groups, OnFinish, OnStep
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.vllm import VllmRollouts
+from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.models.initial import tap_layers
 from paceline.rl.models.policies import fetch_policy, load_policy
 from paceline.rl.rewards.shaping import length_terms
@@ -28,6 +30,7 @@ from paceline.rollout.drafters import Eagle3Drafter
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.strategy import Selector
 
 _WITH_WEIGHTS = {"eagle3", "composite"}  # they wait for `RolloutWorker.add_trained_drafter`
 
@@ -150,17 +153,17 @@ class RolloutWorker:
         Raises:
             UserError: when every request failed; the first reason is given.
         """
-        done = self.groups.rollout(problems, step, on_step, on_finish)
-        failed = [r for r in done.rollouts if r.finish_reason is FinishReason.FAILED]
-        if failed and len(failed) == len(done.rollouts):
+        batch = self.groups.rollout(problems, step, on_step, on_finish)
+        failed = [r for r in batch.rollouts if r.finish_reason is FinishReason.FAILED]
+        if failed and len(failed) == len(batch.rollouts):
             raise UserError(f"all {len(failed)} requests of a step failed: {failed[0].error}")
-        return done
+        return batch
 
-    def measure_plain(self, done: RankRollouts, progress: RolloutProgress | None = None) -> None:
+    def measure_plain(self, batch: RankRollouts, progress: RolloutProgress | None = None) -> None:
         """Decodes the same requests again without speculation and notes the time, for a paired ratio.
 
         Args:
-            done: Rollouts of this rank; the time is noted there.
+            batch: Rollouts of this rank; the time is noted there.
             progress: Shows how far it is.
         """
         engine = self.engine
@@ -170,7 +173,7 @@ class RolloutWorker:
             False,
             KeptPrefixes(engine.runner.cache),
         )  # which reads every prompt, as the first time
-        requests = [r.request for r in done.rollouts]
+        requests = [r.request for r in batch.rollouts]
         begin = time.perf_counter()
         try:
             if progress is None:
@@ -179,9 +182,45 @@ class RolloutWorker:
                 again = engine.generate(requests, progress.on_step, on_finish=progress.on_finish)
         finally:
             engine.speculation.selector, engine.collect_traces, engine.kept = before
-        done.plain_seconds = time.perf_counter() - begin
-        same = [a.token_ids == b.token_ids for a, b in zip(again, done.rollouts, strict=True)]
-        done.plain_identical = sum(same) / len(same)
+        batch.plain_seconds = time.perf_counter() - begin
+        same = [a.token_ids == b.token_ids for a, b in zip(again, batch.rollouts, strict=True)]
+        batch.plain_identical = sum(same) / len(same)
+
+    @property
+    def selector(self) -> Selector:
+        """What chooses the strategy of each decode step."""
+        return self.engine.speculation.selector
+
+    @property
+    def fusion(self) -> str:
+        """Which of the policy's layers are fused, in words."""
+        return self.engine.fusion
+
+    @property
+    def lengths(self) -> PredictedLengths | None:
+        """The length predictor, where the recipe has one."""
+        return self.groups.lengths
+
+    @property
+    def unfinished(self) -> int:
+        """The number of completions that the next step continues."""
+        return sum(len(group.pending()) for group in self.groups.open)
+
+    def refresh_weights(self) -> None:
+        """Lets the engine decode with the policy's present weights."""
+        self.engine.refresh_weights()
+
+    def length_weights(self) -> dict[str, torch.Tensor] | None:
+        """Returns the weights of the length predictor, where the recipe has one."""
+        return None if self.lengths is None else self.lengths.head.state()
+
+    def restore_lengths(self, path: Path, steps_done: int) -> bool:
+        """Loads the length predictor's weights, where the recipe has one.
+
+        Returns:
+            False when they cannot be read: lengths are then learned anew.
+        """
+        return self.lengths is None or self.lengths.restore(path, steps_done)
 
     def add_trained_drafter(self, weights: Eagle3Model) -> None:
         """Adds the EAGLE-3 drafter, and the drafters that are built on it, to the engine.

@@ -18,7 +18,8 @@ from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.export import hub_id
 from paceline.drafter_trainer.storage.model_card import DrafterFacts, drafter_card, license_of
-from paceline.rl.checkpointing.checkpoint import Checkpoint, restore_selector, save_drafting
+from paceline.rl.checkpointing.checkpoint import Checkpoint
+from paceline.rl.checkpointing.parts import restore_selector, write_speculation
 from paceline.rl.config.parsing import parse
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.rank_drafter import RankDrafter
@@ -150,17 +151,17 @@ class HostedRollouts:
         decode, and then all ranks share what was trained. Collective.
         """
         self.drafter.coordinator.begin(self._calls)
-        done = self.rollouts(requests)
-        report = self.drafter.train(done, [0.0] * len(done.rollouts), self._calls)
+        batch = self.rollouts(requests)
+        report = self.drafter.train(batch, [0.0] * len(batch.rollouts), self._calls)
         self._accelerator.wait_for_everyone()
         if self.config.measure.plain_every and (self._calls + 1) % self.config.measure.plain_every == 0:
-            self.worker.measure_plain(done)
+            self.worker.measure_plain(batch)
             self._accelerator.wait_for_everyone()
-        self.drafter.share(done, report, self._calls)
+        self.drafter.share(batch, report, self._calls)
         self._calls += 1
-        if any(record.strategy.startswith("eagle3") for record in done.records):
-            self._acceptance_length = mean_acceptance_length(done.rollouts)
-        return done, report
+        if any(record.strategy.startswith("eagle3") for record in batch.records):
+            self._acceptance_length = mean_acceptance_length(batch.rollouts)
+        return batch, report
 
     def save(self, folder: Path) -> None:
         """Writes the drafter, its optimizer and what the selector has learned; on the main rank.
@@ -171,7 +172,7 @@ class HostedRollouts:
         spot = self.drafter.local.spot
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_drafting(
+            write_speculation(
                 folder,
                 spot.serving if spot else None,
                 spot.learner.optimizer if spot else None,
@@ -245,18 +246,18 @@ def any_rank(accelerator: Accelerator, value: bool) -> bool:
     return bool(accelerator.reduce(count, "sum").item())
 
 
-def step_report(done: RankRollouts, report: LearnerReport) -> dict[str, float]:
+def step_report(batch: RankRollouts, report: LearnerReport) -> dict[str, float]:
     """A rank's numbers of a step, by the names that hosts log."""
-    tokens = sum(len(r.token_ids) for r in done.rollouts)
+    tokens = sum(len(r.token_ids) for r in batch.rollouts)
     found = {
-        "paceline/rollout_seconds": done.seconds,
-        "paceline/tokens_per_second": tokens / done.seconds,
-        "paceline/acceptance_length": mean_acceptance_length(done.rollouts),
-        "paceline/speculated_share": sum(r.strategy != "plain" for r in done.records)
-        / max(len(done.records), 1),
+        "paceline/rollout_seconds": batch.seconds,
+        "paceline/tokens_per_second": tokens / batch.seconds,
+        "paceline/acceptance_length": mean_acceptance_length(batch.rollouts),
+        "paceline/speculated_share": sum(r.strategy != "plain" for r in batch.records)
+        / max(len(batch.records), 1),
         "paceline/drafter_seconds": report.seconds,
         "paceline/drafter_updates": float(report.updates),
     }
-    if done.plain_seconds is not None:
-        found["paceline/speedup_over_plain"] = done.plain_seconds / done.seconds
+    if batch.plain_seconds is not None:
+        found["paceline/speedup_over_plain"] = batch.plain_seconds / batch.seconds
     return found

@@ -113,12 +113,16 @@ class PolicyLearner:
             adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in found}
         return whole_state(self.weights(), self._trained, main), adapters
 
-    def samples(self, done: RankRollouts) -> list[TrainingSample]:
+    def critic_state(self) -> WholeState | None:
+        """Returns what a checkpoint keeps of the critic, where the recipe has one. Collective."""
+        return None if self.critic is None else self.critic.state()
+
+    def samples(self, batch: RankRollouts) -> list[TrainingSample]:
         """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there
         is one: a rank that has finished early computes them while others decode.
         """
         made = []
-        for r in done.rollouts:
+        for r in batch.rollouts:
             prompt, completion = (
                 torch.tensor(r.request.prompt_ids),
                 torch.tensor(r.token_ids, dtype=torch.long),
@@ -135,7 +139,7 @@ class PolicyLearner:
 
     def learn(
         self,
-        done: RankRollouts,
+        batch: RankRollouts,
         samples: list[TrainingSample],
         shaped: Shaped,
         step: int,
@@ -144,7 +148,7 @@ class PolicyLearner:
         """Updates on a step's rollouts. Collective.
 
         Args:
-            done: This rank's rollouts.
+            batch: This rank's rollouts.
             samples: Of those, from `samples`.
             shaped: The reward of each.
             step: Of the run.
@@ -154,13 +158,13 @@ class PolicyLearner:
             The policy's report, the critic's, and the mean advantage of each completion.
         """
         config = self._config.update
-        with_advantages = self._with_advantages(samples, shaped, done.paths)
+        with_advantages = self._with_advantages(samples, shaped, batch.paths)
         masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
         size = self._config.rollout.group_size
         silent = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
         counted = [
             with_advantages[i]
-            for i, r in enumerate(done.rollouts)
+            for i, r in enumerate(batch.rollouts)
             if r.finish_reason not in masked and r.token_ids and i // size not in silent
         ]
         counted += shaped.more

@@ -35,7 +35,7 @@ class RankStep:
     """What a rank did in a step.
 
     Attributes:
-        done: Its rollouts.
+        batch: Its rollouts.
         scores: Of those, and what went wrong with scoring.
         rewards, shaped: The task's, and what was trained on.
         advantages: Mean of each completion.
@@ -47,7 +47,7 @@ class RankStep:
         dense: Of demanded answers, where the recipe has them.
     """
 
-    done: RankRollouts
+    batch: RankRollouts
     scores: Scores
     rewards: Sequence[float]
     shaped: Sequence[float]
@@ -64,10 +64,10 @@ class RankStep:
 
 def rank_record(step: RankStep) -> dict[str, Any]:
     """What one rank reports, as plain data."""
-    done, scores = step.done, step.scores
-    stats = [r.stats for r in done.rollouts]
+    batch, scores = step.batch, step.scores
+    stats = [r.stats for r in batch.rollouts]
     by_drafter: dict[str, Counter[str]] = {}
-    for record in done.records:
+    for record in batch.records:
         f = record.feedback
         if f.strategy.drafter is not None:
             counts = by_drafter.setdefault(f.strategy.drafter, Counter())
@@ -75,33 +75,33 @@ def rank_record(step: RankStep) -> dict[str, Any]:
             counts["committed"] += record.committed
             counts["draft_ms"] += round(f.draft_seconds * 1e3)
     return {
-        "problems": [p.key for p in done.problems],
+        "problems": [p.key for p in batch.problems],
         "rewards": list(step.rewards),
         "shaped": list(step.shaped),
         "score_timeouts": scores.timeouts,
         "score_errors": scores.errors,
         "reward_parts": scores.parts,
         "advantages": [float(a) for a in step.advantages],
-        "lengths": [len(r.token_ids) for r in done.rollouts],
+        "lengths": [len(r.token_ids) for r in batch.rollouts],
         "carried": step.carried,
         "anytime": None if step.dense is None else step.dense.accuracy,
-        "drawn": done.drawn,
+        "drawn": batch.drawn,
         "length_errors": list(step.length_errors),
-        "loops": sum(is_loop(r.token_ids) for r in done.rollouts),
+        "loops": sum(is_loop(r.token_ids) for r in batch.rollouts),
         "stale": sum(
-            count for r in done.rollouts for version, count in r.segments if version < r.segments[-1][0]
+            count for r in batch.rollouts for version, count in r.segments if version < r.segments[-1][0]
         ),
-        "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in done.rollouts),
-        "failed": sum(r.finish_reason is FinishReason.FAILED for r in done.rollouts),
+        "truncated": sum(r.finish_reason is FinishReason.LENGTH for r in batch.rollouts),
+        "failed": sum(r.finish_reason is FinishReason.FAILED for r in batch.rollouts),
         "sequence_steps": sum(s.steps for s in stats),
         "drafted": sum(s.drafted for s in stats),
         "accepted": sum(s.accepted for s in stats),
-        "strategies": dict(Counter(r.strategy for r in done.records)),
+        "strategies": dict(Counter(r.strategy for r in batch.records)),
         "by_drafter": {name: dict(counts) for name, counts in by_drafter.items()},
-        "rollout_seconds": done.seconds,
-        "plain_seconds": done.plain_seconds,
-        "plain_identical": done.plain_identical,
-        "tail": [(round(r.at, 4), r.active, r.strategy) for r in done.records],
+        "rollout_seconds": batch.seconds,
+        "plain_seconds": batch.plain_seconds,
+        "plain_identical": batch.plain_identical,
+        "tail": [(round(r.at, 4), r.active, r.strategy) for r in batch.records],
         "peak_bytes": peak_memory_bytes(),
         "spans": [(s.phase, s.begin, s.end) for s in step.spans],
         "scoring": step.scoring,

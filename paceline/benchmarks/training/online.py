@@ -80,7 +80,7 @@ class _SideBySide(SharedDrafter):
         seconds: float,
         say: Callable[[str], None],
     ) -> None:
-        super().__init__(config, trainer.worker, trainer.accelerator, trainer.run_dir, say)
+        super().__init__(config, trainer.drafter.local, trainer.accelerator, trainer.run_dir, say)
         self._policy, self._start, self._seconds = trainer.decoded, start, seconds
         self._temperature = config.rollout.temperature
         self.spots: dict[str, SpotTrainer] = {}

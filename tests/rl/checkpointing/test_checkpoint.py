@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,9 @@ from accelerate import Accelerator
 
 from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
-from paceline.rl.checkpointing.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    keep_first_lines,
-    restore_selector,
-    save_checkpoint,
-)
+from paceline.rl.checkpointing.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from paceline.rl.checkpointing.parts import restore_selector, write_policy, write_speculation
+from paceline.rl.checkpointing.run_logs import keep_first_lines
 from paceline.rl.errors import UserError
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.process.files import write_whole
@@ -68,16 +65,13 @@ def test_truncated_optimizer_is_named(tmp_path):
 def save(run, steps_done, tokenizer):
     model = tiny_llama()
     drafter = tiny_eagle3(model)
-    save_checkpoint(
-        run,
-        steps_done=steps_done,
-        policy=model,
-        tokenizer_from=tokenizer,
-        state_of_policy=WholeState(dict(model.named_parameters()), stepped(model).state_dict()),
-        drafter=drafter,
-        drafter_optimizer=torch.optim.AdamW(drafter.parameters()),
-        selector={"cost": {}},
-    )
+    state = WholeState(dict(model.named_parameters()), stepped(model).state_dict())
+    optimizer = torch.optim.AdamW(drafter.parameters())
+    writers = [
+        partial(write_policy, policy=model, tokenizer_from=tokenizer, state=state),
+        partial(write_speculation, drafter=drafter, optimizer=optimizer, selector={"cost": {}}),
+    ]
+    save_checkpoint(run, steps_done, writers)
 
 
 @pytest.fixture
@@ -119,7 +113,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tokenizer, monkeypatch)
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paceline.rl.checkpointing.checkpoint.write_state", full)
+    monkeypatch.setattr("paceline.rl.checkpointing.parts.write_state", full)
     with pytest.raises(UserError, match="No space left"):
         save(run, 2, tokenizer)
     assert find_checkpoint(run).steps_done == 1

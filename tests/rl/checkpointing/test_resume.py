@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from paceline.drafter_trainer.storage.checksums import write_checksums
 from paceline.rl.checkpointing.checkpoint import save_checkpoint
+from paceline.rl.checkpointing.parts import write_policy
 from paceline.rl.checkpointing.resume import changes, keep_recipe, resumed_recipe
 from paceline.rl.checkpointing.run_directory import open_run
 from paceline.rl.config.run import to_dict
@@ -44,19 +46,10 @@ def made(tmp_path_factory):
         for step in (0, 1):
             for name in ("metrics.jsonl", "timeline.jsonl"):
                 append_line(run / name, {"step": step})
-            save_checkpoint(
-                run,
-                steps_done=step + 1,
-                policy=policy,
-                tokenizer_from=source,
-                state_of_policy=WholeState(
-                    dict(policy.named_parameters()), torch.optim.AdamW(policy.parameters()).state_dict()
-                ),
-                drafter=None,
-                drafter_optimizer=None,
-                selector=None,
-                recipe=to_dict(config),
-            )
+            optimizer = torch.optim.AdamW(policy.parameters()).state_dict()
+            state = WholeState(dict(policy.named_parameters()), optimizer)
+            writer = partial(write_policy, policy=policy, tokenizer_from=source, state=state)
+            save_checkpoint(run, step + 1, [writer], recipe=to_dict(config))
     return folder
 
 
