@@ -341,7 +341,7 @@ class Trainer:
         predictor = self.worker.lengths
         if predictor is None:
             return []
-        taught, errors = self.worker.groups.lessons(batch)
+        taught, errors = self.worker.lessons(batch)
         predictor.learn(gather_object(taught))
         return errors
 

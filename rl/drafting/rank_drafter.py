@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from paceline.drafter_trainer.initialization import initial_drafter
-from paceline.drafter_trainer.learner import first_non_finite
+from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rl.config.run import RunConfig
@@ -18,6 +18,7 @@ from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.types import RankRollouts
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.model.runner import ModelRunner
 
 
 class RankDrafter:
@@ -65,6 +66,21 @@ class RankDrafter:
         return self._wanted and self.spot is None
 
     @property
+    def learners(self) -> Sequence[DrafterLearner]:
+        """The learners of the drafter's trainer; none before there is a drafter."""
+        return () if self.spot is None else self.spot.learners
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Runs the target's forwards in the rank's engine."""
+        return self.worker.runner
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        """The layers whose inputs the drafter reads."""
+        return self.worker.tap_layers
+
+    @property
     def policy_config(self) -> PretrainedConfig:
         """The configuration of the policy."""
         return self._policy.config
@@ -101,7 +117,7 @@ class RankDrafter:
             rewards: One for each rollout.
         """
         if self._vllm is not None and self._wanted:
-            self.worker.engine.read_traces(batch.rollouts)
+            self.worker.read_traces(batch)
         self.buffer.begin_step()
         self.buffer.add(batch.rollouts, reward_weights(rewards, self._config.drafter.reward_weight))
 

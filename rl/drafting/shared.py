@@ -111,9 +111,9 @@ class SharedDrafter:
 
     def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
         """A drafter and where its optimizer's state lies."""
-        runner = self.local.worker.engine.runner
+        runner = self.local.runner
         wanted: dict[str, Any] = {
-            "tap_layers": self.local.worker.tap_layers,
+            "tap_layers": self.local.tap_layers,
             "draft_vocab_size": self._config.draft_vocab_size,
         }
         found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
@@ -146,8 +146,7 @@ class SharedDrafter:
         return model, None
 
     def _restore_moments(self, stem: Path) -> None:
-        assert self.local.spot is not None
-        for learner in self.local.spot.learners:
+        for learner in self.local.learners:
             learner.restore(stem)
 
     def train(self, batch: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
@@ -160,7 +159,7 @@ class SharedDrafter:
             step: Of the run, for the learning rate.
         """
         self.coordinator.idle()
-        for learner in self.local.spot.learners if self.local.spot is not None else ():
+        for learner in self.local.learners:
             learner.scale_rate(rate_at(step, self._steps, 1, self._config.lr_schedule))
         self.local.learn_from(batch, rewards)
         if self._config.schedule == "never":
@@ -210,9 +209,7 @@ class SharedDrafter:
     def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:
         """The draft vocabulary that serves all ranks' rollouts of this step best."""
         everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts])
-        return choose_vocabulary(
-            everywhere, self._config.draft_vocab_size, self.local.worker.engine.runner.vocab_size
-        )
+        return choose_vocabulary(everywhere, self._config.draft_vocab_size, self.local.runner.vocab_size)
 
     def finish(self) -> None:
         """Returns once nothing is being written any more."""

@@ -88,7 +88,7 @@ def warm_drafter(
     drafter = RankDrafter(config, policy, worker)
     task = load_task(config.task, config.seed)
     report, started = WarmupReport(), time.perf_counter()
-    size, vocab = config.drafter.draft_vocab_size, worker.engine.runner.vocab_size
+    size, vocab = config.drafter.draft_vocab_size, worker.runner.vocab_size
 
     def spent() -> float:
         return (time.perf_counter() - started) / (60 * minutes)

@@ -30,6 +30,7 @@ from paceline.rollout.drafters import Eagle3Drafter
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.strategy import Selector
 
 _WITH_WEIGHTS = {"eagle3", "composite"}  # they wait for `RolloutWorker.add_trained_drafter`
@@ -192,6 +193,15 @@ class RolloutWorker:
         return self.engine.speculation.selector
 
     @property
+    def runner(self) -> ModelRunner:
+        """Runs the policy's forwards in the engine."""
+        return self.engine.runner
+
+    def read_traces(self, batch: RankRollouts) -> None:
+        """Runs the policy over completions that vLLM has decoded, to collect their traces."""
+        self.engine.read_traces(batch.rollouts)
+
+    @property
     def fusion(self) -> str:
         """Which of the policy's layers are fused, in words."""
         return self.engine.fusion
@@ -205,6 +215,10 @@ class RolloutWorker:
     def unfinished(self) -> int:
         """The number of completions that the next step continues."""
         return sum(len(group.pending()) for group in self.groups.open)
+
+    def lessons(self, batch: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
+        """Returns what a step's groups teach the length predictor, and the losses of its predictions."""
+        return self.groups.lessons(batch)
 
     def refresh_weights(self) -> None:
         """Lets the engine decode with the policy's present weights."""

@@ -137,7 +137,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(where=st.sampled_from(["generate", "learn_from"]))
     def fail_once(self, where):
-        owner = self.server.worker.engine if where == "generate" else self.server.worker
+        owner = self.server.worker.engine if where == "generate" else self.server.drafter
         once(RuntimeError("once"))(self.patched, owner, where)
 
     def teardown(self):
@@ -255,8 +255,8 @@ def test_learning_that_fails_is_said_and_given_up(server, monkeypatch):
     def broken(*args):
         raise ZeroDivisionError("no loss")
 
-    monkeypatch.setattr(served.worker, "learn_from", broken)
-    monkeypatch.setattr(type(served.worker), "needs_drafter", False)
+    monkeypatch.setattr(served.drafter, "learn_from", broken)
+    monkeypatch.setattr(type(served.drafter), "missing", False)
     served.drafter.spot = object()
     for _ in range(5):
         assert served.submit(Request(PROMPTS[0], GREEDY)).result(60).token_ids
