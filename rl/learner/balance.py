@@ -1,6 +1,4 @@
-"""A step's samples, spread over the ranks so that each has as much to compute: whoever decoded long ones does
-not update alone.
-"""
+"""Redistributes a step's samples over ranks so that each rank has about the same compute in the update."""
 
 from __future__ import annotations
 
@@ -14,91 +12,93 @@ from safetensors.torch import load, save
 
 from paceline.rl.types import TrainingSample
 
-_NAMES = [f.name for f in fields(TrainingSample)]
+_FIELDS = [f.name for f in fields(TrainingSample)]
 
 
 def compute_cost(sample: TrainingSample, attention: float) -> float:
-    """What a sample's forward and backward take, in tokens' worth of matrix products, its prompt aside.
+    """Estimates a sample's training cost in matmul FLOPs of one token; its shared prompt is not counted.
 
     Args:
-        sample: Of L tokens.
-        attention: Of a token to one other, likewise: hidden size × layers ÷ parameters counts both products
-            of attention, causal.
+        sample: A prompt with a completion of L tokens.
+        attention: Cost of attending from one token to one other, in the same unit: hidden size × layers ÷
+            parameters counts both products of causal attention.
     """
     length = len(sample.completion)
     return length * (1 + attention * (len(sample.prompt) + length))
 
 
-def homes(costs: Sequence[Sequence[float]]) -> list[list[int]]:
-    """To which rank each sample goes: the samples of all ranks, in line, cut into parts of equal cost.
+def assign_ranks(costs: Sequence[Sequence[float]]) -> list[list[int]]:
+    """Assigns samples to ranks so that each rank has about equal compute, moving as few as possible.
 
-    A part ends within one sample of where it should, samples of a prompt stay together but where a cut falls
-    between them, and what need not move does not.
+    The samples of all ranks form one line, which is cut into parts of equal cost. A part ends within one
+    sample of its ideal end, and the samples of a prompt stay together unless a cut falls between them.
 
     Args:
-        costs: Of each rank's samples; 0 for those that need not be computed.
+        costs: The cost of each sample, by rank; 0 for samples that need no computation, which stay.
+
+    Returns:
+        The destination rank of each sample, by rank.
     """
     total = sum(map(sum, costs))
     ranks, passed = len(costs), 0.0
-    found: list[list[int]] = []
+    assigned: list[list[int]] = []
     for rank, own in enumerate(costs):
-        found.append([])
+        assigned.append([])
         for cost in own:
             share = (passed + cost / 2) / total if cost else 0.0
-            found[-1].append(min(int(share * ranks), ranks - 1) if cost else rank)
+            assigned[-1].append(min(int(share * ranks), ranks - 1) if cost else rank)
             passed += cost
-    return found
+    return assigned
 
 
-def spread(
+def redistribute(
     samples: Sequence[TrainingSample], costs: Sequence[float], accelerator: Accelerator
 ) -> list[TrainingSample]:
-    """This rank's share of all ranks' samples. Collective.
+    """Returns this rank's share of all ranks' samples. Collective.
 
     Args:
-        samples: This rank's own.
-        costs: Of each, see `homes`.
-        accelerator: Of the run.
+        samples: The samples that this rank holds.
+        costs: The cost of each sample, see `assign_ranks`.
+        accelerator: The run's accelerator.
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     if ranks == 1:
         return list(samples)
-    own = homes(gather_object([list(costs)]))[rank]
-    parcels = [
-        b"" if home == rank else _wrap([s for s, h in zip(samples, own, strict=True) if h == home])
-        for home in range(ranks)
+    destinations = assign_ranks(gather_object([list(costs)]))[rank]
+    buffers = [
+        b""
+        if other == rank
+        else _serialize([s for s, d in zip(samples, destinations, strict=True) if d == other])
+        for other in range(ranks)
     ]
-    stay = [s for s, home in zip(samples, own, strict=True) if home == rank]
-    return [*stay, *(s for parcel in _exchange(parcels, accelerator) for s in _unwrap(parcel))]
+    kept = [s for s, destination in zip(samples, destinations, strict=True) if destination == rank]
+    return [*kept, *(s for buffer in _all_to_all(buffers, accelerator) for s in _deserialize(buffer))]
 
 
-def _exchange(parcels: list[bytes], accelerator: Accelerator) -> list[bytes]:
-    """Hands parcel i to rank i; what came from each."""
-    sizes = gather_object([[len(p) for p in parcels]])
-    coming = [of_rank[accelerator.process_index] for of_rank in sizes]
-    sent = torch.frombuffer(bytearray(b"".join(parcels)) or bytearray(1), dtype=torch.uint8)[
-        : sum(map(len, parcels))
-    ]
-    received = torch.empty(sum(coming), dtype=torch.uint8, device=accelerator.device)
-    torch.distributed.all_to_all_single(
-        received, sent.to(accelerator.device), coming, [len(p) for p in parcels]
-    )
-    return [part.cpu().numpy().tobytes() for part in received.split(coming)]
+def _all_to_all(buffers: list[bytes], accelerator: Accelerator) -> list[bytes]:
+    """Sends buffer i to rank i. Returns the buffers that this rank received, by sender. Collective."""
+    lengths = [len(buffer) for buffer in buffers]
+    incoming = [of_rank[accelerator.process_index] for of_rank in gather_object([lengths])]
+    joined = bytearray(b"".join(buffers)) or bytearray(1)  # torch.frombuffer refuses an empty one
+    sent = torch.frombuffer(joined, dtype=torch.uint8)[: sum(lengths)]
+    received = torch.empty(sum(incoming), dtype=torch.uint8, device=accelerator.device)
+    torch.distributed.all_to_all_single(received, sent.to(accelerator.device), incoming, lengths)
+    return [part.cpu().numpy().tobytes() for part in received.split(incoming)]
 
 
-def _wrap(samples: Sequence[TrainingSample]) -> bytes:
+def _serialize(samples: Sequence[TrainingSample]) -> bytes:
     named = {
         f"{i}.{n}": getattr(s, n).contiguous()
         for i, s in enumerate(samples)
-        for n in _NAMES
+        for n in _FIELDS
         if getattr(s, n) is not None
     }
     return save(named) if named else b""
 
 
-def _unwrap(parcel: bytes) -> list[TrainingSample]:
+def _deserialize(buffer: bytes) -> list[TrainingSample]:
     by_sample: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load(parcel).items() if parcel else ():
+    for name, tensor in load(buffer).items() if buffer else ():
         index, _, column = name.partition(".")
         by_sample.setdefault(int(index), {})[column] = tensor
     return [TrainingSample(**by_sample[i]) for i in sorted(by_sample)]

@@ -1,4 +1,4 @@
-"""PPO's critic: what a completion is still worth before each of its tokens."""
+"""PPO's critic: estimates the return of a completion before each of its tokens."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from paceline.rollout.transformers_api import use_attention
 
 
 class ValueModel(nn.Module):
-    """A decoder with a linear head, which starts at zero: nothing is worth anything yet.
+    """A decoder with a linear value head, whose weights start at zero.
 
     Args:
-        start: A causal LM; its decoder is taken over, its output head is not.
+        start: A causal LM, whose decoder is used; its output head is not.
     """
 
     def __init__(self, start: PreTrainedModel) -> None:
@@ -43,7 +43,7 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Values before each target: float32 [M]."""
+        """Returns the value before each target, float32 [M]."""
         output = self.decoder(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         )
@@ -52,13 +52,14 @@ class ValueModel(nn.Module):
 
 @dataclass(slots=True)
 class CriticReport:
-    """Sums over this rank's tokens.
+    """Sums over this rank's tokens, from which the critic's explained variance follows.
 
     Attributes:
-        tokens: How many.
-        loss: Of the value loss.
-        returns, squares, errors: Of the returns, their squares, and the squared errors before the update; for
-            the share of the returns' variance that the critic explained.
+        tokens: The number of tokens.
+        loss: Sum of the value loss.
+        returns: Sum of the returns.
+        squares: Sum of the squared returns.
+        errors: Sum of the squared errors before the update.
     """
 
     tokens: int = 0
@@ -69,16 +70,16 @@ class CriticReport:
 
 
 class Critic:
-    """The value model and its optimizer.
+    """Trains the value model and computes its values.
 
     Args:
-        accelerator: Of the run.
-        model: Not yet wrapped.
-        config: The recipe's.
-        kept: Directory of a checkpoint to go on from, or None.
+        accelerator: The run's accelerator.
+        model: The value model, not yet wrapped.
+        config: The recipe.
+        kept: Directory of the checkpoint to resume from, or None.
 
     Raises:
-        UserError: where that is truncated, or files are missing.
+        UserError: when the checkpoint's files are truncated or missing.
     """
 
     def __init__(
@@ -99,19 +100,19 @@ class Critic:
             restore_moments(self._trained, kept / "critic_optimizer")
 
     def values(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
-        """float32 [L_i] for each sample, on the CPU."""
+        """Returns the values of each completion, float32 [L_i], on the CPU. Collective."""
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
-        found = token_outputs(
+        computed = token_outputs(
             self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained
         )
-        return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
+        return [computed[i].cpu() if i in computed else torch.zeros(0) for i in range(len(samples))]
 
     def update(self, samples: Sequence[TrainingSample], total_tokens: float) -> CriticReport:
-        """One optimizer step. Collective.
+        """Takes one optimizer step. Collective.
 
         Args:
-            samples: This rank's, with their values and returns.
-            total_tokens: Tokens of all ranks.
+            samples: This rank's samples, with their values and returns.
+            total_tokens: The number of completion tokens on all ranks.
         """
         report, device = CriticReport(), self._accelerator.device
         scale = self._accelerator.num_processes / max(total_tokens, 1.0)
@@ -136,7 +137,7 @@ class Critic:
         return report
 
     def state(self) -> WholeState:
-        """What a checkpoint keeps. Collective; on the main rank."""
+        """Returns what a checkpoint keeps: whole on the main rank, empty on others. Collective."""
         weights = self._trained.full_weights(lambda name: True)
         return whole_state(weights, self._trained, self._accelerator.is_main_process)
 

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities of packed batches, without padding and without the full logits."""
+"""Computes per-token log-probs of packed batches without padding and without materializing all logits."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ from paceline.rollout.model.text_limits import text_limit
 from paceline.rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"
-_LOGITS = 1 << 23  # that the output head makes at a time
-_CACHED = 1 << 18  # of them that are worked on at a time on a CPU
+_LOGITS_PER_CHUNK = 1 << 23  # bounds the peak memory of the output head
+_CPU_BLOCK = 1 << 18  # logits; about what stays in a core's cache between passes
 
 
 class _ToRows(torch.autograd.Function):
-    """[T, …] → [n, L, …]. Its gradient is a gather, where indexing's own would be a slow accumulating
-    scatter: padding, the only thing read twice, never receives a gradient.
+    """Maps the packed layout [T, …] to the padded one [n, L, …].
+
+    The gradient is a gather. Indexing would use an accumulating scatter, which is slow and not needed: only
+    padding is read twice, and it never receives a gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, line: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """Returns the padded layout."""
         ctx.packed = packed
         return line[packed.pad_index]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns the gradient in the packed layout."""
         return grad.flatten(0, 1)[ctx.packed.flat_index], None
 
 
 class _ToLine(torch.autograd.Function):
-    """[n, L, …] → [T, …], the inverse of `_ToRows`."""
+    """Maps the padded layout [n, L, …] to the packed one [T, …]: the inverse of `_ToRows`."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+        """Returns the packed layout."""
         ctx.packed, ctx.shape = packed, rows.shape
         return rows.flatten(0, 1)[packed.flat_index]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Returns the gradient in the padded layout."""
         rows = grad.new_zeros(ctx.shape)
         rows.view(-1, *ctx.shape[2:]).index_copy_(0, ctx.packed.flat_index, grad.contiguous())
         return rows, None
@@ -66,23 +72,31 @@ def packed_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over a packed line: a token sees its prompt and its own sample,
-    nothing else.
+    """Attends within packed sequences, through transformers' attention interface.
 
-    Only attention itself works on a padded layout; linear layers see the T real tokens. On a CPU it is two
-    batched products: the backward of SDPA there is the slower one at the lengths of a micro-batch.
+    A token attends to its prompt and to its own sample only. Attention works on a padded layout; linear
+    layers see the T real tokens. On a CPU it consists of two batched products, because the backward of SDPA
+    is slower there at the lengths of a micro-batch.
 
     Args:
-        query: [1, H, T, d]; key and value [1, KV, T, d].
-        packed: The layout, through the model's keyword arguments.
+        module: The attention layer.
+        query: Queries, [1, H, T, d].
+        key: Keys, [1, KV, T, d].
+        value: Values, [1, KV, T, d].
+        attention_mask: Must be None; ``packed`` says what is visible.
+        packed: The layout, which the model passes on from its caller.
+        scaling: Factor of the products; None is d ** -0.5.
+        sliding_window: Tokens that a query reaches back; None is all of them.
+        softcap: Soft cap of the products, or None.
+        **others: Further arguments of the interface.
 
     Returns:
-        [1, T, H, d].
+        The outputs, [1, T, H, d], and None for the weights.
 
     Raises:
         NotImplementedError: for attention that computes something else, see
             `paceline.rollout.model.attention.check_attention`.
-        TypeError: when the model hands its caller's keyword arguments to no attention function.
+        TypeError: when the model does not pass its caller's keyword arguments on.
     """
     if packed is None:
         raise TypeError("its attention functions get no keyword arguments of the model's caller")
@@ -93,8 +107,8 @@ def packed_attention(
     if sliding_window is not None:
         near = packed.pad_positions[:, None, :] > packed.pad_positions[:, :, None] - sliding_window
         visible = visible & near
-    # Rotary embedding leaves float32 under autocast, and softmax would: here all keep the value's precision:
-    # a quarter less memory.
+    # Under autocast, rotary embeddings return float32, and so would softmax. Keeping the values' precision
+    # takes a quarter less memory.
     q, k, v = (
         _ToRows.apply(x[0].transpose(0, 1).to(value.dtype), packed).transpose(1, 2)
         for x in (query, key, value)
@@ -117,17 +131,15 @@ register_attention(PACKED_ATTENTION, packed_attention)
 
 
 class PolicyLogProbs(nn.Module):
-    """The policy as a map from packed sequences to log-probabilities: what accelerate wraps and the optimizer
-    updates.
+    """Maps packed sequences to the policy's log-probs. This module is what is wrapped for training.
 
     Args:
         policy: A causal LM whose logits are its output head applied to its decoder's output. Its dropout is
-            turned off: what is trained is the distribution that was drawn from.
+            turned off, so that the trained distribution is the one that was sampled from.
 
     Raises:
-        UserError: when the logits are made in some other way (soft-capped or scaled), or a packed line gives
-            other log-probs than
-            its sequences alone: either would train another model.
+        UserError: when the logits are soft-capped or scaled, or when packing changes log-probs: training
+            would then optimize another model.
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
@@ -146,19 +158,18 @@ class PolicyLogProbs(nn.Module):
     def forward(
         self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of each target under softmax(logits / temperature), and that distribution's
-        entropy.
+        """Returns the log-prob of each target under softmax(logits / temperature), and the entropy there.
 
         Args:
-            batch: What to score.
-            temperature: Of the rollouts.
+            batch: The packed sequences.
+            temperature: Sampling temperature of the rollouts.
             entropy_gradient: Whether the entropy is differentiable.
 
         Returns:
-            Two float32 [M], in nats.
+            Log-probs and entropies, both float32 [M], in nats.
 
         Raises:
-            UserError: for a sequence past the length that the policy sets to its texts.
+            UserError: for a sequence that exceeds the policy's own limit of text length.
         """
         if self._limit is not None and int(batch.positions.max()) >= self._limit.tokens:
             name = type(self.policy).__name__
@@ -170,7 +181,7 @@ class PolicyLogProbs(nn.Module):
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]
         head = self.policy.get_output_embeddings()
-        rows = max(_LOGITS // head.weight.shape[0], 1)
+        rows = max(_LOGITS_PER_CHUNK // head.weight.shape[0], 1)
         logprobs, entropies = [], []
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)
@@ -193,19 +204,18 @@ def _score(
 
 
 class TokenScores(torch.autograd.Function):
-    """Log-probability of each target and entropy under softmax(logits / temperature), in float32 whatever the
-    logits are in.
+    """Computes log-probs of targets and entropies under softmax(logits / temperature), always in float32.
 
-    With p the distribution and H its entropy, per unit of each output's gradient a logit gets (1[target] − p)
-    / T and −p (log p + H) / T. Rows are taken a few at a time on a CPU, so that the dozen passes over them
-    stay in its cache: over the whole of a large vocabulary each would go to memory.
+    With p the distribution and H its entropy, the gradient of a logit per unit of each output's gradient is
+    (1[target] − p) / T and −p (log p + H) / T. A CPU computes a few rows at a time, so that they stay in its
+    cache for all passes.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits: [M, V]; targets: int64 [M]. Returns two float32 [M]."""
+        """Returns log-probs and entropies, float32 [M], for logits [M, V] and targets int64 [M]."""
         logprobs, entropies = (
             logits.new_empty(len(logits), dtype=torch.float32),
             logits.new_empty(len(logits), dtype=torch.float32),
@@ -222,6 +232,7 @@ class TokenScores(torch.autograd.Function):
     def backward(
         ctx: Any, of_logprob: torch.Tensor, of_entropy: torch.Tensor
     ) -> tuple[torch.Tensor, None, None]:
+        """Returns the gradient of the logits, [M, V]."""
         logits, targets, entropies = ctx.saved_tensors
         scale, with_entropy = 1 / ctx.temperature, bool(of_entropy.any())
         grad = torch.empty_like(logits)
@@ -237,7 +248,7 @@ class TokenScores(torch.autograd.Function):
 
 
 def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
-    rows = len(logits) if logits.device.type != "cpu" else max(_CACHED // logits.shape[1], 1)
+    rows = len(logits) if logits.device.type != "cpu" else max(_CPU_BLOCK // logits.shape[1], 1)
     return (slice(start, start + rows) for start in range(0, len(logits), max(rows, 1)))
 
 

@@ -1,4 +1,4 @@
-"""An optimizer's moments, read from a checkpoint."""
+"""Restores an optimizer's moments from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from paceline.rl.sharding import Trained
 
 
 def restore_moments(trained: Trained, stem: Path) -> None:
-    """Loads an optimizer's state, wherever its parts lie now and lay then. Collective.
+    """Loads an optimizer's state, which may have been saved under another sharding. Collective.
+
+    Args:
+        trained: The model with its optimizer.
+        stem: Path of the state's files without their extension.
 
     Raises:
-        UserError: truncated or missing files, or those of another optimizer.
+        UserError: for files that are truncated, missing, or of another optimizer.
     """
     try:
         trained.load_optimizer_state(read_state(stem))

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A completion to score; ``index`` is its place in the caller's list."""
+    """A completion to compute; ``index`` is its index in the caller's list."""
 
     index: int
     tokens: Sequence[int]
@@ -18,32 +18,33 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """A prompt and samples of it. The prompt is computed once; each sample attends to it and to itself."""
+    """A prompt with its samples. The prompt is computed once; each sample attends to it and to itself."""
 
     prompt: Sequence[int]
     samples: tuple[Sample, ...]
 
     @property
     def length(self) -> int:
+        """The number of tokens of the prompt and its samples."""
         return len(self.prompt) + sum(len(s.tokens) for s in self.samples)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows of prompts and samples, end to end in one line of T tokens.
+    """Rows of prompts and samples, concatenated to one sequence of T tokens.
 
     Attributes:
-        members: Index of each sample, in order.
-        tokens: int64 [T].
-        positions: int64 [T], position of each token in its own sequence (a sample goes on where its prompt
-            ends).
-        pad_index: int64 [n, L], place of each row's tokens in the line (0 where a row is shorter than L).
-        flat_index: int64 [T], place of each token in the padded [n * L] layout: the inverse of ``pad_index``.
-        pad_positions: int64 [n, L], ``positions`` in the padded layout.
-        visible: bool [n, L, L], which keys each query may attend to.
-        predict: int64 [M], place in the line of the token before each target.
-        targets: int64 [M], the samples' tokens.
-        owner: int64 [M], index into ``members`` of the sample each target belongs to.
+        members: The index of each sample, in order.
+        tokens: Token ids, int64 [T].
+        positions: The position of each token in its own text, int64 [T]; a sample continues its prompt.
+        pad_index: The index in the packed sequence of each row's tokens, int64 [n, L]; 0 is padding.
+        flat_index: The index of each token in the padded [n * L] layout, int64 [T]: the inverse of
+            ``pad_index``.
+        pad_positions: ``positions`` in the padded layout, int64 [n, L].
+        visible: Which keys each query may attend to, bool [n, L, L].
+        predict: The index in the packed sequence of the token before each target, int64 [M].
+        targets: The samples' token ids, int64 [M].
+        owner: The index into ``members`` of the sample that each target belongs to, int64 [M].
     """
 
     members: tuple[int, ...]
@@ -58,17 +59,17 @@ class PackedBatch:
     owner: torch.Tensor
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on ``device``."""
+        """Returns the batch with its tensors on ``device``."""
         moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "members"}
         return PackedBatch(members=self.members, **moved)
 
 
 def plan(rows: Sequence[PromptRow], budget: int) -> list[list[PromptRow]]:
-    """Splits rows longer than ``budget`` (repeating their prompt) and fills micro-batches of at most
-    ``budget`` tokens.
+    """Distributes rows over micro-batches of at most ``budget`` tokens.
 
-    Rows of similar length go together. Every sample occurs exactly once; one that is too long with its prompt
-    alone gets a micro-batch of its own.
+    Rows that are longer than the budget are split, and their prompt is repeated. Rows of similar length go
+    together. Every sample occurs exactly once; one that exceeds the budget with its prompt gets a micro-batch
+    of its own.
     """
     pieces = sorted((piece for row in rows for piece in _split(row, budget)), key=lambda row: -row.length)
     bins: list[list[PromptRow]] = []
@@ -95,11 +96,10 @@ def _split(row: PromptRow, budget: int) -> list[PromptRow]:
 
 
 def pack(rows: Sequence[PromptRow]) -> PackedBatch:
-    """Lays rows out in one line.
+    """Concatenates rows to one packed batch.
 
     Raises:
-        ValueError: when a prompt or a sample is empty: there would be no token to predict from, or none to
-            predict.
+        ValueError: when a prompt or a sample is empty, which leaves no token to predict from or to predict.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -145,7 +145,7 @@ def pack(rows: Sequence[PromptRow]) -> PackedBatch:
 
 
 def _padded_layout(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(place in the line, whether it is a real token), both [n, L]."""
+    """Returns the index in the packed sequence, and whether it is a real token, both [n, L]."""
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     column = torch.arange(max(lengths))
     inside = column < torch.tensor(lengths)[:, None]
@@ -153,8 +153,9 @@ def _padded_layout(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _visible(segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Causal within a sample, and from a sample to its prompt (segment 0). Padding (−1) sees itself, so that
-    its softmax exists.
+    """Returns the attention mask: causal within a sample, and from a sample to its prompt (segment 0).
+
+    Padding (−1) attends to itself, so that its softmax is finite.
     """
     queries, keys = segments[:, :, None], segments[:, None, :]
     same = (keys == queries) | ((keys == 0) & (queries > 0))

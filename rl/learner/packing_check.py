@@ -1,6 +1,4 @@
-"""Whether a policy can be trained on packed sequences: compared with its own forward of each sequence before
-training begins.
-"""
+"""Checks before training that a policy gives packed sequences the log-probs that it gives each alone."""
 
 from __future__ import annotations
 
@@ -13,23 +11,22 @@ from transformers import PreTrainedModel
 from paceline.rl.errors import UserError, one_line
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
 
-_ROWS = (((1, 2, 3), ((4, 5, 6), (7, 8))), ((9, 10), ((11, 12, 13, 14),)))  # prompts, each with its samples
+# prompts, each with its samples
+_EXAMPLES = (((1, 2, 3), ((4, 5, 6), (7, 8))), ((9, 10), ((11, 12, 13, 14),)))
 # Rounding moves log-probs by 1e-6 to 2e-4 in float32, by a few hundredths in 16 bits; what another sequence's
 # tokens do is larger.
 _TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 
 def decoder_of(policy: PreTrainedModel) -> nn.Module:
-    """The part of a causal LM below its output head."""
-    found = policy.base_model
+    """Returns the part of a causal LM below its output head."""
+    decoder = policy.base_model
     # Llama 4's base_model_prefix names an attribute that it does not have
-    return found if found is not policy else policy.model
+    return decoder if decoder is not policy else policy.model
 
 
 def turn_off_dropout(policy: PreTrainedModel) -> None:
-    """Sets every rate of dropout and of routers' jitter to zero, in modules and in the numbers that modules
-    hand to functions.
-    """
+    """Sets dropout rates and routers' jitter to zero, in modules and in the numbers that they pass on."""
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -40,14 +37,14 @@ def turn_off_dropout(policy: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_head(policy: PreTrainedModel) -> torch.Tensor:
-    """Checks that a policy's logits are what its output head gives.
+    """Checks that a policy's logits are the output of its output head, unchanged.
 
     Returns:
-        float32 [M], log-probs of the samples of `check_packing`'s batch, from a forward of each sequence
-        alone.
+        Log-probs of the samples of `check_packing`'s batch, from a forward of each sequence alone, float32
+        [M].
 
     Raises:
-        UserError: when the logits are soft-capped or scaled.
+        UserError: when the policy has no output head, or its logits are soft-capped or scaled.
     """
     vocabulary = policy.config.get_text_config().vocab_size
     large = torch.linspace(-50, 50, vocabulary)
@@ -69,7 +66,7 @@ def check_head(policy: PreTrainedModel) -> torch.Tensor:
             "another policy"
         )
     wanted = []
-    for prompt, samples in _ROWS:
+    for prompt, samples in _EXAMPLES:
         for sample in samples:
             ids = torch.tensor([[*prompt, *sample]], device=policy.device) % vocabulary
             logprobs = (
@@ -83,19 +80,19 @@ def check_head(policy: PreTrainedModel) -> torch.Tensor:
 def check_packing(
     policy: PreTrainedModel, logprobs: Callable[[PackedBatch], torch.Tensor], wanted: torch.Tensor
 ) -> None:
-    """Checks that a packed line gives each sequence the log-probs that it has alone, in training mode.
+    """Checks that packing leaves each sequence's log-probs as they are alone, in training mode.
 
     Args:
-        policy: A causal LM whose attention is that over packed lines.
-        logprobs: float32 [M] of a batch.
-        wanted: From `check_head`.
+        policy: A causal LM with attention over packed sequences.
+        logprobs: Returns the log-probs of a batch, float32 [M].
+        wanted: Log-probs of each sequence alone, from `check_head`.
 
     Raises:
-        UserError: when it does not, or cannot run.
+        UserError: when the log-probs differ, or the forward fails.
     """
     vocabulary = policy.config.get_text_config().vocab_size
     rows, index = [], 0
-    for prompt, samples in _ROWS:
+    for prompt, samples in _EXAMPLES:
         made = tuple(Sample(index + i, [t % vocabulary for t in tokens]) for i, tokens in enumerate(samples))
         rows.append(PromptRow([t % vocabulary for t in prompt], made))
         index += len(samples)
@@ -123,6 +120,5 @@ def check_packing(
     if gap > _TOLERANCES.get(policy.dtype, 2e-3):
         raise UserError(
             f"{name} gives packed sequences other log-probs than it gives each alone, by {gap:.2g} nats: "
-            "choose another policy, "
-            "see docs/models.md"
+            "choose another policy, see docs/models.md"
         )

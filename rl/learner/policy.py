@@ -1,4 +1,4 @@
-"""From a step's rollouts and rewards to the policy's update: reference, advantages, critic, loss."""
+"""Turns a step's rollouts and rewards into the policy's update: reference, advantages, critic, loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages, uniform_groups
 from paceline.rl.algorithms.kl import KlCoefficient
 from paceline.rl.config.run import RunConfig
-from paceline.rl.learner.balance import compute_cost, spread
+from paceline.rl.learner.balance import compute_cost, redistribute
 from paceline.rl.learner.critic import Critic, CriticReport, ValueModel
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.moments import restore_moments
@@ -33,25 +33,24 @@ _WRAPPED = "policy."  # where the policy lies in `PolicyLogProbs`
 
 
 class PolicyLearner:
-    """Owns what is trained beside the drafter: the policy with its optimizer, and the critic where the recipe
-    has one.
+    """Trains the policy, and the critic where the recipe has one.
 
     Args:
         config: The recipe.
-        policy: Whole, on every rank alike; it may be taken apart.
-        start: Directory of the policy that the run starts from: the reference, and the critic's decoder.
-        accelerator: Of this process.
-        checkpoint: Directory of the checkpoint to go on from, or None; the caller has loaded the policy's
+        policy: The whole policy, with equal weights on every rank; sharding may take it apart.
+        start: Directory of the policy that the run starts from; the reference and the critic start from it.
+        accelerator: The run's accelerator.
+        checkpoint: Directory of the checkpoint to resume from, or None; the caller has loaded the policy's
             weights from it.
 
     Attributes:
-        kl: β, which may be adapted.
-        critic: Or None.
-        reference: Or None.
-        entropy: Of a token in the last update, over all ranks; None before there was one.
+        kl: The coefficient β of the KL penalty, which may adapt.
+        critic: The critic, or None.
+        reference: The reference policy, or None.
+        entropy: Mean entropy of a token in the last update, over all ranks; None before the first.
 
     Raises:
-        UserError: where the checkpoint is truncated, or the recipe's way of sharding is not to be had.
+        UserError: when the checkpoint is truncated, or the recipe's sharding mode is not available.
     """
 
     def __init__(
@@ -96,21 +95,23 @@ class PolicyLearner:
             restore_moments(self._trained, checkpoint / "optimizer")
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's present weights, whole, by their names without adapters. Collective; good until the
-        next step.
+        """Yields the policy's whole weights by their names without adapters. Collective.
+
+        They are valid until the next step.
         """
         for name, tensor in merged(self._trained.full_weights, self._adapted):
             yield name.removeprefix(_WRAPPED), tensor
 
     def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:
-        """What a checkpoint keeps of the policy, and its adapters' weights where it has any. Collective; on
-        the main rank.
+        """Returns what a checkpoint keeps of the policy, and its adapters' weights or None. Collective.
+
+        The result is whole on the main rank and empty on others.
         """
         main = self._accelerator.is_main_process
         adapters = None
         if self._config.scale.lora is not None:
-            found = self._trained.full_weights(lambda name: ".lora_" in name)
-            adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in found}
+            weights = self._trained.full_weights(lambda name: ".lora_" in name)
+            adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in weights}
         return whole_state(self.weights(), self._trained, main), adapters
 
     def critic_state(self) -> WholeState | None:
@@ -118,23 +119,24 @@ class PolicyLearner:
         return None if self.critic is None else self.critic.state()
 
     def samples(self, batch: RankRollouts) -> list[TrainingSample]:
-        """A rank's rollouts, as yet without advantages. With their log-probs under the reference, where there
-        is one: a rank that has finished early computes them while others decode.
+        """Returns a rank's rollouts as samples without advantages, with the reference's log-probs if any.
+
+        A rank that has finished early computes them while others decode. Not collective.
         """
-        made = []
+        samples = []
         for r in batch.rollouts:
             prompt, completion = (
                 torch.tensor(r.request.prompt_ids),
                 torch.tensor(r.token_ids, dtype=torch.long),
             )
-            made.append(
+            samples.append(
                 TrainingSample(prompt, completion, torch.tensor(r.logprobs), torch.zeros(len(completion)))
             )
         if self.reference is None:
-            return made
+            return samples
         return [
             replace(s, reference=logprobs)
-            for s, logprobs in zip(made, self.reference.logprobs(made), strict=True)
+            for s, logprobs in zip(samples, self.reference.logprobs(samples), strict=True)
         ]
 
     def learn(
@@ -145,27 +147,27 @@ class PolicyLearner:
         step: int,
         shown: Phase | None = None,
     ) -> tuple[UpdateReport, CriticReport, list[float]]:
-        """Updates on a step's rollouts. Collective.
+        """Updates policy and critic on a step's rollouts. Collective.
 
         Args:
             batch: This rank's rollouts.
-            samples: Of those, from `samples`.
-            shaped: The reward of each.
-            step: Of the run.
-            shown: Shows how far the policy's update is.
+            samples: The samples that `samples` returned for them.
+            shaped: The shaped reward of each rollout.
+            step: Index of the step.
+            shown: Shows the progress of the policy's update.
 
         Returns:
-            The policy's report, the critic's, and the mean advantage of each completion.
+            The policy's report, the critic's report, and the mean advantage of each completion.
         """
         config = self._config.update
         with_advantages = self._with_advantages(samples, shaped, batch.paths)
         masked = {FinishReason.FAILED, *([FinishReason.LENGTH] if config.mask_truncated else [])}
         size = self._config.rollout.group_size
-        silent = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
+        uniform = uniform_groups(shaped.rewards, size) if self._config.rollout.resample else set()
         counted = [
             with_advantages[i]
             for i, r in enumerate(batch.rollouts)
-            if r.finish_reason not in masked and r.token_ids and i // size not in silent
+            if r.finish_reason not in masked and r.token_ids and i // size not in uniform
         ]
         counted += shaped.more
         kl_coef = self.kl.value if config.kl_in == "loss" else 0.0
@@ -174,7 +176,7 @@ class PolicyLearner:
             costs = [
                 compute_cost(s, self._attention) if m else 0.0 for s, m in zip(counted, moving, strict=True)
             ]
-            counted = spread(counted, costs, self._accelerator)
+            counted = redistribute(counted, costs, self._accelerator)
         judged = CriticReport() if self.critic is None else self.critic.update(counted, self._tokens(counted))
         report = UpdateReport()
         if self.critic is None or step >= self._config.critic.warmup_steps:
@@ -199,24 +201,24 @@ class PolicyLearner:
         references = (
             None if self.reference is None else [s.reference for s in samples if s.reference is not None]
         )
-        taken = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
+        kl_penalties = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
         if self.critic is None:
             advantages = token_advantages(
-                config.update, config.rollout.group_size, rewards, taken, self._total, paths
+                config.update, config.rollout.group_size, rewards, kl_penalties, self._total, paths
             )
             if shaped.added is not None:
                 advantages = [a + more for a, more in zip(advantages, shaped.added, strict=True)]
             return [replace(s, advantages=a) for s, a in zip(samples, advantages, strict=True)]
         values = self.critic.values(samples)
-        advantages, returns = critic_advantages(config.critic, rewards, taken, values, self._total)
+        advantages, returns = critic_advantages(config.critic, rewards, kl_penalties, values, self._total)
         columns = zip(samples, advantages, values, returns, strict=True)
         return [replace(s, advantages=a, values=v, returns=r) for s, a, v, r in columns]
 
     def _tokens(self, samples: list[TrainingSample]) -> float:
-        """Of all ranks."""
+        """Returns the number of completion tokens on all ranks. Collective."""
         return float(self._total(torch.tensor(float(sum(len(s.completion) for s in samples)))))
 
     def _total(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks."""
+        """Returns the sum over ranks, on the CPU. Collective."""
         summed: Any = self._accelerator.reduce(part.to(self._accelerator.device), "sum")
         return summed.cpu()

@@ -1,4 +1,4 @@
-"""The policy that a run starts from: what its KL is measured to."""
+"""The reference policy of the KL penalty: the policy that a run starts from."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from paceline.rl.models.policies import load_policy
 
 
 class Reference:
-    """A module of its own; where adapters are all that is trained and each rank has the whole policy, that
-    without them.
+    """Computes log-probs of the reference policy.
+
+    The reference is a module of its own. Where only adapters are trained and each rank holds the whole
+    policy, it is the policy without its adapters.
 
     Args:
         config: The recipe.
-        policy: What is trained; its own decoder.
+        policy: The trained module, unwrapped.
         start: Directory of the policy that the run starts from.
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
     """
 
     def __init__(
@@ -39,11 +41,11 @@ class Reference:
         )
 
     def logprobs(self, samples: Sequence[Completion]) -> list[torch.Tensor]:
-        """float32 [L_i] for each sample, on the CPU. A rank needs no other for it."""
+        """Returns the log-probs of each completion, float32 [L_i], on the CPU. Not collective."""
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
         budget, temperature = self._config.update.tokens_per_microbatch, self._config.rollout.temperature
         with without_adapters(self._module.policy) if self._adapted else nullcontext():
-            found = token_outputs(
+            computed = token_outputs(
                 lambda b: self._module(b, temperature)[0], samples, chosen, budget, self._accelerator
             )
-        return [found[i].cpu() if i in found else torch.zeros(0) for i in range(len(samples))]
+        return [computed[i].cpu() if i in computed else torch.zeros(0) for i in range(len(samples))]

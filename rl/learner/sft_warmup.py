@@ -1,4 +1,4 @@
-"""A short supervised warm-up of the policy on worked solutions, cached by its settings."""
+"""Warms a policy up by supervised training on worked solutions; the result is cached by its settings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from paceline.rl.tasks.worked_solutions import with_rechecks, worked_solution
 
 
 def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], None]) -> None:
-    """Fine-tunes the policy on worked solutions of its task and puts the result at `warmed_policy_path`, with
-    a ``warmup.json`` that holds the loss curve and the seconds it took. The caller makes sure that no other
-    process does so.
+    """Fine-tunes the policy on worked solutions of its task and writes it to `warmed_policy_path`.
+
+    A ``warmup.json`` beside it holds the loss of each step and the time taken in seconds. The caller makes
+    sure that no other process does the same.
 
     Args:
         config: A recipe with ``policy.warmup``.
@@ -54,7 +55,7 @@ def fine_tune(
     tokenizer: Any,
     on_step: Callable[[int, int, float], None] | None,
 ) -> list[float]:
-    """Trains a model on worked solutions of the recipe's problems. Returns the loss of each step."""
+    """Trains a policy on worked solutions of the recipe's problems. Returns the loss of each step."""
     warmup = config.policy.warmup
     assert warmup is not None
     prompts, solutions = _examples(config, tokenizer)

@@ -1,4 +1,4 @@
-"""The policy update: packed micro-batches, with one gradient exchange an optimizer step."""
+"""Updates the policy: packed micro-batches, with one gradient exchange per optimizer step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,22 @@ from paceline.rl.types import TrainingSample
 
 @dataclass(slots=True)
 class UpdateReport:
-    """Sums over this rank's tokens that entered the loss; ``grad_norm`` and ``skipped`` are of the whole
-    update.
+    """Sums over this rank's tokens that entered the loss.
 
-    ``kl`` is of the policy to its reference, estimated by k3. ``weights``, ``weights_squared`` and
-    ``truncated`` are of π_trainer / π_engine of each token, at the parameters that both had, cut at the
-    recipe's cap. ``mastered`` tokens were left out of the loss.
+    Attributes:
+        tokens: The number of tokens.
+        loss: Sum of the loss.
+        entropy: Sum of the entropies, in nats.
+        clipped: The number of tokens whose ratio was clipped.
+        kl: Sum of the k3 estimates of the KL divergence to the reference.
+        engine_gap: Sum of |log π_trainer − log π_engine| at the parameters that both had.
+        engine_gap_max: The largest of these.
+        weights: Sum of π_trainer / π_engine, truncated at the recipe's cap.
+        weights_squared: Sum of their squares.
+        truncated: The number of truncated weights.
+        mastered: The number of tokens that were left out of the loss as well mastered.
+        grad_norm: The gradient's norm in the last optimizer step, before clipping.
+        skipped: The number of optimizer steps that were skipped because the gradient was not finite.
     """
 
     tokens: int = 0
@@ -50,12 +60,12 @@ class PolicyUpdater:
     """Runs the optimizer steps of one batch of rollouts.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
         trained: The wrapped `PolicyLogProbs` with its optimizer.
         config: The recipe's update section.
-        temperature: Of the rollouts.
-        longest: Most tokens of a completion.
-        steps: Of the run.
+        temperature: Sampling temperature of the rollouts.
+        longest: The largest number of tokens of a completion.
+        steps: The number of steps of the run.
     """
 
     def __init__(
@@ -81,14 +91,14 @@ class PolicyUpdater:
         entropy: float | None = None,
         shown: Phase | None = None,
     ) -> UpdateReport:
-        """One pass over this rank's samples in ``minibatches`` optimizer steps.
+        """Trains once on each of this rank's samples, in ``minibatches`` optimizer steps. Collective.
 
         Args:
-            samples: May be none; the rank then only takes part in the exchange.
-            step: Of the run, for the learning rate.
-            kl_coef: β of the penalty in the loss.
-            entropy: Of a token, over all ranks, in the update before; None where there was none.
-            shown: Shows how many tokens are done.
+            samples: This rank's samples. With none, the rank only takes part in the gradient exchange.
+            step: Index of the step, which decides the learning rate.
+            kl_coef: Coefficient β of the KL penalty in the loss.
+            entropy: Mean entropy of a token in the previous update, over all ranks; None before the first.
+            shown: Shows how many tokens are computed.
         """
         report, self._shown = UpdateReport(), shown
         self._tokens = sum(len(s.completion) for s in samples if self.moves(s, kl_coef))
@@ -109,13 +119,15 @@ class PolicyUpdater:
         return report
 
     def moves(self, sample: TrainingSample, kl_coef: float) -> bool:
-        """Whether a sample can have a gradient. One whose advantages are all zero has none without a penalty
-        or bonus: it is not computed at all, though its tokens count in the normalisation.
+        """Whether a sample can have a gradient.
+
+        Without a KL penalty or entropy bonus, a sample whose advantages are all zero has none. It is not
+        computed, but its tokens count in the normalisation.
         """
         return kl_coef > 0 or self._config.entropy_coef != 0 or bool(sample.advantages.any())
 
     def _old_logprobs(self, samples: Sequence[TrainingSample], kl_coef: float) -> dict[int, torch.Tensor]:
-        """Log-probs before the first optimizer step, of samples that can have a gradient."""
+        """Returns log-probs before the first optimizer step, for samples that can have a gradient."""
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
         return token_outputs(

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from paceline.rl.config.scale import LoraConfig, ScaleConfig
 from paceline.rl.errors import UserError
-from paceline.rl.learner.balance import homes, spread
+from paceline.rl.learner.balance import assign_ranks, redistribute
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
@@ -131,7 +131,7 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
         TrainingSample(torch.tensor([rank, i]), torch.arange(n), torch.full((n,), float(rank)), torch.ones(n))
         for i, n in enumerate(LENGTHS[rank])
     ]
-    share = spread(samples, [float(n) for n in LENGTHS[rank]], accelerator)
+    share = redistribute(samples, [float(n) for n in LENGTHS[rank]], accelerator)
     box: list = [None, None]
     torch.distributed.all_gather_object(
         box, [(s.prompt.tolist(), len(s.completion), s.logprobs.tolist()) for s in share]
@@ -198,7 +198,7 @@ def test_samples_go_where_there_is_less_to_do(found):
 def test_parts_are_equal_but_for_a_sample(costs):
     ranks, total = len(costs), sum(map(sum, costs))
     shares = [0.0] * ranks
-    for rank, (own, where) in enumerate(zip(costs, homes(costs), strict=True)):
+    for rank, (own, where) in enumerate(zip(costs, assign_ranks(costs), strict=True)):
         for cost, home in zip(own, where, strict=True):
             assert cost or home == rank, "what costs nothing stays"
             shares[home] += cost
