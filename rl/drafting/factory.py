@@ -1,4 +1,4 @@
-"""A recipe's drafter training: its buffer, its learners, and how much each completion counts."""
+"""Builds what a recipe's drafter training is made of: trace buffer, learners, and weights of completions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
-    """An empty buffer; a rank spills to a directory of its own and goes through traces in an order of its
-    own.
+    """Returns an empty trace buffer.
+
+    Each rank spills to its own directory and visits traces in its own order.
     """
     d = config.drafter
     return TraceBuffer(
@@ -39,7 +40,7 @@ def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
 def spot_trainer(
     config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer
 ) -> SpotTrainer:
-    """A trainer that starts from copies of ``model`` and distils ``policy``."""
+    """Returns a trainer that starts from copies of ``model`` and distils ``policy`` into them."""
     d, device = config.drafter, policy.device
     enabled = config.policy.mixed_precision == "bf16"
     learners = [
@@ -62,8 +63,13 @@ def spot_trainer(
 
 
 def reward_weights(rewards: Sequence[float], strength: float) -> list[float]:
-    """1 on average, higher where the reward is (ReSpec, reward-weighted distillation): strength 1 spans 0 to
-    2 times.
+    """Returns a weight for each completion, 1 on average, that grows with its reward.
+
+    This is ReSpec's reward-weighted distillation: at strength 1 the weights lie between 0 and 2.
+
+    Args:
+        rewards: The reward of each completion.
+        strength: How far the weights spread; 0 weighs all alike.
     """
     low, high = min(rewards, default=0.0), max(rewards, default=0.0)
     if strength == 0 or high == low:

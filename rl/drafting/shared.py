@@ -1,6 +1,4 @@
-"""The ranks' one drafter over a run: trained where they idle, averaged between steps, restored after a
-stop.
-"""
+"""Keeps one drafter for all ranks: trained where they idle, averaged between steps, restored on resume."""
 
 from __future__ import annotations
 
@@ -29,18 +27,22 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class SharedDrafter:
-    """One rank's part in the drafter that all ranks share.
+    """Keeps this rank's drafter equal to that of all other ranks. One instance per rank.
 
-    A drafter that cannot be read costs acceptance, never the run: after a stop it is passed over with one
-    line, and the run goes on from ``drafter.start``, or with a new one that is made after the next step's
+    A drafter that cannot be read costs acceptance, never the run: on resume it is skipped with one line, and
+    the run continues from ``drafter.start``, or with a new drafter that is created after the next step's
     rollouts.
 
     Args:
         config: The recipe.
         local: This rank's drafter.
-        accelerator: Of this process.
+        accelerator: The run's accelerator.
         run: The run's directory.
-        say: Where one line about a problem goes.
+        log: Receives one line for each problem.
+
+    Attributes:
+        local: This rank's drafter.
+        coordinator: Knows which ranks are idle.
     """
 
     def __init__(
@@ -49,10 +51,10 @@ class SharedDrafter:
         local: RankDrafter,
         accelerator: Accelerator,
         run: Path,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._run_config, self._config, self._steps = config, config.drafter, config.steps
-        self.local, self._accelerator, self._say = local, accelerator, say
+        self.local, self._accelerator, self._log = local, accelerator, log
         ranks = accelerator.num_processes
         self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
@@ -66,10 +68,10 @@ class SharedDrafter:
         self.coordinator.beat()
 
     def start(self) -> None:
-        """Begins with ``drafter.start``, and with its optimizer's state where that is there.
+        """Starts from ``drafter.start``, and its optimizer's state if there is one.
 
         Raises:
-            UserError: where it cannot be used.
+            UserError: when that drafter cannot be used.
         """
         if not self.local.missing:
             return
@@ -85,16 +87,19 @@ class SharedDrafter:
                 raise UserError(f"drafter.start: {error}; delete {moments}.* to begin without it") from None
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on with the newest whole snapshot, also one made after the checkpoint (a drafter that is ahead
-        costs acceptance at most); else with the checkpoint's own, or ``drafter.start``. Where none can be
-        read a new one is made, and a line says so. Collective.
+        """Restores the newest readable drafter. Collective.
+
+        The candidates are the snapshots, the checkpoint's drafter and ``drafter.start``, in this order.
+
+        A snapshot may be newer than the checkpoint: a drafter that is ahead of the policy costs acceptance at
+        most. When none can be read, one line says so and a new drafter is created after the next rollouts.
         """
         if not self.local.missing:
             return
         found = self._newest(checkpoint)
         names = gather_object([None if found is None else str(found[1])])
         if len(set(names)) > 1:
-            self._tell("ranks cannot read the same one; a fresh one is made")
+            self._report("ranks cannot read the same one; a fresh one is made")
             return
         if found is None:
             return
@@ -107,10 +112,10 @@ class SharedDrafter:
         try:
             self._restore_moments(moments)
         except OptimizerStateError as error:
-            self._tell(f"{error}; its optimizer begins anew")
+            self._report(f"{error}; its optimizer begins anew")
 
     def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
-        """A drafter and where its optimizer's state lies."""
+        """Returns the newest readable drafter and the path of its optimizer's state, or None."""
         runner = self.local.runner
         wanted: dict[str, Any] = {
             "tap_layers": self.local.tap_layers,
@@ -118,7 +123,7 @@ class SharedDrafter:
         }
         found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
         for problem in problems:
-            self._tell(problem)
+            self._report(problem)
         if found is not None and found[0] >= checkpoint.steps_done:
             return found[2], found[1] / "optimizer"
         kept = checkpoint.path / "drafter"
@@ -129,20 +134,20 @@ class SharedDrafter:
                 model = load_drafter(kept, runner.vocab_size, runner.hidden_size, **wanted)
                 return model, checkpoint.path / "drafter_optimizer"
             except DrafterError as error:
-                self._tell(str(error))
+                self._report(str(error))
         return self._begun_again()
 
     def _begun_again(self) -> tuple[Eagle3Model, None] | None:
-        """The drafter that the run began from; None, and a line, where there is none."""
+        """Returns the drafter of ``drafter.start`` and logs that it is used; None when there is none."""
         model: Eagle3Model | None = None
         try:
             model = starting_drafter(self._run_config, self.local.policy_config)
         except UserError as error:
-            self._tell(str(error))
+            self._report(str(error))
         if model is None:
-            self._tell("a fresh one is made")
+            self._report("a fresh one is made")
             return None
-        self._tell(f"it begins again from {self._config.start}")
+        self._report(f"it begins again from {self._config.start}")
         return model, None
 
     def _restore_moments(self, stem: Path) -> None:
@@ -150,13 +155,16 @@ class SharedDrafter:
             learner.restore(stem)
 
     def train(self, batch: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
-        """This rank has finished its rollouts: training while others decode, or for whole passes, as the
-        recipe has it.
+        """Trains the drafter once this rank has finished its rollouts.
+
+        With ``drafter.schedule: idle`` it trains while other ranks decode, with ``always`` for whole passes,
+            and
+        with ``never`` not at all.
 
         Args:
             batch: This step's rollouts.
-            rewards: Of each.
-            step: Of the run, for the learning rate.
+            rewards: The reward of each rollout.
+            step: Index of the step, which decides the learning rate.
         """
         self.coordinator.idle()
         for learner in self.local.learners:
@@ -168,16 +176,18 @@ class SharedDrafter:
             return self.local.train(lambda: False)
         self.coordinator.wait_until_training()
         report = self.local.train(lambda: not self.coordinator.may_train())
-        self._tell(self.coordinator.take_problem())
+        self._report(self.coordinator.take_problem())
         return report
 
     def share(self, batch: RankRollouts, report: LearnerReport, step: int) -> None:
-        """Lets every rank draft with the mean of the weights that ranks have approved, weighted by the
-        updates in them. The first step's rollouts choose the vocabulary. Collective.
+        """Averages the weights that ranks have approved and lets every rank draft with them. Collective.
+
+        The mean is weighted by the number of updates in each rank's weights. The first step's rollouts choose
+        the draft vocabulary.
 
         Args:
             batch: This step's rollouts.
-            report: This step's training; what its snapshot took is noted there.
+            report: This rank's training in this step; the time that a snapshot takes is added to it.
             step: Index of the step.
         """
         if self.local.missing:
@@ -193,7 +203,9 @@ class SharedDrafter:
             if all(bool(tensor.isfinite().all()) for tensor in mean):
                 spot.adopt(mean)
             else:
-                self._tell("what was trained has NaN or infinite values; the last good drafter stays in use")
+                self._report(
+                    "what was trained has NaN or infinite values; the last good drafter stays in use"
+                )
                 spot.forget_approved()
         every = self._config.vocabulary_every
         anew = every > 0 and (step + 1) % every == 0
@@ -201,20 +213,20 @@ class SharedDrafter:
             self.local.change_vocabulary(self._vocabulary_of(batch))
         if not updates and not anew:
             return
-        self._tell(self.local.swap_in())
+        self._report(self.local.swap_in())
         if self._accelerator.is_main_process and self._config.snapshots:
-            self._tell(self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer))
+            self._report(self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer))
             report.snapshot_seconds = self._snapshots.seconds
 
     def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:
-        """The draft vocabulary that serves all ranks' rollouts of this step best."""
+        """Returns the draft vocabulary that covers all ranks' rollouts of this step best. Collective."""
         everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts])
         return choose_vocabulary(everywhere, self._config.draft_vocab_size, self.local.runner.vocab_size)
 
     def finish(self) -> None:
-        """Returns once nothing is being written any more."""
-        self._tell(self._snapshots.wait())
+        """Waits until the last snapshot is written."""
+        self._report(self._snapshots.wait())
 
-    def _tell(self, problem: str | None) -> None:
+    def _report(self, problem: str | None) -> None:
         if problem is not None:
-            self._say(f"drafter: {problem}")
+            self._log(f"drafter: {problem}")

@@ -1,4 +1,4 @@
-"""A first drafter for a policy, from the policy's own samples."""
+"""Distils a first drafter from a policy's own samples."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from paceline.rl.tasks.problems import Problem
 from paceline.rl.tasks.task import load_task
 from paceline.rollout import Strategy, mean_acceptance_length
 
-_CHAIN = 4
-_PROBLEMS = 16
-_LEAST_ASKED = 16  # micro-batches, however little time sampling has left
-_FIRST_LR, _LAST_LR = 3.0, 0.3
+_CHAIN_DEPTH = 4  # draft tokens of the chains that measure the acceptance length
+_MEASURED_PROBLEMS = 16
+_MIN_MICROBATCHES = 16  # trained at least, however little time sampling leaves
+_FIRST_LR, _LAST_LR = 3.0, 0.3  # multiples of the recipe's learning rate
 
 
 @dataclass(slots=True)
 class WarmupReport:
-    """What it took and what came of it.
+    """Times and results of a drafter's warm-up.
 
     Attributes:
-        sampling_seconds, training_seconds: Wall time.
-        rounds, updates, tokens: Rounds of sampling and training; optimizer steps; anchors trained on.
-        coverage: Share of the last round's tokens that can be drafted.
-        greedy: Acceptance length of greedy decoding with chains of four, on problems that were not sampled
-            from.
-        sampled: The same at the recipe's temperature.
-        curve: (seconds, expected acceptance length on sequences kept back) after each round.
+        sampling_seconds: Wall time of sampling.
+        training_seconds: Wall time of training.
+        rounds: Rounds of sampling and training.
+        updates: Optimizer steps.
+        tokens: Anchor positions trained on.
+        coverage: Share of the last round's tokens that are in the draft vocabulary.
+        greedy: Acceptance length of greedy decoding with chains of four, on held-out problems.
+        sampled: Acceptance length on these problems at the recipe's temperature.
+        curve: (seconds, expected acceptance length on held-out sequences) after each round.
     """
 
     sampling_seconds: float = 0.0
@@ -61,23 +63,22 @@ OnRound = Callable[[float, str], None]
 def warm_drafter(
     config: RunConfig, minutes: float, out: Path, on_round: OnRound | None = None
 ) -> WarmupReport:
-    """Samples from the recipe's starting policy and distils, in turn, for so many minutes; writes the drafter
-    to ``out``.
+    """Samples from the recipe's starting policy and distils, in turn, and writes the drafter to ``out``.
 
     The learning rate falls linearly with time, from three times the recipe's to a third of it. The drafter
-    that is written is the last one that did better on sequences kept back.
+    that is written is the last one that did better on held-out sequences.
 
     Args:
-        config: The recipe, whose starting policy is there.
-        minutes: Of sampling and training together.
-        out: New directory.
-        on_round: Called after each round with the seconds so far and a line about it.
+        config: The recipe, whose starting policy exists.
+        minutes: Wall time of sampling and training together.
+        out: Directory to create.
+        on_round: Called after each round with the seconds so far and a line about the round.
 
     Raises:
         UserError: for a recipe without the eagle3 drafter.
     """
     if "eagle3" not in config.speculation.drafters:
-        raise UserError("speculation.drafters has no eagle3: there is no drafter to warm up")
+        raise UserError("speculation.drafters has no eagle3, and no other drafter is trained: add eagle3")
     source = starting_policy(config)
     policy = (
         load_policy(source, "cuda" if torch.cuda.is_available() else "cpu")
@@ -93,14 +94,14 @@ def warm_drafter(
     def spent() -> float:
         return (time.perf_counter() - started) / (60 * minutes)
 
-    asked = 0
+    microbatches = 0
 
     def stop(spot: SpotTrainer) -> bool:
-        nonlocal asked
+        nonlocal microbatches
         for learner in spot.learners:
             learner.scale_rate(max(_FIRST_LR * (1 - spent()), _LAST_LR))
-        asked += 1
-        return spent() >= 1 and asked > _LEAST_ASKED
+        microbatches += 1
+        return spent() >= 1 and microbatches > _MIN_MICROBATCHES
 
     while report.rounds == 0 or spent() < 1:
         batch = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
@@ -121,9 +122,11 @@ def warm_drafter(
         if on_round is not None:
             seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"
             on_round(60 * minutes * spent(), seen)
-    others = load_task(replace(config.task, size=_PROBLEMS), config.seed + 1).problems[:_PROBLEMS]
+    held_out = load_task(replace(config.task, size=_MEASURED_PROBLEMS), config.seed + 1).problems[
+        :_MEASURED_PROBLEMS
+    ]
     report.greedy, report.sampled = (
-        _measure(worker, config, others, t) for t in (0.0, config.rollout.temperature)
+        _measure(worker, config, held_out, t) for t in (0.0, config.rollout.temperature)
     )
     save_drafter(spot.serving, out, torch.float32)
     save_optimizer(spot.learner.optimizer, out / "optimizer")
@@ -133,8 +136,8 @@ def warm_drafter(
 def _measure(
     worker: RolloutWorker, config: RunConfig, problems: Sequence[Problem], temperature: float
 ) -> float:
-    """Decodes problems in chains of four with the drafter as it is, and returns the acceptance length."""
-    worker.engine.use_strategy(Strategy("eagle3", _CHAIN))
+    """Decodes problems with chains of four draft tokens and returns the acceptance length."""
+    worker.engine.use_strategy(Strategy("eagle3", _CHAIN_DEPTH))
     requests = [
         replace(r, params=replace(r.params, temperature=temperature))
         for r in worker.groups.requests(problems, step=0)

@@ -48,7 +48,7 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         trainer.step(0)
         shared, worker, local = trainer.drafter, trainer.worker, trainer.drafter.local
         assert local.spot is not None and local.spot.serving.vocabulary.tolist() == list(range(75, 99))
-        shared._say = said.append
+        shared._log = said.append
 
         # what was trained turns out not to be finite: the engine keeps what it has, and so does the next step
         good = local.spot.serving.fc.weight.clone()
