@@ -36,7 +36,7 @@ from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.during_training import EvaluationFailed, RunEvaluation
-from paceline.rl.generation.anytime import Anytime, Dense
+from paceline.rl.generation.anytime import Anytime, AnytimeCredit
 from paceline.rl.generation.groups import CarriedGroups
 from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.scored import ScoredGenerator, ScoredRollouts, ScoringFailed
@@ -225,10 +225,12 @@ class Trainer:
     def _evaluate(
         self, step: int, metrics: dict[str, Any], timeline: list[dict[str, Any]], last: bool
     ) -> bool:
-        """Evaluates where the recipe has it, and adds to the metrics. Returns whether this was the best so
-        far. Collective.
+        """Evaluates after the steps that the recipe names, and adds to the metrics. Collective.
 
         When no completion can be scored, the step is saved before the run ends.
+
+        Returns:
+            Whether this was the best evaluation so far.
         """
         if self.evaluation is None or not (last or (step + 1) % self.config.eval_every == 0):
             return False
@@ -245,9 +247,7 @@ class Trainer:
         return best
 
     def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The step; when none of its completions can be scored, what the steps before it made is saved
-        first.
-        """
+        """Runs a step. When none of its completions can be scored, saves the steps before it and raises."""
         try:
             return self.step(step)
         except ScoringFailed as error:
@@ -269,9 +269,9 @@ class Trainer:
         clock = Clock(self.accelerator, partial(self.tracker.phase, step))
         self.drafter.begin_step(step)
         scored = self.generator.generate(step, clock.phase)
-        dense = None
+        credit = None
         if self.anytime is not None:
-            dense = self.generator.demand_answers(self.anytime, scored, step, clock.phase)
+            credit = self.generator.demand_answers(self.anytime, scored, step, clock.phase)
         batch = scored.batch
         with clock.phase("reference"):
             samples = self.learner.samples(batch)
@@ -281,7 +281,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
         self._measure_plain(batch, step, clock)
         with clock.phase("update") as shown:
-            shaped = self._shape(scored, dense)
+            shaped = self._shape(scored, credit)
             update, critic, advantages = self.learner.learn(batch, samples, shaped, step, shown)
         self._send_weights(clock)
         with clock.phase("sync"):
@@ -302,17 +302,17 @@ class Trainer:
             scoring=[(clock.since(begin), clock.since(end)) for begin, end in scores.busy],
             carried=self.worker.unfinished,
             length_errors=length_errors,
-            dense=dense,
+            credit=credit,
         )
         return self._record(mine, step)
 
-    def _shape(self, scored: ScoredRollouts, dense: Dense | None) -> Shaped:
+    def _shape(self, scored: ScoredRollouts, credit: AnytimeCredit | None) -> Shaped:
         """Returns the rewards that are trained on."""
         batch = scored.batch
         shaped = self.shaping.shape(batch.rollouts, batch.budgets, scored.rewards)
-        return (
-            shaped if dense is None else replace(shaped, tokens=dense.advantages, more=tuple(dense.answers))
-        )
+        if credit is None:
+            return shaped
+        return replace(shaped, tokens=credit.advantages, more=tuple(credit.answers))
 
     def _measure_plain(self, batch: RankRollouts, step: int, clock: Clock) -> None:
         """Decodes the requests again without speculation, every few steps as configured. Collective."""

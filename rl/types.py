@@ -1,4 +1,4 @@
-"""The records that travel through a step: what a rank has decoded, and what the update trains on."""
+"""Records that travel through a step: a rank's rollouts, and the samples that the update trains on."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from paceline.rollout import Rollout, StepRecord
 
 @dataclass(slots=True)
 class RankRollouts:
-    """What one rank produced in one step; the samples of a problem are adjacent.
+    """The rollouts of one rank in one step; the samples of a problem are adjacent.
 
     Attributes:
-        problems: One for each rollout.
-        rollouts: In the same order.
-        seconds: Wall time.
-        records: The engine's decode steps.
-        plain_seconds: Wall time of the same requests without speculation, where that was measured.
-        plain_identical: Share of them whose tokens were the same, where that was measured.
-        budgets: Tokens that each was asked for, where the recipe asks for some.
-        places: Under which each was handed to ``on_finish``.
-        paths: Segments of each, by number, where samples share beginnings.
-        drawn: Tokens that were decoded for them.
+        problems: The problem of each rollout.
+        rollouts: The rollouts.
+        seconds: Wall time of decoding.
+        records: The records of the engine's decode steps.
+        plain_seconds: Wall time of the same requests without speculation, where it was measured.
+        plain_identical: The share of completions that were equal without speculation, where it was measured.
+        budgets: The token budget that each rollout was told, where the recipe has budgets.
+        places: The index under which each rollout was passed to ``on_finish``.
+        paths: The numbers of each rollout's segments, where samples share prefixes.
+        drawn: The number of tokens that were decoded; shared prefixes count once.
     """
 
     problems: list[Problem]
@@ -39,7 +39,7 @@ class RankRollouts:
     drawn: int = 0
 
     def joined(self, more: RankRollouts) -> RankRollouts:
-        """These, and others that were made after them."""
+        """Returns these rollouts followed by others that were made after them."""
         later = [replace(record, at=record.at + self.seconds) for record in more.records]
         budgets = (
             [*self.budgets, *more.budgets] if self.budgets is not None and more.budgets is not None else None
@@ -58,14 +58,16 @@ class RankRollouts:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSample:
-    """A rollout with what the update needs to know of it.
+    """A completion with what the update needs.
 
     Attributes:
-        prompt, completion: int64 [P], [L], token ids.
-        logprobs: float32 [L], the engine's, one a token.
-        advantages: float32 [L].
-        reference: float32 [L], log-probs of the reference policy, or None.
-        values, returns: float32 [L], the critic's, and what they should have been, or None.
+        prompt: The prompt's token ids, int64 [P].
+        completion: The completion's token ids, int64 [L].
+        logprobs: Log-probs of the completion's tokens under the engine's policy, float32 [L].
+        advantages: The advantage of each token, float32 [L].
+        reference: Log-probs under the reference policy, float32 [L], or None.
+        values: The critic's values, float32 [L], or None.
+        returns: The returns that the values are trained to, float32 [L], or None.
     """
 
     prompt: torch.Tensor

@@ -17,26 +17,22 @@ from paceline.rl.checkpointing.run_logs import log_sums
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import read_object
 
-# Names of checkpoints, the newest first. The older one stays until the next is begun: a run that finds the
-# newest broken has it.
+# Names of checkpoints, the newest first. The older one stays until the next one is written, for a run that
+# finds the newest broken.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
-_EXTRAS = (
-    "drafter_optimizer",
-    "drafter",
-    "selector.json",
-    "lengths.safetensors",
-)  # what a run can do without: only speed depends on it
+# A run can resume without these: they only make it faster.
+_OPTIONAL = ("drafter_optimizer", "drafter", "selector.json", "lengths.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `find_checkpoint` found.
+    """A checkpoint that a run can resume from.
 
     Attributes:
-        path: Its directory.
-        steps_done: The number of whole steps behind it.
-        state: What else a run had come to.
-        broken: Parts that must be left out, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and
+        path: The checkpoint's directory.
+        steps_done: The number of finished steps behind it.
+        state: The states of the run's parts, by their names.
+        broken: The parts that cannot be used, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and
             ``lengths.safetensors``.
     """
 
@@ -135,7 +131,7 @@ def save_checkpoint(
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has come as far as its first checkpoint, whole or not."""
+    """Returns whether a run has written a checkpoint, whole or not."""
     return any((run / name).is_dir() for name in CHECKPOINTS)
 
 
@@ -144,10 +140,10 @@ def find_checkpoint(run: Path, say: Callable[[str], None] = lambda line: None) -
 
     Args:
         run: The run's directory.
-        say: Gets a line about every checkpoint that is passed over and every part that is left out.
+        say: Receives a line for each checkpoint that is skipped and each part that is left out.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is no whole checkpoint.
     """
     problems: list[str] = []
     for path in (run / name for name in CHECKPOINTS):
@@ -181,7 +177,7 @@ def _checked(path: Path, say: Callable[[str], None]) -> Checkpoint:
         )
     broken: set[str] = set()
     for name, reason in (changed or {}).items():
-        extra = next((part for part in _EXTRAS if name.startswith(part)), None)
+        extra = next((part for part in _OPTIONAL if name.startswith(part)), None)
         if extra is None:
             raise UserError(f"{path / name}: {reason}")
         broken.add(extra)
@@ -214,9 +210,7 @@ _STATE: dict[str, tuple[Any, bool]] = {
 
 
 def set_aside_broken(run: Path, used: Checkpoint) -> None:
-    """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one that is used is not
-    deleted in its favour.
-    """
+    """Renames a broken ``checkpoint`` to ``checkpoint.broken``, so that the older one in use is kept."""
     newest = run / CHECKPOINTS[0]
     if used.path != newest and newest.exists():
         shutil.rmtree(run / "checkpoint.broken", ignore_errors=True)

@@ -1,8 +1,7 @@
-"""Anytime reasoning: thought is cut at budgets, an answer demanded at each, and both are trained on what that
-scores.
+"""Anytime reasoning: cuts thoughts at token budgets, demands an answer at each, and credits both.
 
-AnytimeReasoner (Qi et al., arXiv 2505.13438): rewards become dense, thinking and answering are credited
-apart.
+AnytimeReasoner (Qi et al., arXiv 2505.13438): rewards become dense, and thinking and answering have
+advantages of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A demanded answer: of which sample, at which of the budgets, and what came."""
+    """A demanded answer: the index of its sample, the index of its budget, and the decoded answer."""
 
     sample: int
     level: int
@@ -32,13 +31,13 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
-    """What anytime reasoning trains on.
+class AnytimeCredit:
+    """The advantages that follow from demanded answers.
 
     Attributes:
-        advantages: float32 [L_i], of each token of the step's completions.
-        answers: The demanded answers, with their advantages.
-        accuracy: Mean score at each budget, and of whole completions, the last.
+        advantages: The advantage of each token of the step's completions, float32 [L_i].
+        answers: The demanded answers as training samples with their advantages.
+        accuracy: The mean reward at each budget, and last that of whole completions.
     """
 
     advantages: list[torch.Tensor]
@@ -47,12 +46,12 @@ class Dense:
 
 
 class Anytime:
-    """Demands answers to cut thoughts, and credits both.
+    """Demands answers to cut thoughts and computes the advantages of both.
 
     Args:
         config: The recipe, with ``length.anytime``.
-        tokenizer: The policy's.
-        engine: That decodes.
+        tokenizer: The policy's tokenizer.
+        engine: The engine that decodes.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Any, engine: RolloutEngine) -> None:
@@ -67,10 +66,10 @@ class Anytime:
         self._marker_ids = list(tokenizer(self._marker, add_special_tokens=False)["input_ids"])
 
     def demand(self, batch: RankRollouts, step: int) -> tuple[list[int], list[Cut]]:
-        """Cuts thoughts that are longer than a budget and draws answers.
+        """Cuts thoughts that are longer than a budget and samples answers.
 
         Returns:
-            How many tokens each completion thought, and the answers.
+            The number of tokens that each completion thought, and the answers.
         """
         thoughts = [
             answer_start(r.token_ids, self._config.length.answer, self._tokenizer) for r in batch.rollouts
@@ -93,7 +92,7 @@ class Anytime:
         return thoughts, [Cut(i, level, rollout) for (i, level), rollout in zip(cuts, answers, strict=True)]
 
     def text(self, batch: RankRollouts, cut: Cut, decode: Callable[[Sequence[int]], str]) -> str:
-        """The cut thought with its answer, to be scored."""
+        """Returns the cut thought with its answer, as scorers read it."""
         thought = batch.rollouts[cut.sample].token_ids[: self._anytime.budgets[cut.level]]
         return decode(thought) + self._marker + decode(cut.rollout.token_ids)
 
@@ -104,13 +103,13 @@ class Anytime:
         decode: Callable[[Sequence[int]], str],
         score: Callable[[int, Problem, str, Sequence[int]], None],
     ) -> None:
-        """Gives the answers to a scorer, under their numbers.
+        """Submits the answers for scoring.
 
         Args:
             batch: The step's completions.
-            cuts: From `demand`.
-            decode: Token ids to the text that scorers read.
-            score: Takes number, problem, text and token ids.
+            cuts: The answers that `demand` returned.
+            decode: Returns the text of token ids, as scorers read it.
+            score: Receives an answer's index, problem, text and token ids.
         """
         for number, cut in enumerate(cuts):
             if cut.rollout.finish_reason is not FinishReason.FAILED:
@@ -125,21 +124,21 @@ class Anytime:
         rewards: Sequence[float],
         cuts: Sequence[Cut],
         scores: Sequence[float],
-    ) -> Dense:
-        """Advantages of thoughts and answers.
+    ) -> AnytimeCredit:
+        """Returns the advantages of thoughts and answers.
 
         Args:
             batch: The step's completions.
-            thoughts: Tokens that each thought.
-            rewards: Of each, whole.
-            cuts: From `demand`.
-            scores: Of each cut.
+            thoughts: The number of tokens that each completion thought.
+            rewards: The reward of each whole completion.
+            cuts: The answers that `demand` returned.
+            scores: The reward of each answer.
         """
         budgets, size = self._anytime.budgets, self._config.rollout.group_size
         by_place: dict[tuple[int, int], list[float]] = {}
         for cut, score in zip(cuts, scores, strict=True):
             by_place.setdefault((cut.sample, cut.level), []).append(score)
-        # over by then: as it ended
+        # a completion that is shorter than a budget keeps its final reward there
         table = torch.tensor(rewards, dtype=torch.float32)[:, None].repeat(1, len(budgets) + 1)
         for (sample, level), of_cut in by_place.items():
             table[sample, level] = sum(of_cut) / len(of_cut)
@@ -157,7 +156,7 @@ class Anytime:
             each = credits[i][stretch].clone()
             each[thoughts[i] :] = answered[i]
             advantages.append(each)
-        return Dense(
+        return AnytimeCredit(
             advantages, self._answers(cuts, scores, by_place), table.mean(0).tolist() if len(table) else []
         )
 

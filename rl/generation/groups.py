@@ -1,4 +1,4 @@
-"""A step's groups of rollouts: asked, decoded whole, in segments or as trees, and carried over."""
+"""Decodes a step's groups of completions: whole, in segments that last over steps, or as trees."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ OnFinish = Callable[[int, Problem, Rollout], None] | None
 
 
 class Groups:
-    """Asks a rank's problems and decodes their samples.
+    """Turns a rank's problems into groups of requests and decodes them.
 
     Args:
         config: The recipe.
-        engine: That decodes, and reads prompts.
-        tokenizer: The policy's.
-        params: How each completion is sampled.
-        decoder: That decodes in the engine's place; None for the engine.
+        engine: The engine, which decodes and computes hidden states of prompts.
+        tokenizer: The policy's tokenizer.
+        params: How completions are sampled.
+        decoder: What decodes in the engine's place; None for the engine.
 
     Attributes:
-        open: Groups that are carried over to the next step.
-        lengths: Predictions from prompts, where the recipe has them.
+        open: Unfinished groups, which the next step continues.
+        lengths: The length predictor, where the recipe has one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Groups:
             engine.scheduler.lengths = self.lengths
 
     def requests(self, problems: Sequence[Problem], step: int) -> list[Request]:
-        """``group_size`` requests for each problem. Seeds follow from (run seed, step, problem, sample)."""
+        """Returns ``group_size`` requests per problem, seeded by (run seed, step, problem, sample)."""
         return [request for problem in problems for request in self._open(problem, step).requests]
 
     def _open(self, problem: Problem, step: int) -> OpenGroup:
@@ -68,7 +68,7 @@ class Groups:
         return OpenGroup(problem, self._ask(problem, seeds, budgets), budgets, [None] * size)
 
     def _ask(self, problem: Problem, seeds: list[int], budgets: list[int] | None) -> list[Request]:
-        """A problem's requests, each told its budget."""
+        """Returns a problem's requests; each prompt states its token budget, where there are budgets."""
         ends = (
             [""] * len(seeds)
             if budgets is None
@@ -86,15 +86,14 @@ class Groups:
         on_step: OnStep = None,
         on_finish: OnFinish = None,
     ) -> RankRollouts:
-        """This step's rollouts: of these problems, or with segments of those groups, older ones too, that are
-        whole by now.
+        """Decodes the groups of these problems; with segments, returns all groups that are finished by now.
 
         Args:
-            problems: Of this rank.
-            step: Of the run.
+            problems: This rank's problems.
+            step: Index of the step, which decides the seeds.
             on_step: Called after each decode step.
-            on_finish: Called with each rollout, its place and its problem, as soon as it is over; with
-                segments, as soon as its group is.
+            on_finish: Called with the index, the problem and the rollout of each finished sample; with
+                segments, when its whole group is finished.
         """
         begin = time.perf_counter()
         new = [self._open(problem, step) for problem in problems]
@@ -106,27 +105,25 @@ class Groups:
         batch = (
             self._grow(new, on_step, on_finish)
             if self._config.rollout.tree
-            else self._go_on(new, on_step, on_finish)
+            else self._continue(new, on_step, on_finish)
         )
         batch.seconds = time.perf_counter() - begin
         return batch
 
-    def _go_on(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
-        """Decodes these groups, and with segments those carried over. Returns the whole ones and carries the
-        others.
-        """
+    def _continue(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
+        """Decodes new and unfinished groups, returns the finished ones and keeps the others."""
         groups, begin, records = [*self.open, *new], time.perf_counter(), list[StepRecord]()
-        while groups and not any(group.whole for group in groups):  # an update of nothing would be none
+        while groups and not any(group.finished for group in groups):  # an update needs at least one group
             before = time.perf_counter() - begin
             self._decode(groups, on_step, on_finish)
             records += [replace(record, at=record.at + before) for record in self._decoder.records]
-        self.open = [group for group in groups if not group.whole]
+        self.open = [group for group in groups if not group.finished]
         size = self._config.rollout.group_size
         batch = RankRollouts([], [], 0.0, records)
         for number, group in enumerate(groups):
-            if group.whole:
+            if group.finished:
                 batch.problems += [group.problem] * size
-                batch.rollouts += group.finished()
+                batch.rollouts += group.samples()
                 batch.places += range(number * size, (number + 1) * size)
                 batch.budgets = (
                     [*(batch.budgets or ()), *group.budgets] if group.budgets is not None else None
@@ -135,7 +132,7 @@ class Groups:
         return batch
 
     def _grow(self, new: list[OpenGroup], on_step: OnStep, on_finish: OnFinish) -> RankRollouts:
-        """The same with samples that share beginnings."""
+        """Decodes groups as trees, whose samples share prefixes."""
         assert self._config.rollout.tree is not None
         size, trees = self._config.rollout.group_size, [Tree(group.problem, group.requests) for group in new]
 
@@ -166,7 +163,7 @@ class Groups:
         on_step: OnStep,
         on_finish: OnFinish,
     ) -> None:
-        """Goes on with what is not over, a segment of each where the recipe has them."""
+        """Decodes unfinished samples to their ends, or by one segment where the recipe has segments."""
         segment, size = self._config.rollout.segment_tokens, self._config.rollout.group_size
         jobs = [
             (number, sample, request)
@@ -178,8 +175,10 @@ class Groups:
             number, sample, _ = jobs[index]
             group = groups[number]
             group.rollouts[sample] = rollout
-            over = range(size) if segment is not None and group.whole else [sample] if segment is None else []
-            for each in over:
+            ready = (
+                range(size) if segment is not None and group.finished else [sample] if segment is None else []
+            )
+            for each in ready:
                 answer = group.rollouts[each]
                 if on_finish is not None and answer is not None:
                     on_finish(number * size + each, group.problem, answer)
@@ -191,9 +190,7 @@ class Groups:
             self._engine.generate(requests, on_step, on_finish=finished, segment=segment)
 
     def lessons(self, batch: RankRollouts) -> tuple[list[dict[str, Any]], list[float]]:
-        """What whole groups teach of lengths, as plain data, and the pinball losses of what had been
-        predicted of them.
-        """
+        """Returns examples for the length predictor, and the pinball losses of its predictions."""
         if self.lengths is None:
             return [], []
         by_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -202,13 +199,13 @@ class Groups:
         return self.lengths.examples(list(by_prompt.items()))
 
     def open_state(self) -> list[dict[str, Any]]:
-        """Groups that are carried over to the next step, as JSON."""
+        """Returns the unfinished groups as JSON data."""
         return [group.state() for group in self.open]
 
     def load_open(self, states: Sequence[dict[str, Any]], find: Callable[[str], Problem]) -> None:
-        """Goes on with groups from `open_state`; those of which ``find`` raises KeyError are dropped."""
-        found = [restored(state, find, self._ask) for state in states]
-        self.open = [group for group in found if group is not None]
+        """Restores groups from `open_state`; those for which ``find`` raises KeyError are dropped."""
+        groups = [restored(state, find, self._ask) for state in states]
+        self.open = [group for group in groups if group is not None]
 
 
 class CarriedGroups:

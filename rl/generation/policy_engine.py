@@ -1,4 +1,4 @@
-"""The engine on a policy, for every command: what cannot be built is a line that names the recipe's key."""
+"""Builds the engine for a policy; errors name the recipe's key."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from paceline.rollout.model.text_limits import text_limit
 
 
 def check_context(policy: PreTrainedModel, max_context: int) -> None:
-    """Refuses a context longer than a policy computes exactly.
+    """Raises for a context that is longer than a policy computes exactly.
 
     Args:
         policy: A causal LM.
-        max_context: Most tokens of prompt and completion together.
+        max_context: The largest number of tokens of prompt and completion together.
 
     Raises:
-        UserError: with the most that can be written.
+        UserError: when the context is too long; it names the largest possible value.
     """
     limit = text_limit(policy)
     if limit is not None and max_context > limit.tokens:
@@ -31,12 +31,12 @@ def check_context(policy: PreTrainedModel, max_context: int) -> None:
 
 
 def policy_engine(policy: PreTrainedModel, *, max_context: int, **options: Any) -> RolloutEngine:
-    """Builds a `RolloutEngine`.
+    """Builds a `RolloutEngine` and turns its errors into `UserError`.
 
     Args:
         policy: The trainer's unwrapped causal LM.
-        max_context: Most tokens of prompt and completion together.
-        options: The engine's other arguments.
+        max_context: The largest number of tokens of prompt and completion together.
+        **options: The engine's other arguments.
 
     Raises:
         UserError: for a policy that the engine cannot run, a context longer than the policy computes exactly,

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from paceline.rl.algorithms.advantages import uniform_groups
 from paceline.rl.config.run import RunConfig
-from paceline.rl.generation.anytime import Anytime, Dense
+from paceline.rl.generation.anytime import Anytime, AnytimeCredit
 from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.process.progress import Phase
@@ -112,7 +112,9 @@ class ScoredGenerator:
         self._report_failures(step, scored.scores)
         return scored
 
-    def demand_answers(self, anytime: Anytime, scored: ScoredRollouts, step: int, phase: PhaseTimer) -> Dense:
+    def demand_answers(
+        self, anytime: Anytime, scored: ScoredRollouts, step: int, phase: PhaseTimer
+    ) -> AnytimeCredit:
         """Returns the answers that cut thoughts give, scored, and the advantages that follow from them.
 
         Raises:

@@ -1,6 +1,4 @@
-"""Groups of rollouts that are under way, also over several steps (segment rollouts: UloRL, arXiv 2507.19766,
-section 3.1).
-"""
+"""Unfinished groups of rollouts, which may last several steps (UloRL, arXiv 2507.19766, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,13 +12,13 @@ from paceline.rollout import FinishReason, Request, Rollout, RolloutStats
 
 @dataclass(slots=True)
 class OpenGroup:
-    """A prompt's samples, as far as they are.
+    """A prompt's samples, some of which may be unfinished.
 
     Attributes:
-        problem: What is asked.
-        requests: One for each sample.
-        budgets: Tokens that each is asked for, or None.
-        rollouts: What there is of each: over, paused, or None where nothing was decoded.
+        problem: The problem that is asked.
+        requests: The request of each sample.
+        budgets: The token budget that each sample is told, or None.
+        rollouts: The state of each sample: finished, paused, or None when nothing is decoded yet.
     """
 
     problem: Problem
@@ -29,20 +27,20 @@ class OpenGroup:
     rollouts: list[Rollout | None]
 
     @property
-    def whole(self) -> bool:
-        """Whether every sample is over."""
+    def finished(self) -> bool:
+        """Whether every sample is finished."""
         return not self.pending()
 
     def pending(self) -> list[tuple[int, Request]]:
-        """Samples that are not over, each with the request that goes on with it."""
+        """Returns the index of each unfinished sample, with the request that continues it."""
         return [
             (sample, request if rollout is None else replace(request, resume=rollout))
             for sample, (request, rollout) in enumerate(zip(self.requests, self.rollouts, strict=True))
             if rollout is None or rollout.finish_reason is FinishReason.PAUSED
         ]
 
-    def finished(self) -> list[Rollout]:
-        """The samples of a whole group; each answers the group's request, whatever calls it took."""
+    def samples(self) -> list[Rollout]:
+        """Returns the samples of a finished group, each under its original request."""
         return [
             replace(r, request=request)
             for request, r in zip(self.requests, self.rollouts, strict=True)
@@ -50,9 +48,9 @@ class OpenGroup:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What it takes to go on after a stop, as JSON; traces for the drafter are let go."""
+        """Returns what a resumed run needs, as JSON data; traces for the drafter are dropped."""
         samples = [
-            None if r is None else {n: getattr(r, n) for n in _KEPT} | {"stats": asdict(r.stats)}
+            None if r is None else {n: getattr(r, n) for n in _FIELDS} | {"stats": asdict(r.stats)}
             for r in self.rollouts
         ]
         return {
@@ -63,7 +61,7 @@ class OpenGroup:
         }
 
 
-_KEPT = ("token_ids", "logprobs", "finish_reason", "segments", "entropies", "error")
+_FIELDS = ("token_ids", "logprobs", "finish_reason", "segments", "entropies", "error")
 
 
 def restored(
@@ -71,12 +69,12 @@ def restored(
     find: Callable[[str], Problem],
     ask: Callable[[Problem, list[int], list[int] | None], list[Request]],
 ) -> OpenGroup | None:
-    """A group from its `OpenGroup.state`; None when the task no longer has its problem.
+    """Returns the group that `OpenGroup.state` describes; None when the task no longer has its problem.
 
     Args:
-        state: As read from JSON.
-        find: The task's problem of a key; raises KeyError where there is none.
-        ask: Problem, seeds and budgets to requests.
+        state: The state, as read from JSON.
+        find: Returns the task's problem of a key; raises KeyError when there is none.
+        ask: Returns requests for a problem, seeds and budgets.
     """
     try:
         problem = find(state["key"])

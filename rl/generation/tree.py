@@ -1,10 +1,10 @@
-"""Rollouts that share their beginnings (TreePO, Li et al., arXiv 2508.17445, section 2).
+"""Rollouts that share prefixes (TreePO, Li et al., arXiv 2508.17445, section 2).
 
-A prompt's samples grow as a tree, segment by segment. At the end of a segment what is still under way may
-branch, the most uncertain first, until there are as many branches as the group has samples; what has fallen
-into a loop is stopped. Where all branches are over before the group is full, others grow from the most
-uncertain earlier ends of segments. Every token is drawn from the policy given those before it, but a group's
-samples are not independent, and beginnings that branch count more than once.
+A prompt's samples grow as a tree, segment by segment. At the end of a segment, unfinished samples may branch,
+the most uncertain first, until there are as many branches as the group has samples. Samples that repeat
+themselves are stopped. When all branches finish before the group is full, others grow from the most uncertain
+earlier ends of segments. Every token is sampled from the policy given its prefix, but a group's samples are
+not independent, and a shared prefix counts once for each branch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from paceline.rollout import FinishReason, Request, Rollout, RolloutEngine, Step
 
 @dataclass(slots=True)
 class Branch:
-    """A sample under way.
+    """An unfinished sample.
 
     Attributes:
-        path: The segments it consists of, by number, the first one first.
-        request: With its own seed, and what it branched off from.
+        path: The numbers of its segments, in order.
+        request: Its request, with its own seed and the prefix that it continues.
     """
 
     path: tuple[int, ...]
@@ -33,7 +33,7 @@ class Branch:
 
 @dataclass(slots=True)
 class Junction:
-    """The end of a segment from which branches may grow; the less certain its tokens were, the sooner."""
+    """The end of a segment, from which branches may grow; the most uncertain ones grow first."""
 
     path: tuple[int, ...]
     rollout: Rollout
@@ -43,14 +43,14 @@ class Junction:
 
 @dataclass(slots=True)
 class Tree:
-    """A prompt's samples.
+    """A prompt's samples as a tree.
 
     Attributes:
-        problem: What is asked.
-        requests: One for each sample, with a seed each; the prompts are the same.
-        active: Branches under way.
-        leaves: Those that are over, with their paths.
-        drawn: Tokens decoded.
+        problem: The problem that is asked.
+        requests: The request of each sample: equal prompts, different seeds.
+        active: Unfinished branches.
+        leaves: Finished samples with their paths.
+        drawn: The number of tokens decoded.
     """
 
     problem: Problem
@@ -64,27 +64,28 @@ class Tree:
 
     @property
     def full(self) -> bool:
+        """Whether every sample is finished."""
         return len(self.leaves) == len(self.requests)
 
     @property
     def room(self) -> int:
-        """Samples that have not begun."""
+        """The number of samples that have not started."""
         return len(self.requests) - self._started
 
     def start(self, count: int) -> None:
-        """Branches from the prompt."""
+        """Starts ``count`` branches at the prompt, as far as there is room."""
         for _ in range(min(count, self.room)):
             self.active.append(Branch((self._segment(),), self._next()))
 
-    def over(self, branch: Branch, rollout: Rollout) -> None:
-        """A branch has come to its end."""
+    def finish(self, branch: Branch, rollout: Rollout) -> None:
+        """Records a finished branch."""
         before = branch.request.resume
         self.drawn += len(rollout.token_ids) - (len(before.token_ids) if before is not None else 0)
         self.active.remove(branch)
         self.leaves.append((branch.path, rollout))
 
-    def reached(self, branch: Branch, rollout: Rollout, segment: int) -> Junction:
-        """A branch has come to the end of a segment, and goes on with the next."""
+    def end_segment(self, branch: Branch, rollout: Rollout, segment: int) -> Junction:
+        """Records that a branch has finished a segment of ``segment`` tokens and continues with the next."""
         drawn = rollout.logprobs[-segment:]
         junction = Junction(branch.path, rollout, -sum(drawn) / max(len(drawn), 1))
         self._junctions.append(junction)
@@ -92,8 +93,9 @@ class Tree:
         return junction
 
     def branch(self, junctions: Sequence[Junction], width: int) -> list[Branch]:
-        """Grows what there is room for from these, the most uncertain first, those that have grown least
-        before all.
+        """Grows as many branches as there is room for, first from junctions with the fewest branches.
+
+        Among these, the most uncertain ones come first.
         """
         grown = []
         for junction in sorted(junctions, key=lambda j: (j.grown, -j.uncertainty)):
@@ -106,8 +108,9 @@ class Tree:
         return grown
 
     def fill(self, width: int) -> None:
-        """Where all branches are over before the group is full: grows others from earlier ends of segments,
-        or from the prompt.
+        """Grows further branches when all are finished before the group is full.
+
+        They start at earlier ends of segments, or at the prompt when there are none.
         """
         if not self.active and not self.full:
             self.branch(self._junctions, width)
@@ -129,17 +132,17 @@ def grow(
     on_step: Callable[[StepRecord], None] | None,
     on_leaf: Callable[[int, int, Rollout], None],
 ) -> list[StepRecord]:
-    """Grows trees until all are full.
+    """Grows trees until every sample is finished.
 
     Args:
-        engine: That decodes.
-        trees: With no branch yet.
-        config: The recipe's.
+        engine: The engine that decodes.
+        trees: Trees without branches.
+        config: The recipe's ``rollout.tree``.
         on_step: Called after each decode step.
-        on_leaf: Called with a tree's number, a leaf's and its rollout, as soon as it is over.
+        on_leaf: Called with the index of a tree, the index of a leaf and its rollout, as soon as it finishes.
 
     Returns:
-        The decode steps.
+        The records of all decode steps.
     """
     records: list[StepRecord] = []
     for tree in trees:
@@ -160,13 +163,15 @@ def _grow(
     on_step: Callable[[StepRecord], None] | None,
     on_leaf: Callable[[int, int, Rollout], None],
 ) -> None:
-    """Decodes what is under way, and what branches off from it, to the end."""
+    """Decodes the active branches, and those that grow from them, to their ends."""
     jobs = [(number, branch) for number, tree in enumerate(trees) for branch in tree.active]
 
-    def over(index: int, rollout: Rollout) -> None:
+    def finished(index: int, rollout: Rollout) -> None:
         number, branch = jobs[index]
         looped = rollout.finish_reason is FinishReason.CANCELLED
-        trees[number].over(branch, replace(rollout, finish_reason=FinishReason.LENGTH) if looped else rollout)
+        trees[number].finish(
+            branch, replace(rollout, finish_reason=FinishReason.LENGTH) if looped else rollout
+        )
         on_leaf(number, len(trees[number].leaves) - 1, trees[number].leaves[-1][1])
 
     def at_mark(reached: list[tuple[int, Rollout]]) -> list[Request]:
@@ -177,7 +182,7 @@ def _grow(
                 engine.cancel(branch.request)
             else:
                 by_tree.setdefault(number, []).append(
-                    trees[number].reached(branch, rollout, config.segment_tokens)
+                    trees[number].end_segment(branch, rollout, config.segment_tokens)
                 )
         grown = [
             (number, b)
@@ -188,4 +193,4 @@ def _grow(
         return [branch.request for _, branch in grown]
 
     requests = [branch.request for _, branch in jobs]
-    engine.generate(requests, on_step, on_finish=over, mark=config.segment_tokens, on_mark=at_mark)
+    engine.generate(requests, on_step, on_finish=finished, mark=config.segment_tokens, on_mark=at_mark)

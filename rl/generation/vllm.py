@@ -1,4 +1,4 @@
-"""Rollouts by vLLM for the trainer: which backend a recipe asks for, and how it gets new weights."""
+"""Lets vLLM decode the trainer's rollouts and sends it new weights."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from paceline.rollout.backends import ServedBackend
 from paceline.rollout.backends.exchange import TOKEN, read_token
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
-_SHARD_BYTES = 2 << 30
+_SHARD_BYTES = 2 << 30  # bounds the memory that a shard takes while it is written
 
 
 class VllmRollouts:
-    """One rank's side of it.
+    """Sends updated policy and drafter weights to vLLM. One instance per rank; every method is collective.
 
     Args:
         config: The recipe, with ``rollout.vllm``.
-        source: Directory that the run starts from: what vLLM loads at first.
-        accelerator: Of this process.
+        source: Directory of the policy that the run starts from, which vLLM loads first.
+        accelerator: The run's accelerator.
 
     Attributes:
-        backend: That decodes.
+        backend: The backend that decodes.
 
     Raises:
-        UserError: where vLLM is not installed, a server does not answer, or several ranks have none.
+        UserError: when vLLM is not installed, a server does not answer, or several ranks share no server.
     """
 
     def __init__(self, config: RunConfig, source: Path, accelerator: Accelerator) -> None:
@@ -53,9 +53,8 @@ class VllmRollouts:
             token = read_token(self._exchange)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"rollout.vllm.exchange: no token of a server there ({error}); name the directory that the "
-                "servers were started "
-                f"with, paceline serve RUN --exchange {self._exchange}, or set {TOKEN}"
+                f"rollout.vllm.exchange: it holds no server's token ({error}); write the directory that the "
+                f"servers were started with (paceline serve RUN --exchange {self._exchange}), or set {TOKEN}"
             ) from None
         try:
             return VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=main, token=token)
@@ -65,8 +64,8 @@ class VllmRollouts:
     def _in_process(self, source: Path) -> ServedBackend:
         if self._accelerator.num_processes > 1:
             raise UserError(
-                "rollout.vllm in the process is for one rank: start servers with paceline serve, and name "
-                "them in servers"
+                "rollout.vllm without servers works for one rank only: start servers with paceline serve and "
+                "write their addresses in rollout.vllm.servers"
             )
         r, s = self._config.rollout, self._config.speculation
         fixed = s.strategy.partition(":")[2]
@@ -91,19 +90,23 @@ class VllmRollouts:
             )
         except ImportError as error:
             raise UserError(
-                f"rollout.vllm needs vLLM in this environment ({error}): make peers, or name servers"
+                f"rollout.vllm needs vLLM in this environment ({error}): run make peers, or write "
+                "rollout.vllm.servers"
             ) from None
 
     @torch.no_grad()
     def update_policy(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Decodes with these whole weights from now on. Collective: all ranks go through them, one writes and
-        sends.
+        """Sends whole policy weights to vLLM. Collective; the main rank writes and sends.
+
+        Args:
+            weights: Names and whole tensors. Every rank exhausts the iterator, because gathering is
+                collective.
 
         Raises:
             UserError: for a full disk or a lost server.
         """
         self._version += 1
-        shards = self._write(weights)
+        shards = self._write_shards(weights)
         self._accelerator.wait_for_everyone()
         try:
             self.backend.update_policy(shards, self._version)
@@ -114,33 +117,40 @@ class VllmRollouts:
             for shard in shards:
                 shard.unlink(missing_ok=True)
 
-    def _write(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[Path]:
-        """Files of them; none on ranks that only go along."""
+    def _write_shards(self, weights: Iterator[tuple[str, torch.Tensor]]) -> list[Path]:
+        """Writes the weights as safetensors shards on the main rank.
+
+        Other ranks exhaust the iterator too and return an empty list.
+        """
         shards: list[Path] = []
-        for bucket in in_buckets(self._kept(weights), _SHARD_BYTES):
+        for bucket in in_buckets(self._cpu_weights(weights), _SHARD_BYTES):
             path = self._exchange / f"policy-{self._version}-{len(shards)}.safetensors"
             try:
                 self._exchange.mkdir(parents=True, exist_ok=True)
                 save_file(dict(bucket), path)
             except OSError as error:
                 raise UserError(
-                    f"{path}: new weights could not be written ({error}); free some disk, or set exchange"
+                    f"{path}: new weights could not be written ({error}); free some disk, or write another "
+                    "rollout.vllm.exchange"
                 ) from None
             shards.append(path)
         return shards
 
-    def _kept(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those that this rank writes, as they are written; it goes through all of them either way."""
+    def _cpu_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields weights on the CPU in the engine's dtype, on the main rank only.
+
+        Every rank must exhaust the iterator.
+        """
         dtype = getattr(torch, self._config.rollout.dtype)
         for name, tensor in weights:
             if self._accelerator.is_main_process:
                 yield name, tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
 
     def update_drafter(self, model: Eagle3Model) -> None:
-        """Drafts with these weights from now on. Collective.
+        """Sends drafter weights to vLLM. Collective; the main rank writes and sends.
 
         Raises:
-            UserError: as `update_policy`.
+            UserError: for a full disk or a lost server.
         """
         path = self._exchange / "drafter"
         try:
@@ -154,7 +164,7 @@ class VllmRollouts:
         self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Gives vLLM back, and the disk."""
+        """Stops using vLLM and removes an exchange directory of the run's own."""
         self.backend.close()
         if self._accelerator.is_main_process and self._vllm.exchange is None:
             shutil.rmtree(self._exchange, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The rank's rollouts: engine, drafters, and the drafter's training, built from a recipe."""
+"""One rank's engine and drafters, built from a recipe, and the rollouts that they make."""
 
 from __future__ import annotations
 
@@ -142,17 +142,17 @@ class RolloutWorker:
 
     @property
     def evaluation_params(self) -> SamplingParams:
-        """How completions of an evaluation are sampled."""
+        """How an evaluation samples completions."""
         temperature = self.config.evaluation.temperature
         return self.params if temperature is None else replace(self.params, temperature=temperature)
 
     def rollout(
         self, problems: Sequence[Problem], step: int, on_step: OnStep = None, on_finish: OnFinish = None
     ) -> RankRollouts:
-        """This step's rollouts: see `Groups.rollout`.
+        """Decodes a step's rollouts, see `Groups.rollout`.
 
         Raises:
-            UserError: when every request failed; the first reason is given.
+            UserError: when every request failed, with the first reason.
         """
         batch = self.groups.rollout(problems, step, on_step, on_finish)
         failed = [r for r in batch.rollouts if r.finish_reason is FinishReason.FAILED]
@@ -161,11 +161,11 @@ class RolloutWorker:
         return batch
 
     def measure_plain(self, batch: RankRollouts, progress: RolloutProgress | None = None) -> None:
-        """Decodes the same requests again without speculation and notes the time, for a paired ratio.
+        """Decodes the requests of a batch again without speculation, for a paired ratio.
 
         Args:
-            batch: Rollouts of this rank; the time is noted there.
-            progress: Shows how far it is.
+            batch: Rollouts of this rank, to which the time and the share of equal completions are added.
+            progress: Shows the progress to the user.
         """
         engine = self.engine
         before = engine.speculation.selector, engine.collect_traces, engine.kept

@@ -1,4 +1,4 @@
-"""Rollouts for a host: a trainer that is not ours, which owns the policy and hands over prompts."""
+"""Rollouts for a host: another trainer, which owns the policy and passes prompts."""
 
 from __future__ import annotations
 
@@ -37,28 +37,27 @@ _ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb", "stop_strings"}
 
 
 def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone: bool) -> RunConfig:
-    """A recipe from what a user chose and what the host decides.
+    """Builds a recipe from the user's options and the host's settings.
 
     Args:
-        options: Sections ``speculation``, ``drafter``, ``measure`` and ``rollout`` as in a recipe, as far as
-            ours to decide.
-        from_host: The rest, as in a recipe.
-        alone: One rank, which never idles: without a schedule or a drafter of the user's, none is trained and
-            suffixes draft.
+        options: Sections ``speculation``, ``drafter``, ``measure`` and ``rollout`` as in a recipe, with the
+            keys that the host does not decide.
+        from_host: The host's settings, as sections of a recipe.
+        alone: Whether there is one rank only, which never idles. Unless the user names a schedule or a
+            drafter, no drafter is then trained, and the suffix drafter drafts.
 
     Raises:
-        UserError: for what is unknown, contradictory, or the host's to decide.
+        UserError: for keys that are unknown, contradictory, or decided by the host.
     """
     for name in options:
         if name not in _SECTIONS:
             raise UserError(
-                f"paceline: {name} is not a section of its own here; there are: "
-                f"{', '.join(sorted(_SECTIONS))}"
+                f"paceline: {name} is not a section here; write one of {', '.join(sorted(_SECTIONS))}"
             )
     for name in options.get("rollout", {}):
         if name not in _ROLLOUT:
             raise UserError(
-                f"paceline: rollout.{name} is the trainer's to decide; ours are: "
+                f"paceline: rollout.{name} is decided by the trainer; remove it; the keys here are "
                 f"{', '.join(sorted(_ROLLOUT))}"
             )
     data = {name: dict(section) for name, section in options.items()}
@@ -71,22 +70,23 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
     if config.drafter.reward_weight:
         raise UserError(
             "paceline: drafter.reward_weight needs rewards, which the trainer computes after the rollouts: "
-            "leave it out"
+            "remove it"
         )
     check_drafting(config)
     return config
 
 
 class HostedRollouts:
-    """One rank's engine, its drafters and their training, on a policy that a host owns. Every rank of the
-    host has one, and calls `refresh` before rollouts.
+    """Decodes on one rank of a host, with the host's policy, and trains drafters.
+
+    Every rank of the host has an instance and calls `refresh` before rollouts.
 
     Args:
-        config: From `host_config`; ``out`` is where drafters and traces go.
-        policy: The host's.
-        tokenizer: Its tokenizer.
-        accelerator: Of the host's process group.
-        say: Where one line about a problem goes.
+        config: The recipe from `host_config`; drafters and traces are written to its ``out``.
+        policy: The host's policy.
+        tokenizer: The policy's tokenizer.
+        accelerator: An accelerator on the host's process group.
+        say: Receives one line for each problem.
     """
 
     def __init__(
@@ -108,47 +108,52 @@ class HostedRollouts:
         self._acceptance_length: float | None = None
 
     def refresh(self) -> bool:
-        """Decodes with the host's present weights from now on: reads them all, and renews the engine's copies
-        where anything has changed since the last call. Collective where they lie in parts. Returns whether it
-        renewed them.
+        """Updates the engine's weights if the host's policy has changed since the last call.
+
+        It reads all weights to find out. Collective where they are sharded.
+
+        Returns:
+            Whether the engine's weights were updated.
         """
         now = self.policy.fingerprint()
         changed = now is None or now != self._decoded_with
         if self.policy.in_parts:
             changed = any_rank(self._accelerator, changed)
         if changed:
-            self._decoded_with = None  # until all of it has succeeded
+            self._decoded_with = None  # until the update has succeeded
             self.policy.refresh()
             self.engine.refresh_weights()
             self._decoded_with = now
         return changed
 
     def rollouts(self, requests: Sequence[Request]) -> RankRollouts:
-        """This rank's completions, in the order of ``requests``.
+        """Decodes requests and returns their completions in the same order.
 
         Raises:
-            UserError: where one failed; the first reason is given.
+            UserError: when a request failed, with the first reason.
         """
         begin = time.perf_counter()
 
         def on_step(record: StepRecord) -> None:
             self.drafter.coordinator.beat()
 
-        made = self.engine.generate(requests, on_step)
-        failed = next((r for r in made if r.finish_reason is FinishReason.FAILED), None)
+        rollouts = self.engine.generate(requests, on_step)
+        failed = next((r for r in rollouts if r.finish_reason is FinishReason.FAILED), None)
         if failed is not None:
             raise UserError(f"paceline: a rollout failed: {failed.error}")
         return RankRollouts(
             [],
-            made,
+            rollouts,
             time.perf_counter() - begin,
             list(self.engine.records),
-            drawn=sum(len(r.token_ids) for r in made),
+            drawn=sum(len(r.token_ids) for r in rollouts),
         )
 
     def step(self, requests: Sequence[Request]) -> tuple[RankRollouts, LearnerReport]:
-        """Makes the rollouts of a training step. A rank that has finished trains the drafter while others
-        decode, and then all ranks share what was trained. Collective.
+        """Decodes the requests of a training step and trains the drafter. Collective.
+
+        A rank that has finished decoding trains the drafter while others decode; then all ranks share the
+        trained weights.
         """
         self.drafter.coordinator.begin(self._calls)
         batch = self.rollouts(requests)
@@ -164,10 +169,10 @@ class HostedRollouts:
         return batch, report
 
     def save(self, folder: Path) -> None:
-        """Writes the drafter, its optimizer and what the selector has learned; on the main rank.
+        """Writes the drafter, its optimizer and the selector's state. Call it on the main rank.
 
         Raises:
-            UserError: when it cannot be written; the host's own checkpoint is not touched.
+            UserError: when they cannot be written; the host's own checkpoint is not touched.
         """
         spot = self.drafter.local.spot
         try:
@@ -183,10 +188,12 @@ class HostedRollouts:
             raise UserError(f"{folder}: the drafter could not be written ({error}); free some disk") from None
 
     def load(self, folder: Path) -> None:
-        """Goes on from what `save` wrote. Collective.
+        """Restores what `save` wrote. Collective.
+
+        A drafter that cannot be read is reported in one line, and a new one is created.
 
         Raises:
-            UserError: for files that are broken; a drafter that cannot be read is made anew, with one line.
+            UserError: when the count of calls cannot be read.
         """
         try:
             self._calls = int(read_object(folder / "state.json")["calls"])
@@ -202,7 +209,7 @@ class HostedRollouts:
             warnings.warn(problem, stacklevel=2)
 
     def take_over(self, earlier: HostedRollouts) -> None:
-        """Goes on with the drafter of another one of the same run. Collective."""
+        """Continues with the drafter of an earlier instance of the same run. Collective."""
         earlier.drafter.finish()
         folder = Path(self.config.out) / "handover"
         if self._accelerator.is_main_process:
@@ -214,8 +221,10 @@ class HostedRollouts:
             shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self) -> Path | None:
-        """Exports the drafter into ``out``, once nothing is being written any more. Returns its directory, on
-        the main rank.
+        """Exports the drafter into ``out`` after pending writes.
+
+        Returns:
+            Its directory on the main rank; None on others, or when there is no drafter to write.
         """
         self.drafter.finish()
         if self.drafter.local.spot is None or not self._accelerator.is_main_process:
@@ -234,22 +243,22 @@ class HostedRollouts:
             (path / "README.md").write_text(
                 drafter_card(facts, drafter.config.draft_vocab_size, path.name), encoding="utf-8"
             )
-        except (OSError, SafetensorError) as error:  # the training that is over stays
+        except (OSError, SafetensorError) as error:  # the finished training must not fail
             self._say(f"{path}: the drafter could not be written ({error}); the last checkpoint has it")
             return None
         return path
 
 
 def any_rank(accelerator: Accelerator, value: bool) -> bool:
-    """Whether it is so on some rank. Collective."""
+    """Returns whether ``value`` is true on any rank. Collective."""
     count = torch.tensor([int(value)], device=accelerator.device)
     return bool(accelerator.reduce(count, "sum").item())
 
 
 def step_report(batch: RankRollouts, report: LearnerReport) -> dict[str, float]:
-    """A rank's numbers of a step, by the names that hosts log."""
+    """Returns a rank's metrics of a step, by the names that hosts log."""
     tokens = sum(len(r.token_ids) for r in batch.rollouts)
-    found = {
+    metrics = {
         "paceline/rollout_seconds": batch.seconds,
         "paceline/tokens_per_second": tokens / batch.seconds,
         "paceline/acceptance_length": mean_acceptance_length(batch.rollouts),
@@ -259,5 +268,5 @@ def step_report(batch: RankRollouts, report: LearnerReport) -> dict[str, float]:
         "paceline/drafter_updates": float(report.updates),
     }
     if batch.plain_seconds is not None:
-        found["paceline/speedup_over_plain"] = batch.plain_seconds / batch.seconds
-    return found
+        metrics["paceline/speedup_over_plain"] = batch.plain_seconds / batch.seconds
+    return metrics

@@ -1,5 +1,6 @@
-"""An engine that serves requests as they come, and trains its drafter when none are there: for hosts whose
-rollouts are servers.
+"""Serves requests as they arrive with one engine, and trains its drafter when there are none.
+
+This is for hosts whose rollouts run in servers.
 """
 
 from __future__ import annotations
@@ -22,47 +23,48 @@ from paceline.rl.models.initial import copy_weights
 from paceline.rl.types import RankRollouts
 from paceline.rollout import FinishReason, Request, Rollout, RolloutStats
 
-_LEARNING_FAILURES = 3  # in a row, after which the drafter stays as it is
+_MAX_TRAINING_FAILURES = 3  # in a row, after which the drafter is no longer trained
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A request with who waits for it. The request is a copy: one object that is submitted twice is cancelled
-    apart.
+    """A request with the future of its rollout.
+
+    The request is a copy, so that an object that is submitted twice can be cancelled once.
     """
 
     request: Request
     future: Future[Rollout]
-    ended: bool = False  # `EngineServer.cancel_all` named it
+    cancelled: bool = False  # by `EngineServer.cancel_all`
 
     def answer(self, rollout: Rollout) -> None:
-        """Hands over the rollout, unless whoever waited has cancelled."""
+        """Resolves the future with the rollout, unless its owner has cancelled it."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(rollout)
 
     def fail(self, error: BaseException) -> None:
-        """Hands over an error, unless there is an answer already or nobody waits."""
+        """Resolves the future with an error, unless it is resolved or cancelled already."""
         if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
 class EngineServer:
-    """One engine in a thread of its own.
+    """Runs one engine in a thread of its own.
 
-    Whatever happens to one request, or while the drafter learns, the others are served: a future that its
-    owner cancels ends its request and nothing else. After weights that could not be taken over, requests fail
-    with the reason until a whole update comes.
+    A failing request or a failure in the drafter's training does not affect other requests. A future that its
+    owner cancels ends its own request only. After an update of weights that failed, requests fail with the
+    reason until a whole update arrives.
 
     Args:
-        config: From `paceline.rl.integrations.host.host_config`. With ``drafter.schedule: always`` the
-            drafter is trained on what was drawn until the next request comes, `pause` is called, or the
-            passes are through.
+        config: The recipe from `paceline.rl.integrations.host.host_config`. With ``drafter.schedule: always``
+            the drafter is trained on finished rollouts until the next request arrives, `pause` is called, or
+            the passes are finished.
         policy: The server's own copy of the policy.
-        tokenizer: Its tokenizer.
-        say: Where one line about a problem goes.
+        tokenizer: The policy's tokenizer.
+        say: Receives one line for each problem.
 
     Attributes:
-        version: Of the weights, as `weights_loaded` was told.
+        version: The version of the weights that `weights_loaded` was given.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class EngineServer:
         self._thread.start()
 
     def submit(self, request: Request) -> Future[Rollout]:
-        """Adds a request to what is decoded; it joins those in flight at their next step. Cancelling the
-        future ends it.
+        """Submits a request; it joins those in flight at their next decode step.
+
+        Returns:
+            The future of its rollout. Cancelling it ends the request.
 
         Raises:
             RuntimeError: when the server is closed.
@@ -101,20 +105,18 @@ class EngineServer:
         return flight.future
 
     def cancel_all(self) -> int:
-        """Ends what is in flight or waits; each comes back as it is, CANCELLED. Returns how many there
-        were.
-        """
+        """Ends all requests, which return what they have with reason CANCELLED. Returns their number."""
         with self._change:
             waiting = self._take()
             flying = len(self._flying)
             for flight in self._flying.values():
-                flight.ended = True
+                flight.cancelled = True
         for flight in waiting:
             flight.answer(_cancelled(flight.request))
         return len(waiting) + flying
 
     def pause(self) -> None:
-        """Returns once the engine does nothing; requests wait until `resume`."""
+        """Waits until the engine is idle; requests then wait until `resume`."""
         with self._change:
             self._paused = True
         with self._engine_free:
@@ -128,42 +130,46 @@ class EngineServer:
 
     @property
     def _held(self) -> bool:
-        """Whether requests must wait: for `resume`, or for the rest of an update's weights."""
+        """Whether requests must wait, for `resume` or for the rest of an update's weights."""
         return self._paused or self._updating
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes over whole weights, some or all of an update's, until `weights_loaded` ends it. Waits for
-        what is in flight; new
-        requests wait meanwhile: none is decoded with some weights old and some new.
+        """Loads some or all of an update's whole weights; `weights_loaded` ends the update.
 
-        An exception ends the update. Where it had replaced weights already, requests fail until an update has
-        brought all of those anew.
+        It waits for requests in flight, and new ones wait until the update ends, so that none is decoded with
+        a mix of old and new weights. An exception ends the update. If it had replaced weights already,
+        requests fail until an update has sent all of these again.
+
+        Args:
+            weights: Names and whole tensors.
 
         Raises:
-            ValueError: for a name that the policy does not have, or another shape.
+            ValueError: for a name that the policy does not have, or a tensor of another shape.
         """
         with self._change:
             self._updating = True
         try:
             with self._engine_free:
-                copy_weights(self._noted(weights), self._policy)
+                copy_weights(self._recorded(weights), self._policy)
         except BaseException as error:
             self._end_update(f"{type(error).__name__}: {error}" if self._replaced else None)
             raise
 
-    def _noted(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Passes weights on, and notes each once it is replaced."""
+    def _recorded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields weights, and records the name of each once it is replaced."""
         for name, tensor in weights:
             yield name, tensor
             self._replaced.add(name)
             self._received.add(name)
 
     def weights_loaded(self, version: int) -> None:
-        """All of an update's weights have come, and are decoded with from now on.
+        """Ends an update of weights; requests are decoded with them from now on.
+
+        Args:
+            version: The version of the weights.
 
         Raises:
-            ValueError: when an earlier update had failed and this one has not brought all that it had
-                replaced.
+            ValueError: when an earlier update failed and this one lacks weights that it had replaced.
         """
         missing = self._replaced - self._received
         if self._broken is not None and missing:
@@ -183,7 +189,7 @@ class EngineServer:
         self._end_update(None)
 
     def _end_update(self, broken: str | None) -> None:
-        """Lets requests go on, or fail for ``broken``."""
+        """Lets requests continue, or fail with the reason ``broken``."""
         with self._change:
             self._broken = None if broken is None else " ".join(broken.split())
             self._received = set()
@@ -191,8 +197,9 @@ class EngineServer:
             self._change.notify_all()
 
     def close(self) -> None:
-        """Ends the thread, once what is in flight is over. Requests that `pause` or an update holds back come
-        back CANCELLED.
+        """Finishes the requests in flight and ends the thread.
+
+        Requests that wait for `resume` or for an update return CANCELLED.
         """
         with self._change:
             self._closed = True
@@ -200,7 +207,7 @@ class EngineServer:
         self._thread.join()
 
     def _run(self) -> None:
-        """Serves until `close`; whatever ends it, nobody waits for ever."""
+        """Serves until `close`; whatever ends the thread, every future is resolved."""
         problem: BaseException = RuntimeError("the server is closed")
         try:
             self._serve()
@@ -222,7 +229,7 @@ class EngineServer:
                     held = self._take()
                     break
             with self._engine_free:
-                with self._change:  # a pause or new weights may have come before the engine was ours
+                with self._change:  # a pause or new weights may have come before the lock was acquired
                     first = [] if self._held else self._take()
                 if first and self._broken is None:
                     self._learn(self._decode(first))
@@ -237,40 +244,40 @@ class EngineServer:
             flight.answer(_cancelled(flight.request))
 
     def _take(self) -> list[_Flight]:
-        """Empties the inbox of requests that somebody still waits for; with the condition held."""
+        """Empties the inbox and returns the requests that are not cancelled. Call it with the lock held."""
         taken, self._inbox = self._inbox, []
         cancelled = [flight for flight in taken if flight.future.cancelled()]
         for flight in cancelled:
-            flight.future.set_running_or_notify_cancel()  # tells who waits on it by concurrent.futures.wait
+            flight.future.set_running_or_notify_cancel()  # concurrent.futures.wait needs it
         return [flight for flight in taken if flight not in cancelled] if cancelled else taken
 
     def _decode(self, first: list[_Flight]) -> list[Rollout]:
         engine = self.worker.engine
         places = itertools.count()
 
-        def take_off(flights: list[_Flight]) -> list[Request]:
+        def start(flights: list[_Flight]) -> list[Request]:
             for flight in flights:
                 self._flying[next(places)] = flight
             return [flight.request for flight in flights]
 
         def arrivals() -> list[Request]:
             with self._change:
-                come = take_off([] if self._held else self._take())
+                arrived = start([] if self._held else self._take())
                 for flight in self._flying.values():
-                    if flight.ended or flight.future.cancelled():
+                    if flight.cancelled or flight.future.cancelled():
                         engine.cancel(flight.request)
-            return come
+            return arrived
 
-        def over(index: int, rollout: Rollout) -> None:
+        def finished(index: int, rollout: Rollout) -> None:
             with self._change:
                 flight = self._flying.pop(index)
             flight.answer(rollout)
 
         try:
             with self._change:
-                requests = take_off(first)
-            return engine.generate(requests, on_finish=over, arrivals=arrivals)
-        except Exception as error:  # whatever it was, nobody must wait for ever
+                requests = start(first)
+            return engine.generate(requests, on_finish=finished, arrivals=arrivals)
+        except Exception as error:  # every future must be resolved
             with self._change:
                 left = list(self._flying.values())
             for flight in left:
@@ -281,33 +288,35 @@ class EngineServer:
                 self._flying.clear()
 
     def _learn(self, rollouts: list[Rollout]) -> None:
-        """Trains the drafter on these until there is something else to do. A failure costs the drafter, never
-        the serving.
-        """
-        whole = [r for r in rollouts if r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)]
-        if not whole or self._config.drafter.schedule == "never" or self._failures >= _LEARNING_FAILURES:
+        """Trains the drafter on finished rollouts until a request arrives; a failure is only reported."""
+        finished = [r for r in rollouts if r.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)]
+        if (
+            not finished
+            or self._config.drafter.schedule == "never"
+            or self._failures >= _MAX_TRAINING_FAILURES
+        ):
             return
         try:
-            self._train_drafter(whole)
+            self._train_drafter(finished)
             self._failures = 0
         except Exception as error:
             self._failures += 1
-            last = "; it is not trained any more" if self._failures == _LEARNING_FAILURES else ""
+            last = "; it is not trained any more" if self._failures == _MAX_TRAINING_FAILURES else ""
             self._say(
                 f"drafter: training failed ({type(error).__name__}: {' '.join(str(error).split())}){last}"
             )
 
-    def _train_drafter(self, whole: list[Rollout]) -> None:
+    def _train_drafter(self, finished: list[Rollout]) -> None:
         drafter = self.drafter
         if drafter.missing:
-            texts = [[*r.request.prompt_ids, *r.token_ids] for r in whole]
+            texts = [[*r.request.prompt_ids, *r.token_ids] for r in finished]
             vocabulary = choose_vocabulary(
                 texts, self._config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size
             )
             drafter.create(vocabulary)
         if drafter.spot is None:
             return
-        drafter.learn_from(RankRollouts([], whole, 0.0), [0.0] * len(whole))
+        drafter.learn_from(RankRollouts([], finished, 0.0), [0.0] * len(finished))
         report = drafter.train(lambda: bool(self._inbox) or self._held or self._closed)
         if report.approved:
             drafter.spot.adopt([p.detach() for p in drafter.spot.approved.parameters()])

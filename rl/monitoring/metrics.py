@@ -1,4 +1,4 @@
-"""One step's numbers, from every rank's part of it."""
+"""Aggregates the ranks' records of a step into its metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.algorithms.importance import effective_share
-from paceline.rl.generation.anytime import Dense
+from paceline.rl.generation.anytime import AnytimeCredit
 from paceline.rl.learner.critic import CriticReport
 from paceline.rl.learner.updater import UpdateReport
 from paceline.rl.lengths.statistics import is_loop, prompt_statistics
@@ -35,16 +35,19 @@ class RankStep:
     """What a rank did in a step.
 
     Attributes:
-        batch: Its rollouts.
-        scores: Of those, and what went wrong with scoring.
-        rewards, shaped: The task's, and what was trained on.
-        advantages: Mean of each completion.
-        distilled, update, critic: Reports of what was trained.
-        spans: Its phases.
-        scoring: When scorers were busy, seconds since the step began.
-        carried: Samples that go on in the next step.
+        batch: The rank's rollouts.
+        scores: What the scoring pool returned, with its failures.
+        rewards: The task's reward of each rollout.
+        shaped: The shaped reward of each rollout, which is trained on.
+        advantages: The mean advantage of each rollout.
+        distilled: The report of the drafter's training.
+        update: The report of the policy's update.
+        critic: The report of the critic's update.
+        spans: The phases of the rank's step.
+        scoring: When scorers were busy, in seconds since the step began.
+        carried: The number of samples that the next step continues.
         length_errors: Pinball losses of predicted lengths.
-        dense: Of demanded answers, where the recipe has them.
+        credit: The advantages from demanded answers, where the recipe has them.
     """
 
     batch: RankRollouts
@@ -59,11 +62,11 @@ class RankStep:
     scoring: list[tuple[float, float]]
     carried: int
     length_errors: Sequence[float]
-    dense: Dense | None
+    credit: AnytimeCredit | None
 
 
 def rank_record(step: RankStep) -> dict[str, Any]:
-    """What one rank reports, as plain data."""
+    """Returns a rank's record of a step as JSON data."""
     batch, scores = step.batch, step.scores
     stats = [r.stats for r in batch.rollouts]
     by_drafter: dict[str, Counter[str]] = {}
@@ -84,7 +87,7 @@ def rank_record(step: RankStep) -> dict[str, Any]:
         "advantages": [float(a) for a in step.advantages],
         "lengths": [len(r.token_ids) for r in batch.rollouts],
         "carried": step.carried,
-        "anytime": None if step.dense is None else step.dense.accuracy,
+        "anytime": None if step.credit is None else step.credit.accuracy,
         "drawn": batch.drawn,
         "length_errors": list(step.length_errors),
         "loops": sum(is_loop(r.token_ids) for r in batch.rollouts),
@@ -112,12 +115,12 @@ def rank_record(step: RankStep) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident set of this process so far."""
+    """Returns the largest resident set size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, Any]:
-    """Aggregates the ranks' records of one step."""
+    """Returns the metrics of a step from the records of all ranks."""
     rewards = np.array([x for r in ranks for x in r["rewards"]])
     lengths = np.array([x for r in ranks for x in r["lengths"]])
     groups = rewards.reshape(-1, group_size)
@@ -175,9 +178,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
 
 
 def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean and standard deviation of each reward function's rewards, without those of completions to which it
-    does not apply.
-    """
+    """Returns the mean and standard deviation of each reward function, over the completions it applies to."""
     metrics = {}
     for name in dict.fromkeys(name for rank in ranks for name in rank.get("reward_parts", {})):
         found = [
@@ -193,24 +194,22 @@ def _part_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _speculation_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Sequences decoded together on average over all ranks' time of decoding, and the shares of it in which
-    drafts were verified and made.
-    """
-    whole = together = speculating = 0.0
+    """Returns the mean number of active sequences, and the shares of time spent speculating and drafting."""
+    total = active_seconds = speculating = 0.0
     for rank in ranks:
         before = 0.0
         for at, active, strategy in rank["tail"]:
             took, before = max(at - before, 0.0), at
-            whole += took
-            together += took * active
+            total += took
+            active_seconds += took * active
             speculating += took * (strategy != "plain")
     drafting = sum(counts["draft_ms"] for rank in ranks for counts in rank["by_drafter"].values()) / 1e3
-    if not whole:
+    if not total:
         return {}
     return {
-        "rollout/active_mean": together / whole,
-        "rollout/speculating_share": speculating / whole,
-        "rollout/drafting_share": drafting / whole,
+        "rollout/active_mean": active_seconds / total,
+        "rollout/speculating_share": speculating / total,
+        "rollout/drafting_share": drafting / total,
     }
 
 
@@ -279,11 +278,10 @@ def _critic_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _time_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds of each phase (the slowest rank's), of the whole step without what was only measured, and of
-    the drafter's training on and off its critical path.
+    """Returns seconds of each phase, of the step, and of drafter training on and off the critical path.
 
-    Training that ends before the last rank has finished its rollouts, and their log-probs under the
-    reference, costs the step nothing; the rest delays it.
+    A phase counts as long as on the slowest rank; the step counts without measurements. Drafter training is
+    off the critical path until the last rank has finished its rollouts and their reference log-probs.
     """
     phases: dict[str, float] = {}
     for rank in ranks:
