@@ -14,7 +14,7 @@ import torch
 
 from paceline.rl.algorithms.brpo import brpo_advantages
 from paceline.rl.config.run import RunConfig
-from paceline.rl.rewards.shaping import answer_start
+from paceline.rl.tasks.answers import answer_start
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rl.tasks.task import Problem
 from paceline.rl.types import RankRollouts, TrainingSample

@@ -14,7 +14,7 @@ from paceline.rl.config.run import RunConfig
 from paceline.rl.generation.segments import OpenGroup, restored
 from paceline.rl.generation.tree import Tree, grow
 from paceline.rl.lengths.estimate import PredictedLengths
-from paceline.rl.rewards.shaping import assign_budgets
+from paceline.rl.rewards.budgets import assign_budgets
 from paceline.rl.tasks.prompts import encode_problem, seed_key, stable_seed
 from paceline.rl.tasks.task import Problem
 from paceline.rl.types import RankRollouts

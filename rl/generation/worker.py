@@ -20,7 +20,7 @@ from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.models.initial import tap_layers
 from paceline.rl.models.policies import fetch_policy, load_policy
-from paceline.rl.rewards.shaping import length_terms
+from paceline.rl.rewards.registry import length_terms
 from paceline.rl.tasks.prompts import stop_token_ids
 from paceline.rl.tasks.task import Problem
 from paceline.rl.types import RankRollouts

@@ -26,7 +26,7 @@ from paceline.rl.integrations.host import HostedRollouts, any_rank, host_config,
 from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.integrations.trl_arguments import check_arguments, check_trainer
 from paceline.rl.integrations.turns import Conversation, Environment, answer_ids
-from paceline.rl.rewards.shaping import answer_start
+from paceline.rl.tasks.answers import answer_start
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout import Request, Rollout
 

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from paceline.rl.config.length import LengthConfig
 from paceline.rl.config.parsing import parse
 from paceline.rl.errors import UserError
-from paceline.rl.rewards.entropy import Pear
-from paceline.rl.rewards.group import Alp, GrpoLambda, ShorterBetter
-from paceline.rl.rewards.length import Hbpo, L1Exact, L1Max, Linear, Overlong, Target
 from paceline.rl.rewards.terms import Samples, Term
 
-TERMS: dict[str, type] = {
-    "alp": Alp,
-    "grpo_lambda": GrpoLambda,
-    "hbpo": Hbpo,
-    "l1_exact": L1Exact,
-    "l1_max": L1Max,
-    "linear": Linear,
-    "overlong": Overlong,
-    "pear": Pear,
-    "shorter_better": ShorterBetter,
-    "target": Target,
+# name in a recipe: module of this package, and class. Modules are imported when a recipe names their term.
+TERMS = {
+    "alp": "group:Alp",
+    "grpo_lambda": "group:GrpoLambda",
+    "hbpo": "length:Hbpo",
+    "l1_exact": "length:L1Exact",
+    "l1_max": "length:L1Max",
+    "linear": "length:Linear",
+    "overlong": "length:Overlong",
+    "pear": "entropy:Pear",
+    "shorter_better": "group:ShorterBetter",
+    "target": "length:Target",
 }
 
 
@@ -41,8 +41,19 @@ def load_term(entry: Mapping[str, Any], where: str) -> Term:
     if name not in TERMS:
         close = difflib.get_close_matches(str(name), TERMS, n=1, cutoff=0.0)[0]
         raise UserError(f"{where} names {name!r}; did you mean {close}? There are: {', '.join(TERMS)}")
-    term: Term = parse(TERMS[name], parameters, where=where)
+    module, _, class_name = TERMS[name].partition(":")
+    term_class = getattr(importlib.import_module(f"paceline.rl.rewards.{module}"), class_name)
+    term: Term = parse(term_class, parameters, where=where)
     return term
+
+
+def length_terms(config: LengthConfig) -> list[Term]:
+    """The recipe's length-aware rewards.
+
+    Raises:
+        UserError: for an unknown name or parameter.
+    """
+    return [load_term(entry, "length.rewards") for entry in config.rewards]
 
 
 def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from paceline.rl.config.length import LengthConfig
 from paceline.rl.config.run import RunConfig
-from paceline.rl.rewards.registry import apply_terms, load_term
-from paceline.rl.rewards.terms import Samples, Term
+from paceline.rl.rewards.registry import apply_terms, length_terms
+from paceline.rl.rewards.terms import Samples
+from paceline.rl.tasks.answers import answer_start
 from paceline.rl.types import TrainingSample
 from paceline.rollout import Rollout
 
@@ -33,49 +32,6 @@ class Shaped:
     added: torch.Tensor | None = None
     tokens: list[torch.Tensor] | None = None
     more: tuple[TrainingSample, ...] = ()
-
-
-def assign_budgets(config: LengthConfig, group_size: int, seed: str) -> list[int] | None:
-    """The budget of each sample of a prompt; None where none are asked for.
-
-    Args:
-        config: The recipe's length section.
-        group_size: Samples of a prompt; for subgroups a multiple of the number of budgets.
-        seed: Of the choice, where a prompt draws one.
-    """
-    if not config.budgets:
-        return None
-    if config.budget_of == "prompt":
-        return [random.Random(seed).choice(config.budgets)] * group_size
-    return [config.budgets[i * len(config.budgets) // group_size] for i in range(group_size)]
-
-
-def length_terms(config: LengthConfig) -> list[Term]:
-    """The recipe's length-aware rewards.
-
-    Raises:
-        UserError: for an unknown name or parameter.
-    """
-    return [load_term(entry, "length.rewards") for entry in config.rewards]
-
-
-def answer_start(token_ids: Sequence[int], marker: str, tokenizer: Any) -> int:
-    """Index of the first token after the marker's first appearance; the number of tokens where it does not
-    appear.
-
-    Each prefix is decoded as a whole, and only a few: an answer's start is found by bisection.
-    """
-
-    def holds(count: int) -> bool:
-        return marker in tokenizer.decode(token_ids[:count], skip_special_tokens=True)
-
-    low, high = 0, len(token_ids)
-    if not holds(high):
-        return high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
 
 
 class Shaping:

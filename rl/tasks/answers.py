@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 _ANSWER = re.compile(r"Answer[*_]{0,3}:[ \t]*(.*)")
 _TAGS = re.compile(r"</?(?:answer|b|code|em|i|strong|u)>", re.IGNORECASE)
@@ -81,3 +83,22 @@ def boxed(completion: str) -> str | None:
         if depth == 0:
             return completion[begin + 7 : place]
     return None
+
+
+def answer_start(token_ids: Sequence[int], marker: str, tokenizer: Any) -> int:
+    """Index of the first token after the marker's first appearance; the number of tokens where it does not
+    appear.
+
+    Each prefix is decoded as a whole, and only a few: an answer's start is found by bisection.
+    """
+
+    def holds(count: int) -> bool:
+        return marker in tokenizer.decode(token_ids[:count], skip_special_tokens=True)
+
+    low, high = 0, len(token_ids)
+    if not holds(high):
+        return high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

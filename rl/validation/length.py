@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.rl.config.run import RunConfig
-from paceline.rl.rewards.shaping import length_terms
+from paceline.rl.rewards.registry import length_terms
 
 
 def length_rules(config: RunConfig) -> list[tuple[bool, str]]:

@@ -9,9 +9,10 @@ from transformers import AutoTokenizer
 from paceline.rl.config.length import LengthConfig
 from paceline.rl.errors import UserError
 from paceline.rl.models.policies import fetch_policy
+from paceline.rl.rewards.budgets import assign_budgets
 from paceline.rl.rewards.registry import TERMS, LengthAware, apply_terms, load_term
-from paceline.rl.rewards.shaping import answer_start, assign_budgets
 from paceline.rl.rewards.terms import Samples
+from paceline.rl.tasks.answers import answer_start
 
 
 def samples(rewards, lengths, group_size=4, longest=1000, **more):
