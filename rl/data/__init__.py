@@ -1,3 +1,1 @@
-"""Data sets of prompts and answers: their files, the shapes of their rows, and what is known of all of
-them.
-"""
+"""Reads data sets of prompts and answers: files, formats of rows, and a survey of all rows."""

@@ -1,4 +1,4 @@
-"""The reference answer of a row, taken out of a worked solution where it is given as one."""
+"""Extracts a row's reference answer, also from a worked solution."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from typing import Any
 from paceline.rl.data.row_error import RowError, kind_of
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-_LINES = re.compile(r"\s*\n\s*")
-_MATH = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
-_ONE_LINE = 200  # characters: a longer `solution` is prose, and no completion can equal it
+_LINE_BREAK = re.compile(r"\s*\n\s*")
+_MATH_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)"))
+_MAX_SOLUTION_CHARACTERS = 200  # a longer `solution` is prose, which no completion can equal
 
 
 def gold_of(value: Any, column: str) -> str:
-    """The reference answer as text: what follows the last ``####`` (GSM8K), what the last ``\\boxed`` holds
-    (MATH), or the value itself, without the dollar signs around it.
+    r"""Returns the reference answer as text, without surrounding math delimiters.
+
+    It is what follows the last ``####`` (GSM8K), what the last ``\boxed`` holds (MATH), or the value itself.
 
     Args:
-        value: As read from the row.
-        column: Its name, for messages.
+        value: The row's value.
+        column: Name of the column, for errors.
 
     Raises:
-        RowError: for a value that no completion can match.
+        RowError: If no completion could match the value.
     """
     if isinstance(value, str):
         text = value.strip()
     elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         text = str(value)
     else:
-        raise RowError(f"{column} is {kind_of(value)}: write one answer, as text or as a number")
+        raise RowError(f"{column} is {kind_of(value)}; write one answer, as text or as a number")
     if "####" in text:
         text = text.rpartition("####")[2].strip()
     elif _BOXED.search(text):
         text = _last_boxed(text, column)
-    elif column == "solution" and ("\n" in text or len(text) > _ONE_LINE):
+    elif column == "solution" and ("\n" in text or len(text) > _MAX_SOLUTION_CHARACTERS):
         raise RowError(
-            "solution marks no answer: write it in \\boxed{}, after ####, or in a column answer of its own"
+            "solution marks no answer; write it in \\boxed{}, after ####, or in a separate column answer"
         )
-    # an answer is read from one line; to LaTeX both are spaces
-    text = _LINES.sub(" ", _without_dollars(text))
+    # a completion's answer is read from one line, and LaTeX treats a line break as a space
+    text = _LINE_BREAK.sub(" ", _without_dollars(text))
     if not text:
-        raise RowError(f"{column} holds no answer: write one, or leave the row out")
+        raise RowError(f"{column} holds no answer; write one, or remove the row")
     return text
 
 
 def _last_boxed(text: str, column: str) -> str:
-    """The content of the last ``\\boxed{…}``, or the word after a ``\\boxed`` without braces."""
-    begin = [found.end() for found in _BOXED.finditer(text)][-1]
+    r"""Returns the content of the last ``\boxed{…}``, or the word after a ``\boxed`` without braces.
+
+    Raises:
+        RowError: If its brace is not closed.
+    """
+    begin = [match.end() for match in _BOXED.finditer(text)][-1]
     if text[begin : begin + 1] != "{":
         return re.split(r"[\s$]", text[begin:], maxsplit=1)[0]
     depth = 0
@@ -57,12 +62,12 @@ def _last_boxed(text: str, column: str) -> str:
         depth += 0 if escaped else (text[end] == "{") - (text[end] == "}")
         if depth == 0:
             return text[begin + 1 : end].strip()
-    raise RowError(f"{column} has a \\boxed{{ that is not closed: is the text cut off?")
+    raise RowError(f"{column} has a \\boxed{{ that is not closed; is the text cut off?")
 
 
 def _without_dollars(text: str) -> str:
-    """``$x$``, ``$$x$$``, ``\\(x\\)`` and ``\\[x\\]`` as ``x``, where the signs surround the whole text."""
-    for left, right in _MATH:
+    r"""Removes math delimiters around a whole text: ``$x$``, ``$$x$$``, ``\(x\)``, ``\[x\]`` become ``x``."""
+    for left, right in _MATH_DELIMITERS:
         inner = text[len(left) : -len(right)]
         if (
             len(text) >= len(left) + len(right)

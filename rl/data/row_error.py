@@ -1,4 +1,4 @@
-"""What can be wrong with a row."""
+"""The error for an invalid row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 
 class RowError(Exception):
-    """One line that says what is wrong with a row and what to write instead; whoever knows the row's place
-    puts it before it.
+    """Says in one line what is wrong with a row and what to write instead.
+
+    Callers that know the row's location put it in front.
     """
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of JSON, for messages."""
+    """Describes a value in the words of JSON, for messages."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,6 +1,4 @@
-"""A row of a data set: its conversation, its reference answer and its difficulty, in the shapes that people's
-files have.
-"""
+"""Reads a row's conversation, reference answer and difficulty, in the formats of common data sets."""
 
 from __future__ import annotations
 
@@ -14,24 +12,23 @@ from paceline.rl.data.conversations import Message, conversation_of
 from paceline.rl.data.golds import gold_of
 from paceline.rl.data.row_error import RowError, kind_of
 
-# In this order: where `problem` and `messages` are both there, the latter hold the solution too (NuminaMath,
-#     OpenR1).
-_PROMPTS = ("prompt", "problem", "question", "messages")
-_GOLDS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "solution")
-_LEVEL = re.compile(r"Level (\d+)")  # MATH
-_ABSENT = object()
+# The order matters: NuminaMath and OpenR1 have both `problem` and `messages`, and messages hold the solution.
+_PROMPT_COLUMNS = ("prompt", "problem", "question", "messages")
+_ANSWER_COLUMNS = ("answer", "reward_model.ground_truth", "ground_truth", "final_answer", "solution")
+_LEVEL = re.compile(r"Level (\d+)")  # difficulty as the MATH data set writes it
+_ABSENT = object()  # tells a missing column from one that is null
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a row says.
+    """The parsed content of a row.
 
     Attributes:
-        turns: The conversation to go on with.
-        conversational: Whether the row had messages, and not text.
-        gold: The reference answer; empty where none is needed and none is there.
-        difficulty: A number, 0 where there is none.
-        source: The data set that it comes from, by its own column ``data_source``, or None.
+        turns: Conversation to continue.
+        conversational: Whether the row's prompt was a list of messages rather than text.
+        gold: Reference answer; empty if none is needed and there is none.
+        difficulty: Difficulty, 0 if there is none.
+        source: Data set that the row comes from, by its column ``data_source``, or None.
     """
 
     turns: tuple[Message, ...]
@@ -42,61 +39,65 @@ class Row:
 
 
 def read_row(entry: Any, columns: ColumnsConfig, needs_gold: bool) -> Row:
-    """Reads a row by the recipe's mapping of columns, or by the names that are known.
+    """Parses a row by the recipe's column mapping, or by well-known column names.
 
     Args:
         entry: The row's columns by name.
-        columns: ``task.columns``.
-        needs_gold: Whether a row without a reference answer is refused; a reward function of the user's may
-            do without.
+        columns: The mapping ``task.columns``.
+        needs_gold: Whether a row must have a reference answer; the user's reward functions may do without.
 
     Raises:
-        RowError: for a row that cannot be asked or scored.
+        RowError: If the row has no valid prompt, or no valid answer although one is needed.
     """
-    prompt_column, prompt = _found(entry, columns.prompt, _PROMPTS)
-    gold_column, gold = _found(entry, columns.answer, _GOLDS)
+    prompt_column, prompt = _first_present(entry, columns.prompt, _PROMPT_COLUMNS)
+    gold_column, gold = _first_present(entry, columns.answer, _ANSWER_COLUMNS)
     missing = [
         name
         for name, value, needed in (("prompt", prompt, True), ("answer", gold, needs_gold))
         if value is _ABSENT and needed
     ]
     if missing:
-        raise RowError(_says_missing(entry, columns, missing))
+        raise RowError(_missing_message(entry, columns, missing))
     turns = conversation_of(prompt, prompt_column)
     if prompt_column == "messages" and columns.prompt is None and turns[-1]["role"] == "assistant":
         raise RowError(
-            "messages ends with a turn of the assistant's, which would be part of the question: leave it "
-            "out, or write "
-            "task.columns.prompt: messages to let it be continued"
+            "messages ends with an assistant turn, which would become part of the prompt; remove it, or set "
+            "task.columns.prompt: messages to have the policy continue it"
         )
     source = entry.get("data_source")
     return Row(
         turns,
         not isinstance(prompt, str),
-        gold_of(gold, gold_column) if needs_gold else _gold_as_it_is(gold),
+        gold_of(gold, gold_column) if needs_gold else _raw_gold(gold),
         _difficulty(entry, columns),
         source if isinstance(source, str) else None,
     )
 
 
-def _found(entry: Any, mapped: str | None, known: tuple[str, ...]) -> tuple[str, Any]:
-    """Name and value of the first column that is there and not null; a null only where there is nothing
-    else.
+def _first_present(entry: Any, mapped: str | None, known: tuple[str, ...]) -> tuple[str, Any]:
+    """Returns name and value of the first column that exists and is not null.
+
+    If there is none, returns the first that is null, or else the first known name with `_ABSENT`.
+
+    Args:
+        entry: The row's columns by name.
+        mapped: Column that the recipe names, or None.
+        known: Well-known names to try in order if the recipe names none.
     """
     if not isinstance(entry, dict):
         return known[0], _ABSENT
-    found = known[0], _ABSENT
+    fallback = known[0], _ABSENT
     for column in known if mapped is None else (mapped,):
         value = value_at(entry, column)
         if value is not None and value is not _ABSENT:
             return column, value
-        if value is None and found[1] is _ABSENT:
-            found = column, value
-    return found
+        if value is None and fallback[1] is _ABSENT:
+            fallback = column, value
+    return fallback
 
 
 def value_at(entry: dict[str, Any], path: str) -> Any:
-    """The value of a column, or of a part of it: ``reward_model.ground_truth``, ``messages.0.content``."""
+    """Returns the value of a column, or of a path such as ``messages.0.content``, or `_ABSENT`."""
     if path in entry:
         return entry[path]
     value: Any = entry
@@ -110,37 +111,45 @@ def value_at(entry: dict[str, Any], path: str) -> Any:
     return value
 
 
-def _says_missing(entry: Any, columns: ColumnsConfig, missing: list[str]) -> str:
+def _missing_message(entry: Any, columns: ColumnsConfig, missing: list[str]) -> str:
+    """Describes which columns are missing, and those that the row has."""
     if not isinstance(entry, dict):
         return (
             f"no {' and no '.join(missing)}: the row is {kind_of(entry)}; write "
             f'{{"prompt": ..., "answer": ...}}'
         )
     mapped = [
-        f"task.columns.{name} {path}" for name in missing if (path := getattr(columns, name)) is not None
+        f"column {path} (task.columns.{name})"
+        for name in missing
+        if (path := getattr(columns, name)) is not None
     ]
-    there = ", ".join(map(str, entry)) or "nothing"
+    present = ", ".join(map(str, entry)) or "nothing"
     if mapped:
-        return f"no {' and no '.join(mapped)}; the row has {there}"
+        return f"no {' and no '.join(mapped)}; write one of the row's columns: {present}"
     return (
         f'no {" and no ".join(missing)}; write {{"prompt": ..., "answer": ...}}, '
-        "or name the columns in task.columns "
-        f"(the row has {there})"
+        f"or name the columns in task.columns (the row has {present})"
     )
 
 
-def _gold_as_it_is(value: Any) -> str:
-    """What a reward function of the user's is given as the answer; it has the row's columns as they are
-    besides.
-    """
+def _raw_gold(value: Any) -> str:
+    """Returns the answer as text for the user's reward functions, which also get the raw columns."""
     return "" if value is None or value is _ABSENT else str(value)
 
 
 def _difficulty(entry: dict[str, Any], columns: ColumnsConfig) -> float:
+    """Returns the row's difficulty as a number, 0 if it has none.
+
+    Raises:
+        RowError: If the mapped column is missing, or the value is not a finite number.
+    """
     column = columns.difficulty or "difficulty"
     value = value_at(entry, column)
     if value is _ABSENT and columns.difficulty is not None:
-        raise RowError(f"no task.columns.difficulty {column}; the row has {', '.join(map(str, entry))}")
+        raise RowError(
+            f"no column {column} (task.columns.difficulty); write one of the row's columns: "
+            f"{', '.join(map(str, entry))}"
+        )
     if value is _ABSENT:
         value = entry.get("level")
         value = value if isinstance(value, str) and _LEVEL.fullmatch(value) else None
@@ -149,5 +158,5 @@ def _difficulty(entry: dict[str, Any], columns: ColumnsConfig) -> float:
     level = _LEVEL.fullmatch(value) if isinstance(value, str) else None
     number = int(level[1]) if level is not None else value
     if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-        raise RowError(f"difficulty is {value!r}; write a number, or leave it out")
+        raise RowError(f"difficulty is {value!r}; write a number, or remove it")
     return float(number)

@@ -1,6 +1,4 @@
-"""One pass over a data set before the first step: checks every row, and keeps as arrays what later steps
-choose rows by.
-"""
+"""Checks every row of a data set before the first step, and keeps arrays for choosing rows later."""
 
 from __future__ import annotations
 
@@ -20,29 +18,47 @@ from paceline.rl.errors import UserError
 
 
 class RowSource(Protocol):
-    """Where rows come from: a JSONL file or a table."""
+    """A source of rows: a JSONL file or a table.
+
+    Attributes:
+        name: Short name, for keys.
+    """
 
     name: str
 
     def __len__(self) -> int: ...
-    def place(self, row: int) -> str: ...
-    def key(self, row: int) -> str: ...
-    def row_of(self, key: str) -> int | None: ...
-    def entry(self, row: int) -> Any: ...
-    def entries(self) -> Iterator[Any]: ...
+    def location(self, row: int) -> str:
+        """Returns where a row is, for messages."""
+        ...
+
+    def key(self, row: int) -> str:
+        """Returns the name of a row across epochs."""
+        ...
+
+    def row_of(self, key: str) -> int | None:
+        """Returns the row with this `key`, or None if there is none."""
+        ...
+
+    def entry(self, row: int) -> Any:
+        """Returns a row's columns by name."""
+        ...
+
+    def entries(self) -> Iterator[Any]:
+        """Yields all rows in order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of all rows, in about 30 bytes each.
+    """A summary of all rows, about 30 bytes per row.
 
     Attributes:
-        prompts: uint64 [rows], equal where the conversations are.
-        golds: uint64 [rows], equal where the reference answers are.
-        difficulties: float64 [rows].
-        sizes: int32 [rows], bytes of the turns' texts.
-        turns: int16 [rows], how many turns there are.
-        shapes: The first row of each sequence of roles that occurs.
+        prompts: uint64 [rows], digests of the conversations, equal for equal conversations.
+        golds: uint64 [rows], digests of the reference answers, equal for equal answers.
+        difficulties: float64 [rows], difficulty of each row.
+        sizes: int32 [rows], size of the turns' texts in bytes.
+        turns: int16 [rows], number of turns.
+        role_sequences: First row of each sequence of roles that occurs.
     """
 
     prompts: np.ndarray
@@ -50,17 +66,17 @@ class Survey:
     difficulties: np.ndarray
     sizes: np.ndarray
     turns: np.ndarray
-    shapes: dict[tuple[str, ...], int] = field(default_factory=dict)
+    role_sequences: dict[tuple[str, ...], int] = field(default_factory=dict)
 
 
 def survey(source: RowSource, config: TaskConfig) -> Survey:
-    """Reads every row once.
+    """Reads and checks every row once.
 
     Raises:
-        UserError: for the first row that cannot be asked or scored, named by file and line.
+        UserError: If a row has no valid prompt or answer; the message names file and line of the first one.
     """
     count = len(source)
-    found = Survey(
+    result = Survey(
         np.zeros(count, np.uint64),
         np.zeros(count, np.uint64),
         np.zeros(count, np.float64),
@@ -72,24 +88,26 @@ def survey(source: RowSource, config: TaskConfig) -> Survey:
         try:
             row = read_row(entry, config.columns, needs_gold)
         except RowError as error:
-            raise UserError(f"{source.place(number)}: {error}") from None
+            raise UserError(f"{source.location(number)}: {error}") from None
         try:
             text, gold = content(row.turns).encode("utf-8"), row.gold.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(
-                f"{source.place(number)}: half of a surrogate pair: the text was cut inside a character"
+                f"{source.location(number)}: half of a surrogate pair, since the text was cut inside a "
+                "character; correct it"
             ) from None
-        found.prompts[number] = _digest(text)
-        found.golds[number] = _digest(gold)
-        found.difficulties[number] = row.difficulty
-        found.sizes[number], found.turns[number] = len(text), len(row.turns)
-        found.shapes.setdefault(tuple([turn["role"] for turn in row.turns]), number)
-    return found
+        result.prompts[number] = _digest(text)
+        result.golds[number] = _digest(gold)
+        result.difficulties[number] = row.difficulty
+        result.sizes[number], result.turns[number] = len(text), len(row.turns)
+        result.role_sequences.setdefault(tuple([turn["role"] for turn in row.turns]), number)
+    return result
 
 
 def content(turns: tuple[Message, ...]) -> str:
-    """Returns a conversation as one text, by which prompts are compared. A single question gives the same
-    text whether it was written as text or as a list of messages.
+    """Returns a conversation as one text, by which prompts are compared.
+
+    A single question gives the same text whether it was written as text or as a list of messages.
     """
     if len(turns) == 1:
         return str(turns[0]["content"]).strip()
@@ -97,23 +115,26 @@ def content(turns: tuple[Message, ...]) -> str:
 
 
 def _digest(data: bytes) -> int:
+    """Returns a 64-bit digest of the data."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def chosen_share(digests: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Chooses about this share of the rows. The choice follows from digests and seed alone: it is the same on
-    every machine and in every order of the rows, and rows with equal digests are chosen together.
+    """Chooses about this fraction of the rows, by their digests and the seed alone.
+
+    The choice is the same on every machine and for every order of the rows, and rows with equal digests are
+    chosen together.
 
     Args:
         digests: uint64 [rows].
-        share: From 0 to 1.
-        seed: Of the choice.
+        share: Fraction of the rows, from 0 to 1.
+        seed: Seed of the choice.
 
     Returns:
-        bool [rows].
+        bool [rows], whether a row is chosen.
     """
     mixed = digests ^ np.uint64(_digest(f"held out/{seed}".encode()))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64's finalizer
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     mixed ^= mixed >> np.uint64(31)
     return mixed < np.uint64(min(int(share * 2**64), 2**64 - 1))

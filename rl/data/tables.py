@@ -1,6 +1,4 @@
-"""Parquet files and Hugging Face data sets, through the ``datasets`` library: rows stay on disk until they
-are wanted.
-"""
+"""Reads parquet files and Hugging Face data sets with the ``datasets`` library, which keeps rows on disk."""
 
 from __future__ import annotations
 
@@ -11,110 +9,118 @@ from typing import Any
 from paceline.rl.config.task import TaskConfig
 from paceline.rl.errors import UserError, one_line
 
-_REASON = 300  # characters of a library's own message
-_NO_TEXT = ("Image", "Audio", "Video", "Pdf")
+_MAX_REASON = 300  # characters of a library's own message that are repeated in an error
+_UNSUPPORTED_FEATURES = ("Image", "Audio", "Video", "Pdf")
 
 
 class Table:
     """The rows of a ``datasets.Dataset``.
 
     Args:
-        rows: The data set, memory-mapped.
-        place: Where it came from, for messages.
-        name: Short, for keys.
+        rows: Memory-mapped data set.
+        origin: Where the data set comes from, for messages.
+        name: Short name, for keys.
+
+    Attributes:
+        name: Short name, for keys.
 
     Raises:
-        UserError: when it is empty, or holds what is not text.
+        UserError: If the data set is empty, or holds anything but text.
     """
 
-    def __init__(self, rows: Any, place: str, name: str) -> None:
-        self.name, self._place, self._rows = name, place, rows
+    def __init__(self, rows: Any, origin: str, name: str) -> None:
+        self.name, self._origin, self._rows = name, origin, rows
         if not len(rows):
-            raise UserError(f"{place}: no rows")
+            raise UserError(f"task.path {origin}: the data set has no rows; name another one")
         for column, feature in rows.features.items():
             kind = type(getattr(feature, "feature", feature)).__name__
-            if kind in _NO_TEXT:
+            if kind in _UNSUPPORTED_FEATURES:
                 raise UserError(
-                    f"{place}: column {column} is of type {kind}, and prompts hold text only: write a copy "
-                    "without it"
+                    f"task.path {origin}: column {column} is of type {kind}, and prompts hold text only; "
+                    "write a copy without it"
                 )
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def place(self, row: int) -> str:
-        """Where a row stands, for messages; the first row is row 0."""
-        return f"{self._place}: row {row}"
+    def location(self, row: int) -> str:
+        """Returns origin and number of a row, for messages; the first row is row 0."""
+        return f"{self._origin}: row {row}"
 
     def key(self, row: int) -> str:
-        """A row's name across epochs."""
+        """Returns the name of a row across epochs."""
         return f"{self.name}/{row}"
 
     def row_of(self, key: str) -> int | None:
-        """The row of a `key`; None where there is none."""
+        """Returns the row with this `key`, or None if there is none."""
         name, _, number = key.rpartition("/")
         return int(number) if name == self.name and number.isdigit() and int(number) < len(self) else None
 
     def entry(self, row: int) -> Any:
-        """A row's columns by name."""
+        """Returns a row's columns by name."""
         return self._rows[row]
 
     def entries(self) -> Iterator[Any]:
-        """All rows, in order."""
+        """Yields all rows in order."""
         for batch in self._rows.iter(batch_size=1000):
             yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def parquet_table(path: Path) -> Table:
-    """A parquet file.
+    """Opens a parquet file.
 
     Raises:
-        UserError: when there is none, or it cannot be read.
+        UserError: If there is no such file, or it cannot be read.
     """
     if not path.is_file():
-        raise UserError(f"task.path {path}: there is no such file")
-    datasets = _library()
+        raise UserError(f"task.path is {path}: no such file; write the path of a parquet file")
+    datasets = _import_datasets()
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path.resolve()), split="train")
-    except Exception as error:  # whatever pyarrow finds wrong with it
+    except Exception as error:  # pyarrow and datasets raise many types for a broken file
+        reason = one_line(error.__cause__ or error, _MAX_REASON)
         raise UserError(
-            f"task.path {path}: not a parquet file that can be read "
-            f"({one_line(error.__cause__ or error, _REASON)})"
+            f"task.path is {path}, which is not a parquet file that can be read ({reason}); write another"
         ) from None
     return Table(rows, str(path), path.stem)
 
 
 def huggingface_table(config: TaskConfig) -> Table:
-    """A directory that ``save_to_disk`` wrote or that holds data files, or a data set of the hub's by its id.
+    """Opens a Hugging Face data set: a directory, or the id of a data set on the hub.
+
+    A directory is one that ``save_to_disk`` wrote, or one that holds data files.
 
     Raises:
-        UserError: when it cannot be loaded; the message says whether it is missing or gated, or the hub
-            cannot be reached.
+        UserError: If the data set cannot be loaded; the message says whether it is missing or gated, or the
+            hub cannot be reached.
     """
-    datasets = _library()
+    datasets = _import_datasets()
     assert config.path is not None
-    path, place = Path(config.path), f"{config.path} ({config.split})"
+    path, origin = Path(config.path), f"{config.path} ({config.split})"
     try:
         if (path / "state.json").is_file():
             rows = datasets.load_from_disk(str(path))
         elif (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
             if config.split not in splits:
-                raise UserError(f"task.split is {config.split!r}: {config.path} has {', '.join(splits)}")
+                raise UserError(
+                    f"task.split is {config.split!r}, which {config.path} lacks; write one of "
+                    f"{', '.join(splits)}"
+                )
             rows = splits[config.split]
         else:
             rows = datasets.load_dataset(config.path, config.subset, split=config.split)
     except UserError:
         raise
-    except Exception as error:  # of the hub's, of files, of names: said in a line each
-        raise UserError(f"task.path {config.path}: {_why(error, path.is_dir())}") from None
+    except Exception as error:  # from the hub, from files, and from unknown names
+        raise UserError(f"task.path {config.path}: {_failure(error, path.is_dir())}") from None
     if not hasattr(rows, "features"):
-        raise UserError(f"task.split is {config.split!r}: name one split")
-    return Table(rows, place, path.name)
+        raise UserError(f"task.split is {config.split!r}, which is not a single split; name one")
+    return Table(rows, origin, path.name)
 
 
-def _library() -> Any:
-    """``datasets``, silent: it takes a second to import, and what goes wrong is said in a line of ours."""
+def _import_datasets() -> Any:
+    """Imports ``datasets``, which takes a second, and silences it, because our errors say what is wrong."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -122,18 +128,26 @@ def _library() -> Any:
     return datasets
 
 
-def _why(error: BaseException, local: bool) -> str:
-    """What kept a data set from being loaded, and what to do."""
-    chain, seen = [], error
-    while seen is not None and seen not in chain:
-        chain.append(seen)
-        seen = seen.__cause__ or seen.__context__  # type: ignore[assignment]
+def _failure(error: BaseException, local: bool) -> str:
+    """Describes why a data set could not be loaded, and what to do.
+
+    Args:
+        error: Exception that ``datasets`` raised.
+        local: Whether ``task.path`` is a directory.
+    """
+    chain, current = [], error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__  # type: ignore[assignment]
     names = " ".join(type(e).__name__ for e in chain)
     texts = " ".join(str(e).lower() for e in chain)
     if local:
-        return f"the directory holds no data set that can be read ({one_line(error, _REASON)})"
+        return (
+            f"the directory holds no data set that can be read ({one_line(error, _MAX_REASON)}); name one "
+            "that datasets' save_to_disk wrote"
+        )
     if "GatedRepo" in names or "gated" in texts:
-        return "the data set is gated: accept its terms on its page at the hub and set HF_TOKEN"
+        return "the data set is gated; accept its terms on its hub page and set HF_TOKEN"
     if (
         "Offline" in names
         or "Connection" in names
@@ -142,13 +156,13 @@ def _why(error: BaseException, local: bool) -> str:
         or "couldn't reach" in texts
     ):
         return (
-            f"the hub cannot be reached ({one_line(error, _REASON)}): name a directory that datasets' "
-            f"save_to_disk wrote"
+            f"the hub cannot be reached ({one_line(error, _MAX_REASON)}); name a directory that datasets' "
+            "save_to_disk wrote"
         )
     if "NotFound" in names:
         return (
-            "there is no such directory, and the hub has no such data set, or it is private: then set "
-            "HF_TOKEN"
+            "there is no such directory, and the hub has no such data set, or it is private; correct the "
+            "path, or set HF_TOKEN"
         )
-    # an unknown split or subset: the library's own words list those that there are
-    return one_line(error, _REASON)
+    # for an unknown split or subset, the library's own message lists those that exist
+    return one_line(error, _MAX_REASON)

@@ -1,1 +1,1 @@
-"""A policy on problems that it is not trained on."""
+"""Evaluates a policy on problems that it is not trained on."""

@@ -1,4 +1,4 @@
-"""A policy on problems it was not trained on: accuracy and length, exactly, and steered to budgets."""
+"""Evaluates a policy on problems that it was not trained on: exactly, and steered to token budgets."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from paceline.rollout import FinishReason, Request, Rollout, SamplingParams, def
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What came of one way of decoding.
+    """The result of one way of decoding.
 
     Attributes:
-        way: Name; says where it is lossy.
-        accuracy: Mean reward.
-        length, longest: Tokens: mean, and of the longest.
-        completions: How many.
-        unscored: How many of them have no reward; the mean is of the others.
-        problem: Why the first of those has none, in one line.
+        way: Name of the way of decoding; says if it is lossy.
+        accuracy: Mean reward of the completions that have one.
+        length: Mean length in tokens.
+        longest: Length of the longest completion in tokens.
+        completions: Number of completions.
+        unscored: Number of completions without a reward.
+        problem: Why the first of these has none, in one line; None if all have a reward.
     """
 
     way: str
@@ -45,35 +46,47 @@ class Evaluation:
 
 
 class Evaluator:
-    """Holds a policy and problems that it was not trained on, sampled, stopped, asked and rewarded as in the
-    run.
+    """Evaluates a policy on problems that it was not trained on, with the run's sampling and rewards.
 
     Args:
-        config: The recipe: its task, its sampling, ``evaluation.path`` and ``evaluation.temperature``.
+        config: The recipe; its task, its sampling, ``evaluation.path`` and ``evaluation.temperature`` are
+            read.
         path: Directory of the policy.
-        prompts: How many problems, at most.
-        samples: Completions of each.
+        prompts: Maximum number of problems.
+        samples: Number of completions per problem.
 
     Attributes:
-        origin: Where the problems come from, in words.
+        tokenizer: The policy's tokenizer.
+        policy: The policy.
+        problems: Problems that are evaluated on.
+        origin: Where the problems come from, for the user.
 
     Raises:
-        UserError: when the data has no problems that are not trained on, or the policy cannot be decoded.
+        UserError: If the data has no problems that are not trained on, or the policy cannot be decoded.
     """
 
     def __init__(self, config: RunConfig, path: Path, prompts: int, samples: int) -> None:
         self._config, self._samples = config, samples
         self.tokenizer = load_tokenizer(path)
         self.policy: PreTrainedModel = load_policy(path, dtype=getattr(torch, config.rollout.dtype)).eval()
-        self._asked = fitting(evaluation_problems(config, prompts), self.tokenizer, config)
-        self.problems, self.origin = self._asked.problems, self._asked.origin
-        r, temperature = config.rollout, config.evaluation.temperature
-        stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
-        temperature = r.temperature if temperature is None else temperature
-        self._params = SamplingParams(temperature, r.top_k, r.top_p, r.max_tokens, stops, r.stop_strings)
+        self._source = fitting(evaluation_problems(config, prompts), self.tokenizer, config)
+        self.problems, self.origin = self._source.problems, self._source.origin
+        rollout, temperature = config.rollout, config.evaluation.temperature
+        self._params = SamplingParams(
+            rollout.temperature if temperature is None else temperature,
+            rollout.top_k,
+            rollout.top_p,
+            rollout.max_tokens,
+            stop_token_ids(self.tokenizer, self.policy.generation_config),
+            rollout.stop_strings,
+        )
 
     def exact(self) -> Evaluation:
-        """By the engine: the policy's own distribution."""
+        """Evaluates completions that the engine samples from the policy's own distribution.
+
+        Raises:
+            UserError: If a completion fails, or none has a score.
+        """
         rollouts = self._decode(self.problems)
         failed = next((r for r in rollouts if r.finish_reason is FinishReason.FAILED), None)
         if failed is not None:
@@ -81,59 +94,69 @@ class Evaluator:
         return self._evaluation("exact", [r.token_ids for r in rollouts])
 
     def _evaluation(self, way: str, completions: Sequence[Sequence[int]]) -> Evaluation:
-        """Scores completions in processes of their own, by the recipe's reward.
+        """Scores completions in separate processes, by the recipe's reward.
+
+        Args:
+            way: Name of the way of decoding.
+            completions: Token ids; the completions of a problem are adjacent.
 
         Raises:
-            UserError: when none of them has a score.
+            UserError: If no completion has a score.
         """
-        owners = self._owners(self.problems)
-        with ScoringPool(self._asked.task, self._asked.seed, self._samples) as pool:
+        problems = self._repeated(self.problems)
+        with ScoringPool(self._source.task, self._source.seed, self._samples) as pool:
             pool.wait_ready()
-            for index, (problem, ids) in enumerate(zip(owners, completions, strict=True)):
-                pool.add(
-                    index,
-                    problem,
-                    scored_text(self.tokenizer, ids, self._config.task, self._params.stop_token_ids),
-                    ids,
-                )
+            for index, (problem, ids) in enumerate(zip(problems, completions, strict=True)):
+                text = scored_text(self.tokenizer, ids, self._config.task, self._params.stop_token_ids)
+                pool.add(index, problem, text, ids)
             scores = pool.collect()
-        scored = [value for index, value in scores.values.items() if index not in scores.unscored]
-        if not scored:
-            raise UserError(f"none of the {len(owners)} completions has a reward: {scores.problem}")
+        rewards = [value for index, value in scores.values.items() if index not in scores.unscored]
+        if not rewards:
+            raise UserError(
+                f"evaluation: none of the {len(problems)} completions has a reward: {scores.problem}"
+            )
         lengths = [len(ids) for ids in completions]
-        unscored = len(owners) - len(scored)
         return Evaluation(
             way,
-            sum(scored) / len(scored),
+            sum(rewards) / len(rewards),
             sum(lengths) / len(lengths),
             max(lengths),
             len(lengths),
-            unscored,
+            len(problems) - len(rewards),
             scores.problem,
         )
 
     def predictor(self, prompts: int) -> RemainingLength:
-        """A head of the tokens left, trained on the policy's completions of problems that are trained on, not
-        evaluated.
+        """Trains a head that predicts the remaining length, on completions of training problems.
+
+        Args:
+            prompts: Maximum number of training problems.
         """
         task = load_task(self._config.task, self._config.seed)
-        others = task.batch(0, min(prompts, len(task.rows)))
+        training_problems = task.batch(0, min(prompts, len(task.rows)))
         embeddings: Any = self.policy.get_input_embeddings().weight
         head = RemainingLength(self.policy.config.get_text_config().hidden_size, embeddings)
-        train_remaining(head, steps_of(self._decode(others, traces=True)))
+        train_remaining(head, steps_of(self._decode(training_problems, traces=True)))
         return head
 
     def steered(self, head: RemainingLength, budget: int, batch: int = 32) -> Evaluation:
-        """LOSSY: by transformers' generate, with budget guidance."""
-        owners, completions = self._owners(self.problems), list[list[int]]()
+        """Evaluates completions of transformers' generate, steered to a budget by budget guidance. LOSSY.
+
+        Args:
+            head: Predictor of the remaining length.
+            budget: Length to steer to, in tokens.
+            batch: Number of completions that are generated together.
+        """
+        problems, completions = self._repeated(self.problems), list[list[int]]()
         torch.manual_seed(0)
-        for start in range(0, len(owners), batch):
-            part = owners[start : start + batch]
-            completions += self._generate([self._prompt(p) for p in part], head, budget)
+        for start in range(0, len(problems), batch):
+            prompts = [self._prompt(problem) for problem in problems[start : start + batch]]
+            completions += self._generate(prompts, head, budget)
         return self._evaluation(f"LOSSY, steered to {budget} tokens", completions)
 
     @torch.no_grad()
     def _generate(self, prompts: Sequence[list[int]], head: RemainingLength, budget: int) -> list[list[int]]:
+        """Returns the steered completions of a batch of prompts, as token ids."""
         pad = (
             self.tokenizer.pad_token_id
             if self.tokenizer.pad_token_id is not None
@@ -157,38 +180,42 @@ class Evaluator:
                 pad_token_id=pad,
                 logits_processor=LogitsProcessorList([guidance]),
             )
-        return [self._cut(row) for row in out[:, longest:].tolist()]
+        return [self._until_stop(row) for row in out[:, longest:].tolist()]
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        """Up to the first stop token, which counts."""
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        """Returns the token ids up to and including the first stop token."""
         ends = [i for i, token in enumerate(ids) if token in self._params.stop_token_ids]
         return ids[: ends[0] + 1] if ends else ids
 
-    def _owners(self, problems: Sequence[Problem]) -> list[Problem]:
-        return [p for p in problems for _ in range(self._samples)]
+    def _repeated(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Returns each problem once per completion."""
+        return [problem for problem in problems for _ in range(self._samples)]
 
     def _prompt(self, problem: Problem) -> list[int]:
+        """Returns the token ids of a problem's prompt."""
         return encode_problem(self.tokenizer, problem, self._config.task)
 
     def _decode(self, problems: Sequence[Problem], traces: bool = False) -> list[Rollout]:
-        r = self._config.rollout
+        """Samples completions of each problem with the engine, with traces for `predictor` on request."""
+        rollout, num_layers = self._config.rollout, self.policy.config.get_text_config().num_hidden_layers
         engine = policy_engine(
             self.policy,
-            dtype=getattr(torch, r.dtype),
-            max_slots=r.max_slots,
-            max_context=r.max_context,
-            tap_layers=default_tap_layers(self.policy.config.get_text_config().num_hidden_layers)
-            if traces
-            else (),
+            dtype=getattr(torch, rollout.dtype),
+            max_slots=rollout.max_slots,
+            max_context=rollout.max_context,
+            tap_layers=default_tap_layers(num_layers) if traces else (),
             collect_traces=traces,
-            # a stop string may be one
+            # special tokens are kept, because one of them may be a stop string
             decode_text=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False),
         )
-        owners = self._owners(problems)
-        seeds = [stable_seed(0, 0, p.key, i) for i, p in enumerate(owners)]
         return engine.generate(
             [
-                Request(self._prompt(p), self._params, s, group=p.key)
-                for p, s in zip(owners, seeds, strict=True)
+                Request(
+                    self._prompt(problem),
+                    self._params,
+                    stable_seed(0, 0, problem.key, index),
+                    group=problem.key,
+                )
+                for index, problem in enumerate(self._repeated(problems))
             ]
         )

@@ -1,6 +1,4 @@
-"""What ``paceline evaluate`` evaluates: a recipe and the policy of a run, or the one that the recipe starts
-from.
-"""
+"""Finds what ``paceline evaluate`` evaluates: a run's policy, or the one that a recipe starts from."""
 
 from __future__ import annotations
 
@@ -20,38 +18,38 @@ from paceline.rl.validation.recipe import check
 def evaluated_policy(
     config: str | None, overrides: list[str], run: Path | None, checkpoint: str | None
 ) -> tuple[RunConfig, Path | None]:
-    """Finds what ``paceline evaluate`` was asked to evaluate.
+    """Finds the recipe and the policy that ``paceline evaluate`` was asked to evaluate.
 
     Args:
-        config: A recipe; None for the run's own.
-        overrides: ``key.sub=value`` each.
+        config: Name or path of a recipe; None for the run's own.
+        overrides: Overrides of the recipe, ``key.sub=value`` each.
         run: Directory of a run, or None.
-        checkpoint: ``best`` or ``step-N``; None for its last one.
+        checkpoint: Name of a checkpoint, ``best`` or ``step-N``; None for the run's last one.
 
     Returns:
-        The recipe, and the directory of the policy, None for the one that the recipe starts from.
+        The recipe, and the directory of the policy; None for the policy that the recipe starts from.
 
     Raises:
-        UserError: when nothing was named, there is no such checkpoint, or the run was trained on what would
-            be asked.
+        UserError: If nothing was named, there is no such checkpoint, or the run was trained on the problems.
     """
     if run is None:
         if config is None or checkpoint is not None:
             raise UserError(
-                "evaluate: name a recipe, or --run RUN with --checkpoint for one that it has kept"
+                "evaluate: nothing to evaluate; name a recipe, or write --run RUN, with --checkpoint for an "
+                "earlier one of its checkpoints"
             )
         return load_config(config, overrides), None
     if config is not None and "=" in config and not Path(config).exists():
-        overrides, config = [config, *overrides], None  # the first override stands where a recipe would
+        overrides, config = [config, *overrides], None  # without a recipe, its place holds an override
     policy = find_kept(run, checkpoint) / "policy"
-    trained = _recipe_of(run)
-    recipe = _recipe_of(run, overrides) if config is None else load_config(config, overrides)
+    trained = _run_recipe(run)
+    recipe = _run_recipe(run, overrides) if config is None else load_config(config, overrides)
     check_not_trained(recipe, trained)
     return recipe, policy
 
 
-def _recipe_of(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The recipe that a run keeps, with changes."""
+def _run_recipe(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the recipe that a run keeps, with overrides."""
     data, path = kept_recipe(run, print)
     for override in overrides:
         apply_override(data, override)

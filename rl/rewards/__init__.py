@@ -1,1 +1,1 @@
-"""Rewards, in TRL's signature."""
+"""Task rewards, the processes that compute them, and length-aware reward terms."""

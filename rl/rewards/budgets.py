@@ -8,12 +8,13 @@ from paceline.rl.config.length import LengthConfig
 
 
 def assign_budgets(config: LengthConfig, group_size: int, seed: str) -> list[int] | None:
-    """The budget of each sample of a prompt; None where none are asked for.
+    """Returns the token budget of each sample of a prompt, or None when the recipe sets no budgets.
 
     Args:
         config: The recipe's length section.
-        group_size: Samples of a prompt; for subgroups a multiple of the number of budgets.
-        seed: Of the choice, where a prompt draws one.
+        group_size: Number of samples per prompt; with ``budget_of: subgroup``, a multiple of the number of
+            budgets.
+        seed: Seed of the random choice that ``budget_of: prompt`` makes.
     """
     if not config.budgets:
         return None

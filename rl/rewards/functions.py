@@ -1,6 +1,4 @@
-"""Reward functions of the user's: found by name, called as TRL calls them, and what they return read
-strictly.
-"""
+"""The user's reward functions: loads them by name, calls them as TRL does, and validates what they return."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ from typing import Any
 from paceline.rl.config.task import RewardConfig, TaskConfig
 from paceline.rl.errors import UserError, one_line
 
-_LARGEST = 3.4028234e38  # of float32, in which rewards are kept
+_MAX_FLOAT32 = 3.4028234e38  # rewards are stored as float32
 Score = float | str
-"""The score of a completion, or why it has none."""
+"""A completion's score, or a message that says why it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +27,9 @@ class RewardFunction:
     """A reward function with its weight.
 
     Attributes:
-        name: In metrics.
-        weight: By which its rewards are multiplied before they are added up.
-        call: In TRL's signature.
+        name: Name of the function in metrics.
+        weight: Factor of its rewards in the weighted sum.
+        call: Function in TRL's signature.
     """
 
     name: str
@@ -40,137 +38,147 @@ class RewardFunction:
 
 
 def reward_configs(config: TaskConfig) -> tuple[RewardConfig, ...]:
-    """The reward functions that a recipe names; none where the problems' own scorers are taken."""
+    """Returns the reward functions that a recipe names; empty if the problems' own scorers are used."""
     if config.reward is None:
         return ()
     return (RewardConfig(config.reward),) if isinstance(config.reward, str) else config.reward
 
 
 def load_reward(path: str) -> Callable[..., Any]:
-    """A reward function of the user's, ``module:name``, looked up from the current directory too.
+    """Loads the user's reward function ``module:name``; modules are also found in the current directory.
 
-    The name may have dots. A class is instantiated without arguments and its instance called.
+    The name may contain dots. A class is instantiated without arguments, and its instance is called.
 
     Raises:
-        UserError: when there is none, when its module cannot be imported, or when it cannot be called.
+        UserError: If there is no such function, its module cannot be imported, or it cannot be called.
     """
     module, _, name = path.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
-        found = found() if isinstance(found, type) else found
+        function = operator.attrgetter(name)(importlib.import_module(module))
+        function = function() if isinstance(function, type) else function
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"task.reward is {path!r}: {one_line(error, 300)}; write module:function") from None
+        raise UserError(
+            f"task.reward is {path!r}, which cannot be loaded ({one_line(error, 300)}); write module:function"
+        ) from None
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"task.reward is {path!r}: importing it fails ({type(error).__name__}: {one_line(error, 300)})"
+            f"task.reward is {path!r}, whose import fails with {type(error).__name__}: "
+            f"{one_line(error, 300)}; fix that module"
         ) from None
-    if not callable(found):
+    if not callable(function):
         raise UserError(
-            f"task.reward is {path!r}, which is of type {type(found).__name__} and cannot be called; name a "
-            "function"
+            f"task.reward is {path!r}, which is of type {type(function).__name__} and cannot be called; name "
+            "a function"
         )
-    return found
+    return function
 
 
 def load_rewards(config: TaskConfig) -> list[RewardFunction]:
-    """The recipe's reward functions, under names that differ."""
+    """Loads the recipe's reward functions, and gives functions with equal names distinct ones."""
     loaded: list[RewardFunction] = []
     for entry in reward_configs(config):
         call = load_reward(entry.reward)
         name = str(getattr(call, "__name__", type(call).__name__))
-        taken = sum(f.name == name or f.name.startswith(f"{name}_") for f in loaded)
-        loaded.append(RewardFunction(f"{name}_{taken + 1}" if taken else name, entry.weight, call))
+        namesakes = sum(f.name == name or f.name.startswith(f"{name}_") for f in loaded)
+        loaded.append(RewardFunction(f"{name}_{namesakes + 1}" if namesakes else name, entry.weight, call))
     return loaded
 
 
-class Rewards:
-    """Calls a recipe's reward functions and adds up what they return.
+class WeightedRewards:
+    """Calls a recipe's reward functions and adds up their weighted rewards.
 
     Args:
-        functions: At least one.
+        functions: At least one reward function.
     """
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
         self.functions = list(functions)
-        # one event loop for all calls: clients that a function keeps belong to it
+        # one event loop for all calls, because clients that a function keeps are bound to their loop
         self._runner = asyncio.Runner()
 
     def __call__(
         self, count: int, columns: Mapping[str, Sequence[Any]]
     ) -> tuple[list[Score], dict[str, list[float | None]]]:
-        """Scores completions, as TRL does: the weighted sum of those rewards that are not None.
+        """Scores completions as TRL does: by the weighted sum of those rewards that are not None.
 
         Args:
-            count: Completions.
-            columns: Keyword arguments, a list of ``count`` values each; a function without ``**`` gets those
-                that it names.
+            count: Number of completions.
+            columns: Keyword arguments for the functions, each a list of ``count`` values; a function without
+                ``**`` gets only those that it names.
 
         Returns:
-            The score of each completion, or why it has none, and each function's rewards by its name.
+            For each completion its score, or a message that says why it has none; and each function's rewards
+            by function name.
         """
         parts: dict[str, list[float | None]] = {}
         problems: dict[int, str] = {}
         for function in self.functions:
-            wanted = _accepted(function.call, columns)
-            returned = function.call(**{name: list(values) for name, values in wanted.items()})
+            accepted = _accepted_columns(function.call, columns)
+            returned = function.call(**{name: list(values) for name, values in accepted.items()})
             if inspect.isawaitable(returned):
-                returned = self._runner.run(_awaited(returned))
-            numbers = [_number(value) for value in _listed(returned, count, function.name)]
-            parts[function.name] = [None if isinstance(number, str) else number for number in numbers]
-            for place, number in enumerate(numbers):
-                if isinstance(number, str):
-                    problems.setdefault(place, f"{function.name} returned {number}")
-        return [problems.get(place) or self._total(parts, place) for place in range(count)], parts
+                returned = self._runner.run(_await(returned))
+            rewards = [_as_reward(value) for value in _as_list(returned, count, function.name)]
+            parts[function.name] = [None if isinstance(reward, str) else reward for reward in rewards]
+            for index, reward in enumerate(rewards):
+                if isinstance(reward, str):
+                    problems.setdefault(index, f"{function.name} returned {reward}")
+        return [problems.get(index) or self._total(parts, index) for index in range(count)], parts
 
-    def _total(self, parts: Mapping[str, Sequence[float | None]], place: int) -> Score:
-        weighted = [f.weight * value for f in self.functions if (value := parts[f.name][place]) is not None]
+    def _total(self, parts: Mapping[str, Sequence[float | None]], index: int) -> Score:
+        """Returns the weighted sum of one completion's rewards, or a message that says why there is none."""
+        weighted = [f.weight * value for f in self.functions if (value := parts[f.name][index]) is not None]
         if not weighted:
             return "every reward function returned None"
         total = math.fsum(weighted)
-        return total if abs(total) <= _LARGEST else f"the weighted sum is {total:g}, too large for float32"
+        return (
+            total if abs(total) <= _MAX_FLOAT32 else f"the weighted sum is {total:g}, too large for float32"
+        )
 
 
-async def _awaited(something: Any) -> Any:
-    return await something
+async def _await(awaitable: Any) -> Any:
+    return await awaitable
 
 
-def _accepted(call: Callable[..., Any], columns: Mapping[str, Sequence[Any]]) -> Mapping[str, Sequence[Any]]:
+def _accepted_columns(
+    call: Callable[..., Any], columns: Mapping[str, Sequence[Any]]
+) -> Mapping[str, Sequence[Any]]:
+    """Returns the columns that a function takes as keyword arguments."""
     try:
         parameters = inspect.signature(call).parameters
-    except (TypeError, ValueError):  # of a function that is not written in Python
+    except (TypeError, ValueError):  # functions that are not written in Python have no signature
         return columns
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return columns
     return {name: values for name, values in columns.items() if name in parameters}
 
 
-def _listed(returned: Any, count: int, name: str) -> list[Any]:
-    """What a function returned, as a list of one value for each completion.
+def _as_list(returned: Any, count: int, name: str) -> list[Any]:
+    """Converts what a function returned to a list with one value per completion.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: If it does not hold ``count`` values.
     """
-    listed = returned.tolist() if hasattr(returned, "tolist") else returned
-    if isinstance(listed, str | bytes | Mapping | set | frozenset) or not hasattr(listed, "__iter__"):
+    iterable = returned.tolist() if hasattr(returned, "tolist") else returned
+    if isinstance(iterable, str | bytes | Mapping | set | frozenset) or not hasattr(iterable, "__iter__"):
         raise ValueError(
             f"{name} returned {returned!r:.60}; return a list of numbers, one for each of the {count} "
             "completions"
         )
-    values = list(itertools.islice(listed, count + 1))
+    values = list(itertools.islice(iterable, count + 1))  # a generator may never end
     if len(values) != count:
-        found = "more" if len(values) > count else str(len(values))
-        raise ValueError(f"{name} returned {found} rewards for {count} completions")
+        length = "more" if len(values) > count else str(len(values))
+        raise ValueError(f"{name} returned {length} rewards for {count} completions; return one for each")
     return values
 
 
-def _number(value: Any) -> float | str | None:
-    """A reward as a float, None where the function does not apply, or in words what it is instead."""
+def _as_reward(value: Any) -> float | str | None:
+    """Returns a reward as a float, None where the function does not apply, or what is wrong with it."""
     if value is None:
         return None
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
-    return number if abs(number) <= _LARGEST else f"{value!r:.60}, which is no finite number"
+    return number if abs(number) <= _MAX_FLOAT32 else f"{value!r:.60}, which is not a finite number"

@@ -1,4 +1,4 @@
-"""Length-aware rewards of a completion among the samples of its prompt."""
+"""Length-aware rewards that compare a completion with the other samples of its prompt."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from paceline.rl.rewards.terms import RewardTerm, Samples
 
 @dataclass(frozen=True, slots=True)
 class GrpoLambda(RewardTerm):
-    """GRPO-λ (Dai et al., arXiv 2505.18086): a length penalty only where a group is mostly right.
+    """Penalises length only in groups that are mostly correct (GRPO-λ, Dai et al., arXiv 2505.18086).
 
-    Of the step's groups, the share λ with the highest correct ratio, and those that equal the last of them,
-    are trained for
-    brevity: a correct sample gets 1 − α σ((n − mean) / std), mean and standard deviation over the group's
-        correct lengths (the
-    penalty of Arora and Zanette, arXiv 2502.04463, equation 2). The others keep plain rewards: where a
-    problem is still hard, length is not what to save on. A group without a correct sample is never penalised.
+    The fraction λ of the step's groups with the highest ratio of correct samples, and those tied with the
+    last of them, are trained for brevity: a correct sample earns 1 − α σ((n − mean) / std), with mean and
+    standard deviation over the group's correct lengths (the penalty of Arora and Zanette, arXiv 2502.04463,
+    equation 2). The other groups keep their plain rewards: while a problem is still hard, length is not worth
+    saving. A group without a correct sample is never penalised.
 
     Attributes:
-        share: λ.
-        alpha: α.
+        share: λ, the fraction of groups that are trained for brevity.
+        alpha: α, the weight of the penalty.
     """
 
     share: float = 0.2
@@ -31,16 +30,18 @@ class GrpoLambda(RewardTerm):
     needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
-        of_group = samples.grouped(samples.correct).mean(1)
-        step = of_group if samples.ratios is None else samples.ratios
-        threshold = step.sort(descending=True).values[max(math.ceil(self.share * len(step)), 1) - 1]
-        brief = ((of_group >= threshold) & (of_group > 0)).repeat_interleave(samples.group_size)
-        shortened = samples.rewards * (1 - self.alpha * torch.sigmoid(_standardised(samples)))
-        return torch.where(brief & samples.correct, shortened, samples.rewards)
+        """Returns float32 [S]: r (1 − α σ((n − mean) / std)) if correct in a selected group, else r."""
+        ratios = samples.grouped(samples.correct).mean(1)
+        step_ratios = ratios if samples.ratios is None else samples.ratios
+        last_selected = max(math.ceil(self.share * len(step_ratios)), 1) - 1
+        threshold = step_ratios.sort(descending=True).values[last_selected]
+        selected = ((ratios >= threshold) & (ratios > 0)).repeat_interleave(samples.group_size)
+        penalised = samples.rewards * (1 - self.alpha * torch.sigmoid(_standardised(samples)))
+        return torch.where(selected & samples.correct, penalised, samples.rewards)
 
 
 def _standardised(samples: Samples) -> torch.Tensor:
-    """float32 [S], (length − mean) / std of the group's correct lengths; 0 where those do not differ."""
+    """Returns float32 [S], (n − mean) / std over the correct lengths of each group; 0 if these are equal."""
     lengths, correct = samples.grouped(samples.lengths), samples.grouped(samples.correct)
     count = correct.sum(1, keepdim=True).clamp(min=1)
     mean = (lengths * correct).sum(1, keepdim=True) / count
@@ -52,13 +53,14 @@ def _standardised(samples: Samples) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ShorterBetter(RewardTerm):
-    """α r − β |n − n*|, where n* is the length of the group's shortest correct sample, or the group's mean
-    length where none is correct (Yi et al., arXiv 2504.21370, equations 2 and 3): a policy that cannot solve
-    a problem is not taught to be brief on it.
+    """Rewards being near the length n* of the group's shortest correct sample: α r − β |n − n*|.
+
+    Yi et al., arXiv 2504.21370, equations 2 and 3. If no sample of the group is correct, n* is the group's
+    mean length, so a policy that cannot solve a problem is not taught to be brief on it.
 
     Attributes:
-        alpha: α, of the task's reward.
-        beta: β, for each token beside n*.
+        alpha: α, the weight of the task's reward.
+        beta: β, the penalty for each token of difference from n*.
     """
 
     alpha: float = 2.0
@@ -66,6 +68,7 @@ class ShorterBetter(RewardTerm):
     needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
+        """Returns α r − β |n − n*|, float32 [S]."""
         lengths, correct = samples.grouped(samples.lengths), samples.grouped(samples.correct) > 0
         shortest = lengths.masked_fill(~correct, float("inf")).amin(1, keepdim=True)
         optimal = torch.where(shortest.isfinite(), shortest, lengths.mean(1, keepdim=True))
@@ -74,16 +77,19 @@ class ShorterBetter(RewardTerm):
 
 @dataclass(frozen=True, slots=True)
 class Alp(RewardTerm):
-    """Adaptive length penalty: r − β n max(p, 1 / K), with p the group's correct ratio and K its size (Xiang
-    et al., arXiv 2506.05256, equation 2): a token costs the more, the easier the prompt.
+    """Charges more for each token the easier the prompt: r − β n max(p, 1 / K).
+
+    Adaptive length penalty (Xiang et al., arXiv 2506.05256, equation 2); p is the fraction of correct samples
+    in the group and K the group's size.
 
     Attributes:
-        beta: β.
+        beta: β, the penalty for each token of a prompt whose samples are all correct.
     """
 
     beta: float = 1e-7
     needs_group = True
 
     def rewards(self, samples: Samples) -> torch.Tensor:
-        solved = samples.correct_ratios().clamp(min=1 / samples.group_size)
-        return samples.rewards - self.beta * samples.lengths * solved
+        """Returns r − β n max(p, 1 / K), float32 [S]."""
+        ratios = samples.correct_ratios().clamp(min=1 / samples.group_size)
+        return samples.rewards - self.beta * samples.lengths * ratios

@@ -1,6 +1,4 @@
-"""The trainer's side of a scoring process: starts it, asks it, and ends it with everything that it
-started.
-"""
+"""The trainer's end of a scoring process: starts it, sends it jobs, and kills it with its children."""
 
 from __future__ import annotations
 
@@ -19,21 +17,21 @@ from typing import Any
 
 from paceline.rl.config.task import TaskConfig
 
-_TICK = 0.2  # seconds after which a process is looked at that says nothing
-_LONGEST_ANSWER = 1 << 24  # bytes
-_PRINTED = 1 << 16  # bytes of what a process prints that are passed on
+_POLL_SECONDS = 0.2  # interval at which a silent process is checked for having ended
+_MAX_REPLY_BYTES = 1 << 24  # bounds the trainer's memory, since the process is not trusted
+_MAX_PRINTED_BYTES = 1 << 16  # of a process's output that is forwarded to the trainer's standard error
 
 
-class NotStarted(Exception):
-    """A scoring process did not come up; the message says why."""
+class ScorerNotStarted(Exception):
+    """Says why a scoring process could not be started."""
 
 
-class Died(Exception):
-    """A scoring process ended or became unusable while it scored.
+class ScorerDied(Exception):
+    """Says that a scoring process ended, or became unusable, while it had a job.
 
     Attributes:
-        idle: Whether it had not begun with the job. The job was not the reason then, and another process can
-            be asked.
+        idle: Whether it had not started on the job. Then the job is not the cause, and another process can
+            score it.
     """
 
     def __init__(self, message: str, idle: bool = False) -> None:
@@ -41,12 +39,12 @@ class Died(Exception):
         self.idle = idle
 
 
-class TookTooLong(Exception):
-    """A scoring process did not answer within its time."""
+class ScoringTimedOut(Exception):
+    """Says that a scoring process did not reply within its time limit."""
 
 
 class ScorerProcess:
-    """A process that scores, see `paceline.rl.rewards.worker`; it can be asked once it is set up."""
+    """Controls a process that runs `paceline.rl.rewards.worker`; it accepts jobs after `set_up`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-scorer-", ignore_cleanup_errors=True)
@@ -54,46 +52,46 @@ class ScorerProcess:
         self._start()
 
     def set_up(self, config: TaskConfig, seed: int, seconds: float) -> None:
-        """Waits until it has loaded its task and reward.
+        """Sends the task to the process, and waits until it has loaded its data and rewards.
 
         Args:
             config: The recipe's task section.
-            seed: Of the task.
-            seconds: Longest that this may take.
+            seed: Seed with which the task is built.
+            seconds: Time limit in seconds.
 
         Raises:
-            NotStarted: when it fails; the process has ended then.
+            ScorerNotStarted: If this fails; the process has then been killed.
         """
         try:
-            until = time.monotonic() + seconds
-            self._send({"task": asdict(config), "seed": seed}, until)
-            said = self._receive(until)
-        except (Died, TookTooLong) as error:
+            deadline = time.monotonic() + seconds
+            self._send({"task": asdict(config), "seed": seed}, deadline)
+            reply = self._receive(deadline)
+        except (ScorerDied, ScoringTimedOut) as error:
             self.end()
-            raise NotStarted(
-                f"a scoring process did not start: {error or f'nothing for {seconds:g} s'}"
-            ) from None
-        if "failed" in said:
+            reason = error or f"no reply within {seconds:g} s"
+            raise ScorerNotStarted(f"a scoring process did not start: {reason}") from None
+        if "failed" in reply:
             self.end()
-            raise NotStarted(str(said["failed"]))
+            raise ScorerNotStarted(str(reply["failed"]))
 
     def _start(self) -> None:
-        theirs, self._requests = os.pipe()
-        self._answers, theirs_too = os.pipe()
+        """Starts the process, connected by two pipes."""
+        child_requests, self._requests = os.pipe()
+        self._replies, child_replies = os.pipe()
         os.set_blocking(self._requests, False)
         environment = {
             **os.environ,
             "TMPDIR": self._folder.name,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         }
-        # -P: the current directory is on the path only where it is on this process's
+        # -P keeps the current directory off the path, unless it is on this process's path
         command = [
             sys.executable,
             "-P",
             "-m",
             "paceline.rl.rewards.worker",
-            str(theirs),
-            str(theirs_too),
+            str(child_requests),
+            str(child_replies),
             str(os.getpid()),
         ]
         self._process = subprocess.Popen(
@@ -102,107 +100,117 @@ class ScorerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(theirs, theirs_too),
-            # a terminal's Ctrl-C is the trainer's to answer; what it starts ends with it
+            pass_fds=(child_requests, child_replies),
+            # Ctrl-C in a terminal must reach only the trainer, and `kill` ends the whole session
             start_new_session=True,
         )
-        os.close(theirs)
-        os.close(theirs_too)
-        threading.Thread(target=_pass_on, args=(self._process.stdout,), daemon=True).start()
+        os.close(child_requests)
+        os.close(child_replies)
+        threading.Thread(target=_forward_output, args=(self._process.stdout,), daemon=True).start()
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
-    def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Has a job scored.
+    def score(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Sends a job to the process, and waits for its reply.
+
+        Args:
+            job: Message that `paceline.rl.rewards.worker.Scorer.score_job` reads.
+            seconds: Time limit in seconds, counted from when the process starts on the job.
 
         Raises:
-            Died: when the process ends before it answers, answers with what is no answer, or does not begin.
-            TookTooLong: after ``seconds`` from when it began.
+            ScorerDied: If the process ends before it replies, sends an invalid reply, or does not start on
+                the job.
+            ScoringTimedOut: If the time limit passes.
         """
-        until, began = time.monotonic() + seconds, False
+        deadline, started = time.monotonic() + seconds, False
         try:
-            self._send(job, until)
+            self._send(job, deadline)
             while True:
-                said = self._receive(until)
-                if not began and said.get("began") == job["job"]:
-                    until, began = time.monotonic() + seconds, True
-                elif said.get("job") == job["job"]:
-                    return said
-        except Died as error:
-            raise Died(str(error), idle=not began) from None
-        except TookTooLong:
-            if began:
+                reply = self._receive(deadline)
+                if not started and reply.get("began") == job["job"]:
+                    deadline, started = time.monotonic() + seconds, True
+                elif reply.get("job") == job["job"]:
+                    return reply
+        except ScorerDied as error:
+            raise ScorerDied(str(error), idle=not started) from None
+        except ScoringTimedOut:
+            if started:
                 raise
-            raise Died("the scorer's process does not begin to score", idle=True) from None
+            raise ScorerDied("the scorer's process did not start scoring", idle=True) from None
 
     def end(self) -> None:
-        """Kills the process and all of its session, and frees what belonged to it."""
+        """Kills the process and its whole session, and frees its pipes and its temporary directory."""
         self.kill()
         self._process.wait()
-        for pipe in (self._requests, self._answers):
+        for pipe in (self._requests, self._replies):
             with contextlib.suppress(OSError):
                 os.close(pipe)
         self._folder.cleanup()
 
     def kill(self) -> None:
-        """Kills the process and all of its session; from any thread: one that waits for an answer is told
-        `Died`.
+        """Kills the process and its whole session; a thread that waits for a reply gets `ScorerDied`.
+
+        May be called from any thread.
         """
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _send(self, message: dict[str, Any], until: float) -> None:
+    def _send(self, message: dict[str, Any], deadline: float) -> None:
+        """Writes a message as one line of JSON, until ``deadline`` on the monotonic clock."""
         data = memoryview(json.dumps(message).encode() + b"\n")
         while data:
-            self._wait([], [self._requests], until)
+            self._wait([], [self._requests], deadline)
             try:
                 data = data[os.write(self._requests, data) :]
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise Died(self._how_it_ended()) from None
+                raise ScorerDied(self._exit_description()) from None
 
-    def _receive(self, until: float) -> dict[str, Any]:
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """Reads the next message, until ``deadline`` on the monotonic clock."""
         while b"\n" not in self._buffer:
-            self._wait([self._answers], [], until)
-            read = os.read(self._answers, 1 << 16)
-            self._buffer += read
-            if not read:
-                raise Died(self._how_it_ended())
-            if len(self._buffer) > _LONGEST_ANSWER:
-                raise Died("the scorer's process answers without end")
+            self._wait([self._replies], [], deadline)
+            chunk = os.read(self._replies, 1 << 16)
+            self._buffer += chunk
+            if not chunk:
+                raise ScorerDied(self._exit_description())
+            if len(self._buffer) > _MAX_REPLY_BYTES:
+                raise ScorerDied(f"the scorer's process sent a reply of more than {_MAX_REPLY_BYTES} bytes")
         line, _, self._buffer = self._buffer.partition(b"\n")
         try:
-            said = json.loads(line)
+            reply = json.loads(line)
         except ValueError:
-            said = None
-        if not isinstance(said, dict):
-            raise Died("the scorer's process answers with something else than JSON")
-        return said
+            reply = None
+        if not isinstance(reply, dict):
+            raise ScorerDied("the scorer's process sent a reply that is not a JSON object")
+        return reply
 
-    def _wait(self, readable: list[int], writable: list[int], until: float) -> None:
-        """Waits until a pipe can be used.
+    def _wait(self, readable: list[int], writable: list[int], deadline: float) -> None:
+        """Waits until a pipe can be read or written.
 
         Raises:
-            Died: when the process has ended and left nothing to be read.
-            TookTooLong: after ``until``.
+            ScorerDied: If the process has ended and its pipe is empty.
+            ScoringTimedOut: If ``deadline`` on the monotonic clock passes.
         """
         while True:
-            alive = self.alive  # looked up before the pipe: what was written before it ended is there
+            # checked before the pipe, so that a reply written just before the process ended is still read
+            alive = self.alive
             can_read, can_write, _ = select.select(
-                readable, writable, [], min(_TICK, max(until - time.monotonic(), 0.0))
+                readable, writable, [], min(_POLL_SECONDS, max(deadline - time.monotonic(), 0.0))
             )
             if can_read or can_write:
                 return
             if not alive:
-                raise Died(self._how_it_ended())
-            if time.monotonic() >= until:
-                raise TookTooLong
+                raise ScorerDied(self._exit_description())
+            if time.monotonic() >= deadline:
+                raise ScoringTimedOut
 
-    def _how_it_ended(self) -> str:
+    def _exit_description(self) -> str:
+        """Describes how the process ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1.0)
         status = self._process.returncode
@@ -212,16 +220,21 @@ class ScorerProcess:
         return f"the scorer's process ended {how}"
 
 
-def _pass_on(printed: Any) -> None:
-    """Passes on what a scoring process prints, up to a limit, and reads the rest so that it need not wait."""
-    left = _PRINTED
+def _forward_output(output: Any) -> None:
+    """Forwards a scoring process's output to standard error up to a limit, and drains the rest.
+
+    Draining keeps the process from blocking on a full pipe.
+    """
+    left = _MAX_PRINTED_BYTES
     with contextlib.suppress(OSError, ValueError):
-        while part := os.read(printed.fileno(), 1 << 16):
+        while chunk := os.read(output.fileno(), 1 << 16):
             if left > 0:
-                sys.stderr.write(part[:left].decode(errors="replace"))
+                sys.stderr.write(chunk[:left].decode(errors="replace"))
                 sys.stderr.flush()
-                left -= len(part)
+                left -= len(chunk)
                 if left <= 0:
-                    sys.stderr.write("\npaceline: a scorer prints much; what else it prints is left out\n")
+                    sys.stderr.write(
+                        f"\npaceline: a scorer printed {_MAX_PRINTED_BYTES >> 10} KiB; the rest is dropped\n"
+                    )
     with contextlib.suppress(OSError):
-        printed.close()
+        output.close()

@@ -1,4 +1,8 @@
-"""Length-aware rewards by name, and as reward functions for other trainers."""
+"""Loads length-aware reward terms by name, and offers them to other trainers as reward functions.
+
+To add a term, write a frozen dataclass that implements `paceline.rl.rewards.terms.Term` in a new file of this
+package, and add one line to `TERMS`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from paceline.rl.config.parsing import parse
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.terms import Samples, Term
 
-# name in a recipe: module of this package, and class. Modules are imported when a recipe names their term.
+# A term's name in a recipe → "module of this package:class". Modules are imported only for terms in use.
 TERMS = {
     "alp": "group:Alp",
     "grpo_lambda": "group:GrpoLambda",
@@ -31,16 +35,23 @@ TERMS = {
 
 
 def load_term(entry: Mapping[str, Any], where: str) -> Term:
-    """A term from its name and parameters, ``{name: overlong, cache: 64}``.
+    """Builds a term from its name and parameters, for example ``{name: overlong, cache: 64}``.
+
+    Args:
+        entry: The term's ``name``, and its dataclass fields by name.
+        where: Recipe key or argument that holds the entry, named in errors.
 
     Raises:
-        UserError: for an unknown name or parameter.
+        UserError: If the name or a parameter is unknown.
     """
     parameters = dict(entry)
     name = parameters.pop("name", None)
     if name not in TERMS:
         close = difflib.get_close_matches(str(name), TERMS, n=1, cutoff=0.0)[0]
-        raise UserError(f"{where} names {name!r}; did you mean {close}? There are: {', '.join(TERMS)}")
+        raise UserError(
+            f"{where} names {name!r}, an unknown length-aware reward; did you mean {close}? "
+            f"Write one of {', '.join(TERMS)}"
+        )
     module, _, class_name = TERMS[name].partition(":")
     term_class = getattr(importlib.import_module(f"paceline.rl.rewards.{module}"), class_name)
     term: Term = parse(term_class, parameters, where=where)
@@ -48,24 +59,31 @@ def load_term(entry: Mapping[str, Any], where: str) -> Term:
 
 
 def length_terms(config: LengthConfig) -> list[Term]:
-    """The recipe's length-aware rewards.
+    """Builds the terms that ``length.rewards`` names, in their order.
 
     Raises:
-        UserError: for an unknown name or parameter.
+        UserError: If a name or a parameter is unknown.
     """
     return [load_term(entry, "length.rewards") for entry in config.rewards]
 
 
 def apply_terms(terms: Sequence[Term], samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rewards after all terms in their order, float32 [S], and what they add to advantages, float32 [S] or
-    None.
+    """Applies terms one after the other.
+
+    Args:
+        terms: Length-aware rewards; each sees the rewards that the term before it returned.
+        samples: S completions of whole groups.
+
+    Returns:
+        The final rewards, float32 [S], and the sum of what the terms add to advantages, float32 [S], or None
+        if no term adds anything.
     """
     added: torch.Tensor | None = None
     for term in terms:
         samples = replace(samples, rewards=term.rewards(samples))
-        more = term.advantages(samples)
-        if more is not None:
-            added = more if added is None else added + more
+        advantages = term.advantages(samples)
+        if advantages is not None:
+            added = advantages if added is None else added + advantages
     return samples.rewards, added
 
 
@@ -77,23 +95,25 @@ def sample_reward(
     budget: float | None = None,
     correct_from: float = 1.0,
 ) -> float:
-    """One completion's reward after all terms, for trainers that ask for one at a time.
+    """Returns one completion's reward after all terms, for trainers that reward one completion at a time.
 
     Args:
-        terms: In their order.
-        reward: The task's.
-        length, longest: Its tokens, and the most that there could be.
-        budget: Tokens that it was asked for.
-        correct_from: Reward from which on it counts as correct.
+        terms: Length-aware rewards, in the order in which they are applied.
+        reward: The task's reward of the completion.
+        length: Number of tokens in the completion.
+        longest: Maximum number of tokens in a completion.
+        budget: Number of tokens that the completion was asked to keep to; None without a budget.
+        correct_from: Smallest reward that counts as correct.
 
     Raises:
-        UserError: for terms that compare a group, or read entropies.
+        UserError: If a term compares the samples of a group, or reads entropies.
     """
     for term in terms:
         if term.needs_group or term.needs_entropies:
-            what = "compares the samples of a prompt" if term.needs_group else "reads entropies"
+            reason = "compares the samples of a prompt" if term.needs_group else "reads entropies"
             raise UserError(
-                f"length reward {type(term).__name__} {what}: this trainer rewards one completion at a time"
+                f"length-aware reward {type(term).__name__} {reason}, but this trainer rewards one "
+                "completion at a time; choose another reward"
             )
     rewards = torch.tensor([reward], dtype=torch.float32)
     budgets = None if budget is None else torch.tensor([float(budget)])
@@ -105,19 +125,19 @@ def sample_reward(
 
 
 class LengthAware:
-    """A reward function in TRL's signature: another one's rewards, made length-aware.
+    """Wraps a reward function in TRL's signature and makes its rewards length-aware.
 
     ``GRPOTrainer(reward_funcs=LengthAware(accuracy_reward, [{"name": "overlong", "cache": 512}], 16, 4096),
-    ...)``. Columns of the data set or of a rollout function named ``budget`` (tokens),
-    ``entropies`` (nats of each token) and ``answers`` (index of the first token of the answer) are handed on
-    to the terms that read them. What a term adds to advantages is left out: a reward function cannot.
+    ...)``. Columns of the data set or of a rollout function that are named ``budget`` (tokens), ``entropies``
+    (nats per token) and ``answers`` (index of the answer's first token) are passed to the terms that read
+    them. What a term adds to advantages is ignored, because a reward function cannot return advantages.
 
     Args:
-        reward: In TRL's signature.
-        terms: As ``length.rewards`` in a recipe.
-        group_size: Samples of a prompt, adjacent in each call.
-        longest: Most tokens of a completion.
-        correct_from: Reward from which on a completion counts as correct.
+        reward: Reward function in TRL's signature.
+        terms: Terms with their parameters, written as in ``length.rewards`` of a recipe.
+        group_size: Number of samples per prompt, which must be adjacent in each call.
+        longest: Maximum number of tokens in a completion.
+        correct_from: Smallest reward that counts as correct.
     """
 
     def __init__(
@@ -136,16 +156,21 @@ class LengthAware:
         )
         self._terms = [load_term(entry, "terms") for entry in terms]
         self.needs_entropies = any(term.needs_entropies for term in self._terms)
-        self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics so
+        self.__name__ = "_".join(str(entry["name"]) for entry in terms)  # TRL names its metrics after it
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """Returns the length-aware reward of each completion, in TRL's signature.
+
+        Raises:
+            ValueError: If the number of completions is not a multiple of ``group_size``.
+        """
         rewards = torch.tensor(
             self._reward(prompts=prompts, completions=completions, **columns), dtype=torch.float32
         )
         if len(rewards) % self.group_size:
             raise ValueError(
-                f"{len(rewards)} completions are no groups of {self.group_size}: make "
-                "per_device_train_batch_size a multiple of it"
+                f"group_size is {self.group_size}, but {len(rewards)} completions are not a multiple of it; "
+                "make per_device_train_batch_size a multiple of group_size"
             )
         budgets, entropies = columns.get("budget"), columns.get("entropies")
         samples = Samples(

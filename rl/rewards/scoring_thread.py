@@ -1,4 +1,4 @@
-"""Threads that each keep a scoring process at work."""
+"""Threads that each keep one scoring process busy."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paceline.rl.config.task import TaskConfig
-from paceline.rl.rewards.process import Died, NotStarted, ScorerProcess, TookTooLong
+from paceline.rl.rewards.process import ScorerDied, ScorerNotStarted, ScorerProcess, ScoringTimedOut
 
-_START_SECONDS = 600.0
-_STARTS = 3  # in a row, after which a thread gives up
-_IDLE_SECONDS = 1.0  # after which a thread without a job looks whether its process is still there
+_START_TIMEOUT_SECONDS = 600.0  # loading a large data set or a reward's model takes minutes
+_MAX_FAILED_STARTS = 3  # consecutive; a reward that cannot be loaded would be retried forever
+_IDLE_CHECK_SECONDS = 1.0  # interval at which an idle thread replaces a process that was killed
 
 
 @dataclass(slots=True)
 class Job:
-    """Completions that are scored in one call: their places in the step, what is sent, and what will come of
-    it.
+    """Completions that are scored in one call.
+
+    Attributes:
+        number: Number of the job, unique within a pool.
+        indices: Index in the step of each completion.
+        request: Message that is sent to the scoring process.
+        reply: Future of the reply.
     """
 
     number: int
-    places: list[int]
-    asked: dict[str, Any]
-    answer: Future[dict[str, Any]] = field(default_factory=Future)
+    indices: list[int]
+    request: dict[str, Any]
+    reply: Future[dict[str, Any]] = field(default_factory=Future)
 
 
 class ScoringThread(threading.Thread):
-    """Takes jobs from a queue and has them scored by a process of its own, which it replaces when it ends.
+    """Takes jobs from a queue and has them scored by its own process, which it replaces when it ends.
 
     Args:
         config: The recipe's task section.
-        seed: Of the task.
-        jobs: The queue; None in it ends the thread.
+        seed: Seed with which the task is built.
+        jobs: Queue of jobs; None in it ends the thread.
 
     Attributes:
-        up: Whether the process has started and not ended since.
-        tried: Set once the first start has succeeded or failed.
+        ready: Whether the process has started and is not known to have ended.
+        start_attempted: Event that is set once the first start has succeeded or failed.
         failure: Why the last start failed, or None.
     """
 
@@ -47,35 +52,36 @@ class ScoringThread(threading.Thread):
         super().__init__(daemon=True)
         self._config, self._seed, self._jobs = config, seed, jobs
         self._process: ScorerProcess | None = None
-        self.tried = threading.Event()
-        self.up = False
+        self.start_attempted = threading.Event()
+        self.ready = False
         self.failure: str | None = None
-        self._failures = 0  # starts in a row
+        self._failed_starts = 0  # consecutive
         self._closing = False
         self._job: Job | None = None
-        self._switching = threading.Lock()
+        self._job_lock = threading.Lock()
 
     def run(self) -> None:
-        self._ensure()
+        """Serves jobs until `close` is called."""
+        self._ensure_process()
         while not self._closing:
             try:
-                job = self._jobs.get(timeout=_IDLE_SECONDS)
+                job = self._jobs.get(timeout=_IDLE_CHECK_SECONDS)
             except queue.Empty:
-                self._ensure()  # one that was killed while it had nothing to do
+                self._ensure_process()  # the process may have been killed while it was idle
                 continue
             if job is None:
                 break
             self._serve(job)
-        self._drop()
+        self._end_process()
 
     def abandon(self, job: Job) -> None:
-        """Ends the process if it is still at this job."""
-        with self._switching:
+        """Kills the process if it is still scoring this job."""
+        with self._job_lock:
             if self._job is job and self._process is not None:
                 self._process.kill()
 
     def close(self) -> None:
-        """Ends the process at once, and the thread soon."""
+        """Kills the process at once, and lets the thread end."""
         self._closing = True
         process = self._process
         if process is not None:
@@ -83,54 +89,58 @@ class ScoringThread(threading.Thread):
         self._jobs.put(None)
 
     def _serve(self, job: Job) -> None:
-        with self._switching:
+        """Scores a job, and sets its reply to the result or to the exception."""
+        with self._job_lock:
             self._job = job
         try:
-            result: dict[str, Any] | Exception = self._ask(job)
+            result: dict[str, Any] | Exception = self._score(job)
         except Exception as error:
             result = error
-        with self._switching:
+        with self._job_lock:
             self._job = None
-        with contextlib.suppress(InvalidStateError):  # it has been given up
-            job.answer.set_exception(result) if isinstance(result, Exception) else job.answer.set_result(
-                result
-            )
+        with contextlib.suppress(InvalidStateError):  # the pool cancelled the job at its deadline
+            if isinstance(result, Exception):
+                job.reply.set_exception(result)
+            else:
+                job.reply.set_result(result)
 
-    def _ask(self, job: Job) -> dict[str, Any]:
-        limit = self._config.score_seconds * len(job.places)
-        for _ in range(_STARTS):
-            if job.answer.cancelled() or self._closing:
+    def _score(self, job: Job) -> dict[str, Any]:
+        """Returns the reply to a job; retries with a new process if the old one died before starting it."""
+        timeout = self._config.score_seconds * len(job.indices)
+        for _ in range(_MAX_FAILED_STARTS):
+            if job.reply.cancelled() or self._closing:
                 break
-            if self._ensure():
+            if self._ensure_process():
                 assert self._process is not None
                 try:
-                    return self._process.ask(job.asked, limit)
-                except (Died, TookTooLong) as error:
-                    self._drop()
-                    if not (isinstance(error, Died) and error.idle):
+                    return self._process.score(job.request, timeout)
+                except (ScorerDied, ScoringTimedOut) as error:
+                    self._end_process()
+                    if not (isinstance(error, ScorerDied) and error.idle):
                         raise
-        raise NotStarted(self.failure or "scoring processes end before they begin to score")
+        raise ScorerNotStarted(self.failure or "scoring processes ended before they started to score")
 
-    def _ensure(self) -> bool:
-        """Whether there is a process, started where there was none."""
+    def _ensure_process(self) -> bool:
+        """Starts a process if there is none, and returns whether there is one now."""
         if self._process is not None and not self._process.alive:
-            self._drop()
-        if self._process is None and not self._closing and self._failures < _STARTS:
+            self._end_process()
+        if self._process is None and not self._closing and self._failed_starts < _MAX_FAILED_STARTS:
             try:
                 self._process = ScorerProcess()
-                if self._closing:  # since it was looked at
+                if self._closing:  # `close` was called while the process was being created
                     self._process.kill()
-                self._process.set_up(self._config, self._seed, _START_SECONDS)
-                self._failures, self.failure = 0, None
-            except (NotStarted, OSError) as error:
+                self._process.set_up(self._config, self._seed, _START_TIMEOUT_SECONDS)
+                self._failed_starts, self.failure = 0, None
+            except (ScorerNotStarted, OSError) as error:
                 self._process = None
-                self._failures, self.failure = self._failures + 1, str(error)
-        self.up = self._process is not None
-        self.tried.set()
-        return self.up
+                self._failed_starts, self.failure = self._failed_starts + 1, str(error)
+        self.ready = self._process is not None
+        self.start_attempted.set()
+        return self.ready
 
-    def _drop(self) -> None:
-        self.up = False
+    def _end_process(self) -> None:
+        """Kills the process, if there is one."""
+        self.ready = False
         if self._process is not None:
             self._process.end()
             self._process = None

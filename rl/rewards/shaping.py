@@ -1,4 +1,4 @@
-"""Length-aware rewards of a step: what the recipe's terms are told, and what they make of it."""
+"""Makes a step's rewards length-aware: collects what the recipe's terms read, and applies them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from paceline.rollout import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
-    """What a rank's completions are trained on.
+    """Holds the learning signal of one rank's S completions.
 
     Attributes:
-        rewards: Of each completion.
-        added: float32 [S], to add to each one's advantages, or None.
-        tokens: float32 [L_i], the advantages of each one's tokens, where they do not come from its reward.
-        more: Other samples to train on, with their advantages.
+        rewards: Reward of each completion.
+        added: float32 [S], added to the advantages; None to add nothing.
+        tokens: S tensors, float32 [L_i], token-level advantages where they do not follow from the rewards;
+            None otherwise.
+        more: Further samples to train on, with their advantages.
     """
 
     rewards: list[float]
@@ -35,11 +36,11 @@ class Shaped:
 
 
 class Shaping:
-    """Applies ``length.rewards``.
+    """Applies the terms of ``length.rewards`` to the rewards of a step.
 
     Args:
         config: The recipe.
-        tokenizer: The policy's.
+        tokenizer: The policy's tokenizer.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Any) -> None:
@@ -49,20 +50,21 @@ class Shaping:
     def shape(
         self, rollouts: Sequence[Rollout], budgets: Sequence[int] | None, rewards: Sequence[float]
     ) -> Shaped:
-        """This rank's rewards, made length-aware. Collective where the recipe has terms.
+        """Returns this rank's rewards after all length-aware terms. Collective if the recipe has terms.
 
         Args:
-            rollouts: Of whole groups, adjacent; may be none.
-            budgets: Tokens that each was asked for, or None.
-            rewards: Of the task.
+            rollouts: Completions of whole groups, the samples of a prompt adjacent; may be empty.
+            budgets: Tokens that each completion was asked to keep to, or None.
+            rewards: The task's reward of each completion.
         """
         if not self._terms:
             return Shaped(list(rewards))
         length, size = self._config.length, self._config.rollout.group_size
-        base = torch.tensor(rewards, dtype=torch.float32)
-        correct = base >= length.correct_from
-        own = correct.view(-1, size).float().mean(1).tolist() if len(base) else []
-        ratios = [ratio for of_rank in gather_object([own]) for ratio in of_rank]
+        task_rewards = torch.tensor(rewards, dtype=torch.float32)
+        correct = task_rewards >= length.correct_from
+        rank_ratios = correct.view(-1, size).float().mean(1).tolist() if len(task_rewards) else []
+        # all ranks take part, also those without rollouts; GRPO-λ ranks the groups of the whole step
+        ratios = [ratio for gathered in gather_object([rank_ratios]) for ratio in gathered]
         if not rollouts:
             return Shaped([])
         entropies = answers = None
@@ -70,7 +72,7 @@ class Shaping:
             entropies = [torch.tensor(r.entropies or [0.0] * len(r.token_ids)) for r in rollouts]
             answers = [answer_start(r.token_ids, length.answer, self._tokenizer) for r in rollouts]
         samples = Samples(
-            base,
+            task_rewards,
             correct,
             torch.tensor([len(r.token_ids) for r in rollouts]),
             size,

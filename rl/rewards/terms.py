@@ -1,4 +1,4 @@
-"""What a length-aware reward sees, and what it may do."""
+"""The samples that a length-aware reward reads, and the interface that it implements."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Completions of whole groups, the samples of a prompt adjacent; S of them.
+    """Holds S completions of whole groups; the samples of a prompt are adjacent.
 
     Attributes:
-        rewards: float32 [S], so far: of the task, or of the terms before.
-        correct: bool [S], by the task's own reward.
-        lengths: int64 [S], tokens.
-        group_size: Samples of a prompt.
-        longest: Most tokens of a completion.
-        budgets: float32 [S], tokens that each was asked for; None where the recipe asks for none.
-        entropies: float32 [L_i] each, the policy's entropy where each token was drawn, in nats; None where it
-            was not collected.
-        answers: Of each, the index of the first token after the answer's marker; its length where there is
-            none. None where it was not looked for.
-        ratios: float32 [G], correct share of each group of the step, over all ranks; None takes these groups
-            alone.
+        rewards: float32 [S], the task's rewards, or those that the previous term returned.
+        correct: bool [S], whether the task's own reward counts as correct.
+        lengths: int64 [S], completion lengths in tokens.
+        group_size: Number of samples per prompt.
+        longest: Maximum number of tokens in a completion.
+        budgets: float32 [S], tokens that each completion was asked to keep to; None if the recipe sets no
+            budgets.
+        entropies: S tensors, float32 [L_i], the policy's entropy in nats at each sampled token; None if
+            entropies were not collected.
+        answers: For each completion, the index of the first token after the answer marker, or the
+            completion's length if the marker is missing; None if answers were not searched.
+        ratios: float32 [G], the fraction of correct samples in each group of the step, over all ranks; None
+            if only the groups in this record are considered.
     """
 
     rewards: torch.Tensor
@@ -39,29 +40,36 @@ class Samples:
     ratios: torch.Tensor | None = None
 
     def grouped(self, values: torch.Tensor) -> torch.Tensor:
-        """[S] → float32 [groups, group_size]."""
+        """Returns values of shape [S] as float32 [S / group_size, group_size]."""
         return values.float().view(-1, self.group_size)
 
     def correct_ratios(self) -> torch.Tensor:
-        """float32 [S], the correct share of each one's group."""
+        """Returns float32 [S], the fraction of correct samples in each completion's group."""
         return self.grouped(self.correct).mean(1).repeat_interleave(self.group_size)
 
-    def asked(self) -> torch.Tensor:
-        """The budgets.
+    def required_budgets(self) -> torch.Tensor:
+        """Returns the budgets, float32 [S].
 
         Raises:
-            ValueError: where there are none.
+            ValueError: If there are none.
         """
         if self.budgets is None:
-            raise ValueError("this reward compares lengths with budgets: write length.budgets")
+            raise ValueError(
+                "budgets are missing, but this reward compares lengths with them; set length.budgets in a "
+                "recipe, or pass a column budget"
+            )
         return self.budgets
 
 
 class Term(Protocol):
-    """A length-aware reward: a frozen dataclass of its parameters. Terms are applied one after the other.
+    """A length-aware reward: a frozen dataclass whose fields are its parameters in a recipe.
 
-    A term that compares with budgets has ``needs_budgets``, one that reads entropies ``needs_entropies``, one
-    that compares the samples of a prompt ``needs_group``.
+    Terms are applied one after the other.
+
+    Attributes:
+        needs_budgets: Whether the term compares lengths with budgets.
+        needs_entropies: Whether the term reads the policy's entropies.
+        needs_group: Whether the term compares the samples of a prompt.
     """
 
     needs_budgets: bool
@@ -69,16 +77,19 @@ class Term(Protocol):
     needs_group: bool
 
     def rewards(self, samples: Samples) -> torch.Tensor:
-        """float32 [S]."""
+        """Returns the new rewards, float32 [S]."""
         ...
 
     def advantages(self, samples: Samples) -> torch.Tensor | None:
-        """float32 [S] to add to the advantages, from the rewards that this term made; None for nothing."""
+        """Returns float32 [S] to add to the advantages, or None to add nothing.
+
+        ``samples.rewards`` holds the rewards that this term returned.
+        """
         ...
 
 
 class RewardTerm:
-    """A term that shapes rewards alone, from lengths and correctness."""
+    """Base class of terms that change rewards only; by default from lengths and correctness alone."""
 
     __slots__ = ()
     needs_budgets = False
@@ -86,4 +97,5 @@ class RewardTerm:
     needs_group = False
 
     def advantages(self, samples: Samples) -> torch.Tensor | None:
+        """Returns None: these terms add nothing to advantages."""
         return None

@@ -1,1 +1,1 @@
-"""What a run asks: problems, their prompts, and the scorers of their answers."""
+"""Problems, their prompts, the order in which they are chosen, and their scorers."""

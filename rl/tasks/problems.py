@@ -1,4 +1,4 @@
-"""A question with its scorer, and collections of them that make each when it is wanted."""
+"""Defines a problem with its scorer, and collections that create problems on demand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from paceline.rl.data.conversations import Message
 
-KEPT = 2048  # problems that a collection keeps in memory once they are made: those of a few steps
+MAX_CACHED_PROBLEMS = 2048  # per collection; enough for the problems of a few steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,17 +18,16 @@ class Problem:
     """A question with its scorer.
 
     Attributes:
-        key: Names the problem across epochs: the samples of one key share drafts.
-        question: What is asked, instruction included; of a conversation the user's last turn.
-        answer: The reference answer.
-        score: Completion text → reward.
-        entry: The data set's own record: a row's columns by name.
+        key: Name of the problem across epochs; completions of one key share drafts.
+        question: Text of the question with the instruction; for a conversation, its last user turn.
+        answer: Reference answer.
+        score: Function from a completion's text to its reward.
+        entry: The data set's own record; for rows, the columns by name.
         dataset: Name of the data set.
-        difficulty: For a curriculum, on the recipe's own scale.
-        messages: The conversation to go on with, each turn with ``role`` and ``content``; None where the
-            question is all.
-        repeat: How often the same step has asked it before; the samples of each time are drawn with other
-            seeds.
+        difficulty: Difficulty on the recipe's own scale, for a curriculum.
+        messages: Conversation to continue, each turn with ``role`` and ``content``; None if there is only the
+            question.
+        repeat: How often the same step has already used the problem; each time its samples get other seeds.
     """
 
     key: str
@@ -43,22 +42,22 @@ class Problem:
 
 
 class Problems(Protocol):
-    """Problems by number, each made when it is wanted."""
+    """A collection of problems by number, each created on demand."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Problem: ...
 
     def row_of(self, key: str) -> int | None:
-        """The number of a problem; None where there is none of this key."""
+        """Returns the number of the problem with this key, or None if there is none."""
         ...
 
     def difficulties(self) -> np.ndarray:
-        """float64 [problems]."""
+        """Returns float64 [problems], the difficulty of each problem."""
         ...
 
 
-class Listed:
-    """Problems that are all made already."""
+class ProblemList:
+    """A collection of problems that already exist."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self._problems = list(problems)
@@ -71,7 +70,9 @@ class Listed:
         return self._problems[number]
 
     def row_of(self, key: str) -> int | None:
+        """Returns the number of the problem with this key, or None if there is none."""
         return self._rows.get(key)
 
     def difficulties(self) -> np.ndarray:
+        """Returns float64 [problems], the difficulty of each problem."""
         return np.array([problem.difficulty for problem in self._problems])

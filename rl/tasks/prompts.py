@@ -1,4 +1,4 @@
-"""Problems to token ids and seeds."""
+"""Encodes problems as token ids, and derives their seeds."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from paceline.rl.tasks.problems import Problem
 
 
 def encode_problem(tokenizer: Any, problem: Problem, config: TaskConfig, ending: str = "") -> list[int]:
-    """Token ids of a problem as it is asked: of its conversation, or of its question.
+    """Returns the token ids of a problem's prompt: its conversation, or without a template its question.
 
     Args:
-        tokenizer: The policy's.
-        problem: What is asked.
+        tokenizer: The policy's tokenizer.
+        problem: Problem to encode.
         config: The task section, for ``system`` and ``chat_template_kwargs``.
-        ending: Appended to the last turn of the user's.
+        ending: Text to append to the last user turn.
 
     Raises:
-        UserError: when the chat template refuses the conversation, or there is none for a conversation of
-            several turns.
+        UserError: If the chat template rejects the conversation, or there is no template for a conversation
+            of several turns.
     """
     if getattr(tokenizer, "chat_template", None) is not None:
         return _encode(
@@ -31,15 +31,14 @@ def encode_problem(tokenizer: Any, problem: Problem, config: TaskConfig, ending:
         )
     if len(problem.messages or ()) > 1:
         raise UserError(
-            f"{problem.key} is a conversation of several turns, and the policy's tokenizer has no chat "
-            "template: write the prompt "
-            "as text, or take a policy with a template"
+            f"{problem.key} is a conversation of several turns, but the policy's tokenizer has no chat "
+            "template; write the prompt as text, or choose a policy with a template"
         )
     return encode_prompt(tokenizer, problem.question + ending, None)
 
 
 def messages_of(problem: Problem, system: str | None) -> tuple[Message, ...]:
-    """A problem's conversation, with the recipe's system message where it has none of its own."""
+    """Returns a problem's conversation, preceded by the recipe's system message if it has none of its own."""
     turns = problem.messages or ({"role": "user", "content": problem.question},)
     if system is None or any(turn["role"] == "system" for turn in turns):
         return turns
@@ -49,16 +48,16 @@ def messages_of(problem: Problem, system: str | None) -> tuple[Message, ...]:
 def encode_prompt(
     tokenizer: Any, question: str, system: str | None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids of a question: through the chat template where the tokenizer has one, else as plain text.
+    """Returns the token ids of a question: by the chat template if the tokenizer has one, else as plain text.
 
     Args:
         tokenizer: A transformers tokenizer.
-        question: The user's turn.
-        system: System message; None leaves the template's own. Ignored without a template.
+        question: Text of the user turn.
+        system: System message; None keeps the template's own. Ignored without a template.
         chat_template_kwargs: Further arguments of the template.
 
     Raises:
-        UserError: when the template refuses the messages.
+        UserError: If the template rejects the messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return list(tokenizer(question + "\n")["input_ids"])
@@ -67,10 +66,11 @@ def encode_prompt(
 
 
 def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any]) -> list[int]:
-    """A last turn of the assistant's is continued; after any other a new one begins. Special tokens are the
-    template's alone.
+    """Applies the chat template: continues a last assistant turn, and begins a new one after any other.
+
+    No special tokens are added to those of the template.
     """
-    goes_on = (
+    continuation = (
         {"continue_final_message": True}
         if turns[-1]["role"] == "assistant"
         else {"add_generation_prompt": True}
@@ -79,13 +79,13 @@ def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any])
     def apply(messages: Sequence[Message]) -> list[int]:
         return list(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=False, **goes_on, **kwargs
+                list(messages), tokenize=True, return_dict=False, **continuation, **kwargs
             )
         )
 
     try:
         return apply(turns)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # templates may raise any exception
         reason = one_line(error, 300)
     if turns[0]["role"] == "system":
         try:
@@ -93,20 +93,21 @@ def _encode(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any])
         except Exception:
             raise UserError(f"the policy's chat template cannot be applied: {reason}") from None
         raise UserError(
-            f"the policy's chat template refuses a system message ({reason}): write task.system: null, say "
-            "it in task.instruction, "
-            "and leave system turns out of the data"
+            f"the policy's chat template rejects a system message ({reason}); set task.system: null, move "
+            "its text to task.instruction, and remove system turns from the data"
         )
-    raise UserError(f"the policy's chat template refuses {' → '.join(t['role'] for t in turns)}: {reason}")
+    roles = " → ".join(turn["role"] for turn in turns)
+    raise UserError(f"the policy's chat template rejects the roles {roles}: {reason}")
 
 
 def scored_text(tokenizer: Any, token_ids: Sequence[int], config: TaskConfig, stops: Sequence[int]) -> str:
-    """What a scorer reads of a completion: with its special tokens, but for those that end it, where the
-    recipe says so.
+    """Returns the text of a completion that its scorer reads.
+
+    With ``reward_sees_special_tokens`` it keeps special tokens, except for the stop tokens at the end.
 
     Args:
-        tokenizer: The policy's.
-        token_ids: Of the completion.
+        tokenizer: The policy's tokenizer.
+        token_ids: Token ids of the completion.
         config: The task section, for ``reward_sees_special_tokens``.
         stops: Token ids that end a completion.
     """
@@ -119,20 +120,20 @@ def scored_text(tokenizer: Any, token_ids: Sequence[int], config: TaskConfig, st
 
 
 def stop_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
-    """Every end-of-sequence id that the tokenizer or the model's generation config names."""
-    named = getattr(generation_config, "eos_token_id", None)
-    ids = {named} if isinstance(named, int) else set(named or ())
+    """Returns all end-of-sequence ids of the tokenizer and the model's generation config, ascending."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids))
 
 
 def stable_seed(run_seed: int, step: int, key: str, sample: int) -> int:
-    """A 63-bit seed that is equal on every machine and after a resume."""
+    """Returns a 63-bit seed that is the same on every machine and after a resume."""
     digest = hashlib.blake2b(f"{run_seed}/{step}/{key}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def seed_key(problem: Problem) -> str:
-    """What a problem's seeds follow from: its key, and which time of the step this is."""
+    """Returns the text from which a problem's seeds are derived: its key, and its repeat in the step."""
     return problem.key if problem.repeat == 0 else f"{problem.key}/again {problem.repeat}"

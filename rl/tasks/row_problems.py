@@ -15,33 +15,37 @@ from paceline.rl.data.rows import read_row
 from paceline.rl.data.survey import RowSource, Survey, survey
 from paceline.rl.data.tables import huggingface_table, parquet_table
 from paceline.rl.errors import UserError
-from paceline.rl.tasks.problems import KEPT, Problem
+from paceline.rl.tasks.problems import MAX_CACHED_PROBLEMS, Problem
 from paceline.rl.tasks.verifiable import math_score
 
 
 class RowProblems:
-    """The rows of a file or a table, each read when it is wanted.
+    """A collection of problems from rows, each read on demand.
+
+    Args:
+        source: The rows.
+        config: The recipe's task section.
 
     Attributes:
-        source: Of the rows.
+        source: The rows.
     """
 
     def __init__(self, source: RowSource, config: TaskConfig) -> None:
         self.source, self._config = source, config
-        self._made = lru_cache(KEPT)(self._make)
+        self._cached_problem = lru_cache(MAX_CACHED_PROBLEMS)(self._create_problem)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, number: int) -> Problem:
-        return self._made(number)
+        return self._cached_problem(number)
 
-    def _make(self, number: int) -> Problem:
+    def _create_problem(self, number: int) -> Problem:
         entry = self.source.entry(number)
         try:
             row = read_row(entry, self._config.columns, self._config.reward is None)
         except RowError as error:
-            raise UserError(f"{self.source.place(number)}: {error}") from None
+            raise UserError(f"{self.source.location(number)}: {error}") from None
         turns = (
             with_ending(row.turns, " " + self._config.instruction) if self._config.instruction else row.turns
         )
@@ -57,25 +61,27 @@ class RowProblems:
         )
 
     def row_of(self, key: str) -> int | None:
+        """Returns the number of the problem with this key, or None if there is none."""
         return self.source.row_of(key)
 
     @cached_property
     def survey(self) -> Survey:
-        """What is known of all rows, after reading each once."""
+        """A summary of all rows; the first access reads each row once."""
         return survey(self.source, self._config)
 
     def difficulties(self) -> np.ndarray:
+        """Returns float64 [rows], the difficulty of each row."""
         return self.survey.difficulties
 
 
 def rows_of(config: TaskConfig) -> RowSource:
-    """The file or table that a recipe names.
+    """Opens the file or table that a recipe names.
 
     Raises:
-        UserError: when it cannot be had.
+        UserError: If ``task.path`` is missing, or cannot be read.
     """
     if config.path is None:
-        raise UserError(f"task.source is {config.source}: name what to read in task.path")
+        raise UserError(f"task.source is {config.source}, which needs task.path; write what to read there")
     if config.source == "jsonl":
         return JsonlFile(Path(config.path))
     return parquet_table(Path(config.path)) if config.source == "parquet" else huggingface_table(config)

@@ -1,4 +1,4 @@
-"""Scorers of problems that have one right answer."""
+"""Scorers of problems that have one correct answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ _OR = re.compile(r"(?i)\\text\{\s*or\s*\}|\bor\b")
 
 
 def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], float]:
-    """The data set's own scorer on the final answer, as written or without markup, whichever earns more:
-    completion → reward in [0, 1], 0 without an answer.
+    """Returns a scorer that applies the data set's own scorer to the final answer.
+
+    The answer is scored both as written and without markup, and the higher reward counts.
+
+    Args:
+        dataset: A reasoning-gym data set.
+        entry: The data set's entry.
+
+    Returns:
+        A function from a completion to a reward in [0, 1]; 0 without a final answer.
     """
 
     def score(completion: str) -> float:
@@ -36,35 +44,37 @@ def reasoning_gym_score(dataset: Any, entry: dict[str, Any]) -> Callable[[str], 
 
 
 def math_score(gold: str) -> Callable[[str], float]:
-    """Equality with a reference answer: completion → 1.0 or 0.0.
+    """Returns a scorer that compares a completion with a reference answer.
 
-    A final answer that is marked decides where it can be read: it is right when it is the reference answer
-        but for markup, case and
-    white space, or when math-verify finds it equal, as a formula or as a sentence with units or words; where
-    it offers alternatives, all of them have to be right. Without one that can be read, math-verify reads the
-    whole completion. A reference answer in words, such as a name, is compared as text alone. It is parsed
-    when the first completion is scored.
+    A marked final answer decides where it can be read. It is correct if it equals the reference up to markup,
+    case and white space, or if math-verify finds it equal, as a formula or as a sentence with units or words.
+    If it offers alternatives, all of them must be correct. Without a marked answer that can be read,
+    math-verify reads the whole completion. A reference answer in words, such as a name, is compared only as
+    text. The reference is parsed when the first completion is scored.
 
     Args:
-        gold: The reference answer, LaTeX or text.
+        gold: Reference answer, as LaTeX or text.
+
+    Returns:
+        A function from a completion to 1.0 or 0.0.
     """
     reference = cache(lambda: _Reference(gold))
     return lambda completion: float(reference().equals(completion))
 
 
 class _Reference:
-    """A reference answer, parsed."""
+    """A parsed reference answer."""
 
     def __init__(self, gold: str) -> None:
         self._text = normalized(gold)
-        # as a formula, a word would be the product of its letters
+        # math-verify would parse a word as the product of its letters
         self._formula = _sentence(gold) if _is_prose(gold) else _formula(without_markup(gold))
 
     def equals(self, completion: str) -> bool:
+        """Whether a completion's answer equals the reference."""
         marked = final_answer(completion)
         answer = "" if marked is None else without_markup(marked)
-        named = answer or boxed(completion) or completion
-        if self._text and normalized(named) == self._text:
+        if self._text and normalized(answer or boxed(completion) or completion) == self._text:
             return True
         if not self._formula:
             return False
@@ -75,7 +85,7 @@ class _Reference:
         return self._matches(_sentence(completion))
 
     def _judge(self, answer: str) -> bool | None:
-        """Whether a marked answer is right; None where it holds nothing that can be read."""
+        """Whether a marked answer is correct; None if it holds nothing that can be read."""
         from sympy import FiniteSet
 
         several = isinstance(self._formula[0], FiniteSet)
@@ -87,44 +97,49 @@ class _Reference:
         if self._matches(formula):
             return True
         if formula and isinstance(formula[0], FiniteSet) and len(formula[0].args) > 1 and not several:
-            return False  # 18, 20
+            return False  # several values, such as "18, 20", where one is expected
         sentence = _sentence(f"Answer: {answer}")
         if sentence:
             return self._matches(sentence)
         return False if formula and not isinstance(formula[0], str) else None
 
     def _matches(self, parsed: list[Any]) -> bool:
+        """Whether math-verify finds a parsed answer equal to the reference."""
         from math_verify import verify
 
         return bool(parsed) and bool(verify(self._formula, parsed))
 
 
 def _formula(text: str) -> list[Any]:
-    """What math-verify reads in the text as one formula; strings where it cannot parse it."""
+    """Parses a text as one formula with math-verify; the result holds strings where this fails."""
     from math_verify import parse
 
     return list(parse(f"${text}$"))
 
 
 def _sentence(text: str) -> list[Any]:
-    """What math-verify finds in the text as words with formulas among them."""
+    """Parses a text as words with formulas among them, with math-verify."""
     from math_verify import parse
 
     return list(parse(text))
 
 
 def _is_prose(text: str) -> bool:
+    """Whether a text contains a word that is not mathematical."""
     return _PROSE.search(_COMMANDS.sub(" ", text)) is not None
 
 
 def verifiable_reward(
     prompts: list[Any], completions: list[str], problem: list[Any], **_: Any
 ) -> list[float]:
-    """Reward of each completion by its problem's scorer, in TRL's reward-function signature.
+    """Scores each completion with its problem's own scorer, in TRL's reward-function signature.
 
     Args:
-        prompts: Unused; part of the signature.
-        completions: Texts.
+        prompts: Prompts, unused but part of the signature.
+        completions: Texts of the completions.
         problem: The `paceline.rl.tasks.task.Problem` of each completion, as an extra column.
+
+    Returns:
+        One reward per completion.
     """
     return [p.score(text) for p, text in zip(problem, completions, strict=True)]

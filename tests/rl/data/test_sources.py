@@ -37,7 +37,7 @@ def test_lines_by_offset_are_the_lines_of_the_file(tmp_path, monkeypatch):
     """Also where lines are blank, end in CRLF, begin with a byte-order mark or lack the last newline, and
     across chunks.
     """
-    monkeypatch.setattr("paceline.rl.data.jsonl._CHUNK", 16)
+    monkeypatch.setattr("paceline.rl.data.jsonl._CHUNK_BYTES", 16)
     lines = [
         b'\xef\xbb\xbf{"a": 1}',
         b"",
@@ -70,9 +70,9 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path):
     good = b'{"prompt": "1", "answer": "1"}\n'
     assert ":2: answer is null" in said(tmp_path, good + b'{"prompt": "1", "answer": null}\n')
     assert ":3: prompt is the number 5" in said(tmp_path, good + b"\n" + b'{"prompt": 5, "answer": "1"}\n')
-    assert "write each object on a line" in said(tmp_path, b'[\n{"prompt": "1", "answer": "1"}\n]\n')
+    assert "write one object per line" in said(tmp_path, b'[\n{"prompt": "1", "answer": "1"}\n]\n')
     assert ":1: half of a surrogate pair" in said(tmp_path, b'{"prompt": "\\ud83d", "answer": "1"}\n')
-    assert ":1: JSON that is nested too deeply" in said(tmp_path, b'{"a":' + b"[" * 200_000 + b"\n")
+    assert ":1: JSON is nested too deeply" in said(tmp_path, b'{"a":' + b"[" * 200_000 + b"\n")
     assert "no problems" in said(tmp_path, b"")
 
 
@@ -124,7 +124,7 @@ def test_tables_that_cannot_be_read_are_a_line(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "holds no data set" in says(source="huggingface", path=str(tmp_path / "empty"))
     datasets.DatasetDict({"train": datasets.Dataset.from_list(VERL)}).save_to_disk(tmp_path / "splits")
-    assert "task.split is 'dev': " in says(source="huggingface", path=str(tmp_path / "splits"), split="dev")
+    assert "task.split is 'dev', " in says(source="huggingface", path=str(tmp_path / "splits"), split="dev")
     datasets.Dataset.from_list([{"prompt": "q", "answer": None}]).save_to_disk(tmp_path / "null")
     assert "row 0: answer is null" in says(source="huggingface", path=str(tmp_path / "null"))
     images = datasets.Features(
@@ -145,7 +145,7 @@ class GatedRepoError(Exception):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (GatedRepoError("403"), "gated: accept its terms on its page at the hub and set HF_TOKEN"),
+        (GatedRepoError("403"), "gated; accept its terms on its hub page and set HF_TOKEN"),
         (
             datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."),
             "is gated",

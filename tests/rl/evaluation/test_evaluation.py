@@ -50,7 +50,7 @@ def test_prompts_without_room_are_left_out_and_counted(tmp_path):
     config = load_config(TINY, [f"evaluation.path={tmp_path / 'own.jsonl'}"])
     asked = fitting(evaluation_problems(config, 4), lambda text: {"input_ids": list(text)}, config)
     assert [p.question for p in asked.problems] == ["1 + 1 ="]
-    assert "1 others are longer" in asked.origin
+    assert "1 more do not fit" in asked.origin
 
 
 def test_a_file_without_held_out_problems_is_refused(tmp_path):
@@ -252,4 +252,4 @@ def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeyp
     assert row["accuracy"] == pytest.approx(rewards[best], abs=0.15)
     refused = CliRunner().invoke(app, ["evaluate", "task.heldout=0.5", "--run", str(run)])
     assert refused.exit_code == 2
-    assert "the run's was 0.3" in refused.stderr
+    assert "the run was trained with 0.3" in refused.stderr

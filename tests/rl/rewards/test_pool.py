@@ -17,8 +17,8 @@ import torch
 from paceline.rl.config.task import DatasetConfig, RewardConfig, TaskConfig
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.example import score_example
-from paceline.rl.rewards.functions import RewardFunction, Rewards
-from paceline.rl.rewards.pool import ScoringPool, joined
+from paceline.rl.rewards.functions import RewardFunction, WeightedRewards
+from paceline.rl.rewards.pool import ScoringPool, merge_spans
 from paceline.rl.tasks.task import load_task
 
 REWARDS = """
@@ -112,7 +112,7 @@ def test_a_step_waits_no_longer_than_its_deadline(odd):
 
 def test_when_something_was_scored():
     """Overlapping spans are one; what follows after a pause is another."""
-    assert joined([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (4.0, 4.5)]) == [(1.0, 4.5), (5.0, 6.0)]
+    assert merge_spans([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (4.0, 4.5)]) == [(1.0, 4.5), (5.0, 6.0)]
 
 
 def scorers() -> list[int]:
@@ -206,9 +206,9 @@ def test_a_completion_that_is_evaluated_reaches_neither_files_nor_the_network(tm
 
 def test_a_machine_that_cannot_confine_is_named_or_refused(odd, monkeypatch):
     monkeypatch.setattr(
-        "paceline.rl.rewards.pool.unconfined", lambda: ["file writes (the kernel lacks Landlock)"]
+        "paceline.rl.rewards.pool.missing_confinement", lambda: ["file writes (the kernel lacks Landlock)"]
     )
-    with pytest.raises(UserError, match="cannot confine file writes"):
+    with pytest.raises(UserError, match="cannot keep scorers from file writes"):
         ScoringPool(replace(odd, sandbox="require"), 0, 2)
     with ScoringPool(odd, 0, 2) as pool:
         assert pool.notice is not None and "file writes" in pool.notice
@@ -221,9 +221,9 @@ def test_an_example_is_scored_before_the_run(odd):
     problem = load_task(odd, seed=0).problems[0]
     answer = f"Answer: {problem.answer}"
     (said,) = score_example(problem, odd, 0, 2)
-    assert said == f"reward: to the first problem, {answer!r} scores {len(answer)}, 'I do not know.' 14"
+    assert said == f"reward: for the first problem, {answer!r} scores {len(answer)}, 'I do not know.' 14"
     (Path.cwd() / "bad_example.py").write_text("def reward(**_):\n    raise ValueError('no such unit')\n")
-    with pytest.raises(UserError, match=r"2 of 2 made-up completions have no score: .*no such unit"):
+    with pytest.raises(UserError, match=r"no score to 2 of 2 example completions: .*no such unit"):
         score_example(problem, replace(odd, reward="bad_example:reward"), 0, 2)
 
 
@@ -233,5 +233,5 @@ def test_tensors_and_arrays_are_rewards():
         torch.tensor([3.0, 5.0], dtype=torch.bfloat16),
         [torch.tensor(3.0), np.float64(5)],
     ):
-        rewards = Rewards([RewardFunction("f", 1.0, lambda returned=returned, **_: returned)])
+        rewards = WeightedRewards([RewardFunction("f", 1.0, lambda returned=returned, **_: returned)])
         assert rewards(2, {})[0] == [3.0, 5.0]

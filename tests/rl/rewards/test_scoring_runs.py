@@ -43,8 +43,8 @@ def test_a_share_of_failures_is_said(tmp_path, monkeypatch):
         metrics, _ = trainer.step(0)
     assert metrics["reward/errors"] == 4
     assert said == [
-        "reward: 4 of 16 completions have no score (score returned nan, which is no finite number); they get "
-        "0"
+        "reward: 4 of 16 completions have no score (score returned nan, which is not a finite number); they "
+        "get 0"
     ]
 
 

@@ -55,11 +55,10 @@ def test_prompts_without_room_are_left_out_and_counted(recipe):
     task, lines = checked(recipe(rows_of(9, 159, 140, 200, 158)))
     assert [len(p.question) for p in task.problems] == [9, 140, 158]
     assert lines == [
-        "task: 2 of 5 prompts are too long for rollout.max_context (160 tokens, the longest has 201): left "
-        "out",
-        "task: 2 of 5 prompts leave room for less than rollout.max_tokens (24) in rollout.max_context: their "
-        "completions are cut "
-        "there, after 1 tokens or more",
+        "task: 2 of 5 prompts are too long for rollout.max_context (160 tokens, the longest has 201) and are "
+        "left out",
+        "task: 2 of 5 prompts leave fewer than rollout.max_tokens (24) tokens in rollout.max_context, so "
+        "their completions are truncated, the shortest after 1 tokens",
     ]
     assert checked(recipe(rows_of(9, 8, 135)))[1] == []
 
@@ -67,24 +66,24 @@ def test_prompts_without_room_are_left_out_and_counted(recipe):
 def test_what_is_left_must_make_a_step(recipe):
     with pytest.raises(
         UserError,
-        match=r"1 problems to ask are fewer than rollout\.prompts_per_step \(2\).*\(task: 1 of 2 prompts are",
+        match=r"rollout\.prompts_per_step is 2, but the task has 1 usable .*\(task: 1 of 2 prompts are",
     ):
         checked(recipe(rows_of(9, 300)))
     with pytest.raises(
         UserError,
-        match=r"every prompt has 160 tokens or more, the shortest that was tried 301: raise rollout\.max_con",
+        match=r"max_context is 160, but every prompt has at least .* \(the shortest has 301\); raise it",
     ):
         checked(recipe(rows_of(300, 400)))
     gym = load_config(
         "configs/tiny.yaml", ["task.heldout=0.9", "task.size=20", "rollout.prompts_per_step=16"]
     )
-    with pytest.raises(UserError, match=r"problems to ask are fewer than rollout\.prompts_per_step \(16\)"):
+    with pytest.raises(UserError, match=r"rollout\.prompts_per_step is 16, but the task has"):
         check_recipe(load_task(gym.task, gym.seed), gym)
 
 
 def test_of_many_long_prompts_a_sample_is_tried_and_the_rest_when_chosen(recipe, monkeypatch):
-    monkeypatch.setattr(prompt_check, "_TRIED", 50)
-    monkeypatch.setattr(prompt_check, "_SAMPLE", 40)
+    monkeypatch.setattr(prompt_check, "_MAX_ENCODED", 50)
+    monkeypatch.setattr(prompt_check, "_SAMPLE_SIZE", 40)
     config = recipe(
         [{"prompt": f"{i:03} " + "x" * (200 if i % 4 == 0 else 135), "answer": "1"} for i in range(200)]
     )
@@ -96,20 +95,20 @@ def test_of_many_long_prompts_a_sample_is_tried_and_the_rest_when_chosen(recipe,
     assert all(len(q) < 160 for q in asked) and len(set(asked)) >= 140
     assert [p.question for p in task.batch(3, 8)] == [p.question for p in checked(config)[0].batch(3, 8)]
     assert all(len({p.key for p in task.batch(step, 8)}) == 8 for step in range(24))
-    with pytest.raises(UserError, match="nearly all prompts have 160 tokens or more"):
+    with pytest.raises(UserError, match="max_context is 160, but nearly all prompts have at least"):
         checked(recipe([{"prompt": f"{i:03} " + "x" * 200, "answer": "1"} for i in range(200)]))
 
 
 def test_the_template_is_tried_with_every_sequence_of_roles(recipe):
     plain = {"prompt": "1 + 1 =", "answer": "2"}
     with pytest.raises(
-        UserError, match=r"refuses a system message \(System role not supported\).*\(tried with p\.jsonl/3\)"
+        UserError, match=r"rejects a system message \(System role not supported\).*\(tried with p\.jsonl/3\)"
     ):
         checked(recipe([plain, plain, {"prompt": SYSTEM, "answer": "2"}]), GEMMA)
-    with pytest.raises(UserError, match="refuses a system message"):
+    with pytest.raises(UserError, match="rejects a system message"):
         checked(recipe([plain, plain], "task.system=Be kind."), GEMMA)
     silent = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="leaves the system message out"):
+    with pytest.raises(UserError, match="drops the system message"):
         checked(recipe([plain, plain], "task.system=Be kind."), silent)
     assert checked(recipe([plain, {"prompt": SYSTEM, "answer": "2"}], "task.system=Be kind."), PLAIN)[1] == []
 
@@ -122,13 +121,13 @@ def test_template_arguments_are_checked(recipe):
     ):
         checked(asks, PLAIN)
     with pytest.raises(
-        UserError, match="sets enable_thinking, and the policy's tokenizer has no chat template"
+        UserError, match="sets enable_thinking, but the policy's tokenizer has no chat template"
     ):
         checked(asks)
     with pytest.raises(UserError, match="sets add_generation_prompt, which encoding a prompt decides"):
         recipe(rows_of(5, 6), "task.chat_template_kwargs={add_generation_prompt: false}")
     assert checked(recipe(rows_of(5, 6), "task.system=Be kind."))[1] == [
-        "task.system is not said: the policy's tokenizer has no chat template"
+        "task.system is ignored: the policy's tokenizer has no chat template"
     ]
 
 
@@ -136,8 +135,8 @@ def test_repeated_prompts_are_counted_and_dropped_on_request(recipe):
     rows = [{"prompt": p, "answer": a} for p, a in (("1+1", "2"), ("2+2", "4"), ("1+1", "2"), (" 1+1", "3"))]
     task, lines = checked(recipe(rows))
     assert len(task.rows) == 4
-    assert lines[0].startswith("task: 2 of 4 rows repeat the prompt of an earlier one; each is asked")
-    assert "1 of them with another answer, such as" in lines[0] and lines[0].endswith("p.jsonl:1")
+    assert lines[0].startswith("task: 2 of 4 rows repeat the prompt of an earlier row; all are used")
+    assert "1 of them give another answer, for example" in lines[0] and lines[0].endswith("p.jsonl:1")
     task, lines = checked(recipe(rows, "task.duplicates=drop"))
     assert [p.key for p in task.problems] == ["p.jsonl/1", "p.jsonl/2"] and "left out" in lines[0]
 
@@ -160,12 +159,12 @@ def test_a_dry_run_says_it_all(recipe, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train_here(monkeypatch, "configs/tiny.yaml", "--dry-run", "task.system=Be kind.", *over)
     assert (
-        "the policy's chat template refuses a system message (System role not supported)"
+        "the policy's chat template rejects a system message (System role not supported)"
         in capsys.readouterr().err
     )
     monkeypatch.setattr(prompt_check, "cached_policy", lambda model: tmp_path / "none")
     config = load_config("configs/tiny.yaml", over)
-    assert "no tokenizer at hand" in check_recipe(load_task(config.task, config.seed), config)[-1]
+    assert "no tokenizer is available" in check_recipe(load_task(config.task, config.seed), config)[-1]
 
 
 @pytest.mark.ci
@@ -192,7 +191,7 @@ def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_sam
     )
     out = capsys.readouterr().out
     assert (
-        "no tokenizer at hand" in out
+        "no tokenizer is available" in out
         and "of 6 problems are held out" in out
         and "with a tokenizer of characters" in out
     )

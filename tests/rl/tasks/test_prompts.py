@@ -79,15 +79,15 @@ def test_arguments_reach_the_template(tokenizer):
 
 def test_a_template_that_refuses_is_a_line(tokenizer):
     with pytest.raises(
-        UserError, match=r"refuses a system message \(System role not supported\): write task\.system: null"
+        UserError, match=r"rejects a system message \(System role not supported\); set task\.system: null"
     ):
         text(tokenizer, problem(), GEMMA, system="Be kind.")
-    with pytest.raises(UserError, match="refuses a system message"):
+    with pytest.raises(UserError, match="rejects a system message"):
         encode_prompt(tokenizer, "hi", "Be brief.")
     alternate = (
         "{% if messages | length == 3 %}{{ raise_exception('roles must\nalternate') }}{% endif %}" + PLAIN
     )
-    with pytest.raises(UserError, match=r"refuses user → assistant → user: roles must alternate$"):
+    with pytest.raises(UserError, match=r"rejects the roles user → assistant → user: roles must alternate$"):
         text(tokenizer, problem(TURNS), alternate)
     with pytest.raises(UserError, match=r"cannot be applied: .*nothing"):
         text(tokenizer, problem(), "{{ messages[0].content.nothing() }}", system="Be kind.")

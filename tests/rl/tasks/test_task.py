@@ -96,7 +96,7 @@ def test_held_out_problems_are_those_that_are_left_out():
     keys = [{p.key for p in task.problems} for task in (trained, out)]
     assert keys[0] | keys[1] == {p.key for p in load_task(CHAIN, seed=0).problems} and not keys[0] & keys[1]
     assert {p.key for step in range(20) for p in trained.batch(step, 8)} == keys[0]
-    with pytest.raises(UserError, match=r"task\.heldout is 0: no problems are held out"):
+    with pytest.raises(UserError, match=r"task\.heldout is 0, so no problems are held out"):
         load_heldout_task(CHAIN, seed=0)
     with pytest.raises(UserError, match="holds out none"):
         load_task(TaskConfig(datasets=CHAIN.datasets, size=2, heldout=1e-9), seed=0)
@@ -182,7 +182,7 @@ def test_broken_jsonl_is_named_by_line(tmp_path, content, says):
 def test_unknown_dataset_and_parameters():
     with pytest.raises(UserError, match="did you mean chain_sum"):
         load_task(TaskConfig(datasets=(DatasetConfig("chain_summ"),)), seed=0)
-    with pytest.raises(UserError, match="refuses the parameters"):
+    with pytest.raises(UserError, match="rejects the parameters"):
         load_task(TaskConfig(datasets=(DatasetConfig("chain_sum", params={"min_terms": 0}),)), seed=0)
     with pytest.raises(UserError, match="no such file"):
         load_task(TaskConfig(source="jsonl", path="/nowhere.jsonl"), seed=0)
