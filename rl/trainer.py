@@ -53,7 +53,7 @@ from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.rewards.shaping import Shaped, Shaping
 from paceline.rl.sharding import is_shared
 from paceline.rl.tasks.prompt_check import check_prompts
-from paceline.rl.tasks.sampler import prompt_choice
+from paceline.rl.tasks.sampler import create_prompt_sampler
 from paceline.rl.tasks.task import load_task
 from paceline.rl.types import RankRollouts
 
@@ -107,7 +107,7 @@ class Trainer:
         self.task = load_task(config.task, config.seed)
         for line in check_prompts(self.task, config, self.tokenizer):
             self.tracker.say(line)
-        self.choice = prompt_choice(self.task, config.seed, config.task.curriculum)
+        self.choice = create_prompt_sampler(self.task, config.seed, config.task.curriculum)
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
 
     def _load_policy(self, checkpoint: Path | None) -> None:

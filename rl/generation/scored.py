@@ -18,7 +18,7 @@ from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.process.progress import Phase
 from paceline.rl.rewards.pool import Scores, ScoringPool
 from paceline.rl.tasks.prompts import scored_text
-from paceline.rl.tasks.sampler import PromptChoice
+from paceline.rl.tasks.sampler import PromptSampler
 from paceline.rl.tasks.task import Problem
 from paceline.rl.types import RankRollouts
 from paceline.rollout import FinishReason, Rollout, StepRecord
@@ -68,7 +68,7 @@ class ScoredGenerator:
         config: RunConfig,
         worker: RolloutWorker,
         pool: ScoringPool,
-        sampler: PromptChoice,
+        sampler: PromptSampler,
         tokenizer: Any,
         accelerator: Accelerator,
         log: Callable[[str], None],

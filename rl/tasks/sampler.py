@@ -14,7 +14,7 @@ from paceline.rl.data.order import shuffled
 from paceline.rl.tasks.task import Problem, Task
 
 
-class PromptChoice(Protocol):
+class PromptSampler(Protocol):
     """Chooses the same problems on every rank, from the step, the seed and what all ranks observed."""
 
     def choose(self, step: int, count: int) -> list[Problem]:
@@ -142,6 +142,6 @@ class Curriculum:
         self.target = float(state.get("target", self.target))
 
 
-def prompt_choice(task: Task, seed: int, config: CurriculumConfig | None) -> PromptChoice:
+def create_prompt_sampler(task: Task, seed: int, config: CurriculumConfig | None) -> PromptSampler:
     """Returns a curriculum if the recipe has one, else epochs."""
     return Epochs(task, seed) if config is None else Curriculum(task, seed, config)

@@ -11,7 +11,7 @@ from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.config.task import CurriculumConfig
 from paceline.rl.errors import UserError
 from paceline.rl.recipe import load_config
-from paceline.rl.tasks.sampler import Curriculum, Epochs, prompt_choice
+from paceline.rl.tasks.sampler import Curriculum, Epochs, create_prompt_sampler
 from paceline.rl.tasks.task import Problem, Task, load_task
 
 
@@ -48,7 +48,7 @@ def test_the_nearest_are_asked_and_equals_in_turn():
 
 
 def test_epochs_ask_all_and_further_prompts_differ_by_rank():
-    choice = prompt_choice(task(), 0, None)
+    choice = create_prompt_sampler(task(), 0, None)
     assert isinstance(choice, Epochs)
     assert {p.key for step in range(3) for p in choice.choose(step, 2)} == {str(i) for i in range(6)}
     drawn = [tuple(p.key for p in choice.more(0, 4, round_, rank)) for round_ in (1, 2) for rank in (0, 1)]
