@@ -8,6 +8,7 @@ import pytest
 
 from paceline.rl.checkpointing.checkpoint import find_checkpoint
 from paceline.rl.errors import UserError
+from paceline.rl.monitoring.tracker import Tracker
 from tests.support import ROOT, tiny_trainer, train_here
 
 
@@ -38,8 +39,9 @@ def test_a_reward_sees_special_tokens_and_ids_on_request(tmp_path, monkeypatch):
 @pytest.mark.ci
 def test_a_share_of_failures_is_said(tmp_path, monkeypatch):
     said: list[str] = []
+    monkeypatch.setattr(Tracker, "say", lambda self, line: said.append(line))
     with tiny_trainer(tmp_path, monkeypatch, "[float('nan'), *range(len(completions) - 1)]") as trainer:
-        monkeypatch.setattr(trainer.tracker, "say", said.append)
+        said.clear()  # what the set-up says
         metrics, _ = trainer.step(0)
     assert metrics["reward/errors"] == 4
     assert said == [
