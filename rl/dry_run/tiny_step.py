@@ -36,6 +36,8 @@ _TOKENS, _SAMPLES, _PROMPTS, _STEPS = (
 )  # the first step chooses the drafter's vocabulary, the second trains it
 _KEYS = {
     "rl/rewards/shaping": "length",
+    "rl/rewards/budgets": "length",
+    "rl/rewards/registry": "length",
     "rl/rewards": "task.reward",
     "rl/tasks/prompts": "task.instruction, task.system",
     "rl/tasks": "task",
