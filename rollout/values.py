@@ -1,6 +1,4 @@
-"""Reads numbers and lists that users give (Python's, numpy's or torch's), and writes values and errors on one
-line of a message.
-"""
+"""Conversion of user-given numbers and lists (Python, numpy or torch), and one-line text for messages."""
 
 from __future__ import annotations
 
@@ -13,26 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
-_SHOWN = 60
+_MAX_SHOWN_CHARACTERS = 60  # keeps an error message on one readable line
 
 
 def shown(value: object) -> str:
-    """A value in a message: one short line, whatever its ``repr`` does."""
+    """Returns one short line that shows a value in a message, even if its ``repr`` fails."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a broken object is still named
+    except Exception:  # an object with a broken repr is still named by its type
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 def error_line(error: Exception) -> str:
-    """An error's type and the beginning of its message."""
+    """Returns an error's type and the first 200 characters of its message, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number of Python, numpy or a torch tensor of one; None for anything else, booleans and 2.0
-    among it.
+    """Returns an integer of Python, numpy or a zero-dimensional torch tensor as an int.
+
+    Returns None for anything else, including booleans and 2.0.
     """
     if type(value) is int:
         return value
@@ -47,7 +46,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def real_number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else, booleans among it."""
+    """Returns a finite number as a float, or None for anything else, including booleans."""
     if (
         isinstance(value, torch.Tensor | np.ndarray)
         and value.ndim == 0
@@ -64,8 +63,9 @@ def real_number(value: Any) -> float | None:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """The elements of a list, tuple, set, range, or one-dimensional array or tensor; None for anything else,
-    text among it.
+    """Returns the elements of a list, tuple, set, range, or one-dimensional array or tensor.
+
+    Returns None for anything else, including text.
     """
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist() if value.ndim == 1 else None
@@ -75,9 +75,9 @@ def listed(value: Any) -> list[Any] | None:
 
 
 def token_list(value: Any) -> list[int] | None:
-    """Token ids as whole numbers; None where it is no list of such."""
+    """Returns token ids as a list of ints, or None if the value is not a sequence of integers."""
     items = listed(value)
     if items is None or all(type(item) is int for item in items):
         return items
-    numbers_ = [whole_number(item) for item in items]
-    return None if None in numbers_ else [n for n in numbers_ if n is not None]
+    integers = [whole_number(item) for item in items]
+    return None if None in integers else [n for n in integers if n is not None]
