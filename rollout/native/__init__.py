@@ -1,4 +1,4 @@
-"""Native decode kernels for the CPU, compiled from ``kernels.cpp`` with the machine's compiler on first use."""
+"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler on first use."""
 
 from paceline.rollout.native.build import NativeUnavailable
 from paceline.rollout.native.kernels import (

@@ -85,7 +85,7 @@ def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str)
     """
     if key not in _privately_built:
         _log.warning(
-            "the native decode kernels are built for this process alone, because their cache cannot be used: %s",
+            "the native decode kernels are built for this process alone: their cache cannot be used (%s)",
             reason,
         )
         try:
@@ -98,7 +98,7 @@ def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str)
 
 
 def _key(compiler: str, runtime: Path | None) -> str:
-    """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP and instruction sets."""
+    """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP, instruction set."""
     sources = [path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]]
     text = "\0".join((*sources, *_FLAGS, compiler, str(runtime), _instruction_sets()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

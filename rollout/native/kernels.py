@@ -464,7 +464,7 @@ class Kernels:
 def load_kernels(device_type: str, dtype: torch.dtype) -> Kernels | None:
     """Returns the kernels for a device and dtype, built on the first call.
 
-    Returns None where there are none; a failed build is logged once.
+    Returns None where there are none; a failed build is logged.
     """
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
