@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paceline.rollout.values import listed, real_number, shown, token_list, whole_number
+from paceline.rollout.values import as_finite_float, as_int, as_list, as_token_ids, short_repr
 
 # within this range float32 holds a temperature and its inverse, with headroom for the logits
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30
@@ -62,28 +62,30 @@ class SamplingParams:
         Raises:
             ValueError: A field has the wrong type or is out of range; the one-line message names the field.
         """
-        temperature, top_p = real_number(self.temperature), real_number(self.top_p)
-        top_k, max_tokens = whole_number(self.top_k), whole_number(self.max_tokens)
-        ids = token_list(
-            self.stop_token_ids if whole_number(self.stop_token_ids) is None else [self.stop_token_ids]
+        temperature, top_p = as_finite_float(self.temperature), as_finite_float(self.top_p)
+        top_k, max_tokens = as_int(self.top_k), as_int(self.max_tokens)
+        ids = as_token_ids(
+            self.stop_token_ids if as_int(self.stop_token_ids) is None else [self.stop_token_ids]
         )
-        strings = [self.stop_strings] if isinstance(self.stop_strings, str) else listed(self.stop_strings)
+        strings = [self.stop_strings] if isinstance(self.stop_strings, str) else as_list(self.stop_strings)
         if temperature is None or temperature < 0:
             raise ValueError(
-                f"temperature is {shown(self.temperature)}: write 0 (greedy) or a positive finite number"
+                f"temperature is {short_repr(self.temperature)}: write 0 (greedy) or a positive finite number"
             )
         if top_k is None or top_k < 0:
             raise ValueError(
-                f"top_k is {shown(self.top_k)}: write 0 to keep all tokens or a positive integer"
+                f"top_k is {short_repr(self.top_k)}: write 0 to keep all tokens or a positive integer"
             )
         if top_p is None or not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {shown(self.top_p)}: write a number in (0, 1]")
+            raise ValueError(f"top_p is {short_repr(self.top_p)}: write a number in (0, 1]")
         if max_tokens is None or max_tokens < 1:
-            raise ValueError(f"max_tokens is {shown(self.max_tokens)}: write an integer of at least 1")
+            raise ValueError(f"max_tokens is {short_repr(self.max_tokens)}: write an integer of at least 1")
         if ids is None:
-            raise ValueError(f"stop_token_ids is {shown(self.stop_token_ids)}: write a tuple of token ids")
+            raise ValueError(
+                f"stop_token_ids is {short_repr(self.stop_token_ids)}: write a tuple of token ids"
+            )
         if strings is None or not all(isinstance(s, str) for s in strings):
-            raise ValueError(f"stop_strings is {shown(self.stop_strings)}: write a tuple of strings")
+            raise ValueError(f"stop_strings is {short_repr(self.stop_strings)}: write a tuple of strings")
         if "" in strings:
             raise ValueError(
                 "stop_strings contains an empty string, which would end every completion at once: remove it"

@@ -12,7 +12,7 @@ import torch
 
 from paceline.rollout.api import FinishReason, Request, RolloutStats
 from paceline.rollout.counter_rng import reduced_seed
-from paceline.rollout.values import token_list
+from paceline.rollout.values import as_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class SequenceState:
 
     def __post_init__(self) -> None:
         self.seed = reduced_seed(operator.index(self.request.seed))
-        self.tokens = token_list(self.request.prompt_ids) or []
+        self.tokens = as_token_ids(self.request.prompt_ids) or []
         self.num_prompt = len(self.tokens)
         earlier = self.request.resume
         if earlier is not None:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-_MAX_SHOWN_CHARACTERS = 60  # keeps an error message on one readable line
+_MAX_REPR_LENGTH = 60  # keeps an error message on one readable line
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Returns one short line that shows a value in a message, even if its ``repr`` fails."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # an object with a broken repr is still named by its type
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[: _MAX_SHOWN_CHARACTERS - 3] + "..."
+    return text if len(text) <= _MAX_REPR_LENGTH else text[: _MAX_REPR_LENGTH - 3] + "..."
 
 
 def error_line(error: Exception) -> str:
@@ -28,7 +28,7 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def whole_number(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     """Returns an integer of Python, numpy or a zero-dimensional torch tensor as an int.
 
     Returns None for anything else, including booleans and 2.0.
@@ -45,7 +45,7 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-def real_number(value: Any) -> float | None:
+def as_finite_float(value: Any) -> float | None:
     """Returns a finite number as a float, or None for anything else, including booleans."""
     if (
         isinstance(value, torch.Tensor | np.ndarray)
@@ -62,7 +62,7 @@ def real_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def listed(value: Any) -> list[Any] | None:
+def as_list(value: Any) -> list[Any] | None:
     """Returns the elements of a list, tuple, set, range, or one-dimensional array or tensor.
 
     Returns None for anything else, including text.
@@ -74,10 +74,10 @@ def listed(value: Any) -> list[Any] | None:
     return list(value)
 
 
-def token_list(value: Any) -> list[int] | None:
+def as_token_ids(value: Any) -> list[int] | None:
     """Returns token ids as a list of ints, or None if the value is not a sequence of integers."""
-    items = listed(value)
+    items = as_list(value)
     if items is None or all(type(item) is int for item in items):
         return items
-    integers = [whole_number(item) for item in items]
+    integers = [as_int(item) for item in items]
     return None if None in integers else [n for n in integers if n is not None]

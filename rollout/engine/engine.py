@@ -38,7 +38,7 @@ from paceline.rollout.model.text_limits import TextLimit
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
-from paceline.rollout.values import listed, shown, whole_number
+from paceline.rollout.values import as_int, as_list, short_repr
 from paceline.rollout.verify import Verifier
 
 _NOT_FINITE = (
@@ -359,9 +359,9 @@ class RolloutEngine:
     ) -> Generator[tuple[int, Rollout], None, None]:
         """Validates the call, decodes under the engine's lock and frees all slots at the end."""
         _check_bounds(token_budget=token_budget, segment=segment, mark=mark)
-        request_list = listed(requests)
+        request_list = as_list(requests)
         if request_list is None:
-            raise ValueError(f"requests is {shown(requests)}: pass a list of paceline.rollout.Request")
+            raise ValueError(f"requests is {short_repr(requests)}: pass a list of paceline.rollout.Request")
         with self._exclusive("generate or stream"):
             try:
                 yield from self._decode(request_list, on_step, token_budget, segment, mark, on_mark, arrivals)
@@ -637,9 +637,9 @@ def _check_bounds(token_budget: int | None, **counts: int | None) -> None:
         ("token_budget", token_budget, 0),
         *((name, value, 1) for name, value in counts.items()),
     ):
-        number = None if value is None else whole_number(value)
+        number = None if value is None else as_int(value)
         if value is not None and (number is None or number < least):
-            raise ValueError(f"{name} is {shown(value)}: write an integer of at least {least}, or None")
+            raise ValueError(f"{name} is {short_repr(value)}: write an integer of at least {least}, or None")
 
 
 def _supported_context(max_context: int, name: str, limit: TextLimit | None) -> int:

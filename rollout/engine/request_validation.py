@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats, SamplingParams
-from paceline.rollout.values import error_line, shown, token_list, whole_number
+from paceline.rollout.values import as_int, as_token_ids, error_line, short_repr
 
 
 class EngineBusyError(ValueError):
@@ -48,12 +48,12 @@ def validate_request(request: Any, limits: RequestLimits) -> str | None:
 
 def _validate_fields(request: Any, limits: RequestLimits) -> str | None:
     if not isinstance(request, Request):
-        return f"request is {shown(request)}: pass a paceline.rollout.Request"
+        return f"request is {short_repr(request)}: pass a paceline.rollout.Request"
     if not isinstance(request.params, SamplingParams):
-        return f"params is {shown(request.params)}: pass a paceline.rollout.SamplingParams"
-    prompt = token_list(request.prompt_ids)
+        return f"params is {short_repr(request.params)}: pass a paceline.rollout.SamplingParams"
+    prompt = as_token_ids(request.prompt_ids)
     if prompt is None:
-        return f"prompt_ids is {shown(request.prompt_ids)}: pass a list of token ids"
+        return f"prompt_ids is {short_repr(request.prompt_ids)}: pass a list of token ids"
     if not prompt:
         return "prompt_ids is empty: pass at least one token id"
     if len(prompt) >= limits.max_context:
@@ -63,10 +63,12 @@ def _validate_fields(request: Any, limits: RequestLimits) -> str | None:
         )
     if min(prompt) < 0 or max(prompt) >= limits.vocab_size:
         return f"prompt_ids has a token outside 0..{limits.vocab_size - 1}: use the policy's own tokenizer"
-    if whole_number(request.seed) is None:
-        return f"seed is {shown(request.seed)}: pass an integer"
+    if as_int(request.seed) is None:
+        return f"seed is {short_repr(request.seed)}: pass an integer"
     if not _is_hashable(request.group):
-        return f"group is {shown(request.group)}, which is not hashable: pass a string, a number or a tuple"
+        return (
+            f"group is {short_repr(request.group)}, which is not hashable: pass a string, a number or a tuple"
+        )
     if request.params.stop_strings and not limits.decodes_text:
         return "stop_strings needs text: build the engine with decode_text (the tokenizer's decode)"
     return None if request.resume is None else _validate_resume(request, prompt, request.resume, limits)
@@ -83,9 +85,9 @@ def _is_hashable(group: Any) -> bool:
 def _validate_resume(request: Request, prompt: list[int], earlier: Any, limits: RequestLimits) -> str | None:
     if not isinstance(earlier, Rollout) or earlier.finish_reason is not FinishReason.PAUSED:
         return "resume is not a paused rollout: pass one whose finish_reason is PAUSED"
-    if token_list(earlier.request.prompt_ids) != prompt:
+    if as_token_ids(earlier.request.prompt_ids) != prompt:
         return "resume is a rollout of another prompt: pass its own prompt as prompt_ids"
-    tokens = token_list(earlier.token_ids)
+    tokens = as_token_ids(earlier.token_ids)
     if tokens is None or any(not 0 <= t < limits.vocab_size for t in tokens):
         return "resume has tokens outside the policy's vocabulary: pass the rollout as the engine returned it"
     if not _covers_tokens(earlier, len(tokens)):
