@@ -9,9 +9,9 @@ from paceline.rollout.api import (
     SamplingParams,
 )
 from paceline.rollout.engine.engine import RolloutEngine, StepRecord
-from paceline.rollout.engine.outputs import mean_acceptance_length
 from paceline.rollout.engine.request_validation import EngineBusyError
 from paceline.rollout.length_estimate import LengthEstimate, ObservedLengths
+from paceline.rollout.metrics import mean_acceptance_length
 from paceline.rollout.model.runner import default_tap_layers
 from paceline.rollout.strategy import PLAIN, Strategy
 

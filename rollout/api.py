@@ -1,4 +1,4 @@
-"""What a user of the rollout engine touches: sampling parameters, requests and finished rollouts."""
+"""The rollout engine's public records: sampling parameters, requests and finished rollouts."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paceline.rollout.values import listed, real_number, shown, token_list, whole_number
+from paceline.rollout.values import as_finite_float, as_int, as_list, as_token_ids, short_repr
 
-COLDEST, HOTTEST = 1e-30, 1e30  # temperatures, which and whose inverses float32 holds with room for logits
+# within this range float32 holds a temperature and its inverse, with headroom for the logits
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-30, 1e30
 
 
 class FinishReason(enum.StrEnum):
-    """Why a rollout ended."""
+    """Says why a rollout ended."""
 
-    STOP = "stop"  # a stop token or a stop string was produced
-    LENGTH = "length"  # max_tokens, or the model's context, was reached
-    PAUSED = "paused"  # the call's token budget was spent; pass the rollout as `Request.resume` to go on
-    CANCELLED = "cancelled"  # `RolloutEngine.cancel` was called for it; what it had is returned
-    FAILED = "failed"  # this request could not be served; `Rollout.error` says why
+    STOP = "stop"  # a stop token or a stop string was generated
+    LENGTH = "length"  # max_tokens or the maximum context was reached
+    PAUSED = "paused"  # the call's token budget was spent; pass the rollout as `Request.resume` to continue
+    CANCELLED = "cancelled"  # `RolloutEngine.cancel` was called; the tokens so far are returned
+    FAILED = "failed"  # the request could not be served; `Rollout.error` says why
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one completion is sampled.
+    """Says how one completion is sampled.
 
     Args:
-        temperature: Softmax temperature. ``0`` is greedy decoding; negative, infinite or NaN is an error.
-            Logits are divided by a temperature within 1e-30 and 1e30, beyond which float32 could not tell it
-            from greedy or uniform drawing.
-        top_k: Keep the ``top_k`` most likely tokens; ``0`` keeps all.
-        top_p: Keep the smallest set of most likely tokens whose mass reaches ``top_p``, in ``(0, 1]``.
-        max_tokens: Most tokens to produce, at least 1.
-        stop_token_ids: The completion ends with the first of these (it is kept in the token ids). One id
-            stands for itself.
-        stop_strings: The completion ends with the token that completes one of these; special tokens count by
-            their text. One string stands for itself. Needs an engine with ``decode_text``.
+        temperature: Softmax temperature; ``0`` is greedy decoding. Must be finite and at least 0. Values
+            outside [1e-30, 1e30] are clamped when logits are divided, because float32 cannot tell them from
+            greedy or uniform sampling.
+        top_k: Number of most likely tokens to keep; ``0`` keeps all.
+        top_p: Probability mass in ``(0, 1]`` that the smallest set of most likely tokens must reach to be
+            kept.
+        max_tokens: Maximum number of tokens to generate, at least 1.
+        stop_token_ids: Token ids that end the completion. The stop token is kept in the output. A single id
+            may be given without a tuple.
+        stop_strings: Strings that end the completion, with the token that completes one of them. Special
+            tokens are matched by their text. A single string may be given without a tuple. Needs an engine
+            with ``decode_text``.
 
     Raises:
-        ValueError: one line that names the field, for any value out of range or of another type.
+        ValueError: A field has the wrong type or is out of range; the one-line message names the field.
     """
 
     temperature: float = 1.0
@@ -54,34 +57,38 @@ class SamplingParams:
         self.check()
 
     def check(self) -> None:
-        """Refuses what is out of range and keeps plain numbers, whichever library's were given.
+        """Validates all fields and converts them to plain Python numbers and tuples.
 
         Raises:
-            ValueError: one line that names the field.
+            ValueError: A field has the wrong type or is out of range; the one-line message names the field.
         """
-        temperature, top_p = real_number(self.temperature), real_number(self.top_p)
-        top_k, max_tokens = whole_number(self.top_k), whole_number(self.max_tokens)
-        ids = token_list(
-            self.stop_token_ids if whole_number(self.stop_token_ids) is None else [self.stop_token_ids]
+        temperature, top_p = as_finite_float(self.temperature), as_finite_float(self.top_p)
+        top_k, max_tokens = as_int(self.top_k), as_int(self.max_tokens)
+        ids = as_token_ids(
+            self.stop_token_ids if as_int(self.stop_token_ids) is None else [self.stop_token_ids]
         )
-        strings = [self.stop_strings] if isinstance(self.stop_strings, str) else listed(self.stop_strings)
+        strings = [self.stop_strings] if isinstance(self.stop_strings, str) else as_list(self.stop_strings)
         if temperature is None or temperature < 0:
             raise ValueError(
-                f"temperature is {shown(self.temperature)}: write 0 for greedy or a finite number above 0"
+                f"temperature is {short_repr(self.temperature)}: write 0 (greedy) or a positive finite number"
             )
         if top_k is None or top_k < 0:
-            raise ValueError(f"top_k is {shown(self.top_k)}: write 0 (all tokens) or a positive whole number")
+            raise ValueError(
+                f"top_k is {short_repr(self.top_k)}: write 0 to keep all tokens or a positive integer"
+            )
         if top_p is None or not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {shown(self.top_p)}: write a number in (0, 1]")
+            raise ValueError(f"top_p is {short_repr(self.top_p)}: write a number in (0, 1]")
         if max_tokens is None or max_tokens < 1:
-            raise ValueError(f"max_tokens is {shown(self.max_tokens)}: write a whole number, at least 1")
+            raise ValueError(f"max_tokens is {short_repr(self.max_tokens)}: write an integer of at least 1")
         if ids is None:
-            raise ValueError(f"stop_token_ids is {shown(self.stop_token_ids)}: write a tuple of token ids")
+            raise ValueError(
+                f"stop_token_ids is {short_repr(self.stop_token_ids)}: write a tuple of token ids"
+            )
         if strings is None or not all(isinstance(s, str) for s in strings):
-            raise ValueError(f"stop_strings is {shown(self.stop_strings)}: write a tuple of strings")
+            raise ValueError(f"stop_strings is {short_repr(self.stop_strings)}: write a tuple of strings")
         if "" in strings:
             raise ValueError(
-                "stop_strings has an empty string: it would stop every completion at once; remove it"
+                "stop_strings contains an empty string, which would end every completion at once: remove it"
             )
         plain = (temperature, top_k, top_p, max_tokens, tuple(ids), tuple(strings))
         for name, value in zip(self.__slots__, plain, strict=True):
@@ -89,38 +96,39 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """Whether decoding is greedy."""
         return self.temperature == 0
 
     @property
     def divisor(self) -> float:
-        """What logits are divided by: the temperature, 1 where it is 0, as float32 can hold it and its
-        inverse.
-        """
-        return 1.0 if self.greedy else min(max(self.temperature, COLDEST), HOTTEST)
+        """The number that logits are divided by: the temperature clamped to [1e-30, 1e30], or 1 if greedy."""
+        return 1.0 if self.greedy else min(max(self.temperature, _MIN_TEMPERATURE), _MAX_TEMPERATURE)
 
     @property
     def truncated(self) -> bool:
-        """Whether top-k or top-p cuts the distribution."""
+        """Whether top-k or top-p truncates the distribution."""
         return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to produce. What cannot be served is said by the engine, in the rollout of this request
-    alone.
+    """Asks for one completion.
+
+    A request that cannot be served does not raise: the engine returns a rollout for it with finish reason
+    FAILED, and the other requests are not affected.
 
     Args:
         prompt_ids: Token ids of the prompt, at least one: a list, tuple, or one-dimensional array or tensor.
-        params: How to sample.
-        seed: Every random number of this request is a function of (seed, position), so the result does not
-            depend on which other requests are decoded beside it (up to the rounding of batched matrix
-            products). Any whole number; it counts modulo 2^64.
-        group: Any hashable value. Requests with an equal group are samples of one prompt. They share a
-            prefill and model-free drafts, also with earlier requests of the same group. ``None`` shares
-            nothing.
-        resume: A paused rollout of the same prompt to go on from. With unchanged weights the result is the
-            one that was paused without the pause; with new weights its earlier tokens keep the log-probs and
-            version they were drawn under.
+        params: Sampling parameters.
+        seed: Random seed, any integer; it is taken modulo 2^64. Every random number of the request is a
+            function of (seed, position), so the result does not depend on which other requests are in the
+            batch (up to the rounding of batched matrix products).
+        group: Any hashable value that identifies the prompt. Requests with equal groups are samples of one
+            prompt: they share a prefill and model-free drafts, also with earlier requests of the same group.
+            ``None`` shares nothing.
+        resume: Paused rollout of the same prompt to continue. If the weights have not changed, the result
+            equals that of a run without the pause. If they have, the earlier tokens keep the log-probs and
+            the policy version they were sampled under.
     """
 
     prompt_ids: Sequence[int]
@@ -132,16 +140,16 @@ class Request:
 
 @dataclass(slots=True)
 class RolloutStats:
-    """What it took to produce one rollout.
+    """Counts the work that went into one rollout.
 
     Attributes:
-        steps: Target forwards that this sequence took part in after its prefill.
-        drafted: Draft tokens verified.
-        accepted: Draft tokens that were accepted.
-        preempted: Times that its cache was given up for others and read again.
-        prefilled: Known tokens that forwards read for it; those copied from a sequence that begins the same
-            do not count.
-        seconds: Wall time from submission to finish, of the last call.
+        steps: Number of target forwards that the sequence took part in after its prefill.
+        drafted: Number of draft tokens verified.
+        accepted: Number of draft tokens accepted.
+        preempted: Number of times that the sequence lost its cache to others and was prefilled again.
+        prefilled: Number of known tokens that forwards read for the sequence. Tokens copied from another
+            sequence with a shared prefix do not count.
+        seconds: Wall time of the last call, from submission to finish.
     """
 
     steps: int = 0
@@ -154,17 +162,18 @@ class RolloutStats:
 
 @dataclass(slots=True)
 class DistillationTrace:
-    """What verification saw of one rollout, for training a drafter; ``n = len(prompt) + len(completion)``.
+    """Holds the hidden states that verification saw in one rollout, for training a drafter.
+
+    Below, ``n = len(prompt) + len(completion)``.
 
     Attributes:
-        token_ids: int64 [n], prompt and completion.
-        num_prompt: Length of the prompt.
-        taps: [n - 1, taps * hidden], the target's tapped hidden states at positions ``0 .. n-2``.
-        final: [n - 1, hidden], what the target's output head read. Only rows ``num_prompt - 1 ..`` are filled
-            (those whose next token was generated); earlier rows are zero.
-        refused: int64 [R, 2], positions where verification refused a draft, and the draft tokens it refused
-            there.
-        refused_final: [R, hidden], what the target's output head read after those.
+        token_ids: Prompt and completion, int64 [n].
+        num_prompt: Length of the prompt in tokens.
+        taps: Tapped hidden states of the target at positions ``0 .. n-2``, [n - 1, taps * hidden].
+        final: Inputs of the target's output head, [n - 1, hidden]. Only rows from ``num_prompt - 1`` on,
+            whose next token was generated, are filled; earlier rows are zero.
+        refused: Rejected draft tokens, int64 [R, 2]: the position of each and its token id.
+        refused_final: Inputs of the target's output head after each rejected token, [R, hidden].
     """
 
     token_ids: torch.Tensor
@@ -177,22 +186,23 @@ class DistillationTrace:
 
 @dataclass(slots=True)
 class Rollout:
-    """One finished completion.
+    """Holds one finished completion.
 
     Attributes:
-        request: The request it answers.
-        token_ids: The completion's token ids, a final stop token included.
+        request: Request that the rollout answers.
+        token_ids: Token ids of the completion, including a final stop token.
         logprobs: Natural log-probability of each token under the processed distribution (after temperature,
-            top-k and top-p). At temperature 0 that distribution is a point mass, so the unscaled (temperature
-            1) one is used.
-        finish_reason: Why it ended.
+            top-k and top-p). At temperature 0 that distribution is a point mass, so the distribution at
+            temperature 1 is used instead.
+        finish_reason: Reason why the rollout ended.
         stats: Steps, drafted and accepted tokens.
-        segments: (policy version, tokens drawn under it), oldest first: more than one where the rollout was
-            paused and resumed after `RolloutEngine.refresh_weights`, which counts the version up.
-        entropies: Entropy in nats of the distribution that each token was drawn from, when the engine was
-            asked to collect it.
-        error: One line, when ``finish_reason`` is FAILED.
-        trace: Training data for a drafter, when the engine was asked to collect it.
+        segments: Pairs (policy version, number of tokens sampled under it), oldest first. There is more than
+            one if the rollout was paused and resumed after `RolloutEngine.refresh_weights`, which increments
+            the version.
+        entropies: Entropy in nats of the distribution that each token was sampled from, if the engine
+            collects it.
+        error: One-line error message if ``finish_reason`` is FAILED.
+        trace: Training data for a drafter, if the engine collects it.
     """
 
     request: Request

@@ -1,8 +1,9 @@
 """Random numbers as a pure function of (seed, position, stream).
 
-A generator with state would tie a request's numbers to how many draft tokens were verified before; a counter
-does not: position 17 of a request sees the same uniform whether it was reached by plain decoding or by
-    speculation.
+A stateful generator would make a request's numbers depend on how many draft tokens were verified before. A
+counter-based one does not: position 17 of a request sees the same uniform whether plain decoding or
+speculation reached it.
+
 The mixing function is the finalizer of SplitMix64 (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number
 Generators", OOPSLA 2014, section 3), applied once for each input.
 """
@@ -14,22 +15,22 @@ import enum
 import numpy as np
 import torch
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment, the odd integer nearest to 2^64 / φ
 
 
 class Stream(enum.IntEnum):
-    """Independent sequences of uniforms of one request."""
+    """Names the independent sequences of uniforms of one request."""
 
-    TARGET = 0  # draws a token from the target's (or the residual) distribution
+    TARGET = 0  # samples a token from the target's (or the residual) distribution
     ACCEPT = 1  # accepts or rejects a draft token
-    DRAFT = 2  # draws a token from the drafter's distribution
+    DRAFT = 2  # samples a token from the drafter's distribution
 
 
-_STEP_NUMBERS = 1 << 24  # more than one step of one request uses
+_NUMBERS_PER_STEP = 1 << 24  # more than one step of a request ever uses, so steps do not overlap
 
 
 def reduced_seed(seed: int) -> int:
-    """A seed modulo 2^64: what `uniforms` can tell apart."""
+    """Returns a seed modulo 2^64, the range that `uniforms` distinguishes."""
     return seed % 2**64
 
 
@@ -41,12 +42,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> torch.Tensor:
-    """Uniform numbers in [0, 1).
+    """Returns uniform numbers in [0, 1).
 
     Args:
-        seeds: uint64 or int64 [B], one a request.
-        positions: int64 [B, Q], absolute position of the token each number decides.
-        stream: Which of the request's sequences.
+        seeds: Seed of each request, uint64 or int64 [B].
+        positions: Absolute position of the token that each number decides, int64 [B, Q].
+        stream: Stream to read.
 
     Returns:
         float64 [B, Q] on the CPU.
@@ -60,16 +61,19 @@ def uniforms(seeds: np.ndarray, positions: np.ndarray, stream: Stream) -> torch.
 def step_uniforms(
     seeds: np.ndarray, roots: np.ndarray, first: int, count: int, stream: Stream
 ) -> torch.Tensor:
-    """Uniform numbers of one decode step, used at no other: a step that decided something with them must not
-    lend them to the next.
+    """Returns uniform numbers that belong to one decode step only.
+
+    If another step used them too, it would decide with numbers that an earlier decision has already
+    conditioned on.
 
     Args:
-        seeds: uint64 or int64 [B], one a request.
-        roots: int64 [B], tokens committed before the step, which no other step of the request shares.
-        first, count: Numbers ``first .. first + count - 1`` of the step.
-        stream: Which of the request's sequences.
+        seeds: Seed of each request, uint64 or int64 [B].
+        roots: Number of tokens committed before the step, int64 [B]; no two steps of a request share it.
+        first: Index within the step of the first number.
+        count: How many numbers to return.
+        stream: Stream to read.
 
     Returns:
         float64 [B, count] on the CPU.
     """
-    return uniforms(seeds, roots[:, None] * _STEP_NUMBERS + np.arange(first, first + count), stream)
+    return uniforms(seeds, roots[:, None] * _NUMBERS_PER_STEP + np.arange(first, first + count), stream)

@@ -1,9 +1,9 @@
-"""How much of the machine this process may use: cores by affinity and cgroups, memory by cgroups.
+"""Limits on this process's share of the machine: cores by affinity and cgroups, memory by cgroups.
 
-In a container, in a SLURM job or under ``taskset``, a process may use less than the whole machine. With a
-thread for every core of the machine it would run slower, and with a cache sized by the machine's free memory
-it would be killed. Both versions of cgroups are supported (Linux kernel, Documentation/admin-guide/cgroup-v1
-and cgroup-v2.rst); other systems have no limits but affinity.
+In a container, in a SLURM job or under ``taskset``, a process may use less than the whole machine. One thread
+for every core of the machine would slow it down, and a cache sized by the machine's free memory would get it
+killed. Both versions of cgroups are supported (Linux kernel, Documentation/admin-guide/cgroup-v1 and
+cgroup-v2.rst); on other systems only the affinity is read.
 """
 
 from __future__ import annotations
@@ -16,45 +16,43 @@ _PROC = Path("/proc/self")
 
 
 def usable_cores(proc: Path = _PROC) -> int:
-    """Returns the number of cores that this process may keep busy: its affinity or its CPU quota, rounded
-    down; at least 1.
-    """
+    """Returns the lower of CPU affinity and CPU quota in cores, rounded down to at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _cgroups("cpu", proc) if (quota := _cpu_quota(folder)) is not None]
     return max(int(min([cores, *quotas])), 1)
 
 
 def memory_limit(proc: Path = _PROC) -> int:
-    """Returns the bytes that this process may use in total: the machine's memory or the limit of its cgroups,
-    whichever is less.
-    """
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Returns the bytes this process may use in total: the lower of its memory and the cgroups' limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(
-        [whole, *(limit for folder in _cgroups("memory", proc) if (limit := _memory(folder)) is not None)]
+        [
+            total,
+            *(limit for folder in _cgroups("memory", proc) if (limit := _memory_quota(folder)) is not None),
+        ]
     )
 
 
 def available_memory(proc: Path = _PROC) -> int:
-    """Returns the bytes that can be allocated now: MemAvailable or what is left of the cgroups' limit,
-    whichever is less.
+    """Returns the bytes that can be allocated now: the lower of MemAvailable and the cgroups' headroom.
 
     Raises:
-        RuntimeError: when /proc/meminfo has no MemAvailable.
-        OSError: when there is no /proc/meminfo.
+        RuntimeError: /proc/meminfo has no MemAvailable.
+        OSError: There is no /proc/meminfo.
     """
     with Path("/proc/meminfo").open(encoding="ascii") as lines:
         free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     if free is None:
         raise RuntimeError("/proc/meminfo has no MemAvailable")
     for folder in _cgroups("memory", proc):
-        limit = _memory(folder)
+        limit = _memory_quota(folder)
         if limit is not None:
-            free = min(free, max(limit - _memory_held(folder), 0))
+            free = min(free, max(limit - _unreclaimable_memory(folder), 0))
     return free
 
 
 def _cgroups(controller: str, proc: Path) -> Iterator[Path]:
-    """Folders of the cgroups that limit this process, from its own to the root of what is mounted."""
+    """Yields the folders of the cgroups that limit this process, from its own up to the mounted root."""
     try:
         memberships = (proc / "cgroup").read_text().splitlines()
         mounts = (proc / "mountinfo").read_text().splitlines()
@@ -65,19 +63,23 @@ def _cgroups(controller: str, proc: Path) -> Iterator[Path]:
         if controllers and controller not in controllers.split(","):
             continue
         for mount in mounts:
-            place = _mounted(mount, controller if controllers else None)
-            if place is None:
+            found = _cgroup_mount(mount, controller if controllers else None)
+            if found is None:
                 continue
-            root, point = place
+            root, point = found
             inside = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
             folder = Path(point) / inside
             yield folder
             yield from (p for p in folder.parents if p.is_relative_to(point))
 
 
-def _mounted(mount: str, controller: str | None) -> tuple[str, str] | None:
-    """Root and mount point of a line of mountinfo, if it mounts the controller (version 1) or the one tree
-    (None, version 2).
+def _cgroup_mount(mount: str, controller: str | None) -> tuple[str, str] | None:
+    """Returns the root and the mount point of a line of mountinfo, or None if it is another kind of mount.
+
+    Args:
+        mount: Line of mountinfo.
+        controller: Controller that the mount must serve (cgroups version 1); None for the unified hierarchy
+            of version 2.
     """
     before, _, after = mount.partition(" - ")
     kind, _, options = [*after.split(" ", 2), "", ""][:3]
@@ -87,25 +89,28 @@ def _mounted(mount: str, controller: str | None) -> tuple[str, str] | None:
 
 
 def _cpu_quota(folder: Path) -> float | None:
-    """Cores that a cgroup may keep busy; None for no limit."""
-    whole = _read(folder / "cpu.max")
+    """Returns the number of cores that a cgroup may keep busy, or None if it has no limit."""
+    unified = _read(folder / "cpu.max")
     quota, period = (
-        whole.split() if whole else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+        unified.split()
+        if unified
+        else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
     )
     if not quota.isdigit() or not period.isdigit():  # "max", -1, or no file
         return None
     return int(quota) / int(period)
 
 
-def _memory(folder: Path) -> int | None:
-    """Bytes that a cgroup may use; None for no limit."""
+def _memory_quota(folder: Path) -> int | None:
+    """Returns the bytes that a cgroup may use, or None if it has no limit."""
     limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
     return int(limit) if limit.isdigit() else None
 
 
-def _memory_held(folder: Path) -> int:
-    """Bytes that a cgroup uses and cannot be made to give back: all but the file pages that were not read
-    lately.
+def _unreclaimable_memory(folder: Path) -> int:
+    """Returns the bytes that a cgroup uses and cannot reclaim.
+
+    The kernel reclaims inactive file pages under pressure, so they are not counted.
     """
     used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
     pages = dict(line.split() for line in _read(folder / "memory.stat").splitlines())

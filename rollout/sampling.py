@@ -1,4 +1,4 @@
-"""Logits to the one processed distribution that sampling, verification and log-probs all use."""
+"""Conversion of logits to the processed distribution that sampling, verification and log-probs share."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ import torch
 from paceline.rollout.api import SamplingParams
 from paceline.rollout.native import load_kernels
 
-_BLOCK = 256
+_BLOCK = 256  # weights summed together at the first level of `draw`
 
 
 def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The distribution tokens are drawn from: temperature, then top-k, then top-p, renormalised.
+    """Returns the distribution that tokens are sampled from.
 
-    Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``; top-p keeps the smallest prefix
+    The temperature is applied first, then top-k, then top-p; the result is renormalised.
+
+    Tokens tied with the k-th stay, as in transformers' ``TopKLogitsWarper``. Top-p keeps the smallest prefix
     of the sorted tokens whose mass reaches ``top_p`` (Holtzman et al., "The Curious Case of Neural Text
     Degeneration", section 3.1).
 
     Args:
-        logits: [B, Q, V], any float dtype.
-        params: One for each of the B rows. Temperature 0 gives a point mass on the first largest logit.
+        logits: Logits of any float dtype, [B, Q, V].
+        params: Sampling parameters of each of the B rows. Temperature 0 gives a point mass on the first
+            largest logit.
 
     Returns:
-        float32 [B, Q, V]; a row of non-finite logits gives NaN, which the caller must check.
+        float32 [B, Q, V]. A row of non-finite logits gives NaN, which the caller must check.
     """
     scaled = logits.float()
     divisors = [p.divisor for p in params]
-    # below the largest, so that no quotient overflows but to zero probability
+    # relative to the largest logit, a quotient can only overflow towards probability zero
     if any(d != 1.0 for d in divisors):
         scaled = (scaled - scaled.amax(-1, keepdim=True)) / torch.tensor(divisors, device=logits.device).view(
             -1, 1, 1
@@ -46,13 +49,14 @@ def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> t
 
 
 def _point_mass(logits: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Returns a point mass on the largest logit of each row; rows of NaN stay NaN."""
     best = logits.argmax(dim=-1, keepdim=True)
     mass = torch.zeros_like(probs).scatter_(-1, best, 1.0)
     return torch.where(probs.isnan(), probs, mass)
 
 
 def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """probs: float32 [R, V]."""
+    """Applies top-k, then top-p to float32 probabilities [R, V] and renormalises them."""
     if 0 < top_k < probs.shape[-1]:
         kth = probs.topk(top_k, dim=-1).values[..., -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -64,11 +68,10 @@ def _truncate(probs: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Zeroes what is outside the smallest set of likeliest tokens whose mass reaches ``top_p``; of equals the
-    first stay.
+    """Zeroes all but the smallest set of most likely tokens whose mass reaches ``top_p``.
 
-    The set is found among the few likeliest tokens, and only where their mass falls short among more: no sort
-    of the whole.
+    Of tied tokens, the first ones stay. To avoid sorting the whole vocabulary, the set is searched among a
+    few top tokens, and among more only if their mass falls short.
     """
     vocab, count = probs.shape[-1], 64
     while True:
@@ -79,45 +82,46 @@ def _keep_nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
         count *= 8
     last = (reached < top_p).sum(-1, keepdim=True).clamp_(max=values.shape[-1] - 1)
     threshold = values.gather(-1, last)
-    wanted_equals = last + 1 - (values > threshold).sum(-1, keepdim=True)
-    equal = probs == threshold
-    keep = (probs > threshold) | (equal & (equal.cumsum(-1) <= wanted_equals))
+    ties_to_keep = last + 1 - (values > threshold).sum(-1, keepdim=True)
+    tied = probs == threshold
+    keep = (probs > threshold) | (tied & (tied.cumsum(-1) <= ties_to_keep))
     return probs.masked_fill(~keep, 0.0)
 
 
 def draw_tokens(
     logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row from the processed distribution.
+    """Samples one token per row from the processed distribution.
 
     Args:
-        logits: [R, V], any float dtype.
-        params: One for each row. At temperature 0 the token is the first of the largest logits.
-        uniform: float64 [R] in [0, 1), on the CPU.
+        logits: Logits of any float dtype, [R, V].
+        params: Sampling parameters of each row. At temperature 0 the token is the first of the largest
+            logits.
+        uniform: Uniform numbers in [0, 1), float64 [R], on the CPU.
 
     Returns:
-        int64 [R] tokens and float32 [R] log-probs under the processed distribution (under the one at
-        temperature 1 where the temperature is 0). A row of unusable logits has log-prob NaN.
+        Tokens int64 [R] and their log-probs float32 [R] under the processed distribution (at temperature 0,
+            under the distribution at temperature 1). A row of unusable logits has log-prob NaN.
     """
     kernels = load_kernels(logits.device.type, logits.dtype)
     if kernels is None:
         return _draw_processed(logits, params, uniform)
     tokens, logprobs = kernels.draw(logits, kernel_temperatures(params), uniform)
     cut = [row for row, p in enumerate(params) if p.truncated]
-    if cut:  # the others are drawn as they would be without these beside them, bit for bit
+    if cut:  # the other rows stay bit for bit as they would be without truncated ones in the batch
         tokens[cut], logprobs[cut] = _draw_processed(logits[cut], [params[row] for row in cut], uniform[cut])
     return tokens, logprobs
 
 
 def kernel_temperatures(params: Sequence[SamplingParams]) -> torch.Tensor:
-    """float32, as the native kernels take them: 0 is greedy."""
+    """Returns the temperatures as float32 for the native kernels, where 0 means greedy."""
     return torch.tensor([0.0 if p.greedy else p.divisor for p in params], dtype=torch.float32)
 
 
 def _draw_processed(
     logits: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw_tokens` on torch's operators."""
+    """Implements `draw_tokens` with torch operators."""
     probs = processed_probs(logits[:, None], params)[:, 0]
     tokens = draw(probs, uniform.to(logits.device))
     greedy = torch.tensor([p.greedy for p in params], device=logits.device)
@@ -130,14 +134,15 @@ def _draw_processed(
 
 
 def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draws one index a row in proportion to ``weights`` by inverting the cumulative sum.
+    """Samples one index per row in proportion to ``weights`` by inverting the cumulative sum.
 
-    The sum is taken in two levels (blocks of 256, then within the chosen block), in float64 at the first, so
-    that no full-vocabulary scan is needed and small probabilities are not lost to rounding.
+    The sum has two levels, over blocks of 256 and then within the chosen block, and the first is in float64.
+    This avoids a scan of the full vocabulary and does not lose small probabilities to rounding.
 
     Args:
-        weights: float32 [R, V], non-negative, not necessarily normalised, each row's sum positive.
-        uniform: float64 [R] in [0, 1).
+        weights: Non-negative weights, float32 [R, V], not necessarily normalised; the sum of each row is
+            positive.
+        uniform: Uniform numbers in [0, 1), float64 [R].
 
     Returns:
         int64 [R]. A token of weight zero is never returned.
@@ -157,8 +162,9 @@ def draw(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest_positive(weights: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Rounding can carry the search just past the last positive weight; then take the likeliest token
-    instead.
+    """Replaces tokens of weight zero by the most likely token of the row.
+
+    Rounding can carry the search just past the last positive weight.
     """
     token = token.clamp(max=weights.shape[-1] - 1)
     chosen = weights.gather(1, token)

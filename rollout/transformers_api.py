@@ -1,17 +1,16 @@
-"""The engine's contract with transformers: the keywords, and the cache and attention interfaces, that the
-engine relies on.
+"""The only module that depends on transformers' keywords and on its cache and attention interfaces.
 
-transformers renames keywords between minor releases: 5.24 calls ``cache`` what 5.23 called
-    ``past_key_values``, in models, in
-decoder layers and in attention modules. The engine therefore recognizes what a model hands to its layers by
-type, never by name, and looks up the one name that it has to write itself. What it relies on:
+transformers renames keywords between minor releases: what 5.23 called ``past_key_values`` in models, decoder
+layers and attention modules, 5.24 calls ``cache``. The engine therefore recognizes what a model passes to its
+layers by type, never by name, and looks up the one name that it has to write itself. It relies on the
+following:
 
 - a causal LM's forward takes ``input_ids``, ``position_ids``, ``use_cache``, ``logits_to_keep`` and one
-  argument annotated as a `Cache`, returns ``logits``, and hands keyword arguments that it does not know to
-  its layers and attention functions;
+  argument annotated as a `Cache`, returns ``logits``, and passes keyword arguments that it does not know on
+  to its layers and attention functions;
 - a decoder layer takes hidden states [B, Q, hidden], one pair (cos, sin) and the cache, under any names;
-- attention functions come from `AttentionInterface`; for one whose name the mask functions do not know, no
-  mask is made;
+- attention functions come from `AttentionInterface`, and no mask is built for a function whose name the mask
+  functions do not know;
 - an attention module stores keys and values through `Cache.update(keys, values, layer_index)` and attends
   over what that returns.
 
@@ -39,8 +38,8 @@ __all__ = [
     "DynamicCache",
     "ObservedCall",
     "cache_argument",
+    "first_instance",
     "hidden_states_in",
-    "of_type",
     "register_attention",
     "rotary_in",
     "run_causal_lm",
@@ -49,24 +48,24 @@ __all__ = [
     "version",
 ]
 
-TESTED_RELEASES = ">=5.17,<5.25"  # as in pyproject.toml; a test compares the two
+TESTED_RELEASES = ">=5.17,<5.25"  # equal to the range in pyproject.toml, which a test checks
 _CACHE_NAMES = ("cache", "past_key_values")
 
 T = TypeVar("T")
 
 
 def version() -> str:
-    """The installed release of transformers."""
+    """Returns the installed release of transformers."""
     return transformers.__version__
 
 
 def supports_attention_backend(model: PreTrainedModel) -> bool:
-    """Whether the model's attention modules call a function that can be replaced."""
+    """Returns whether the model's attention modules call a replaceable attention function."""
     return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Makes an attention function known under ``name``, for `use_attention`."""
+    """Registers an attention function under ``name``, for `use_attention`."""
     AttentionInterface.register(name, function)
 
 
@@ -81,38 +80,45 @@ def run_causal_lm(
     positions: torch.Tensor,
     cache: Cache,
     keep: int | torch.Tensor = 0,
-    **through: Any,
+    **attention_kwargs: Any,
 ) -> torch.Tensor:
     """Runs a causal LM over a cache.
 
     Args:
-        model: The model.
-        tokens: int64 [B, Q].
-        positions: int64 [B, Q], position of each token in its text.
-        cache: Where keys and values are stored and read.
-        keep: Indices int64 [K] of the tokens whose logits are wanted; 0 for all, n > 0 for the last n.
-        through: Keyword arguments for the attention functions.
+        model: Model to run.
+        tokens: Token ids, int64 [B, Q].
+        positions: Position of each token in its text, int64 [B, Q].
+        cache: Cache that stores and returns keys and values.
+        keep: Indices int64 [K] of the tokens whose logits are returned; 0 for all, n > 0 for the last n.
+        attention_kwargs: Keyword arguments passed through the model to its attention functions.
 
     Returns:
         Logits [B, Q or K, V].
 
     Raises:
-        TypeError: when the model's forward takes no cache.
+        TypeError: The model's forward takes no cache.
     """
     names = {cache_argument(type(model).forward): cache}
     out = model(
-        input_ids=tokens, position_ids=positions, use_cache=True, logits_to_keep=keep, **names, **through
+        input_ids=tokens,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=keep,
+        **names,
+        **attention_kwargs,
     )
     return out.logits
 
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name of the argument that takes a cache, in the forward of a model, a decoder layer or an attention
-    module.
+    """Returns the name of a forward's cache argument.
+
+    Args:
+        forward: Forward of a model, a decoder layer or an attention module.
 
     Raises:
-        TypeError: when it has none.
+        TypeError: It has no such argument.
     """
     parameters = inspect.signature(forward).parameters
     for name in _CACHE_NAMES:
@@ -121,37 +127,37 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     for name, parameter in parameters.items():
         if "Cache" in str(parameter.annotation):
             return name
-    raise TypeError(f"{forward.__qualname__} takes no argument that is annotated as a Cache")
+    raise TypeError(f"{forward.__qualname__} takes no argument annotated as a Cache")
 
 
-def of_type(kind: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
-    """The first argument of a call that is an instance of ``kind``.
+def first_instance(kind: type[T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    """Returns the first argument of a call that is an instance of ``kind``.
 
     Raises:
-        TypeError: when there is none.
+        TypeError: There is none.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, kind):
             return value
-    raise TypeError(f"transformers {version()} hands no {kind.__name__} to its decoder layers")
+    raise TypeError(f"transformers {version()} passes no {kind.__name__} to this model's decoder layers")
 
 
 def hidden_states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """The hidden states [B, Q, hidden] among the arguments of a decoder layer or an output head.
+    """Returns the hidden states [B, Q, hidden] among the arguments of a decoder layer or an output head.
 
     Raises:
-        TypeError: when there are none.
+        TypeError: There are none.
     """
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
             return value
-    raise TypeError(f"transformers {version()} hands no hidden states to its decoder layers")
+    raise TypeError(
+        f"transformers {version()} passes no hidden states [B, Q, hidden] to this model's decoder layers"
+    )
 
 
 def rotary_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The pair (cos, sin) among the arguments of a decoder layer; None for a model without rotary
-    embeddings.
-    """
+    """Returns the pair (cos, sin) among a decoder layer's arguments, or None without rotary embeddings."""
     for value in (*args, *kwargs.values()):
         if _is_rotary(value):
             return value
@@ -164,36 +170,38 @@ def _is_rotary(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ObservedCall:
-    """The arguments that a model handed to one of its decoder layers, to call a layer of that kind again.
+    """Records the arguments that a model passed to a decoder layer, so that the call can be repeated.
 
     Attributes:
-        args, kwargs: The arguments.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def again(
+    def replay(
         self,
         layer: nn.Module,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
         cache: Cache,
-        **through: Any,
+        **attention_kwargs: Any,
     ) -> torch.Tensor:
-        """Calls a layer with other tensors in the places of those observed.
+        """Calls a layer with the given tensors in place of the observed ones.
 
         Args:
-            layer: The layer.
-            hidden_states: [B, Q, hidden].
-            rotary: cos and sin [B, Q, d].
-            positions: int64 [B, Q].
-            cache: Where the layer stores keys and values.
-            through: Keyword arguments for the attention function, in the places of those of the same name.
+            layer: Layer to call.
+            hidden_states: Hidden states, [B, Q, hidden].
+            rotary: cos and sin, [B, Q, d] each.
+            positions: Position of each token, int64 [B, Q].
+            cache: Cache that the layer stores keys and values in.
+            attention_kwargs: Keyword arguments for the attention function; they replace observed ones of the
+                same name.
 
         Returns:
-            The layer's output [B, Q, hidden].
+            Output of the layer, [B, Q, hidden].
         """
 
         def replaced(value: Any) -> Any:
@@ -207,5 +215,5 @@ class ObservedCall:
 
         args = [replaced(value) for value in self.args]
         kwargs = {name: replaced(value) for name, value in self.kwargs.items()}
-        out = layer(*args, **{**kwargs, **through})
+        out = layer(*args, **{**kwargs, **attention_kwargs})
         return out[0] if isinstance(out, tuple) else out

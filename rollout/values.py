@@ -1,6 +1,4 @@
-"""Reads numbers and lists that users give (Python's, numpy's or torch's), and writes values and errors on one
-line of a message.
-"""
+"""Conversion of user-given numbers and lists (Python, numpy or torch), and one-line text for messages."""
 
 from __future__ import annotations
 
@@ -13,26 +11,27 @@ from typing import Any
 import numpy as np
 import torch
 
-_SHOWN = 60
+_MAX_REPR_LENGTH = 60  # keeps an error message on one readable line
 
 
-def shown(value: object) -> str:
-    """A value in a message: one short line, whatever its ``repr`` does."""
+def short_repr(value: object) -> str:
+    """Returns one short line that shows a value in a message, even if its ``repr`` fails."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a broken object is still named
+    except Exception:  # an object with a broken repr is still named by its type
         text = f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return text if len(text) <= _MAX_REPR_LENGTH else text[: _MAX_REPR_LENGTH - 3] + "..."
 
 
 def error_line(error: Exception) -> str:
-    """An error's type and the beginning of its message."""
+    """Returns an error's type and the first 200 characters of its message, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def whole_number(value: Any) -> int | None:
-    """A whole number of Python, numpy or a torch tensor of one; None for anything else, booleans and 2.0
-    among it.
+def as_int(value: Any) -> int | None:
+    """Returns an integer of Python, numpy or a zero-dimensional torch tensor as an int.
+
+    Returns None for anything else, including booleans and 2.0.
     """
     if type(value) is int:
         return value
@@ -46,8 +45,8 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-def real_number(value: Any) -> float | None:
-    """A finite number as a float; None for anything else, booleans among it."""
+def as_finite_float(value: Any) -> float | None:
+    """Returns a finite number as a float, or None for anything else, including booleans."""
     if (
         isinstance(value, torch.Tensor | np.ndarray)
         and value.ndim == 0
@@ -63,9 +62,10 @@ def real_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def listed(value: Any) -> list[Any] | None:
-    """The elements of a list, tuple, set, range, or one-dimensional array or tensor; None for anything else,
-    text among it.
+def as_list(value: Any) -> list[Any] | None:
+    """Returns the elements of a list, tuple, set, range, or one-dimensional array or tensor.
+
+    Returns None for anything else, including text.
     """
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist() if value.ndim == 1 else None
@@ -74,10 +74,10 @@ def listed(value: Any) -> list[Any] | None:
     return list(value)
 
 
-def token_list(value: Any) -> list[int] | None:
-    """Token ids as whole numbers; None where it is no list of such."""
-    items = listed(value)
+def as_token_ids(value: Any) -> list[int] | None:
+    """Returns token ids as a list of ints, or None if the value is not a sequence of integers."""
+    items = as_list(value)
     if items is None or all(type(item) is int for item in items):
         return items
-    numbers_ = [whole_number(item) for item in items]
-    return None if None in numbers_ else [n for n in numbers_ if n is not None]
+    integers = [as_int(item) for item in items]
+    return None if None in integers else [n for n in integers if n is not None]

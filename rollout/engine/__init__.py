@@ -1,1 +1,1 @@
-"""The engine: which requests hold slots, what is drafted and verified in a step, and what is handed back."""
+"""The engine: schedules requests onto slots, drafts, verifies and commits tokens, and returns rollouts."""

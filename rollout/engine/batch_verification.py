@@ -1,4 +1,4 @@
-"""One verification of a batch: logits to the tokens that each sequence commits, and their log-probs."""
+"""Verification of one batch: turns logits into the tokens that each sequence commits and their log-probs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from paceline.rollout.verify import Uniforms, Verifier, default_verifier, verify
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """What one target forward decided, one entry a sequence.
+    """Holds what one target forward decided, with one entry per sequence.
 
     Attributes:
-        paths: Draft nodes kept, root first.
-        tokens: Kept draft tokens and the token after them.
-        logprobs: Of those tokens.
-        finite: Whether the logits were all usable; where not, the other entries mean nothing.
+        paths: Accepted draft nodes, root first.
+        tokens: Accepted draft tokens and the token sampled after them.
+        logprobs: Log-probs of those tokens.
+        finite: Whether all the logits used were finite. If not, the sequence's other entries are meaningless.
     """
 
     paths: list[list[int]]
@@ -45,29 +45,29 @@ def verify_batch(
 
     Args:
         sequences: B sequences.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
-            nodes.
+        logits: Logits [R, V]: for each sequence in turn, those after its last committed token and after each
+            of its draft nodes.
         draft: Chains or trees of up to N nodes.
-        verifier: For drawn drafts; None takes token-by-token verification for chains and recursive for trees.
-            Deterministic
-            drafts need none: nothing accepts more of them than following the target's own draws.
+        verifier: Verifier of sampled drafts; None selects token-by-token verification for chains and
+            recursive verification for trees. Deterministic drafts need none: no verifier accepts more of them
+            than following the target's own samples.
 
     Raises:
-        ValueError: when the verifier does not take such a draft.
+        ValueError: The verifier does not cover such drafts.
     """
     counts = draft.lengths.numpy() + 1
     first = np.array([len(s.tokens) for s in sequences])
     if draft.kind is DraftKind.FIXED or draft.nodes == 0:
         kernels = load_kernels(logits.device.type, logits.dtype)
         if kernels is not None and not any(s.request.params.truncated for s in sequences):
-            return _followed(kernels, sequences, logits, draft, counts, first)
-        return _deterministic(sequences, logits, draft, counts, first)
-    return _sampled(
+            return _verify_natively(kernels, sequences, logits, draft, counts, first)
+        return _verify_fixed(sequences, logits, draft, counts, first)
+    return _verify_sampled(
         sequences, logits, draft, counts, first, verifier or default_verifier(draft.parents is None)
     )
 
 
-def _followed(
+def _verify_natively(
     kernels: Kernels,
     sequences: Sequence[SequenceState],
     logits: torch.Tensor,
@@ -75,7 +75,7 @@ def _followed(
     counts: np.ndarray,
     first: np.ndarray,
 ) -> BatchOutcome:
-    """The same as `_deterministic`, drawing on the way down only."""
+    """Does the work of `_verify_fixed` with native kernels, which sample along the accepted path only."""
     rows, nodes = torch.from_numpy(counts.cumsum() - counts), draft.lengths
     parents = chain_parents(*draft.tokens.shape) if draft.parents is None else draft.parents
     seeds = seeds_of(sequences)
@@ -93,13 +93,14 @@ def _followed(
     )
 
 
-def _deterministic(
+def _verify_fixed(
     sequences: Sequence[SequenceState],
     logits: torch.Tensor,
     draft: DraftTree,
     counts: np.ndarray,
     first: np.ndarray,
 ) -> BatchOutcome:
+    """Samples a token after every node, then accepts the nodes that agree with these samples."""
     ends = counts.cumsum()
     starts = ends - counts
     params = [p for s, count in zip(sequences, counts, strict=True) for p in [s.request.params] * int(count)]
@@ -112,13 +113,13 @@ def _deterministic(
     outcome = verify_deterministic(drawn.long()[rows], DraftTree(drafted.long(), draft.lengths, parents))
     finite = torch.isfinite(drawn_logprobs)
     paths = [path[:a] for path, a in zip(outcome.path.tolist(), outcome.accepted.tolist(), strict=True)]
-    # the token drawn after the last committed one, and after each accepted node
-    kept = [
+    # rows of the tokens sampled after the last committed token and after each accepted node
+    sampled_rows = [
         [int(start), *(int(start) + 1 + node for node in path)]
         for start, path in zip(starts, paths, strict=True)
     ]
-    flat = torch.tensor([row for rows in kept for row in rows])
-    sizes = [len(rows) for rows in kept]
+    flat = torch.tensor([row for rows in sampled_rows for row in rows])
+    sizes = [len(rows) for rows in sampled_rows]
     return BatchOutcome(
         paths,
         [part.tolist() for part in drawn.long()[flat].split(sizes)],
@@ -128,7 +129,7 @@ def _deterministic(
 
 
 def _depths(parents: torch.Tensor | None, counts: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """int64 [R], depth of each row's token below the last committed one."""
+    """Returns the depth of each row's token below the last committed one, int64 [R]."""
     if parents is None:
         return np.arange(counts.sum()) - np.repeat(starts, counts)
     depth = torch.nn.functional.pad(tree_shape(parents)[0], (1, 0)).numpy()
@@ -136,7 +137,10 @@ def _depths(parents: torch.Tensor | None, counts: np.ndarray, starts: np.ndarray
 
 
 def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Float64 copies on the CPU, fetched from a GPU in one transfer; exact for token ids and float32."""
+    """Returns the tensors on the CPU, fetched from a GPU in a single transfer.
+
+    The transfer goes through float64, which is exact for token ids and float32.
+    """
     if all(t.device.type == "cpu" for t in tensors):
         return list(tensors)
     device = next(t.device for t in tensors if t.device.type != "cpu")
@@ -147,7 +151,7 @@ def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
     ]
 
 
-def _sampled(
+def _verify_sampled(
     sequences: Sequence[SequenceState],
     logits: torch.Tensor,
     draft: DraftTree,
@@ -155,9 +159,11 @@ def _sampled(
     first: np.ndarray,
     verifier: Verifier,
 ) -> BatchOutcome:
+    """Verifies sampled drafts with a verifier that reads the processed distributions."""
     device, nodes = logits.device, draft.nodes
     params = [s.request.params for s in sequences]
-    at = np.minimum(np.arange(nodes + 1), counts[:, None] - 1)  # past a sequence's end its last row stands in
+    # past the end of a sequence's draft, its last row serves as padding
+    at = np.minimum(np.arange(nodes + 1), counts[:, None] - 1)
     padded = logits[torch.from_numpy((counts.cumsum() - counts)[:, None] + at).to(device)]
     probs = processed_probs(padded, params)
     seeds = seeds_of(sequences)
@@ -171,9 +177,9 @@ def _sampled(
     path = torch.nn.functional.pad(outcome.path.clamp(min=0), (0, 1))
     chosen = draft.tokens.gather(1, path.clamp(max=nodes - 1))
     chosen = torch.where(index == outcome.accepted[:, None], outcome.next_token[:, None], chosen)
-    # the row whose distribution each chosen token came from
-    after = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))
-    logprobs = _logprobs(probs, padded, params, after, chosen)
+    # the row whose distribution each chosen token was sampled from
+    sampled_from = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))
+    logprobs = _logprobs(probs, padded, params, sampled_from, chosen)
     finite = torch.isfinite(padded.amax(-1)).all(-1)
     accepted, kept, tokens, values, usable = _to_host(outcome.accepted, path, chosen, logprobs, finite)
     sizes = [int(a) for a in accepted.tolist()]
@@ -192,8 +198,14 @@ def _logprobs(
     rows: torch.Tensor,
     tokens: torch.Tensor,
 ) -> torch.Tensor:
-    """float32 [B, N + 1] log-probs of ``tokens`` in ``rows``, both int64 [B, N + 1]; at temperature 0 those
-    of the unscaled distribution.
+    """Returns log-probs float32 [B, N + 1]; at temperature 0 those of the unscaled distribution.
+
+    Args:
+        probs: Processed distributions, [B, N + 1, V].
+        logits: Logits, [B, N + 1, V].
+        params: Sampling parameters of each sequence.
+        rows: Row of ``probs`` that each token was sampled from, int64 [B, N + 1].
+        tokens: Token ids, int64 [B, N + 1].
     """
     batch = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = probs[batch, rows, tokens].log()

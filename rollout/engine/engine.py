@@ -23,8 +23,8 @@ from paceline.rollout.engine.rejections import record_rejections
 from paceline.rollout.engine.request_validation import (
     EngineBusyError,
     RequestLimits,
-    problem_with,
-    refused_rollout,
+    failed_rollout,
+    validate_request,
 )
 from paceline.rollout.engine.scheduler import Scheduler
 from paceline.rollout.engine.speculation import Speculation
@@ -38,20 +38,27 @@ from paceline.rollout.model.text_limits import TextLimit
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
-from paceline.rollout.values import listed, shown, whole_number
+from paceline.rollout.values import as_int, as_list, short_repr
 from paceline.rollout.verify import Verifier
 
 _NOT_FINITE = (
-    "the policy's logits are not finite (NaN or infinite): check the last update's gradient norm and "
-    "learning rate"
+    "the policy's logits are not finite (NaN or infinite): check the gradient norm of the last update and "
+    "lower the learning rate"
 )
+# receives (index, snapshot) of each request that reached a mark; returns requests to add
 OnMark = Callable[[list[tuple[int, Rollout]]], Sequence[Request]]
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One decode step, for timelines: seconds since the call began, active sequences, what ran, tokens
-    committed.
+    """Records one decode step, for timelines.
+
+    Attributes:
+        at: Seconds since the call began.
+        active: Number of active sequences.
+        strategy: Strategy that ran, as text.
+        committed: Number of tokens committed.
+        feedback: Measurements that the strategy selector received.
     """
 
     at: float
@@ -62,41 +69,44 @@ class StepRecord:
 
 
 class RolloutEngine:
-    """Decodes rollouts on the trainer's own parameters, losslessly, with speculation where measured times say
-    it pays.
+    """Decodes rollouts losslessly on the trainer's own parameters, and speculates where that saves time.
 
     Args:
-        model: The trainer's unwrapped causal LM; docs/models.md lists the families that are tested.
-        dtype: What to compute in; parameters are shared with the trainer where this is their dtype.
-        max_slots: Sequences decoded together.
-        max_context: Most tokens of prompt and completion together; fewer where the model sets a limit to its
-            texts, with a warning.
-        max_nodes: Most draft tokens of a sequence that one forward verifies.
+        model: The trainer's unwrapped causal LM; docs/models.md lists the tested families.
+        dtype: Compute dtype. Parameters of this dtype are shared with the trainer.
+        max_slots: Maximum number of sequences decoded together.
+        max_context: Maximum number of tokens of prompt and completion together. It is lowered, with a
+            warning, if the model limits the length of its texts.
+        max_nodes: Maximum number of draft tokens per sequence that one forward verifies.
         tap_layers: Layers whose inputs are kept for drafters and traces; empty keeps nothing.
-        collect_traces: Attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
-        collect_entropies: Note the entropy that each token was drawn under (`Rollout.entropies`).
-        decode_text: Token ids → text, needed for stop strings only. It should keep special tokens, or a stop
-            string that is one is
-            never met: ``lambda ids: tokenizer.decode(ids, skip_special_tokens=False)``.
-        kv_memory_bytes: Limit of the cache; None for the free memory. Where it is less than ``max_slots`` ×
-            ``max_context`` needs, sequences are admitted by it, and preempted when they grow past it.
-        prefill_tokens: Most prompt tokens that one forward reads; longer prompts are read in pieces.
-        lengths: Predicts completion lengths for the order of admission; None learns them from what it sees.
-        graphs: Decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so on CUDA.
-            Without CUDA, True pads to the same buckets and runs them as they are, for tests.
-        budgets: How a strategy's draft tokens are shared out over the batch: ``uniform``, or ``length_aware``
-            for more where more is left to decode.
+        collect_traces: Whether to attach a `DistillationTrace` to every rollout. Needs ``tap_layers``.
+        collect_entropies: Whether to record the entropy that each token was sampled under
+            (`Rollout.entropies`).
+        decode_text: Function from token ids to text, needed only for stop strings. It should keep special
+            tokens, or a stop string that is one never matches: ``lambda ids: tokenizer.decode(ids,
+            skip_special_tokens=False)``.
+        kv_memory_bytes: Memory limit of the KV cache; None for the free memory. If it is less than
+            ``max_slots`` × ``max_context`` needs, fewer sequences are admitted, and sequences are preempted
+            when they outgrow it.
+        prefill_tokens: Maximum number of prompt tokens that one forward reads; longer prompts are read in
+            pieces.
+        lengths: Predictor of completion lengths for the order of admission; None learns from observed
+            lengths.
+        graphs: Whether to decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so
+            on CUDA. Without CUDA, True pads to the same buckets but runs them uncaptured, for tests.
+        budgets: Rule that distributes a strategy's draft tokens over the batch: ``uniform``, or
+            ``length_aware`` to give more to sequences with more left to decode.
 
     Attributes:
-        policy_version: Counted up by `refresh_weights`.
-        kept: Keys and values of ended sequences, for later calls; keeps nothing until its ``most_tokens`` is
-            set.
-        records: The decode steps of the last call.
-        prefill_seconds: What reading prompts took in the last call.
+        policy_version: Number of calls of `refresh_weights` so far.
+        kept: Keys and values of finished sequences, kept for later calls. It keeps nothing until its
+            ``most_tokens`` is set.
+        records: Decode steps of the last call.
+        prefill_seconds: Seconds spent on reading prompts in the last call.
 
     Raises:
-        MemoryError: when the cache cannot hold one sequence of ``max_context``, with numbers.
-        ValueError: for a model that cannot run in the engine.
+        MemoryError: The cache cannot hold one sequence of ``max_context``; the message has the numbers.
+        ValueError: The model cannot run in the engine, or an argument is out of range.
     """
 
     def __init__(
@@ -118,9 +128,11 @@ class RolloutEngine:
         budgets: str = "uniform",
     ) -> None:
         if collect_traces and not tap_layers:
-            raise ValueError("collect_traces needs tap_layers: pass default_tap_layers(num_layers)")
+            raise ValueError(
+                "collect_traces needs tap_layers: write tap_layers=default_tap_layers(num_layers)"
+            )
         if not 1 <= max_nodes <= MOST_NODES:
-            raise ValueError(f"max_nodes is {max_nodes}: write 1 to {MOST_NODES}")
+            raise ValueError(f"max_nodes is {max_nodes}: write an integer from 1 to {MOST_NODES}")
         self.max_nodes = max_nodes
         self.collect_traces, self.collect_entropies = collect_traces, collect_entropies
         self.runner = ModelRunner(
@@ -131,7 +143,7 @@ class RolloutEngine:
             tap_layers=tap_layers,
             limit_bytes=kv_memory_bytes,
         )
-        self.max_context = _fitting(max_context, type(model).__name__, self.runner.limit)
+        self.max_context = _supported_context(max_context, type(model).__name__, self.runner.limit)
         self.scheduler = Scheduler(max_slots, lengths)
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
@@ -146,104 +158,113 @@ class RolloutEngine:
         self._decode_text = decode_text
         self._cancelled: set[int] = set()
         self._stops: dict[int, StopCondition] = {}
-        self._held = threading.Lock()
+        self._lock = threading.Lock()
         self._device = model.device
 
     @staticmethod
     def capacity_for(max_context: int, max_nodes: int) -> int:
-        """Tokens a slot must hold: the context, a whole draft past its end, and one place that padding may
-        overwrite.
-        """
+        """Returns the tokens a slot must hold: the context, a draft past its end, and a place for padding."""
         return max_context + max_nodes + 2
 
     @property
     def fusion(self) -> str:
-        """Which decoder layers run fused, in one line."""
+        """A one-line summary of the decoder layers that run fused."""
         return self.runner.view.fusion
 
     @property
     def drafters(self) -> dict[str, Drafter]:
-        """Those there are, by name."""
+        """The available drafters by name."""
         return self.speculation.drafters
 
     def add_drafter(self, drafter: Drafter) -> None:
-        """Makes a drafter available to strategies, under its name: see `Speculation.add_drafter`."""
-        with self._alone("add_drafter"):
+        """Makes a drafter available to strategies under its name; see `Speculation.add_drafter`."""
+        with self._exclusive("add_drafter"):
             self.speculation.add_drafter(drafter)
 
     def use_strategy(self, strategy: Strategy | str) -> None:
-        """Fixes what every step runs, or ``"adaptive"``: see `Speculation.use_strategy`."""
-        with self._alone("use_strategy"):
+        """Fixes every step's strategy, or adapts it (``"adaptive"``); see `Speculation.use_strategy`."""
+        with self._exclusive("use_strategy"):
             self.speculation.use_strategy(strategy)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
-        """Chooses at each step from measured times: see `Speculation.adapt`."""
-        with self._alone("adapt"):
+        """Selects each step's strategy from measured times; see `Speculation.adapt`."""
+        with self._exclusive("adapt"):
             self.speculation.adapt(arms, **options)
 
     def verify_with(self, verifier: Verifier | str | None) -> None:
-        """Verifies drawn drafts by this: see `Speculation.verify_with`."""
-        with self._alone("verify_with"):
+        """Sets the verifier of sampled drafts; see `Speculation.verify_with`."""
+        with self._exclusive("verify_with"):
             self.speculation.verify_with(verifier)
 
     def refresh_weights(self) -> None:
-        """Call after each update of the policy: renews the casts and packed forms that do not share memory
-        with it.
+        """Makes the engine use the policy's updated weights; call it after each update.
+
+        It renews casts and packed copies, which do not share memory with the policy, and drops kept prefixes.
         """
-        with self._alone("refresh_weights"):
+        with self._exclusive("refresh_weights"):
             self.runner.refresh_weights()
             self.kept.clear()
             self.policy_version += 1
 
     def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """How the policy reads prompts, for predictions about what it will say. Not while requests are in
-        flight.
+        """Returns the policy's hidden state after each prompt, for predictions about its completion.
 
         Args:
-            prompts: Token ids of each, at least one and fewer than the context.
+            prompts: Token ids of each prompt, at least one and fewer than the context.
 
         Returns:
-            float32 [len(prompts), hidden], what the output head reads after the last token.
+            Inputs of the output head after the last token, float32 [len(prompts), hidden].
+
+        Raises:
+            EngineBusyError: Requests are in flight.
         """
-        with self._alone("prompt_states"):
-            found = [self.runner.prompt_states(part) for part in self._portions(prompts)]
-        return torch.cat(found) if found else torch.empty(0, self.runner.hidden_size)
+        with self._exclusive("prompt_states"):
+            states = [self.runner.prompt_states(part) for part in self._prefill_batches(prompts)]
+        return torch.cat(states) if states else torch.empty(0, self.runner.hidden_size)
 
     def read_traces(self, rollouts: Sequence[Rollout]) -> None:
-        """Attaches to finished rollouts that something else has decoded what ``collect_traces`` would have:
-        one forward of the present policy over each. Needs ``tap_layers``; not while requests are in
-        flight.
+        """Attaches the traces of ``collect_traces`` to finished rollouts that another engine has decoded.
+
+        It runs one forward of the current policy over each rollout. Needs ``tap_layers``.
+
+        Args:
+            rollouts: Rollouts whose ``trace`` is set.
+
+        Raises:
+            EngineBusyError: Requests are in flight.
         """
-        with self._alone("read_traces"):
-            drawn = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
-            waiting = [SequenceState(request, i, self.max_context) for i, request in drawn]
-            for part in self._portions([s.tokens[:-1] for s in waiting]):
-                here, waiting = waiting[: len(part)], waiting[len(part) :]
+        with self._exclusive("read_traces"):
+            completed = [(i, replace(r.request, resume=r)) for i, r in enumerate(rollouts) if r.token_ids]
+            waiting = [SequenceState(request, i, self.max_context) for i, request in completed]
+            for part in self._prefill_batches([s.tokens[:-1] for s in waiting]):
+                batch, waiting = waiting[: len(part)], waiting[len(part) :]
                 chunks = [
                     Chunk(slot, tokens, 0, s.num_prompt - 1)
-                    for slot, (tokens, s) in enumerate(zip(part, here, strict=True))
+                    for slot, (tokens, s) in enumerate(zip(part, batch, strict=True))
                 ]
                 for pieces in split_prefill(chunks, self.prefill_tokens):
                     self.runner.prefill(pieces)
-                for slot, s in enumerate(here):
+                for slot, s in enumerate(batch):
                     rollouts[s.index].trace = self.runner.trace(s, slot)
 
     @contextmanager
-    def _alone(self, call: str) -> Iterator[None]:
-        """Holds the engine for one call, of whatever thread: two at once would share slots."""
-        if not self._held.acquire(blocking=False):
+    def _exclusive(self, call: str) -> Iterator[None]:
+        """Reserves the engine for one call across all threads: two calls at once would share slots."""
+        if not self._lock.acquire(blocking=False):
             raise EngineBusyError(
-                f"{call} while the engine serves another call: wait for it, and finish a stream or close() "
-                "it; for more at once "
-                "use more engines, or generate's arrivals"
+                f"{call} was called while the engine serves another call: wait for it (exhaust or close() a "
+                "stream), pass more requests through generate's arrivals, or use another engine"
             )
         try:
             yield
         finally:
-            self._held.release()
+            self._lock.release()
 
-    def _portions(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-        """As many at a time as one forward reads and the cache, made ready for them, holds."""
+    def _prefill_batches(self, texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+        """Splits texts into batches that one forward reads and the cache holds.
+
+        The cache is laid out for each batch before it is yielded.
+        """
         waiting, cache = list(texts), self.runner.cache
         while waiting:
             longest, count = 0, 0
@@ -268,57 +289,61 @@ class RolloutEngine:
         on_mark: OnMark | None = None,
         arrivals: Callable[[], Sequence[Request]] | None = None,
     ) -> list[Rollout]:
-        """All rollouts, in the order of ``requests``. A failed request is a rollout whose finish reason says
-        so.
+        """Decodes requests and returns their rollouts in the order of ``requests``.
+
+        A request that fails does not raise: its rollout has finish reason FAILED.
 
         Args:
-            requests: What to produce.
-            on_step: Called after each decode step. An exception it raises ends the call and leaves the engine
-                usable.
-            token_budget: Stop when about so many tokens were committed in this call; what is unfinished comes
+            requests: Requests to serve.
+            on_step: Function called after each decode step. An exception that it raises ends the call and
+                leaves the engine usable.
+            token_budget: Approximate number of tokens to commit in this call; unfinished requests then come
                 back PAUSED.
-            on_finish: Called with a request's index and its rollout as soon as it is over, while others are
-                still decoded.
-            segment: Most tokens of each request in this call; what is unfinished then comes back PAUSED.
-            mark: Tokens of each request between calls of ``on_mark``.
-            on_mark: Called with the indices of requests that have just come so far, and what there is of
-                each; they go on. The
-                requests that it returns are added to these: those that ``resume`` what they were shown branch
-                    off there, and
-                what the two have in common is copied, not read again.
-            arrivals: Asked after each decode step for requests that have come meanwhile; they are added to
-                these.
+            on_finish: Function called with a request's index and rollout as soon as it is finished, while
+                others are still decoded.
+            segment: Maximum number of tokens per request in this call; requests that reach it come back
+                PAUSED.
+            mark: Number of tokens of each request between calls of ``on_mark``.
+            on_mark: Function called with the index and a snapshot of each request that has just reached a
+                mark; these requests continue. The requests it returns are added to the call. One that resumes
+                a snapshot branches off there, and its shared prefix is copied instead of being read again.
+            arrivals: Function called after each decode step that returns newly arrived requests, which are
+                added to the call.
 
         Raises:
-            EngineBusyError: while the engine serves another call, of this thread or another.
-            ValueError: for limits that are none.
+            EngineBusyError: The engine is serving another call, on this thread or another.
+            ValueError: A limit is not a valid integer.
         """
-        done: dict[int, Rollout] = {}
+        rollouts: dict[int, Rollout] = {}
         with closing(self._run(requests, on_step, token_budget, segment, mark, on_mark, arrivals)) as run:
             for index, rollout in run:
-                done[index] = rollout
+                rollouts[index] = rollout
                 if on_finish is not None:
                     on_finish(index, rollout)
-        return [done[index] for index in sorted(done)]
+        return [rollouts[index] for index in sorted(rollouts)]
 
     def stream(self, requests: Sequence[Request], token_budget: int | None = None) -> Iterator[Rollout]:
-        """Each rollout as it finishes.
+        """Yields each rollout as it finishes.
 
-        The engine serves nothing else until the stream is exhausted, closed (``close()``, or the end of a
-        loop over it), or no longer referred to; what was unfinished then is dropped.
+        The engine serves nothing else until the stream is exhausted, closed (by ``close()`` or at the end of
+        a loop over it) or garbage-collected; requests that are unfinished then are dropped.
+
+        Args:
+            requests: Requests to serve.
+            token_budget: Approximate number of tokens to commit; unfinished requests then come back PAUSED.
 
         Raises:
-            EngineBusyError: at the first rollout, while the engine serves another call.
+            EngineBusyError: Raised at the first rollout if the engine is serving another call.
         """
         with closing(self._run(requests, None, token_budget)) as run:
             for _, rollout in run:
                 yield rollout
 
     def cancel(self, request: Request) -> None:
-        """Ends a request in flight before its next step, from a callback, the consumer of `stream`, or
-        another thread.
+        """Ends a request in flight before its next step.
 
-        What it has comes back with finish reason CANCELLED. Does nothing for a request that has ended.
+        It may be called from a callback, the consumer of `stream` or another thread. The request's tokens so
+        far come back with finish reason CANCELLED. Does nothing for a request that has finished.
         """
         self._cancelled.add(id(request))
 
@@ -332,15 +357,16 @@ class RolloutEngine:
         on_mark: OnMark | None = None,
         arrivals: Callable[[], Sequence[Request]] | None = None,
     ) -> Generator[tuple[int, Rollout], None, None]:
+        """Validates the call, decodes under the engine's lock and frees all slots at the end."""
         _check_bounds(token_budget=token_budget, segment=segment, mark=mark)
-        given = listed(requests)
-        if given is None:
-            raise ValueError(f"requests is {shown(requests)}: give a list of rollout.Request")
-        with self._alone("generate or stream"):
+        request_list = as_list(requests)
+        if request_list is None:
+            raise ValueError(f"requests is {short_repr(requests)}: pass a list of paceline.rollout.Request")
+        with self._exclusive("generate or stream"):
             try:
-                yield from self._decode(given, on_step, token_budget, segment, mark, on_mark, arrivals)
+                yield from self._decode(request_list, on_step, token_budget, segment, mark, on_mark, arrivals)
             finally:
-                self._abandon()
+                self._release_all()
 
     def _decode(
         self,
@@ -352,28 +378,29 @@ class RolloutEngine:
         on_mark: OnMark | None,
         arrivals: Callable[[], Sequence[Request]] | None,
     ) -> Iterator[tuple[int, Rollout]]:
+        """Runs the admit → propose → verify → commit loop; yields (request index, rollout)."""
         self.records = []
         self.prefill_seconds = 0.0
         self._cancelled.clear()
         started = time.perf_counter()
-        left = float("inf") if token_budget is None else token_budget
-        count = len(requests)
+        budget_left = float("inf") if token_budget is None else token_budget
+        num_requests = len(requests)
         yield from self._submit(requests, 0, segment, mark)
         while self.scheduler.has_work:
-            if left <= 0:
+            if budget_left <= 0:
                 yield from self._pause()
                 return
             yield from self._drop_cancelled()
             self._make_room()
-            left -= self._admit()
+            budget_left -= self._admit()
             yield from self._retire()
             if self.scheduler.active:
                 feedback, committed = self._step()
-                left -= committed
+                budget_left -= committed
                 yield from self._retire()
-                more = [*self._at_marks(on_mark), *((arrivals() or ()) if arrivals is not None else ())]
-                yield from self._submit(more, count, segment, mark)
-                count += len(more)
+                added = [*self._at_marks(on_mark), *((arrivals() or ()) if arrivals is not None else ())]
+                yield from self._submit(added, num_requests, segment, mark)
+                num_requests += len(added)
                 at = time.perf_counter() - started
                 record = StepRecord(at, feedback.active, str(feedback.strategy), committed, feedback)
                 self.records.append(record)
@@ -381,23 +408,26 @@ class RolloutEngine:
                     on_step(record)
 
     def _at_marks(self, on_mark: OnMark | None) -> Sequence[Request]:
-        """What branches off from sequences that have come to a mark."""
-        there = [s for s in self.scheduler.active if s.at_mark()] if on_mark is not None else []
+        """Returns the requests that branch off from sequences which have just reached a mark."""
+        reached = [s for s in self.scheduler.active if s.pass_mark()] if on_mark is not None else []
         return (
-            (on_mark([(s.index, snapshot(s)) for s in there]) or ()) if there and on_mark is not None else ()
+            (on_mark([(s.index, snapshot(s)) for s in reached]) or ())
+            if reached and on_mark is not None
+            else ()
         )
 
     def _submit(
         self, requests: Sequence[Request], first: int, segment: int | None, mark: int | None
     ) -> Iterator[tuple[int, Rollout]]:
+        """Queues the valid requests; yields a failed rollout for each invalid one."""
         accepted, limits = (
             [],
             RequestLimits(self.max_context, self.runner.vocab_size, self._decode_text is not None),
         )
         for index, request in enumerate(requests, first):
-            problem = problem_with(request, limits)
+            problem = validate_request(request, limits)
             if problem is not None:
-                yield index, refused_rollout(request, problem)
+                yield index, failed_rollout(request, problem)
                 continue
             limit = min(self.max_context, len(request.prompt_ids) + request.params.max_tokens)
             sequence = SequenceState(request, index, limit, segment, mark)
@@ -407,7 +437,7 @@ class RolloutEngine:
             self.scheduler.submit(accepted)
 
     def _admit(self) -> int:
-        """Prefills what fits and draws each one's next token. Returns how many tokens that committed."""
+        """Prefills the sequences that fit and samples a token of each; returns how many it committed."""
         before = len(self.scheduler.active)
         margin = self.max_nodes + 2
         admitted = list(self.scheduler.admit(lambda length: self.runner.cache.slots_at(length + margin)))
@@ -434,22 +464,24 @@ class RolloutEngine:
         return committed
 
     def _make_room(self) -> None:
-        """Puts sequences back where the longest one's next step leaves no room for all."""
+        """Preempts sequences if the next step of the longest one would leave too few slots for all."""
         active = self.scheduler.active
         if not active:
             return
         keep = self.runner.cache.slots_at(max(len(s.tokens) for s in active) + self.max_nodes + 2)
         if keep >= len(active):
             return
-        back = {id(s): s for s in self.scheduler.preempt(keep)}
-        self._vacate(lambda s: id(s) in back)
-        for sequence in back.values():
+        preempted = {id(s): s for s in self.scheduler.preempt(keep)}
+        self._vacate(lambda s: id(s) in preempted)
+        for sequence in preempted.values():
             sequence.stats.preempted += 1
-        self.scheduler.submit(back.values())
+        self.scheduler.submit(preempted.values())
 
     def _step(self) -> tuple[StepFeedback, int]:
-        """One decode step of every active sequence: the strategy's feedback and how many tokens were
-        committed.
+        """Runs one decode step of every active sequence.
+
+        Returns:
+            Measurements for the strategy selector, and the number of tokens committed.
         """
         active = list(self.scheduler.active)
         context = max(len(s.tokens) for s in active)
@@ -477,6 +509,7 @@ class RolloutEngine:
         return feedback, committed
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
+        """Returns the target's logits after each sequence's last token and each of its draft nodes."""
         last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
         self.runner.cache.reserve(
@@ -488,8 +521,10 @@ class RolloutEngine:
     def _verify(
         self, active: list[SequenceState], logits: torch.Tensor, draft: DraftTree, strategy: Strategy = PLAIN
     ) -> tuple[list[int], int]:
-        """Verifies and commits; a sequence whose logits are not finite fails alone. Returns accepted and
-        committed counts.
+        """Verifies drafts and commits tokens; a sequence whose logits are not finite fails alone.
+
+        Returns:
+            The number of accepted draft tokens of each sequence, and the number of tokens committed in total.
         """
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if self.collect_traces:
@@ -513,7 +548,7 @@ class RolloutEngine:
         return [len(path) for path in outcome.paths], committed
 
     def _commit(self, sequence: SequenceState, tokens: list[int], logprobs: list[float]) -> int:
-        """Appends tokens up to the one that ends the sequence. Returns how many."""
+        """Appends tokens up to the one that ends the sequence; returns how many were appended."""
         stop = self._stops[id(sequence)]
         count = 0
         for token, logprob in zip(tokens, logprobs, strict=True):
@@ -526,7 +561,7 @@ class RolloutEngine:
         return count
 
     def _retire(self) -> Iterator[tuple[int, Rollout]]:
-        """Hands out finished sequences and closes the holes they leave."""
+        """Yields the rollouts of finished sequences and closes the holes they leave in the slots."""
         ended = [(slot, s) for slot, s in enumerate(self.scheduler.active) if s.finish is not None]
         if not ended:
             return
@@ -538,7 +573,7 @@ class RolloutEngine:
         yield from rollouts
 
     def _vacate(self, ended: Callable[[SequenceState], bool]) -> None:
-        """Takes sequences out of their slots; the last ones move into the holes."""
+        """Removes sequences from their slots and moves the last ones into the holes."""
         cache = self.runner.cache
         for slot, last in self.scheduler.retire(ended):
             self.speculation.vacate(slot, last)
@@ -546,22 +581,22 @@ class RolloutEngine:
                 cache.copy_slot(last, [slot], min(len(self.scheduler.active[slot].tokens), cache.span))
 
     def _drop_cancelled(self) -> Iterator[tuple[int, Rollout]]:
-        """Ends what `cancel` named, in a slot or waiting."""
+        """Yields the rollouts of cancelled requests, whether they hold a slot or are waiting."""
         if not self._cancelled:
             return
-        named = self._cancelled.copy()
+        cancelled = self._cancelled.copy()
         for sequence in (*self.scheduler.active, *self.scheduler.waiting):
-            if id(sequence.request) in named:
+            if id(sequence.request) in cancelled:
                 sequence.finish = FinishReason.CANCELLED
-        self._cancelled -= named
-        gone = [s for s in self.scheduler.waiting if s.finish is FinishReason.CANCELLED]
-        for sequence in gone:
+        self._cancelled -= cancelled
+        dropped = [s for s in self.scheduler.waiting if s.finish is FinishReason.CANCELLED]
+        for sequence in dropped:
             self.scheduler.waiting.remove(sequence)
             yield sequence.index, self._finished(sequence, slot=None)
         yield from self._retire()
 
     def _pause(self) -> Iterator[tuple[int, Rollout]]:
-        """Hands out everything unfinished, resumable."""
+        """Yields every unfinished request as a paused rollout."""
         for sequence in (*self.scheduler.active, *self.scheduler.waiting):
             sequence.finish = FinishReason.PAUSED
         waiting = list(self.scheduler.waiting)
@@ -571,26 +606,25 @@ class RolloutEngine:
         yield from self._retire()
 
     def _finished(self, sequence: SequenceState, slot: int | None) -> Rollout:
+        """Releases what is kept for a finished sequence and returns its rollout."""
         if sequence.finish is FinishReason.FAILED and slot is not None:
             self.runner.cache.clear_slot(slot)
         elif slot is not None:
             self.kept.keep(sequence, slot)
         self.speculation.forget(sequence)
         del self._stops[id(sequence)]
-        whole = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
-        traced = self.collect_traces and whole and slot is not None
+        finished = sequence.finish in (FinishReason.STOP, FinishReason.LENGTH)
+        traced = self.collect_traces and finished and slot is not None
         return finished_rollout(
             sequence, self.runner.trace(sequence, slot) if traced and slot is not None else None
         )
 
-    def _abandon(self) -> None:
-        """Frees every slot: nothing of one call is left for the next, also when its consumer stopped
-        early.
-        """
+    def _release_all(self) -> None:
+        """Frees every slot, so that no sequence outlives a call whose consumer stopped early."""
         for slot, sequence in enumerate(self.scheduler.active):
             self.speculation.vacate(slot, slot)
             self.speculation.forget(sequence)
-        for sequence in self.scheduler.waiting:  # those that were preempted are known to drafters too
+        for sequence in self.scheduler.waiting:  # drafters also know the preempted ones
             self.speculation.forget(sequence)
         self.scheduler.clear()
         self._stops.clear()
@@ -598,21 +632,23 @@ class RolloutEngine:
 
 
 def _check_bounds(token_budget: int | None, **counts: int | None) -> None:
+    """Raises a ValueError if a limit is neither None nor an integer in its range."""
     for name, value, least in (
         ("token_budget", token_budget, 0),
         *((name, value, 1) for name, value in counts.items()),
     ):
-        number = None if value is None else whole_number(value)
+        number = None if value is None else as_int(value)
         if value is not None and (number is None or number < least):
-            raise ValueError(f"{name} is {shown(value)}: write a whole number, at least {least}, or None")
+            raise ValueError(f"{name} is {short_repr(value)}: write an integer of at least {least}, or None")
 
 
-def _fitting(max_context: int, name: str, limit: TextLimit | None) -> int:
+def _supported_context(max_context: int, name: str, limit: TextLimit | None) -> int:
+    """Returns the context that the model supports, with a warning if it is less than the one asked for."""
     if limit is None or max_context <= limit.tokens:
         return max_context
     warnings.warn(
-        f"{name} {limit.reason} past {limit.tokens} tokens: texts end there, not at "
-        f"max_context={max_context}",
+        f"max_context is {max_context}, but {name} {limit.reason} past {limit.tokens} tokens: texts end "
+        f"there; write max_context={limit.tokens}",
         RuntimeWarning,
         stacklevel=3,
     )

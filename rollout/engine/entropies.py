@@ -1,4 +1,4 @@
-"""How uncertain the policy was where it drew its tokens."""
+"""Entropies of the distributions that the policy sampled its tokens from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from paceline.rollout.trees import DraftTree
 def drawn_entropies(
     sequences: Sequence[SequenceState], logits: torch.Tensor, draft: DraftTree, paths: Sequence[Sequence[int]]
 ) -> list[list[float]]:
-    """Entropy, in nats, of the processed distribution that each token of a verification was drawn from.
+    """Returns the entropy, in nats, of the processed distribution that each verified token was sampled from.
 
     Args:
         sequences: B sequences.
-        logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
-            nodes.
-        draft: What was verified.
-        paths: Draft nodes kept, root first, of each sequence.
+        logits: Logits [R, V]: for each sequence in turn, those after its last committed token and after each
+            of its draft nodes.
+        draft: Draft that was verified.
+        paths: Accepted draft nodes of each sequence, root first.
 
     Returns:
-        For each sequence one number for every kept node and one for the token after them; 0 at temperature 0.
+        For each sequence, one number for every accepted node and one for the token after them; 0 at
+        temperature 0.
     """
     counts = (draft.lengths + 1).tolist()
     rows, params, sizes, start = [], [], [], 0

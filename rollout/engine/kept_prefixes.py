@@ -1,11 +1,10 @@
-"""Keys and values of sequences that have ended, kept for requests of later calls that begin with the same
-tokens.
+"""A prefix cache across calls, which holds keys and values of finished sequences.
 
-A conversation's next turn begins with all that was said before, so only what is new has to be read. What is
-kept lies beside the slots and takes none of them. It is given up, the longest unused first, for other
-sequences and when memory becomes short; all of it when the policy's weights change. A request whose tokens
-part from a kept sequence uses what comes before that place: text that was tokenized anew costs time, never a
-    wrong token.
+A conversation's next turn starts with everything said before, so only the new tokens have to be read. Entries
+lie beside the slots and occupy none of them. They are evicted least recently used first, for other sequences
+and when memory becomes short, and all of them when the policy's weights change. If a request's tokens diverge
+from an entry, only the common part is reused, so text that was tokenized differently costs time but never a
+wrong token.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from paceline.rollout.sequence import SequenceState
 
 
 @dataclass(slots=True, eq=False)
-class _Kept:
-    """What a slot held of one sequence.
+class _KeptSequence:
+    """Holds the cache contents of one finished sequence.
 
     Attributes:
-        tokens: int64 [n].
-        num_prompt: Length of the prompt: from its last token on, taps have what the output head read.
-        lines: [layers, 2, kv_heads, n, head_dim].
-        taps: [n, taps].
+        tokens: Token ids, int64 [n].
+        num_prompt: Length of the prompt in tokens. From the prompt's last token on, the taps include the
+            inputs of the output head.
+        lines: Keys and values, [layers, 2, kv_heads, n, head_dim].
+        taps: Tapped features, [n, taps].
     """
 
     tokens: np.ndarray
@@ -36,40 +36,40 @@ class _Kept:
     taps: torch.Tensor
 
     def shared_with(self, tokens: np.ndarray, num_prompt: int) -> int:
-        """How many of its first tokens a sequence with this prompt can take over."""
+        """Returns how many leading tokens a sequence with these tokens and this prompt length can reuse."""
         most = min(len(tokens), len(self.tokens))
-        parted = np.flatnonzero(tokens[:most] != self.tokens[:most])
-        same = int(parted[0]) if len(parted) else most
+        mismatches = np.flatnonzero(tokens[:most] != self.tokens[:most])
+        same = int(mismatches[0]) if len(mismatches) else most
         return same if self.num_prompt <= num_prompt else min(same, num_prompt - 1)
 
 
 class KeptPrefixes:
-    """What is kept of an engine's sequences.
+    """Keeps keys and values of an engine's finished sequences for reuse.
 
     Args:
-        cache: Where they are decoded.
+        cache: Cache in which the sequences are decoded.
 
     Attributes:
-        most_tokens: Tokens kept at most; 0, as at first, keeps nothing. Each takes as much memory as in a
-            slot.
+        most_tokens: Maximum number of tokens kept; 0, the initial value, keeps nothing. A token takes as much
+            memory as in a slot.
     """
 
     def __init__(self, cache: SlotCache) -> None:
         self._cache = cache
-        self._kept: list[_Kept] = []  # the longest unused first
+        self._kept: list[_KeptSequence] = []  # least recently used first
         self.most_tokens = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens that are kept now."""
+        """The number of tokens currently kept."""
         return sum(len(kept.tokens) for kept in self._kept)
 
     def keep(self, sequence: SequenceState, slot: int) -> None:
-        """Keeps what the slot holds of a sequence: all tokens but the last, which was never read."""
+        """Stores a slot's contents for a sequence: all tokens but the last, which was never read."""
         if len(sequence.tokens) > self.most_tokens:
             return
         tokens = np.array(sequence.tokens[:-1])
-        # it has all of theirs
+        # entries whose tokens this sequence contains completely are superseded by it
         self._kept = [k for k in self._kept if k.shared_with(tokens, len(tokens)) < len(k.tokens)]
         while self._kept and (self.tokens + len(tokens) > self.most_tokens or not self._fits(len(tokens))):
             del self._kept[0]
@@ -79,20 +79,27 @@ class KeptPrefixes:
             self._cache.lines(layer)[:, slot, :, : len(tokens)] for layer in range(self._cache.shape.layers)
         ]
         self._kept.append(
-            _Kept(
+            _KeptSequence(
                 tokens, sequence.num_prompt, torch.stack(views), self._cache.taps[slot, : len(tokens)].clone()
             )
         )
 
     def _fits(self, tokens: int) -> bool:
-        """Whether free memory holds so many tokens twice: the forwards need some as well."""
+        """Returns whether free memory holds this many tokens twice; the margin is for the forwards."""
         return 2 * tokens * self._cache.shape.token_bytes <= available_bytes(self._cache.device)
 
     def restore(self, sequence: SequenceState, slot: int, more_than: int) -> int:
-        """Copies into a slot what the kept sequence that is most alike has in common with this one, if that
-        is more than ``more_than`` tokens. Returns how many; 0 where nothing was copied.
+        """Copies the longest prefix that a kept sequence shares with this one into a slot.
+
+        Args:
+            sequence: Sequence to prefill.
+            slot: Slot of the sequence.
+            more_than: Number of tokens that the prefix must exceed to be copied.
+
+        Returns:
+            The number of tokens copied, or 0.
         """
-        # the last one is read in any case: its logits are what comes next
+        # the last token must be read by a forward in any case, because its logits are needed
         wanted = np.array(sequence.tokens[:-1])
         counts = [kept.shared_with(wanted, sequence.num_prompt) for kept in self._kept]
         count = max(counts, default=0)
@@ -106,5 +113,5 @@ class KeptPrefixes:
         return count
 
     def clear(self) -> None:
-        """Gives up everything."""
+        """Drops everything that is kept."""
         self._kept.clear()

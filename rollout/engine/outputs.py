@@ -1,9 +1,8 @@
-"""From finished sequences to rollouts, and what rollouts tell."""
+"""Conversion of sequence states to the rollouts that the caller receives."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 
 from paceline.rollout.api import DistillationTrace, FinishReason, Rollout
@@ -11,7 +10,7 @@ from paceline.rollout.sequence import SequenceState
 
 
 def finished_rollout(sequence: SequenceState, trace: DistillationTrace | None) -> Rollout:
-    """What the user gets for a sequence."""
+    """Returns the rollout of a finished sequence and records its wall time."""
     sequence.stats.seconds = time.perf_counter() - sequence.started
     return Rollout(
         request=sequence.request,
@@ -27,7 +26,7 @@ def finished_rollout(sequence: SequenceState, trace: DistillationTrace | None) -
 
 
 def snapshot(sequence: SequenceState) -> Rollout:
-    """What there is of a sequence in flight, for others to branch off from: `Request.resume` takes it."""
+    """Returns a copy of a sequence in flight as a paused rollout, which `Request.resume` accepts."""
     return Rollout(
         request=sequence.request,
         token_ids=sequence.tokens[sequence.num_prompt :],
@@ -37,12 +36,3 @@ def snapshot(sequence: SequenceState) -> Rollout:
         segments=list(sequence.segments),
         entropies=list(sequence.entropies) if len(sequence.entropies) == len(sequence.logprobs) > 0 else None,
     )
-
-
-def mean_acceptance_length(rollouts: Iterable[Rollout]) -> float:
-    """Committed tokens of one sequence in one target forward, prefills left out: 1 for plain decoding."""
-    tokens = steps = 0
-    for rollout in rollouts:
-        tokens += max(len(rollout.token_ids) - 1, 0)
-        steps += rollout.stats.steps
-    return tokens / steps if steps else 1.0

@@ -1,4 +1,4 @@
-"""Records what the target would have said after draft tokens that verification rejected."""
+"""Records the target's hidden states after draft tokens that verification rejected."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ def record_rejections(
     taps: torch.Tensor,
     hidden_size: int,
 ) -> None:
-    """Adds each sequence's first rejected token to its record. Call before accepted paths are moved.
+    """Adds each sequence's first rejected token to its record.
+
+    Call this before accepted paths are moved in the cache.
 
     Args:
-        active: B sequences, in slots 0 … B − 1, as they were when the draft was made.
-        draft: What was verified.
-        paths: Nodes kept of each.
-        taps: [slots, span, width] of the cache, the last ``hidden_size`` of a place what the head read there.
-        hidden_size: Of the target.
+        active: B sequences in slots 0 … B − 1, in the state in which the draft was made.
+        draft: Draft that was verified.
+        paths: Accepted nodes of each sequence.
+        taps: Taps of the cache, [slots, span, width]; the last ``hidden_size`` values at a place are the
+            input of the output head there.
+        hidden_size: Hidden size of the target.
     """
     for row, (sequence, path) in enumerate(zip(active, paths, strict=True)):
         node = _first_rejected(draft, row, path)
@@ -36,10 +39,13 @@ def record_rejections(
 
 
 def _first_rejected(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:
-    """The first child of the last node kept; a drafter's first is its likeliest."""
+    """Returns the first child of the last accepted node, or None if it has no children.
+
+    A drafter lists a node's most likely child first.
+    """
     length = int(draft.lengths[row])
     if draft.parents is None:
         return len(path) if len(path) < length else None
-    last = path[-1] if path else -1
-    children = (draft.parents[row, :length] == last).nonzero()
+    last_accepted = path[-1] if path else -1
+    children = (draft.parents[row, :length] == last_accepted).nonzero()
     return int(children[0]) if len(children) else None

@@ -1,4 +1,4 @@
-"""Which requests hold which slots."""
+"""Assignment of requests to slots."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from paceline.rollout.length_estimate import LengthEstimate, ObservedLengths
 from paceline.rollout.sequence import SequenceState
 
-_UNKNOWN_LENGTH = 128
+_UNKNOWN_LENGTH = 128  # completion tokens to make room for while no length has been observed
 
 
 class Scheduler:
-    """Continuous batching: sequences occupy slots ``0 .. active - 1`` without gaps, so that a step costs what
-    is active.
+    """Schedules sequences onto slots with continuous batching.
 
-    Waiting sequences are admitted longest-predicted-first: the makespan of a batch is bounded by its longest
-        sequences, and
-    those started last would run on alone (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969: the LPT
-    rule).
+    Active sequences occupy slots ``0 .. active - 1`` without gaps, so that a step costs only what is active.
+    Waiting sequences are admitted longest-predicted-first: the longest sequences bound the makespan of a
+    batch, and if they started last they would run on alone (the LPT rule of Graham, "Bounds on
+    Multiprocessing Timing Anomalies", 1969).
 
     Args:
-        slots: Most sequences decoded together.
-        lengths: Predicts completion lengths.
+        slots: Maximum number of sequences decoded together.
+        lengths: Predictor of completion lengths; None predicts from observed lengths.
     """
 
     def __init__(self, slots: int, lengths: LengthEstimate | None = None) -> None:
@@ -33,11 +32,13 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any sequence is waiting or active."""
         return bool(self.waiting or self.active)
 
     def submit(self, sequences: Iterable[SequenceState]) -> None:
-        """Adds sequences to those waiting. Of equal prediction the earlier one comes first; the unknown ones
-        come before all.
+        """Adds sequences to the waiting queue.
+
+        Sequences without a prediction come first; among equal predictions, the earlier one does.
         """
         self.waiting.extend(sequences)
         for sequence in self.waiting:
@@ -45,12 +46,13 @@ class Scheduler:
         self.waiting = deque(sorted(self.waiting, key=lambda s: -self._remaining(s)))
 
     def _remaining(self, sequence: SequenceState) -> float:
+        """Returns the number of tokens predicted to remain; infinity if nothing is known."""
         if sequence.predicted is None:
             return float("inf")
         return min(sequence.predicted - (len(sequence.tokens) - sequence.num_prompt), sequence.remaining)
 
-    def _room(self, sequence: SequenceState) -> int:
-        """Tokens a sequence is expected to hold when it ends, not less than it holds now."""
+    def _expected_tokens(self, sequence: SequenceState) -> int:
+        """Returns the tokens a sequence is expected to hold when it finishes, at least those it holds now."""
         expected = _UNKNOWN_LENGTH if sequence.predicted is None else sequence.predicted
         return min(max(sequence.num_prompt + int(expected), len(sequence.tokens)), sequence.limit)
 
@@ -58,12 +60,13 @@ class Scheduler:
         """Moves waiting sequences into free slots; yields (slot, sequence).
 
         Args:
-            fit: Longest sequence → how many sequences the KV cache holds then. Sequences count with their
-                predicted length, so that few of those admitted must be preempted later.
+            fit: Function from the length of the longest sequence to the number of sequences that the KV cache
+                then holds. Sequences count with their predicted length, so that few of those admitted have to
+                be preempted later.
         """
-        longest = max((self._room(s) for s in self.active), default=0)
+        longest = max((self._expected_tokens(s) for s in self.active), default=0)
         while self.waiting and len(self.active) < self.slots:
-            longest = max(longest, self._room(self.waiting[0]))
+            longest = max(longest, self._expected_tokens(self.waiting[0]))
             if self.active and fit(longest) <= len(self.active):
                 return
             sequence = self.waiting.popleft()
@@ -71,9 +74,14 @@ class Scheduler:
             yield len(self.active) - 1, sequence
 
     def retire(self, ended: Callable[[SequenceState], bool]) -> Iterator[tuple[int, int]]:
-        """Drops the sequences that ended; the last one that did not fills each hole.
+        """Removes finished sequences and fills each hole with the last unfinished one.
 
-        Yields (slot that ends, slot whose sequence moves into it); the two are equal when nothing moves.
+        Args:
+            ended: Predicate that says whether a sequence is to be removed.
+
+        Yields:
+            Pairs (slot that was vacated, slot whose sequence moves into it); the two are equal if nothing
+            moves.
         """
         slot = 0
         while slot < len(self.active):
@@ -88,12 +96,13 @@ class Scheduler:
                 slot += 1
 
     def preempt(self, keep: int) -> list[SequenceState]:
-        """The active sequences to put back so that ``keep`` remain: those with the fewest tokens, cheapest to
-        read again.
+        """Returns the active sequences to put back so that ``keep`` remain.
+
+        These are the ones with the fewest tokens, which are the cheapest to prefill again.
         """
         return sorted(self.active, key=lambda s: len(s.tokens))[: len(self.active) - keep]
 
     def clear(self) -> None:
-        """Forgets everything: the caller stopped listening."""
+        """Drops all sequences, when the caller has stopped consuming."""
         self.waiting.clear()
         self.active.clear()

@@ -1,9 +1,8 @@
-"""What speculates in an engine: drafters, the choice among their strategies, budgets and the verifier.
+"""Speculation in an engine: drafters, the choice of each step's strategy, draft budgets and the verifier.
 
-A drafter can only cost time, never a rollout: one that raises, or whose draft is not one (ids outside the
-    vocabulary, probabilities
-that are no distribution, a kind that the verifier does not cover), is left out from then on, with one
-warning.
+A faulty drafter can only cost time, never a rollout. One that raises or returns an invalid draft (ids outside
+the vocabulary, probabilities that are not a distribution, a kind that the verifier does not cover) is
+disabled with one warning.
 """
 
 from __future__ import annotations
@@ -33,23 +32,24 @@ from paceline.rollout.verify import VERIFIERS, Verifier, default_verifier
 
 
 class DrafterWarning(RuntimeWarning):
-    """A drafter failed and is left out."""
+    """Warns that a drafter failed and has been disabled."""
 
 
 class Speculation:
-    """Drafters of one engine, and what they are asked for; every drafter is told of every token, whichever
-    drafts.
+    """Manages an engine's drafters, and drafts with the one that the current strategy names.
+
+    Every drafter observes every committed token, whichever of them drafted it.
 
     Args:
-        runner: Of the policy.
-        slots: Sequences decoded together.
-        max_nodes: Most draft tokens of a sequence that one forward verifies.
-        budgets: Name in `BUDGETS`.
+        runner: Runner of the policy.
+        slots: Maximum number of sequences decoded together.
+        max_nodes: Maximum number of draft tokens per sequence that one forward verifies.
+        budgets: Name of a budget rule in `BUDGETS`.
 
     Attributes:
-        drafters: By name.
-        selector: Chooses each step's strategy.
-        verifier: Of drawn drafts; None for the default.
+        drafters: Drafters by name.
+        selector: Selector of each step's strategy.
+        verifier: Verifier of sampled drafts; None for the default.
     """
 
     def __init__(self, runner: ModelRunner, slots: int, max_nodes: int, budgets: str) -> None:
@@ -61,15 +61,16 @@ class Speculation:
         self._budgets = BUDGETS[budgets]
 
     def add_drafter(self, drafter: Drafter) -> None:
-        """Makes a drafter available to strategies, under its name.
+        """Makes a drafter available to strategies under its name.
 
         Raises:
-            ValueError: for one that reads what the engine does not keep, or drafts for a chosen strategy what
-                the verifier does not cover.
+            ValueError: The drafter reads hidden states that the engine does not keep, or drafts for a chosen
+                strategy in a way that the verifier does not cover.
         """
         if drafter.needs_taps and not self._runner.tap_layers:
             raise ValueError(
-                f"the {drafter.name} drafter reads hidden states: build the engine with tap_layers"
+                f"the {drafter.name} drafter reads hidden states, which this engine does not keep: "
+                "build it with tap_layers"
             )
         replaced = self.drafters.get(drafter.name)
         self.drafters[drafter.name] = drafter
@@ -85,10 +86,13 @@ class Speculation:
             raise
 
     def use_strategy(self, strategy: Strategy | str) -> None:
-        """Fixes what every step runs: a `Strategy`, or what its ``str`` gives; ``"adaptive"`` is `adapt`.
+        """Fixes the strategy of every step.
+
+        Args:
+            strategy: A `Strategy` or its string form; ``"adaptive"`` calls `adapt`.
 
         Raises:
-            ValueError: for a strategy that cannot run.
+            ValueError: The strategy cannot run.
         """
         if strategy == "adaptive":
             self.adapt()
@@ -98,17 +102,18 @@ class Speculation:
         self.selector = FixedSelector(fixed)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
-        """Chooses at each step from measured times (`BanditSelector`); a calibration of forwards takes a few
-        seconds.
+        """Selects each step's strategy from measured times (`BanditSelector`).
+
+        Calibrating the forwards takes a few seconds.
 
         Args:
-            arms: Strategies to choose from, beside plain decoding; those of drafters that are added later
-                count from then on. None at all takes chains and trees of every drafter, as far as the
-                verifier covers them.
-            **options: Of `BanditSelector`.
+            arms: Strategies to choose from besides plain decoding. Those whose drafter is added later become
+                available then. If empty, chains and trees of every drafter are used, as far as the verifier
+                covers them.
+            **options: Keyword arguments of `BanditSelector`.
 
         Raises:
-            ValueError: for a strategy that verifies more tokens than the engine can, or drafts what the
+            ValueError: A strategy verifies more tokens than the engine can, or drafts in a way that the
                 verifier does not cover.
         """
         for arm in arms:
@@ -116,14 +121,15 @@ class Speculation:
             self._check_covered(arm, self.verifier)
 
         def arms_of(name: str) -> list[Strategy]:
+            """Returns the strategies to try with the drafter of this name."""
             if arms:
                 of_drafter = [arm for arm in arms if arm.drafter == name]
                 for arm in of_drafter:
                     self._check_covered(arm, self.verifier)
                 return of_drafter
             drafter = self.drafters[name]
-            usual = default_arms(name, self.max_nodes, getattr(drafter, "chains_only", False))
-            return [arm for arm in usual if refusal(self.verifier, drafter, arm) is None]
+            candidates = default_arms(name, self.max_nodes, getattr(drafter, "chains_only", False))
+            return [arm for arm in candidates if refusal(self.verifier, drafter, arm) is None]
 
         forward = calibrate_forward(self._runner, self._slots, self.max_nodes + 1)
         cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
@@ -132,7 +138,8 @@ class Speculation:
     def _check(self, strategy: Strategy) -> None:
         if strategy.drafter is not None and strategy.drafter not in self.drafters:
             raise ValueError(
-                f"strategy {strategy} names a drafter that was not added; there are: {sorted(self.drafters)}"
+                f"strategy {strategy} names a drafter that was not added: "
+                f"add it or use one of {sorted(self.drafters)}"
             )
         self._check_size(strategy)
         self._check_covered(strategy, self.verifier)
@@ -146,24 +153,28 @@ class Speculation:
     def _check_size(self, strategy: Strategy) -> None:
         if strategy.nodes > self.max_nodes:
             raise ValueError(
-                f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}"
+                f"strategy {strategy} verifies more tokens than the engine's max_nodes of {self.max_nodes}: "
+                "write a smaller strategy or raise max_nodes"
             )
 
     def verify_with(self, verifier: Verifier | str | None) -> None:
-        """Verifies drawn drafts by a verifier, or by the one of that name in `VERIFIERS`; None takes
-        token-by-token verification for chains and recursive for trees.
+        """Sets the verifier of sampled drafts.
+
+        Args:
+            verifier: A verifier, or its name in `VERIFIERS`; None selects token-by-token verification for
+                chains and recursive verification for trees.
 
         Raises:
-            ValueError: for an unknown name, a function that does not state which drafts it covers, and a
-                verifier that does not cover what the present strategies draft.
+            ValueError: The name is unknown, the function does not state which drafts it covers, or the
+                verifier does not cover what the current strategies draft.
         """
         if isinstance(verifier, str):
             if verifier not in VERIFIERS:
-                raise ValueError(f"verifier {verifier!r} is unknown; write one of {', '.join(VERIFIERS)}")
+                raise ValueError(f"verifier {verifier!r} is unknown: write one of {', '.join(VERIFIERS)}")
             verifier = VERIFIERS[verifier]
         if verifier is not None and not hasattr(verifier, "refusal"):
             raise ValueError(
-                f"{verifier!r} does not state which drafts it covers: wrap it in "
+                f"verifier {verifier!r} does not state which drafts it covers: wrap it in "
                 "paceline.rollout.verify.StatedVerifier"
             )
         for strategy in self.selector.strategies():
@@ -171,25 +182,26 @@ class Speculation:
         self.verifier = verifier
 
     def propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
-        """The drafts of active sequences, each cut to its budget and to what is left of its request."""
+        """Returns the drafts of active sequences, each cut to its budget and its remaining tokens."""
         room = [s.remaining - 1 for s in active]
         if strategy.drafter is None or max(room) <= 0:
             return no_draft(len(active), self._runner.cache.device)
         budgets = [
             min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])
         ]
-        asked = strategy.with_nodes(max(budgets), max(room))
-        draft = self._ask(strategy.drafter, active, asked)
+        largest = strategy.with_nodes(max(budgets), max(room))
+        draft = self._checked_draft(strategy.drafter, active, largest)
         if draft is None:
             return no_draft(len(active), self._runner.cache.device)
-        # by each row's own room: what a request commits must not depend on how much room its neighbours have
+        # Each row is cut by its own remaining tokens: what a request commits must not depend on how many its
+        # neighbours have left.
         chains = draft.parents is None
         return draft.cut(
             torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)])
         )
 
-    def _ask(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
-        """The drafter's draft; None where it failed."""
+    def _checked_draft(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
+        """Returns the drafter's draft, or None if it failed, in which case it is disabled."""
         taps = None
         if self._runner.tap_layers:
             cache = self._runner.cache
@@ -200,46 +212,46 @@ class Speculation:
                 .propose(DraftContext(active, taps), strategy)
                 .to(self._runner.cache.device)
             )
-            problem = draft.problem(len(active), self._runner.vocab_size) or self._not_covered(draft)
-        except Exception as error:  # whatever a drafter does wrong, rollouts go on
+            problem = draft.problem(len(active), self._runner.vocab_size) or self._coverage_problem(draft)
+        except Exception as error:  # a drafter's fault must not stop the rollouts
             problem = f"{type(error).__name__}: {error}"
         if problem is None:
             return draft
-        self._leave_out(name, problem)
+        self._disable(name, problem)
         return None
 
-    def _not_covered(self, draft: DraftTree) -> str | None:
+    def _coverage_problem(self, draft: DraftTree) -> str | None:
         if draft.kind is DraftKind.FIXED or draft.nodes == 0:
             return None
         chain = draft.parents is None
         return (self.verifier or default_verifier(chain)).refusal(draft.kind, chain)
 
-    def _leave_out(self, name: str, problem: str) -> None:
+    def _disable(self, name: str, problem: str) -> None:
         del self.drafters[name]
         self.selector.drafter_lost(name)
-        message = (
-            f"the {name} drafter failed and is left out from now on ({problem}); rollouts go on without it"
-        )
+        message = f"the {name} drafter failed and is disabled ({problem}); rollouts continue without it"
         warnings.warn(message, DrafterWarning, stacklevel=2)
 
-    def _tell(self, event: Callable[[Drafter], None]) -> None:
+    def _notify(self, event: Callable[[Drafter], None]) -> None:
+        """Calls ``event`` on every drafter; one that raises is disabled."""
         for name, drafter in list(self.drafters.items()):
             try:
                 event(drafter)
-            except Exception as error:  # as in `_ask`
-                self._leave_out(name, f"{type(error).__name__}: {error}")
+            except Exception as error:  # a drafter's fault must not stop the rollouts
+                self._disable(name, f"{type(error).__name__}: {error}")
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """The sequence's last ``count`` tokens were committed."""
-        self._tell(lambda drafter: drafter.observe(sequence, count))
+        """Tells drafters that the sequence's last ``count`` tokens were committed."""
+        self._notify(lambda drafter: drafter.observe(sequence, count))
 
     def verified(self, step: VerifiedStep) -> None:
-        """A step was verified; its tokens are not committed yet."""
-        self._tell(lambda drafter: drafter.verified(step))
+        """Tells drafters that a step was verified; its tokens are not committed yet."""
+        self._notify(lambda drafter: drafter.verified(step))
 
     def vacate(self, slot: int, last: int) -> None:
-        """The sequence in ``slot`` is gone and the one in ``last`` has moved there; the same slot twice where
-        none moved.
+        """Tells drafters that the sequence in ``slot`` is gone and that the one in ``last`` has moved there.
+
+        The two are the same slot if nothing moved.
         """
 
         def close(drafter: Drafter) -> None:
@@ -248,8 +260,8 @@ class Speculation:
                 drafter.move(last, slot)
                 drafter.release(last)
 
-        self._tell(close)
+        self._notify(close)
 
     def forget(self, sequence: SequenceState) -> None:
-        """The sequence is over."""
-        self._tell(lambda drafter: drafter.forget(sequence))
+        """Tells drafters that the sequence is finished."""
+        self._notify(lambda drafter: drafter.forget(sequence))

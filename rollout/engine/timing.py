@@ -1,4 +1,4 @@
-"""Times of the parts of a step, without waiting for a GPU inside it."""
+"""Timing of the parts of a decode step, without waiting for a GPU inside the step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 
 class StepClock:
-    """Marks between the parts of a step: CUDA events on a GPU, read once the step's results have been
-    fetched.
+    """Measures the parts of a step between marks.
+
+    On a GPU the marks are CUDA events, which are read once the step's results have been fetched.
 
     Args:
-        device: Where the parts run.
+        device: Device that the parts run on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +32,7 @@ class StepClock:
         self._times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Seconds of each part. On a GPU only after something that waited for it."""
+        """Returns the seconds of each part; on a GPU, waits for the last mark."""
         if self._on_gpu:
             self._events[-1].synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self._events)]

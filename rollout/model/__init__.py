@@ -1,3 +1,1 @@
-"""Forwards of the policy as the engine runs them: its cache, its attention, fused layers and captured
-graphs.
-"""
+"""The policy's forwards as the engine runs them: KV cache, attention, fused layers and captured graphs."""

@@ -13,10 +13,11 @@ from paceline.rollout.native import RaggedTokens
 from paceline.rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
-_FEW_QUERIES = 16  # up to here two batched products beat the fused kernel, which repeats the heads
-# Arguments of attention functions that change nothing: models run in eval mode, positions are in the rotated
-#     queries and keys.
-_WITHOUT_EFFECT = {
+# up to this many queries, two batched products beat the fused kernel, which repeats the heads
+_FEW_QUERIES = 16
+# Arguments of attention functions without effect here: models run in eval mode, and positions are already in
+# the rotated queries and keys.
+_IGNORED_ARGUMENTS = {
     "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
     "output_router_logits", "seen_attention", "forward_batch", "packed",
 }  # fmt: skip
@@ -24,15 +25,20 @@ _WITHOUT_EFFECT = {
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Where one forward's tokens stand; handed through the model's keyword arguments to cache and attention.
+    """Describes where the tokens of one forward are; passed to cache and attention as a keyword argument.
+
+    A token's seat consists of its position in the text, its place in the slot, and the two numbers that say
+    which places it sees (trunk and ancestors, see `chain_seats`).
 
     Attributes:
-        rows: Slots that take part, contiguous. Not used where ``ragged`` is given.
-        seats: int64 [4, B, Q], see `chain_seats` and `tree_seats`; [4, 1, N] where ``ragged`` is given.
-        span: Keys that attention reads: places ``0 .. span-1`` of each slot.
-        from_start: Whether the tokens are one sequence's first ``span``, so that the mask is a plain
-            triangle.
-        ragged: The tokens without padding, for native kernels; None for a rectangle, for torch's operators.
+        rows: Contiguous range of slots that take part. Unused if ``ragged`` is given.
+        seats: Seats of the tokens, int64 [4, B, Q], from `chain_seats` or `tree_seats`; [4, 1, N] if
+            ``ragged`` is given.
+        span: Number of places of each slot that attention reads: ``0 .. span-1``.
+        from_start: Whether the tokens are the first ``span`` of one sequence, so that a plain causal mask
+            suffices.
+        ragged: The tokens without padding, for native kernels; None for a padded rectangle, for torch
+            operators.
     """
 
     rows: slice
@@ -45,52 +51,66 @@ class ForwardBatch:
 
     @property
     def positions(self) -> torch.Tensor:
-        """int64 [B, Q], position of each token in its text."""
+        """The position of each token in its text, int64 [B, Q]."""
         return self.seats[0]
 
     @property
     def places(self) -> torch.Tensor:
-        """int64 [B, Q], where in its slot each token's keys go."""
+        """The place in its slot where each token's key and value are stored, int64 [B, Q]."""
         return self.seats[1]
 
     def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [B, 1, 1, Q, span]: 0 where the token sees the key."""
+        """Returns the additive mask [B, 1, 1, Q, span], which is 0 where the token sees the key."""
         if window not in self._bias:
             self._bias[window] = seat_bias(self.seats, self.span, window, dtype)[:, None, None]
         return self._bias[window]
 
     def rotation(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, Q, d] for heads [B, Q, heads, d], as ``x * cos + x.roll(d / 2) * sin`` wants them.
+        """Returns cos and sin prepared for ``x * cos + x.roll(d / 2) * sin``.
 
-        Rotating halves, ``(x1, x2) → (−x2, x1)``, is a roll whose first half changes sign: the sign goes into
-        sin, once for all layers.
+        Rotating halves, ``(x1, x2) → (−x2, x1)``, is a roll whose first half changes sign. The sign is moved
+        into sin, once for all layers.
+
+        Args:
+            cos: Cosines [B, Q, d], to be applied to heads [B, Q, heads, d].
+            sin: Sines [B, Q, d].
+
+        Returns:
+            cos and signed sin, [B, Q, 1, d] each.
         """
-        made = self._rotations.get(id(cos))
-        if made is None or made[0] is not cos:
+        cached = self._rotations.get(id(cos))
+        if cached is None or cached[0] is not cos:
             half = sin.shape[-1] // 2
             signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-            made = self._rotations[id(cos)] = cos, cos.unsqueeze(2), signed.unsqueeze(2)
-        return made[1], made[2]
+            cached = self._rotations[id(cos)] = cos, cos.unsqueeze(2), signed.unsqueeze(2)
+        return cached[1], cached[2]
 
 
 def chain_seats(positions: torch.Tensor) -> torch.Tensor:
-    """Seats int64 [4, B, Q] of consecutive tokens at int64 positions [B, Q]: position, place, trunk and
-    ancestors.
+    """Returns the seats of consecutive tokens: position, place, trunk and ancestors.
 
-    A token sees the places before its trunk's end, and those from there on that are its ancestors' (bits);
+    A token sees all places before its trunk's end. From there on it sees only its ancestors, given as bits;
     see `RaggedTokens`.
+
+    Args:
+        positions: Position of each token, int64 [B, Q].
+
+    Returns:
+        int64 [4, B, Q].
     """
     return torch.stack([positions, positions, positions + 1, torch.zeros_like(positions)])
 
 
 def tree_seats(starts: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tensor) -> torch.Tensor:
-    """Seats int64 [4, B, N + 1] of the last committed token at ``starts`` int64 [B] and the N nodes of a
-    draft tree after it.
+    """Returns the seats of each sequence's last committed token and the N draft nodes after it.
 
     Args:
-        starts: Position of the last committed token.
-        depth: int64 [B, N], of `tree_shape`.
-        ancestors: int64 [B, N], of `tree_shape`.
+        starts: Position of the last committed token, int64 [B].
+        depth: Depth of each node from `tree_shape`, int64 [B, N].
+        ancestors: Ancestors of each node from `tree_shape`, int64 [B, N].
+
+    Returns:
+        int64 [4, B, N + 1].
     """
     depth, ancestors = (torch.nn.functional.pad(x, (1, 0)) for x in (depth, ancestors))
     places = starts[:, None] + torch.arange(depth.shape[1], device=starts.device)
@@ -98,8 +118,13 @@ def tree_seats(starts: torch.Tensor, depth: torch.Tensor, ancestors: torch.Tenso
 
 
 def seat_bias(seats: torch.Tensor, span: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[B, Q, span]: 0 for keys that a token sees, −inf elsewhere. seats: int64 [4, B, Q]; window: keys, its
-    own included.
+    """Returns an additive mask [B, Q, span]: 0 for keys that a token sees, −inf elsewhere.
+
+    Args:
+        seats: Seats of the tokens, int64 [4, B, Q].
+        span: Number of keys.
+        window: Width of the sliding window in keys, the token's own included; None for no window.
+        dtype: Floating-point dtype of the mask.
     """
     positions, _, trunks, ancestors = (x[..., None] for x in seats)
     keys = torch.arange(span, device=seats.device)
@@ -118,15 +143,15 @@ def grouped_attention(
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention with grouped key/value heads as two batched matrix products, heads never repeated.
+    """Computes grouped-query attention as two batched matrix products, without repeating heads.
 
     Args:
-        query: [B, H, Q, d].
-        key: [B, KV, T, d], contiguous so that nothing is copied; H is a multiple of KV.
-        value: [B, KV, T, d].
-        bias: Broadcastable to [B, KV, H/KV, Q, T], added to the scores.
+        query: Queries [B, H, Q, d].
+        key: Keys [B, KV, T, d], contiguous so that nothing is copied; H is a multiple of KV.
+        value: Values [B, KV, T, d].
+        bias: Mask broadcastable to [B, KV, H/KV, Q, T], added to the scores.
         scaling: Factor on the scores.
-        softcap: ``softcap * tanh(scores / softcap)`` before the bias, where given.
+        softcap: Soft cap, ``softcap * tanh(scores / softcap)``, applied before the bias; None for none.
 
     Returns:
         [B, Q, H, d].
@@ -146,37 +171,38 @@ def grouped_attention(
 
 
 def check_attention(module: nn.Module, mask: torch.Tensor | None, others: Mapping[str, Any]) -> None:
-    """Refuses attention that computes more than scaled, causal, windowed and soft-capped products.
+    """Raises an error if attention computes more than scaled, causal, windowed and soft-capped products.
 
     Args:
-        module: The attention module.
-        mask: Given to its attention function; transformers makes none for functions of ours, so that one is
-            the module's own.
-        others: All other arguments of the attention function, except scaling, window and soft-capping.
+        module: Attention module.
+        mask: Mask given to its attention function. transformers builds none for our functions, so a mask is
+            one that the module itself adds.
+        others: All other arguments of the attention function, except scaling, window and soft cap.
 
     Raises:
-        NotImplementedError: with the reason, to be read after "this model".
+        NotImplementedError: The attention is not supported; the message reads as a continuation of "this
+            model".
     """
     if others.get("s_aux") is not None:
         raise NotImplementedError("uses attention sinks, which change the softmax")
     if mask is not None:
-        raise NotImplementedError(f"adds a mask of its own to the scores of {type(module).__name__}")
+        raise NotImplementedError(f"adds its own mask to the attention scores of {type(module).__name__}")
     unknown = sorted(
-        name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT
+        name for name, value in others.items() if value is not None and name not in _IGNORED_ARGUMENTS
     )
     if unknown:
-        raise NotImplementedError(f"hands {', '.join(unknown)} to its attention, whose effect is not known")
+        raise NotImplementedError(f"passes {', '.join(unknown)} to its attention, whose effect is unknown")
 
 
 def check_window(module: nn.Module, window: int | None) -> None:
-    """Refuses attention whose window only transformers' mask knows.
+    """Raises an error if the attention has a sliding window that only transformers' mask knows about.
 
     Args:
-        module: The attention module of a layer.
-        window: What its attention function is told.
+        module: Attention module of a layer.
+        window: Window passed to its attention function.
 
     Raises:
-        NotImplementedError: with the reason, to be read after "this model".
+        NotImplementedError: The window is not passed; the message reads as a continuation of "this model".
     """
     kinds, index = (
         getattr(getattr(module, "config", None), "layer_types", None),
@@ -190,7 +216,7 @@ def check_window(module: nn.Module, window: int | None) -> None:
         and window is None
     ):
         raise NotImplementedError(
-            f"does not tell the attention of {type(module).__name__} how wide its window is"
+            f"does not pass the width of its sliding window to the attention of {type(module).__name__}"
         )
 
 
@@ -207,15 +233,16 @@ def slot_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over `SlotCache`; ``forward_batch`` arrives through the model's
-    keyword arguments.
+    """Implements transformers' attention interface over a `SlotCache`.
+
+    ``forward_batch`` arrives through the model's keyword arguments.
 
     Raises:
-        NotImplementedError: for attention that computes something else, see `check_attention`.
-        TypeError: when the model hands its caller's keyword arguments to no attention function.
+        NotImplementedError: The attention computes something else; see `check_attention`.
+        TypeError: The model does not pass its caller's keyword arguments to its attention functions.
     """
     if forward_batch is None:
-        raise TypeError("its attention functions get no keyword arguments of the model's caller")
+        raise TypeError("the model does not pass its caller's keyword arguments to its attention functions")
     check_attention(module, attention_mask, others)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] <= _FEW_QUERIES or softcap is not None:

@@ -1,4 +1,4 @@
-"""Seconds of a target forward by batch, tokens a sequence and context, measured at start."""
+"""Measures the seconds of a target forward by batch size, tokens per sequence and context, at start-up."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from paceline.rollout.model.runner import ModelRunner
 
-_WIDTHS = (1, 2, 4, 8, 16)
-_FAR = 1024
+_WIDTHS = (1, 2, 4, 8, 16)  # tokens per sequence that are timed
+_FAR_CONTEXT = 1024  # tokens of context at which the slope over the context is measured
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardTable:
-    """Calibrated seconds of a forward.
+    """Estimates the seconds of a forward from calibration measurements.
 
     Attributes:
-        points: (tokens of the whole forward, seconds) at the start of texts, both increasing.
-        by_batch: Seconds for each sequence and token of context: keys are read once a sequence where memory
-            is the limit.
-        by_token: Seconds for each token read and token of context: they are multiplied with each where
-            arithmetic is.
+        points: Pairs (tokens of the whole forward, seconds) at the start of texts, both increasing.
+        by_batch: Seconds per sequence and token of context. It dominates where memory bandwidth is the limit,
+            since keys are read once per sequence.
+        by_token: Seconds per token read and token of context. It dominates where arithmetic is the limit,
+            since each token is multiplied with all keys.
     """
 
     points: tuple[tuple[int, float], ...]
@@ -32,7 +32,13 @@ class ForwardTable:
     by_token: float = 0.0
 
     def seconds(self, batch: int, width: int, context: int) -> float:
-        """Of ``batch`` sequences with ``width`` tokens each, after ``context`` tokens."""
+        """Returns the estimated seconds of a forward.
+
+        Args:
+            batch: Number of sequences.
+            width: Number of tokens per sequence.
+            context: Number of tokens before them.
+        """
         near = _interpolate(self.points, batch * width)
         return near + batch * context * (self.by_batch + width * self.by_token)
 
@@ -41,29 +47,31 @@ def calibrate_forward(runner: ModelRunner, slots: int, max_width: int) -> Forwar
     """Times forwards over the (empty) cache, at its start and far from it.
 
     Args:
-        runner: Holds no sequence; what is written to its slots is overwritten by the next prefill.
-        slots: Largest batch.
-        max_width: Most tokens of one sequence in a forward.
+        runner: Runner that holds no sequence. The slots are written to; the next prefill overwrites them.
+        slots: Largest batch size.
+        max_width: Maximum number of tokens per sequence in a forward.
     """
     widths = [width for width in _WIDTHS if width <= max_width]
     near = {shape: _time_forward(runner, *shape, 0) for shape in _shapes(runner, slots, widths, 0)}
     table = ForwardTable(_monotone([(batch * width, seconds) for (batch, width), seconds in near.items()]))
-    far = min(_FAR, runner.cache.shape.capacity - max_width - 1)
-    if far < _FAR // 8:
+    far = min(_FAR_CONTEXT, runner.cache.shape.capacity - max_width - 1)
+    if far < _FAR_CONTEXT // 8:
         return table
-    rows, rest = [], []
+    rows, excess_seconds = [], []
     for batch, width in _shapes(runner, slots, widths[::2], far):
         rows.append([batch * far, batch * far * width])
-        rest.append(_time_forward(runner, batch, width, far) - table.seconds(batch, width, 0))
-    # relative errors count: a large batch must not drown out a small one
+        excess_seconds.append(_time_forward(runner, batch, width, far) - table.seconds(batch, width, 0))
+    # weighting fits relative errors, so that large batches do not dominate small ones
     weights = 1 / np.array([row[1] for row in rows], dtype=float)
-    fitted = np.linalg.lstsq(np.array(rows) * weights[:, None], np.array(rest) * weights, rcond=None)[0]
+    fitted = np.linalg.lstsq(
+        np.array(rows) * weights[:, None], np.array(excess_seconds) * weights, rcond=None
+    )[0]
     by_batch, by_token = (max(float(x), 0.0) for x in fitted)
     return ForwardTable(table.points, by_batch, by_token)
 
 
 def _shapes(runner: ModelRunner, slots: int, widths: list[int], context: int) -> list[tuple[int, int]]:
-    """(batch, width) to measure, with room made for them."""
+    """Returns the pairs (batch, width) to measure, after making room for them in the cache."""
     end = context + max(widths) + 1
     slots = min(slots, runner.cache.slots_at(end))
     runner.cache.reserve(end, active=0, slots=slots)
@@ -72,6 +80,7 @@ def _shapes(runner: ModelRunner, slots: int, widths: list[int], context: int) ->
 
 
 def _time_forward(runner: ModelRunner, batch: int, width: int, context: int) -> float:
+    """Returns the seconds of the fastest of a few forwards."""
     tokens = torch.zeros(batch, width, dtype=torch.long, device=runner.cache.device)
     best = float("inf")
     for _ in range(3 if context == 0 else 2):
@@ -84,7 +93,7 @@ def _time_forward(runner: ModelRunner, batch: int, width: int, context: int) -> 
 
 
 def _monotone(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """The fastest time of each token count, made non-decreasing."""
+    """Returns the fastest time of each token count, made non-decreasing."""
     fastest: dict[int, float] = {}
     for tokens, seconds in points:
         fastest[tokens] = min(seconds, fastest.get(tokens, seconds))
@@ -96,6 +105,7 @@ def _monotone(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
 
 
 def _interpolate(points: tuple[tuple[int, float], ...], tokens: int) -> float:
+    """Returns the seconds at a token count, interpolated linearly and extrapolated proportionally."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if tokens <= x1:
             return y0 + (y1 - y0) * max(tokens - x0, 0) / (x1 - x0)

@@ -1,12 +1,11 @@
-"""A decoder layer with joined projections and few operators, for every model whose layer has the usual parts.
+"""A decoder layer with joined projections and few operators, for all models with the usual parts.
 
-A transformers decoder layer of a Llama-like model runs about 160 operators for a token; at small batches on a
-CPU their dispatch, not their arithmetic, is half of the time. `FusedLayer` runs the same mathematics in four
-matrix products and five kernels (`paceline.rollout.native`), or in about 60 operators where those cannot be
-built. It is not written for a model: it is put together from the parts that a layer *has* (`LayerParts`), and
-    used only if, with random weights, it gives what the
-original layer gives (`paceline.rollout.model.fusion_check`). A layer with other parts, or other mathematics,
-stays as it is.
+A transformers decoder layer of a Llama-like model runs about 160 operators per token. At small batches on a
+CPU, half of the time goes into their dispatch rather than their arithmetic. `FusedLayer` runs the same
+mathematics in four matrix products and five kernels (`paceline.rollout.native`), or in about 60 operators
+where those cannot be built. It is not written for a particular model: it is assembled from the parts that a
+layer *has* (`LayerParts`), and used only if it gives the original layer's results on random weights
+(`paceline.rollout.model.fusion_check`). A layer with other parts or other mathematics is left unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from transformers.activations import SiLUActivation
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
 from paceline.rollout.native import AttentionRule, Kernels
-from paceline.rollout.transformers_api import Cache, hidden_states_in, of_type, rotary_in
+from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
 _LAYER_PARTS = {
     "self_attn",
@@ -38,15 +37,20 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """The parts of one decoder layer.
+    """Lists the parts of one decoder layer.
 
     Attributes:
         attention_in: Norm before the attention.
-        attention_out: Norm after it, where there is one (Gemma).
-        mlp_in, mlp_out: The same around the feed-forward part.
-        query, key: Norms of each head, where there are any (Qwen3, Gemma 3).
-        qkv, o, gate_up, down: Linear layers; those of one input together.
-        activation: Of the gate.
+        attention_out: Norm after the attention (Gemma); None if there is none.
+        mlp_in: Norm before the MLP.
+        mlp_out: Norm after the MLP (Gemma); None if there is none.
+        query: Norm of each query head (Qwen3, Gemma 3); None if there is none.
+        key: Norm of each key head; None if there is none.
+        qkv: Projections of queries, keys and values.
+        o: Output projection of the attention.
+        gate_up: Gate and up projections of the MLP.
+        down: Down projection of the MLP.
+        activation: Activation function of the gate.
     """
 
     attention_in: nn.Module
@@ -63,9 +67,7 @@ class LayerParts:
 
     @staticmethod
     def of(layer: Any) -> LayerParts | None:
-        """The parts of a layer that has exactly these, under the names that transformers gives them; else
-        None.
-        """
+        """Returns the parts of a layer that has exactly these under transformers' names, or None."""
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if attention is None or mlp is None or not _children(layer) <= _LAYER_PARTS:
             return None
@@ -90,26 +92,28 @@ class LayerParts:
             )
         except AttributeError:
             return None
-        fits = joinable(qkv) and joinable(gate_up) and joinable([parts.o]) and joinable([parts.down])
-        return parts if fits and (parts.query is None) == (parts.key is None) else None
+        all_joinable = joinable(qkv) and joinable(gate_up) and joinable([parts.o]) and joinable([parts.down])
+        return parts if all_joinable and (parts.query is None) == (parts.key is None) else None
 
 
 def _children(module: nn.Module) -> set[str]:
+    """Returns the names of a module's direct children."""
     return {name for name, _ in module.named_children()}
 
 
 class RootMeanSquareNorm:
-    """x · rsqrt(mean(x²) + ε) · gain (Zhang and Sennrich, arXiv 1910.07467, equation 4), with ε as every
-    Llama-like model adds it.
+    """Computes x · rsqrt(mean(x²) + ε) · gain (Zhang and Sennrich, arXiv 1910.07467, equation 4).
+
+    ε is added as in every Llama-like model.
 
     Args:
-        norm: A module of that mathematics, whose gain is its ``weight`` (Llama) or 1 + ``weight`` (Gemma):
-            which, it is asked.
-        dtype: What to compute in.
+        norm: Module that computes this, whose gain is its ``weight`` (Llama) or 1 + ``weight`` (Gemma); the
+            constructor finds out which by calling it.
+        dtype: Compute dtype.
         kernels: Native kernels, or None for torch's operator.
 
     Raises:
-        ValueError: for a module of other mathematics.
+        ValueError: The module computes something else.
     """
 
     def __init__(self, norm: nn.Module, dtype: torch.dtype, kernels: Kernels | None) -> None:
@@ -120,24 +124,27 @@ class RootMeanSquareNorm:
         self.eps = eps
         self._weight, self._dtype, self._kernels = weight, dtype, kernels
         self._shape = tuple(weight.shape)
-        self._offset = self._ask(norm)
+        self._offset = self._find_offset(norm)
         self._shared = self._offset == 0 and weight.dtype == dtype
         self.gain = torch.empty_like(weight, dtype=dtype).detach()
         self.refresh()
 
-    def _ask(self, norm: nn.Module) -> float:
+    def _find_offset(self, norm: nn.Module) -> float:
+        """Returns what the norm adds to its weight to get the gain, found by calling it: 0 or 1."""
         weight = self._weight
         x = torch.ones(1, *self._shape, device=weight.device, dtype=weight.dtype)
         gain = norm(x)[0].float() * (1 + self.eps) ** 0.5
         for offset in (0.0, 1.0):
             if torch.allclose(gain, weight.float() + offset, rtol=0.02, atol=1e-3):
                 return offset
-        raise ValueError(f"{type(norm).__name__} is no root-mean-square norm")
+        raise ValueError(f"{type(norm).__name__} is not a root-mean-square norm")
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Reads the gain again, in place: a captured graph knows its address. A shared one is asked where it
-        lies now: wrapping a module for training may move its parameters.
+        """Reads the gain again, in place because captured graphs hold its address.
+
+        A gain shared with the trainer is looked up anew, since wrapping a module for training may move its
+        parameters.
         """
         if self._shared:
             self.gain = self._weight.detach()
@@ -145,23 +152,23 @@ class RootMeanSquareNorm:
             self.gain.copy_(self._weight.float() + self._offset)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., width]."""
+        """Normalizes ``x`` [..., width]."""
         if self._kernels is not None:
             return self._kernels.rms_norm(x, self.gain, self.eps)
         return nn.functional.rms_norm(x, self._shape, self.gain, self.eps)
 
 
 class FusedLayer(nn.Module):
-    """One decoder layer; takes what transformers' decoder models hand to theirs.
+    """Runs one decoder layer in few operators; takes what transformers' decoder models pass to their layers.
 
     Args:
-        parts: Of the trainer's layer.
-        index: Of the layer, for the cache.
-        attention: Keyword arguments that the original layer hands to its attention function (scaling, sliding
-            window, …).
-        dtype: What to compute in.
+        parts: Parts of the trainer's layer.
+        index: Index of the layer, for the cache.
+        attention: Keyword arguments that the original layer passes to its attention function (scaling,
+            sliding window, …).
+        dtype: Compute dtype.
         packed: Whether the linear layers are packed copies.
-        kernels: Native kernels that serve this layer's widths, or None for torch's operators.
+        kernels: Native kernels that support this layer's widths, or None for torch operators.
     """
 
     def __init__(
@@ -208,22 +215,23 @@ class FusedLayer(nn.Module):
             part.refresh()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs the layer on what a transformers model hands to its layers, whatever the names are.
+        """Runs the layer on what a transformers model passes to its layers, whatever the names are.
 
         Args:
-            args, kwargs: Hidden states [B, Q, hidden], the pair (cos, sin), a `SlotCache` and a
-                `ForwardBatch` among them.
+            *args: Positional arguments. Together with ``kwargs`` they contain hidden states [B, Q, hidden],
+                the pair (cos, sin), a `SlotCache` and a `ForwardBatch`.
+            **kwargs: Keyword arguments.
 
         Returns:
             Hidden states [B, Q, hidden].
 
         Raises:
-            TypeError: when one of the four is missing.
+            TypeError: One of the four is missing.
         """
         hidden_states, rotary = hidden_states_in(args, kwargs), rotary_in(args, kwargs)
-        cache, batch = of_type(Cache, args, kwargs), of_type(ForwardBatch, args, kwargs)
+        cache, batch = first_instance(Cache, args, kwargs), first_instance(ForwardBatch, args, kwargs)
         if rotary is None:
-            raise TypeError("a fused layer got no rotary embedding")
+            raise TypeError("the model passes no rotary embedding (cos, sin) to a fused layer")
         qkv, o, gate_up, down = self._projections
         attended = self._attend(qkv(self._attention_in(hidden_states)), rotary, cache, batch)
         if self._attention_out is None:
@@ -236,6 +244,7 @@ class FusedLayer(nn.Module):
         return hidden_states + self._mlp_out(down(gated))
 
     def _gate(self, joined: torch.Tensor) -> torch.Tensor:
+        """Returns activation(gate) · up of the joined gate and up projections."""
         if self._native_gate:
             assert self._kernels is not None
             return self._kernels.silu_gate(joined)
@@ -245,7 +254,7 @@ class FusedLayer(nn.Module):
     def _attend(
         self, joined: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
     ) -> torch.Tensor:
-        """Stores keys and values; returns [B, Q, H · d]."""
+        """Stores keys and values; returns the attention output [B, Q, H · d]."""
         if batch.ragged is not None and self._kernels is not None and self._rule is not None:
             lines = cache.lines(self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
@@ -265,8 +274,10 @@ class FusedLayer(nn.Module):
     def _rotated_heads(
         self, joined: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [B, H, Q, d], key and value [B, KV, Q, d], normed where there are norms, rotated by
-        position.
+        """Splits joined projections into heads, normalizes them where the layer has norms, and rotates them.
+
+        Returns:
+            Query [B, H, Q, d], key and value [B, KV, Q, d].
         """
         cos, sin = rotation
         dim = cos.shape[-1]
@@ -274,15 +285,15 @@ class FusedLayer(nn.Module):
         queries, keys = self._widths[0] // dim, self._widths[1] // dim
         both = heads[:, :, : queries + keys]
         if self._head_norms:
-            of_query, of_key = self._head_norms
-            both = torch.cat([of_query(both[:, :, :queries]), of_key(both[:, :, queries:])], dim=2)
+            query_norm, key_norm = self._head_norms
+            both = torch.cat([query_norm(both[:, :, :queries]), key_norm(both[:, :, queries:])], dim=2)
         both = torch.addcmul(both * cos, both.roll(dim // 2, dims=-1), sin)
         split = both[:, :, :queries], both[:, :, queries:], heads[:, :, queries + keys :]
         return split[0].transpose(1, 2), split[1].transpose(1, 2), split[2].transpose(1, 2)
 
 
 def attention_rule(arguments: dict[str, Any]) -> AttentionRule | None:
-    """The native kernel's rule for the keyword arguments of an attention function; None where it has none."""
+    """Returns the native kernel's rule for an attention function's arguments, or None if it has none."""
     known = {"scaling", "sliding_window", "softcap"}
     if "scaling" not in arguments or not known >= {
         name for name, value in arguments.items() if value is not None

@@ -1,6 +1,4 @@
-"""Which decoder layers `FusedLayer` can stand in for: seen from one forward, then proved on random
-weights.
-"""
+"""Decides which decoder layers `FusedLayer` can replace, by a comparison on random weights."""
 
 from __future__ import annotations
 
@@ -33,19 +31,19 @@ from paceline.rollout.transformers_api import (
 )
 
 _PROBE_ATTENTION = "paceline_probe"
-_RULES = ("scaling", "sliding_window", "softcap", "s_aux")
-_TOKENS = 5
-_TOLERANCE = 1e-4
+_ATTENTION_ARGUMENTS = ("scaling", "sliding_window", "softcap", "s_aux")
+_TOKENS = 5  # enough for two forwards, of which the second reads the first one's keys
+_TOLERANCE = 1e-4  # of the output's norm; rounding in float32 stays below it
 
 
 @dataclass(slots=True)
 class LayerCall:
-    """What a model hands to one of its layers, and that layer to its attention function.
+    """Records what a model passes to one of its layers, and the layer to its attention function.
 
     Attributes:
-        rotary: cos and sin [1, Q, d].
+        rotary: cos and sin, [1, Q, d] each.
         attention: Keyword arguments of the attention function.
-        observed: The arguments of the layer.
+        observed: Arguments of the layer.
     """
 
     rotary: tuple[torch.Tensor, torch.Tensor]
@@ -56,8 +54,9 @@ class LayerCall:
 def _probe_attention(
     module: nn.Module, *args: Any, seen_attention: dict[int, dict[str, Any]], **kwargs: Any
 ) -> Any:
+    """Records the arguments of an attention function, then computes attention."""
     seen_attention[id(module)] = {
-        name: value for name, value in kwargs.items() if name in _RULES and value is not None
+        name: value for name, value in kwargs.items() if name in _ATTENTION_ARGUMENTS and value is not None
     }
     check_window(module, kwargs.get("sliding_window"))
     return slot_attention(module, *args, **kwargs)
@@ -68,13 +67,15 @@ register_attention(_PROBE_ATTENTION, _probe_attention)
 
 @torch.no_grad()
 def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dtype) -> list[LayerCall] | None:
-    """Runs a few tokens through the model and notes what each layer is called with; None where a layer gets
-    no rotary embedding.
+    """Runs a few tokens through the model and records what each layer is called with.
 
     Args:
-        view: A model of the engine's own, whose attention implementation may be set.
-        layers: Its decoder layers.
-        dtype: What to compute in; parameters of other dtypes are cast on the way.
+        view: The engine's own copy of the model, whose attention implementation may be changed.
+        layers: Decoder layers of the copy.
+        dtype: Compute dtype; parameters of other dtypes are cast on the way.
+
+    Returns:
+        The call of each layer, or None if a layer gets no rotary embedding.
     """
     device = next(view.parameters()).device
     calls: dict[int, ObservedCall] = {}
@@ -99,22 +100,27 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
         use_attention(view, SLOT_ATTENTION)
         for hook in hooks:
             hook.remove()
-    found: list[LayerCall] = []
+    layer_calls: list[LayerCall] = []
     for layer in layers:
-        call, rules = calls.get(id(layer)), attention.get(id(getattr(layer, "self_attn", None)))
+        call, arguments = calls.get(id(layer)), attention.get(id(getattr(layer, "self_attn", None)))
         rotary = None if call is None else rotary_in(call.args, call.kwargs)
-        if call is None or rotary is None or rules is None:
+        if call is None or rotary is None or arguments is None:
             return None
-        found.append(LayerCall(rotary, rules, call))
-    return found
+        layer_calls.append(LayerCall(rotary, arguments, call))
+    return layer_calls
 
 
 @torch.no_grad()
 def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
-    """Whether a `FusedLayer` made of the layer's parts computes what the layer computes.
+    """Returns whether a `FusedLayer` made of the layer's parts computes what the layer computes.
 
-    Asked in float32 on a copy with random weights, so that a part whose present weights hide it (a zero bias,
-    a gain of one) is asked too; and in two forwards, so that the second reads what the first has stored.
+    The comparison runs in float32 on a copy with random weights, so that it also covers parts whose current
+    weights hide them (a zero bias, a gain of one). It takes two forwards, so that the second reads what the
+    first has stored.
+
+    Args:
+        layer: Decoder layer.
+        call: Observed call of the layer.
     """
     original: Any = copy.deepcopy(layer).float().eval()
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +142,9 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
         def forward(part: slice, batch: ForwardBatch) -> torch.Tensor:
             cos, sin = (x.float()[:, part].contiguous() for x in call.rotary)
             states = hidden[:, part].contiguous()
-            return call.observed.again(layer, states, (cos, sin), batch.positions, cache, forward_batch=batch)
+            return call.observed.replay(
+                layer, states, (cos, sin), batch.positions, cache, forward_batch=batch
+            )
 
         return in_two_forwards(cache, _TOKENS, ragged, forward)
 
@@ -149,11 +157,11 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
             packed=False,
             kernels=kernels_for(parts, call, torch.float32),
         )
-        wanted = run(original, ragged=False)
-        got = run(fused, ragged=fused.takes_ragged)
-    except (RuntimeError, ValueError):  # shapes or norms that a fused layer is not made for
+        expected = run(original, ragged=False)
+        actual = run(fused, ragged=fused.takes_ragged)
+    except (RuntimeError, ValueError):  # shapes or norms that a fused layer does not support
         return False
-    return got.shape == wanted.shape and bool((got - wanted).norm() <= _TOLERANCE * wanted.norm())
+    return actual.shape == expected.shape and bool((actual - expected).norm() <= _TOLERANCE * expected.norm())
 
 
 def in_two_forwards(
@@ -163,16 +171,15 @@ def in_two_forwards(
     forward: Callable[[slice, ForwardBatch], torch.Tensor],
     texts: int = 1,
 ) -> torch.Tensor:
-    """Runs all tokens of each text but the last two, then those two, which read what the first forward has
-    stored.
+    """Runs each text in two forwards: all tokens but the last two, then those two, which read the cache.
 
     Args:
-        cache: An empty cache with a slot for each text.
-        tokens: How many a text has, at least 3.
+        cache: Empty cache with a slot for each text.
+        tokens: Number of tokens in each text, at least 3.
         ragged: Whether the batches hold tokens without padding, for native kernels.
-        forward: Runs the tokens of a slice of all texts, whose batch the cache knows; returns them as [texts,
-            tokens, …], or end to end where ``ragged``.
-        texts: How many are run side by side.
+        forward: Function that runs a slice of all texts' tokens, given the slice and its batch. It returns
+            [texts, tokens, …], or the tokens end to end if ``ragged``.
+        texts: Number of texts in the batch.
 
     Returns:
         [texts, tokens, …].
@@ -184,13 +191,13 @@ def in_two_forwards(
         packed = RaggedTokens(range(texts), [part.start] * texts, [length] * texts) if ragged else None
         batch = ForwardBatch(slice(0, texts), chain_seats(positions[:, part]), span=tokens, ragged=packed)
         cache.begin(batch)
-        made = forward(part, batch)
-        outputs.append(made.view(texts, length, *made.shape[2:]))
+        output = forward(part, batch)
+        outputs.append(output.view(texts, length, *output.shape[2:]))
     return torch.cat(outputs, dim=1)
 
 
 def kernels_for(parts: LayerParts, call: LayerCall, dtype: torch.dtype) -> Kernels | None:
-    """Native kernels that serve a layer's widths, or None."""
+    """Returns native kernels that support a layer's widths, or None."""
     widths = parts.down.out_features, parts.down.in_features
     served = Kernels.serve(call.rotary[0].shape[-1], *widths)
     return load_kernels(parts.down.weight.device.type, dtype) if served else None
@@ -199,16 +206,16 @@ def kernels_for(parts: LayerParts, call: LayerCall, dtype: torch.dtype) -> Kerne
 def fuse_layers(
     view: PreTrainedModel, source: PreTrainedModel, dtype: torch.dtype, packed: bool
 ) -> list[FusedLayer]:
-    """Puts a `FusedLayer` in the place of each of the view's decoder layers that allow it.
+    """Replaces each of the view's decoder layers that allow it by a `FusedLayer`.
 
     Args:
         view: The engine's own copy of the model; changed in place.
         source: The trainer's model, whose weights packed layers are made of.
-        dtype: What to compute in.
+        dtype: Compute dtype.
         packed: Whether linear layers are packed; otherwise the fused layers read the view's own weights.
 
     Returns:
-        Those put in place; none for a model without a list of decoder layers.
+        The new layers; empty for a model without a list of decoder layers.
     """
     try:
         layers, sources = decoder_layers(view), decoder_layers(source)
@@ -234,16 +241,16 @@ def fuse_layers(
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers, in order.
+    """Returns the decoder's layers, in order.
 
     Raises:
-        ValueError: when the model has no list of ``num_hidden_layers`` layers.
+        ValueError: The model has no list of ``num_hidden_layers`` layers.
     """
-    wanted = model.config.get_text_config().num_hidden_layers
+    num_layers = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     raise ValueError(
-        f"{type(model).__name__} has no list of {wanted} decoder layers: the engine cannot tap its hidden "
-        "states"
+        f"{type(model).__name__} has no list of {num_layers} decoder layers to tap: build the engine without "
+        "tap_layers, or choose another policy"
     )

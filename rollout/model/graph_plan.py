@@ -1,9 +1,9 @@
-"""Which shapes are captured, and what that takes, before anything is captured.
+"""Planning of captured graphs: which shapes to capture, and the memory that takes.
 
-A strategy that verifies many tokens pays at small batches only (TLT, arXiv 2511.16665: a graph for every
-strategy and every batch takes the memory that the KV cache needs). So tokens per sequence are captured up to
-a number of *rows*, batch × tokens, past which no speculation could pay; the number of graphs is then a sum
-over strategies, not a product.
+A strategy that verifies many tokens pays off at small batches only (TLT, arXiv 2511.16665: one graph for
+every strategy and every batch size takes the memory that the KV cache needs). Larger token counts per
+sequence are therefore captured only up to a number of *rows*, batch × tokens, past which no speculation could
+pay off. The number of graphs is then a sum over strategies, not a product.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# what CUDA keeps for one kernel of an instantiated graph; `launch/bench.py gpu` compares plan and fact
+# memory of one kernel in an instantiated CUDA graph; `launch/bench.py gpu` compares plan and measurement
 NODE_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphKey:
-    """A bucket of forwards that share a captured graph.
+    """Identifies a bucket of forwards that share a captured graph.
 
     Attributes:
         phase: ``target`` or ``draft``.
-        batch: Sequences.
-        tokens: Of each sequence.
-        span: Keys that attention reads.
+        batch: Number of sequences.
+        tokens: Number of tokens per sequence.
+        span: Number of keys that attention reads.
     """
 
     phase: str
@@ -34,16 +34,23 @@ class GraphKey:
 
     @property
     def rows(self) -> int:
+        """The number of tokens in the forward, batch × tokens."""
         return self.batch * self.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What activations of a forward depend on.
+    """Holds the sizes that the activations of a forward depend on.
 
     Attributes:
-        layers, hidden, intermediate, heads, kv_heads, head_dim, vocab: Of the model.
-        bytes_per_value: 2 for bfloat16.
+        layers: Number of decoder layers.
+        hidden: Hidden size.
+        intermediate: Width of the MLP.
+        heads: Number of query heads.
+        kv_heads: Number of key/value heads.
+        head_dim: Size of a head.
+        vocab: Vocabulary size.
+        bytes_per_value: Bytes per activation; 2 for bfloat16.
     """
 
     layers: int
@@ -56,10 +63,11 @@ class ModelShape:
     bytes_per_value: int = 2
 
     def activation_bytes(self, key: GraphKey) -> int:
-        """Most bytes alive at once in a forward of ``key``, inputs and outputs apart.
+        """Returns the peak activation bytes of a forward of ``key``, not counting inputs and outputs.
 
-        Within a layer that is the residual stream and the widest of its stages: joined projections, attention
-        scores in float32 over the span, or gate and up beside their product. At the end it is the logits.
+        Within a layer these are the residual stream and the widest of the stages: joined projections and
+        attention scores in float32 over the span, or gate and up beside their product. At the end they are
+        the logits.
         """
         attention = (self.heads + 2 * self.kv_heads) * self.head_dim * 2
         scores = self.heads * key.span * 3
@@ -68,32 +76,38 @@ class ModelShape:
         return key.rows * (2 * self.hidden + widest) * self.bytes_per_value
 
     def output_bytes(self, rows: int) -> int:
-        """Bytes of the logits of ``rows`` tokens, which outlive the forward."""
+        """Returns the bytes of the logits of ``rows`` tokens, which outlive the forward."""
         return rows * self.vocab * self.bytes_per_value
 
     @property
     def kernels(self) -> int:
-        """Kernels of one forward: about sixteen a layer, and a dozen around them."""
+        """The number of kernels in one forward: about sixteen per layer, and a dozen around them."""
         return 16 * self.layers + 12
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:
-    """1, 2, 4, … and ``limit`` itself."""
+    """Returns 1, 2, 4, … and ``limit`` itself."""
     below = [1 << i for i in range(limit.bit_length()) if 1 << i < limit]
     return (*below, limit)
 
 
 def smallest_bucket(value: int, buckets: Sequence[int]) -> int | None:
-    """The smallest bucket that holds ``value``; None when none does. ``buckets`` increase."""
+    """Returns the smallest of the increasing ``buckets`` that holds ``value``, or None if none does."""
     return next((b for b in buckets if b >= value), None)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphPlan:
-    """The keys to capture, largest first, and their bytes.
+    """Lists the graphs to capture, largest first, and their bytes.
 
     Graphs replay one at a time, so all share one memory pool as large as the largest needs, and one buffer of
-    logits; each adds its kernels.
+    logits; each adds its own kernels.
+
+    Attributes:
+        keys: Buckets to capture.
+        pool_bytes: Bytes of the shared memory pool.
+        output_bytes: Bytes of the shared logits buffer.
+        node_bytes: Bytes of the kernels of all graphs.
     """
 
     keys: tuple[GraphKey, ...]
@@ -103,19 +117,28 @@ class GraphPlan:
 
     @property
     def total_bytes(self) -> int:
+        """The bytes of the whole plan."""
         return self.pool_bytes + self.output_bytes + self.node_bytes
 
 
 def plan_keys(
     phase: str, batches: Sequence[int], tokens: Sequence[int], spans: Sequence[int], max_rows: int
 ) -> tuple[GraphKey, ...]:
-    """Keys with at most ``max_rows`` rows, and those of one token at every batch; largest first, so that
-    later ones fit in.
+    """Returns the buckets of at most ``max_rows`` rows, and those of one token at every batch size.
+
+    They are sorted largest first, so that later graphs fit into the pool of earlier ones.
+
+    Args:
+        phase: ``target`` or ``draft``.
+        batches: Batch sizes to combine.
+        tokens: Token counts per sequence to combine.
+        spans: Spans to combine.
+        max_rows: Maximum batch × tokens if there is more than one token per sequence.
     """
-    every = (GraphKey(phase, b, t, span) for b, t, span in itertools.product(batches, tokens, spans))
+    candidates = (GraphKey(phase, b, t, span) for b, t, span in itertools.product(batches, tokens, spans))
     return tuple(
         sorted(
-            (k for k in every if k.tokens == 1 or k.rows <= max_rows),
+            (k for k in candidates if k.tokens == 1 or k.rows <= max_rows),
             key=lambda k: (k.rows, k.span),
             reverse=True,
         )
@@ -123,7 +146,7 @@ def plan_keys(
 
 
 def plan_graphs(shape: ModelShape, keys: Sequence[GraphKey]) -> GraphPlan:
-    """The bytes of capturing ``keys`` into one pool."""
+    """Returns the plan for capturing ``keys`` into one pool, with its bytes."""
     if not keys:
         return GraphPlan((), 0, 0, 0)
     return GraphPlan(
@@ -135,8 +158,16 @@ def plan_graphs(shape: ModelShape, keys: Sequence[GraphKey]) -> GraphPlan:
 
 
 def naive_bytes(shape: ModelShape, strategies: Sequence[int], batches: Sequence[int], span: int) -> int:
-    """Bytes when each strategy (tokens to verify) captures every batch for itself, as an engine with one
-    strategy does: within a strategy the graphs share a pool, between strategies nothing is shared.
+    """Returns the bytes needed if each strategy captured every batch size for itself.
+
+    This is what an engine with a single strategy does: graphs of one strategy share a pool, but different
+    strategies share nothing.
+
+    Args:
+        shape: Sizes of the model.
+        strategies: Tokens per sequence that each strategy verifies.
+        batches: Batch sizes.
+        span: Number of keys that attention reads.
     """
     plans = [
         plan_graphs(shape, [GraphKey("target", b, tokens, span) for b in batches]) for tokens in strategies

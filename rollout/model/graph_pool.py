@@ -20,23 +20,29 @@ class Capturer(Protocol):
     """Turns a function of fixed tensors into a replay that reads and writes the same memory each time."""
 
     def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
-        """``forward`` reads its inputs from and writes its outputs to tensors that stay where they are."""
+        """Returns a function that replays ``forward``.
+
+        Args:
+            forward: Function that reads its inputs from and writes its outputs to tensors that stay in place.
+        """
         ...
 
 
 class CudaCapturer:
-    """CUDA graphs that share one memory pool: only one replays at a time, and outputs are copied out inside
-    the graph.
+    """Captures CUDA graphs that share one memory pool.
+
+    Sharing is safe because only one graph replays at a time and outputs are copied out inside the graph.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """Captures ``forward`` after two warm-up runs; returns the graph's replay."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries choose their kernels and allocate workspaces outside the capture
+            for _ in range(2):  # lets libraries choose kernels and allocate workspaces before the capture
                 forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -46,36 +52,40 @@ class CudaCapturer:
 
 
 class PlainCapturer:
-    """Runs the function itself: what a capture would do, on a device that has none."""
+    """Stands in for a capturer on devices without graphs by running the function itself."""
 
     def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
+        """Returns ``forward`` itself."""
         return forward
 
 
 @dataclass(slots=True)
 class _Captured:
+    """Holds the input tensors of a captured forward and its replay."""
+
     tokens: torch.Tensor
     seats: torch.Tensor
     replay: Callable[[], None]
 
 
 class GraphPool:
-    """Runs decode forwards through captures of their bucket.
+    """Runs decode forwards through captured graphs of their shape bucket.
 
-    What is planned is captured by `capture_planned`; another shape is captured when it is first met, if its
-    rows fit in the output buffer; what fits no bucket, or fails to be captured, runs as it is, and
-    `fallbacks` counts why.
+    `capture_planned` captures the plan. Another shape is captured when it first occurs, if its rows fit in
+    the output buffer. If a shape fits no bucket or its capture fails, the caller runs the forward itself, and
+    `fallbacks` counts the reasons.
 
-    Weights are read where they lie: after an update in place nothing is captured again.
+    Graphs read weights in place, so an in-place update needs no new capture.
 
     Args:
-        forward: (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B, Q, V] and
-            what is carried to the next forward, for whole buckets.
-        plan: What to capture.
+        forward: Function (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B,
+            Q, V] and the state carried to the next forward, for whole buckets.
+        plan: Plan of what to capture.
         vocab: Size of the logits.
         carry: Width of a hidden state that goes in and comes out (a drafter's); 0 for none.
-        dtype, device: Of the logits.
-        capturer: How.
+        dtype: Dtype of the logits.
+        device: Device of the logits.
+        capturer: Capturer to use.
     """
 
     def __init__(
@@ -102,12 +112,12 @@ class GraphPool:
         self._captured: dict[GraphKey, _Captured] = {}
 
     def capture_planned(self) -> None:
-        """Captures the plan, largest first."""
+        """Captures the plan, largest graph first."""
         for key in self.plan.keys:
             self._get(key)
 
     def key_for(self, batch: int, tokens: int, span: int) -> GraphKey | None:
-        """The bucket of a shape, or None."""
+        """Returns the bucket of a shape, or None if it fits none."""
         batch_bucket, token_bucket = (
             smallest_bucket(batch, self._batches),
             smallest_bucket(tokens, self._tokens),
@@ -124,15 +134,19 @@ class GraphPool:
         slots: int,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call; None where
-        the caller must run the forward itself.
+        """Replays the bucket of a forward.
 
         Args:
-            tokens: int64 [B, Q] of the first B slots.
-            seats: int64 [4, B, Q], as in `ForwardBatch`.
-            span: Of the cache.
-            slots: Of the cache at this span; rows of a bucket past B write to free slots.
-            carried: [B, Q, carry], where there is such a state.
+            tokens: Token ids of the first B slots, int64 [B, Q].
+            seats: Seats as in `ForwardBatch`, int64 [4, B, Q].
+            span: Current span of the cache.
+            slots: Number of slots that the cache has at this span; the bucket's rows past B write to free
+                slots.
+            carried: State carried into the forward, [B, Q, carry]; None if there is none.
+
+        Returns:
+            Logits [B, Q, V] and the carried state [B, Q, carry], both valid until the next call, or None if
+            the caller must run the forward itself.
         """
         batch, width = tokens.shape
         key = self.key_for(batch, width, span)
@@ -158,6 +172,7 @@ class GraphPool:
         return self._logits[: key.rows].view(key.batch, key.tokens, -1)[:batch, :width], state
 
     def _get(self, key: GraphKey) -> _Captured | None:
+        """Returns the capture of a bucket, or None if capturing fails."""
         if key not in self._captured:
             try:
                 self._captured[key] = self._capture(key)
@@ -167,6 +182,7 @@ class GraphPool:
         return self._captured[key]
 
     def _capture(self, key: GraphKey) -> _Captured:
+        """Captures a bucket over freshly allocated input tensors."""
         tokens = torch.zeros(key.batch, key.tokens, dtype=torch.long, device=self._device)
         seats = _padding_seats(key.span).expand(4, *tokens.shape).to(self._device, copy=True).contiguous()
         out = self._logits[: key.rows].view(key.batch, key.tokens, -1)
@@ -183,5 +199,5 @@ class GraphPool:
 
 
 def _padding_seats(span: int) -> torch.Tensor:
-    """int64 [4, 1, 1]: padding writes to the last place, where no sequence reads."""
+    """Returns seats int64 [4, 1, 1] of padding, which writes to the last place, where no sequence reads."""
     return torch.tensor([span - 1, span - 1, span, 0]).view(4, 1, 1)

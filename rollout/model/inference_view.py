@@ -1,6 +1,4 @@
-"""A view of the trainer's module that the engine runs: same classes, shared parameters, its own attention and
-packing.
-"""
+"""A view of the trainer's module that the engine runs, with shared parameters and its own attention."""
 
 from __future__ import annotations
 
@@ -18,20 +16,20 @@ from paceline.rollout.transformers_api import use_attention
 
 
 class InferenceView:
-    """A structural copy of ``model`` for decoding.
+    """Copies the structure of ``model`` for decoding and shares its parameters.
 
-    The copy has its own modules and config, so that the attention function, hooks and packed layers plugged
-    into it never show in the trainer. Its parameters *are* the trainer's where the dtype agrees; elsewhere
-    they are casts (linears packed where the machine has a kernel) that `refresh` renews in place after each
-    weight update. Decoder layers run as a `FusedLayer` where that computes the same.
+    The copy has its own modules and config, so the attention function, hooks and packed layers plugged into
+    it do not affect the trainer. Its parameters *are* the trainer's where the dtype matches. Elsewhere they
+    are casts (linear layers packed where the machine has a kernel), which `refresh` renews in place after
+    each weight update. Decoder layers run as a `FusedLayer` where that computes the same.
 
-    Modules compute what their classes say. Forwards and hooks that a trainer put on its instances, such as a
-    fused loss, autocast or the gathering of partitioned weights, are about training, and the copy has none of
-    them.
+    Modules compute what their classes define. Forwards and hooks that a trainer attached to its instances,
+    such as a fused loss, autocast or the gathering of partitioned weights, serve training only, and the copy
+    drops them.
 
     Args:
         model: The trainer's unwrapped causal LM.
-        dtype: What the engine computes in.
+        dtype: Compute dtype of the engine.
         fuse: Whether decoder layers may run as a `FusedLayer`.
     """
 
@@ -51,6 +49,7 @@ class InferenceView:
         self._packed = pack_linears(self.module, model) if pack else []
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
+        """Returns the parameter itself where it can be shared, else a cast that `refresh` renews."""
         if keep_source or parameter.dtype == self.dtype or not parameter.is_floating_point():
             return parameter
         cast = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
@@ -59,20 +58,20 @@ class InferenceView:
 
     @property
     def fusion(self) -> str:
-        """Which decoder layers run fused, in one line."""
+        """A one-line summary of the decoder layers that run fused."""
         layers = self.module.config.get_text_config().num_hidden_layers
         native = sum(layer.takes_ragged for layer in self.fused)
         return f"{len(self.fused)} of {layers} decoder layers fused, {native} with native kernels"
 
     @property
     def takes_ragged(self) -> bool:
-        """Whether a forward may hold tokens without padding: where every layer runs on native kernels."""
+        """Whether a forward may hold tokens without padding, which needs native kernels in every layer."""
         layers = self.module.config.get_text_config().num_hidden_layers
         return len(self.fused) == layers and all(layer.takes_ragged for layer in self.fused)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Renews casts and packed weights from the trainer's parameters. Shared parameters need nothing."""
+        """Renews casts and packed weights from the trainer's parameters; shared ones need nothing."""
         for cast, source in self._casts:
             cast.copy_(source)
         for fused in self.fused:
@@ -82,30 +81,33 @@ class InferenceView:
 
 
 def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = None) -> PreTrainedModel:
-    """A copy of a model in eval mode with modules and config of its own, but without the hooks and forwards
-    put on its instances.
+    """Returns a copy of a model in eval mode that has its own modules and config but shares tensors.
+
+    Hooks and forwards attached to the model's instances are not copied.
 
     Args:
-        model: The model.
-        tensors: Parameters of the copy by the id of the model's; None shares all. Buffers are shared.
+        model: Model to copy.
+        tensors: Parameters of the copy by the id of the model's parameter; None shares all. Buffers are
+            always shared.
     """
     memo: dict[int, object] = {id(p): p for p in model.parameters()} if tensors is None else dict(tensors)
     memo.update((id(buffer), buffer) for buffer in model.buffers())
-    made = copy.deepcopy(model, memo)
-    for module in made.modules():
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
         module.__dict__.pop("forward", None)
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    return made.eval()
+    return copied.eval()
 
 
 def _weights_read_by_linears_only(model: nn.Module) -> set[int]:
-    """Ids of parameters that no module but an `nn.Linear` holds: packing replaces them, so they need no
-    cast.
+    """Returns the ids of parameters that only `nn.Linear` modules hold.
+
+    Packing replaces them, so they need no cast.
     """
-    inside: set[int] = set()
-    outside: set[int] = set()
+    in_linears: set[int] = set()
+    elsewhere: set[int] = set()
     for module in model.modules():
-        target = inside if type(module) is nn.Linear else outside
+        target = in_linears if type(module) is nn.Linear else elsewhere
         target.update(id(p) for p in module.parameters(recurse=False))
-    return inside - outside
+    return in_linears - elsewhere

@@ -1,4 +1,4 @@
-"""Keys and values of every slot, in one block a layer."""
+"""The KV cache of all slots, one buffer per layer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from paceline.rollout.model.attention import ForwardBatch
 from paceline.rollout.native import load_kernels
 from paceline.rollout.transformers_api import Cache
 
-SPAN_STEP = 128
+SPAN_STEP = 128  # smallest bucket of the span, in tokens
 
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What a cache of ``slots`` sequences of up to ``capacity`` tokens holds.
+    """Describes the size of a cache of ``slots`` sequences of up to ``capacity`` tokens.
 
     Attributes:
-        layers, kv_heads, head_dim: Of the model.
-        slots: Sequences decoded together.
-        capacity: Tokens a slot holds.
+        layers: Number of layers that store keys and values.
+        kv_heads: Number of key/value heads.
+        head_dim: Size of a head.
+        slots: Maximum number of sequences decoded together.
+        capacity: Number of tokens that a slot holds.
         taps: Width of the extra features kept for each token (tapped hidden states); 0 for none.
-        dtype: Of everything.
+        dtype: Dtype of keys, values and taps.
     """
 
     layers: int
@@ -38,50 +40,54 @@ class CacheShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys, values and taps."""
+        """The bytes of one token's keys, values and taps."""
         return (2 * self.layers * self.kv_heads * self.head_dim + self.taps) * self.dtype.itemsize
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of ``device``; for the CPU, what this process may still allocate."""
+    """Returns the free memory of ``device``; for the CPU, what this process may still allocate.
+
+    Raises:
+        RuntimeError: The free memory of the CPU cannot be read.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         return available_memory()
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(f"{error}: give the KV cache a limit with kv_memory_gb") from None
+        raise RuntimeError(f"free memory cannot be read ({error}): set rollout.kv_memory_gb") from None
 
 
 class SlotCache(Cache):
-    """KV cache of slots, through transformers' cache interface.
+    """Stores the keys and values of all slots, behind transformers' cache interface.
 
-    Each layer's keys and values are one buffer seen as [2, slots, kv_heads, span, head_dim]. ``span`` is the
-    longest sequence now decoded, rounded up to a bucket, so that the first B slots are one contiguous operand
-    for a batched matrix product and short sequences do not pay for long ones' room; the buffer is laid out
-    anew when the span grows. Rows past the written length are finite, and attention masks them.
+    Each layer's keys and values are one buffer viewed as [2, slots, kv_heads, span, head_dim]. ``span`` is
+    the length of the longest sequence being decoded, rounded up to a bucket. The first B slots are therefore
+    one contiguous operand of a batched matrix product, and short sequences do not pay for the room of long
+    ones. When the span grows, the buffer is laid out anew. Rows past the written length are finite, and
+    attention masks them.
 
-    The buffers hold ``tokens`` tokens: all slots at full capacity where memory allows, else fewer, and then
-        the number of slots
-    depends on the span (`slots_at`). Many short sequences fit, or few long ones, as a batch with a long tail
-    has them.
+    The buffers hold ``tokens`` tokens: all slots at full capacity if memory allows, otherwise fewer. In the
+    latter case the number of slots depends on the span (`slots_at`): many short sequences fit, or few long
+    ones, which suits a batch with a long tail.
 
     Args:
-        shape: What is held.
-        device: Where.
-        limit_bytes: Memory allowed; None for what is free.
+        shape: Size of the cache.
+        device: Device of the buffers.
+        limit_bytes: Memory limit; None for the free memory.
 
     Raises:
-        MemoryError: with the numbers, before anything is allocated, when not even one sequence of full length
-            fits.
+        MemoryError: Not even one sequence of full length fits. It is raised before anything is allocated,
+            with the numbers.
     """
 
     def __init__(self, shape: CacheShape, device: torch.device, limit_bytes: int | None = None) -> None:
         super().__init__(layers=[])
         limit = available_bytes(device) if limit_bytes is None else limit_bytes
-        least = shape.capacity * shape.token_bytes
-        if least > limit:
+        minimum = shape.capacity * shape.token_bytes
+        if minimum > limit:
             raise MemoryError(
-                f"the KV cache needs {least / 1e9:.3g} GB for one sequence of {shape.capacity} tokens, "
+                f"the KV cache needs {minimum / 1e9:.3g} GB for one sequence of {shape.capacity} tokens, "
                 f"{limit / 1e9:.3g} GB are allowed: lower rollout.max_context or raise rollout.kv_memory_gb"
             )
         self.shape = shape
@@ -96,17 +102,18 @@ class SlotCache(Cache):
         self._write_index: torch.Tensor | None = None
 
     def slots_at(self, length: int) -> int:
-        """How many sequences fit when the longest holds ``length`` tokens; at least one."""
+        """Returns how many sequences fit if the longest holds ``length`` tokens; at least one."""
         return max(min(self.shape.slots, self.tokens // self._span_for(length)), 1)
 
     @property
     def slots(self) -> int:
-        """How many sequences the present layout holds."""
+        """The number of sequences that the current layout holds."""
         return len(self.taps)
 
     def _span_for(self, length: int) -> int:
-        """The bucket of a length: multiples of 128 up to 512, then steps of a third or a half, so that there
-        are few.
+        """Returns the bucket of a length.
+
+        Buckets are multiples of 128 up to 512; above, they grow by a third or a half, so that there are few.
         """
         if length <= 4 * SPAN_STEP:
             return min(-(-length // SPAN_STEP) * SPAN_STEP, self.shape.capacity)
@@ -114,6 +121,7 @@ class SlotCache(Cache):
         return min(power * 3 // 4 if length <= power * 3 // 4 else power, self.shape.capacity)
 
     def _layout(self) -> None:
+        """Views the buffers as slots of the current span."""
         s = self.shape
         self.span = min(self.span, s.capacity)
         slots = self.slots_at(self.span)
@@ -123,33 +131,36 @@ class SlotCache(Cache):
         self.taps = self._taps_buffer[: slots * self.span * s.taps].view(slots, self.span, s.taps)
 
     def reserve(self, length: int, active: int, slots: int) -> None:
-        """Makes room for ``slots`` sequences, the longest of ``length`` tokens, keeping the first ``active``
-        slots' contents.
+        """Makes room for sequences and keeps the contents of the active slots.
 
-        The span shrinks only where none is active or where the slots are wanted: every change copies.
-        ``slots`` must be at most `slots_at` of that length.
+        The span shrinks only if no slot is active or if more slots are needed, because every change copies.
+
+        Args:
+            length: Length of the longest sequence in tokens.
+            active: Number of leading slots whose contents are kept.
+            slots: Number of sequences, at most `slots_at` of that length.
         """
-        wanted = self._span_for(length)
-        enough = self.slots >= slots
-        if wanted == self.span or (wanted < self.span and active and enough):
+        new_span = self._span_for(length)
+        enough_slots = self.slots >= slots
+        if new_span == self.span or (new_span < self.span and active and enough_slots):
             return
         old_views, old_taps = self._views, self.taps
-        self.span = wanted
+        self.span = new_span
         self._layout()
         for old, new in zip([*old_views, old_taps], [*self._views, self.taps], strict=True):
             where = (slice(None), slice(0, active)) if old.ndim == 5 else (slice(0, active),)
-            common = min(old.shape[-2], wanted)
+            common = min(old.shape[-2], new_span)
             kept = old[where][..., :common, :].clone()
             new.zero_()
             new[where][..., :common, :] = kept
 
     def begin(self, batch: ForwardBatch) -> None:
-        """Declares where the next forward's tokens go. Called once a forward, before the model."""
+        """Declares where the next forward's tokens go; called once per forward, before the model."""
         self.batch = batch
         self._write_index = None
 
     def _lines_written(self, batch: ForwardBatch) -> torch.Tensor:
-        """int64 [B · KV · Q], where each key goes in a layer's keys seen as [slots · KV · span, d]."""
+        """Returns each key's row in a layer's keys seen as [slots · KV · span, d], int64 [B · KV · Q]."""
         rows = torch.arange(batch.rows.start, batch.rows.stop, device=self.device)
         heads = torch.arange(self.shape.kv_heads, device=self.device)
         lines = (rows[:, None] * self.shape.kv_heads + heads)[:, :, None] * self.span
@@ -163,7 +174,18 @@ class SlotCache(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores [B, KV, Q, d] keys and values; returns those that attention reads, [B, KV, span, d]."""
+        """Stores a layer's new keys and values.
+
+        Args:
+            key_states: Keys [B, KV, Q, d].
+            value_states: Values [B, KV, Q, d].
+            layer_idx: Index of the layer.
+            *args: Ignored; part of transformers' interface.
+            **kwargs: Ignored; part of transformers' interface.
+
+        Returns:
+            The keys and the values that attention reads, [B, KV, span, d] each.
+        """
         assert self.batch is not None, "SlotCache.begin was not called"
         if self._write_index is None:
             self._write_index = self._lines_written(self.batch)
@@ -174,8 +196,9 @@ class SlotCache(Cache):
         return keys[self.batch.rows, :, : self.batch.span], values[self.batch.rows, :, : self.batch.span]
 
     def lines(self, layer_idx: int) -> torch.Tensor:
-        """A layer's keys and values, [2, slots, KV, span, d] and contiguous, for kernels that write and read
-        in place.
+        """Returns a layer's keys and values, contiguous [2, slots, KV, span, d].
+
+        Native kernels write and read them in place.
         """
         return self._views[layer_idx]
 
@@ -188,11 +211,11 @@ class SlotCache(Cache):
         self.taps[rows, batch.places] = taps
 
     def keep_paths(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Makes the accepted nodes of draft trees consecutive, so that nothing of them is computed again.
+        """Makes the accepted nodes of draft trees consecutive, so that none of them is computed again.
 
         Args:
-            starts: Place of node 0 of the tree of each of the first B slots.
-            paths: Indices of its accepted nodes, root first.
+            starts: Place of node 0 of the tree, for each of the first B slots.
+            paths: Indices of the accepted nodes of each tree, root first.
         """
         moves = [
             (slot, start + node, start + order)
@@ -223,13 +246,17 @@ class SlotCache(Cache):
             self.taps[target, :length] = self.taps[source, :length]
 
     def clear_slot(self, slot: int) -> None:
-        """Zeroes a slot. Needed after a sequence with NaN: a masked key of weight 0 times NaN is NaN."""
+        """Zeroes a slot.
+
+        This is needed after a sequence with NaN, since a masked key has weight 0, and 0 times NaN is NaN.
+        """
         for view in self._views:
             view[:, slot] = 0
         self.taps[slot] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Sequences differ in length, so positions are always given and this is never the answer to anything:
-        0.
+        """Returns 0.
+
+        Sequences differ in length, so callers always pass positions and nothing reads this value.
         """
         return 0

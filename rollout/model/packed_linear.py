@@ -1,5 +1,6 @@
-"""Linear layers for decoding: those that read one input joined, and packed where there are kernels for it
-(CPU, bfloat16).
+"""Linear layers for decoding.
+
+Layers that read one input are joined, and packed where there are kernels for it (CPU, bfloat16).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from paceline.rollout.native.products import load_products
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `PackedLinear` has a kernel here."""
+    """Returns whether `PackedLinear` has a kernel for this device and dtype."""
     return (
         device.type == "cpu"
         and dtype == torch.bfloat16
@@ -24,29 +25,29 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Projection(Protocol):
-    """One or more linear layers of one input, their outputs side by side."""
+    """Applies one or more linear layers to one input and returns their outputs side by side."""
 
     def refresh(self) -> None:
         """Reads the sources' weights again."""
         ...
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [B, Q, in] → [B, Q, sum of out], plus ``residual`` of that shape where given."""
+        """Maps ``x`` [B, Q, in] to [B, Q, sum of out], plus ``residual`` of that shape if given."""
         ...
 
 
 class PackedLinear(nn.Module):
-    """Inference-only copy of one or more `nn.Linear` of one input, packed in bfloat16 as one matrix.
+    """Holds an inference-only copy of `nn.Linear` layers of one input, packed in bfloat16 as one matrix.
 
-    On a CPU with AMX by `PackedProducts`, which make a row's result independent of how many rows there are;
-    else by oneDNN, which chooses its kernel, and with it the rounding, by their number.
+    On a CPU with AMX it uses `PackedProducts`, which make a row's result independent of the number of rows.
+    Elsewhere it uses oneDNN, which chooses its kernel, and with it the rounding, by the number of rows.
 
     The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an
     update.
 
     Args:
-        sources: Layers to copy; all with a bias, or none. They are referenced, not registered, so they do not
-            appear in this module's parameters.
+        *sources: Layers to copy, either all with a bias or all without. They are referenced, not registered,
+            so they do not appear in this module's parameters.
     """
 
     def __init__(self, *sources: nn.Linear) -> None:
@@ -55,7 +56,7 @@ class PackedLinear(nn.Module):
         self.refresh()
 
     def refresh(self) -> None:
-        """Packs the sources' present weights."""
+        """Packs the sources' current weights."""
         weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
         products = load_products()
         self._products = products if products is not None and products.serves(*weight.shape) else None
@@ -67,7 +68,7 @@ class PackedLinear(nn.Module):
         self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x: bfloat16 [..., in] → bfloat16 [..., out], plus ``residual`` where given."""
+        """Maps bfloat16 ``x`` [..., in] to bfloat16 [..., out], plus ``residual`` if given."""
         if self._products is not None:
             return self._products.multiply(x, self._packed, self._bias, residual)
         if residual is None:
@@ -76,22 +77,26 @@ class PackedLinear(nn.Module):
 
 
 class JoinedLinear:
-    """The same over the layers' own weights, for where nothing is packed: no copy, nothing to refresh."""
+    """Applies the source layers to one input with their own weights, for dtypes and devices without packing.
+
+    Nothing is copied, so there is nothing to refresh.
+    """
 
     def __init__(self, *sources: nn.Linear) -> None:
         self._sources = sources
 
     def refresh(self) -> None:
-        """The weights are the sources' own."""
+        """Does nothing: the weights are the sources' own."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps ``x`` [B, Q, in] to [B, Q, sum of out], plus ``residual`` of that shape if given."""
         parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if residual is None else out + residual
 
 
 def joinable(layers: Sequence[nn.Module]) -> bool:
-    """Whether the layers are plain `nn.Linear`, all with a bias or all without."""
+    """Returns whether the layers are plain `nn.Linear`, either all with a bias or all without."""
     return (
         all(type(layer) is nn.Linear for layer in layers)
         and len({layer.bias is None for layer in layers}) == 1
@@ -99,8 +104,10 @@ def joinable(layers: Sequence[nn.Module]) -> bool:
 
 
 def pack_linears(view: nn.Module, source: nn.Module) -> list[PackedLinear]:
-    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of the same name in
-    ``source``; returns them.
+    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of that name in ``source``.
+
+    Returns:
+        The packed layers.
     """
     packed = []
     sources = dict(source.named_modules())

@@ -1,4 +1,4 @@
-"""Reading the known tokens of sequences that were just admitted."""
+"""Prefill: reads the known tokens of newly admitted sequences."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from paceline.rollout.sequence import SequenceState
 
 
 class PromptLogits:
-    """Logits after the prompts that sequences in flight have read. A sample that is admitted later than its
-    siblings need not read
-    again: its keys are in their slots.
+    """Remembers the logits after the prompts of sequences in flight.
+
+    With them, a sample admitted later than its siblings need not read the prompt again: its keys are in their
+    slots.
     """
 
     def __init__(self) -> None:
         self._logits: dict[tuple[int, ...], torch.Tensor] = {}
 
     def held(self, active: Sequence[SequenceState]) -> dict[tuple[int, ...], tuple[int, torch.Tensor]]:
-        """Prompts of active sequences that are known: a slot that has their keys, and the logits [V]. Forgets
-        all others.
+        """Returns the remembered prompts of active sequences and forgets all others.
+
+        Returns:
+            Prompt → (slot that holds its keys, logits [V] after it).
         """
         slots = {tuple(s.tokens[: s.num_prompt]): slot for slot, s in enumerate(active)}
         self._logits = {tokens: row for tokens, row in self._logits.items() if tokens in slots}
         return {tokens: (slots[tokens], row) for tokens, row in self._logits.items()}
 
     def keep(self, admitted: Sequence[tuple[int, SequenceState]], logits: torch.Tensor) -> None:
-        """Remembers what `prefill` gave for those that had read nothing but their prompts."""
+        """Remembers the logits from `prefill` for sequences that have read nothing but their prompts."""
         for (_, sequence), row in zip(admitted, logits, strict=True):
             if len(sequence.tokens) == sequence.num_prompt:
                 self._logits.setdefault(tuple(sequence.tokens), row.clone())
 
     def clear(self) -> None:
-        """No sequence is in flight any more."""
+        """Forgets all prompts, when no sequence is in flight any more."""
         self._logits.clear()
 
 
@@ -47,71 +50,74 @@ def prefill(
     active: Sequence[SequenceState] = (),
     kept: KeptPrefixes | None = None,
 ) -> torch.Tensor:
-    """Reads each one's tokens into its slot; the samples of one prompt share a reading, also with those
-    admitted before, and what branches off from a sequence in flight, or begins like one of an earlier call
-    that is kept, is copied from it.
+    """Reads each admitted sequence's tokens into its slot, and copies shared prefixes where it can.
+
+    Samples of one prompt share one reading, also with sequences admitted before. A sequence that branches off
+    from one in flight, or shares a prefix with a kept sequence of an earlier call, has that prefix copied.
 
     Args:
-        runner: Its cache has room.
-        admitted: (slot, sequence).
-        most: Tokens that one forward reads.
-        held: From `PromptLogits.held`.
+        runner: Runner whose cache has room.
+        admitted: Pairs (slot, sequence).
+        most: Maximum number of tokens that one forward reads.
+        held: Result of `PromptLogits.held`.
         active: Sequences in the first slots, admitted before.
-        kept: Of earlier calls.
+        kept: Prefixes kept from earlier calls; None for none.
 
     Returns:
-        Logits [len(admitted), V] after each one's last token.
+        Logits after the last token of each admitted sequence, [len(admitted), V].
     """
-    readers: dict[tuple[int, ...], list[int]] = {}
+    slots_by_tokens: dict[tuple[int, ...], list[int]] = {}
     sequences = dict(admitted)
     for slot, sequence in admitted:
-        readers.setdefault(tuple(sequence.tokens), []).append(slot)
-    last: dict[int, torch.Tensor] = {}
+        slots_by_tokens.setdefault(tuple(sequence.tokens), []).append(slot)
+    last_logits: dict[int, torch.Tensor] = {}
     chunks = []
-    for tokens, slots in readers.items():
+    for tokens, slots in slots_by_tokens.items():
         if tokens in held:
             continue
         reader = sequences[slots[0]]
-        start = _copy_beginning(runner, reader, slots[0], active, kept)
+        start = _copy_shared_prefix(runner, reader, slots[0], active, kept)
         reader.stats.prefilled += len(tokens) - start
         chunks.append(Chunk(slots[0], tokens[start:], start, reader.num_prompt - 1))
     for pieces in split_prefill(chunks, most):
-        last.update({piece.slot: row for piece, row in zip(pieces, runner.prefill(pieces), strict=True)})
-    for tokens, slots in readers.items():
+        last_logits.update(
+            {piece.slot: row for piece, row in zip(pieces, runner.prefill(pieces), strict=True)}
+        )
+    for tokens, slots in slots_by_tokens.items():
         source, copies = (held[tokens][0], slots) if tokens in held else (slots[0], slots[1:])
         if copies:
             runner.cache.copy_slot(source, copies, len(tokens))
         if tokens in held:
-            last[slots[0]] = held[tokens][1]
-    return torch.stack([last[readers[tuple(sequence.tokens)][0]] for _, sequence in admitted])
+            last_logits[slots[0]] = held[tokens][1]
+    return torch.stack([last_logits[slots_by_tokens[tuple(sequence.tokens)][0]] for _, sequence in admitted])
 
 
-def _copy_beginning(
+def _copy_shared_prefix(
     runner: ModelRunner,
     sequence: SequenceState,
     slot: int,
     active: Sequence[SequenceState],
     kept: KeptPrefixes | None,
 ) -> int:
-    """Copies into a sequence's slot as much of its beginning as there is elsewhere. Returns how many tokens
-    that was.
-    """
-    source, start = _longest_beginning(sequence.tokens, sequence.num_prompt, active)
+    """Copies the longest prefix available elsewhere into a sequence's slot; returns its number of tokens."""
+    source, start = _longest_shared_prefix(sequence.tokens, sequence.num_prompt, active)
     restored = kept.restore(sequence, slot, start) if kept is not None else 0
     if start and not restored:
         runner.cache.copy_slot(source, [slot], start)
     return restored or start
 
 
-def _longest_beginning(
+def _longest_shared_prefix(
     tokens: Sequence[int], num_prompt: int, active: Sequence[SequenceState]
 ) -> tuple[int, int]:
-    """The slot that holds most of what a sequence begins with, and how much; 0 where that is no more than its
-    prompt.
+    """Finds the active sequence with the longest shared prefix.
+
+    Returns:
+        Its slot and the length of the prefix; (0, 0) if no prefix is longer than the prompt.
     """
     best = 0, 0
     for slot, other in enumerate(active):
-        most = min(len(tokens), len(other.tokens)) - 1  # the last token is yet to be read
+        most = min(len(tokens), len(other.tokens)) - 1  # the last token has not been read yet
         if (
             len(tokens) == num_prompt
             or most <= max(best[1], num_prompt)
@@ -125,7 +131,7 @@ def _longest_beginning(
 
 
 def split_prefill(chunks: Iterable[Chunk], most: int) -> Iterator[list[Chunk]]:
-    """Batches of chunks of at most ``most`` tokens together, in order; a chunk that does not fit is cut."""
+    """Yields batches of chunks with at most ``most`` tokens each, in order; splits chunks that do not fit."""
     batch: list[Chunk] = []
     room = most
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Forwards of the target: prefill, and decode or verify, with taps on the hidden states."""
+"""Forwards of the target model: prefill, decode and verification, with taps on the hidden states."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
 
-# sequences × tokens that are captured: past it a forward is compute-bound, and no speculation pays
+# largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
 MOST_ROWS = 256
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's low, middle and high features as vLLM numbers them: the inputs of layers 2, L // 2 and L −
-    3.
+    """Returns EAGLE-3's low, middle and high tap layers as vLLM numbers them.
+
+    They are the inputs of layers 2, L // 2 and L − 3.
     """
     low, middle, high = sorted((min(2, num_layers - 1), num_layers // 2, max(num_layers - 3, 0)))
     return low, middle, high
@@ -40,14 +41,14 @@ def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Consecutive known tokens that one forward reads.
+    """Describes consecutive known tokens that one forward reads.
 
     Attributes:
-        slot: Where to.
-        tokens: The tokens.
-        start: Position of the first one.
-        head_from: Position from which on the output head's inputs are kept among the taps; the last token's
-            always is.
+        slot: Slot that the tokens are read into.
+        tokens: Token ids.
+        start: Position of the first token.
+        head_from: Position from which on the output head's inputs are kept among the taps; that of the last
+            token is always kept.
     """
 
     slot: int
@@ -57,7 +58,7 @@ class Chunk:
 
     @property
     def heads(self) -> range:
-        """Which of the tokens the output head reads."""
+        """The indices of the tokens that the output head reads."""
         return range(min(max(self.head_from - self.start, 0), len(self.tokens) - 1), len(self.tokens))
 
 
@@ -66,18 +67,18 @@ class ModelRunner:
 
     Args:
         model: The trainer's unwrapped causal LM.
-        dtype: What to compute in; parameters are shared where this is their dtype.
-        slots: Sequences decoded together.
-        capacity: Tokens a slot holds.
+        dtype: Compute dtype. Parameters of this dtype are shared.
+        slots: Maximum number of sequences decoded together.
+        capacity: Number of tokens that a slot holds.
         tap_layers: Layers whose *inputs* are kept for every token; empty keeps nothing.
-        limit_bytes: Memory allowed for the cache; None for what is free.
+        limit_bytes: Memory limit of the cache; None for the free memory.
 
     Attributes:
-        limit: The longest text that the model computes exactly, or None.
+        limit: Longest text that the model computes exactly, or None.
 
     Raises:
-        ValueError: for a model that the engine cannot run.
-        MemoryError: when the cache cannot hold one sequence.
+        ValueError: The engine cannot run the model.
+        MemoryError: The cache cannot hold one sequence.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class ModelRunner:
         self._install_taps()
 
     def _install_taps(self) -> None:
+        """Hooks the tapped layers and the output head, to capture their inputs."""
         if not self.tap_layers:
             return
         layers = decoder_layers(self.view.module)
@@ -135,18 +137,20 @@ class ModelRunner:
         head.register_forward_pre_hook(self._capture(len(self.tap_layers)), with_kwargs=True)
 
     def _capture(self, order: int) -> Any:
+        """Returns a hook that stores a module's hidden-state input as tap number ``order``."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._captured[order] = hidden_states_in(args, kwargs)
 
         return hook
 
     def capture_graphs(self, max_tokens: int, capturer: Capturer, precapture: bool = True) -> GraphPool:
-        """Decodes through captured graphs from now on.
+        """Makes the runner decode through captured graphs from now on.
 
         Args:
-            max_tokens: Most tokens of one sequence in a forward.
-            capturer: How to capture.
-            precapture: Capture the plan now; otherwise each graph when it is first wanted.
+            max_tokens: Maximum number of tokens per sequence in a forward.
+            capturer: Capturer to use.
+            precapture: Whether to capture the plan now; otherwise each graph is captured when first needed.
         """
         plan = self.plan_graphs(max_tokens)
         self.graphs = GraphPool(
@@ -162,21 +166,30 @@ class ModelRunner:
         return self.graphs
 
     def plan_graphs(self, max_tokens: int) -> GraphPlan:
-        """What would be captured for decoding at the cache's present span, and its bytes."""
+        """Returns the graphs to capture for decoding at the cache's current span, with their bytes."""
         batches = powers_of_two(self.cache.slots_at(self.cache.span))
         widths = powers_of_two(1 << (max_tokens - 1).bit_length())
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
     def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
-        """Logits [B, Q, V] of tokens int64 [B, Q] at seats int64 [4, B, Q] of the first B slots: what a graph
-        captures.
+        """Runs a padded batch over the first B slots; this is the forward that graphs capture.
+
+        Args:
+            tokens: Token ids, int64 [B, Q].
+            seats: Seats as in `ForwardBatch`, int64 [4, B, Q].
+            span: Number of keys that attention reads.
+
+        Returns:
+            Logits [B, Q, V].
         """
         return self._forward(tokens, ForwardBatch(slice(0, len(tokens)), seats, span=span))
 
     @torch.no_grad()
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Reads (pieces of) known tokens into their slots. Returns the logits [len(chunks), V] after the last
-        token of each.
+        """Reads (pieces of) known tokens into their slots.
+
+        Returns:
+            Logits after the last token of each chunk, [len(chunks), V].
         """
         if not self._ragged:
             return torch.cat([self._prefill_alone(chunk) for chunk in chunks])
@@ -191,22 +204,23 @@ class ModelRunner:
 
     @torch.no_grad()
     def prompt_states(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Reads prompts into the first slots, which must be free and hold them, and forgets them again.
+        """Reads prompts into the first slots, which must be free and large enough, and forgets them again.
 
         Returns:
-            float32 [len(prompts), hidden], what the output head reads after each one's last token.
+            Input of the output head after each prompt's last token, float32 [len(prompts), hidden].
         """
-        # one forward reads all prompts where tokens go without padding, else one each
-        read: list[torch.Tensor] = []
+        # the hook runs once for all prompts without padding, else once per prompt
+        states: list[torch.Tensor] = []
         head = self.view.module.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
+        hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0][0]))
         try:
             self.prefill([Chunk(slot, prompt, 0, len(prompt) - 1) for slot, prompt in enumerate(prompts)])
         finally:
             hook.remove()
-        return torch.cat(read).float().cpu()
+        return torch.cat(states).float().cpu()
 
     def _prefill_alone(self, chunk: Chunk) -> torch.Tensor:
+        """Reads one chunk in a forward of its own; returns the logits [1, V] after its last token."""
         device, end = self.cache.device, chunk.start + len(chunk.tokens)
         positions = torch.arange(chunk.start, end, device=device)[None]
         rows = slice(chunk.slot, chunk.slot + 1)
@@ -225,14 +239,14 @@ class ModelRunner:
         """Runs the first ``counts[b]`` of the Q tokens of each of the first B slots.
 
         Args:
-            tokens: int64 [B, Q].
-            counts: Tokens of each row that count.
+            tokens: Token ids, int64 [B, Q].
+            counts: Number of valid tokens in each row.
             starts: Position of each row's first token.
-            parents: int64 [B, Q - 1], where the tokens after the first are the nodes of a draft tree; None
-                for a chain.
+            parents: Parents of the nodes if the tokens after the first form a draft tree, int64 [B, Q - 1];
+                None for a chain.
 
         Returns:
-            Logits [R, V], R the sum of ``counts``, row after row.
+            Logits [R, V], row after row, where R is the sum of ``counts``.
         """
         width = tokens.shape[1]
         real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
@@ -255,12 +269,14 @@ class ModelRunner:
 
     @torch.no_grad()
     def branch(self, tokens: torch.Tensor, seats: torch.Tensor) -> torch.Tensor:
-        """Logits [B, E, V] of E more nodes of a draft tree in each of the first B slots, for drafting: taps
-        stay as they are.
+        """Runs E more nodes of a draft tree in each of the first B slots, for drafting, without taps.
 
         Args:
-            tokens: int64 [B, E].
-            seats: int64 [4, B, E], as in `ForwardBatch`; adjacent places a row.
+            tokens: Token ids, int64 [B, E].
+            seats: Seats as in `ForwardBatch`, int64 [4, B, E]; the places of a row are adjacent.
+
+        Returns:
+            Logits [B, E, V].
         """
         if not self._ragged:
             batch = ForwardBatch(slice(0, len(tokens)), seats, span=self.cache.span)
@@ -270,11 +286,12 @@ class ModelRunner:
 
     @contextmanager
     def layers_replaced(self, replaced: Mapping[int, Callable[[nn.Module], nn.Module]]) -> Iterator[None]:
-        """Runs other modules in place of some decoder layers; what they take and give is what transformers'
-        layers do.
+        """Runs other modules in place of some decoder layers, within a context.
+
+        The replacements take and return what transformers' layers do.
 
         Args:
-            replaced: Index of a layer → its replacement, made from it.
+            replaced: Index of a layer → function that makes its replacement from it.
         """
         layers = decoder_layers(self.view.module)
         originals = {index: layers[index] for index in replaced}
@@ -287,6 +304,7 @@ class ModelRunner:
                 layers[index] = layer
 
     def _ragged_batch(self, ragged: RaggedTokens) -> ForwardBatch:
+        """Returns the batch of tokens without padding."""
         return ForwardBatch(slice(0, 0), ragged.seats, span=self.cache.span, ragged=ragged)
 
     def _forward(
@@ -296,10 +314,10 @@ class ModelRunner:
         keep: torch.Tensor | None = None,
         store_taps: bool = True,
     ) -> torch.Tensor:
-        """Logits [B, Q, V], or [B, len(keep), V] for the tokens named."""
+        """Returns logits [B, Q, V], or [B, len(keep), V] for the tokens in ``keep``."""
         self.cache.begin(batch)
         positions = batch.positions
-        # padding, and drafts past the end of a text, have none in the table
+        # padding and drafts past the end of a text have no entry in the position table
         if self._last_position is not None:
             positions = positions.clamp(max=self._last_position)
         logits = run_causal_lm(
@@ -311,20 +329,21 @@ class ModelRunner:
         return logits
 
     def _store_taps(self, batch: ForwardBatch, keep: torch.Tensor | None) -> None:
+        """Stores the captured hidden states of the batch's tokens in the cache."""
         taps = [self._captured.pop(i) for i in range(len(self.tap_layers) + 1)]
-        if keep is not None:  # the head's input is there for the tokens whose logits were wanted
+        if keep is not None:  # the head read only the tokens whose logits were requested
             head_input = torch.zeros_like(taps[0])
             head_input[:, keep] = taps[-1]
             taps[-1] = head_input
         self.cache.write_taps(batch, torch.cat(taps, dim=-1))
 
     def trace(self, sequence: SequenceState, slot: int) -> DistillationTrace:
-        """A copy of what the forwards saw of the sequence in ``slot``."""
+        """Returns a copy of the hidden states that the forwards saw of the sequence in ``slot``."""
         features = self.cache.taps[slot, : len(sequence.tokens) - 1]
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
         final = final.clone()
-        final[: sequence.num_prompt - 1] = 0  # an earlier turn's, where its keys were kept
-        # a stop may have cut the rest
+        final[: sequence.num_prompt - 1] = 0  # a restored prefix may hold an earlier turn's values
+        # a stop may have cut the text before later rejections
         rejections = [r for r in sequence.rejections if r.position < len(sequence.tokens)]
         return DistillationTrace(
             torch.tensor(sequence.tokens),
@@ -336,7 +355,7 @@ class ModelRunner:
         )
 
     def refresh_weights(self) -> None:
-        """Makes the next forward use the trainer's present parameters."""
+        """Makes the next forward use the trainer's current parameters."""
         self.view.refresh()
 
 
@@ -346,6 +365,7 @@ def _ragged_tokens(
     shape: tuple[torch.Tensor, torch.Tensor] | None,
     real: torch.Tensor | None,
 ) -> RaggedTokens:
+    """Returns the valid tokens of a chain or tree batch without padding."""
     if shape is None:
         return RaggedTokens(range(len(counts)), starts, counts)
     depth, ancestors = (torch.nn.functional.pad(x, (1, 0)) for x in shape)

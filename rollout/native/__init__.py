@@ -1,6 +1,4 @@
-"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler when first
-wanted.
-"""
+"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler on first use."""
 
 from paceline.rollout.native.build import NativeUnavailable
 from paceline.rollout.native.kernels import (

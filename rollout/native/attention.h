@@ -1,4 +1,4 @@
-// Attention over slots, each token to what it sees: on vector units here, on matrix units in tiles.h.
+// Attention over slots, where each token attends to the keys it sees: on vector units here, on matrix units in tiles.h.
 #pragma once
 
 #include <omp.h>
@@ -8,9 +8,10 @@
 
 namespace {
 
-constexpr int64_t kAhead = 12;         // keys fetched before they are needed
+constexpr int64_t kAhead = 12;  // prefetch distance in keys
 
-// The sums of 16 vectors, in their order: two halves are folded into one vector at a time, which takes a third of 16 sums' work.
+// Returns the sums of 16 vectors, in order. Folding two vectors into one at a time takes a third of the work of 16
+// separate sums.
 inline Floats sum_each(const Floats* v) {
   Floats eight[8], four[4], two[2];
   for (int i = 0; i < 8; ++i)
@@ -26,9 +27,10 @@ inline Floats sum_each(const Floats* v) {
          __builtin_shuffle(two[0], two[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
 }
 
-// Scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.
+// Computes the scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.
 //
-// Each key is seen once and its value soon after: both are fetched ahead, further than the hardware looks across pages.
+// Each key is read once, and its value soon after. Both are prefetched, further ahead than the hardware prefetcher
+// goes across pages.
 template <typename T, int kVectors, int kRows>
 void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
   constexpr int64_t dim = kVectors * kLanes;
@@ -65,7 +67,7 @@ void score_rows(const float* query, const T* keys, const T* values, int64_t coun
   }
 }
 
-// Sums of `count` values weighted by kRows rows of weights.
+// Computes the sums of `count` values weighted by kRows rows of weights.
 template <typename T, int kVectors, int kRows>
 void weigh_rows(const float* weights, const T* values, int64_t count, float* out) {
   constexpr int64_t dim = kVectors * kLanes;
@@ -80,7 +82,7 @@ void weigh_rows(const float* weights, const T* values, int64_t count, float* out
     for (int i = 0; i < kVectors; ++i) store(out + r * dim + i * kLanes, sums[r][i]);
 }
 
-// Calls `block` for `rows` rows in blocks that fit the registers.
+// Calls `block` for `rows` rows, in blocks that fit into the registers.
 template <int kVectors, typename Block>
 void for_row_blocks(int64_t rows, Block block) {
   int64_t r = 0;
@@ -93,8 +95,8 @@ void for_row_blocks(int64_t rows, Block block) {
   for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});
 }
 
-// Scores to weights e^(score − largest) of one row of keys from place `start` on, zero outside what the rule and token n's layout let
-// it see.
+// Turns one row of scores, of keys from place `start` on, into weights e^(score − largest). Weights are zero for keys
+// that the rule and token n's layout hide.
 inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, const AttentionRule& rule, int64_t count,
                          float* largest, float* total) {
   const float none = -std::numeric_limits<float>::infinity();
@@ -125,7 +127,7 @@ inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, 
   *total = sum(sums);
 }
 
-// Attends an item's rows (heads of one group × its tokens) in float32.
+// Computes the attention of an item's rows (heads of one group × its tokens) in float32.
 template <typename T, int kVectors>
 class VectorUnits {
  public:
@@ -159,8 +161,9 @@ class VectorUnits {
   float *scaled_, *scores_;
 };
 
-// Keys are cut into chunks so that one long sequence occupies every core; the partial results are joined afterwards
-// (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost follows its own length, not the longest.
+// Keys are split into chunks so that one long sequence occupies every core, and the partial results are joined
+// afterwards (Dao et al., "Flash-Decoding for long-context inference", 2023). A sequence's cost depends on its own
+// length, not on the longest.
 template <typename Units, typename T, int kVectors>
 void attend_by(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
   constexpr int64_t dim = kVectors * kLanes;
@@ -183,7 +186,7 @@ void attend_by(const T* query, const T* cache, T* out, const Layout& s, const At
     const auto keys_of = [&](const Item& item) {
       return cache + ((s.token_slots[item.first] * s.kv_heads + item.kv) * s.span + item.start) * dim;
     };
-    // each thread takes a run of items of about equal work, so that it reads the cache in order
+    // each thread takes a contiguous run of items with about equal work, so that it reads the cache in order
     const auto begin_of = [&](int64_t thread) {
       const int64_t target = work * thread / omp_get_num_threads();
       return std::partition_point(items.begin(), items.end(), [target](const Item& item) { return item.before < target; });
@@ -204,7 +207,7 @@ void attend_by(const T* query, const T* cache, T* out, const Layout& s, const At
         Floats sums[kVectors] = {};
         for (int64_t n = groups[g]; n < groups[g + 1]; ++n) {
           const Partial p = partial(n);
-          // a chunk wholly outside the window has a total of 0; NaN must stay NaN
+          // a chunk completely outside the window has a total of 0; NaN must stay NaN
           const float weight = p.total[r] == 0 ? 0 : std::exp(std::isinf(p.largest[r]) ? 0 : p.largest[r] - largest);
           total += weight * p.total[r];
           for (int i = 0; i < kVectors; ++i) sums[i] += weight * load(p.weighted + r * dim + i * kLanes);

@@ -1,11 +1,12 @@
-"""Compiles ``kernels.cpp`` and the headers beside it once for each machine type, into the user's cache.
+"""Compiles ``kernels.cpp`` and its headers once for each machine type, into the user's cache.
 
-Plain C symbols called through ctypes: two seconds to build, no torch headers, no ABI to match.
+The library has plain C symbols that are called through ctypes: it builds in two seconds, without torch
+headers or an ABI to match.
 
-A library runs with the rights of whoever loads it. One from the cache is loaded only where the file and its
-directory belong to this user and nobody else can write to them, and where the file still has the digest that
-its name carries; otherwise it is built anew, in the cache or, where that is not this user's alone, in a
-temporary directory.
+A library runs with the rights of whoever loads it. One from the cache is therefore loaded only if the file
+and its directory belong to this user, nobody else can write to them, and the file still has the digest in its
+name. Otherwise it is built again: in the cache, or in a temporary directory if the cache is not exclusively
+this user's.
 """
 
 from __future__ import annotations
@@ -32,22 +33,23 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_TIMEOUT_SECONDS = 120
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_TIMEOUT_SECONDS = 120  # a build takes about two; only a hung compiler takes this long
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
 _privately_built: dict[str, Path] = {}
 
 
 class NativeUnavailable(RuntimeError):
-    """The kernels cannot be built here; torch's operators are used instead."""
+    """Signals that the kernels cannot be built here; torch operators are used instead."""
 
 
 def build_library() -> Path:
-    """The shared library for this machine, built unless the cache has it; without a usable cache, for this
-    process alone.
+    """Returns the shared library for this machine, and builds it if the cache does not have it.
+
+    Without a usable cache it is built for this process alone.
 
     Raises:
-        NativeUnavailable: without a compiler, or when it fails; one line.
+        NativeUnavailable: There is no compiler, or it fails; the message is one line.
     """
     compiler = next(
         (
@@ -64,19 +66,26 @@ def build_library() -> Path:
     runtime = _openmp_runtime()
     key = _key(compiler, runtime)
     try:
-        directory = _own_directory()
+        directory = _cache_directory()
         return _cached(directory, key) or _compile(compiler, runtime, directory, key)
     except OSError as error:
-        return _private(compiler, runtime, key, str(error))
+        return _build_privately(compiler, runtime, key, str(error))
 
 
-def _private(compiler: str, runtime: Path | None, key: str, reason: str) -> Path:
-    """A library in a directory of this process's own, built once and removed at its end; ``reason`` is said
-    once.
+def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str) -> Path:
+    """Returns a library in a temporary directory that is removed when the process exits.
+
+    It is built once per process, with one logged warning.
+
+    Args:
+        compiler: Path of the compiler.
+        runtime: OpenMP library to link, or None.
+        key: Cache key of the library.
+        reason: Reason why the cache cannot be used, for the warning.
     """
     if key not in _privately_built:
         _log.warning(
-            "the native decode kernels are built for this process alone, their cache cannot be used: %s",
+            "the native decode kernels are built for this process alone: their cache cannot be used (%s)",
             reason,
         )
         try:
@@ -89,44 +98,48 @@ def _private(compiler: str, runtime: Path | None, key: str, reason: str) -> Path
 
 
 def _key(compiler: str, runtime: Path | None) -> str:
-    """What a library was built from, by whom and for which machine."""
+    """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP, instruction set."""
     sources = [path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]]
     text = "\0".join((*sources, *_FLAGS, compiler, str(runtime), _instruction_sets()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _own_directory() -> Path:
-    """The cache's directory, made where it is missing.
+def _cache_directory() -> Path:
+    """Returns the cache directory and creates it if it is missing.
 
     Raises:
-        PermissionError: where it is not this user's, or others can write to it.
-        OSError: where it cannot be made.
+        PermissionError: It does not belong to this user, or others can write to it.
+        OSError: It cannot be created.
     """
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paceline" / "native"
     except RuntimeError as error:  # a user without a home directory
         raise FileNotFoundError(str(error)) from None
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    problem = _not_ours(directory)
+    problem = _ownership_problem(directory)
     if problem is not None:
         raise PermissionError(problem)
     return directory
 
 
-def _not_ours(path: Path) -> str | None:
-    """Why a file or directory may hold what another user put there, or None."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid():
-        return f"{path} is not this user's: remove it, or set XDG_CACHE_HOME"
-    if found.st_mode & _OTHERS_WRITE:
-        return f"others can write to {path}: chmod go-w it, or set XDG_CACHE_HOME"
+def _ownership_problem(path: Path) -> str | None:
+    """Returns why a file or directory may hold what another user put there, or None."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid():
+        return f"{path} does not belong to this user: remove it, or set XDG_CACHE_HOME"
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        return f"others can write to {path}: run chmod go-w on it, or set XDG_CACHE_HOME"
     return None
 
 
 def _cached(directory: Path, key: str) -> Path | None:
-    """A whole library of that key; broken ones are removed, others' are an error."""
+    """Returns an intact library with this key, or None; removes broken ones.
+
+    Raises:
+        PermissionError: A library does not belong to this user, or others can write to it.
+    """
     for path in sorted(directory.glob(f"kernels-{key}-*.so")):
-        problem = _not_ours(path)
+        problem = _ownership_problem(path)
         if problem is not None:
             raise PermissionError(problem)
         if path.stem.rpartition("-")[2] == _digest(path):
@@ -136,16 +149,18 @@ def _cached(directory: Path, key: str) -> Path | None:
 
 
 def _digest(path: Path) -> str:
+    """Returns the first 16 hexadecimal digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> Path:
-    """Into a temporary file that is renamed: two ranks may build at once, and a killed one leaves nothing
-    half written.
+    """Compiles the library into a temporary file and renames it.
+
+    Two ranks may therefore build at once, and a killed one leaves no partial file behind.
     """
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        made = Path(folder) / "kernels.so"
-        command = [compiler, *_FLAGS, str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(made)]
+        library = Path(folder) / "kernels.so"
+        command = [compiler, *_FLAGS, str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(library)]
         try:
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
@@ -157,13 +172,14 @@ def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> 
                 (line for line in result.stderr.splitlines() if "error" in line), result.stderr[-200:]
             )
             raise NativeUnavailable(f"{compiler} could not build the native decode kernels: {reason.strip()}")
-        made.chmod(0o700)
-        return made.rename(directory / f"kernels-{key}-{_digest(made)}.so")
+        library.chmod(0o700)
+        return library.rename(directory / f"kernels-{key}-{_digest(library)}.so")
 
 
 def _openmp_runtime() -> Path | None:
-    """The OpenMP library that torch has loaded. A second one would mean a second team of threads, spinning on
-    the same cores.
+    """Returns the OpenMP library that torch has loaded, or None.
+
+    A second one would start a second team of threads, which would spin on the same cores.
     """
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -176,7 +192,10 @@ def _openmp_runtime() -> Path | None:
 
 
 def _instruction_sets() -> str:
-    """What tells machines with different -march=native apart: a home directory may be shared between them."""
+    """Returns what distinguishes machines for which -march=native differs.
+
+    A home directory, and with it the cache, may be shared between such machines.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

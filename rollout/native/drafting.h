@@ -1,5 +1,5 @@
-// One step of a one-layer drafter over a few tokens, in 8 bits: such a step only reads weights, so half the bytes is half the time. What
-// it drafts is verified, so rounding costs acceptance at most.
+// One step of a one-layer drafter over a few tokens, with 8-bit weights. Such a step is bound by reading weights, so
+// half the bytes take half the time. Drafts are verified, so rounding can only cost acceptance.
 #pragma once
 
 #ifdef __AVX512VNNI__
@@ -10,20 +10,20 @@
 
 namespace {
 
-constexpr int64_t kGroup = 64;  // inputs that share a scale, and bytes of a vector
+constexpr int64_t kGroup = 64;  // inputs that share a scale, and bytes in a vector
 
 typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t Signed __attribute__((vector_size(64)));
 typedef uint8_t Unsigned __attribute__((vector_size(64)));
 
-// Rows of a matrix [outputs, inputs], each with its own scale; 128 is added to every weight.
+// A matrix [outputs, inputs] with one scale per row; 128 is added to every weight to make it unsigned.
 struct Quantized {
   const uint8_t* weights;
   const float* scales;
   int64_t outputs, inputs;
 };
 
-// Sums of products of four neighbours each.
+// Returns the dot products of each four adjacent bytes.
 inline Ints dot_fours(Unsigned w, Signed x) {
   Ints sums = {};
 #ifdef __AVX512VNNI__
@@ -35,7 +35,8 @@ inline Ints dot_fours(Unsigned w, Signed x) {
 #endif
 }
 
-// Inputs in 8 bits, with a scale for every 64; `shift` is what the 128 in the weights adds to each row's products.
+// Inputs in 8 bits, with one scale for every 64. `shift` is what the 128 added to the weights contributes to each row's
+// products.
 struct Activations {
   std::vector<int8_t> values;
   std::vector<float> scales, shift;
@@ -71,7 +72,7 @@ struct Activations {
   }
 };
 
-// kRows inputs from row `row` on against kOutputs rows of weights.
+// Multiplies kRows rows of inputs, from `row` on, by kOutputs rows of weights.
 template <int kRows, int kOutputs, typename T>
 void dot_block(const Activations& x, int64_t row, const Quantized& w, int64_t first, const T* residual, T* out) {
   const int64_t groups = w.inputs / kGroup;
@@ -100,7 +101,7 @@ void dot_block(const Activations& x, int64_t row, const Quantized& w, int64_t fi
     }
 }
 
-// x [rows, inputs] times the matrix, plus the residual where there is one: [rows, outputs].
+// Multiplies x [rows, inputs] by the matrix and adds the residual if it is not null; out is [rows, outputs].
 template <typename T>
 void multiply(const T* x, int64_t rows, const Quantized& w, const T* residual, T* out) {
   static thread_local Activations activations_of_thread;
@@ -126,7 +127,8 @@ struct DraftLayer {
   float eps, scale;
 };
 
-// Tokens [N] with hidden states [N, hidden] at the layout's places → their outputs [N, hidden] and logits [N, vocab].
+// Runs the layer on tokens [N] with hidden states [N, hidden] at the layout's places; writes outputs [N, hidden] and
+// logits [N, vocab].
 template <typename T>
 void draft_step(const DraftLayer<T>& d, const int64_t* tokens, const int64_t* positions, const T* hidden, T* cache, const Layout& s,
                 T* out, T* logits) {

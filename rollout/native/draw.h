@@ -1,4 +1,4 @@
-// Drawing tokens from logits.
+// Samples tokens from logits.
 #pragma once
 
 #include "lanes.h"
@@ -7,9 +7,9 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // tokens whose weights are summed together
 
-// Draws one token a row from softmax(logits / temperature) by inverting its cumulative sum in vocabulary order, or takes the first
-// largest at temperature 0. The log-probability is that of the drawn token, at temperature 1 where the temperature is 0; NaN where
-// the row has a logit that is NaN or +inf, or none that is finite.
+// Samples one token per row from softmax(logits / temperature) by inverting its cumulative sum in vocabulary order, or
+// takes the first largest logit at temperature 0. The log-prob is that of the sampled token (at temperature 1 where the
+// temperature is 0); it is NaN if the row has a logit that is NaN or +inf, or none that is finite.
 template <typename T>
 void draw_row(const T* logits, int64_t vocab, float temperature, double uniform, int64_t* token, float* logprob) {
   alignas(64) float lanes[kLanes];
@@ -22,7 +22,7 @@ void draw_row(const T* logits, int64_t vocab, float temperature, double uniform,
   }
   store(lanes, largest_lanes);
   float largest = *std::max_element(lanes, lanes + kLanes);
-  const auto tail = [&](int64_t i) {  // the last lanes of a vocabulary that is no multiple of them
+  const auto tail = [&](int64_t i) {  // the last lanes, if the vocabulary is not a multiple of kLanes
     alignas(64) T rest[kLanes];
     Floats x = splat(-std::numeric_limits<float>::infinity());
     for (int64_t k = 0; k < kLanes; ++k) rest[k] = logits[std::min(i + k, vocab - 1)];
@@ -72,11 +72,11 @@ void draw_row(const T* logits, int64_t vocab, float temperature, double uniform,
       store(lanes, weights(i));
       for (int64_t k = 0; k < kLanes && reached <= goal; ++k) {
         reached += lanes[k];
-        if (lanes[k] > 0) chosen = i + k;  // rounding may leave the goal just past the block's end: then its last token
+        if (lanes[k] > 0) chosen = i + k;  // if rounding puts the goal just past the block's end, its last token
       }
       if (reached > goal) break;
     }
-    if (chosen < 0)  // a block of weight zero, reached by rounding alone: the likeliest token
+    if (chosen < 0)  // only rounding leads to a block of weight zero: take the most likely token
       for (chosen = 0; score(chosen) != largest;) ++chosen;
     *token = chosen;
   }
@@ -90,10 +90,12 @@ void draw(const T* logits, int64_t rows, int64_t vocab, const float* temperature
   for (int64_t r = 0; r < rows; ++r) draw_row(logits + r * vocab, vocab, temperatures[r], uniforms[r], tokens + r, logprobs + r);
 }
 
-// Goes down each sequence's draft tree while the token drawn after a node is one of its children. Only rows on the way are drawn from.
+// Descends each sequence's draft tree as long as the token sampled after a node is one of its children. Only rows on the
+// way are sampled from.
 //
-// rows [S]: the first of each sequence's 1 + nodes rows of logits; nodes [S]; tokens and parents [S, width]; depth d draws with
-// uniforms[s, d]. Out: path [S, width] and the tokens and log-probabilities drawn along it [S, width + 1]; lengths [S], nodes kept.
+// In: rows [S], the first of each sequence's 1 + nodes rows of logits; nodes [S]; tokens and parents [S, width];
+// uniforms [S, width + 1], of which depth d uses number d. Out: path [S, width]; the tokens sampled along it and their
+// log-probs [S, width + 1]; lengths [S], the number of nodes accepted.
 template <typename T>
 void follow(const T* logits, int64_t vocab, int64_t sequences, int64_t width, const int64_t* rows, const int64_t* nodes,
             const int64_t* tokens, const int64_t* parents, const float* temperatures, const double* uniforms, int64_t* path,

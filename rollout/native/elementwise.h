@@ -1,4 +1,4 @@
-// What a decoder layer does to each token alone: norms, gates, rotations.
+// Token-wise operations of a decoder layer: norms, gates and rotations.
 #pragma once
 
 #include "lanes.h"
@@ -34,7 +34,7 @@ void silu_gate(const T* x, T* out, int64_t rows, int64_t width) {
   }
 }
 
-// One head: norm where there is a gain, then rotation of halves by the position's angle.
+// Normalizes one head if there is a gain, then rotates its halves by the position's angle.
 template <typename T>
 void rotate_head(const T* head, const T* gain, float eps, const T* cosines, const T* sines, T* out, int64_t dim) {
   alignas(64) float x[kMaxDim], c[kMaxDim], s[kMaxDim];

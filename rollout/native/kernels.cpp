@@ -1,7 +1,8 @@
-// Decode kernels for the CPU: what is between two matrix products of a decoder layer, each in one pass, and a drafter's whole step.
+// Decode kernels for the CPU: the operations between a decoder layer's matrix products, each in one pass, and a
+// drafter's whole step.
 //
-// float32 or bfloat16 in memory, float32 in registers. Every function is called with the interpreter's lock released and forks the
-// OpenMP team that torch uses.
+// Values are float32 or bfloat16 in memory and float32 in registers. Every function is called with the interpreter's
+// lock released and forks the OpenMP team that torch uses.
 
 #include "attention.h"
 #include "draw.h"

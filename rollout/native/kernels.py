@@ -1,4 +1,4 @@
-"""The native kernels on tensors."""
+"""Python bindings of the native kernels, which take torch tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from paceline.rollout.native.build import NativeUnavailable, build_library
 
-_LANES = 16
-_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+_LANES = 16  # floats per vector, kLanes in lanes.h
+_HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # those that attend_any in attention.h is instantiated for
 _log = logging.getLogger(__name__)
 
 DrawNumbers = tuple[torch.Tensor, torch.Tensor]
@@ -23,16 +23,22 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class _Layout(ctypes.Structure):
+    """Mirrors `Layout` in layout.h."""
+
     _fields_ = [
         (name, _int) for name in ("tokens", "sequences", "heads", "kv_heads", "dim", "slots", "span")
     ] + [(name, _pointer) for name in ("token_slots", "seats", "places", "trunks", "ancestors", "offsets")]
 
 
 class _Matrix(ctypes.Structure):
+    """Mirrors `Quantized` in drafting.h."""
+
     _fields_ = [("weights", _pointer), ("scales", _pointer), ("outputs", _int), ("inputs", _int)]
 
 
 class _DraftLayer(ctypes.Structure):
+    """Mirrors `DraftLayer` in drafting.h."""
+
     _fields_ = [
         *((name, _int) for name in ("hidden", "intermediate", "vocab")),
         *((name, _Matrix) for name in ("qkv", "o", "gate_up", "down", "head")),
@@ -45,15 +51,16 @@ class _DraftLayer(ctypes.Structure):
 
 
 class Int8Rows:
-    """A matrix in 8 bits, each row with a scale of its own; for drafters, whose rounding costs acceptance at
-    most.
+    """Holds a matrix in 8 bits with one scale per row.
+
+    It serves drafters, whose rounding errors can only cost acceptance.
 
     Args:
-        weight: [outputs, inputs], any float dtype; outputs a multiple of 4, inputs of 64.
+        weight: Matrix [outputs, inputs] of any float dtype; outputs must be a multiple of 4, inputs of 64.
 
     Attributes:
-        weights: uint8 [outputs, inputs], each weight over its row's scale, plus 128.
-        scales: float32 [outputs].
+        weights: Weights divided by their row's scale, plus 128, uint8 [outputs, inputs].
+        scales: Scale of each row, float32 [outputs].
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
@@ -63,29 +70,35 @@ class Int8Rows:
 
     @staticmethod
     def serves(*shapes: tuple[int, int]) -> bool:
-        """Whether matrices of these (outputs, inputs) are whole numbers of blocks."""
+        """Returns whether matrices of these shapes (outputs, inputs) consist of whole blocks."""
         return all(outputs % 4 == 0 and inputs % 64 == 0 for outputs, inputs in shapes)
 
     @property
     def address(self) -> _Matrix:
-        """As the kernels take it."""
+        """The struct that describes the matrix to the kernels; valid while this object lives."""
         outputs, inputs = self.weights.shape
         return _Matrix(self.weights.data_ptr(), self.scales.data_ptr(), outputs, inputs)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftLayer:
-    """A drafter's whole layer, for `Kernels.draft_step`. What is not a matrix is in the kernels' dtype,
-    contiguous.
+    """Holds a drafter's complete layer for `Kernels.draft_step`.
+
+    Everything but the matrices is contiguous and in the kernels' dtype.
 
     Attributes:
-        qkv, o, gate_up, down, head: Matrices.
-        embeddings: [vocabulary of the target, hidden].
-        gains: [hidden] each, of the norms of the embedding, the hidden state, before the MLP and before the
-            head.
-        cosines, sines: [positions, d].
-        eps: Of the norms.
-        scale: Of the attention scores.
+        qkv: Projections of queries, keys and values.
+        o: Output projection of the attention.
+        gate_up: Gate and up projections.
+        down: Down projection.
+        head: Output head.
+        embeddings: Token embeddings, [vocabulary of the target, hidden].
+        gains: Gains [hidden] of the norms of the embedding, of the hidden state, before the MLP and before
+            the head.
+        cosines: Cosines of the rotary embedding, [positions, d].
+        sines: Sines of the rotary embedding, [positions, d].
+        eps: Epsilon of the norms.
+        scale: Factor on the attention scores.
     """
 
     qkv: Int8Rows
@@ -101,7 +114,7 @@ class DraftLayer:
     scale: float
 
     def address(self) -> ctypes.Structure:
-        """As the kernels take it; valid as long as this object."""
+        """Returns the struct that describes the layer to the kernels; valid while this object lives."""
         matrices = [m.address for m in (self.qkv, self.o, self.gate_up, self.down, self.head)]
         vectors = [x.data_ptr() for x in (self.embeddings, *self.gains, self.cosines, self.sines)]
         sizes = self.o.weights.shape[0], self.down.weights.shape[1], self.head.weights.shape[0]
@@ -109,26 +122,28 @@ class DraftLayer:
 
 
 class RaggedTokens:
-    """The tokens of a forward, sequence after sequence, without padding.
+    """Describes the tokens of a forward, sequence after sequence, without padding.
 
-    A chain's token stands at its position in the cache and sees all before it. A draft tree's nodes lie side
-    by side after the token they hang on, and see that token, what is before it, and their own ancestors.
+    A chain's token is stored at its position in the cache and sees all tokens before it. A draft tree's nodes
+    are stored side by side after the token that the tree starts from; they see that token, all tokens before
+    it, and their own ancestors.
 
     Args:
         slots: Slot of each of the S sequences.
-        starts: Place of its first token here.
-        counts: How many tokens it has here, at least 1.
-        nodes: For draft trees, int64 [N] each: how many places the token sees all of, its depth below the
-            last of these (0 for a token that is no node), and its ancestors as bits.
-        shift: Position of place 0 of each sequence, where a cache holds its last tokens only; None for 0.
+        starts: Place of each sequence's first token in this forward.
+        counts: Number of each sequence's tokens in this forward, at least 1.
+        nodes: For draft trees, three arrays int64 [N]: the number of leading places that a token sees
+            completely, its depth below the last of these (0 for a token that is no node), and its ancestors
+            as bits.
+        shift: Position of place 0 of each sequence, if a cache holds only its last tokens; None for 0.
 
     Attributes:
-        token_slots: int64 [N].
-        positions: int64 [N], position of each token in its text.
-        places: int64 [N], where its keys are written.
-        trunks: int64 [N], places that it sees all of.
-        ancestors: int64 [N], bit j says that it sees place ``trunk + j``.
-        offsets: int64 [S + 1], index of each sequence's first token.
+        token_slots: Slot of each token, int64 [N].
+        positions: Position of each token in its text, int64 [N].
+        places: Place where each token's keys are written, int64 [N].
+        trunks: Number of leading places that each token sees completely, int64 [N].
+        ancestors: Bit masks, int64 [N]; bit j says that the token sees place ``trunk + j``.
+        offsets: Index of each sequence's first token, int64 [S + 1].
     """
 
     def __init__(
@@ -151,7 +166,7 @@ class RaggedTokens:
             trunks, depth, ancestors = nodes
             seats = trunks - 1 + depth
         positions = seats if shift is None else seats + np.repeat(np.asarray(shift, dtype=np.int64), number)
-        # positions counted from place 0, which is what a window is measured in
+        # positions counted from place 0, in which a window is measured
         self._seats = torch.from_numpy(seats)
         self.positions, self.trunks = torch.from_numpy(positions), torch.from_numpy(trunks)
         self.ancestors = torch.from_numpy(ancestors)
@@ -159,8 +174,11 @@ class RaggedTokens:
 
     @classmethod
     def from_seats(cls, seats: torch.Tensor, shift: Sequence[int] | None = None) -> RaggedTokens:
-        """E tokens of each of the first B slots, from seats int64 [4, B, E] counted from place 0; adjacent
-        places a row.
+        """Returns E tokens of each of the first B slots.
+
+        Args:
+            seats: Seats counted from place 0, int64 [4, B, E]; the places of a row are adjacent.
+            shift: Position of place 0 of each sequence; None for 0.
         """
         position, place, trunk, ancestors = seats.numpy()
         nodes = tuple(np.ascontiguousarray(x).reshape(-1) for x in (trunk, position - trunk + 1, ancestors))
@@ -169,12 +187,15 @@ class RaggedTokens:
 
     @property
     def seats(self) -> torch.Tensor:
-        """int64 [4, 1, N]: position, place, trunk and ancestors of each token."""
+        """The position, place, trunk and ancestors of each token, int64 [4, 1, N]."""
         return torch.stack([self.positions, self.places, self.trunks, self.ancestors])[:, None]
 
     def layout(self, heads: int, cache: torch.Size) -> ctypes.Structure:
-        """The kernels' description of these tokens over a cache of shape [2, slots, KV, span, d]; made once
-        for all layers.
+        """Returns the kernels' description of these tokens, built once for all layers.
+
+        Args:
+            heads: Number of query heads.
+            cache: Shape of a layer's cache, [2, slots, KV, span, d].
         """
         key = heads, cache
         if key not in self._layouts:
@@ -187,12 +208,12 @@ class RaggedTokens:
 
 @dataclass(frozen=True, slots=True)
 class AttentionRule:
-    """How scores become weights.
+    """States how attention scores become weights.
 
     Attributes:
         scale: Factor on the scores.
-        softcap: ``softcap * tanh(scores / softcap)``; 0 for none.
-        window: Keys that a query sees, itself included; 0 for all before it.
+        softcap: Soft cap, ``softcap * tanh(scores / softcap)``; 0 for none.
+        window: Number of keys that a query sees, itself included; 0 for all keys before it.
     """
 
     scale: float
@@ -201,8 +222,9 @@ class AttentionRule:
 
 
 class Kernels:
-    """The kernels for one dtype, on CPU tensors of that dtype. cos, sin, gains, positions and cache must be
-    contiguous.
+    """Calls the kernels of one dtype on CPU tensors of that dtype.
+
+    cos, sin, gains, positions and cache must be contiguous.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -228,11 +250,11 @@ class Kernels:
 
     @staticmethod
     def serve(head_dim: int, *widths: int) -> bool:
-        """Whether vectors of these lengths are whole numbers of lanes, as the kernels want them."""
+        """Returns whether the head size and the widths are supported by the kernels' vectors."""
         return head_dim in _HEAD_DIMS and all(width % _LANES == 0 for width in widths)
 
     def rms_norm(self, x: torch.Tensor, gain: torch.Tensor, eps: float) -> torch.Tensor:
-        """x: [..., width], gain: [width]."""
+        """Normalizes ``x`` [..., width] by its root mean square and multiplies by ``gain`` [width]."""
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
@@ -240,7 +262,7 @@ class Kernels:
         return out
 
     def silu_gate(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., 2 · width], gate and up side by side → silu(gate) · up [..., width]."""
+        """Maps gate and up side by side, [..., 2 · width], to silu(gate) · up, [..., width]."""
         x = x.contiguous()
         width = x.shape[-1] // 2
         out = x.new_empty((*x.shape[:-1], width))
@@ -256,15 +278,15 @@ class Kernels:
         tokens: RaggedTokens,
         cache: torch.Tensor,
     ) -> torch.Tensor:
-        """Norms and rotates the heads of queries and keys; writes keys and values to their places.
+        """Normalizes and rotates the heads of queries and keys; writes keys and values to their places.
 
         Args:
-            joined: [1, N, (H + 2 KV) · d], queries, keys and values side by side.
-            rotary: cos and sin [1, N, d].
-            gains: Of the query and key norms [d], or None.
-            eps: Of those norms.
-            tokens: Where the N tokens stand.
-            cache: [2, slots, KV, span, d].
+            joined: Queries, keys and values side by side, [1, N, (H + 2 KV) · d].
+            rotary: cos and sin, [1, N, d] each.
+            gains: Gains [d] of the query and key norms, or None if there are none.
+            eps: Epsilon of those norms.
+            tokens: Description of the N tokens.
+            cache: Cache of the layer, [2, slots, KV, span, d].
 
         Returns:
             Queries [1, N, H, d].
@@ -291,13 +313,13 @@ class Kernels:
     def attend(
         self, query: torch.Tensor, cache: torch.Tensor, tokens: RaggedTokens, rule: AttentionRule
     ) -> torch.Tensor:
-        """Each query attends to the keys of its slot that its `RaggedTokens` let it see.
+        """Computes the attention of each query to the keys of its slot that its `RaggedTokens` let it see.
 
         Args:
-            query: [1, N, H, d].
-            cache: [2, slots, KV, span, d].
-            tokens: Where the N tokens stand.
-            rule: Scale, softcap and window.
+            query: Queries [1, N, H, d].
+            cache: Cache of the layer, [2, slots, KV, span, d].
+            tokens: Description of the N tokens.
+            rule: Scale, soft cap and window.
 
         Returns:
             [1, N, H · d].
@@ -311,11 +333,11 @@ class Kernels:
         return out
 
     def multiply(self, x: torch.Tensor, matrix: Int8Rows) -> torch.Tensor:
-        """x: [N, inputs] → [N, outputs]."""
+        """Multiplies ``x`` [N, inputs] by the matrix; returns [N, outputs]."""
         x = x.contiguous()
         out = x.new_empty(len(x), len(matrix.scales))
-        described = matrix.address  # must outlive the call
-        self._multiply(x.data_ptr(), len(x), ctypes.addressof(described), out.data_ptr())
+        struct = matrix.address  # must outlive the call
+        self._multiply(x.data_ptr(), len(x), ctypes.addressof(struct), out.data_ptr())
         return out
 
     def draft_step(
@@ -327,15 +349,15 @@ class Kernels:
         ragged: RaggedTokens,
         vocab: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A drafter's step over N tokens.
+        """Runs one step of a drafter over N tokens.
 
         Args:
-            layer: Address of a `DraftLayer`.
-            tokens: int64 [N].
-            hidden: [N, hidden].
-            cache: [2, slots, KV, span, d] of the drafter.
-            ragged: Where the tokens stand.
-            vocab: Of the drafter.
+            layer: Struct from `DraftLayer.address`.
+            tokens: Token ids, int64 [N].
+            hidden: Hidden states, [N, hidden].
+            cache: Cache of the drafter, [2, slots, KV, span, d].
+            ragged: Description of the tokens.
+            vocab: Vocabulary size of the drafter.
 
         Returns:
             Outputs [N, hidden] and their logits [N, vocab].
@@ -362,19 +384,19 @@ class Kernels:
         tree: tuple[torch.Tensor, torch.Tensor],
         draw: DrawNumbers,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Goes down draft trees along what is drawn, drawing from rows on the way only.
+        """Descends draft trees along sampled tokens; only rows on the way are sampled from.
 
         Args:
-            logits: [R, V].
-            rows: int64 [S], each sequence's first row: after its last committed token; those after its nodes
-                follow.
-            nodes: int64 [S], nodes of each tree.
+            logits: Logits [R, V].
+            rows: First row of each sequence, int64 [S]: the one after its last committed token. The rows
+                after its nodes follow.
+            nodes: Number of nodes in each tree, int64 [S].
             tree: Tokens and parents of the nodes, int64 [S, N] each.
-            draw: Temperatures float32 [S], and uniforms float64 [S, N + 1], by depth.
+            draw: Temperatures float32 [S], and uniforms float64 [S, N + 1] by depth.
 
         Returns:
-            Path int64 [S, N] and how many of it were kept int64 [S]; tokens int64 [S, N + 1] drawn along it,
-            one more than kept, and their log-probs float32 [S, N + 1] as `draw` gives them.
+            Accepted nodes int64 [S, N] and their number int64 [S]; the tokens sampled along the path int64
+            [S, N + 1], one more than accepted, and their log-probs float32 [S, N + 1] as from `draw`.
         """
         logits = logits.contiguous()
         tokens, parents = (x.contiguous() for x in tree)
@@ -395,32 +417,39 @@ class Kernels:
         """Moves keys and values within their slots, in every layer.
 
         Args:
-            layers: [2, slots, KV, span, d] each.
-            slots, sources, targets: int64 [M], a slot, the place a line is at, and where it goes; within a
-                slot in increasing order, no target after its source.
+            layers: Cache of each layer, [2, slots, KV, span, d].
+            slots: Slot of each move, int64 [M].
+            sources: Place that each move reads, int64 [M].
+            targets: Place that each move writes, int64 [M]; within a slot in increasing order, and none after
+                its source.
         """
         _, count, kv_heads, span, dim = layers[0].shape
         layout = _Layout(0, 0, kv_heads, kv_heads, dim, count, span)
         addresses = (ctypes.c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
         arrays = (np.ascontiguousarray(x, dtype=np.int64) for x in (slots, sources, targets))
-        held = list(arrays)
+        kept_alive = list(arrays)  # must outlive the call
         self._move_lines(
-            addresses, len(layers), *(x.ctypes.data for x in held), len(held[0]), ctypes.addressof(layout)
+            addresses,
+            len(layers),
+            *(x.ctypes.data for x in kept_alive),
+            len(kept_alive[0]),
+            ctypes.addressof(layout),
         )
 
     def draw(
         self, logits: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draws one token a row from softmax(logits / temperature) in one pass; at temperature 0 the first of
-        the largest.
+        """Samples one token per row from softmax(logits / temperature) in one pass.
+
+        At temperature 0 it takes the first of the largest logits.
 
         Args:
-            logits: [R, V].
-            temperatures: float32 [R].
-            uniforms: float64 [R] in [0, 1).
+            logits: Logits [R, V].
+            temperatures: Temperatures, float32 [R].
+            uniforms: Uniform numbers in [0, 1), float64 [R].
 
         Returns:
-            int64 [R] tokens and float32 [R] log-probs (at temperature 1 where the temperature is 0); NaN for
+            Tokens int64 [R] and log-probs float32 [R] (at temperature 1 where the temperature is 0); NaN for
             a row that has a NaN or infinite logit.
         """
         logits = logits.contiguous()
@@ -433,13 +462,14 @@ class Kernels:
 
 @functools.cache
 def load_kernels(device_type: str, dtype: torch.dtype) -> Kernels | None:
-    """The kernels for a device and dtype, built on the first call; None, with one logged line, where there
-    are none.
+    """Returns the kernels for a device and dtype, built on the first call.
+
+    Returns None where there are none; a failed build is logged.
     """
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
         return Kernels(ctypes.CDLL(str(build_library())), dtype)
     except (NativeUnavailable, OSError) as error:
-        _log.warning("decoding with torch's operators, slower: %s", error)
+        _log.warning("decoding with torch's operators, which are slower: %s", error)
         return None

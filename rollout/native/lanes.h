@@ -1,4 +1,4 @@
-// Vectors of 16 floats in GCC/Clang extensions, so that one source serves every instruction set that -march=native offers.
+// Vectors of 16 floats in GCC/Clang extensions, so that one source serves every instruction set of -march=native.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kMaxDim = 256;       // of a head
+constexpr int64_t kMaxDim = 256;       // largest size of a head
 constexpr int64_t kSerialWork = 8192;  // elements below which forking the team costs more than it saves
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -56,7 +56,7 @@ inline float from_float<float>(float x) {
   return x;
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <>
 inline bfloat16 from_float<bfloat16>(float x) {
   uint32_t w;
@@ -67,7 +67,7 @@ inline bfloat16 from_float<bfloat16>(float x) {
 
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(bfloat16* p, Floats x) {
   Words w;
   std::memcpy(&w, &x, sizeof w);
@@ -98,7 +98,8 @@ inline float sum(Floats x) {
   return four[0];
 }
 
-// e^x to float32 rounding: 2^n times a polynomial in the rest (Cephes' coefficients). NaN stays NaN, −inf gives 0.
+// Returns e^x to float32 rounding, as 2^n times a polynomial in the remainder (Cephes' coefficients). NaN stays NaN,
+// −inf gives 0.
 inline Floats exponential(Floats x) {
   const Floats clamped = select(x < splat(-87.3f), splat(-87.3f), select(x > splat(88.0f), splat(88.0f), x));
   const Floats shifted = clamped * 1.44269504f + select(clamped < splat(0.0f), splat(-0.5f), splat(0.5f));

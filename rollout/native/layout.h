@@ -1,34 +1,36 @@
-// Where a forward's tokens stand in the slot cache, writing and moving their keys and values, and what of them is attended to at once.
+// The places of a forward's tokens in the slot cache, the functions that write and move their keys and values, and the
+// work items of attention.
 #pragma once
 
 #include "elementwise.h"
 
 namespace {
 
-constexpr int64_t kChunk = 256;        // keys that one work item attends to
+constexpr int64_t kChunk = 256;  // keys that one work item attends to
 
-// A few consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
+// A work item: a few consecutive tokens of one sequence with one key/value head, and one chunk of the keys they see.
 struct Item {
   int64_t first, queries, kv, start, count;
-  int64_t before;  // work of the items before it
+  int64_t before;  // total work of the items before this one
 };
 
-// One forward's tokens, sequence after sequence, and where they go: the cache is [2, slots, kv_heads, span, dim].
+// The tokens of one forward, sequence after sequence, and their places in the cache [2, slots, kv_heads, span, dim].
 //
-// A token's keys are written to its place. It sees the places before its trunk's end, and of the 64 from there on those whose bit is
-// set among its ancestors: a draft tree's nodes lie side by side, though their positions in the text coincide.
+// A token's keys are written to its place. It sees all places before its trunk's end, and of the 64 places from there on
+// those whose bit is set in its ancestors. This lets a draft tree's nodes lie side by side in the cache, though several
+// may share a position in the text.
 struct Layout {
   int64_t tokens, sequences, heads, kv_heads, dim, slots, span;
   const int64_t *token_slots, *seats, *places, *trunks;  // seats: positions counted from place 0
   const uint64_t* ancestors;
-  const int64_t* offsets;  // [sequences + 1], of each sequence's first token
+  const int64_t* offsets;  // [sequences + 1], index of each sequence's first token
 
-  // Which of all tokens' heads is an item's row r: its rows are heads of one group × its tokens.
+  // Returns the index, among the heads of all tokens, of an item's row r; its rows are heads of one group × its tokens.
   int64_t head_of(const Item& item, int64_t r) const {
     return (item.first + r % item.queries) * heads + item.kv * (heads / kv_heads) + r / item.queries;
   }
 
-  // One past the last place that token n sees.
+  // Returns one past the last place that token n sees.
   int64_t end(int64_t n) const { return trunks[n] + (ancestors[n] == 0 ? 0 : 64 - __builtin_clzll(ancestors[n])); }
 };
 
@@ -57,13 +59,14 @@ struct AttentionRule {
   int64_t window;  // 0 for none
 };
 
-// What one work item found: for every row the largest score, the sum of exponentials and the weighted sum of values.
+// The result of one work item: for every row the largest score, the sum of exponentials and the weighted sum of values.
 struct Partial {
   float *largest, *total, *weighted;
 };
 
-// The items of a forward, of at most `most` tokens each; those of the same tokens and head are adjacent, and `groups` holds the first
-// item of each such run. Returns all their work, in keys: what an item costs beside its keys counts as 64, and tokens share most of it.
+// Lists the work items of a forward, of at most `most` tokens each. Items of the same tokens and head are adjacent, and
+// `groups` holds the first item of each such run. Returns the total work in units of a key, where the fixed cost of an
+// item counts as 64 keys and its tokens share most of the cost.
 int64_t list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::vector<int64_t>* groups) {
   items->clear();
   groups->clear();
@@ -85,8 +88,8 @@ int64_t list_items(const Layout& s, int64_t most, std::vector<Item>* items, std:
   return work;
 }
 
-// Moves keys and values of every layer's slot from `sources` to `targets`, places in increasing order with targets ≤ sources, so
-// that no line is overwritten before it was moved.
+// Moves keys and values of every layer's slot from the places `sources` to the places `targets`. Both are in increasing
+// order with targets ≤ sources, so that no line is overwritten before it has been moved.
 template <typename T>
 void move_lines(T* const* layers, int64_t count_layers, const int64_t* slots, const int64_t* sources, const int64_t* targets,
                 int64_t moves, const Layout& s) {

@@ -1,8 +1,8 @@
-// Products with a policy's weights on the processor's matrix units, for the few rows that decoding has.
+// Products with a policy's weights on the processor's matrix units (AMX), for the few rows of a decode step.
 //
-// Weights are laid out once as the tiles that the units take, in the order in which they are read: one row or a hundred, a product
-// reads them once, in one stream for each core. Every row is summed in the same order however many there are, so that a sequence's
-// logits do not depend on what is decoded or verified beside it.
+// Weights are packed once as the tiles that the units take, in the order in which they are read. A product therefore
+// reads them once, in one stream per core, whether it has one row or a hundred. Every row is summed in the same order
+// regardless of the number of rows, so that a sequence's logits do not depend on the other sequences in the batch.
 #pragma once
 
 #include <omp.h>
@@ -13,16 +13,16 @@
 
 namespace {
 
-constexpr int64_t kPanel = 32;          // outputs computed side by side: two tiles
+constexpr int64_t kPanel = 32;          // outputs computed together: two tiles
 constexpr int64_t kStep = 32;           // inputs that one tile holds
 constexpr int64_t kPanelStep = kPanel * kStep;
-constexpr int64_t kStepsAhead = 16;      // of 2 KB each, fetched before they are needed
+constexpr int64_t kStepsAhead = 16;      // prefetch distance in steps of 2 KB
 
 struct alignas(64) TileLine {
   bfloat16 values[kStep];
 };
 
-// weight [outputs, inputs] to [outputs / 32][inputs / 32][2 tiles][16 pairs of inputs][16 outputs][2].
+// Reorders a weight [outputs, inputs] as [outputs / 32][inputs / 32][2 tiles][16 pairs of inputs][16 outputs][2].
 inline void pack_weight(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
 #pragma omp parallel for
   for (int64_t n = 0; n < outputs; n += kTileRows)
@@ -35,7 +35,7 @@ inline void pack_weight(const bfloat16* weight, int64_t outputs, int64_t inputs,
     }
 }
 
-// One panel's outputs of 16 rows, or of 32, as float32 [kBlocks][2][16][16].
+// Computes one panel's outputs of 16 or 32 rows as float32 [kBlocks][2][16][16].
 template <int kBlocks>
 void panel_product(const TileLine* x, int64_t steps, const bfloat16* panel, bool first, float* sums) {
   _tile_zero(0);
@@ -67,7 +67,7 @@ void panel_product(const TileLine* x, int64_t steps, const bfloat16* panel, bool
   }
 }
 
-// Adds bias and residual to rows `begin` to `end` of the outputs from n on, and rounds.
+// Adds bias and residual to rows `begin` to `end` of the outputs from n on, and rounds to bfloat16.
 inline void write_panel(const float* sums, int64_t begin, int64_t end, int64_t n, int64_t outputs, const bfloat16* bias,
                         const bfloat16* residual, bfloat16* out) {
   for (int64_t row = begin; row < end; ++row) {
@@ -80,11 +80,11 @@ inline void write_panel(const float* sums, int64_t begin, int64_t end, int64_t n
   }
 }
 
-// out = x weight^T, plus a bias [outputs] and a residual [rows, outputs] where they are not null.
+// Computes out = x weight^T, plus a bias [outputs] and a residual [rows, outputs] if they are not null.
 inline void multiply_packed(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
                             const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
   const int64_t blocks = (rows + kTileRows - 1) / kTileRows, steps = inputs / kStep;
-  // neighbouring panels together, where there are many: a row's outputs then fill its page before the next row's
+  // if there are many panels, adjacent ones run together, so that a row's outputs fill its page before the next row's
   const int64_t panels = outputs / kPanel, group = std::clamp<int64_t>(panels / (8 * omp_get_max_threads()), 1, 8);
   static thread_local std::vector<TileLine> lines_of_thread;
   if (static_cast<int64_t>(lines_of_thread.size()) < blocks * steps * kTileRows) lines_of_thread.resize(blocks * steps * kTileRows);

@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU's matrix units."""
+"""Matrix products with packed weights on the CPU's matrix units (AMX)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from paceline.rollout.native.build import NativeUnavailable, build_library
 
-_PANEL, _STEP = 32, 32
+_PANEL, _STEP = 32, 32  # kPanel and kStep in product.h: outputs and inputs of one block
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
 class PackedProducts:
-    """bfloat16 products whose weights lie in the order in which matrix units read them; needs AMX.
+    """Multiplies by bfloat16 weights stored in the order in which matrix units read them; needs AMX.
 
-    A row's result depends on that row alone, bit for bit: not on how many rows there are, nor on what they
+    A row's result depends on that row alone, bit for bit: neither on the number of rows nor on what they
     hold.
     """
 
@@ -28,11 +28,11 @@ class PackedProducts:
 
     @staticmethod
     def serves(outputs: int, inputs: int) -> bool:
-        """Whether a weight of this shape is whole panels."""
+        """Returns whether a weight of this shape consists of whole panels."""
         return outputs % _PANEL == 0 and inputs % _STEP == 0
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight: bfloat16 [outputs, inputs] → the same numbers in another order."""
+        """Returns a bfloat16 weight [outputs, inputs] with its numbers reordered for the matrix units."""
         weight = weight.contiguous()
         packed = torch.empty_like(weight)
         self._pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
@@ -41,8 +41,16 @@ class PackedProducts:
     def multiply(
         self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        """bfloat16 [..., inputs] → [..., outputs], plus ``bias`` [outputs] and ``residual`` [..., outputs];
-        rounded once.
+        """Multiplies by a packed weight and adds bias and residual; rounds once.
+
+        Args:
+            x: Inputs, bfloat16 [..., inputs].
+            packed: Weight from `pack`, [outputs, inputs].
+            bias: Bias [outputs], or None.
+            residual: Residual [..., outputs], or None.
+
+        Returns:
+            bfloat16 [..., outputs].
         """
         outputs, inputs = packed.shape
         x = x.contiguous()
@@ -57,7 +65,10 @@ class PackedProducts:
 
 @functools.cache
 def load_products() -> PackedProducts | None:
-    """The products, built on the first call; None on a machine without the units, or without a compiler."""
+    """Returns the products, built on the first call.
+
+    Returns None on a machine without matrix units or without a compiler.
+    """
     try:
         library = ctypes.CDLL(str(build_library()))
     except (NativeUnavailable, OSError):

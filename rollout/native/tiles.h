@@ -1,9 +1,10 @@
-// Attention of one work item on the processor's matrix units (AMX), where it has them: bfloat16 products, float32 sums.
+// Attention of one work item on the processor's matrix units (AMX), where available: bfloat16 products, float32 sums.
 //
-// Verifying draft tokens multiplies attention's arithmetic by their number but reads the same keys and values. On vector units that
-// arithmetic is what a step waits for at a few sequences of a thousand tokens; here up to 16 rows (heads of one group x tokens) cost
-// little more than one. Keys are read as they lie in the cache: scores come out as [keys, rows], which also makes the softmax's
-// largest and total plain vector operations without a sum across lanes.
+// Verifying draft tokens multiplies the arithmetic of attention by their number but reads the same keys and values. On
+// vector units this arithmetic dominates a step already at a few sequences of a thousand tokens; here up to 16 rows
+// (heads of one group × tokens) cost little more than one. Keys are read as they lie in the cache, so the scores come
+// out as [keys, rows]. This also makes the softmax's maximum and total plain vector operations, without a sum across
+// lanes.
 #pragma once
 
 #include "layout.h"
@@ -17,19 +18,20 @@
 
 namespace {
 
-constexpr int64_t kTileRows = 16;    // of query rows, and of keys in one tile
-constexpr int64_t kBlocksAhead = 1;  // fetched before they are needed
-constexpr int64_t kKeyBlock = 32;    // keys that one product of weights and values takes
-constexpr float kHidden = -1e30f;    // the score of a key that a row does not see: finite, so that its exponential is 0 and not NaN
+constexpr int64_t kTileRows = 16;    // query rows in a tile, and keys in a tile
+constexpr int64_t kBlocksAhead = 1;  // prefetch distance in key blocks
+constexpr int64_t kKeyBlock = 32;    // keys in one product of weights and values
+constexpr float kHidden = -1e30f;    // score of a hidden key; finite, so that its exponential is 0, not NaN
 
-// Whether the kernel lets this process use tile registers: Linux wants to be asked, once a process.
+// Returns whether this process may use tile registers; Linux requires each process to request them once.
 inline bool tiles_granted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }
 
-// All eight tiles as 16 rows of 64 bytes, while it lives. What another library had set is put back: it may remember having done so.
+// Configures all eight tiles as 16 rows of 64 bytes for its lifetime, and then restores the previous configuration,
+// because another library may rely on the one it has set.
 class TileShapes {
  public:
   TileShapes() {
@@ -46,7 +48,7 @@ class TileShapes {
   alignas(64) uint8_t before_[64];
 };
 
-// 16 vectors of 16 32-bit words, rows for columns.
+// Transposes 16 vectors of 16 32-bit words.
 inline void transpose(__m512i* v) {
   __m512i t[16], u[16];
   for (int i = 0; i < 8; ++i) {
@@ -70,7 +72,8 @@ inline void transpose(__m512i* v) {
   }
 }
 
-// 2^x for x ≤ 0: a polynomial of 2^f for |f| ≤ ½ (Chebyshev nodes, relative error under 2e-7) scaled by the whole part. NaN stays NaN.
+// Returns 2^x for x ≤ 0: a polynomial for 2^f with |f| ≤ ½ (Chebyshev nodes, relative error below 2e-7), scaled by the
+// integer part. NaN stays NaN.
 inline __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
@@ -83,7 +86,7 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
-// A thread's working memory.
+// The working memory of a thread.
 template <int64_t kDim>
 struct TileScratch {
   alignas(64) bfloat16 queries[kDim / 32][kTileRows][32];  // pairs of dimensions × rows
@@ -94,7 +97,7 @@ struct TileScratch {
   alignas(64) float sums[kDim / 16][kTileRows][16];
 };
 
-// What one row block sees: keys from `begin` on, all before `trunk`, and those whose bit is set from there on.
+// The keys that a row block sees: those from `begin` to `trunk`, and from there on those whose bit is set.
 struct Sight {
   int64_t rows, begin[kTileRows], trunk[kTileRows];
   uint64_t ancestors[kTileRows];
@@ -109,7 +112,7 @@ struct Sight {
   }
 };
 
-// One item's keys and values, the last block padded with zeros: nothing past the text is read.
+// The keys and values of one item; the last block is padded with zeros, so that nothing past the text is read.
 template <int64_t kDim>
 struct TileKeys {
   const bfloat16 *keys, *values;
@@ -128,7 +131,8 @@ struct TileKeys {
     std::memset(scratch.last_values[count - whole], 0, sizeof scratch.last_values - bytes);
   }
 
-  // Pairs of keys side by side. unpack works within 128 bits, so a tile's 16 columns are dimensions 8i + (0…3), or those + 4.
+  // Places pairs of keys side by side. The unpack instruction works within 128 bits, so a tile's 16 columns are the
+  // dimensions 8i + (0…3), or those + 4.
   void pair_values(int64_t b) {
     const bfloat16* block = block_of_values(b);
     for (int64_t pair = 0; pair < kKeyBlock / 2; ++pair)
@@ -139,8 +143,8 @@ struct TileKeys {
       }
   }
 
-  // scores[key, row] of the queries in the scratch. The first time values are paired on the way, and both are fetched ahead: further
-  // than the hardware looks across pages.
+  // Computes scores[key, row] of the queries in the scratch. The first call also pairs the values; keys and values are
+  // prefetched, further ahead than the hardware prefetcher goes across pages.
   void score(bool first) {
     for (int64_t b = 0; b < blocks(); ++b) {
       const bfloat16* block = block_of_keys(b);
@@ -164,7 +168,7 @@ struct TileKeys {
     }
   }
 
-  // sums[row, dimension] of the values by the weights in the scratch.
+  // Computes sums[row, dimension] of the values, weighted by the weights in the scratch.
   void weigh() {
     for (int64_t d = 0; d < kDim / 16; d += 2) {
       _tile_zero(0);
@@ -182,7 +186,8 @@ struct TileKeys {
   }
 };
 
-// Scores to weights 2^(score − largest), and those to tiles [rows, keys] of bfloat16. Returns each row's largest and total.
+// Turns scores into weights 2^(score − largest) and stores them as bfloat16 tiles [rows, keys]. Returns each row's
+// largest score and total weight.
 template <int64_t kDim>
 void weights_of(TileScratch<kDim>& scratch, const Sight& sight, int64_t count, float scale, float* largest, float* total) {
   const int64_t padded = (count + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
@@ -221,7 +226,7 @@ void weights_of(TileScratch<kDim>& scratch, const Sight& sight, int64_t count, f
   std::copy(total_of, total_of + sight.rows, total);
 }
 
-// Attends an item's rows (heads of one group × its tokens), 16 at a time.
+// Computes the attention of an item's rows (heads of one group × its tokens), 16 at a time.
 template <int kVectors>
 class MatrixUnits {
  public:

@@ -68,7 +68,7 @@ def plain():
 def test_rollouts_go_on_without_it_and_it_is_said_once(way, plain):
     broken = engine(way)
     broken.use_strategy("breaking:3")
-    with pytest.warns(DrafterWarning, match="breaking drafter failed and is left out") as told:
+    with pytest.warns(DrafterWarning, match="breaking drafter failed and is disabled") as told:
         rollouts = broken.generate(REQUESTS)
     assert len([w for w in told if w.category is DrafterWarning]) == 1
     assert set(broken.drafters) == {"suffix"}

@@ -86,11 +86,11 @@ def test_a_refused_neighbour_leaves_every_bit(good):
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        (None, "the request is None"),
-        (Request("text"), "prompt_ids is 'text': give a list of token ids"),
+        (None, "request is None"),
+        (Request("text"), "prompt_ids is 'text': pass a list of token ids"),
         (Request([1.0, 2.0]), "prompt_ids is"),
         (Request([1], params=None), "params is None"),
-        (Request([1], seed=1.5), "seed is 1.5: give a whole number"),
+        (Request([1], seed=1.5), "seed is 1.5: pass an integer"),
         (Request([1], group=[1]), "group is [1], which is not hashable"),
         (Request([1], resume="x"), "resume is not a paused rollout"),
     ],
@@ -210,13 +210,13 @@ def test_a_decoder_that_fails_fails_its_own_request(good, expected):
     [{"token_budget": -1}, {"segment": 0}, {"segment": 1.5}, {"mark": "x"}, {"token_budget": math.nan}],
 )
 def test_bounds_of_a_call_are_checked(engine, good, bound):
-    with pytest.raises(ValueError, match=f"^{next(iter(bound))} is .*: write a whole number"):
+    with pytest.raises(ValueError, match=f"^{next(iter(bound))} is .*: write an integer"):
         engine.generate(good, **bound)
 
 
 @pytest.mark.parametrize("requests", [None, 5, "ab", Request([1]), {}])
 def test_what_is_no_list_of_requests(engine, requests):
-    with pytest.raises(ValueError, match="give a list of"):
+    with pytest.raises(ValueError, match="pass a list of"):
         engine.generate(requests)
 
 

@@ -132,7 +132,7 @@ REFUSED = (
         "several shapes",
     ),
     (Family("gpt_oss", "gpt-oss", {**_GROUPED, "head_dim": 16, "num_local_experts": 4}), "attention sinks"),
-    (Family("doge", "Doge"), "a mask of its own"),
+    (Family("doge", "Doge"), "its own mask"),
     (Family("lfm2", "LFM2", {"layer_types": ["conv", "full_attention"] * 2}), "keep a state instead of keys"),
     (Family("mamba", "Mamba"), "does not let its attention be replaced"),
     (Family("jamba", "Jamba"), "does not let its attention be replaced"),
@@ -176,7 +176,7 @@ def table() -> str:
     reasons = {
         "several shapes": "stores latents of several shapes in place of keys and values",
         "attention sinks": "uses attention sinks, which change the softmax",
-        "a mask of its own": "adds a mask of its own to the scores",
+        "its own mask": "adds its own mask to the attention scores",
         "keep a state instead of keys": "has layers that keep a state instead of keys",
         "does not let its attention be replaced": "does not let its attention be replaced",
     }
