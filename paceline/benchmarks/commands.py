@@ -344,7 +344,7 @@ def draw_plots(args: argparse.Namespace) -> None:
     """Pictures beside the JSON files."""
     from paceline.benchmarks.common.plots import draw_all
 
-    for path in draw_all(Path("benchmarks")):
+    for path in draw_all(Path("benchmarks/results")):
         print(path)
 
 

@@ -84,22 +84,22 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         help="interpreter that has vLLM (make peers)",
     )
     rollout.add_argument("--alone", action="store_true", help="only this engine, no peers")
-    rollout.add_argument("--out", type=Path, default=Path("benchmarks/rollout"))
+    rollout.add_argument("--out", type=Path, default=Path("benchmarks/results/rollout"))
     rollout.add_argument("overrides", nargs="*", help="key=value")
     update = commands.add_parser("update", help="speed of the update phase against padding")
     update.add_argument("--config", required=True)
     update.add_argument("--untuned", action="store_true", help="leave the allocator as glibc has it")
     seeds = commands.add_parser("seeds", help="reward rise of several runs")
     seeds.add_argument("runs", nargs="+", type=Path)
-    seeds.add_argument("--out", type=Path, default=Path("benchmarks/seeds.json"))
+    seeds.add_argument("--out", type=Path, default=Path("benchmarks/results/seeds.json"))
     gpu = commands.add_parser("gpu", help="graphs, step times and drafting on one GPU")
     gpu.add_argument("--shapes", nargs="+", default=["1.5B", "8B"], choices=["1.5B", "8B"])
-    gpu.add_argument("--out", type=Path, default=Path("benchmarks/gpu"))
+    gpu.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"))
     commands.add_parser("plan", help="memory of graphs, planned")
     gpu_rl = commands.add_parser("gpu-rl", help="GRPO from scratch on one GPU, with speculation and without")
     gpu_rl.add_argument("--config", type=Path, default=Path("configs/gpu_rl.yaml"))
     gpu_rl.add_argument("--runs", type=Path, default=Path("runs/gpu-rl"), help="where the two runs go")
-    gpu_rl.add_argument("--out", type=Path, default=Path("benchmarks/gpu_rl.json"))
+    gpu_rl.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_rl.json"))
     gpu_rl.add_argument("overrides", nargs="*", help="key=value")
     for name, what in (
         ("drafters", "drafters side by side"),
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             "--batches", nargs="*", default=["1", "4", "16"], help="concurrent sequences, or none"
         )
         command.add_argument("--temperatures", nargs="+", type=float, default=[1.0, 0.7])
-        command.add_argument("--out", type=Path, default=Path("benchmarks") / name)
+        command.add_argument("--out", type=Path, default=Path("benchmarks/results") / name)
         if name == "drafters":
             command.add_argument(
                 "--sharing", action="store_true", help="measure sharing within groups instead"
@@ -142,12 +142,12 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     learning.add_argument(
         "--plain", type=Path, nargs="+", required=True, help="those of the same seeds without speculation"
     )
-    learning.add_argument("--out", type=Path, default=Path("benchmarks/learning"))
+    learning.add_argument("--out", type=Path, default=Path("benchmarks/results/learning"))
     sharding = commands.add_parser("sharding", help="the ways that weights can lie")
     sharding.add_argument("--config", type=Path, required=True)
     sharding.add_argument("--runs", type=Path, required=True, help="where the runs go")
     sharding.add_argument("--ranks", type=int, default=2)
-    sharding.add_argument("--out", type=Path, default=Path("benchmarks/sharding"))
+    sharding.add_argument("--out", type=Path, default=Path("benchmarks/results/sharding"))
     sharding.add_argument("overrides", nargs="*", help="key=value")
     served = commands.add_parser("served", help="a run's drafter in vLLM, beside the engine")
     served.add_argument("--config", required=True)
@@ -160,13 +160,13 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     )
     served.add_argument("--prompts", type=int, default=64)
     served.add_argument("--depth", type=int, default=4, help="draft tokens of a step")
-    served.add_argument("--out", type=Path, default=Path("benchmarks/served"))
+    served.add_argument("--out", type=Path, default=Path("benchmarks/results/served"))
     losses = commands.add_parser("losses", help="distillation losses, and what collecting their data costs")
     losses.add_argument("--config", required=True)
     losses.add_argument("--run", type=Path, required=True, help="a finished run")
     losses.add_argument("--seconds", type=float, default=45.0, help="of training each loss")
     losses.add_argument("--sequences", type=int, default=192)
-    losses.add_argument("--out", type=Path, default=Path("benchmarks/losses"))
+    losses.add_argument("--out", type=Path, default=Path("benchmarks/results/losses"))
     idle = commands.add_parser("idle", help="the drafter trained on idle ranks, beside a frozen one")
     idle.add_argument("--config", type=Path, required=True)
     idle.add_argument(
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     )
     idle.add_argument("--ranks", type=int, default=2)
     idle.add_argument("--runs", type=Path, default=Path("runs/idle"), help="where the runs go")
-    idle.add_argument("--out", type=Path, default=Path("benchmarks/idle"))
+    idle.add_argument("--out", type=Path, default=Path("benchmarks/results/idle"))
     idle.add_argument("overrides", nargs="*", help="key=value")
     online = commands.add_parser("online", help="online learners beside each other, and their regret")
     online.add_argument("--config", required=True)
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "--seconds", type=float, default=2.0, help="of training each has after a step's rollouts"
     )
     online.add_argument("--runs", type=Path, default=Path("runs/online"), help="where the run goes")
-    online.add_argument("--out", type=Path, default=Path("benchmarks/online"))
+    online.add_argument("--out", type=Path, default=Path("benchmarks/results/online"))
     online.add_argument("overrides", nargs="*", help="key=value")
     add_length_commands(commands)
     trl = commands.add_parser("trl", help="rollouts in TRL's trainer, beside its own generation")
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     trl.add_argument("--drafter", type=Path, default=Path("runs/quickstart-drafter"), help="to start from")
     trl.add_argument("--ranks", type=int, default=2)
     trl.add_argument("--runs", type=Path, default=Path("runs/trl"), help="where the runs are or go")
-    trl.add_argument("--out", type=Path, default=Path("benchmarks/trl"))
+    trl.add_argument("--out", type=Path, default=Path("benchmarks/results/trl"))
     trl.add_argument("overrides", nargs="*", help="key=value")
     commands.add_parser("plots", help="pictures of drafters, verifiers and selection")
     args = parser.parse_args(arguments)
@@ -213,7 +213,7 @@ def add_length_commands(commands: Any) -> None:
     lengths.add_argument("--recipes", type=Path, nargs="+", default=rewards)
     lengths.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     lengths.add_argument("--runs", type=Path, default=Path("runs/lengths"), help="where the runs are or go")
-    lengths.add_argument("--out", type=Path, default=Path("benchmarks/lengths"))
+    lengths.add_argument("--out", type=Path, default=Path("benchmarks/results/lengths"))
     prediction = commands.add_parser("prediction", help="length predictors, and the engine with their word")
     prediction.add_argument("--config", default="configs/length/long_tail.yaml")
     prediction.add_argument("--run", type=Path, help="a finished run: its policy is used")
@@ -223,7 +223,7 @@ def add_length_commands(commands: Any) -> None:
     prediction.add_argument(
         "--cache-tokens", type=int, default=2048, help="of the cache, where there is little"
     )
-    prediction.add_argument("--out", type=Path, default=Path("benchmarks/prediction"))
+    prediction.add_argument("--out", type=Path, default=Path("benchmarks/results/prediction"))
     tail = commands.add_parser("tail", help="remedies of the tail")
     tail.add_argument("--config", type=Path, default=Path("configs/length/long_tail.yaml"))
     tail.add_argument(
@@ -231,5 +231,5 @@ def add_length_commands(commands: Any) -> None:
     )
     tail.add_argument("--ranks", type=int, default=2)
     tail.add_argument("--runs", type=Path, default=Path("runs/tail"), help="where the runs are or go")
-    tail.add_argument("--out", type=Path, default=Path("benchmarks/tail"))
+    tail.add_argument("--out", type=Path, default=Path("benchmarks/results/tail"))
     tail.add_argument("overrides", nargs="*", help="key=value")
