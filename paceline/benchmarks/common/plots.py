@@ -1,7 +1,8 @@
-"""Pictures of the speculation benchmarks, from their JSON files."""
+"""Redraws the plots of the benchmarks from the JSON files in benchmarks/results."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +16,18 @@ import matplotlib.pyplot as plt
 Rows = list[dict[str, Any]]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds no options: the command always redraws benchmarks/results."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Redraws the plots and prints their paths."""
+    for path in draw_all(Path("benchmarks/results")):
+        print(path)
+
+
 def draw_all(folder: Path) -> list[Path]:
-    """A picture beside each of the files of these names that is there."""
+    """Draws a plot beside each JSON file in ``folder`` that has one, and returns the paths of the plots."""
     drawers = {
         "drafters": _drafters,
         "sharing": _sharing,
