@@ -77,8 +77,8 @@ def _lengths(tables: dict[str, Rows]) -> plt.Figure:
     for row in tables["rows"]:
         ax.errorbar(row["length"], row["accuracy"], yerr=row["accuracy_error"], fmt="o", ms=5, capsize=2)
         ax.annotate(f"  {row['recipe']}", (row["length"], row["accuracy"]), fontsize=7)
-    ax.set_xlabel("tokens of a completion, last quarter")
-    ax.set_ylabel("accuracy (bars: of the difference to plain GRPO)")
+    ax.set_xlabel("tokens per completion, last quarter")
+    ax.set_ylabel("accuracy (bars: standard error of the difference to plain GRPO)")
     return figure
 
 
@@ -89,7 +89,7 @@ def _tail(tables: dict[str, Rows]) -> plt.Figure:
         [r["remedy"] for r in rows], [rows[0]["step_by_completion"] / r["step_by_completion"] for r in rows]
     )
     axes[0].axvline(1, color="grey", lw=0.8)
-    axes[0].set_title("time of a step for each completion: none ÷ remedy", fontsize=9)
+    axes[0].set_title("time of a step per completion: none ÷ mitigation", fontsize=9)
     axes[0].tick_params(labelsize=7)
     for ax, key in ((axes[1], "rewards"), (axes[2], "entropies")):
         for r in rows:

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     with Results(args.out, command_line()) as results:
         rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
     table = Table(
-        "recipe", "accuracy", "less plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds a step"
+        "recipe", "accuracy", "minus plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds per step"
     )
     for r in rows:
         table.add_row(

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.untuned:
         fit_process(local_world_size=1)
     results = measure_update(load_config(args.config))
-    table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations a second")
+    table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations per second")
     for m in results:
         table.add_row(
             m.method,
