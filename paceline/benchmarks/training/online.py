@@ -118,7 +118,6 @@ class _SideBySide(SharedDrafter):
         log: Log,
     ) -> None:
         super().__init__(config, trainer.drafter.local, trainer.accelerator, trainer.run_dir, log)
-        self._log = log
         self._policy, self._start, self._seconds = trainer.decoded, start, seconds
         self._temperature = config.rollout.temperature
         self.spots: dict[str, SpotTrainer] = {}
