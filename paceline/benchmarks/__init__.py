@@ -1,1 +1,1 @@
-"""Benchmarks: ``paceline bench`` runs them, benchmarks/ keeps their results."""
+"""Benchmarks of the project, one module each; `paceline.benchmarks.main` lists and runs them."""

@@ -37,7 +37,7 @@ class AnytimeConfig:
 
 @dataclass(frozen=True, slots=True)
 class LengthConfig:
-    """Length-aware rewards and what they read. configs/length/ has a recipe of each; benchmarks/length.md
+    """Length-aware rewards and what they read. configs/length/ has a recipe of each; docs/length.md
     says when to take which.
     """
 

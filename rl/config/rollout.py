@@ -21,7 +21,7 @@ class TreeConfig:
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
     """Rollouts by vLLM in place of the engine, which then only reads what was drawn, for the drafter
-    (benchmarks/engines.md).
+    (docs/serving.md).
 
     Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at
     its start only.

@@ -82,7 +82,7 @@ def gpu_of(gigabytes: float) -> Place:
     )
 
 
-# of memory's speed that decoding reaches: at one sequence on a CPU, by benchmarks/README.md
+# of memory's speed that decoding reaches: at one sequence on a CPU, by docs/benchmarks.md
 _READ_SHARE = 0.5
 _PRODUCT_SHARE = 0.4  # of a GPU's dense operations that an update reaches: an assumption
 _ASSUMED = f"{_READ_SHARE:.0%} and {_PRODUCT_SHARE:.0%} of its data sheet, assumed"

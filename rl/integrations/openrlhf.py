@@ -10,7 +10,7 @@ length-aware rewards:
   also those that compare the samples of a prompt, which OpenRLHF's worker decodes side by side.
 
 ``score(text, prompt, label)`` is the task's reward of a completion's text. See recipes in
-benchmarks/pipelines.md.
+docs/integrations.md.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def fit_process(local_world_size: int) -> None:
     them in again page by
     page: half of an update's time was the kernel's. All blocks come from one heap instead, which all threads
         share and which is
-    not trimmed (benchmarks/README.md, the update phase). Without glibc only the threads are set.
+    not trimmed (docs/benchmarks.md, "The update"). Without glibc only the threads are set.
     """
     torch.set_num_threads(threads_of_rank(local_world_size))
     libc = _libc()

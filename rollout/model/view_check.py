@@ -18,7 +18,7 @@ from paceline.rollout.values import error_line
 _TEXTS, _TOKENS = 2, 8
 # Largest values of `logit_gap` that pass. On SmolLM2 (30 layers), rounding alone gives 3e-6 in float32 and
 # 0.03 in bfloat16, a wrong mask gives 1 or more, and a softmax scale off by a tenth 0.08
-# (benchmarks/versions.md).
+# (docs/versions.md).
 # `fusion_check.can_fuse` compares each kind of layer in float32 before.
 _TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.05, torch.bfloat16: 0.15}
 _STRICTEST = min(_TOLERANCES.values())

@@ -2,8 +2,8 @@
 came of them.
 
 ``make faults`` (``python -m tests.faults.campaign``) takes about half an hour on two cores, writes
-``benchmarks/faults.json`` as the parts end, and the table of ``docs/faults.md``. Names after the command run
-those parts alone.
+``benchmarks/results/faults.json`` as the parts end, and the table of ``docs/faults.md``. Names after the
+command run those parts alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "faults.json"
+RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "faults.md"
 BEGIN, END = "<!-- counts: written by make faults -->", "<!-- end of counts -->"
 SEED = 19

@@ -1,1 +1,1 @@
-"""What several studies share: prompts, peers, runs of the main job, tables, plots and result files."""
+"""Parts that benchmarks share: policy and prompts, peers, training runs, tables, plots and result files."""

@@ -1,20 +1,16 @@
-"""Decoding speed on a recipe's own prompts: the engine plain, with each drafter and adaptive, beside its
-peers.
-"""
+"""Builds engines and workloads from a recipe and measures decoding: what the decoding benchmarks share."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from paceline.benchmarks.common.peers import Peers
-from paceline.benchmarks.common.results import Keep, ignore
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.config.run import RunConfig
 from paceline.rl.config.task import DatasetConfig
@@ -25,7 +21,6 @@ from paceline.rl.tasks.prompts import encode_problem, stable_seed, stop_token_id
 from paceline.rl.tasks.task import Problem, load_task
 from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import (
-    PLAIN,
     Request,
     Rollout,
     RolloutEngine,
@@ -37,18 +32,19 @@ from paceline.rollout import (
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.drafters.build import DrafterParts, build_drafter
 
+# terms of the sums in the long-tailed batch: completions from a dozen tokens to 1,024
 _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests whose lengths are fixed beforehand, so that every method produces the same number of tokens
-    for each.
+    """Holds requests of fixed lengths, so that every method produces the same number of tokens for each.
 
     Attributes:
-        name: In tables.
-        slots: Sequences decoded together.
-        timed, warm: Requests; the warm ones have other prompts.
+        name: Name in tables.
+        slots: Number of sequences decoded concurrently.
+        timed: Requests that are timed.
+        warm: Requests of the warm-up pass; their prompts differ from the timed ones.
     """
 
     name: str
@@ -59,17 +55,19 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One method on one workload: the fastest of the repeats.
+    """Holds the fastest pass of one method on one workload.
 
     Attributes:
-        workload, method: Names.
-        tokens: Completion tokens produced.
+        workload: Name of the workload.
+        method: Name of the method.
+        tokens: Number of completion tokens produced.
         seconds: Wall time, drafting and prefill included.
-        acceptance_length: Tokens of a sequence a target forward, where known.
-        draft_ms_per_token: Time spent drafting, for each committed token.
-        prefill_seconds: Of that time, reading prompts: what no speculation shortens.
-        outside_forwards: Share of the wall time in neither a target forward nor the drafter; only of the
-            engine.
+        acceptance_length: Committed tokens per sequence and target forward; None where unknown.
+        draft_ms_per_token: Milliseconds spent drafting per committed token.
+        outside_forwards: Share of the wall time spent in neither a target forward, the prefill nor the
+            drafter; None for peers.
+        prefill_seconds: Seconds of the wall time spent on prefill, which speculation does not shorten; None
+            for peers.
     """
 
     workload: str
@@ -83,20 +81,21 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
+        """The number of completion tokens per second of wall time."""
         return self.tokens / self.seconds
 
 
 class RolloutBench:
-    """Holds one policy, and builds an engine for each workload.
+    """Holds one policy and builds workloads and engines for it.
 
     Args:
-        config: A recipe.
-        run: A finished run, for its trained policy and drafter; None takes the recipe's starting policy and
-            no EAGLE-3.
-        repeats: Timed passes; the fastest counts.
-        tail_cap: Most tokens of a completion in the long-tailed batch.
-        own_problems: Ask the recipe's own problems, as its rollouts do epoch after epoch, instead of others
-            of their kind.
+        config: Recipe.
+        run: Finished run whose trained policy and drafter are used; None takes the recipe's initial policy
+            and no EAGLE-3 drafter.
+        repeats: Number of timed passes; the fastest counts.
+        tail_cap: Maximum number of completion tokens in the long-tailed batch.
+        own_problems: Whether to decode the recipe's own problems, as its rollouts do epoch after epoch,
+            instead of new problems of the same kind.
     """
 
     def __init__(
@@ -124,50 +123,49 @@ class RolloutBench:
         r = config.rollout
         self.stops = stop_token_ids(self.tokenizer, self.policy.generation_config)
         self.params = SamplingParams(r.temperature, r.top_k, r.top_p, r.max_tokens, self.stops)
-        self.problems = self._own_problems() if own_problems else self._other_problems()
+        self.problems = self._recipe_problems() if own_problems else self._new_problems()
 
-    def _other_problems(self) -> list[Problem]:
+    def _new_problems(self) -> list[Problem]:
         problems = load_task(replace(self.config.task, size=64), seed=987).problems
-        return random.Random(0).sample(problems, min(len(problems), 512))  # sizes mixed
+        return random.Random(0).sample(problems, min(len(problems), 512))  # shuffled, so that sizes mix
 
-    def _own_problems(self) -> list[Problem]:
-        """Those of the recipe, and once more in another order: what warms up comes after the first 40."""
+    def _recipe_problems(self) -> list[Problem]:
+        """Returns the recipe's problems twice, in two orders, so that there are enough for the warm-up.
+
+        The first 40 are timed; the warm-up takes those after them.
+        """
         problems = load_task(self.config.task, self.config.seed).problems
         mixed = random.Random(0).sample(problems, min(len(problems), 4096))
         half = len(mixed) // 2
         return [*mixed, *mixed[half:], *mixed[:half]]
 
-    def methods(self) -> dict[str, Strategy | str]:
-        """Engine strategies by name."""
-        named: dict[str, Strategy | str] = {"plain": PLAIN, "suffix:4": Strategy("suffix", 4)}
-        if self.drafter is not None:
-            named |= {"eagle3:3": Strategy("eagle3", 3), "eagle3:4x4/7": Strategy("eagle3", 4, 4, 7)}
-        return {**named, "adaptive": "adaptive"}
-
     def workloads(self, only: Sequence[str] | None = None) -> list[Workload]:
-        """1 to 64 sequences on the recipe's mixture, by number, then a long-tailed GRPO batch, ``tail``; all,
-        or those named.
+        """Returns workloads of 1 to 64 sequences of the recipe's task, then a long-tailed GRPO batch.
+
+        Args:
+            only: Names of the wanted ones: numbers of sequences, or ``tail``; None returns all.
         """
         shapes = {"1": (1, 24, 1), "4": (4, 32, 4), "16": (16, 64, 8), "32": (32, 64, 8), "64": (64, 96, 8)}
-        made = []
+        workloads = []
         for name, (slots, count, samples) in shapes.items():
             if only is not None and name not in only:
                 continue
             timed = self.requests(self.problems[:40], count, samples, self.params)
             warm = self.requests(self.problems[40:], slots, samples, self.params)
-            made.append(
+            workloads.append(
                 Workload(name, slots, self.with_natural_lengths(timed), self.with_natural_lengths(warm))
             )
         if only is not None and "tail" not in only:
-            return made
+            return workloads
         params = replace(self.params, max_tokens=self.tail_cap)
         timed = self.with_natural_lengths(self.requests(self._tail_problems(), 64, 8, params))
         warm = self.with_natural_lengths(self.requests(self.problems[40:], 64, 8, self.params))
-        return [*made, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
+        return [*workloads, Workload(f"GRPO 8×8, cap {self.tail_cap}", 64, timed, warm)]
 
     def _tail_problems(self) -> list[Problem]:
-        """One sum of each of eight sizes: completions from a dozen tokens to the cap, which the two longest
-        grow with.
+        """Returns one sum of each of eight sizes, with completions from a dozen tokens to the cap.
+
+        The two longest sums grow with the cap.
         """
         problems: list[Problem] = []
         for i, terms in enumerate(
@@ -184,19 +182,28 @@ class RolloutBench:
     def requests(
         self, problems: Sequence[Problem], count: int, samples: int, params: SamplingParams | None = None
     ) -> list[Request]:
-        """``count`` requests, ``samples`` of each problem; ``params`` of None are the recipe's."""
-        made = []
+        """Returns ``count`` requests, ``samples`` for each problem.
+
+        Args:
+            problems: Problems, used in order and from the start again when they run out.
+            count: Number of requests.
+            samples: Number of consecutive requests for one problem.
+            params: Sampling parameters; None takes the recipe's.
+        """
+        requests = []
         for i in range(count):
             problem = problems[i // samples % len(problems)]
             prompt = encode_problem(self.tokenizer, problem, self.config.task)
-            made.append(
+            requests.append(
                 Request(prompt, params or self.params, stable_seed(1, 0, problem.key, i), group=problem.key)
             )
-        return made
+        return requests
 
     def with_natural_lengths(self, requests: Sequence[Request]) -> list[Request]:
-        """The same requests, each to be cut after as many tokens as plain decoding gave it before it stopped
-        by itself.
+        """Returns the requests, each limited to the number of tokens after which it stops by itself.
+
+        The engine decodes them once to find these lengths. Stop tokens are then ignored, so that every
+        method produces the same number of tokens.
         """
         engine = self.engine(64, max(r.params.max_tokens for r in requests))
         return [
@@ -206,8 +213,8 @@ class RolloutBench:
             for r in engine.generate(requests)
         ]
 
-    def give_draft_model(self, model: PreTrainedModel) -> None:
-        """Engines made from now on can have a ``draft_model`` drafter."""
+    def set_draft_model(self, model: PreTrainedModel) -> None:
+        """Sets the model of ``draft_model`` drafters in engines built from now on."""
         self._parts.draft_model = model
 
     def engine(
@@ -218,8 +225,15 @@ class RolloutBench:
         drafters: Sequence[str] | None = None,
         collect_traces: bool = False,
     ) -> RolloutEngine:
-        """An engine with this policy's drafters, or those named; traces are of use to a drafter's
-        training.
+        """Returns an engine of this policy.
+
+        Args:
+            slots: Number of sequences decoded concurrently.
+            max_tokens: Maximum number of completion tokens.
+            rules: Rules of draft trees; None takes the recipe's.
+            drafters: Names of its drafters; None takes the recipe's. EAGLE-3 and the composite are left out
+                where the policy has no EAGLE-3 drafter.
+            collect_traces: Whether to collect the hidden states that drafter training needs.
         """
         s = self.config.speculation
         context = 160 + max_tokens + max(0, max_tokens - 512)  # long sums have long prompts
@@ -237,63 +251,28 @@ class RolloutBench:
                 engine.add_drafter(build_drafter(name, engine, self._parts))
         return engine
 
-    def forget(self, engine: RolloutEngine) -> None:
-        """New model-free drafters: ones that have seen a request's answer would be a cheat."""
+    def reset_model_free_drafters(self, engine: RolloutEngine) -> None:
+        """Replaces the model-free drafters by new ones, which have not seen the answers to the requests."""
         for name in [name for name in engine.drafters if name not in ("eagle3", "clasp", "draft_model")]:
             engine.drafters[name] = build_drafter(name, engine, self._parts)
-
-    def run(
-        self,
-        peers: Peers | None,
-        say: Callable[[str], None],
-        only: Sequence[str] | None = None,
-        keep: Keep = ignore,
-    ) -> list[Measurement]:
-        """Every method on every workload, or on those named, beside peers where there are any; ``keep`` gets
-        each as it comes.
-        """
-        workloads = self.workloads(only)
-        for w in workloads:
-            lengths = sorted(r.params.max_tokens for r in w.timed)
-            middle = lengths[len(lengths) // 2]
-            say(
-                f"{w.name}: {len(lengths)} completions, {sum(lengths)} tokens, median {middle}, longest "
-                f"{lengths[-1]}"
-            )
-        results = []
-        for w in workloads:
-            if peers is not None:
-                for method, tokens, seconds in peers.generate(w.slots, w.timed, w.warm, self.repeats):
-                    results.append(Measurement(w.name, method, tokens, seconds))
-                    keep(results[-1])
-                    say(_line(results[-1]))
-            engine = self.engine(w.slots, max(r.params.max_tokens for r in w.timed))
-            for method, strategy in self.methods().items():
-                results.append(self.measure(w, method, strategy, engine))
-                keep(results[-1])
-                say(_line(results[-1]))
-        if peers is not None:
-            for name, method, tokens, seconds in peers.vllm(
-                {w.name: (w.slots, w.timed, w.warm) for w in workloads}, self.repeats
-            ):
-                results.append(Measurement(name, method, tokens, seconds))
-                keep(results[-1])
-                say(_line(results[-1]))
-        order = [w.name for w in workloads]
-        return sorted(results, key=lambda m: order.index(m.workload))
 
     def measure(
         self, w: Workload, method: str, strategy: Strategy | str | None, engine: RolloutEngine
     ) -> Measurement:
-        """One method on one workload, the fastest of the repeats, after a warm pass. No strategy: the engine
-        as it is, warm.
+        """Measures one method on one workload and returns the fastest of the repeats.
+
+        Args:
+            w: Workload.
+            method: Name of the method in the result.
+            strategy: Strategy to use, after a warm-up pass; None takes the engine as it is, already warm.
+            engine: Engine that decodes.
         """
         if strategy is not None:
             engine.use_strategy(strategy)
             engine.generate(w.warm)
         best: Measurement | None = None
         for _ in range(self.repeats):
-            self.forget(engine)
+            self.reset_model_free_drafters(engine)
             begin = time.perf_counter()
             rollouts = engine.generate(w.timed)
             measured = _measurement(w.name, method, engine, rollouts, time.perf_counter() - begin)
@@ -319,11 +298,3 @@ def _measurement(
         1 - inside / seconds,
         engine.prefill_seconds,
     )
-
-
-def _line(m: Measurement) -> str:
-    text = f"{m.workload:>20}  {m.method:<12} {m.tokens_per_second:7.1f} tokens/s"
-    if m.acceptance_length is None or m.outside_forwards is None:
-        return text
-    drafting = f"accepted length {m.acceptance_length:.2f}  drafting {m.draft_ms_per_token:.2f} ms/token"
-    return f"{text}  {drafting}  outside forwards {m.outside_forwards:.1%}"

@@ -1,4 +1,4 @@
-"""The same requests through transformers' generate, and through vLLM in its own environment."""
+"""Runs requests through transformers' generate, and through vLLM in an environment of its own."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
         "prompt_lookup_min": 2,
     },
 }
+PEERS_PYTHON = Path(".venv-peers/bin/python")  # where `make peers` puts vLLM
 _TIMEOUT_SECONDS = 1800
 
 
-class _EachItsLength(StoppingCriteria):
+class _PerSequenceLength(StoppingCriteria):
     """Ends sequence i of a batch after ``lengths[i]`` new tokens."""
 
     def __init__(self, prompt: int, lengths: Sequence[int]) -> None:
@@ -41,12 +42,12 @@ class _EachItsLength(StoppingCriteria):
 
 
 class Peers:
-    """Runs what the engine is compared with.
+    """Runs the generators that the engine is compared with.
 
     Args:
-        policy: For transformers' generate, with its default (SDPA) attention.
-        path: The same policy's directory, for vLLM.
-        python: Interpreter of an environment with vLLM (``make peers``), or None to leave vLLM out.
+        policy: Policy that transformers' generate runs, with its default (SDPA) attention.
+        path: Directory of the policy, which vLLM loads.
+        python: Interpreter of an environment with vLLM (``make peers``); None leaves vLLM out.
     """
 
     def __init__(self, policy: PreTrainedModel, path: Path, python: Path | None) -> None:
@@ -55,8 +56,12 @@ class Peers:
     def generate(
         self, slots: int, timed: Sequence[Request], warm: Sequence[Request], repeats: int
     ) -> Iterator[tuple[str, int, float]]:
-        """(method, completion tokens, seconds) of left-padded batches of ``slots``."""
-        self._generate_batch([*warm][:slots], most=8)
+        """Times transformers' generate on left-padded batches of ``slots`` sequences.
+
+        Yields:
+            The method, its completion tokens and the seconds of the fastest pass.
+        """
+        self._generate_batch([*warm][:slots], max_tokens=8)
         best = float("inf")
         for _ in range(repeats):
             torch.manual_seed(0)
@@ -67,7 +72,7 @@ class Peers:
         yield "generate", sum(r.params.max_tokens for r in timed), best
 
     @torch.no_grad()
-    def _generate_batch(self, requests: Sequence[Request], most: int | None = None) -> None:
+    def _generate_batch(self, requests: Sequence[Request], max_tokens: int | None = None) -> None:
         longest = max(len(r.prompt_ids) for r in requests)
         ids = torch.tensor([[0] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
         mask = torch.tensor([[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
@@ -80,22 +85,31 @@ class Peers:
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            max_new_tokens=most or max(lengths),
-            eos_token_id=[self._policy.config.vocab_size],  # none: lengths are given
+            max_new_tokens=max_tokens or max(lengths),
+            eos_token_id=[self._policy.config.vocab_size],  # matches no token: the lengths are fixed
             pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([_EachItsLength(longest, lengths)]),
+            stopping_criteria=StoppingCriteriaList([_PerSequenceLength(longest, lengths)]),
         )
-        wanted = longest + (most or max(lengths))
+        wanted = longest + (max_tokens or max(lengths))
         if out.shape[1] > wanted:
-            raise RuntimeError(f"generate made {out.shape[1]} tokens a row, {wanted} were asked for")
+            raise RuntimeError(
+                f"transformers' generate returned {out.shape[1]} tokens per row instead of {wanted}"
+            )
 
     def vllm(
         self, workloads: Mapping[str, tuple[int, Sequence[Request], Sequence[Request]]], repeats: int
     ) -> Iterator[tuple[str, str, int, float]]:
-        """(workload, method, completion tokens, seconds).
+        """Times vLLM plainly and with n-gram speculation on each workload.
+
+        Args:
+            workloads: Slots, timed requests and warm-up requests by name.
+            repeats: Number of timed passes; the fastest counts.
+
+        Yields:
+            The workload, the method, its completion tokens and seconds.
 
         Raises:
-            UserError: when vLLM fails, with its last line.
+            UserError: vLLM failed; the message has its last line.
         """
         if self._python is None:
             return
@@ -112,11 +126,20 @@ class Peers:
         repeats: int,
         speculative: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """One workload in a process of its own, so that what vLLM reserves is given back: what
-        paceline/benchmarks/common/vllm_peer.py writes.
+        """Runs one workload with vLLM in a process of its own, which returns the memory that vLLM reserves.
+
+        Args:
+            slots: Number of sequences decoded concurrently.
+            timed: Requests that are timed.
+            warm: Requests of the warm-up pass.
+            repeats: Number of timed passes; the fastest counts.
+            speculative: vLLM's ``speculative_config``; None decodes plainly.
+
+        Returns:
+            The result that `paceline.benchmarks.common.vllm_peer` writes.
 
         Raises:
-            UserError: when vLLM fails, with its last line.
+            UserError: vLLM failed; the message has its last line.
         """
         job = _as_json(slots, timed, warm, repeats, speculative)
         with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +152,9 @@ class Peers:
             )
             if result.returncode != 0:
                 lines = result.stderr.strip().splitlines() or ["no message"]
-                raise UserError(f"vLLM failed in {self._python}: {lines[-1]}; make it anew with: make peers")
+                raise UserError(
+                    f"vLLM failed in {self._python}: {lines[-1]}; reinstall its environment with: make peers"
+                )
             return json.loads(target.read_text())
 
 
@@ -140,7 +165,7 @@ def _as_json(
     repeats: int,
     speculative: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    def plain(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def as_dicts(requests: Sequence[Request]) -> list[dict[str, Any]]:
         return [
             {"prompt": list(r.prompt_ids), "tokens": r.params.max_tokens, "seed": r.seed & 0xFFFFFFFF}
             for r in requests
@@ -151,8 +176,8 @@ def _as_json(
     return {
         "slots": slots,
         "repeats": repeats,
-        "warm": plain(warm),
-        "timed": plain(timed),
+        "warm": as_dicts(warm),
+        "timed": as_dicts(timed),
         "sampling": sampling,
         "speculative": speculative,
     }

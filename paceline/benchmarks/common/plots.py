@@ -1,7 +1,8 @@
-"""Pictures of the speculation benchmarks, from their JSON files."""
+"""Redraws the plots of the benchmarks from the JSON files in benchmarks/results."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -15,8 +16,18 @@ import matplotlib.pyplot as plt
 Rows = list[dict[str, Any]]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds no options: the command always redraws benchmarks/results."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Redraws the plots and prints their paths."""
+    for path in draw_all(Path("benchmarks/results")):
+        print(path)
+
+
 def draw_all(folder: Path) -> list[Path]:
-    """A picture beside each of the files of these names that is there."""
+    """Draws a plot beside each JSON file in ``folder`` that has one, and returns the paths of the plots."""
     drawers = {
         "drafters": _drafters,
         "sharing": _sharing,
@@ -66,8 +77,8 @@ def _lengths(tables: dict[str, Rows]) -> plt.Figure:
     for row in tables["rows"]:
         ax.errorbar(row["length"], row["accuracy"], yerr=row["accuracy_error"], fmt="o", ms=5, capsize=2)
         ax.annotate(f"  {row['recipe']}", (row["length"], row["accuracy"]), fontsize=7)
-    ax.set_xlabel("tokens of a completion, last quarter")
-    ax.set_ylabel("accuracy (bars: of the difference to plain GRPO)")
+    ax.set_xlabel("tokens per completion, last quarter")
+    ax.set_ylabel("accuracy (bars: standard error of the difference to plain GRPO)")
     return figure
 
 
@@ -78,7 +89,7 @@ def _tail(tables: dict[str, Rows]) -> plt.Figure:
         [r["remedy"] for r in rows], [rows[0]["step_by_completion"] / r["step_by_completion"] for r in rows]
     )
     axes[0].axvline(1, color="grey", lw=0.8)
-    axes[0].set_title("time of a step for each completion: none ÷ remedy", fontsize=9)
+    axes[0].set_title("time of a step per completion: none ÷ mitigation", fontsize=9)
     axes[0].tick_params(labelsize=7)
     for ax, key in ((axes[1], "rewards"), (axes[2], "entropies")):
         for r in rows:

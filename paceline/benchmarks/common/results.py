@@ -1,6 +1,4 @@
-"""A benchmark's JSON file, written as its rows come: what is measured is not lost with the process that
-measures it.
-"""
+"""Writes a benchmark's JSON file row by row, so that a process that dies keeps what it has measured."""
 
 from __future__ import annotations
 
@@ -16,23 +14,26 @@ from typing import Any
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import write_whole
 
-Keep = Callable[[Any], None]  # takes a finished row
+Log = Callable[[str], None]  # takes a line of progress
+RowCallback = Callable[[Any], None]  # takes a row, a dataclass, once it is measured
 
 
-def ignore(row: Any) -> None:
-    """Keeps no row."""
+def ignore_row(row: Any) -> None:
+    """Discards a row: the default of functions that report rows as they are measured."""
 
 
 def json_path(out: Path) -> Path:
-    """The file of a benchmark's ``--out``, which is written with or without ``.json``."""
+    """Returns the JSON file that ``--out`` names, with or without the suffix ``.json``."""
     return out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
 
 
 def check_target(out: Path) -> None:
-    """Makes the folder of a benchmark's results, before anything is measured.
+    """Creates the folder of a benchmark's results and checks that it is writable.
+
+    Called before anything is measured.
 
     Raises:
-        UserError: where the results could not be written.
+        UserError: The results cannot be written there.
     """
     path = json_path(out)
     try:
@@ -44,20 +45,20 @@ def check_target(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"--out {out}: {path} cannot be written ({error.strerror}); name another file"
+            f"--out {out}: {path} cannot be written ({error.strerror}); name a file in a writable folder"
         ) from None
 
 
 class Results:
-    """The tables of one benchmark, as a context. Each row is on disk once it is added.
+    """Holds the tables of one benchmark and, as a context manager, writes each row to disk once it is added.
 
-    Until the context ends well the file says ``"unfinished": true``, and the results of an earlier run lie
-    beside it as ``….before.json``.
+    Until the context ends without an error the file says ``"unfinished": true``, and the results of an
+    earlier run are kept beside it as ``….before.json``.
 
     Args:
-        out: The file, with or without ``.json``.
-        command: What made it.
-        **head: What else the file begins with; None takes the machine.
+        out: Target file, with or without ``.json``.
+        command: Command line that makes the results; stored in the file.
+        **head: Further values at the start of the file; by default the description of the machine.
     """
 
     def __init__(self, out: Path, command: str, **head: Any) -> None:
@@ -79,7 +80,7 @@ class Results:
             if self._write():
                 self._before.unlink(missing_ok=True)
 
-    def into(self, table: str) -> Keep:
+    def into(self, table: str) -> RowCallback:
         """Returns a function that adds a row to a table."""
         return lambda row: self.add(table, row)
 
@@ -89,18 +90,19 @@ class Results:
         self._write()
 
     def put(self, table: str, rows: Sequence[Any]) -> None:
-        """Replaces a table's rows."""
+        """Replaces the rows of a table."""
         self._data[table] = [asdict(row) for row in rows]
         self._write()
 
     def note(self, **values: Any) -> None:
-        """Adds single values."""
+        """Adds values outside the tables."""
         self._data.update(values)
         self._write()
 
     def _write(self) -> bool:
-        """Replaces the file in one instant, and tells whether it could. A full disk is said and does not end
-        the measurement: the next row may find room.
+        """Replaces the file atomically and returns whether that succeeded.
+
+        A full disk is reported and does not end the measurement: writing the next row may succeed.
         """
         try:
             if self._path.is_file() and "unfinished" not in json.loads(
@@ -108,7 +110,7 @@ class Results:
             ):
                 self._path.replace(self._before)
         except (OSError, ValueError):
-            pass  # nothing of an earlier run that could be kept
+            pass  # there is no readable earlier result to keep
         try:
             write_whole(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
             return True
@@ -121,7 +123,7 @@ class Results:
 
 
 def machine() -> dict[str, Any]:
-    """What a benchmark ran on."""
+    """Returns the CPU, the number of threads and the torch version that a benchmark ran with."""
     import torch
 
     return {

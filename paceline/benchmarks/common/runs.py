@@ -1,4 +1,4 @@
-"""Runs of the main job for benchmarks, each a process group of its own."""
+"""Runs training jobs for the benchmarks, each in a process group of its own."""
 
 from __future__ import annotations
 
@@ -6,51 +6,51 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from paceline.benchmarks.common.results import Log
 from paceline.rl.errors import UserError
 from paceline.rl.monitoring.summary import read_metrics
 from paceline.rl.process.progress import duration
 
-_POLL = 0.5  # seconds
-_BETWEEN_LINES = 30.0  # seconds
-Say = Callable[[str], None]
+_POLL_SECONDS = 0.5
+_LOG_EVERY_SECONDS = 30.0
 
 
 def train_recipe(
-    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say
+    config: Path, overrides: Sequence[str], out: Path, ranks: int, log: Log
 ) -> list[dict[str, Any]]:
     """Trains a recipe as ``paceline train`` does and returns the metrics of its steps.
 
     Raises:
-        UserError: when the run fails, with what it said itself, or its last line.
+        UserError: The run failed; the message is the run's own error, or its last line.
     """
-    run_ranks("paceline.cli.rank", [str(config), *overrides], out, ranks, say)
+    run_ranks("paceline.cli.rank", [str(config), *overrides], out, ranks, log)
     return read_metrics(out)
 
 
-def run_ranks(module: str, arguments: Sequence[str], out: Path, ranks: int, say: Say) -> None:
-    """Runs a module under torchrun to its end, and says now and then how far it is.
+def run_ranks(module: str, arguments: Sequence[str], out: Path, ranks: int, log: Log) -> None:
+    """Runs a module under torchrun until it ends and logs its progress.
 
     Args:
-        module: What each rank runs, as ``python -m`` names it.
-        arguments: Its arguments, except ``out``.
-        out: The run's directory.
-        ranks: On this machine.
-        say: Takes a line at the beginning and every half a minute.
+        module: Module that each rank runs, as ``python -m`` names it.
+        arguments: Arguments of the module, without ``out``.
+        out: Directory of the run.
+        ranks: Number of ranks on this machine.
+        log: Receives a line at the start and every 30 seconds.
 
     Raises:
-        UserError: when it fails, with what it said itself, or its last line.
+        UserError: The run failed; the message is the run's own error, or its last line.
     """
     with tempfile.TemporaryFile("w+") as errors:
         job = subprocess.Popen(
             [*_launcher(module, ranks), *arguments, f"out={out}"], stdout=subprocess.DEVNULL, stderr=errors
         )
-        say(f"training {out}")
+        log(f"training {out}")
         try:
-            _watch(job, out, say)
+            _watch(job, out, log)
         finally:
             if job.poll() is None:
                 job.terminate()
@@ -76,39 +76,39 @@ def _launcher(module: str, ranks: int) -> list[str]:
     ]
 
 
-def _watch(job: subprocess.Popen[bytes], out: Path, say: Say) -> None:
-    """Waits for a run, and says now and then which step it has done, by the lines of its metrics."""
-    said, began = time.monotonic(), time.monotonic()
+def _watch(job: subprocess.Popen[bytes], out: Path, log: Log) -> None:
+    """Waits for a run to end and logs how many steps its metrics file holds."""
+    last_log, began = time.monotonic(), time.monotonic()
     while job.poll() is None:
-        time.sleep(_POLL)
+        time.sleep(_POLL_SECONDS)
         now = time.monotonic()
-        if now - said >= _BETWEEN_LINES:
-            said = now
+        if now - last_log >= _LOG_EVERY_SECONDS:
+            last_log = now
             metrics = next((p for p in (out / "metrics.jsonl", out / "steps.jsonl") if p.is_file()), None)
-            done = metrics.read_bytes().count(b"\n") if metrics is not None else 0
-            say(f"  {out}: {f'step {done} done' if done else 'starting'}, {duration(now - began)}")
+            steps = metrics.read_bytes().count(b"\n") if metrics is not None else 0
+            log(f"  {out}: {f'step {steps} done' if steps else 'starting'}, {duration(now - began)}")
 
 
 def finished_run(
-    config: Path, overrides: Sequence[str], out: Path, ranks: int, say: Say
+    config: Path, overrides: Sequence[str], out: Path, ranks: int, log: Log
 ) -> list[dict[str, Any]]:
-    """Trains a recipe as `train_recipe` does, unless ``out`` is already there and finished."""
+    """Returns the metrics of the finished run in ``out``, or trains it first with `train_recipe`."""
     if (out / "summary.json").is_file():
         return read_metrics(out)
-    return train_recipe(config, overrides, out, ranks, say)
+    return train_recipe(config, overrides, out, ranks, log)
 
 
 def quarters(values: Sequence[float]) -> list[float]:
-    """Means of four equal parts."""
+    """Returns the means of four equal parts."""
     size = max(len(values) // 4, 1)
     return [mean(values[at : at + size]) for at in range(0, 4 * size, size) if values[at : at + size]]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
+    """Returns the arithmetic mean."""
     return sum(values) / len(values)
 
 
-def is_over(end: float) -> bool:
-    """Whether the clock of `time.perf_counter` has come to ``end``."""
+def deadline_passed(end: float) -> bool:
+    """Returns whether the clock of `time.perf_counter` has reached ``end``."""
     return time.perf_counter() >= end

@@ -1,4 +1,4 @@
-"""Tables and a plot of a rollout benchmark."""
+"""Prints and plots measurements of decoding speed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from paceline.benchmarks.common.harness import Measurement
-from paceline.benchmarks.decoding.decode_step import StepProfile
 
 
 def results_table(results: Sequence[Measurement]) -> Table:
-    """Tokens a second, and ratios to generate, to vLLM and to plain."""
+    """Returns a table of tokens per second and their ratios to generate, to vLLM and to plain decoding."""
     t = Table(
         "sequences",
         "method",
@@ -48,20 +47,8 @@ def results_table(results: Sequence[Measurement]) -> Table:
     return t
 
 
-def profile_table(profiles: Sequence[StepProfile]) -> Table:
-    """A decode step, item by item."""
-    t = Table("ms", *(f"{p.batch} sequences" for p in profiles))
-    t.add_row("step", *(f"{p.step_ms:.1f}" for p in profiles))
-    t.add_row("forward", *(f"{p.forward_ms:.1f}" for p in profiles))
-    for name in profiles[0].parts_ms:
-        t.add_row(f"  {name}", *(f"{p.parts_ms[name]:.2f}" for p in profiles))
-    t.add_row("reading the weights once", *(f"{p.weights_ms:.1f}" for p in profiles))
-    t.add_row("step ÷ that", *(f"{p.step_ms / p.weights_ms:.2f}" for p in profiles))
-    return t
-
-
 def draw_results(results: Sequence[Measurement], path: Path) -> None:
-    """Draws every method's tokens a second ÷ plain decoding's, by workload."""
+    """Draws the tokens per second of every method relative to plain decoding, by workload."""
     methods = list(dict.fromkeys(m.method for m in results))
     workloads = list(dict.fromkeys(m.workload for m in results))
     figure, ax = plt.subplots(figsize=(10, 4), dpi=110)

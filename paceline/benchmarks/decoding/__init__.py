@@ -1,1 +1,1 @@
-"""Studies of decoding: drafters, verifiers, the bandit, and what a GPU makes of them."""
+"""Benchmarks of decoding: speed, drafters, verifiers, strategy selection, vLLM as a peer, and one GPU."""

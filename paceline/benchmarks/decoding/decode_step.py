@@ -1,14 +1,15 @@
-"""Where the time of one decode step goes, against the time to read the weights once."""
+"""Times one decode step part by part, beside the time to read the weights once."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from paceline.rl.generation.policy_engine import policy_engine
@@ -30,14 +31,16 @@ _TIMED_PARTS: tuple[tuple[type, str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class StepProfile:
-    """One plain decode step of ``batch`` sequences at 256 tokens of context.
+    """Holds the times of one plain decode step of ``batch`` sequences at 256 tokens of context.
 
     Attributes:
-        batch: Sequences.
-        step_ms: Forward and sampling, nothing else timed.
-        forward_ms: The forward of it.
-        parts_ms: Of the forward, item by item, measured in a second pass with clocks around the parts.
-        weights_ms: One reading of the policy's parameters by one vectorised sum, in the same process.
+        batch: Number of sequences.
+        step_ms: Milliseconds of a step, forward and sampling, measured without clocks inside.
+        forward_ms: Milliseconds of the forward pass.
+        parts_ms: Milliseconds of each part of the forward pass, measured in a second pass with clocks around
+            the parts and scaled to ``forward_ms``.
+        weights_ms: Milliseconds of reading the policy's parameters once with a vectorised sum, in the same
+            process.
     """
 
     batch: int
@@ -48,7 +51,7 @@ class StepProfile:
 
 
 def profile_step(policy: PreTrainedModel, batch: int) -> StepProfile:
-    """Measures a step; see `StepProfile`."""
+    """Measures a plain decode step of ``batch`` sequences."""
     engine = policy_engine(policy, max_slots=batch, max_context=_CONTEXT + 80)
     requests = [
         Request([5 + i] * (_CONTEXT - 20), SamplingParams(max_tokens=41), seed=i) for i in range(batch)
@@ -78,8 +81,9 @@ def _mean(values: list[float]) -> float:
 
 @contextmanager
 def _clocks() -> Iterator[dict[str, float]]:
-    """Adds up the seconds inside each part during decode steps; an inner part's time is not counted in the
-    outer one.
+    """Adds up the seconds spent in each part during decode steps.
+
+    The time of a part that is called inside another is counted in the inner one only.
     """
     spent: dict[str, float] = dict.fromkeys((name for _, _, name in _TIMED_PARTS), 0.0)
     inner = [0.0]
@@ -100,7 +104,7 @@ def _clocks() -> Iterator[dict[str, float]]:
     originals = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in _TIMED_PARTS]
     decode = RolloutEngine._forward
 
-    def only_steps(self: RolloutEngine, *args: Any, **kwargs: Any) -> Any:
+    def clocked_step(self: RolloutEngine, *args: Any, **kwargs: Any) -> Any:
         for owner, attribute, name in _TIMED_PARTS:
             setattr(owner, attribute, clocked(getattr(owner, attribute), name))
         try:
@@ -109,7 +113,7 @@ def _clocks() -> Iterator[dict[str, float]]:
             for owner, attribute, original in originals:
                 setattr(owner, attribute, original)
 
-    RolloutEngine._forward = only_steps  # type: ignore[method-assign]
+    RolloutEngine._forward = clocked_step  # type: ignore[method-assign]
     try:
         yield spent
     finally:
@@ -117,7 +121,7 @@ def _clocks() -> Iterator[dict[str, float]]:
 
 
 def _read_weights(policy: PreTrainedModel) -> float:
-    """Seconds to sum every parameter once, as 32-bit words in one block: the fastest of five."""
+    """Returns the seconds of summing all parameters as 32-bit words in one block, the fastest of five."""
     count = sum(p.numel() for p in policy.parameters()) * 2 // 4
     words = torch.ones(count, dtype=torch.float32)
     best = float("inf")
@@ -129,7 +133,7 @@ def _read_weights(policy: PreTrainedModel) -> float:
 
 
 def refresh_seconds(policy: PreTrainedModel) -> float:
-    """Seconds that `RolloutEngine.refresh_weights` takes, the fastest of three."""
+    """Returns the seconds that `RolloutEngine.refresh_weights` takes, the fastest of three."""
     engine = policy_engine(policy, max_slots=1, max_context=64)
     times = []
     for _ in range(3):
@@ -141,8 +145,14 @@ def refresh_seconds(policy: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def logprob_gap(policy: PreTrainedModel, requests: list[Request]) -> tuple[float, float]:
-    """Mean and largest |log-prob of the engine − log-prob of the trainer's own bfloat16 forward| over sampled
-    tokens.
+    """Measures the gap between the engine's log-probs and those of the trainer's own bfloat16 forward.
+
+    Args:
+        policy: Policy that samples and scores.
+        requests: Requests to sample.
+
+    Returns:
+        The mean and the largest absolute difference over the sampled tokens, in nats.
     """
     engine = policy_engine(policy, max_slots=16, max_context=512)
     gaps = []
@@ -157,5 +167,17 @@ def logprob_gap(policy: PreTrainedModel, requests: list[Request]) -> tuple[float
             .gather(-1, ids[0, start + 1 :, None])[:, 0]
         )
         gaps.append((torch.tensor(rollout.logprobs) - full).abs())
-    every = torch.cat(gaps)
-    return float(every.mean()), float(every.max())
+    all_gaps = torch.cat(gaps)
+    return float(all_gaps.mean()), float(all_gaps.max())
+
+
+def profile_table(profiles: Sequence[StepProfile]) -> Table:
+    """Returns a table of decode steps part by part, one column per batch size."""
+    t = Table("ms", *(f"{p.batch} sequences" for p in profiles))
+    t.add_row("step", *(f"{p.step_ms:.1f}" for p in profiles))
+    t.add_row("forward", *(f"{p.forward_ms:.1f}" for p in profiles))
+    for name in profiles[0].parts_ms:
+        t.add_row(f"  {name}", *(f"{p.parts_ms[name]:.2f}" for p in profiles))
+    t.add_row("reading the weights once", *(f"{p.weights_ms:.1f}" for p in profiles))
+    t.add_row("step ÷ that", *(f"{p.step_ms / p.weights_ms:.2f}" for p in profiles))
+    return t

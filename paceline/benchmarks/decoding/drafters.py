@@ -1,11 +1,14 @@
-"""Drafters side by side: every one at several temperatures and batches, sharing within groups, and long
-positions.
+"""Compares every drafter and drafting rule with plain decoding, by temperature and batch size.
+
+``--sharing`` measures instead what sharing a suffix drafter within a group brings, ``--positions 8000`` how
+acceptance develops up to that position in long texts.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.benchmarks.common.harness import RolloutBench, Workload
-from paceline.benchmarks.common.results import Keep, ignore
+from paceline.benchmarks.common.options import add_policy_options
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.sft_warmup import fine_tune
+from paceline.rl.process.invocation import command_line
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout import PLAIN, Request, RolloutEngine, Strategy, mean_acceptance_length
 from paceline.rollout.drafters import DraftRules, Eagle3Drafter, SuffixDrafter
@@ -42,10 +49,49 @@ RULES = {
 }
 
 
+_SHARING_EPOCHS, _SHARING_SAMPLES = 3, 8
+_WINDOWS = (1024, None)  # context windows of EAGLE-3 in long texts; None keeps all tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    add_policy_options(parser, Path("benchmarks/results/drafters"))
+    parser.add_argument(
+        "--sharing", action="store_true", help="measure the sharing of drafters within groups instead"
+    )
+    parser.add_argument(
+        "--positions", type=int, help="measure acceptance by position, up to this one, instead"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares drafters, or measures sharing or long positions where the options say so."""
+    fit_process(local_world_size=1)
+    config = load_config(args.config)
+    with Results(args.out, command_line()) as results:
+        on_row = results.into("rows")
+        if args.sharing:
+            bench = RolloutBench(config, args.run, 1, 64)
+            compare_sharing(bench, _SHARING_EPOCHS, _SHARING_SAMPLES, "suffix:4", on_row)
+        elif args.positions:
+            bench = RolloutBench(config, args.run, 1, 64)
+            measure_positions(bench, args.positions, args.positions // 8, _WINDOWS, on_row)
+        else:
+            compare_drafters(config, args.run, args.temperatures, args.batches, print, on_row)
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterRow:
-    """One way to draft at one temperature and batch: against plain decoding of the same requests, all
-    drafting counted.
+    """Holds one drafting strategy at one temperature and batch size, beside plain decoding of the requests.
+
+    Attributes:
+        temperature: Sampling temperature.
+        batch: Number of concurrent sequences.
+        strategy: Drafter and shape of its drafts.
+        rules: Name of the drafting rules in `RULES`; empty for the default.
+        acceptance_length: Committed tokens per sequence and target forward.
+        draft_ms_per_token: Milliseconds spent drafting per committed token.
+        ratio: Speed relative to plain decoding, all drafting counted.
     """
 
     temperature: float
@@ -62,23 +108,30 @@ def compare_drafters(
     run: Path,
     temperatures: Sequence[float],
     batches: Sequence[str],
-    say: Callable[[str], None],
-    keep: Keep = ignore,
+    log: Log,
+    on_row: RowCallback = ignore_row,
 ) -> list[DrafterRow]:
-    """Every drafter's chains and trees, then EAGLE-3 under other rules; each row is handed to ``keep`` as it
-    comes.
+    """Measures the chains and trees of every drafter, then EAGLE-3 under the other rules.
+
+    Args:
+        config: Recipe of the run.
+        run: Finished run whose policy and drafter are used.
+        temperatures: Sampling temperatures.
+        batches: Names of workloads, see `RolloutBench.workloads`.
+        log: Receives a line per row.
+        on_row: Called with each row once it is measured.
     """
     rows = []
     for temperature in temperatures:
         bench = RolloutBench(
             replace(config, rollout=replace(config.rollout, temperature=temperature)), run, 1, 64
         )
-        bench.give_draft_model(truncated_policy(bench.policy, config, bench.tokenizer, layers=4))
+        bench.set_draft_model(truncated_policy(bench.policy, config, bench.tokenizer, layers=4))
         for w in bench.workloads(batches):
             for row in _rows(bench, w, temperature):
                 rows.append(row)
-                keep(row)
-                say(
+                on_row(row)
+                log(
                     f"T {temperature}  {w.name:>3}  {row.strategy:<18} {row.rules:<26} accepted "
                     f"{row.acceptance_length:.2f}  "
                     f"drafting {row.draft_ms_per_token:.2f} ms/token  {row.ratio:.2f} x plain"
@@ -108,8 +161,13 @@ def _rows(bench: RolloutBench, w: Workload, temperature: float) -> Iterator[Draf
 def truncated_policy(
     policy: PreTrainedModel, config: RunConfig, tokenizer: object, layers: int
 ) -> PreTrainedModel:
-    """A small draft model of the policy's vocabulary: its first layers, its embedding and head, trained like
-    its warm-up.
+    """Returns a small draft model of the policy's first layers, embedding and head, trained like its warm-up.
+
+    Args:
+        policy: Policy to truncate.
+        config: Recipe whose warm-up trains the draft model.
+        tokenizer: Tokenizer of the policy.
+        layers: Number of layers to keep.
     """
     small_config = copy.deepcopy(policy.config)
     small_config.num_hidden_layers = layers
@@ -125,7 +183,14 @@ def truncated_policy(
 
 @dataclass(frozen=True, slots=True)
 class SharingRow:
-    """Acceptance length of one group position in one epoch over the same prompts."""
+    """Holds the acceptance length of one position within the group, in one epoch over the same prompts.
+
+    Attributes:
+        shared: Whether the samples of a group share their suffix drafter.
+        epoch: Number of the epoch.
+        sample: Position within the group.
+        acceptance_length: Committed tokens per sequence and target forward.
+    """
 
     shared: bool
     epoch: int
@@ -134,10 +199,16 @@ class SharingRow:
 
 
 def compare_sharing(
-    bench: RolloutBench, epochs: int, samples: int, strategy: str, keep: Keep = ignore
+    bench: RolloutBench, epochs: int, samples: int, strategy: str, on_row: RowCallback = ignore_row
 ) -> list[SharingRow]:
-    """Samples of a group one after another, over several epochs with new seeds: what earlier ones leave for
-    later ones.
+    """Decodes the samples of a group one after another and measures what later ones gain from earlier ones.
+
+    Args:
+        bench: Policy and its problems; the first eight are decoded.
+        epochs: Number of epochs over the problems, each with new seeds.
+        samples: Number of samples per problem.
+        strategy: Strategy of the suffix drafter.
+        on_row: Called with each row once it is measured.
     """
     problems = bench.problems[:8]
     rows = []
@@ -154,13 +225,22 @@ def compare_sharing(
                 rows.append(
                     SharingRow(shared, epoch, sample, mean_acceptance_length(engine.generate(requests)))
                 )
-                keep(rows[-1])
+                on_row(rows[-1])
     return rows
 
 
 @dataclass(frozen=True, slots=True)
 class PositionRow:
-    """Acceptance of one drafter in one stretch of a text, by level of its chains: P(level | those above)."""
+    """Holds the acceptance of one drafter in one stretch of a text.
+
+    Attributes:
+        drafter: Name of the drafter.
+        window: Context window of EAGLE-3, in tokens; None keeps all.
+        until: Position at which the stretch ends.
+        tokens_per_step: Committed tokens per sequence and target forward.
+        by_level: Probability that each level of a chain is accepted, given that those before it were.
+        draft_ms_per_token: Milliseconds spent drafting per committed token.
+    """
 
     drafter: str
     window: int | None
@@ -171,10 +251,20 @@ class PositionRow:
 
 
 def measure_positions(
-    bench: RolloutBench, until: int, stretch: int, windows: Sequence[int | None], keep: Keep = ignore
+    bench: RolloutBench,
+    until: int,
+    stretch: int,
+    windows: Sequence[int | None],
+    on_row: RowCallback = ignore_row,
 ) -> list[PositionRow]:
-    """Four texts of ``until`` tokens (stop tokens ignored), drafted by EAGLE-3 with each window, and by the
-    suffix drafter.
+    """Decodes four long texts with the suffix drafter, and with EAGLE-3 under each context window.
+
+    Args:
+        bench: Policy and its problems.
+        until: Number of tokens of each text; stop tokens are ignored.
+        stretch: Number of tokens that one row covers.
+        windows: Context windows of EAGLE-3, in tokens; None keeps all.
+        on_row: Called with each row once it is measured.
     """
     rows: list[PositionRow] = []
     params = replace(bench.params, max_tokens=until, stop_token_ids=())
@@ -189,7 +279,7 @@ def measure_positions(
         engine.use_strategy(Strategy(name, 3))
         for row in _stretches(name, window, engine, requests, stretch):
             rows.append(row)
-            keep(row)
+            on_row(row)
     return rows
 
 

@@ -1,24 +1,29 @@
-"""One GPU in one command: graph memory, step times, the price of verifying, and the drafter's, for random
-weights.
+"""Measures CUDA graphs, decode steps, verification and drafting on one GPU, with random weights.
 
-Needs torch and transformers only. Nothing here is timed on a CPU.
+Graph memory is measured naive and bucketed, step times with graphs and without, for a 1.5B and an 8B shape.
+Needs torch and transformers only. Nothing is timed on a CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from paceline.benchmarks.common.results import Log, Results
+from paceline.rl.errors import UserError
+from paceline.rl.process.invocation import command_line
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from paceline.rollout.drafters.eagle3_network import PaddedNetwork
 from paceline.rollout.model.attention import chain_seats
-from paceline.rollout.model.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_plan import naive_bytes, plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.model.graph_pool import CudaCapturer, GraphPool
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.runner import MOST_ROWS, ModelRunner, default_tap_layers
@@ -43,22 +48,58 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
     },
 }
-STRATEGIES = (16, 24, 32, 48, 64)
+STRATEGIES = (16, 24, 32, 48, 64)  # tokens to verify per sequence, as in TLT
 BATCHES = powers_of_two(32)
 _CONTEXT, _SPAN_TOKENS = 512, 640
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1.5B", "8B"], choices=["1.5B", "8B"], help="model shapes"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="JSON file of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures each shape on the GPU and prints graph memory and the cost of drafting.
+
+    Raises:
+        UserError: No CUDA device is visible.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("bench.py gpu: no CUDA device is visible; run it on a machine with one")
+    with Results(args.out, command_line(), device=device()) as results:
+        for shape in args.shapes:
+            report = measure(shape, _print)
+            results.add("reports", report)
+            for name, value in report.graph_memory.items():
+                _print(f"{shape}: {name}: {f'{value / 1e6:.0f} MB' if value > 1000 else f'{value:.3f}'}")
+            for batch, milliseconds, share in report.drafter:
+                _print(
+                    f"{shape}: a draft step at batch {batch}: {milliseconds:.2f} ms, {share:.1%} of a decode "
+                    "step"
+                )
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 @dataclass(slots=True)
 class GpuReport:
-    """What one shape gave.
+    """Holds the measurements of one model shape.
 
     Attributes:
-        shape: Name.
-        graph_memory: Bytes planned and measured, bucketed and naive.
-        steps: (batch, tokens, eager ms, graph ms or None).
-        verification: (batch, tokens, time ÷ that of one token).
-        drafter: (batch, ms of a draft step, share of a target decode step).
-        fallbacks: Reasons why shapes were not captured.
+        shape: Name of the shape.
+        graph_memory: Bytes of graphs, planned and used, bucketed and naive, and two ratios of them.
+        steps: Tuples of batch size, tokens per sequence, eager milliseconds, and milliseconds with graphs or
+            None.
+        verification: Tuples of batch size, tokens per sequence, and time relative to one token.
+        drafter: Tuples of batch size, milliseconds of a draft step, and its share of a target decode step.
+        fallbacks: Reasons why shapes were not captured, with their counts.
     """
 
     shape: str
@@ -70,32 +111,14 @@ class GpuReport:
 
 
 def random_model(shape: str, device: str) -> PreTrainedModel:
-    """A Llama of random bfloat16 weights."""
+    """Returns a Llama model with random bfloat16 weights."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=False)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def planned(shape: str, span: int = 2048) -> tuple[int, int, int]:
-    """Graphs, their planned bytes, and the naive ones' for a shape, TLT's strategies and batches; nothing is
-    captured.
-    """
-    sizes = SHAPES[shape]
-    model = ModelShape(
-        layers=sizes["num_hidden_layers"],
-        hidden=sizes["hidden_size"],
-        intermediate=sizes["intermediate_size"],
-        heads=sizes["num_attention_heads"],
-        kv_heads=sizes["num_key_value_heads"],
-        head_dim=sizes["head_dim"],
-        vocab=sizes["vocab_size"],
-    )
-    plan = plan_graphs(model, plan_keys("target", BATCHES, (1, *STRATEGIES), (span,), MOST_ROWS))
-    return len(plan.keys), plan.total_bytes, naive_bytes(model, STRATEGIES, BATCHES, span)
-
-
-def measure(shape: str, say: Callable[[str], None]) -> GpuReport:
-    """All measurements of one shape, on the present CUDA device."""
+def measure(shape: str, log: Log) -> GpuReport:
+    """Measures one shape on the current CUDA device."""
     report = GpuReport(shape)
     model = random_model(shape, "cuda")
     taps = default_tap_layers(model.config.num_hidden_layers)
@@ -112,7 +135,7 @@ def measure(shape: str, say: Callable[[str], None]) -> GpuReport:
         )
         report.steps.append((batch, tokens, seconds * 1e3, graphs[batch, tokens] * 1e3 if captured else None))
         report.verification.append((batch, tokens, graphs[batch, tokens] / graphs[batch, 1]))
-        say(
+        log(
             f"{shape}: batch {batch}, {tokens} tokens: eager {seconds * 1e3:.2f} ms, graph "
             f"{graphs[batch, tokens] * 1e3:.2f} ms"
         )
@@ -123,7 +146,7 @@ def measure(shape: str, say: Callable[[str], None]) -> GpuReport:
 
 
 def plan_widths() -> tuple[int, ...]:
-    """Tokens of a sequence in a forward: one, and what the strategies verify."""
+    """Returns the numbers of tokens per sequence that forwards are timed with, up to the widest strategy."""
     return (1, 2, 4, 8, *STRATEGIES)
 
 
@@ -140,7 +163,7 @@ def _step_times(runner: ModelRunner, widths: tuple[int, ...]) -> dict[tuple[int,
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Mean over enough runs for a tenth of a second, by CUDA events."""
+    """Returns the mean seconds of a call, by CUDA events, over enough calls for a tenth of a second."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -178,7 +201,7 @@ def _pool(runner: ModelRunner, widths: tuple[int, ...], max_rows: int) -> GraphP
 
 @torch.no_grad()
 def _graph_memory(runner: ModelRunner, report: GpuReport) -> None:
-    """Bytes of the naive graphs, then of the bucketed ones, which stay in use."""
+    """Measures the bytes of the naive graphs, then of the bucketed ones, which stay in use."""
     planned_naive = naive_bytes(runner.shape, STRATEGIES, BATCHES, runner.cache.span)
     before = _used()
     naive = []
@@ -229,5 +252,5 @@ def _drafter(
 
 
 def device() -> dict[str, str]:
-    """The GPU that was measured, for the results."""
+    """Returns the name of the GPU and the torch version, for the results."""
     return {"name": torch.cuda.get_device_name(), "torch": torch.__version__}

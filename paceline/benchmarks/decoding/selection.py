@@ -1,34 +1,70 @@
-"""The bandit against every fixed strategy, and what speculation can give on a whole batch."""
+"""Compares the bandit with every fixed strategy, and speculation on whole batches with Amdahl's bound."""
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 
 from paceline.benchmarks.common.harness import Measurement, RolloutBench, Workload
-from paceline.benchmarks.common.results import Keep, ignore
+from paceline.benchmarks.common.options import add_policy_options
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
+from paceline.rl.process.invocation import command_line
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
 from paceline.rollout import PLAIN, RolloutEngine, Strategy
 from paceline.rollout.strategy import FixedSelector, Selector, default_arms
 
-_LEAST_STEPS = 200
+_MIN_WARMUP_STEPS = 200  # decode steps that the bandit sees before it is measured
 _FINALISTS, _FINAL_PASSES = 3, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    add_policy_options(parser, Path("benchmarks/results/selection"))
+    parser.add_argument(
+        "--whole-batch",
+        action="store_true",
+        help="also decode the long-tailed GRPO batch plainly and adaptively",
+    )
+    parser.add_argument(
+        "--tail-cap",
+        type=int,
+        default=1024,
+        help="maximum completion tokens in the long-tailed batch",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares the bandit with exhaustive search, and measures whole batches, at each temperature."""
+    fit_process(local_world_size=1)
+    config = load_config(args.config)
+    with Results(args.out, command_line()) as results:
+        for temperature in args.temperatures:
+            changed = replace(config, rollout=replace(config.rollout, temperature=temperature))
+            bench = RolloutBench(changed, args.run, 1, args.tail_cap)
+            compare_selection(bench, args.batches, print, results.into(f"selection, T = {temperature}"))
+            if args.whole_batch:
+                row = measure_whole_batch(bench, bench.workloads(("tail",))[0])
+                print(f"{row.workload}: {row.ratio:.2f} x plain of at most {row.bound:.2f}")
+                results.add(f"whole batch, T = {temperature}", row)
 
 
 @dataclass(frozen=True, slots=True)
 class SelectionRow:
-    """One batch size: every fixed strategy once, then the best of them and the bandit in turn.
+    """Holds one batch size: every fixed strategy once, then the best of them and the bandit in turn.
 
-    The fastest of many single passes is also the luckiest, so the first few are measured again, as often as
+    The fastest of many single passes is also the luckiest, so the best three are measured again, as often as
     the bandit and in alternation with it.
 
     Attributes:
-        batch: Concurrent sequences.
-        search: Tokens a second of every fixed strategy, one pass each.
-        finals: Tokens a second of plain decoding, of the search's best three and of the bandit
+        batch: Number of concurrent sequences.
+        search: Tokens per second of every fixed strategy, one pass each.
+        finals: Tokens per second of plain decoding, of the best three of the search and of the bandit
             (``adaptive``), three passes each.
-        chosen: How often the bandit chose what, in its last pass.
+        chosen: Number of steps for which the bandit chose each strategy, in its last pass.
     """
 
     batch: str
@@ -37,7 +73,7 @@ class SelectionRow:
     chosen: dict[str, int] = field(default_factory=dict)
 
     def speed(self, method: str) -> float:
-        """Median tokens a second of the final passes: one of them may have had company on the machine."""
+        """Returns the median tokens per second of the final passes, one of which other jobs may slow down."""
         return median(self.finals[method])
 
     @property
@@ -47,20 +83,27 @@ class SelectionRow:
 
     @property
     def share_of_best(self) -> float:
-        """The bandit's speed over the best fixed strategy's."""
+        """The bandit's speed relative to the best fixed strategy."""
         return self.speed("adaptive") / self.speed(self.best)
 
     @property
     def over_plain(self) -> float:
-        """The bandit's speed over plain decoding's."""
+        """The bandit's speed relative to plain decoding."""
         return self.speed("adaptive") / self.speed("plain")
 
 
 def compare_selection(
-    bench: RolloutBench, batches: list[str], say: Callable[[str], None], keep: Keep = ignore
+    bench: RolloutBench, batches: list[str], log: Log, on_row: RowCallback = ignore_row
 ) -> list[SelectionRow]:
-    """Exhaustive search over the default arms at each batch size, then the bandit once it has seen 200 steps
-    of other requests.
+    """Searches the default arms exhaustively at each batch size, then measures the bandit.
+
+    The bandit is measured once it has seen 200 steps of other requests.
+
+    Args:
+        bench: Policy, workloads and engines.
+        batches: Names of workloads, see `RolloutBench.workloads`.
+        log: Receives a line per row.
+        on_row: Called with each row once it is measured.
     """
     rows = []
     for w in bench.workloads(batches):
@@ -68,7 +111,7 @@ def compare_selection(
         arms = [PLAIN, *(arm for name in engine.drafters for arm in default_arms(name, engine.max_nodes))]
         search = {str(arm): bench.measure(w, str(arm), arm, engine).tokens_per_second for arm in arms}
         best = sorted(search, key=search.__getitem__, reverse=True)[:_FINALISTS]
-        bandit = _taught(bench, w, engine)
+        bandit = _warmed_up_bandit(bench, w, engine)
         finals: dict[str, list[float]] = {name: [] for name in dict.fromkeys(("plain", *best, "adaptive"))}
         chosen: Counter[str] = Counter()
         for _ in range(_FINAL_PASSES):
@@ -79,22 +122,22 @@ def compare_selection(
                 speeds.append(bench.measure(w, name, None, engine).tokens_per_second)
             chosen = Counter(r.strategy for r in engine.records)
         row = SelectionRow(w.name, search, finals, dict(chosen))
-        say(
+        log(
             f"{w.name:>3}: best {row.best} {row.speed(row.best):.1f} tokens/s, bandit "
             f"{row.speed('adaptive'):.1f} "
             f"({row.share_of_best:.1%} of it, {row.over_plain:.2f} x plain)"
         )
         rows.append(row)
-        keep(row)
+        on_row(row)
     return rows
 
 
-def _taught(bench: RolloutBench, w: Workload, engine: RolloutEngine) -> Selector:
+def _warmed_up_bandit(bench: RolloutBench, w: Workload, engine: RolloutEngine) -> Selector:
     engine.use_strategy("adaptive")
     seen = passes = 0
-    # a text that drafters have seen before would teach it that they are always right
-    while seen < _LEAST_STEPS:
-        bench.forget(engine)
+    # drafters that have seen a text before would always be right and mislead the bandit
+    while seen < _MIN_WARMUP_STEPS:
+        bench.reset_model_free_drafters(engine)
         engine.generate([replace(r, seed=r.seed + passes) for r in w.warm])
         seen, passes = seen + len(engine.records), passes + 1
     return engine.speculation.selector
@@ -102,17 +145,18 @@ def _taught(bench: RolloutBench, w: Workload, engine: RolloutEngine) -> Selector
 
 @dataclass(frozen=True, slots=True)
 class AmdahlRow:
-    """A whole batch, and the most that speculation could give on it.
+    """Holds the times of a whole batch and the most that speculation could gain on it.
 
     Attributes:
-        workload: Its name.
-        plain_seconds, adaptive_seconds: Wall time.
-        ratio: Of the two.
-        bound: Plain time over what would be left if every decode forward committed a whole draft of
-            ``max_nodes`` tokens at the
-            price of a plain one: prefill and 1 / (max_nodes + 1) of the decoding.
-        tail_ratio: Of the time with at most four sequences active; None where plain decoding never had so
-            few.
+        workload: Name of the workload.
+        plain_seconds: Wall time of plain decoding.
+        adaptive_seconds: Wall time of adaptive decoding.
+        ratio: Plain time relative to adaptive time.
+        bound: Plain time relative to what would be left if every decode forward committed a whole draft of
+            ``max_nodes`` tokens at the cost of a plain one: the prefill and 1 / (max_nodes + 1) of the
+            decoding.
+        tail_ratio: Plain time relative to adaptive time while at most four sequences are active; None where
+            either never had so few.
     """
 
     workload: str
@@ -124,9 +168,7 @@ class AmdahlRow:
 
 
 def measure_whole_batch(bench: RolloutBench, w: Workload) -> AmdahlRow:
-    """Plain and adaptive, twice in turn and the faster of each, on a batch whose sequences end at different
-    times.
-    """
+    """Decodes a long-tailed batch plainly and adaptively, twice in turn, and compares the faster passes."""
     engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
     engine.use_strategy("adaptive")
     selectors = {"adaptive": engine.speculation.selector, "plain": FixedSelector(PLAIN)}

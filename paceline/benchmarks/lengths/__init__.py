@@ -1,1 +1,1 @@
-"""Studies of lengths: length-aware rewards, predicted lengths, and the long tail."""
+"""Benchmarks of completion lengths: length-aware rewards, length prediction, and the long tail."""

@@ -1,29 +1,75 @@
-"""Length-aware rewards on one task, seed by seed, beside plain GRPO."""
+"""Compares length-aware rewards with plain GRPO on one task, seed by seed: accuracy and length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 
-from paceline.benchmarks.common.results import Keep, ignore
+from rich.table import Table
+
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.benchmarks.common.runs import finished_run, mean, quarters
+from paceline.rl.process.console import console
+from paceline.rl.process.invocation import command_line
+
+# recipes in configs/length that change the schedule or the task instead of the reward
+_NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    folder = Path("configs/length")
+    rewards = sorted(path for path in folder.glob("*.yaml") if path.stem not in _NOT_REWARDS)
+    parser.add_argument("--base", type=Path, default=folder / "verbose.yaml", help="recipe of plain GRPO")
+    parser.add_argument(
+        "--recipes", type=Path, nargs="+", default=rewards, help="recipes with a length-aware reward"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/lengths"), help="folder of the runs; finished ones are reused"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/lengths"), help="JSON file of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains what is missing and prints a row per recipe."""
+    with Results(args.out, command_line()) as results:
+        rows = compare_rewards(args.recipes, args.base, args.seeds, args.runs, print, results.into("rows"))
+    table = Table(
+        "recipe", "accuracy", "minus plain GRPO", "length", "÷ plain GRPO", "entropy", "seconds per step"
+    )
+    for r in rows:
+        table.add_row(
+            r.recipe,
+            f"{r.accuracy:.3f}",
+            f"{r.accuracy_change:+.3f} ± {r.accuracy_error:.3f}",
+            f"{r.length:.1f}",
+            f"{r.length_ratio:.2f}",
+            f"{r.entropy:.3f}",
+            f"{r.step:.1f}",
+        )
+    console().print(table)
 
 
 @dataclass(frozen=True, slots=True)
 class RewardRow:
-    """A recipe over its seeds; means over the last quarter of the steps.
+    """Holds the results of a recipe over its seeds; means are over the last quarter of the steps.
 
     Attributes:
-        recipe: Its file's name.
-        accuracy, length: Share of correct completions, tokens of a completion: mean over seeds.
-        accuracy_change, accuracy_error: Less plain GRPO's of the same seeds: mean, and standard error over
-            seeds.
-        length_ratio: Length ÷ plain GRPO's.
-        entropy: Of a token, in nats.
-        step: Seconds of a step, as the machine was then.
-        seeds: Each one's accuracy and length.
+        recipe: File name of the recipe, without its suffix.
+        accuracy: Share of correct completions, mean over seeds.
+        length: Tokens per completion, mean over seeds.
+        accuracy_change: Accuracy minus that of plain GRPO with the same seeds, mean over seeds.
+        accuracy_error: Standard error of ``accuracy_change`` over seeds.
+        length_ratio: Length relative to plain GRPO.
+        entropy: Entropy per token, in nats.
+        step: Seconds per step; the load of the machine varied between runs.
+        seeds: Accuracy and length of each seed.
     """
 
     recipe: str
@@ -42,35 +88,35 @@ def compare_rewards(
     base: Path,
     seeds: Sequence[int],
     folder: Path,
-    say: Callable[[str], None],
-    keep: Keep = ignore,
+    log: Log,
+    on_row: RowCallback = ignore_row,
 ) -> list[RewardRow]:
-    """Rows of plain GRPO and of each recipe.
+    """Trains plain GRPO and each recipe, where a run is missing, and returns their rows.
 
     Args:
-        recipes: That shape lengths.
-        base: That does not.
-        seeds: At least two.
-        folder: Where the runs are or go.
-        say: Progress.
-        keep: Takes each row as it comes.
+        recipes: Recipes with a length-aware reward.
+        base: Recipe of plain GRPO.
+        seeds: Seeds of each recipe, at least two.
+        folder: Folder of the runs; finished ones are reused.
+        log: Receives lines about training runs.
+        on_row: Called with each row once its runs are there.
     """
     plain: list[list[float]] = []
     rows = []
     for recipe in (base, *recipes):
         metrics = [
-            finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, say) for seed in seeds
+            finished_run(recipe, [f"seed={seed}"], folder / f"{recipe.stem}-{seed}", 1, log) for seed in seeds
         ]
         names = ("reward/exact", "length/mean", "update/entropy", "time/step")
         runs = [[quarters([m[name] for m in run])[-1] for name in names] for run in metrics]
         plain = plain or runs
         rows.append(_row(recipe.stem, runs, plain))
-        keep(rows[-1])
+        on_row(rows[-1])
     return rows
 
 
 def _row(recipe: str, runs: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> RewardRow:
-    """A recipe's row: accuracy, length, entropy and seconds of a step of each seed, beside plain GRPO's."""
+    """Returns a recipe's row from the accuracy, length, entropy and step seconds of each seed."""
     changes = [run[0] - other[0] for run, other in zip(runs, plain, strict=True)]
     accuracy, length, entropy, step = (mean([run[i] for run in runs]) for i in range(4))
     return RewardRow(

@@ -1,1 +1,1 @@
-"""Studies of training: the update, the drafter's training, sharding, and whole runs."""
+"""Benchmarks of training: the update, drafter training, sharding, learning curves, and TRL's trainer."""

@@ -1,37 +1,70 @@
-"""The drafter trained in idle time beside one that stays as it is: what training costs a step, and what it
-brings.
-"""
+"""Compares a drafter trained on idle ranks with a frozen one: cost per step, and acceptance over time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
-from paceline.benchmarks.common.results import Keep, ignore
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.benchmarks.common.runs import mean, quarters, train_recipe
+from paceline.rl.process.invocation import command_line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument("--config", type=Path, required=True, help="recipe of both runs")
+    parser.add_argument(
+        "--start", type=Path, required=True, help="initial drafter, made by launch/warmup_drafter.py"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of each run")
+    parser.add_argument("--runs", type=Path, default=Path("runs/idle"), help="folder of the two runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/idle"), help="JSON file of the results"
+    )
+    parser.add_argument("overrides", nargs="*", help="recipe overrides, key=value")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the recipe with both schedules and prints what drafter training costs a step."""
+    with Results(args.out, command_line()) as results:
+        frozen, trained = compare_idle(
+            args.config, args.overrides, args.start, args.runs, args.ranks, print, results.into("rows")
+        )
+    print(
+        f"step with training / without: {trained.step / frozen.step:.3f}; rollouts "
+        f"{trained.rollout / frozen.rollout:.3f}"
+    )
+    print(
+        f"paired by step: {trained.longer:+.1%} ± {trained.longer_error:.1%}; the update, which drafter "
+        f"training does not affect: {trained.update_longer:+.1%}; a snapshot takes "
+        f"{1e3 * trained.snapshot:.0f} ms of a step"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class IdleRow:
-    """One run.
+    """Holds the results of one run.
 
     Attributes:
-        schedule: ``drafter.schedule``.
+        schedule: Value of ``drafter.schedule``.
         step: Mean seconds of a step, the first left out.
-        rollout: Of its rollouts, the slowest rank's.
-        training: Seconds of drafter training, all ranks and steps.
-        inside: Share of them in which another rank was still decoding.
-        on_path: Mean seconds of a step by which training delayed it.
-        updates: Of the drafter.
+        rollout: Mean seconds of a step's rollouts on the slowest rank, the first step left out.
+        training: Seconds of drafter training over all ranks and steps.
+        inside: Share of ``training`` during which another rank was still decoding.
+        on_path: Mean seconds by which drafter training delayed a step.
+        updates: Number of updates of the drafter.
         acceptance: Acceptance length by quarter of the run.
-        reward: Mean reward by quarter.
-        snapshot: Mean seconds that a snapshot of the drafter takes of a step which makes one.
-        longer, longer_error: By how much a step is longer than the same one of the frozen run: mean of the
-            pairs' differences as a share of the frozen run's mean step, and its standard error.
-        update_longer: The same of the policy's update alone, the yardstick: training is over by then.
+        reward: Mean reward by quarter of the run.
+        snapshot: Mean seconds that a snapshot of the drafter takes in a step that makes one.
+        longer: Difference of a step to the same step of the frozen run: mean over steps, as a share of the
+            frozen run's mean step.
+        longer_error: Standard error of ``longer``.
+        update_longer: Difference of the policy's update alone, as a share likewise. Drafter training has
+            ended by then, so this shows the drift of the machine.
     """
 
     schedule: str
@@ -55,14 +88,22 @@ def compare_idle(
     start: Path,
     out: Path,
     ranks: int,
-    say: Callable[[str], None],
-    keep: Keep = ignore,
+    log: Log,
+    on_row: RowCallback = ignore_row,
 ) -> list[IdleRow]:
-    """Trains the recipe twice from the same policy, drafter and seed: drafter frozen, and trained on idle
-    ranks.
+    """Trains the recipe with a frozen drafter and with one trained on idle ranks, from the same start.
+
+    Args:
+        config: Recipe of both runs.
+        overrides: Recipe overrides of both runs.
+        start: Directory of the initial drafter.
+        out: Folder of the two runs.
+        ranks: Number of ranks of each run.
+        log: Receives lines about the runs.
+        on_row: Called with each row once its run has ended.
 
     Raises:
-        UserError: when a run fails, with its last line.
+        UserError: A run failed; the message has its last line.
     """
     rows: list[IdleRow] = []
     frozen: list[dict[str, Any]] = []
@@ -73,21 +114,27 @@ def compare_idle(
             f"drafter.schedule={schedule}",
             "measure.plain_every=0",
         ]
-        metrics = train_recipe(config, options, out / schedule, ranks, say)
+        metrics = train_recipe(config, options, out / schedule, ranks, log)
         frozen = frozen or metrics
         row = idle_row(schedule, metrics, frozen)
-        say(
+        log(
             f"{schedule}: a step {row.step:.2f} s, {row.updates} updates, {row.inside:.0%} of training in "
             "idle time"
         )
-        say(f"{schedule}: acceptance length by quarter {', '.join(f'{a:.2f}' for a in row.acceptance)}")
+        log(f"{schedule}: acceptance length by quarter {', '.join(f'{a:.2f}' for a in row.acceptance)}")
         rows.append(row)
-        keep(row)
+        on_row(row)
     return rows
 
 
 def idle_row(schedule: str, metrics: list[dict[str, Any]], frozen: list[dict[str, Any]]) -> IdleRow:
-    """A run's row beside the frozen run's metrics, step by step; the first step is left out of times."""
+    """Returns the row of a run, compared step by step with the frozen run.
+
+    Args:
+        schedule: Value of ``drafter.schedule``.
+        metrics: Metrics of the run's steps; the first step is left out of times.
+        frozen: Metrics of the frozen run's steps.
+    """
     timed, beside = metrics[1:] or metrics, frozen[1:] or frozen
     training = sum(m["drafter/seconds"] for m in metrics) if schedule != "never" else 0.0
     longer, error = _paired(timed, beside, "time/step")
@@ -109,7 +156,7 @@ def idle_row(schedule: str, metrics: list[dict[str, Any]], frozen: list[dict[str
 
 
 def _paired(metrics: list[dict[str, Any]], beside: list[dict[str, Any]], key: str) -> tuple[float, float]:
-    """Mean difference as a share of the other run's mean, and its standard error."""
+    """Returns the mean difference as a share of the other run's mean, and its standard error."""
     differences = [a[key] - b[key] for a, b in zip(metrics, beside, strict=True)]
     scale = mean([b[key] for b in beside])
     error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0

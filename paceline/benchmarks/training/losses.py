@@ -1,17 +1,18 @@
-"""Which distillation loss wins for each second of training, and what collecting its data costs."""
+"""Compares distillation losses after equal training time, and measures what collecting traces costs."""
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
-from paceline.benchmarks.common.results import Keep, ignore
-from paceline.benchmarks.common.runs import is_over
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
+from paceline.benchmarks.common.runs import deadline_passed
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
@@ -19,11 +20,15 @@ from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.generation.policy_engine import policy_engine
+from paceline.rl.process.invocation import command_line
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
 from paceline.rollout import PLAIN, Rollout, RolloutEngine
 from paceline.rollout.drafters.eagle3_model import eagle3_config
 
-_ENDLESS = 10**6
-_JUDGED = 4096  # anchors kept back
+_UNLIMITED = 10**6  # passes and updates: only the time limits training
+_HELD_OUT_ANCHORS = 4096
+_COLLECTION_PASSES = 3
 
 VARIANTS: dict[str, tuple[Objective, bool]] = {
     "fkl": (Objective("fkl"), False),
@@ -42,16 +47,39 @@ VARIANTS: dict[str, tuple[Objective, bool]] = {
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument("--config", required=True, help="recipe of the run")
+    parser.add_argument("--run", type=Path, required=True, help="finished run")
+    parser.add_argument("--seconds", type=float, default=45.0, help="seconds of training per loss")
+    parser.add_argument("--sequences", type=int, default=192, help="sequences to learn from")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/losses"), help="JSON file of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures the cost of collecting traces, then trains a drafter with each loss."""
+    fit_process(local_world_size=1)
+    bench = RolloutBench(load_config(args.config), args.run, 1, 64)
+    with Results(args.out, command_line()) as results:
+        cost = collection_cost(bench, _COLLECTION_PASSES)
+        results.add("collection", cost)
+        print(f"collecting traces: {cost.share:.1%} of rollout time")
+        compare_losses(bench, args.seconds, args.sequences, print, results.into("rows"))
+
+
 @dataclass(frozen=True, slots=True)
 class LossRow:
-    """A fresh drafter after a fixed time of training, judged on sequences that it has not seen.
+    """Holds a new drafter's acceptance after a fixed training time, on sequences that it has not seen.
 
     Attributes:
-        variant: What it was trained for.
-        updates: Optimizer steps that fitted into the time.
-        seconds: Of training.
-        drawn, likeliest: Expected acceptance length of chains of four, of drawn drafts and of likeliest ones.
-        by_position: Σ min(p, q) at each draft position.
+        variant: Name of its objective in `VARIANTS`.
+        updates: Number of optimizer steps that fitted into the time.
+        seconds: Seconds of training.
+        drawn: Expected acceptance length of chains of four drawn draft tokens.
+        likeliest: Expected acceptance length of chains of the four likeliest draft tokens.
+        by_position: Acceptance probability Σ min(p, q) at each draft position.
     """
 
     variant: str
@@ -63,9 +91,17 @@ class LossRow:
 
 
 def compare_losses(
-    bench: RolloutBench, seconds: float, sequences: int, say: Callable[[str], None], keep: Keep = ignore
+    bench: RolloutBench, seconds: float, sequences: int, log: Log, on_row: RowCallback = ignore_row
 ) -> list[LossRow]:
-    """Every variant from the same start, on the same traces, in the same order."""
+    """Trains every variant from the same initial drafter, on the same traces in the same order.
+
+    Args:
+        bench: Policy that makes the traces.
+        seconds: Seconds of training per variant.
+        sequences: Number of sequences to learn from.
+        log: Receives a line per variant.
+        on_row: Called with each row once it is measured.
+    """
     rollouts = _traced(bench, sequences)
     texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
     vocabulary = choose_vocabulary(
@@ -84,17 +120,17 @@ def compare_losses(
             autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16),
             optimistic=optimistic,
         )
-        buffer = TraceBuffer(passes=_ENDLESS, seed=0)
+        buffer = TraceBuffer(passes=_UNLIMITED, seed=0)
         buffer.begin_step()
         buffer.add(rollouts)
         spot = SpotTrainer(
-            [learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_ENDLESS
+            [learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_UNLIMITED
         )
         end = time.perf_counter() + seconds
         with torch.enable_grad():
-            report = spot.run(partial(is_over, end))
+            report = spot.run(partial(deadline_passed, end))
         learner.objective = Objective(unroll=4)
-        (pieces,) = buffer.held_out_batches(_JUDGED, 1)
+        (pieces,) = buffer.held_out_batches(_HELD_OUT_ANCHORS, 1)
         judged = learner.evaluate(pieces)
         rows.append(
             LossRow(
@@ -106,8 +142,8 @@ def compare_losses(
                 judged.acceptance,
             )
         )
-        keep(rows[-1])
-        say(
+        on_row(rows[-1])
+        log(
             f"{name:<40} {report.updates:>4} updates  drawn {judged.length:.3f}  likeliest "
             f"{judged.likeliest_length:.3f}"
         )
@@ -116,12 +152,12 @@ def compare_losses(
 
 def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:
     engine = bench.engine(32, bench.params.max_tokens, drafters=("eagle3",), collect_traces=True)
-    if "eagle3" in engine.drafters:  # so that there are drafts to refuse
+    if "eagle3" in engine.drafters:  # so that some draft tokens are rejected
         engine.use_strategy("eagle3:3")
     return engine.generate(bench.requests(bench.problems, sequences, 4))
 
 
-def _collecting(bench: RolloutBench, longest: int, collects: bool) -> RolloutEngine:
+def _collection_engine(bench: RolloutBench, longest: int, collects: bool) -> RolloutEngine:
     return policy_engine(
         bench.policy,
         max_slots=32,
@@ -133,11 +169,11 @@ def _collecting(bench: RolloutBench, longest: int, collects: bool) -> RolloutEng
 
 @dataclass(frozen=True, slots=True)
 class CollectionRow:
-    """Plain rollouts with and without collecting what a drafter learns from, the fastest of passes in turn.
+    """Holds the seconds of plain rollouts with and without collecting traces, the fastest of passes in turn.
 
     Attributes:
-        without, collecting: Seconds.
-        share: Of the collecting rollouts' time that collecting takes.
+        without: Seconds without collecting traces.
+        collecting: Seconds with collecting traces.
     """
 
     without: float
@@ -145,14 +181,20 @@ class CollectionRow:
 
     @property
     def share(self) -> float:
+        """The share of the rollouts' time that collecting traces takes."""
         return 1 - self.without / self.collecting
 
 
 def collection_cost(bench: RolloutBench, passes: int) -> CollectionRow:
-    """On the workload of 32 sequences."""
+    """Measures what collecting traces costs on the workload of 32 sequences.
+
+    Args:
+        bench: Policy, workloads and engines.
+        passes: Number of timed passes of each kind; the fastest counts.
+    """
     (w,) = bench.workloads(("32",))
     longest = max(r.params.max_tokens for r in w.timed)
-    engines = [_collecting(bench, longest, collects) for collects in (False, True)]
+    engines = [_collection_engine(bench, longest, collects) for collects in (False, True)]
     best = [float("inf")] * 2
     for number in range(passes + 1):
         for i, engine in enumerate(engines):

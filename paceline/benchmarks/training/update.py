@@ -1,14 +1,14 @@
-"""Speed of the update's forward and backward: packed with shared prompts, against packed alone and against
-padding.
-"""
+"""Measures the update's forward and backward pass: padded, packed, and packed with shared prompts."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from paceline.rl.config.run import RunConfig
@@ -16,16 +16,46 @@ from paceline.rl.dry_run.devices import product_speed
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from paceline.rl.models.initial import starting_policy
+from paceline.rl.process.console import console
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
 
-_PROMPT = 60
-_LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a group of eight with a tail, as the quickstart's are
+_PROMPT_TOKENS = 60
+_LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a long-tailed group of eight, as in the quickstart
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument("--config", required=True, help="recipe of the policy and the micro-batch size")
+    parser.add_argument("--untuned", action="store_true", help="keep glibc's default allocator settings")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures every method and prints its tokens per second."""
+    if not args.untuned:
+        fit_process(local_world_size=1)
+    results = measure_update(load_config(args.config))
+    table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations per second")
+    for m in results:
+        table.add_row(
+            m.method,
+            f"{m.tokens / m.seconds:.0f}",
+            f"{results[0].seconds / m.seconds:.2f}",
+            f"{m.bound / m.seconds:.0%}",
+        )
+    console().print(table)
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateMeasurement:
-    """``tokens`` counts prompt and completion of every sample, however often the method computes them;
-    ``bound`` is the time that the matrix products of those it has to compute would take at the speed of a
-    large one (6 operations a parameter and token).
+    """Holds the fastest pass of one method.
+
+    Attributes:
+        method: Name of the method.
+        tokens: Prompt and completion tokens of every sample, however often the method computes them.
+        seconds: Wall time of forward and backward.
+        bound: Seconds that the matrix products which the method has to compute would take at the speed of a
+            large product (6 operations per parameter and token).
     """
 
     method: str
@@ -35,8 +65,12 @@ class UpdateMeasurement:
 
 
 def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list[UpdateMeasurement]:
-    """Best of ``repeats`` passes over ``groups`` groups of eight samples of random tokens, gradients
-    included.
+    """Times forward and backward over groups of eight samples of random tokens, by method.
+
+    Args:
+        config: Recipe of the policy and the micro-batch size.
+        groups: Number of groups.
+        repeats: Number of timed passes; the fastest counts.
     """
     path = starting_policy(config)
     vocab = 1000
@@ -46,7 +80,7 @@ def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list
         return torch.randint(3, vocab, (count,), generator=generator).tolist()
 
     rows = [
-        PromptRow(tokens(_PROMPT), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS)))
+        PromptRow(tokens(_PROMPT_TOKENS), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS)))
         for _ in range(groups)
     ]
     alone = [PromptRow(row.prompt, (sample,)) for row in rows for sample in row.samples]

@@ -1,4 +1,4 @@
-"""The speculation benchmarks measure what they say, on tiny models."""
+"""The decoding benchmarks measure what their rows claim, on tiny models."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ import pytest
 from paceline.benchmarks.common.plots import draw_all
 from paceline.benchmarks.decoding.drafters import _stretches
 from paceline.benchmarks.decoding.selection import SelectionRow
-from paceline.benchmarks.decoding.verifiers import Watching, _bounds
+from paceline.benchmarks.decoding.verifiers import RecordingVerifier, _bounds
 from paceline.rollout import Request, SamplingParams
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.verify import VERIFIERS
@@ -24,19 +24,19 @@ def test_measured_acceptance_in_the_engine_is_theory(verifier, strategy):
     engine = engine_for(
         tiny_llama(97, sharpness=4.0), slots=50, context=64, rules=DraftRules("static", "replacement")
     )
-    watching = Watching(VERIFIERS[verifier], keep=10)
-    engine.verify_with(watching)
+    recorder = RecordingVerifier(VERIFIERS[verifier], keep=10)
+    engine.verify_with(recorder)
     engine.use_strategy(strategy)
     engine.generate([Request([3, i % 90], SamplingParams(max_tokens=40), seed=i) for i in range(400)])
-    assert watching.seen > 10_000
-    assert watching.accepted / watching.seen == pytest.approx(
-        watching.overlap / watching.seen, abs=4 * 0.5 / watching.seen**0.5
+    assert recorder.seen > 10_000
+    assert recorder.accepted / recorder.seen == pytest.approx(
+        recorder.overlap / recorder.seen, abs=4 * 0.5 / recorder.seen**0.5
     )
-    assert len(watching.pairs) == 10
-    for p, q in watching.pairs:
+    assert len(recorder.pairs) == 10
+    for p, q in recorder.pairs:
         assert (
             p.sum() == pytest.approx(1) and q.sum() == pytest.approx(1) and len(p) == len(q) == 50
-        )  # 49 it can draft, and the rest
+        )  # the 49 tokens of the draft vocabulary, and one for all others
 
 
 def test_bounds_are_ordered():

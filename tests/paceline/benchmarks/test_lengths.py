@@ -1,4 +1,4 @@
-"""The benchmarks about lengths compute what they say, on runs and numbers made by hand."""
+"""The length benchmarks compute what their rows claim, on runs and numbers made by hand."""
 
 import json
 from dataclasses import asdict
@@ -9,16 +9,21 @@ import pytest
 import torch
 
 from paceline.benchmarks.common.plots import draw_all
-from paceline.benchmarks.lengths.prediction import Observed, _Known, compare_orders, compare_predictors
+from paceline.benchmarks.lengths.prediction import (
+    FixedLengths,
+    Observed,
+    compare_orders,
+    compare_predictors,
+)
 from paceline.benchmarks.lengths.rewards import compare_rewards
-from paceline.benchmarks.lengths.tail import REMEDIES, compare_remedies
+from paceline.benchmarks.lengths.tail import MITIGATIONS, compare_mitigations
 from paceline.rl.lengths.predictor import Example
 from paceline.rl.recipe import load_config
 from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, engine_for, tiny_llama
 
 
-def made(run: Path, **columns: list[float]) -> None:
+def write_run(run: Path, **columns: list[float]) -> None:
     run.mkdir(parents=True)
     rows = zip(*columns.values(), strict=True)
     steps = [{"step": step, **dict(zip(columns, values, strict=True))} for step, values in enumerate(rows)]
@@ -26,8 +31,8 @@ def made(run: Path, **columns: list[float]) -> None:
     (run / "summary.json").write_text("{}")
 
 
-def silent(line: str) -> None:
-    raise AssertionError("nothing was to be trained")
+def no_training(line: str) -> None:
+    raise AssertionError("all runs are there, so none may be trained")
 
 
 def test_rewards_are_compared_seed_by_seed(tmp_path):
@@ -40,10 +45,10 @@ def test_rewards_are_compared_seed_by_seed(tmp_path):
                 "update/entropy": 0.1,
                 "time/step": 2.0,
             }
-            made(
+            write_run(
                 tmp_path / f"{name}-{seed}", **{key: [0.0, 0.0, 0.0, value] for key, value in columns.items()}
             )
-    plain, brief = compare_rewards([Path("alp.yaml")], Path("verbose.yaml"), [0, 1], tmp_path, silent)
+    plain, brief = compare_rewards([Path("alp.yaml")], Path("verbose.yaml"), [0, 1], tmp_path, no_training)
     assert plain.accuracy_change == 0 and plain.length_ratio == 1
     assert (brief.accuracy, brief.length, brief.length_ratio) == pytest.approx((0.7, 25, 0.5))
     assert (brief.accuracy_change, brief.accuracy_error) == pytest.approx((0.05, 0.05))
@@ -52,7 +57,7 @@ def test_rewards_are_compared_seed_by_seed(tmp_path):
     assert draw_all(tmp_path) == [tmp_path / "lengths.png"]
 
 
-def test_remedies_are_compared_by_completion(tmp_path):
+def test_mitigations_are_compared_by_completion(tmp_path):
     keys = (
         "rollout/completions",
         "rollout/seconds",
@@ -65,21 +70,21 @@ def test_remedies_are_compared_by_completion(tmp_path):
     more = ("reward/mean", "update/entropy", "engine/importance_std", "rollout/stale_share")
     for name, values in (("none", (64, 4, 5, 10, 40, 0, 1)), ("segments", (32, 1, 2, 4, 30, 0.25, 0))):
         columns = {key: [9e9, *[float(v)] * 3] for key, v in zip(keys, values, strict=True)}
-        made(tmp_path / name, **columns, **{key: [0.1, 0.2, 0.3, 0.4] for key in more})
-    none, cut = compare_remedies(Path("x.yaml"), [], ["none", "segments"], tmp_path, 1, silent)
+        write_run(tmp_path / name, **columns, **{key: [0.1, 0.2, 0.3, 0.4] for key in more})
+    none, cut = compare_mitigations(Path("x.yaml"), [], ["none", "segments"], tmp_path, 1, no_training)
     assert (none.step_by_completion, cut.step_by_completion) == (10 / 64, 4 / 32)
     (tmp_path / "tail.json").write_text(json.dumps({"rows": [asdict(none), asdict(cut)]}))
     assert draw_all(tmp_path) == [tmp_path / "tail.png"]
     assert cut.drawn == 0.75 and (cut.reward_before, cut.reward_after) == (0.1, 0.4)
 
 
-@pytest.mark.parametrize("name", list(REMEDIES))
-def test_remedies_are_valid_recipes(name):
-    load_config(ROOT / "configs" / "length" / "long_tail.yaml", REMEDIES[name])
+@pytest.mark.parametrize("name", list(MITIGATIONS))
+def test_mitigations_are_valid_recipes(name):
+    load_config(ROOT / "configs" / "length" / "long_tail.yaml", MITIGATIONS[name])
 
 
 def observed(prompts: int, samples: int) -> Observed:
-    """Lengths around what the state shows."""
+    """Returns prompts whose lengths depend on the first element of their state."""
     g = torch.Generator().manual_seed(0)
     examples = []
     for _ in range(prompts):
@@ -127,6 +132,6 @@ def test_the_oracle_needs_no_more_steps_than_arrival_order():
 
 def test_unknown_requests_are_not_predicted():
     assert (
-        _Known({7: 3.0}).predict(Request([1], seed=7)) == 3.0
-        and _Known({}).predict(Request([1], seed=7)) is None
+        FixedLengths({7: 3.0}).predict(Request([1], seed=7)) == 3.0
+        and FixedLengths({}).predict(Request([1], seed=7)) is None
     )

@@ -1,4 +1,4 @@
-"""Rows of a benchmark are on disk as they come."""
+"""The rows of a benchmark are on disk as soon as they are measured."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from paceline.benchmarks.common import runs
 from paceline.benchmarks.common.results import Results, check_target
-from paceline.benchmarks.main import COMMANDS, main
+from paceline.benchmarks.main import main
 from paceline.benchmarks.training import sharding
 from paceline.rl.errors import UserError
 from tests.support import ROOT
@@ -83,16 +83,16 @@ def test_a_killed_benchmark_keeps_its_rows(tmp_path):
 def test_a_target_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken.json").mkdir()
-    monkeypatch.setitem(COMMANDS, "sharding", lambda args: pytest.fail("measured"))
+    monkeypatch.setattr(sharding, "run", lambda args: pytest.fail("measured"))
     for out in (tmp_path / "file" / "below", tmp_path / "taken", Path("/proc/none/out")):
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             main(["sharding", "--config", "tiny", "--runs", str(tmp_path / "runs"), "--out", str(out)])
-        said = capsys.readouterr().err
-        assert left.value.code == 2 and f"--out {out}" in said and len(said.splitlines()) == 1
+        message = capsys.readouterr().err
+        assert exit_info.value.code == 2 and f"--out {out}" in message and len(message.splitlines()) == 1
 
 
 def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch):
-    """Two ways are measured, the third fails: the file has two rows."""
+    """Two sharding modes are measured, the third fails: the file has two rows."""
     step = {
         "update/loss": 0.1,
         "time/update": 1.0,
@@ -100,13 +100,13 @@ def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch
         "memory/peak_gb": 1.0,
         "engine/logprob_gap_max": 0.0,
     }
-    left = iter([[step, step], [step, step]])
+    runs_that_succeed = iter([[step, step], [step, step]])
 
-    def train(config, overrides, out, ranks, say):
-        found = next(left, None)
-        if found is None:
+    def train(config, overrides, out, ranks, log):
+        metrics = next(runs_that_succeed, None)
+        if metrics is None:
             raise UserError("the run failed")
-        return found
+        return metrics
 
     monkeypatch.setattr(sharding, "train_recipe", train)
     with pytest.raises(SystemExit):
@@ -117,17 +117,17 @@ def test_a_comparison_keeps_the_runs_before_one_that_fails(tmp_path, monkeypatch
 
 
 def test_a_benchmarks_run_says_how_far_it_is(tmp_path, monkeypatch):
-    """Steps of a run in another process are read from its metrics."""
+    """The number of steps is read from the metrics that a run in another process writes."""
     script = "import pathlib, sys, time\nout = pathlib.Path(sys.argv[-1].removeprefix('out='))\nout.mkdir()\n"
     script += (
         "for step in range(3):\n    (out / 'metrics.jsonl').open('a').write('{}\\n')\n    time.sleep(0.15)\n"
     )
     script += "print('paceline: no such thing', file=sys.stderr)\nsys.exit(2 if 'fail' in sys.argv else 0)\n"
     monkeypatch.setattr(runs, "_launcher", lambda module, ranks: [sys.executable, "-c", script])
-    monkeypatch.setattr(runs, "_POLL", 0.02)
-    monkeypatch.setattr(runs, "_BETWEEN_LINES", 0.0)
-    said = []
-    runs.run_ranks("paceline.cli.rank", [], tmp_path / "run", 1, said.append)
-    assert [line for line in said if "step 2" in line] and "run" in said[0]
+    monkeypatch.setattr(runs, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runs, "_LOG_EVERY_SECONDS", 0.0)
+    lines = []
+    runs.run_ranks("paceline.cli.rank", [], tmp_path / "run", 1, lines.append)
+    assert [line for line in lines if "step 2" in line] and "run" in lines[0]
     with pytest.raises(UserError, match="failed: no such thing"):
-        runs.run_ranks("paceline.cli.rank", ["fail"], tmp_path / "other", 1, said.append)
+        runs.run_ranks("paceline.cli.rank", ["fail"], tmp_path / "other", 1, lines.append)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and compare like with like."""
+"""The studies run, and compare like with like."""
 
 import json
 import subprocess
@@ -9,9 +9,10 @@ import pytest
 
 from paceline.benchmarks.common.peers import Peers
 from paceline.benchmarks.decoding.decode_step import logprob_gap, profile_step, refresh_seconds
-from paceline.benchmarks.decoding.gpu import SHAPES, planned
+from paceline.benchmarks.decoding.gpu import SHAPES
+from paceline.benchmarks.decoding.plan import planned
 from paceline.benchmarks.training.learning import LearningRow, compare_learning
-from paceline.benchmarks.training.sharding import WAYS, compare_sharding
+from paceline.benchmarks.training.sharding import SHARDING_MODES, compare_sharding
 from paceline.rollout import Request, SamplingParams
 from tests.support import ROOT, tiny_llama
 
@@ -55,19 +56,22 @@ def test_the_same_learning_in_numbers():
     """
     speculating = [LearningRow("a", 0.6, 50.0, 10.0, 20.0), LearningRow("b", 0.8, 40.0, 10.0, 20.0)]
     plain = [LearningRow("c", 0.5, 52.0, 20.0, 30.0), LearningRow("d", 0.8, 40.0, 20.0, 30.0)]
-    found = compare_learning(speculating, plain)
-    assert found.reward_difference == pytest.approx(0.05) and found.reward_error == pytest.approx(0.05)
-    assert found.length_difference == pytest.approx(-1.0) and found.length_error == pytest.approx(1.0)
-    assert (found.rollout_ratio, found.step_ratio, found.bound, found.limit) == pytest.approx(
-        (2.0, 1.5, 1.5, 3.0)
-    )
+    c = compare_learning(speculating, plain)
+    assert c.reward_difference == pytest.approx(0.05) and c.reward_error == pytest.approx(0.05)
+    assert c.length_difference == pytest.approx(-1.0) and c.length_error == pytest.approx(1.0)
+    assert (
+        c.rollout_ratio,
+        c.step_ratio,
+        c.bound,
+        c.limit,
+    ) == pytest.approx((2.0, 1.5, 1.5, 3.0))
 
 
 @pytest.mark.slow
-def test_every_way_that_weights_can_lie_is_measured(tmp_path):
+def test_every_sharding_mode_is_measured(tmp_path):
     options = ["steps=2", "measure.plain_every=0"]
-    rows = compare_sharding(Path("configs/tiny.yaml"), options, tmp_path, ranks=2, say=lambda line: None)
-    assert [row.way for row in rows] == list(WAYS)
+    rows = compare_sharding(Path("configs/tiny.yaml"), options, tmp_path, ranks=2, log=lambda line: None)
+    assert [row.way for row in rows] == list(SHARDING_MODES)
     assert all(row.loss_gap < 1e-3 and row.logprob_gap < 1e-4 for row in rows)
     assert all((row.gather > 0) == (row.way != "replicated") for row in rows)
 
@@ -100,7 +104,7 @@ def test_the_gpu_benchmark_says_what_it_needs():
         capture_output=True,
         text=True,
         check=False,
-        env={"CUDA_VISIBLE_DEVICES": ""},
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr

@@ -87,7 +87,7 @@ def test_bounds_are_between_rounding_and_faults(monkeypatch):
 
 @pytest.mark.slow
 def test_bounds_on_a_pretrained_policy(monkeypatch):
-    """Prints the table of benchmarks/versions.md with ``-s``."""
+    """Prints the table of docs/versions.md with ``-s``."""
     found = gaps(load_policy(fetch_policy(SMOLLM2)), monkeypatch)
     print("\n" + "\n".join(f"{name}: {gap:.2g}" for name, gap in found.items()))
     check(found)

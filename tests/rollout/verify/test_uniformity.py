@@ -1,7 +1,8 @@
 """p-values of the losslessness tests over 1000 seeds are uniform: neither a small bias nor an insensitive
 test would be.
 
-On demand: ``pytest -m slow tests/rollout/verify/test_uniformity.py`` writes ``benchmarks/p_values.png`` anew.
+On demand: ``pytest -m slow tests/rollout/verify/test_uniformity.py`` writes
+``benchmarks/results/p_values.png`` anew.
 """
 
 import matplotlib
@@ -42,5 +43,5 @@ def plot(values: dict[str, list[float]]) -> None:
         ax.axhline(len(ps) / 20, color="grey", lw=0.8)
         ax.set_title(f"{name}\nKS p = {stats.kstest(ps, 'uniform').pvalue:.2f}", fontsize=8)
     figure.tight_layout()
-    figure.savefig(ROOT / "benchmarks" / "p_values.png")
+    figure.savefig(ROOT / "benchmarks" / "results" / "p_values.png")
     plt.close(figure)
