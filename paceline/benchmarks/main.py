@@ -48,8 +48,6 @@ from paceline.benchmarks.common.results import check_target
 from paceline.rl.errors import user_errors
 from paceline.rl.process.console import say_first
 
-NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
-
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Runs a benchmark.
@@ -205,7 +203,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
 
 
 def add_length_commands(commands: Any) -> None:
-    rewards = sorted(path for path in Path("configs/length").glob("*.yaml") if path.stem not in NOT_REWARDS)
+    rewards = sorted(Path("configs/length/rewards").glob("*.yaml"))
     lengths = commands.add_parser("lengths", help="length-aware rewards beside plain GRPO")
     lengths.add_argument(
         "--base", type=Path, default=Path("configs/length/verbose.yaml"), help="the recipe of plain GRPO"
