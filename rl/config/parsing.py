@@ -28,7 +28,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         override: ``key.sub=value``; the value is parsed as YAML.
 
     Raises:
-        UserError: The override has no ``=``, or a key before the last names a value instead of a section.
+        UserError: The override has no ``=``, a key before the last names a value instead of a section, or
+            the value is not valid YAML.
     """
     key, separator, value = override.partition("=")
     if not separator or not key:
@@ -41,7 +42,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             path = ".".join(parents[:depth])
             raise UserError(f"override {override!r}: {path} is a value, not a section; write {path}=VALUE")
-    data[last] = yaml.safe_load(value)
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML; check its brackets and quotes, and quote it for the shell"
+        ) from None
 
 
 def parse(kind: type[T], data: dict[str, Any], where: str, prefix: str = "") -> T:

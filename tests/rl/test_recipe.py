@@ -52,7 +52,8 @@ TINY = "configs/tiny.yaml"
         ("task.datasets=[{nam: chain_sum}]", "did you mean task.datasets[0].name"),
         ("policy=3", "write a section"),
         ("steps", "write key=value"),
-        ("steps.deep=1", "is a value, not a section"),
+        ("steps.deep=1", "steps is a value, not a section; write steps=VALUE"),
+        ("length.rewards=[{", "the value is not valid YAML"),
     ],
 )
 def test_errors_name_the_key(override, says):
