@@ -46,7 +46,8 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         data[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(
-            f"override {override!r}: the value is not valid YAML; check its brackets and quotes, and quote it for the shell"
+            f"override {override!r}: the value is not valid YAML; check its brackets and quotes, and "
+            "quote it for the shell"
         ) from None
 
 
