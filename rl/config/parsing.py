@@ -75,6 +75,11 @@ def parse(kind: type[T], data: dict[str, Any], where: str, prefix: str = "") -> 
 
 
 def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    """Converts a value to a key's type, item by item in lists.
+
+    Raises:
+        UserError: The value has the wrong type, or is none of the words that the key allows.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -106,6 +111,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _scalar(hint: Any, origin: Any, value: Any, where: str, key: str) -> Any:
+    """Converts a number, text, bool or mapping."""
     wanted = origin or hint
     if wanted is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as text
         with contextlib.suppress(ValueError):

@@ -36,7 +36,8 @@ class SpeculationConfig:
     tree: Literal["dynamic", "opt_tree", "dyspec", "static"] = "dynamic"
     """Construction of trees by model-based drafters: ``dynamic`` (EAGLE-2, arXiv 2406.16858) and ``opt_tree``
     (OPT-Tree, arXiv 2406.17276) need ``draw: likeliest``, ``dyspec`` (DySpec, arXiv 2410.11744) needs
-    ``draw: without_replacement``, ``static`` (a fixed shape) either way of drawing."""
+    ``draw: without_replacement``, ``static`` (a fixed shape) needs one of
+    the sampling choices of ``draw``."""
 
     draw: Literal["likeliest", "replacement", "without_replacement"] = "likeliest"
     """How model-based drafters choose tokens: the ``likeliest`` ones, or sampled from their distribution,
