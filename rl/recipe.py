@@ -1,4 +1,9 @@
-"""A recipe: from its YAML file to typed values that fit each other."""
+"""Loads a recipe: from a YAML file to typed values that are checked against each other.
+
+Five files are on the way: config/paths.py finds the file, this one reads it and its bases,
+config/parsing.py applies overrides and builds config/run.py (with a file for each section), and
+validation/recipe.py (likewise) checks the values.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +14,26 @@ from typing import Any
 import yaml
 
 from paceline.rl.config.parsing import apply_override, parse
-from paceline.rl.config.paths import shipped_folder, shipped_or_own
+from paceline.rl.config.paths import shipped_folder, shipped_or_own, shipped_recipes
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.validation.recipe import check
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a recipe.
+    """Loads a recipe.
 
     Args:
-        path: A YAML file, or the name of a recipe that ships. Its key ``base`` may name another one, from its
-            own directory, whose keys it takes over and overrides.
-        overrides: ``key.sub=value`` each, values as YAML.
+        path: A YAML file, or the name of a recipe that ships. Its key ``base`` may name another recipe,
+            relative to the file, whose keys it takes over and overrides.
+        overrides: Texts ``key.sub=value``; values are parsed as YAML.
+
+    Returns:
+        The recipe, with defaults for all keys that it does not name.
 
     Raises:
-        UserError: one line that names the file and key.
+        UserError: The recipe cannot be read, has an unknown key or a value of a wrong type, or its values
+            contradict each other. One line names the file or key and what to write.
     """
     data = _read(shipped_or_own(path), ())
     for override in overrides:
@@ -34,27 +43,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    if path in below:
-        raise UserError(f"{path}: its base leads back to itself")
+def _read(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """Reads a recipe and merges it into its bases.
+
+    Args:
+        path: The recipe's file.
+        derived: Recipes that have this one as a base, to detect a cycle.
+
+    Raises:
+        UserError: The file is missing, not a YAML mapping, or a base of itself.
+    """
+    if path in derived:
+        raise UserError(f"{path}: its base leads back to itself; leave one base out")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no such recipe; those that ship are in {shipped_folder()}"
-        ) from None
+        raise UserError(f"{path}: there is no such recipe; {_proposal(path)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {type(data).__name__}")
     base = data.pop("base", None)
-    return data if base is None else _over(_read(path.parent / str(base), (*below, path)), data)
+    return data if base is None else _merged(_read(path.parent / str(base), (*derived, path)), data)
 
 
-def _over(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the keys of ``data`` in place of its own, section by section."""
+def _proposal(path: Path) -> str:
+    """Returns what to write for a recipe that does not exist: one that ships with the same last name."""
+    alike = [name for name in shipped_recipes() if Path(name).name == path.stem]
+    return f"did you mean {alike[0]}?" if alike else f"those that ship are in {shipped_folder()}"
+
+
+def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``base`` with the keys of ``data`` over its own, section by section."""
     merged = dict(base)
     for key, value in data.items():
         below = merged.get(key)
-        merged[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged

@@ -33,7 +33,7 @@ from paceline.rollout.native.build import SOURCE
 
 assert "site-packages" in rl.__file__, rl.__file__
 assert SOURCE.is_file() and SOURCE.with_name("tiles.h").is_file()
-assert load_config("quickstart").steps == 20 and load_config("length/pear").length.rewards
+assert load_config("quickstart").steps == 20 and load_config("length/rewards/pear").length.rewards
 assert pathlib.Path(rl.__file__).parents[1].joinpath("py.typed").is_file()
 """
 

@@ -1,3 +1,1 @@
-"""A recipe as types: one file a section, and what reads them from a mapping. Importing them loads no
-torch.
-"""
+"""The typed recipe, a file for each YAML section, and the parser that fills it; none of them loads torch."""

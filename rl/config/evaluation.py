@@ -1,4 +1,4 @@
-"""The evaluation section: problems that the run is not trained on."""
+"""The ``evaluation`` section: problems that the run is not trained on."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EvaluationConfig:
-    """Problems that the run is not trained on: from ``path``, else the share that ``task.heldout`` sets
-    aside, else others that reasoning-gym makes. They are asked every ``eval_every`` steps, and by ``paceline
-    evaluate``.
+    """Problems that the run is not trained on, for ``eval_every`` and ``paceline evaluate``.
+
+    They come from ``path``, else from the share that ``task.heldout`` sets aside, else from reasoning-gym
+    with another seed.
     """
 
     path: str | None = None
-    """A file or data set of its own, read as ``task`` is; null takes the others."""
+    """File or data set of its own, read with the keys of ``task``; null takes held-out or generated
+    problems."""
+
     split: str | None = None
-    """Of a Hugging Face data set in ``path``, such as ``test``; null takes ``task.split``."""
+    """Split of a Hugging Face data set in ``path``, such as ``test``; null takes ``task.split``."""
+
     prompts: int = 64
-    """Problems of an evaluation within the run, at most."""
+    """Largest number of problems in an evaluation during the run; at least 1."""
+
     samples: int = 1
-    """Completions of each."""
+    """Number of completions of each problem; at least 1."""
+
     temperature: float | None = None
-    """Of these completions; null takes the rollouts', 0 is greedy."""
+    """Sampling temperature of these completions; 0 is greedy, null takes ``rollout.temperature``."""

@@ -1,4 +1,4 @@
-"""The length section: how long completions should be, are expected to be, and when that goes wrong."""
+"""The ``length`` section: length-aware rewards, length prediction, and the collapse guard."""
 
 from __future__ import annotations
 
@@ -8,61 +8,84 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class GuardConfig:
-    """Watches for a collapse of accuracy or entropy, such as length penalties can cause."""
+    """Watches for a collapse of accuracy or entropy, which length penalties can cause."""
 
     action: Literal["warn", "stop", "off"] = "warn"
-    """``warn`` says it in one line, ``stop`` ends the run after that step with its checkpoint kept, ``off``
-    does not look."""
+    """Reaction to a collapse: ``warn`` logs one line, ``stop`` ends the run after that step and keeps its
+    checkpoint, ``off`` does not look for one."""
+
     window: int = 5
-    """Steps that are averaged."""
+    """Number of steps that are averaged; at least 1."""
+
     accuracy_fall: float = 0.5
-    """Share of the best window's accuracy whose loss is a collapse."""
+    """Share of the best window's accuracy whose loss counts as a collapse, in (0, 1]."""
+
     entropy_floor: float = 0.0
-    """Entropy of a token, in nats, under which it has collapsed; 0 does not look at it."""
+    """Entropy per token, in nats, below which entropy has collapsed; 0 does not check it."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnytimeConfig:
-    """Answers demanded of cut thoughts (AnytimeReasoner), for ``update.advantage: brpo``."""
+    """Answers to truncated thoughts, for ``update.advantage: brpo`` (AnytimeReasoner, arXiv 2505.13438)."""
 
     budgets: tuple[int, ...] = (16, 32, 64)
-    """Tokens after which thought is cut, ascending."""
+    """Numbers of tokens after which a thought is truncated; ascending, from 1 to below
+    ``rollout.max_tokens``."""
+
     weights: tuple[float, ...] = ()
-    """How much each budget counts, and the whole completion after them; empty for all alike."""
+    """Weight of each budget, and last that of the whole completion; one more than ``budgets``, each above 0.
+    Empty weights all alike."""
+
     answers: int = 2
-    """Drawn at each cut."""
+    """Number of answers sampled at each truncation; at least 2, because they are compared with each other."""
+
     answer_tokens: int = 12
-    """Most tokens of such an answer."""
+    """Largest number of tokens of such an answer; at least 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthConfig:
-    """Length-aware rewards and what they read. configs/length/ has a recipe of each; docs/length.md
-    says when to take which.
+    """Length-aware rewards and what they need.
+
+    configs/length/rewards/ has a recipe for each; docs/length.md says when to use which.
     """
 
     rewards: tuple[dict[str, Any], ...] = ()
-    """Terms by name, with their parameters, applied one after the other to the task's rewards: ``l1_exact``,
-    ``l1_max``, ``overlong``, ``target``, ``hbpo``, ``grpo_lambda``, ``shorter_better``, ``alp``, ``pear``,
-    ``linear``."""
+    """Length-aware reward terms, such as ``{name: overlong, cache: 64}``, applied in this order to the task's
+    rewards, each at most once: ``l1_exact``, ``l1_max``, ``overlong``, ``target``, ``hbpo``, ``grpo_lambda``,
+    ``shorter_better``, ``alp``, ``pear``, ``linear``. The classes in rl/rewards/ document their
+    parameters."""
+
     correct_from: float = 1.0
-    """Task reward from which on a completion counts as correct."""
+    """Task reward from which a completion counts as correct, for terms that treat correct ones
+    differently."""
+
     budgets: tuple[int, ...] = ()
-    """Tokens that completions are asked for; empty asks for none."""
+    """Numbers of tokens that prompts ask for, each from 1 to ``rollout.max_tokens``; empty asks for none."""
+
     budget_of: Literal["subgroup", "prompt"] = "subgroup"
-    """Whether each ``subgroup`` of a prompt's samples has one of the budgets, or each ``prompt`` draws one
-    for all."""
+    """How ``budgets`` are assigned: ``subgroup`` divides each prompt's samples into one subgroup for each
+    budget, so ``rollout.group_size`` must be a multiple of their number; ``prompt`` draws one budget for all
+    samples of a prompt."""
+
     budget_prompt: str = "Think for {budget} tokens."
-    """What is added to the question, with {budget} in it."""
+    """Sentence that is appended to the question if there are ``budgets``; it must contain ``{budget}``."""
+
     predictor: Literal["observed", "prod_d", "prod_m", "one_shot"] = "observed"
-    """What tells the scheduler how long completions will be: ``observed`` (means of earlier ones), or a head
-    on the policy's prompt states, trained online: ``prod_d``, ``prod_m``, ``one_shot``
-    (`paceline.rl.lengths.predictor`)."""
+    """Source of the completion lengths that the scheduler expects. ``observed``: means of earlier
+    completions. The others are heads on the policy's hidden state at the end of the prompt, trained online
+    (ProD, arXiv 2604.07931): ``prod_d`` on the distribution of a group's lengths, ``prod_m`` on their median,
+    ``one_shot`` on a single sample, for comparison."""
+
     quantile: float = 0.9
-    """Of the predicted distribution that is planned with."""
+    """Quantile of the predicted length distribution that the scheduler plans with, in (0, 1). ``prod_m``
+    predicts only the median and does not use it."""
+
     anytime: AnytimeConfig | None = None
-    """Demand answers of cut thoughts, too; null does not."""
+    """Truncate thoughts at budgets and train on the answers given there; null does not."""
+
     answer: str = "Answer:"
-    """Text after which the answer begins, and thinking ends."""
+    """Text that ends the thinking and begins the answer."""
+
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """Against collapse."""
+    """Detection of a collapse of accuracy or entropy."""

@@ -1,4 +1,4 @@
-"""The measure section: what is measured beside the run."""
+"""The ``measure`` section: measurements beside the training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MeasureConfig:
-    """What is measured beside the run: every ``plain_every`` steps the same requests are decoded again
-    without speculation, for a paired ratio; 0 never does.
-    """
+    """Measurements beside the training, which cost time but do not change it."""
 
     plain_every: int = 0
+    """RL steps between two steps whose requests are decoded again without speculation, for a paired speed
+    ratio and a check that the tokens are the same; 0 never does."""

@@ -1,4 +1,4 @@
-"""The policy section: which policy, its precision, and a warm-up."""
+"""The ``policy`` section: the model that is trained, its precision, and its supervised warm-up."""
 
 from __future__ import annotations
 
@@ -8,30 +8,44 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class WarmupConfig:
-    """Supervised warm-up on worked solutions, before a run or by ``paceline warmup``; it is cached."""
+    """Supervised warm-up on worked solutions of ``task.datasets``.
+
+    It takes place before a run or by ``paceline warmup``, and its result is cached.
+    """
 
     examples: int = 1000
-    """Worked solutions, each seen once."""
+    """Number of worked solutions, each used once."""
+
     batch_size: int = 16
-    """Solutions of one optimizer step."""
+    """Number of solutions in one optimizer step."""
+
     lr: float = 1e-4
-    """Peak learning rate (linear decay to zero, short linear rise)."""
+    """AdamW's peak learning rate: it rises linearly over the first tenth of the steps, then decays linearly
+    to zero."""
+
     seed: int = 1234
-    """Of the examples; they are drawn apart from the RL problems."""
+    """Seed of the examples; another than the run's, so that they are not the RL problems."""
+
     rechecks: float = 0.0
-    """Chance that a solution goes through its lines once more, and again: a policy that thinks longer than it
-    need, with lengths of a long tail, to try length-aware rewards on."""
+    """Probability that a solution goes through its lines once more, again after each time, in [0, 1). This
+    makes a policy that thinks longer than it needs to, with a long tail of lengths, to try length-aware
+    rewards on."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The policy."""
+    """The model that is trained."""
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    """A local directory, a Hugging Face id, or ``tiny-llama`` or ``small-llama`` (made on the spot)."""
+    """Local directory or Hugging Face id, or ``tiny-llama`` or ``small-llama``, which are created with random
+    weights."""
+
     warmup: WarmupConfig | None = None
-    """Warm the policy up first; null trains it as it is."""
+    """Supervised warm-up before the run; null trains the model as it is."""
+
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass, which saves memory and costs one more forward pass."""
+
     mixed_precision: Literal["bf16", "no"] = "bf16"
-    """``bf16`` or ``no``; parameters are float32 either way."""
+    """Precision of training's matrix products: ``bf16`` autocasts them, ``no`` computes in float32.
+    Parameters are float32 with both."""

@@ -1,4 +1,4 @@
-"""The rollout section: what a step samples, and who decodes it."""
+"""The ``rollout`` section: what a step samples, and which engine decodes it."""
 
 from __future__ import annotations
 
@@ -8,69 +8,94 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class TreeConfig:
-    """Samples of a prompt that share their beginnings (TreePO)."""
+    """Samples of a prompt that share prefixes (TreePO, arXiv 2508.17445, section 2)."""
 
     segment_tokens: int = 32
-    """Tokens between two places where a sample may branch."""
+    """Number of tokens between two places where a sample may branch; at least 1."""
+
     roots: int = 2
-    """Samples that begin at the prompt."""
+    """Number of samples that start at the prompt, from 1 to ``rollout.group_size``."""
+
     width: int = 2
-    """Branches of a place, at most."""
+    """Largest number of branches that leave one place; at least 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """Rollouts by vLLM in place of the engine, which then only reads what was drawn, for the drafter
-    (docs/serving.md).
+    """Rollouts by vLLM instead of the engine (docs/serving.md).
 
-    Drafts come from the EAGLE-3 drafter of ``drafter.start``, which goes on learning; vLLM takes a drafter at
-    its start only.
+    The engine then only reads the sampled tokens, to train the drafter. Drafts come from the EAGLE-3 drafter
+    in ``drafter.start``, whose training continues; vLLM loads a drafter only at its start.
     """
 
     servers: tuple[str, ...] = ()
-    """URLs of servers, started by ``paceline serve RUN --exchange DIRECTORY``; empty runs vLLM in the process
-    of a rank alone."""
+    """URLs of servers started by ``paceline serve RUN --exchange DIRECTORY``; empty runs vLLM inside the
+    process of a single rank."""
+
     exchange: str | None = None
-    """That directory, which this machine and the servers see: new weights go through it, and it holds the
-    token that servers ask for. Null takes the run's own, without servers."""
+    """Directory through which new weights reach the servers, shared by this machine and theirs; it also holds
+    the servers' access token. Required with ``servers``; null without them takes a directory of the run."""
+
     depth: int = 4
-    """Most draft tokens of a step."""
+    """Largest number of draft tokens in one decode step; at least 1."""
+
     options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of ``vllm.LLM``, without servers."""
+    """Further arguments of ``vllm.LLM``, without ``servers``."""
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutConfig:
-    """How rollouts are made."""
+    """How many completions a step samples, how, and by which engine."""
 
     prompts_per_step: int = 8
-    """Prompts of one RL step over all ranks; a multiple of the number of ranks."""
+    """Number of prompts in one RL step over all ranks; a multiple of the number of ranks."""
+
     group_size: int = 8
-    """Samples of each prompt."""
+    """Number of samples of each prompt; at least 2, because advantages compare them."""
+
     max_tokens: int = 256
-    """Longest completion."""
+    """Largest number of tokens of a completion; at least 1."""
+
     max_context: int = 512
-    """Longest prompt and completion together."""
+    """Largest number of tokens of prompt and completion together; above ``max_tokens``."""
+
     max_slots: int = 32
-    """Sequences a rank decodes together. temperature, top_k, top_p: Sampling; training uses the temperature,
-    so RL wants top_k 0 and top_p 1."""
+    """Largest number of sequences that a rank decodes at a time."""
+
     temperature: float = 1.0
+    """Sampling temperature; above 0. The trainer divides logits by it too, so that log-probs match."""
+
     top_k: int = 0
+    """Number of likeliest tokens to sample from; 0 samples from all. The trainer's log-probs do not account
+    for it, so RL should keep 0."""
+
     top_p: float = 1.0
+    """Probability mass of the likeliest tokens to sample from (nucleus sampling), in (0, 1]; 1 samples from
+    all. The trainer's log-probs do not account for it, so RL should keep 1."""
+
     stop_strings: tuple[str, ...] = ()
-    """Completions also end with these; special tokens such as ``<|im_end|>`` count by their text."""
+    """Strings that end a completion, beside the end-of-sequence tokens; special tokens such as ``<|im_end|>``
+    count by their text."""
+
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The engine's arithmetic."""
+    """Data type of the engine's weights and KV cache."""
+
     kv_memory_gb: float | None = None
-    """Limit of a rank's KV cache; null for the free memory."""
+    """Limit of a rank's KV cache, in GB (10⁹ bytes); above 0. Null takes the free memory, up to what
+    ``max_slots`` sequences of ``max_context`` tokens need."""
+
     resample: int = 0
-    """Rounds of further prompts, one for each group of a rank whose rewards are all alike and say nothing;
-    such groups then stay out of the loss (DAPO's dynamic sampling)."""
+    """Largest number of rounds of further prompts, in each of which a rank asks one for every group with
+    equal rewards, which has no gradient. Such groups are left out of the loss (dynamic sampling: DAPO, arXiv
+    2503.14476); 0 does not resample. Only with ``update.advantage`` ``group`` or ``rloo``."""
+
     segment_tokens: int | None = None
-    """Tokens of each sequence in a step, at most; what is unfinished is carried to the next step and trained
-    on with its group, once all of that is over (UloRL's segment rollouts). Null decodes every completion to
-    its end."""
+    """Largest number of tokens that each sequence decodes in one step. Unfinished sequences continue in the
+    next step, and a group is trained on once all of its samples are finished (segment rollouts: UloRL, arXiv
+    2507.19766, section 3.1); at least 1. Null decodes every completion to its end."""
+
     tree: TreeConfig | None = None
-    """Let samples share their beginnings; null draws them apart."""
+    """Samples of a prompt share prefixes; null samples them independently."""
+
     vllm: VllmConfig | None = None
-    """Let vLLM decode; null decodes with the engine."""
+    """vLLM decodes the rollouts; null decodes them with Paceline's engine."""

@@ -1,4 +1,4 @@
-"""A whole recipe."""
+"""The recipe: the top-level keys and one attribute for each section."""
 
 from __future__ import annotations
 
@@ -21,36 +21,71 @@ from paceline.rl.config.update import UpdateConfig
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """A recipe."""
+    """A recipe.
+
+    Its file may also have the key ``base``: another recipe, relative to the file, whose keys it takes over
+    and overrides section by section.
+    """
 
     out: str = "runs/run"
     """Directory of the run."""
+
     seed: int = 0
-    """Every random number follows from it."""
+    """Seed from which every random number of the run follows, apart from ``policy.warmup.seed``."""
+
     steps: int = 10
-    """RL steps."""
+    """Number of RL steps; at least 1."""
+
     save_every: int = 5
-    """Steps between checkpoints (the last step is always saved)."""
+    """RL steps between two checkpoints; at least 1. The last step is always saved."""
+
     keep_last: int = 1
-    """Checkpoints of the last saves to keep; those before the last one are in ``checkpoints/step-N``."""
+    """Number of checkpoints to keep; at least 1. With more than 1 they are in ``checkpoints/step-N``, and the
+    last one is also in ``checkpoint``."""
+
     keep_best: bool = False
-    """Keep the checkpoint of the best evaluation in ``checkpoints/best``."""
+    """Also keep the checkpoint with the best evaluation, in ``checkpoints/best``; needs ``eval_every``."""
+
     eval_every: int = 0
-    """Steps between evaluations, of which the last step always has one; 0 never evaluates."""
+    """RL steps between two evaluations, and one after the last step; 0 never evaluates."""
+
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Model that is trained, its precision, and its warm-up."""
+
     task: TaskConfig = field(default_factory=TaskConfig)
+    """Problems and rewards."""
+
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling of completions."""
+
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    """Speculative decoding of rollouts."""
+
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    """Algorithm, loss and optimizer."""
+
     length: LengthConfig = field(default_factory=LengthConfig)
+    """Length-aware rewards, length prediction, and the collapse guard."""
+
     critic: CriticConfig = field(default_factory=CriticConfig)
+    """PPO's critic."""
+
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    """EAGLE-3 drafter and its training."""
+
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Sharding over ranks, and low-rank adapters."""
+
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    """Measurements beside the training."""
+
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Problems that the run is not trained on."""
+
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Experiment trackers."""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain data, as it would be written in YAML."""
+    """Returns the recipe as plain data, as it would be written in YAML."""
     return asdict(config)

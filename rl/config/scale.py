@@ -1,4 +1,4 @@
-"""The scale section: how the policy is spread over ranks, and adapters."""
+"""The ``scale`` section: how training is distributed over ranks, and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -7,37 +7,48 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """Low-rank adapters on the policy's linear layers (Hu et al., arXiv 2106.09685), through peft; all else
-    stays as it is.
+    """Low-rank adapters on the policy's linear layers (LoRA, arXiv 2106.09685), through peft.
+
+    All other parameters are frozen.
     """
 
     rank: int = 16
-    """Of an adapter."""
+    """Rank r of each adapter; at least 1."""
+
     alpha: int = 32
-    """It is scaled by alpha / rank."""
+    """Scale of the adapters: the update B A is multiplied by alpha / rank; above 0."""
+
     targets: tuple[str, ...] = ()
-    """Names of the layers; empty takes every linear layer of the decoder."""
+    """Names of the layers that get an adapter, such as ``q_proj``; empty takes every linear layer of the
+    decoder."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleConfig:
-    """How ranks share what is trained. By default each holds the whole policy, and gradients are averaged
-    (DDP).
+    """How ranks share the training.
+
+    By default each rank holds the whole policy, and gradients are averaged (DDP).
     """
 
     deepspeed: str | None = None
-    """DeepSpeed's JSON file, for ZeRO; configs/deepspeed/ has one a stage. Keys that the recipe decides are
-    refused."""
+    """DeepSpeed JSON file, for ZeRO; configs/deepspeed/ has one for each stage. It must leave out what the
+    recipe decides, such as the optimizer and batch sizes. Not with ``fsdp2``."""
+
     fsdp2: bool = False
-    """Shard by PyTorch's ``fully_shard``."""
+    """Shard the policy with PyTorch's ``fully_shard`` (FSDP2). Not with ``deepspeed``."""
+
     lora: LoraConfig | None = None
-    """Train adapters alone; null trains every parameter."""
+    """Train only low-rank adapters; null trains every parameter."""
+
     balance: bool = True
-    """Spread a step's tokens evenly over the ranks before the update, whoever decoded them."""
+    """Redistribute a step's samples before the update, so that ranks have about equal compute, whichever rank
+    decoded them."""
+
     timeout_minutes: float = 30.0
-    """A rank that waits longer for another ends the job; ``--resume`` goes on from the last checkpoint."""
+    """Minutes that a rank waits for another before the job ends; above 0. ``--resume`` continues from the
+    last checkpoint."""
 
     @property
     def sharded(self) -> bool:
-        """Whether a way of sharding was chosen, and not that each rank holds the whole policy."""
+        """Whether the policy is sharded, by DeepSpeed or FSDP2, instead of held whole by each rank."""
         return self.fsdp2 or self.deepspeed is not None

@@ -1,4 +1,4 @@
-"""The tracking section: where metrics go besides ``metrics.jsonl``."""
+"""The ``tracking`` section: where metrics go besides ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class TrackingConfig:
-    """Metrics always go to ``metrics.jsonl``; these add to it."""
+    """Experiment trackers beside ``metrics.jsonl``, which is always written."""
 
     wandb: Literal["offline", "online", "disabled"] = "disabled"
+    """Mode of Weights & Biases: ``offline`` writes to the run's directory, ``online`` uploads."""
+
     wandb_project: str = "paceline"
+    """Weights & Biases project."""
+
     tensorboard: bool = False
+    """Write TensorBoard event files to the run's directory."""

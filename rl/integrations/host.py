@@ -29,7 +29,7 @@ from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.process.files import read_object, write_whole
 from paceline.rl.types import RankRollouts
-from paceline.rl.validation.speculation import check_drafting
+from paceline.rl.validation.recipe import check_decoding
 from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
 
 _SECTIONS = {"speculation", "drafter", "rollout", "measure"}
@@ -72,7 +72,7 @@ def host_config(options: Mapping[str, Any], from_host: Mapping[str, Any], alone:
             "paceline: drafter.reward_weight needs rewards, which the trainer computes after the rollouts: "
             "remove it"
         )
-    check_drafting(config)
+    check_decoding(config)
     return config
 
 

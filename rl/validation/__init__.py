@@ -1,1 +1,1 @@
-"""Which values of a recipe contradict each other."""
+"""Checks that a recipe's values make sense together, a file for each section."""

@@ -15,14 +15,10 @@ from paceline.benchmarks.common.runs import finished_run, mean, quarters
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
 
-# recipes in configs/length that change the schedule or the task instead of the reward
-_NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     folder = Path("configs/length")
-    rewards = sorted(path for path in folder.glob("*.yaml") if path.stem not in _NOT_REWARDS)
+    rewards = sorted((folder / "rewards").glob("*.yaml"))
     parser.add_argument("--base", type=Path, default=folder / "verbose.yaml", help="recipe of plain GRPO")
     parser.add_argument(
         "--recipes", type=Path, nargs="+", default=rewards, help="recipes with a length-aware reward"

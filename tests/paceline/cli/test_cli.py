@@ -96,7 +96,7 @@ def test_recipes_that_ship_have_names(tmp_path, monkeypatch):
     """Also away from the checkout, as with an installed wheel."""
     monkeypatch.chdir(tmp_path)
     assert load_config("quickstart") == load_config(ROOT / "configs" / "quickstart.yaml")
-    assert load_config("configs/length/pear.yaml") == load_config("length/pear")
+    assert load_config("configs/length/rewards/pear.yaml") == load_config("length/rewards/pear")
     found = runner.invoke(app, ["train", "tiny", "--dry-run", "out=runs/x"])
     assert found.exit_code == 0
     assert "tiny" in found.output

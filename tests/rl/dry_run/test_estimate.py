@@ -9,7 +9,8 @@ from paceline.rl.dry_run.description import describe, size
 from paceline.rl.dry_run.devices import Place, gpu_of, this_machine
 from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
 from paceline.rl.recipe import load_config
-from tests.support import ROOT, train_here
+from paceline.rollout.drafters.eagle3_model import parameter_count
+from tests.support import ROOT, tiny_eagle3, tiny_llama, train_here
 
 SEVEN = ROOT / "configs" / "zero3_8gpu.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -125,3 +126,38 @@ def test_the_command_takes_ranks_and_a_gpu(monkeypatch, capsys):
         and "of 80.00 GB (A100 80 GB)" in said
         and "100 steps without speculation" in said
     )
+
+
+def test_what_is_sharded_is_divided_by_the_ranks():
+    """Table 1 of the ZeRO paper, with 16 bytes a parameter of which 4 are weights, 4 gradients and 8
+    moments."""
+    policy = policy_config("tiny-llama")
+    trained = ("weights", "gradients", "Adam's moments")
+
+    def size(*scale: str) -> int:
+        found = estimate(load_config(TINY, scale), policy, 4, gpu_of(80))
+        return sum(found.size(what) for what in trained)
+
+    whole = size()
+    for stage, share in enumerate((16, 4 + 4 + 8 / 4, 4 + 12 / 4, 16 / 4)):
+        assert size(f"scale.deepspeed={ROOT}/configs/deepspeed/zero{stage}.json") == pytest.approx(
+            whole * share / 16, abs=4
+        )
+    assert size("scale.fsdp2=true") == pytest.approx(whole / 4, abs=4)
+    assert whole / 4 < size("scale.lora={rank: 1}") < whole / 2
+
+
+def test_the_estimate_of_a_known_shape():
+    """tiny-llama: its parameters counted by hand, and 16 bytes for each in training."""
+    config = load_config(ROOT / "configs" / "tiny.yaml")
+    attention, mlp = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128
+    parameters = 4 * (attention + mlp + 2 * 64) + 64
+    policy = policy_config("tiny-llama")
+    parameters += policy.vocab_size * 64 * (1 if policy.tie_word_embeddings else 2)
+    found = estimate(config, policy, 2, gpu_of(80))
+    assert [found.size(what) for what in ("weights", "gradients", "Adam's moments")] == [
+        4 * parameters
+    ] * 2 + [8 * parameters]
+    assert found.size("reference policy") == 4 * parameters
+    drafter = tiny_eagle3(tiny_llama())
+    assert parameter_count(drafter.config) == sum(p.numel() for p in drafter.parameters())

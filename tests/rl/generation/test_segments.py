@@ -143,9 +143,9 @@ def test_masked_tokens_leave_the_loss(tmp_path, monkeypatch):
     ("options", "says"),
     [
         (("rollout.segment_tokens=0",), "write at least 1, or null"),
-        (("rollout.segment_tokens=8", "rollout.resample=1"), "choose one"),
+        (("rollout.segment_tokens=8", "rollout.resample=1"), "cannot be combined"),
         (("rollout.segment_tokens=8", "measure.plain_every=2"), "measure.plain_every: 0"),
-        (("update.mask_mastered=2.0",), "must lie in"),
+        (("update.mask_mastered=2.0",), "write a probability"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, says):

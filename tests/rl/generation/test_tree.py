@@ -121,9 +121,9 @@ def test_the_trainer_learns_from_trees(tmp_path, monkeypatch):
     ("options", "says"),
     [
         (("update.advantage=tree",), "write rollout.tree"),
-        (("rollout.tree={width: 1}",), "width at least 2"),
-        (("rollout.tree={}", "rollout.segment_tokens=8"), "choose one"),
-        (("rollout.tree={}", "measure.plain_every=2"), "write 0 with rollout.tree"),
+        (("rollout.tree={width: 1}",), "width of at least 2"),
+        (("rollout.tree={}", "rollout.segment_tokens=8"), "cannot be combined"),
+        (("rollout.tree={}", "measure.plain_every=2"), "write measure.plain_every: 0"),
         (("rollout.tree={}", "update.advantage=gae"), "tree, group or rloo"),
         (("rollout.tree={}", "length.budgets=[4, 8]"), "budget_of: prompt"),
     ],

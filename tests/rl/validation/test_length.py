@@ -60,7 +60,7 @@ def runs(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((ROOT / "configs" / "length").glob("*.yaml")), ids=lambda path: path.stem
+    "recipe", sorted((ROOT / "configs" / "length").rglob("*.yaml")), ids=lambda path: path.stem
 )
 def test_every_length_recipe_is_valid(recipe):
     assert "valid" in describe(load_config(recipe), recipe, ranks=1, gpu=80)[0]
