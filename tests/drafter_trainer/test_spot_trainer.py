@@ -270,7 +270,7 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     assert "store cannot be reached" in a.take_problem()
     assert connect_store(1) is None
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("paceline.drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("paceline.drafter_trainer.coordinator._CONNECT_TIMEOUT_SECONDS", 1.0)
     assert connect_store(2) is None  # no store there: no training, no error
 
 
