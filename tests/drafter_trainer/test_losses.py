@@ -175,7 +175,9 @@ def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusal
         draft.advance()
         told.advance()
         told.advance()
-        torch.testing.assert_close(draft.logits_after_rejected()[0], told.logits(torch.tensor([position - 2]))[0])
+        torch.testing.assert_close(
+            draft.logits_after_rejected()[0], told.logits(torch.tensor([position - 2]))[0]
+        )
         losses = [
             unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, on_policy=w)).loss
             for w in (0.0, 1.0, 2.0)
