@@ -12,7 +12,7 @@ from paceline.rl.evaluation.evaluate import Evaluator
 from paceline.rl.lengths.guidance import (
     BudgetGuidance,
     RemainingLength,
-    Steps,
+    TokenStates,
     steps_of,
     train_remaining,
     watching,
@@ -32,7 +32,9 @@ def test_the_head_finds_a_gamma_distribution():
     torch.manual_seed(0)
     left = (torch.distributions.Gamma(4.0, 0.4).sample((4000,)) * torch.where(tokens == 1, 4.0, 1.0)).floor()
     head = RemainingLength(HIDDEN, torch.randn(2, HIDDEN, generator=g))
-    losses = train_remaining(head, Steps(torch.randn(4000, HIDDEN, generator=g), tokens, left), updates=300)
+    losses = train_remaining(
+        head, TokenStates(torch.randn(4000, HIDDEN, generator=g), tokens, left), updates=300
+    )
     assert losses[-1] < losses[0]
     states, tokens = torch.randn(200, HIDDEN, generator=g), torch.arange(200) % 2
     shape, rate = (x.detach() for x in head(states, tokens))
