@@ -78,13 +78,13 @@ class Coordinator:
         """Returns whether idle ranks may train now: enough are idle, and a busy one is still alive."""
         return self._idle_ranks() >= self._least_idle
 
-    def waits(self) -> bool:
+    def others_busy(self) -> bool:
         """Returns whether some rank is still busy and, as far as this rank knows, alive."""
         return self._idle_ranks() >= 0
 
     def wait_until_training(self) -> None:
         """Blocks until idle ranks may train, or no rank is busy any more."""
-        while self.waits() and not self.may_train():
+        while self.others_busy() and not self.may_train():
             time.sleep(_POLL_SECONDS)
 
     def take_problem(self) -> str | None:

@@ -96,7 +96,7 @@ def uniform_groups(rewards: Sequence[float], group_size: int) -> set[int]:
     return {number for number, group in enumerate(groups) if max(group) - min(group) < 1e-6}
 
 
-def penalties(
+def compute_kl_penalties(
     config: UpdateConfig,
     coefficient: float,
     logprobs: Sequence[torch.Tensor],

@@ -18,7 +18,7 @@ from paceline.rl.config.update import UpdateConfig
 from paceline.rl.learner.microbatches import packed_microbatches, packed_step, token_outputs
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.process.progress import Phase
-from paceline.rl.sharding import Trained
+from paceline.rl.sharding import TrainedModule
 from paceline.rl.types import TrainingSample
 
 
@@ -72,7 +72,7 @@ class PolicyUpdater:
     def __init__(
         self,
         accelerator: Accelerator,
-        trained: Trained,
+        trained: TrainedModule,
         config: UpdateConfig,
         temperature: float,
         longest: int,
@@ -132,7 +132,7 @@ class PolicyUpdater:
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
         return token_outputs(
-            lambda b: trained.bare(b, self._temperature)[0],
+            lambda b: trained.unwrapped(b, self._temperature)[0],
             samples,
             moving,
             budget,

@@ -38,7 +38,7 @@ class TokenStates:
     left: torch.Tensor
 
 
-def steps_of(rollouts: Sequence[Rollout]) -> TokenStates:
+def token_states(rollouts: Sequence[Rollout]) -> TokenStates:
     """Collects every sampled token of the rollouts that have traces."""
     states, tokens, left = [], [], []
     for rollout in rollouts:
@@ -126,7 +126,7 @@ class BudgetGuidance(LogitsProcessor):
         candidates: Number of likeliest tokens to weight.
 
     Attributes:
-        states: float [B, hidden], the latest inputs of the output head; set by `watching`.
+        states: float [B, hidden], the latest inputs of the output head; set by `recording_states`.
     """
 
     def __init__(self, head: RemainingLength, budget: int, prompt: int, candidates: int = 20) -> None:
@@ -145,7 +145,7 @@ class BudgetGuidance(LogitsProcessor):
 
 
 @contextmanager
-def watching(model: PreTrainedModel, guidance: BudgetGuidance) -> Iterator[None]:
+def recording_states(model: PreTrainedModel, guidance: BudgetGuidance) -> Iterator[None]:
     """Records the inputs of the model's output head in ``guidance.states`` while the context is open."""
 
     def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -9,19 +9,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from paceline.rl.config.scale import ScaleConfig
-from paceline.rl.sharding.base import AdamWSettings, Trained, trainable
-from paceline.rl.sharding.full_state import WholeState, whole_state
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.full_state import FullState, gather_full_state
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rl.sharding.settings import zero_stage
 
 __all__ = [
     "AdamWSettings",
-    "Trained",
-    "WholeState",
+    "FullState",
+    "TrainedModule",
+    "gather_full_state",
     "is_shared",
     "shard",
     "trainable",
-    "whole_state",
     "zero_stage",
 ]
 
@@ -33,7 +33,7 @@ def is_shared(scale: ScaleConfig) -> bool:
 
 def shard(
     module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, settings: AdamWSettings
-) -> Trained:
+) -> TrainedModule:
     """Wraps a module, and AdamW over its trainable parameters, as the scale section says. Collective.
 
     Args:

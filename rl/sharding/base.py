@@ -33,7 +33,7 @@ class AdamWSettings:
         return torch.optim.AdamW(trainable(module), lr=self.lr, weight_decay=self.weight_decay, **options)
 
 
-class Trained(ABC):
+class TrainedModule(ABC):
     """A wrapped module with its AdamW.
 
     Attributes:
@@ -47,7 +47,7 @@ class Trained(ABC):
     _optimizer: torch.optim.Optimizer
 
     @property
-    def bare(self) -> nn.Module:
+    def unwrapped(self) -> nn.Module:
         """The module without its wrapper, for forward passes without gradients."""
         return self.module
 
@@ -78,7 +78,7 @@ class Trained(ABC):
 
     @abstractmethod
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields the current full weights by their names in ``bare``; they are valid until the next step.
+        """Yields the current full weights by their names in ``unwrapped``; valid until the next step.
 
         Collective: every rank must exhaust the iterator.
 

@@ -14,13 +14,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from paceline.rl.errors import UserError
-from paceline.rl.sharding.base import AdamWSettings, Trained, trainable
-from paceline.rl.sharding.gathering import whole, whole_parameters
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.gathering import full_parameters, full_tensor
 from paceline.rl.sharding.optimizer_state import as_state, checked_moments
 
 
-class FullySharded(Trained):
-    """A module under FSDP2; see `paceline.rl.sharding.base.Trained`.
+class FullySharded(TrainedModule):
+    """A module under FSDP2; see `paceline.rl.sharding.base.TrainedModule`.
 
     A layer's weights are gathered while it computes, and gradients are scattered with every micro-batch.
 
@@ -61,7 +61,7 @@ class FullySharded(Trained):
 
     def step(self) -> float:
         """Clips and steps on this rank's partition."""
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
@@ -69,13 +69,13 @@ class FullySharded(Trained):
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the full weights, one gathered parameter at a time."""
-        return whole_parameters(self.module, wanted)
+        return full_parameters(self.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Gathers the full moments; only the main rank keeps them."""
         entries = []
         for p in self._parameters:
-            moments = {name: whole(value) for name, value in self._optimizer.state.get(p, {}).items()}
+            moments = {name: full_tensor(value) for name, value in self._optimizer.state.get(p, {}).items()}
             entries.append({name: moment.cpu() for name, moment in moments.items()} if self._main else {})
         return as_state(entries, self._optimizer.param_groups[0])
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from paceline.rl.sharding.base import Trained
+from paceline.rl.sharding.base import TrainedModule
 
 
 @dataclass(frozen=True, slots=True)
-class WholeState:
+class FullState:
     """What a checkpoint stores of a trained module.
 
     Attributes:
@@ -24,12 +24,14 @@ class WholeState:
     optimizer: dict[str, Any]
 
 
-def whole_state(weights: Iterator[tuple[str, torch.Tensor]], trained: Trained, main: bool) -> WholeState:
+def gather_full_state(
+    weights: Iterator[tuple[str, torch.Tensor]], trained: TrainedModule, main: bool
+) -> FullState:
     """Gathers full weights and the optimizer's state. Collective.
 
     Args:
-        weights: Iterator from `Trained.full_weights` of ``trained``.
+        weights: Iterator from `TrainedModule.full_weights` of ``trained``.
         trained: Module whose optimizer's state is gathered.
         main: Whether this rank keeps the weights; other ranks get none.
     """
-    return WholeState({name: tensor.cpu() for name, tensor in weights if main}, trained.optimizer_state())
+    return FullState({name: tensor.cpu() for name, tensor in weights if main}, trained.optimizer_state())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-def in_parts(module: nn.Module) -> bool:
+def is_partitioned(module: nn.Module) -> bool:
     """Returns whether a module's parameters are partitioned.
 
     DeepSpeed's ZeRO 3 marks such parameters, and those of ``fully_shard`` are `DTensor`s.
@@ -17,12 +17,12 @@ def in_parts(module: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
     """Returns a full tensor from its partitions. Collective if the tensor is partitioned."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+def full_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields full parameters one after the other; they are valid until the next step.
 
     Collective: every rank must exhaust the iterator.
@@ -41,7 +41,7 @@ def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterat
                 gathered = parameter.detach().clone()  # the parameter is partitioned again on exit
             yield name, gathered
         else:
-            yield name, whole(parameter.detach())
+            yield name, full_tensor(parameter.detach())
 
 
 def in_buckets(

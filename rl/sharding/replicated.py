@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from paceline.drafter_trainer.storage.optimizer_state import take_over_moments
-from paceline.rl.sharding.base import AdamWSettings, Trained
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule
 
 
-class Replicated(Trained):
-    """A module under DistributedDataParallel; see `paceline.rl.sharding.base.Trained`.
+class Replicated(TrainedModule):
+    """A module under DistributedDataParallel; see `paceline.rl.sharding.base.TrainedModule`.
 
     Args:
         module: Module to train.
@@ -29,7 +29,7 @@ class Replicated(Trained):
         self.module, self._optimizer = accelerator.prepare(module, settings.over(module, fused=True))
 
     @property
-    def bare(self) -> nn.Module:
+    def unwrapped(self) -> nn.Module:
         """The module without DistributedDataParallel."""
         module: nn.Module = self._accelerator.unwrap_model(self.module)
         return module
@@ -53,7 +53,7 @@ class Replicated(Trained):
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the module's own parameters, which are already full."""
-        for name, parameter in self.bare.named_parameters():
+        for name, parameter in self.unwrapped.named_parameters():
             if wanted(name):
                 yield name, parameter.detach()
 

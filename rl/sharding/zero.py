@@ -11,16 +11,16 @@ from accelerate import Accelerator
 from torch import nn
 
 from paceline.rl.errors import UserError
-from paceline.rl.sharding.base import AdamWSettings, Trained, trainable
-from paceline.rl.sharding.gathering import whole_parameters
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.gathering import full_parameters
 from paceline.rl.sharding.optimizer_state import as_state, checked_moments
 from paceline.rl.sharding.settings import read_settings, stage_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroSharded(Trained):
-    """A module under DeepSpeed, stages 0 to 3; see `paceline.rl.sharding.base.Trained`.
+class ZeroSharded(TrainedModule):
+    """A module under DeepSpeed, stages 0 to 3; see `paceline.rl.sharding.base.TrainedModule`.
 
     DeepSpeed accumulates gradients without counting micro-batches (``managed_gradient_accumulation: false``);
     `step` ends an optimizer step. Parameters stay float32 and the arithmetic is the run's autocast, so that a
@@ -90,7 +90,7 @@ class ZeroSharded(Trained):
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the full weights, one gathered parameter at a time."""
-        return whole_parameters(self._engine.module, wanted)
+        return full_parameters(self._engine.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Gathers the full moments; only the main rank keeps them."""
