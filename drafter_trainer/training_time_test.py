@@ -98,12 +98,9 @@ def unrolled_loss(
     alive = counted.clone()
     total = batch.taps.new_zeros(())
     weight_sum = 0.0
-    # row 0 is for sampled drafts, row 1 for drafts of likeliest tokens
-    survival = torch.ones(2, anchors, device=batch.anchor_index.device)
-    lengths = torch.ones(2, anchors, device=batch.anchor_index.device)
     drafting = counted.clone()
     surrogate = torch.ones(anchors, device=batch.anchor_index.device)
-    acceptance, likeliest = [], []
+    statistics = _AcceptanceStatistics(anchors, batch.anchor_index.device)
     draft = _Unroll(model, embed_tokens, batch)
     for step in range(objective.unroll):
         if step == 1 and objective.on_policy > 0 and len(batch.rejected_drafts):
@@ -118,15 +115,9 @@ def unrolled_loss(
         teacher, logits = batch.teacher[target[rows]], draft.logits(rows)
         q = torch.softmax(logits.float(), dim=-1)
         accepted = torch.minimum(q, teacher).sum(-1)
-        with torch.no_grad():
-            best = teacher.gather(1, q.argmax(-1, keepdim=True))[:, 0]
-            acceptance.append(float(accepted.mean()) if len(rows) else 0.0)
-            likeliest.append(float(best.mean()) if len(rows) else 0.0)
-            survival *= counted
-            survival[:, rows] *= torch.stack([accepted.detach(), best])
-            lengths += survival
-            if objective.mask_top is not None:
-                alive = _still_trained(alive, rows, logits, teacher, objective.mask_top)
+        statistics.add(counted, rows, accepted, teacher.gather(1, q.argmax(-1, keepdim=True))[:, 0])
+        if objective.mask_top is not None:
+            alive = _still_trained(alive, rows, logits, teacher, objective.mask_top)
         used = alive[rows] & batch.rejected[target[rows]] if objective.feedback_only else alive[rows]
         if objective.loss == LENGTH_LOSS:
             surrogate = (surrogate * (alive & counted)).index_put(
@@ -141,10 +132,50 @@ def unrolled_loss(
                 * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
             )
             weight_sum += objective.decay**step
-    sampled, top = (lengths * (drafting * anchor_weights)).sum(-1).tolist()
+    sampled, likeliest = (statistics.lengths * (drafting * anchor_weights)).sum(-1).tolist()
     return Unrolled(
-        total / weight_sum, acceptance, likeliest, sampled, top, _by_piece(lengths, batch.pieces, drafting)
+        total / weight_sum,
+        statistics.acceptance,
+        statistics.likeliest,
+        sampled,
+        likeliest,
+        _by_piece(statistics.lengths, batch.pieces, drafting),
     )
+
+
+class _AcceptanceStatistics:
+    """Accumulates acceptance over draft positions.
+
+    Attributes:
+        acceptance: Mean probability at each position that a sampled draft token is accepted.
+        likeliest: Mean probability at each position that the drafter's likeliest token is accepted.
+        lengths: float32 [2, N], expected acceptance length from each anchor: of sampled drafts in row 0, of
+            drafts of likeliest tokens in row 1.
+    """
+
+    def __init__(self, anchors: int, device: torch.device) -> None:
+        self.acceptance: list[float] = []
+        self.likeliest: list[float] = []
+        self.lengths = torch.ones(2, anchors, device=device)
+        self._survival = torch.ones(2, anchors, device=device)  # probability that no token was rejected yet
+
+    @torch.no_grad()
+    def add(
+        self, counted: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, likeliest: torch.Tensor
+    ) -> None:
+        """Adds a draft position.
+
+        Args:
+            counted: bool [N], anchors that count at the position.
+            rows: int64 [M], their indices.
+            sampled: float32 [M], probability that a sampled draft token is accepted.
+            likeliest: float32 [M], probability that the drafter's likeliest token is accepted.
+        """
+        self.acceptance.append(float(sampled.mean()) if len(rows) else 0.0)
+        self.likeliest.append(float(likeliest.mean()) if len(rows) else 0.0)
+        self._survival *= counted
+        self._survival[:, rows] *= torch.stack([sampled, likeliest])
+        self.lengths += self._survival
 
 
 def _by_piece(values: torch.Tensor, pieces: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -194,6 +225,7 @@ class _Unroll:
         return self._model.logits(hidden[0])
 
 
+@torch.no_grad()
 def _still_trained(
     alive: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor, teacher: torch.Tensor, top: int
 ) -> torch.Tensor:
