@@ -149,7 +149,7 @@ class SpotTrainer:
     def _learn(self, pieces: Sequence[Piece], report: LearnerReport, stop: Callable[[], bool]) -> bool:
         """Updates every learner on one batch and returns whether any was updated.
 
-        Which learner is first rotates. If training must stop after the first one, the others skip the batch.
+        Which learner is first rotates. If training must stop after one was updated, the rest skip the batch.
 
         Raises:
             Interrupted: Training had to stop before any learner was updated.

@@ -32,7 +32,7 @@ from paceline.rl.process.made_once import alone, made_once, put
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rl.process.progress import Display
 
-_RANK_VARIABLES = (  # set by torchrun for a rank; a preparing process is none
+_RANK_VARIABLES = (  # removed, because a preparing process is not a rank
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
