@@ -1,1 +1,1 @@
-"""Distils the drafter from what the engine has already computed."""
+"""Trains the draft model on the hidden states that the rollout engine has already computed."""

@@ -1,9 +1,9 @@
-"""Errors of files that a user can act on."""
+"""Errors about files that a user can act on."""
 
 
 class DrafterError(Exception):
-    """A drafter directory that cannot be used: one line with the file and what is wrong."""
+    """A drafter directory cannot be used; the one-line message names the file and what is wrong."""
 
 
 class OptimizerStateError(Exception):
-    """An optimizer's files that cannot be used: one line with the stem and what is wrong."""
+    """An optimizer's files cannot be used; the one-line message names the stem and what is wrong."""

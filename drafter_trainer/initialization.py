@@ -1,4 +1,4 @@
-"""A drafter's first weights: taken from the target where the shapes agree."""
+"""Initial weights of a drafter: copied from the target wherever the shapes agree."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from paceline.rollout.model.runner import decoder_layers
 def initial_drafter(
     config: LlamaConfig, vocabulary: torch.Tensor, target: PreTrainedModel, seed: int
 ) -> Eagle3Model:
-    """A float32 drafter that starts near the target.
+    """Returns a float32 drafter that starts near the target.
 
-    The head starts from the target's rows for the draft vocabulary; the layer from the target's last layer,
-    its attention reading the hidden half of the input; ``fc`` passes the highest tap through. The rest is
-    drawn from N(0, 0.02²).
+    The output head starts from the target's rows of the draft vocabulary. The decoder layer starts from the
+    target's last layer, and its attention reads the hidden-state half of the input. ``fc`` passes the highest
+    tap through. All other weights are sampled from N(0, 0.02²).
 
     Args:
-        config: From `eagle3_config`.
+        config: Drafter configuration from `eagle3_config`.
         vocabulary: int64 [draft vocabulary], increasing.
         target: The policy.
-        seed: Of the random part; equal on every rank.
+        seed: Seed of the sampled weights; must be equal on every rank.
     """
     drafter = Eagle3Model(config, vocabulary)
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Updates of the drafter from packed traces."""
+"""Optimizer steps of the drafter on packed traces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def first_non_finite(model: Eagle3Model) -> str | None:
-    """The name of a parameter with NaN or infinite values; None where all are finite."""
+    """Returns the name of a parameter with NaN or infinite values; None if all are finite."""
     return next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
 
 
@@ -28,11 +28,11 @@ class DrafterLearner:
         model: float32 drafter.
         embed_tokens: The target's input embedding.
         head: The target's output head.
-        objective: What to train for.
-        lr: Of AdamW, whatever state is restored.
-        optimistic: Whether updates reuse the last gradient as a hint (`OptimisticAdamW`).
-        temperature: Of the rollouts.
-        autocast: Context manager factory for mixed precision.
+        objective: Loss and its options.
+        lr: AdamW's learning rate; it also replaces the one in a restored state.
+        temperature: Sampling temperature of the rollouts.
+        autocast: Factory of the context manager for mixed precision.
+        optimistic: Whether updates use the last gradient as a hint (`OptimisticAdamW`).
     """
 
     def __init__(
@@ -56,21 +56,24 @@ class DrafterLearner:
         self._autocast = autocast
 
     def restore(self, stem: Path) -> None:
-        """Loads the optimizer's moments.
+        """Loads the optimizer's moments and keeps this learner's own learning rate.
+
+        Args:
+            stem: Path of the state's files, without suffix.
 
         Raises:
-            OptimizerStateError: truncated or missing files, or those of another optimizer.
+            OptimizerStateError: The files are missing, truncated, or those of another optimizer.
         """
         load_optimizer(self.optimizer, stem)
         self.scale_rate(1.0)
 
     def start_over(self, weights: Eagle3Model) -> None:
-        """Goes on from these weights, with an optimizer that has seen nothing."""
+        """Copies the given weights into the model and clears the optimizer's state."""
         self.model.load_state_dict(weights.state_dict())
         self.optimizer.state.clear()
 
     def scale_rate(self, multiple: float) -> None:
-        """Learns at so many times its learning rate from now on."""
+        """Sets the learning rate to ``multiple`` times its configured value."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * multiple
 
@@ -89,15 +92,19 @@ class DrafterLearner:
     def update(
         self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None
     ) -> Unrolled | None:
-        """One optimizer step; None, and weights as they were, where the loss or its gradient is not finite.
+        """Makes one optimizer step.
 
         Args:
-            pieces: Of traces.
-            weights: How much each counts.
-            stop: Asked all along; the update is broken off where it says so.
+            pieces: Pieces of traces that form the micro-batch.
+            weights: Loss weight of each piece.
+            stop: Called throughout the step; the step is interrupted once it returns True.
+
+        Returns:
+            Loss and acceptance statistics; None if the loss or its gradient is not finite, in which case the
+            weights do not change.
 
         Raises:
-            Interrupted: where it was broken off.
+            Interrupted: ``stop`` returned True; the weights have not changed.
         """
 
         def check() -> None:
@@ -120,7 +127,7 @@ class DrafterLearner:
 
     @torch.no_grad()
     def evaluate(self, pieces: Sequence[Piece], model: Eagle3Model | None = None) -> Unrolled:
-        """The present drafter, or ``model``, on pieces, each anchor alike."""
+        """Evaluates the current drafter, or ``model``, on pieces with equal weights."""
         with self._autocast():
             return unrolled_loss(
                 model or self.model, self._embed, self._pack(pieces, [1.0] * len(pieces)), self.objective

@@ -1,4 +1,4 @@
-"""AdamW whose step looks one gradient ahead."""
+"""AdamW that steps on a prediction of the next gradient."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import torch
 
 
 class OptimisticAdamW(torch.optim.AdamW):
-    """AdamW on 2 g_t − g_{t−1}: the last gradient is the hint of what the next will be.
+    """AdamW on 2 g_t − g_{t−1}: the change between the last two gradients predicts the next one.
 
-    Optimistic online learning, as OnlineSpec does it for drafters (Qian et al., "When Drafts Evolve", arXiv
-    2603.12617): where the policy moves slowly, consecutive gradients are alike, and what changed between them
-    tells more about the next one than the last itself. The first step has no hint and is AdamW's.
+    This is optimistic online learning as OnlineSpec applies it to drafters (Qian et al., "When Drafts
+    Evolve", arXiv 2603.12617). Where the policy moves slowly, consecutive gradients are similar, and g_t plus
+    its last change is a better prediction of the next gradient than g_t alone. The first step has no previous
+    gradient and is plain AdamW.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Makes one optimizer step; see `torch.optim.AdamW.step`."""
+        unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -27,11 +29,9 @@ class OptimisticAdamW(torch.optim.AdamW):
                     parameter.grad.mul_(2).sub_(state["hint"])
                     state["hint"].copy_(gradient)
                 else:
-                    fresh.append((parameter, gradient))
+                    unseen.append((parameter, gradient))
         result = super().step(closure)
-        for (
-            parameter,
-            gradient,
-        ) in fresh:  # only now: AdamW takes a parameter with any state for one it has seen
+        # Only now: AdamW initializes its moments only for parameters whose state is empty.
+        for parameter, gradient in unseen:
             self.state[parameter]["hint"] = gradient
         return result

@@ -1,6 +1,4 @@
-"""Pieces of traces side by side in one row, without padding between them and without attention across
-them.
-"""
+"""Packs pieces of traces into one row, without padding or attention between them."""
 
 from __future__ import annotations
 
@@ -12,46 +10,49 @@ from torch import nn
 
 from paceline.drafter_trainer.trace_buffer import Piece
 
-_CHUNK = 256
+_HEAD_ROWS_PER_CHUNK = 256  # bounds the memory of logits over the target's whole vocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class DraftBatch:
-    """N anchors of several pieces. The anchor at position a of a text reads the features there and token a +
-    1.
+    """A micro-batch of N anchors from P pieces.
 
-    Every piece has a block of ``anchors + 1 + unroll`` tokens, padded with 0 past its text's end, in T tokens
-    altogether.
+    The anchor at position a of a text reads the features at a and token a + 1. Every piece has a block of
+    ``anchors + 1 + unroll`` tokens, padded with 0 past the end of its text; the blocks hold T tokens in
+    total.
 
     Attributes:
-        tokens: int64 [T].
-        at: int64 [N], where each anchor's own token is among them.
-        positions: int64 [N], of the anchors in their texts.
-        pieces: int64 [N], which piece an anchor belongs to.
-        taps: float32 [N, taps * hidden].
-        weights: float32 [N].
+        tokens: int64 [T], token ids of all blocks.
+        anchor_index: int64 [N], index into ``tokens`` of the token at each anchor's position.
+        positions: int64 [N], position of each anchor in its text.
+        pieces: int64 [N], index of the piece that each anchor belongs to.
+        taps: float32 [N, taps * hidden], the target's hidden states that the drafter reads.
+        weights: float32 [N], loss weight of each anchor.
         teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
-        trained: bool [T], whether that distribution is known (it produced a completion token).
-        refused: bool [T], whether it produced a token where verification had refused a draft.
-        aside: int64 [D, 2], for each refused token an anchor whose first drafted token it would be, and that
-            token.
-        aside_teacher: float32 [D, W], the target's probabilities after it.
+        trained: bool [T], whether that distribution is known, which is where it produced a completion token.
+        rejected: bool [T], whether it produced a token at a place where verification rejected a draft.
+        rejected_drafts: int64 [D, 2], for each rejected token the anchor whose first draft token it would be,
+            and the token.
+        rejected_teacher: float32 [D, W], the target's probabilities after each rejected token.
     """
 
     tokens: torch.Tensor
-    at: torch.Tensor
+    anchor_index: torch.Tensor
     positions: torch.Tensor
     pieces: torch.Tensor
     taps: torch.Tensor
     weights: torch.Tensor
     teacher: torch.Tensor
     trained: torch.Tensor
-    refused: torch.Tensor
-    aside: torch.Tensor
-    aside_teacher: torch.Tensor
+    rejected: torch.Tensor
+    rejected_drafts: torch.Tensor
+    rejected_teacher: torch.Tensor
 
     def attends(self) -> torch.Tensor:
-        """bool [N, N]: anchors attend to those of their own piece that are not after them."""
+        """Returns bool [N, N], whether each anchor (row) attends to each other one (column).
+
+        Anchors attend to those of their own piece that do not come after them.
+        """
         same = self.pieces[:, None] == self.pieces[None]
         return same & (self.positions[:, None] >= self.positions[None])
 
@@ -66,75 +67,94 @@ def pack(
     unroll: int,
     device: torch.device,
 ) -> DraftBatch:
-    """Lays pieces side by side and computes the teacher's distribution from the stored head inputs: no
-    forward of the target is run.
+    """Packs pieces into a batch and computes the teacher's distributions from the stored inputs of its head.
+
+    No forward pass of the target is needed.
 
     Args:
-        pieces: Of one micro-batch.
-        weights: How much the anchors of each count.
-        head: The target's output head, as it was when the traces were made.
+        pieces: Pieces of one micro-batch.
+        weights: Loss weight of each piece's anchors.
+        head: The target's output head, with the weights it had when the traces were recorded.
         vocabulary: int64 [W], the draft vocabulary.
-        temperature: Of the rollouts.
-        unroll: Draft positions trained on.
-        device: Of the drafter.
+        temperature: Sampling temperature of the rollouts.
+        unroll: Number of draft positions trained on.
+        device: The drafter's device.
     """
     blocks: list[dict[str, torch.Tensor]] = []
     base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
         blocks.append(_block(piece, number, weight, base, anchors, unroll))
-        base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["at"])
+        base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["anchor_index"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
-    finals = torch.cat([joined.pop("final"), joined.pop("aside_final")])
-    known = torch.cat([teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_CHUNK)])
+    finals = torch.cat([joined.pop("final"), joined.pop("rejected_final")])
+    known = torch.cat(
+        [teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_HEAD_ROWS_PER_CHUNK)]
+    )
     teacher = torch.zeros(base, len(vocabulary), device=device)
-    of_path = len(known) - len(joined["aside"])
-    teacher[joined["trained"]] = known[:of_path]
-    return DraftBatch(**joined, teacher=teacher, aside_teacher=known[of_path:])
+    on_path = len(known) - len(joined["rejected_drafts"])
+    teacher[joined["trained"]] = known[:on_path]
+    return DraftBatch(**joined, teacher=teacher, rejected_teacher=known[on_path:])
 
 
 def _block(
     piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int
 ) -> dict[str, torch.Tensor]:
-    """One piece's part of every field of a batch, and of the inputs of the target's head where the teacher is
-    known.
+    """Returns one piece's part of every field of a batch, with the head inputs where the teacher is known.
+
+    Args:
+        piece: The piece.
+        number: Its index in the batch.
+        weight: Loss weight of its anchors.
+        base: Number of tokens of the blocks before it.
+        anchors: Number of anchors of the blocks before it.
+        unroll: Number of draft positions trained on.
     """
     trace, length = piece.entry.trace.get(), piece.end - piece.begin
     count = length + 1 + unroll
     first, end = max(trace.num_prompt - 1, piece.begin), min(len(trace.token_ids) - 1, piece.begin + count)
     trained = torch.zeros(count, dtype=torch.bool)
     trained[first - piece.begin : max(end - piece.begin, 0)] = True
-    # an anchor drafts the token two after it; the one at block index i produces the token at i + 1
+    # An anchor's first draft token lies two positions after it. The distribution after token i of the block
+    # produces token i + 1, so the rejection is marked one position after the anchor.
     drafted_by = trace.refused[:, 0] - 2 - piece.begin
     inside = (drafted_by >= 0) & (drafted_by < length)
-    refused = torch.zeros(count, dtype=torch.bool)
-    refused[drafted_by[inside] + 1] = True
+    rejected = torch.zeros(count, dtype=torch.bool)
+    rejected[drafted_by[inside] + 1] = True
     return {
         "tokens": _padded(trace.token_ids[piece.begin :], count),
-        "at": base + torch.arange(length),
+        "anchor_index": base + torch.arange(length),
         "positions": torch.arange(piece.begin, piece.end),
         "pieces": torch.full((length,), number),
         "taps": trace.taps[piece.begin : piece.end].float(),
         "weights": torch.full((length,), weight),
         "trained": trained,
-        "refused": refused,
+        "rejected": rejected,
         "final": trace.final[first : max(end, first)],
-        "aside": torch.stack([anchors + drafted_by[inside], trace.refused[inside, 1]], dim=1),
-        "aside_final": trace.refused_final[inside],
+        "rejected_drafts": torch.stack([anchors + drafted_by[inside], trace.refused[inside, 1]], dim=1),
+        "rejected_final": trace.refused_final[inside],
     }
 
 
 def _padded(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The first ``count`` values, then zeros."""
+    """Returns the first ``count`` values, followed by zeros if there are fewer."""
     return torch.nn.functional.pad(values[:count], (0, count - len(values[:count])))
 
 
 def teacher_probs(
     head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The target's probabilities of the draft vocabulary: [M, hidden] → float32 [M, W]. Its own softmax runs
-    over all tokens.
+    """Returns the target's probabilities of the draft vocabulary; its softmax runs over all tokens.
 
-    The engine's traces may be of another precision than the head, which is the trainer's.
+    The traces may be in another precision than the head, which is the trainer's.
+
+    Args:
+        head: The target's output head.
+        final: [M, hidden], the head's inputs.
+        vocabulary: int64 [W], the draft vocabulary.
+        temperature: Sampling temperature of the rollouts.
+
+    Returns:
+        float32 [M, W].
     """
     logits = head(final.to(next(head.parameters()).dtype)).float() / temperature
     return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""The drafter's training in the time in which its rank has nothing to decode."""
+"""Trains the drafter in the time in which its rank has nothing to decode."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
 from paceline.drafter_trainer.training_time_test import Interrupted, Unrolled
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
-_JUDGED = 4  # micro-batches that judge a drafter
-_PATIENCE = 3
+_HELD_OUT_BATCHES = 4  # bounds the time of one evaluation
+_MAX_WORSE_IN_A_ROW = 3  # evaluations after which a learner is reset to the approved weights
 
 
 @dataclass(slots=True)
 class LearnerReport:
-    """One stretch of training.
+    """Statistics of one training interval.
 
     Attributes:
-        updates: Optimizer steps.
-        tokens: Anchors seen.
+        updates: Number of optimizer steps.
+        tokens: Number of anchors trained on.
         loss: Mean loss.
         acceptance: Expected acceptance Σ min(p, q) at each draft position, mean over updates.
         seconds: Wall time.
-        skipped: Micro-batches left out because their loss was not finite.
-        approved: Updates in weights that did better than the serving ones on what was kept back and wait to
-            be served; 0 for none.
-        serving_length, candidate_length: Expected acceptance length there, of the serving drafter and of the
-            last one judged.
-        snapshot_seconds: What a snapshot of the drafter took of the step's time.
-        ensemble: Weight of each drafter that is trained, see `tracking_weights`; one weight where there is
-            one drafter.
+        skipped: Number of micro-batches skipped because their loss was not finite.
+        approved: Number of updates in the approved weights, which beat the serving ones on held-out sequences
+            and wait to be served; 0 if there are none.
+        serving_length: Expected acceptance length of the serving drafter on held-out sequences.
+        candidate_length: Expected acceptance length of the last evaluated candidate on them.
+        snapshot_seconds: Time of the step that a snapshot of the drafter took.
+        ensemble: Weight of each drafter of the ensemble, see `tracking_weights`; a single one without an
+            ensemble.
     """
 
     updates: int = 0
@@ -52,33 +52,34 @@ class LearnerReport:
     ensemble: list[float] = field(default_factory=list)
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
-        """Adds an update to the means."""
+        """Adds one update over ``anchors`` anchors to the means."""
         self.updates += 1
         self.tokens += anchors
         share = 1 / self.updates
         self.loss += share * (float(outcome.loss.detach()) - self.loss)
-        before = self.acceptance or [0.0] * len(outcome.acceptance)
-        self.acceptance = [a + share * (b - a) for a, b in zip(before, outcome.acceptance, strict=True)]
+        previous = self.acceptance or [0.0] * len(outcome.acceptance)
+        self.acceptance = [a + share * (b - a) for a, b in zip(previous, outcome.acceptance, strict=True)]
 
 
 class SpotTrainer:
-    """Trains while it may, and goes on next time where it stopped.
+    """Trains the drafter while there is idle time, and resumes next time where it stopped.
 
-    New weights reach the engines only once they did better on sequences kept back than the serving weights do
-    on the same ones (the policy moves, so both are judged anew each step): a bad update never slows rollouts.
-    What was approved is a copy; training goes on from the newest weights, until they were clearly worse three
-    times in a row: then from the approved ones.
+    New weights reach the engines only once they have beaten the serving weights on the same held-out
+    sequences, so that a bad update never slows rollouts. Both are evaluated again in each step, because the
+    policy changes. Approved weights are a copy: training continues from the newest weights. Only after a
+    learner has been clearly worse three times in a row does it continue from the approved ones.
 
-    With several learners every batch goes to each in turn, and what is proposed is the one that has lately
-    done best (`tracking_weights`): an ensemble of drafters, as OnlineSpec keeps one (Qian et al., arXiv
+    With several learners, every batch is trained on by each of them, and the one that has recently done best
+    (`tracking_weights`) is proposed. This is the ensemble of drafters of OnlineSpec (Qian et al., arXiv
     2603.12617).
 
     Args:
-        learners: With the newest weights, and an optimizer each; of the same shape and vocabulary.
-        buffer: Traces.
-        budget: Anchors of a micro-batch.
-        judge_every: Updates between two judgements.
-        likeliest: Whether drafts are the likeliest tokens, and not drawn ones: what is judged by.
+        learners: Learners with the newest weights and an optimizer each; all of one shape and vocabulary.
+        buffer: Traces to train on.
+        budget: Number of anchors of a micro-batch.
+        judge_every: Number of updates between two evaluations.
+        likeliest: Whether the engine drafts the likeliest tokens instead of sampling them, which decides the
+            acceptance length that is compared.
     """
 
     def __init__(
@@ -95,15 +96,15 @@ class SpotTrainer:
         self.replace_model()
 
     def replace_model(self) -> None:
-        """Serves the learners' model as it is: at the start, and when it has got another draft vocabulary."""
+        """Serves the learners' model as it is: at the start, and after its draft vocabulary has changed."""
         self.weights = [1 / len(self.learners)] * len(self.learners)
         self.serving, self.approved = _frozen_copy(self.learner.model), _frozen_copy(self.learner.model)
-        self._unjudged = self._unserved = self._proposed = 0
+        self._unevaluated = self._unserved = self._proposed = 0
         self._worse = [0] * len(self.learners)
 
     @property
     def learner(self) -> DrafterLearner:
-        """The one that has lately done best."""
+        """The learner that has recently done best."""
         return self.learners[self._best]
 
     @property
@@ -111,26 +112,29 @@ class SpotTrainer:
         return self.weights.index(max(self.weights))
 
     def run(self, stop: Callable[[], bool]) -> LearnerReport:
-        """Trains until ``stop()`` or until this step's passes are through.
+        """Trains until ``stop()`` returns True or this step's passes over the buffer are complete.
 
-        ``stop`` is asked before every micro-batch, judged or trained on, and in training at every draft
-        position, forward and back. Within a step, a micro-batch that was broken off comes first next time.
+        ``stop`` is called before every micro-batch of training or evaluation and, in training, at every draft
+        position of the forward and the backward pass. A micro-batch that was interrupted comes first in the
+        next call of the same step.
         """
         report = LearnerReport()
-        started = time.perf_counter()
+        start = time.perf_counter()
         self._train(report, stop)
         report.approved, report.ensemble = self._proposed, list(self.weights)
-        report.seconds = time.perf_counter() - started
+        report.seconds = time.perf_counter() - start
         return report
 
     def _train(self, report: LearnerReport, stop: Callable[[], bool]) -> None:
-        # judged anew in every stretch, once there is something to compare it with
+        # evaluated once per run, and only when there is a candidate to compare it with
         serving: torch.Tensor | None = None
         while not stop():
-            pieces = self.buffer.next_batch(self._budget) if self._unjudged < self._judge_every else None
+            pieces = self.buffer.next_batch(self._budget) if self._unevaluated < self._judge_every else None
             if pieces is None:
-                serving = self._judge(self.serving, stop) if serving is None and self._unjudged else serving
-                if serving is None or not self._unjudged or not self._approve(report, serving, stop):
+                serving = (
+                    self._evaluate(self.serving, stop) if serving is None and self._unevaluated else serving
+                )
+                if serving is None or not self._unevaluated or not self._approve(report, serving, stop):
                     return
                 continue
             try:
@@ -139,15 +143,16 @@ class SpotTrainer:
                 self.buffer.put_back(pieces)
                 return
             if updated:
-                self._unjudged += 1
+                self._unevaluated += 1
                 self._unserved += 1
 
     def _learn(self, pieces: Sequence[Piece], report: LearnerReport, stop: Callable[[], bool]) -> bool:
-        """An update of every learner, in turns of who is first; those not reached when it must stop leave the
-        batch out.
+        """Updates every learner on one batch and returns whether any was updated.
+
+        Which learner is first rotates. If training must stop after one was updated, the rest skip the batch.
 
         Raises:
-            Interrupted: when the first had to stop.
+            Interrupted: Training had to stop before any learner was updated.
         """
         weights = [self.buffer.weight(p.entry) for p in pieces]
         first, updated = self._unserved % len(self.learners), False
@@ -165,68 +170,78 @@ class SpotTrainer:
             updated = True
         return updated
 
-    def _judge(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
-        """Expected acceptance length of each sequence kept back; empty without any, None when told to
-        stop.
+    def _evaluate(self, model: Eagle3Model, stop: Callable[[], bool]) -> torch.Tensor | None:
+        """Returns the expected acceptance length of each held-out piece, float32 [P].
+
+        It is empty if nothing is held out. None means that ``stop`` interrupted the evaluation.
         """
-        judged = []
-        for pieces in self.buffer.held_out_batches(self._budget, _JUDGED):
+        lengths = []
+        for pieces in self.buffer.held_out_batches(self._budget, _HELD_OUT_BATCHES):
             if stop():
                 return None
-            drawn, likeliest = self.learner.evaluate(pieces, model).by_piece
-            judged.append((likeliest if self._likeliest else drawn).cpu())
-        return torch.cat(judged) if judged else torch.zeros(0)
+            sampled, likeliest = self.learner.evaluate(pieces, model).by_piece
+            lengths.append((likeliest if self._likeliest else sampled).cpu())
+        return torch.cat(lengths) if lengths else torch.zeros(0)
 
     def _approve(self, report: LearnerReport, serving: torch.Tensor, stop: Callable[[], bool]) -> bool:
-        """Judges the newest weights. Returns whether there was time for it."""
+        """Evaluates the newest weights and approves them if they are better; returns False if interrupted."""
         candidates = []
-        self._mend()
+        self._reset_non_finite()
         for learner in self.learners:
-            judged = self._judge(learner.model, stop)
-            if judged is None:
+            evaluated = self._evaluate(learner.model, stop)
+            if evaluated is None:
                 return False
-            candidates.append(judged)
-        self._unjudged = 0
+            candidates.append(evaluated)
+        self._unevaluated = 0
         report.serving_length = _mean(serving)
-        lengths = [_mean(judged) for judged in candidates]
+        lengths = [_mean(evaluated) for evaluated in candidates]
         self.weights = tracking_weights(self.weights, lengths)
         report.candidate_length = lengths[self._best]
         better = report.candidate_length > report.serving_length or not len(serving)
         if better:
             _copy_weights(self.learner.model, self.approved)
             self._proposed = self._unserved
-        for number, judged in enumerate(candidates):
+        for number, evaluated in enumerate(candidates):
             if better and number == self._best:
                 self._worse[number] = 0
             else:
-                self._hold_against(number, judged - serving)
+                self._count_worse(number, evaluated - serving)
         return True
 
-    def _mend(self) -> None:
-        """A learner whose weights are not finite any more goes on from the approved ones, with an optimizer
-        that has seen
-        nothing: its moments would spoil them again.
+    def _reset_non_finite(self) -> None:
+        """Resets learners whose weights are not finite to the approved weights.
+
+        Their optimizers are cleared too, because the moments would make the weights non-finite again.
         """
         for learner in self.learners:
             if first_non_finite(learner.model) is not None:
                 learner.start_over(self.approved)
 
     def forget_approved(self) -> None:
-        """What was approved turned out to be unusable: all learners go on from the serving weights."""
+        """Continues with all learners from the serving weights.
+
+        Called when the approved weights turn out to be unusable.
+        """
         _copy_weights(self.serving, self.approved)
         for learner in self.learners:
             learner.start_over(self.serving)
-        self._proposed = self._unserved = self._unjudged = 0
+        self._proposed = self._unserved = self._unevaluated = 0
 
-    def _hold_against(self, number: int, differences: torch.Tensor) -> None:
-        """A learner that was worse three times in a row goes on from the approved weights. A judgement of a
-        few sequences is
-        uncertain: only what is worse by two standard errors counts.
+    def _count_worse(self, number: int, differences: torch.Tensor) -> None:
+        """Resets a learner that was worse three times in a row to the approved weights.
+
+        An evaluation on a few sequences is noisy, so only a difference of more than two standard errors
+        counts.
+
+        Args:
+            number: Index of the learner.
+            differences: float32 [P], acceptance length of each held-out piece less that of the serving
+                weights.
         """
         differences = differences[differences.isfinite()]
-        certain = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-        self._worse[number] = self._worse[number] + 1 if float(differences.mean()) < -certain else 0
-        if self._worse[number] == _PATIENCE:
+        margin = 2 * float(differences.std()) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        self._worse[number] = self._worse[number] + 1 if float(differences.mean()) < -margin else 0
+        if self._worse[number] == _MAX_WORSE_IN_A_ROW:
             _copy_weights(self.approved, self.learners[number].model)
             self._worse[number] = 0
             if number == self._best:
@@ -234,22 +249,23 @@ class SpotTrainer:
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:
-        """All ranks' approved weights, averaged, are served from now on; this rank's newer updates go on from
-        there.
+        """Serves the average of all ranks' approved weights.
+
+        The difference is also added to the learners' weights, so that this rank's newer updates are kept.
 
         Args:
-            tensors: In the order of the model's parameters.
+            tensors: Averaged parameters, in the order of the model's parameters.
         """
-        newest = zip(*(learner.model.parameters() for learner in self.learners), strict=True)
-        for served, approved, own, mean in zip(
-            self.serving.parameters(), self.approved.parameters(), newest, tensors, strict=True
+        parameters = zip(*(learner.model.parameters() for learner in self.learners), strict=True)
+        for served, approved, copies, mean in zip(
+            self.serving.parameters(), self.approved.parameters(), parameters, tensors, strict=True
         ):
             change = mean - approved
-            for parameter in own:
+            for parameter in copies:
                 parameter.add_(change)
             approved.copy_(mean)
             served.copy_(mean)
-        self._proposed, self._unserved = 0, self._unjudged
+        self._proposed, self._unserved = 0, self._unevaluated
 
 
 def _mean(by_piece: torch.Tensor) -> float:

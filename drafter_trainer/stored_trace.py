@@ -1,4 +1,4 @@
-"""Where traces are kept: in memory, and on disk once there are too many."""
+"""Storage of one trace: in memory, or on disk once memory is full."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ _TENSORS = ("token_ids", "taps", "final", "refused", "refused_final")
 
 
 class StoredTrace:
-    """One trace, in memory or in a file.
+    """A trace that is held in memory or in a file.
 
     Attributes:
-        length: Tokens of prompt and completion.
-        num_prompt: Of the prompt.
-        on_disk: Where it is.
+        length: Number of tokens of prompt and completion.
+        num_prompt: Number of tokens of the prompt.
     """
 
     def __init__(self, trace: DistillationTrace) -> None:
@@ -27,25 +26,26 @@ class StoredTrace:
 
     @property
     def on_disk(self) -> bool:
+        """Whether the trace is in a file."""
         return self._path is not None
 
     def spill(self, path: Path) -> None:
-        """Moves it to a file.
+        """Moves the trace to a file.
 
         Raises:
-            OSError: when the disk is full or not writable; it then stays in memory.
+            OSError: The disk is full or not writable; the trace then stays in memory.
         """
         trace = self.get()
         tensors = {name: getattr(trace, name).contiguous() for name in _TENSORS}
         try:
             save_file(tensors, path)
-        except Exception as error:  # safetensors reports a full disk by an error of its own
+        except Exception as error:  # safetensors raises its own error for a full disk
             path.unlink(missing_ok=True)
             raise OSError(f"{path}: {error}") from None
         self._trace, self._path = None, path
 
     def get(self) -> DistillationTrace:
-        """The trace, read from its file where it is there."""
+        """Returns the trace, reading its file if it is on disk."""
         if self._trace is not None:
             return self._trace
         assert self._path is not None
@@ -53,6 +53,6 @@ class StoredTrace:
         return DistillationTrace(num_prompt=self.num_prompt, **tensors)
 
     def drop(self) -> None:
-        """Removes its file; it is not used again."""
+        """Removes the trace's file, if any; the trace must not be used afterwards."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

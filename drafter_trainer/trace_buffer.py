@@ -1,4 +1,4 @@
-"""What the engine's forwards saw of recent rollouts, and in which order the drafter learns from it."""
+"""Traces of recent rollouts, and the order in which the drafter is trained on them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from pathlib import Path
 from paceline.drafter_trainer.stored_trace import StoredTrace
 from paceline.rollout.api import Rollout
 
-_JUDGING_STEPS = 3
+_HELD_OUT_STEPS = 3  # RL steps for which a held-out group evaluates drafters
 
 
 @dataclass(slots=True)
 class Entry:
-    """A trace in the buffer: how much it counts, its age in RL steps, and the group of samples it belongs
-    to.
+    """A trace in the buffer.
+
+    Attributes:
+        trace: The trace, in memory or on disk.
+        weight: Loss weight.
+        age: Age in RL steps.
+        group: Identifier of the group of samples that it belongs to.
     """
 
     trace: StoredTrace
@@ -29,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a trace, short enough for a micro-batch: anchors ``begin`` to ``end``."""
+    """The anchors ``begin`` to ``end`` (exclusive) of a trace, short enough for a micro-batch."""
 
     entry: Entry
     begin: int
@@ -37,29 +42,27 @@ class Piece:
 
 
 class TraceBuffer:
-    """The traces of this step and the long ones of the steps before; all came from the policy itself,
-    verified.
+    """Holds the traces of the current RL step and the long ones of earlier steps.
 
-    Short sequences end first, so what a rank holds while others still decode is biased towards them. Keeping
-    of earlier steps the sequences that were longer than their step's median makes up for it (TLT, arXiv
-    2511.16665, calls it one-step-off sampling).
+    All traces are verified rollouts of the policy itself. Short sequences finish first, so what a rank holds
+    while others still decode is biased towards them. To balance this, the buffer keeps the sequences of
+    earlier steps that were at least as long as their step's median (TLT, arXiv 2511.16665, calls this
+    one-step-off sampling).
 
-    What judges drafters are whole groups: the samples of a prompt are so alike that a drafter which has
-        learned some of them by
-    heart does well on the others, and worse on the next step's prompts.
+    Drafters are evaluated on whole held-out groups. Samples of one prompt are so similar that a drafter which
+    has memorised some of them does well on the others, and worse on the prompts of the next step.
 
     Args:
-        memory_tokens: Tokens of traces in memory, beside those kept back; the newest and of these the longest
-            stay there.
-        disk_tokens: Tokens on disk, for those that come next; the rest is left out.
-        spill: Directory for them; None leaves out what memory does not hold.
-        previous_steps: How many steps back long sequences are kept.
-        previous_share: Share of a micro-batch that comes from them.
-        age_decay: Weight of a trace for each step of its age.
-        held_out_every: Every so many-th group is not trained on, but judges drafters, for three steps; 0
-            keeps none back.
-        passes: Passes over a step's traces, at most.
-        seed: Of the order.
+        memory_tokens: Tokens of traces to hold in memory, held-out ones aside. The newest traces stay there,
+            and of those of one age the longest.
+        disk_tokens: Tokens of traces to hold on disk beyond that; the rest is dropped.
+        spill: Directory of the traces on disk; None drops what does not fit into memory.
+        previous_steps: Number of steps for which long sequences are kept.
+        previous_share: Share of a micro-batch that comes from earlier steps.
+        age_decay: Factor on a trace's weight for each step of its age.
+        held_out_every: Hold out every n-th group for three steps; 0 holds out none.
+        passes: Maximum number of passes over a step's traces.
+        seed: Seed of the order.
     """
 
     def __init__(
@@ -90,14 +93,14 @@ class TraceBuffer:
         self._written = 0
 
     def begin_step(self) -> None:
-        """A new step: what was current and long joins the previous; what is too old is dropped."""
-        middle = statistics.median([e.trace.length for e in self.current]) if self.current else 0
-        aging = [*self.previous, *(e for e in self.current if e.trace.length >= middle), *self.held_out]
+        """Starts a step: the current step's long traces join the earlier ones, and old traces are dropped."""
+        median = statistics.median([e.trace.length for e in self.current]) if self.current else 0
+        aging = [*self.previous, *(e for e in self.current if e.trace.length >= median), *self.held_out]
         for entry in aging:
             entry.age += 1
-        judges = {id(e) for e in self.held_out}
-        self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in judges]
-        self.held_out = [e for e in self.held_out if e.age < _JUDGING_STEPS]
+        held_out = {id(e) for e in self.held_out}
+        self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in held_out]
+        self.held_out = [e for e in self.held_out if e.age < _HELD_OUT_STEPS]
         kept = {id(e) for e in (*self.previous, *self.held_out)}
         for entry in (*aging, *self.current):
             if id(entry) not in kept:
@@ -106,32 +109,33 @@ class TraceBuffer:
         self._passes_left = self.passes
 
     def add(self, rollouts: Sequence[Rollout], weights: Iterable[float] | None = None) -> None:
-        """Keeps the traces of finished rollouts. Those with fewer than two completion tokens teach nothing
-        and are skipped.
+        """Adds the traces of finished rollouts.
+
+        Completions of fewer than two tokens teach nothing and are skipped.
 
         Args:
-            rollouts: With traces.
-            weights: How much each counts; None for all alike.
+            rollouts: Rollouts; those without a trace are skipped.
+            weights: Loss weight of each rollout; None weighs all equally.
         """
-        given = [1.0] * len(rollouts) if weights is None else list(weights)
-        fresh = [
+        trace_weights = [1.0] * len(rollouts) if weights is None else list(weights)
+        added = [
             Entry(StoredTrace(r.trace), weight, group=number if r.request.group is None else r.request.group)
-            for number, (r, weight) in enumerate(zip(rollouts, given, strict=True))
+            for number, (r, weight) in enumerate(zip(rollouts, trace_weights, strict=True))
             if r.trace is not None and len(r.token_ids) >= 2
         ]
-        groups = list(dict.fromkeys(e.group for e in fresh))
+        groups = list(dict.fromkeys(e.group for e in added))
         held = (
             set(groups[self.held_out_every - 1 :: self.held_out_every]) if self.held_out_every > 0 else set()
         )
-        self.held_out += [e for e in fresh if e.group in held]
-        self.current += [e for e in fresh if e.group not in held]
+        self.held_out += [e for e in added if e.group in held]
+        self.current += [e for e in added if e.group not in held]
         self._make_room()
 
     def _make_room(self) -> None:
-        """The newest and of these the longest stay in memory, the next go to disk, the rest is left out."""
+        """Keeps the newest (then longest) traces in memory, moves the next to disk, and drops the rest."""
         order = sorted((*self.previous, *self.current), key=lambda e: (e.age, -e.trace.length))
         memory, disk = self.memory_tokens, self.disk_tokens
-        gone: set[int] = set()
+        dropped: set[int] = set()
         for entry in order:
             length = entry.trace.length
             if not entry.trace.on_disk and length <= memory:
@@ -139,12 +143,13 @@ class TraceBuffer:
             elif length <= disk and (entry.trace.on_disk or self._to_disk(entry)):
                 disk -= length
             else:
-                gone.add(id(entry))
+                dropped.add(id(entry))
                 entry.trace.drop()
-        self.previous = [e for e in self.previous if id(e) not in gone]
-        self.current = [e for e in self.current if id(e) not in gone]
+        self.previous = [e for e in self.previous if id(e) not in dropped]
+        self.current = [e for e in self.current if id(e) not in dropped]
 
     def _to_disk(self, entry: Entry) -> bool:
+        """Moves a trace to disk; returns False if it cannot be written."""
         assert self._spill is not None
         self._written += 1
         try:
@@ -155,10 +160,12 @@ class TraceBuffer:
         return True
 
     def next_batch(self, budget: int) -> list[Piece] | None:
-        """Pieces of at most ``budget`` anchors together, the next of this step's passes; None when they are
-        through.
+        """Returns the next pieces of this step's passes, of at most ``budget`` anchors together.
 
-        The order goes on where the last call stopped, whatever happened in between.
+        The order continues where the last call stopped, whatever happened in between.
+
+        Returns:
+            Pieces; None once this step's passes are complete.
         """
         if self._returned:
             batch, self._returned = self._returned, []
@@ -177,20 +184,25 @@ class TraceBuffer:
         return batch
 
     def put_back(self, batch: list[Piece]) -> None:
-        """It was not learned from: `next_batch` gives it again, unless the step ends before."""
+        """Takes back an unused batch; `next_batch` gives it out again, unless the step ends first."""
         self._returned = batch
 
     def held_out_batches(self, budget: int, count: int) -> list[list[Piece]]:
-        """Of what is kept back, up to ``count`` batches of ``budget`` anchors, a sequence of each group in
-        turn; the same until something is added.
+        """Returns up to ``count`` batches of held-out pieces, of at most ``budget`` anchors each.
+
+        Pieces are taken from the groups in turn. The result does not change until a trace is added or a step
+        begins.
         """
         groups: dict[tuple[int, Hashable], list[Piece]] = {}
         for entry in self.held_out:
             groups.setdefault((entry.age, entry.group), []).extend(pieces_of(entry, budget))
-        left = [
-            piece for turn in itertools.zip_longest(*groups.values()) for piece in turn if piece is not None
+        in_turn = [
+            piece
+            for round_ in itertools.zip_longest(*groups.values())
+            for piece in round_
+            if piece is not None
         ][::-1]
-        return [batch for _ in range(count) if (batch := _take(left, budget))]
+        return [batch for _ in range(count) if (batch := _take(in_turn, budget))]
 
     def _shuffled(self, entries: Sequence[Entry], budget: int) -> list[Piece]:
         pieces = [piece for entry in entries for piece in pieces_of(entry, budget)]
@@ -198,34 +210,37 @@ class TraceBuffer:
         return pieces
 
     def weight(self, entry: Entry) -> float:
-        """How much an entry counts now."""
+        """Returns the loss weight of an entry at its current age."""
         return entry.weight * self.age_decay**entry.age
 
     @property
     def tokens(self) -> int:
-        """Tokens of the current step's traces."""
+        """The number of tokens of the current step's traces."""
         return sum(e.trace.length for e in self.current)
 
 
 def pieces_of(entry: Entry, budget: int) -> list[Piece]:
-    """A trace cut into stretches of at most ``budget`` anchors, without those that lie in the prompt alone:
-    they teach nothing.
+    """Cuts a trace into pieces of at most ``budget`` anchors.
+
+    Pieces that lie in the prompt alone are left out, because they teach nothing.
     """
     anchors = entry.trace.length - 1
-    cuts = range(0, anchors, budget)
     return [
-        Piece(entry, at, min(at + budget, anchors))
-        for at in cuts
-        if min(at + budget, anchors) >= entry.trace.num_prompt
+        Piece(entry, begin, min(begin + budget, anchors))
+        for begin in range(0, anchors, budget)
+        if min(begin + budget, anchors) >= entry.trace.num_prompt
     ]
 
 
 def _take(queue: list[Piece], budget: int, at_least_one: bool = True) -> list[Piece]:
-    """Removes pieces from the end of ``queue`` while they fit."""
-    taken: list[Piece] = []
+    """Removes pieces from the end of ``queue`` while they fit into ``budget`` anchors and returns them.
+
+    With ``at_least_one``, a first piece that is too long is taken, too.
+    """
+    batch: list[Piece] = []
     room = budget
-    while queue and (queue[-1].end - queue[-1].begin <= room or (at_least_one and not taken)):
+    while queue and (queue[-1].end - queue[-1].begin <= room or (at_least_one and not batch)):
         piece = queue.pop()
         room -= piece.end - piece.begin
-        taken.append(piece)
-    return taken
+        batch.append(piece)
+    return batch

@@ -1,4 +1,4 @@
-"""Training-time test: the drafter is trained on its own outputs, as it will run."""
+"""Training-time test: trains the drafter on its own outputs, as it runs when it drafts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ class Objective:
     """What the drafter is trained for.
 
     Attributes:
-        loss: A name in `LOSSES`, or ``length``: the expected acceptance length of the whole draft, over all
-            positions at once.
-        unroll: Draft positions.
-        decay: Weight of each position relative to the one before; ``length`` has no use for it.
-        mask_top: A draft position whose likeliest token under the target is not among the drafter's so many
-            likeliest is hopeless
-            for now: it and what would follow are left out (GRIFFIN, arXiv 2502.11018). None leaves nothing
-                out.
-        feedback_only: Learn only where verification refused a draft, from what it gave instead (online
-            speculative decoding, arXiv 2310.07177).
-        on_policy: Weight of the second draft position after the drafter's own refused tokens: verification
-            has computed what the target says there (DistillSpec, arXiv 2310.08461, trains on the drafter's
-            own words).
+        loss: Name of a loss in `LOSSES`, or ``length``: minus the expected acceptance length of the whole
+            draft, over all positions at once.
+        unroll: Number of draft positions.
+        decay: Weight of each position relative to the one before; ``length`` ignores it.
+        mask_top: Number of the drafter's likeliest tokens that must include the target's likeliest. Where
+            they do not, the draft position and all later ones of that anchor are left out of the loss
+            (GRIFFIN, arXiv 2502.11018). None leaves nothing out.
+        feedback_only: Whether to train only where verification rejected a draft, on the target's distribution
+            there (online speculative decoding, arXiv 2310.07177).
+        on_policy: Loss weight of the second draft position after the drafter's own rejected tokens, for which
+            verification has already computed the target's distribution (DistillSpec, arXiv 2310.08461, trains
+            on the drafter's own outputs).
     """
 
     loss: str = "fkl"
@@ -45,16 +44,19 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Unrolled:
-    """One pass over a batch.
+    """The loss and acceptance statistics of one pass over a batch.
 
     Attributes:
-        loss: Scalar.
-        acceptance: For each draft position Σ_y min(p, q): how often a drawn token is accepted, mean over its
-            anchors.
-        likeliest: For each draft position p(argmax q): how often the drafter's likeliest token is.
-        length: Tokens a verification of drawn drafts would commit, 1 + E[Σ_i Π_{j≤i} acceptance_j].
-        likeliest_length: The same of likeliest drafts.
-        by_piece: float32 [2, P], both lengths of each piece; NaN where nothing can be drafted.
+        loss: Scalar loss.
+        acceptance: Σ_y min(p, q) at each draft position, the probability that a sampled draft token is
+            accepted; mean over the position's anchors.
+        likeliest: p(argmax q) at each draft position, the probability that the drafter's likeliest token is
+            accepted; mean over the position's anchors.
+        length: Expected number of tokens that one verification of sampled drafts commits, 1 + E[Σ_i Π_{j≤i}
+            acceptance_j].
+        likeliest_length: Expected number of tokens that one verification of likeliest-token drafts commits.
+        by_piece: float32 [2, P], ``length`` and ``likeliest_length`` of each piece; NaN for a piece in which
+            nothing can be drafted.
     """
 
     loss: torch.Tensor
@@ -66,7 +68,7 @@ class Unrolled:
 
 
 class Interrupted(Exception):
-    """An update was broken off; weights are as they were."""
+    """An update was interrupted; the weights have not changed."""
 
 
 def unrolled_loss(
@@ -76,84 +78,115 @@ def unrolled_loss(
     objective: Objective,
     check: Callable[[], None] | None = None,
 ) -> Unrolled:
-    """Loss over several draft positions, each fed with the output of the one before (EAGLE-3, arXiv
-    2503.01840, section 3.2, figure 6).
+    """Computes the loss over several draft positions, each fed with the output of the one before.
 
-    At position m, an anchor attends to the real features of anchors up to its own and to its own positions 1
-    … m, as a draft started there does. Only anchors from the prompt's last token on count, where drafting can
-    start.
+    Source: EAGLE-3 (arXiv 2503.01840), section 3.2, figure 6. At position m, an anchor attends to the real
+    features of anchors up to its own and to its own positions 1 … m, as a draft that starts there does. Only
+    anchors from the prompt's last token on count, because drafting can start there.
 
     Args:
         model: The drafter.
         embed_tokens: The target's input embedding, frozen.
-        batch: From `pack`.
-        objective: What to train for.
-        check: Called at every draft position of the forward, and again of the backward pass; may raise
-            `Interrupted`.
+        batch: Batch from `pack`.
+        objective: Loss and its options.
+        check: Function called at every draft position of the forward pass and again of the backward pass; it
+            may raise `Interrupted`.
     """
-    anchors = len(batch.at)
-    counted = batch.trained[batch.at]
+    anchors = len(batch.anchor_index)
+    counted = batch.trained[batch.anchor_index]
     anchor_weights = batch.weights / batch.weights[counted].sum().clamp(min=1e-8)
     alive = counted.clone()
     total = batch.taps.new_zeros(())
-    weighing = 0.0
-    running = torch.ones(2, anchors, device=batch.at.device)  # of drawn and of likeliest drafts
-    lengths = torch.ones(2, anchors, device=batch.at.device)
+    weight_sum = 0.0
     drafting = counted.clone()
-    surrogate = torch.ones(anchors, device=batch.at.device)
-    acceptance, likeliest = [], []
+    surrogate = torch.ones(anchors, device=batch.anchor_index.device)
+    statistics = _AcceptanceStatistics(anchors, batch.anchor_index.device)
     draft = _Unroll(model, embed_tokens, batch)
     for step in range(objective.unroll):
-        if step == 1 and objective.on_policy > 0 and len(batch.aside):
-            values = LOSSES[objective.loss](draft.logits_aside(), batch.aside_teacher)
-            total = total + objective.on_policy * (values * anchor_weights[batch.aside[:, 0]]).sum()
+        if step == 1 and objective.on_policy > 0 and len(batch.rejected_drafts):
+            values = LOSSES[objective.loss](draft.logits_after_rejected(), batch.rejected_teacher)
+            total = total + objective.on_policy * (values * anchor_weights[batch.rejected_drafts[:, 0]]).sum()
         draft.advance()
         if check is not None:
             draft.watch(check)
-        target = batch.at + 1 + step
+        target = batch.anchor_index + 1 + step
         counted = counted & batch.trained[target]
         rows = counted.nonzero()[:, 0]
         teacher, logits = batch.teacher[target[rows]], draft.logits(rows)
         q = torch.softmax(logits.float(), dim=-1)
-        kept = torch.minimum(q, teacher).sum(-1)
-        with torch.no_grad():
-            best = teacher.gather(1, q.argmax(-1, keepdim=True))[:, 0]
-            acceptance.append(float(kept.mean()) if len(rows) else 0.0)
-            likeliest.append(float(best.mean()) if len(rows) else 0.0)
-            running *= counted
-            running[:, rows] *= torch.stack([kept.detach(), best])
-            lengths += running
-            if objective.mask_top is not None:
-                alive = _without_hopeless(alive, rows, logits, teacher, objective.mask_top)
-        used = alive[rows] & batch.refused[target[rows]] if objective.feedback_only else alive[rows]
+        accepted = torch.minimum(q, teacher).sum(-1)
+        statistics.add(counted, rows, accepted, teacher.gather(1, q.argmax(-1, keepdim=True))[:, 0])
+        if objective.mask_top is not None:
+            alive = _still_trained(alive, rows, logits, teacher, objective.mask_top)
+        used = alive[rows] & batch.rejected[target[rows]] if objective.feedback_only else alive[rows]
         if objective.loss == LENGTH_LOSS:
             surrogate = (surrogate * (alive & counted)).index_put(
-                (rows,), torch.where(used, surrogate[rows] * kept, 0.0)
+                (rows,), torch.where(used, surrogate[rows] * accepted, 0.0)
             )
             total = total - (surrogate * anchor_weights).sum()
-            weighing = 1.0
+            weight_sum = 1.0
         else:
             total = (
                 total
                 + objective.decay**step
                 * (LOSSES[objective.loss](logits, teacher) * used * anchor_weights[rows]).sum()
             )
-            weighing += objective.decay**step
-    drawn, top = (lengths * (drafting * anchor_weights)).sum(-1).tolist()
+            weight_sum += objective.decay**step
+    sampled, likeliest = (statistics.lengths * (drafting * anchor_weights)).sum(-1).tolist()
     return Unrolled(
-        total / weighing, acceptance, likeliest, drawn, top, _by_piece(lengths, batch.pieces, drafting)
+        total / weight_sum,
+        statistics.acceptance,
+        statistics.likeliest,
+        sampled,
+        likeliest,
+        _by_piece(statistics.lengths, batch.pieces, drafting),
     )
 
 
+class _AcceptanceStatistics:
+    """Accumulates acceptance over draft positions.
+
+    Attributes:
+        acceptance: Mean probability at each position that a sampled draft token is accepted.
+        likeliest: Mean probability at each position that the drafter's likeliest token is accepted.
+        lengths: float32 [2, N], expected acceptance length from each anchor: of sampled drafts in row 0, of
+            drafts of likeliest tokens in row 1.
+    """
+
+    def __init__(self, anchors: int, device: torch.device) -> None:
+        self.acceptance: list[float] = []
+        self.likeliest: list[float] = []
+        self.lengths = torch.ones(2, anchors, device=device)
+        self._survival = torch.ones(2, anchors, device=device)  # probability that no token was rejected yet
+
+    @torch.no_grad()
+    def add(
+        self, counted: torch.Tensor, rows: torch.Tensor, sampled: torch.Tensor, likeliest: torch.Tensor
+    ) -> None:
+        """Adds a draft position.
+
+        Args:
+            counted: bool [N], anchors that count at the position.
+            rows: int64 [M], their indices.
+            sampled: float32 [M], probability that a sampled draft token is accepted.
+            likeliest: float32 [M], probability that the drafter's likeliest token is accepted.
+        """
+        self.acceptance.append(float(sampled.mean()) if len(rows) else 0.0)
+        self.likeliest.append(float(likeliest.mean()) if len(rows) else 0.0)
+        self._survival *= counted
+        self._survival[:, rows] *= torch.stack([sampled, likeliest])
+        self.lengths += self._survival
+
+
 def _by_piece(values: torch.Tensor, pieces: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Means of values [2, N] over the counted anchors of each piece."""
+    """Returns the means of values [2, N] over the counted anchors of each piece, [2, P]."""
     count = int(pieces.max()) + 1
     sums = values.new_zeros(2, count).index_add_(1, pieces, values * counted)
     return sums / values.new_zeros(count).index_add_(0, pieces, counted.to(values))
 
 
 class _Unroll:
-    """The drafter's passes over a batch: each feeds the next."""
+    """Runs the drafter over a batch one draft position at a time; each pass feeds the next."""
 
     def __init__(self, model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch) -> None:
         self._model, self._embed_tokens, self._batch = model, embed_tokens, batch
@@ -166,72 +199,86 @@ class _Unroll:
             return self._embed_tokens(tokens)[None].to(self._hidden.dtype)
 
     def advance(self) -> None:
-        """One draft position further, along the text."""
+        """Moves every anchor one draft position further along its text."""
         batch, step = self._batch, self._step
-        embeds = self._embed(batch.tokens[batch.at + 1 + step])
+        embeds = self._embed(batch.tokens[batch.anchor_index + 1 + step])
         self._hidden = self._model.step(embeds, self._hidden, (batch.positions + step)[None], self._attention)
         self._step += 1
 
     def watch(self, check: Callable[[], None]) -> None:
-        """Calls ``check`` now, and when the backward pass comes by."""
+        """Calls ``check`` now, and again when the backward pass reaches this position."""
         check()
         if self._hidden.requires_grad:
             self._hidden.register_hook(lambda _: check())
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """[M, W] of anchors int64 [M] at the present position."""
+        """Returns the logits [M, W] of anchors ``rows``, int64 [M], at the current position."""
         return self._model.logits(self._hidden[0, rows])
 
-    def logits_aside(self) -> torch.Tensor:
-        """[D, W] one position further, after the refused tokens instead of the text's."""
-        rows, tokens = self._batch.aside.unbind(1)
+    def logits_after_rejected(self) -> torch.Tensor:
+        """Returns the logits [D, W] one position further, after rejected tokens instead of the text's."""
+        rows, tokens = self._batch.rejected_drafts.unbind(1)
         positions = (self._batch.positions[rows] + self._step)[None]
         hidden = self._model.step(
-            self._embed(tokens), self._hidden[:, rows], positions, self._attention.aside(rows)
+            self._embed(tokens), self._hidden[:, rows], positions, self._attention.branch(rows)
         )
         return self._model.logits(hidden[0])
 
 
-def _without_hopeless(
+@torch.no_grad()
+def _still_trained(
     alive: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor, teacher: torch.Tensor, top: int
 ) -> torch.Tensor:
-    hopeful = (logits.topk(min(top, logits.shape[1])).indices == teacher.argmax(-1, keepdim=True)).any(-1)
-    kept = torch.zeros_like(alive)
-    kept[rows] = alive[rows] & hopeful
-    return kept
+    """Returns bool [N], the anchors that stay in the loss.
+
+    An anchor leaves it once the teacher's likeliest token is not among the drafter's ``top`` likeliest.
+
+    Args:
+        alive: bool [N], anchors still in the loss.
+        rows: int64 [M], anchors that count at the current position.
+        logits: float [M, W], the drafter's logits.
+        teacher: float32 [M, W], the target's probabilities.
+        top: Number of the drafter's likeliest tokens.
+    """
+    reachable = (logits.topk(min(top, logits.shape[1])).indices == teacher.argmax(-1, keepdim=True)).any(-1)
+    remaining = torch.zeros_like(alive)
+    remaining[rows] = alive[rows] & reachable
+    return remaining
 
 
 class _UnrolledAttention:
-    """Keeps position 0's keys (the real features, attended causally within their piece) and, for each later
-    position, one key for each anchor.
+    """Attention of the anchors over real features and over their own earlier draft positions.
+
+    It keeps the keys of position 0 (the real features, attended to causally within their piece) and, for each
+    later position, one key per anchor.
     """
 
     def __init__(self, attends: torch.Tensor, scaling: float) -> None:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._scaling = scaling
-        self._hidden = ~attends
+        self._masked = ~attends
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self._keys.append(_repeated(key, query))
         self._values.append(_repeated(value, query))
-        return self._attend(query, self._hidden, self._keys, self._values)
+        return self._attend(query, self._masked, self._keys, self._values)
 
-    def aside(self, rows: torch.Tensor) -> Attend:
-        """Attention of some anchors whose next key is another than what will be kept."""
+    def branch(self, rows: torch.Tensor) -> Attend:
+        """Returns attention for anchors ``rows`` whose newest key and value are used once and not kept."""
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), _repeated(key, query)]
             values = [self._values[0], *(v[:, :, rows] for v in self._values[1:]), _repeated(value, query)]
-            return self._attend(query, self._hidden[rows], keys, values)
+            return self._attend(query, self._masked[rows], keys, values)
 
         return attend
 
     def _attend(
-        self, query: torch.Tensor, hidden: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+        self, query: torch.Tensor, masked: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
     ) -> torch.Tensor:
         query = query * self._scaling
-        scores = (query @ keys[0].transpose(-1, -2)).masked_fill(hidden, float("-inf"))
+        scores = (query @ keys[0].transpose(-1, -2)).masked_fill(masked, float("-inf"))
         own = [(query * k).sum(-1, keepdim=True) for k in keys[1:]]
         weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1)
         anchors = scores.shape[-1]
@@ -242,5 +289,5 @@ class _UnrolledAttention:
 
 
 def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Keys or values [B, KV, L, d] for each of the query's heads."""
+    """Repeats keys or values [B, KV, L, d] for each of the query's heads."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""The trimmed draft vocabulary: the tokens that the policy says."""
+"""The trimmed draft vocabulary: the tokens that the policy samples most."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 def choose_vocabulary(texts: Iterable[Sequence[int]], size: int, vocab_size: int) -> torch.Tensor:
-    """The ``size`` most frequent token ids of ``texts``, filled up with the lowest unused ids.
+    """Returns the ``size`` most frequent token ids of ``texts``, filled up with the lowest unused ids.
 
-    VocabTrim (arXiv 2506.22694), section 3: a drafter's head over the tokens the target samples most costs
-    little; a token outside it can never be drafted, but is still produced by the target.
+    VocabTrim (arXiv 2506.22694), section 3: an output head over only the tokens that the target samples most
+    is cheap. A token outside it can never be drafted, but the target can still produce it.
 
     Args:
-        texts: Token ids of what the policy produced (and of its prompts).
-        size: At most ``vocab_size``.
-        vocab_size: Of the target.
+        texts: Token ids of the policy's prompts and completions.
+        size: Number of tokens of the draft vocabulary, at most ``vocab_size``.
+        vocab_size: Number of tokens of the target's vocabulary.
 
     Returns:
         int64 [size], increasing.
@@ -34,7 +34,7 @@ def choose_vocabulary(texts: Iterable[Sequence[int]], size: int, vocab_size: int
 
 
 def coverage(texts: Iterable[Sequence[int]], vocabulary: torch.Tensor) -> float:
-    """Share of the tokens of ``texts`` that ``vocabulary`` holds."""
+    """Returns the share of the tokens of ``texts`` that are in ``vocabulary``."""
     known = set(vocabulary.tolist())
     counts = Counter(token for text in texts for token in text)
     return sum(n for token, n in counts.items() if token in known) / max(sum(counts.values()), 1)
@@ -44,25 +44,25 @@ def coverage(texts: Iterable[Sequence[int]], vocabulary: torch.Tensor) -> float:
 def move_vocabulary(
     model: Eagle3Model, optimizer: torch.optim.Optimizer, vocabulary: torch.Tensor, head: nn.Module
 ) -> None:
-    """Gives the drafter another vocabulary of the same size.
+    """Replaces the drafter's vocabulary by another one of the same size.
 
-    Rows of the output layer, and the optimizer's moments, go with their tokens; a new token's row is the
-    target's.
+    Tokens that stay keep their row of the output layer and its optimizer moments. A new token's row is copied
+    from the target, with moments of zero.
 
     Args:
         model: The drafter.
-        optimizer: Over its parameters.
+        optimizer: Optimizer of its parameters.
         vocabulary: int64 [draft vocabulary], increasing.
         head: The target's output head.
     """
     old, weight = model.vocabulary, model.lm_head.weight
-    place = torch.full((len(model.t2d),), -1, dtype=torch.long, device=old.device)
-    place[old] = torch.arange(len(old), device=old.device)
-    source = place[vocabulary.to(old.device)]
-    new = source < 0
+    row_of_token = torch.full((len(model.t2d),), -1, dtype=torch.long, device=old.device)
+    row_of_token[old] = torch.arange(len(old), device=old.device)
+    source_row = row_of_token[vocabulary.to(old.device)]
+    new = source_row < 0
     target_rows: torch.Tensor = next(head.parameters())
     for tensor in (weight, *(v for v in optimizer.state.get(weight, {}).values() if v.shape == weight.shape)):
-        moved = tensor[source.clamp(min=0)]
+        moved = tensor[source_row.clamp(min=0)]
         moved[new] = target_rows[vocabulary.to(old.device)[new]].to(moved) if tensor is weight else 0.0
         tensor.copy_(moved)
     model.set_vocabulary(vocabulary.to(old.device))

@@ -1,1 +1,1 @@
-"""The RL trainer and all that shapes its loss."""
+"""The RL trainer: its loop, algorithms, rewards, recipes and integrations."""

@@ -10,23 +10,26 @@ from paceline.drafter_trainer.errors import DrafterError
 
 
 class UserError(Exception):
-    """Bad configuration, data or files: one line saying what was wrong, where, and what to write instead.
+    """A mistake in a configuration, data or files that the user can correct.
 
-    The launch scripts print it without a traceback and exit with status 2.
+    The message is one line that says what is wrong, where, and what to write instead. The launch scripts
+    print it without a traceback and exit with status 2.
     """
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """Returns an error's message on one line, cut after ``most`` characters, or the error's type where it has
-    no message.
+    """Returns an error's message on one line, cut after ``most`` characters.
+
+    An error without a message is represented by the name of its type.
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Prints a `UserError` or `DrafterError` as one line and exits with status 2; anything else keeps its
-    traceback.
+    """Prints a `UserError` or `DrafterError` as one line and exits with status 2.
+
+    All other exceptions keep their traceback.
     """
     try:
         yield

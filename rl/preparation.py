@@ -1,7 +1,8 @@
-"""What a run starts from, made before its ranks meet: the policy fetched and warmed up, a first drafter.
+"""Prepares what a run starts from: the policy, downloaded and warmed up, and a first drafter.
 
-Each is made once, by one process of those that want it, and kept in the cache. A preparation that was stopped
-goes on with what is not there yet when the same command is given again.
+Preparation happens before the ranks form a process group. Each result is created once, by one of the
+processes that need it, and cached. If a preparation was interrupted, running the same command again creates
+what is still missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from paceline.rl.process.made_once import alone, made_once, put
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rl.process.progress import Display
 
-_OF_A_RANK = (
+_RANK_VARIABLES = (  # removed, because a preparing process is not a rank
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -41,19 +42,20 @@ _OF_A_RANK = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-_USER_ERROR = 2  # exit status of a process that has printed a user's error
+_USER_ERROR_STATUS = 2  # the process has already printed the user's error
 
 
 def wants_first_drafter(config: RunConfig) -> bool:
-    """Tells whether a recipe has a drafter made before the run."""
+    """Returns whether a recipe has a drafter created before the run."""
     drafter, speculation = config.drafter, config.speculation
     speculates = "eagle3" in speculation.drafters and speculation.strategy != "plain"
     return speculates and drafter.start is None and drafter.warmup_minutes is not None
 
 
 def first_drafter_path(config: RunConfig) -> Path:
-    """Where the first drafter of a recipe is cached: a function of the policy it is made for and of all that
-    shapes it.
+    """Returns the cache directory of a recipe's first drafter.
+
+    The name depends on the policy and on every key that affects the drafter.
     """
     drafter = {
         k: v
@@ -61,51 +63,57 @@ def first_drafter_path(config: RunConfig) -> Path:
         if k not in ("start", "schedule", "snapshots", "least_idle_ranks")
     }
     parts = [asdict(config.policy), asdict(config.task), asdict(config.rollout), drafter, config.seed]
-    own = Path(config.policy.model)
-    if own.is_dir():  # other weights may come to lie there
+    directory = Path(config.policy.model)
+    if directory.is_dir():  # the weights in it may change
         parts.append(
-            [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(own.glob("*.safetensors"))]
+            [
+                (f.name, f.stat().st_size, f.stat().st_mtime_ns)
+                for f in sorted(directory.glob("*.safetensors"))
+            ]
         )
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-    return (
-        cache_dir()
-        / "drafters"
-        / f"{own.name if own.is_dir() else config.policy.model.replace('/', '--')}-{digest}"
-    )
+    name = directory.name if directory.is_dir() else config.policy.model.replace("/", "--")
+    return cache_dir() / "drafters" / f"{name}-{digest}"
 
 
 def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunConfig:
-    """Makes what the recipe's run starts from, where it is not there yet. Every rank of a machine may call
-    it: one makes, others wait.
+    """Creates what the recipe's run starts from and is not cached yet.
+
+    Every rank of a machine may call it: one of them does the work, the others wait.
 
     Args:
         config: The recipe.
-        display: Where another process that is waited for is said.
-        drafter: Whether a first drafter is wanted; a run that goes on has its own.
+        display: Display that shows which other process is waited for.
+        drafter: Whether to prepare a first drafter; a resumed run has its own.
 
     Returns:
-        The recipe, with ``drafter.start`` where a first drafter was wanted.
+        The recipe, with ``drafter.start`` set if a first drafter was prepared.
 
     Raises:
-        UserError: when the policy cannot be fetched, or the process that prepares something fails for another
-            reason than a user's error.
-        SystemExit: when that process has already printed a user's error, or after a Ctrl-C.
+        UserError: The policy cannot be downloaded, or the preparing process failed unexpectedly.
+        SystemExit: The preparing process has already printed a user's error, or Ctrl-C was pressed.
     """
     if cached_policy(config.policy.model) is None:
-        doing = f"fetching the policy {config.policy.model}"
-        with alone(cache_dir() / "models" / "fetch.lock", display.say), display.phase(doing, announced=True):
+        activity = f"downloading the policy {config.policy.model}"
+        with (
+            alone(cache_dir() / "models" / "fetch.lock", display.say),
+            display.phase(activity, announced=True),
+        ):
             fetch_policy(config.policy.model)
     if config.policy.warmup is not None:
-        made_once(warmed_policy_path(config), lambda: _in_a_process("policy", config), display.say)
+        made_once(warmed_policy_path(config), lambda: _prepare_in_subprocess("policy", config), display.say)
     if not drafter or not wants_first_drafter(config):
         return config
-    path = made_once(first_drafter_path(config), lambda: _in_a_process("drafter", config), display.say)
+    path = made_once(
+        first_drafter_path(config), lambda: _prepare_in_subprocess("drafter", config), display.say
+    )
     return replace(config, drafter=replace(config.drafter, start=str(path)))
 
 
-def _in_a_process(what: str, config: RunConfig) -> None:
-    """Makes one thing in a process of its own, which has all cores of the machine and gives its memory
-    back.
+def _prepare_in_subprocess(what: str, config: RunConfig) -> None:
+    """Prepares a policy or a drafter in a subprocess.
+
+    The subprocess uses all cores of the machine, and its memory is freed when it ends.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.json"
@@ -119,42 +127,46 @@ def _in_a_process(what: str, config: RunConfig) -> None:
             command_line(),
             str(os.getpid()),
         ]
-        job = subprocess.Popen(command, env=_environment(os.environ))
+        job = subprocess.Popen(command, env=_subprocess_environment(os.environ))
         try:
             status = job.wait()
-        except KeyboardInterrupt:  # which a terminal sends to both
+        except KeyboardInterrupt:  # a terminal sends it to both processes
             job.terminate()
             job.wait()
             raise SystemExit(128 + signal.SIGINT) from None
-    if status == _USER_ERROR:
+    if status == _USER_ERROR_STATUS:
         raise SystemExit(status)
     if status:
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
-        raise UserError(f"making the first {what} {how}; the same command goes on with it")
+        how = (
+            f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
+        )
+        raise UserError(f"preparing the {what} {how}; run the same command again to continue")
 
 
-def _environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a process that is not a rank and uses the cores of all ranks on this
-    machine.
-    """
+def _subprocess_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a process that is not a rank but uses the cores of all of this machine's."""
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    left = {k: v for k, v in environment.items() if k not in _OF_A_RANK and not k.startswith("TORCHELASTIC_")}
-    return {**left, "OMP_NUM_THREADS": str(threads_of_rank(ranks) * ranks)}
+    kept = {
+        k: v for k, v in environment.items() if k not in _RANK_VARIABLES and not k.startswith("TORCHELASTIC_")
+    }
+    return {**kept, "OMP_NUM_THREADS": str(threads_of_rank(ranks) * ranks)}
 
 
 def make_policy(config: RunConfig, display: Display) -> None:
-    """Warms the recipe's policy up, with a progress bar. The caller makes sure that no other process does
-    so.
+    """Warms up the recipe's policy, with a progress bar.
+
+    The caller makes sure that no other process does so at the same time.
     """
     assert config.policy.warmup is not None
     steps = config.policy.warmup.examples // config.policy.warmup.batch_size
-    with display.phase("warming the policy up", steps, "steps", announced=True) as phase:
+    with display.phase("warming up the policy", steps, "steps", announced=True) as phase:
         make_warmed_policy(config, lambda step, steps, loss: phase.update(step, f"loss {loss:.3f}", steps))
 
 
 def make_first_drafter(config: RunConfig, command: str, display: Display) -> None:
-    """Makes the recipe's first drafter in the cache, with a progress bar. The caller makes sure that no other
-    process does so.
+    """Creates the recipe's first drafter in the cache, with a progress bar.
+
+    The caller makes sure that no other process does so at the same time.
     """
     assert config.drafter.warmup_minutes is not None
     final = first_drafter_path(config)
@@ -167,36 +179,43 @@ def make_first_drafter(config: RunConfig, command: str, display: Display) -> Non
 def make_drafter(
     config: RunConfig, minutes: float, out: Path, command: str, display: Display
 ) -> WarmupReport:
-    """Makes a drafter for the recipe's policy in a new directory, with a progress bar; ``warmup.json`` there
-    holds the results.
+    """Creates a drafter for the recipe's policy, with a progress bar.
+
+    The results are also written to ``warmup.json`` in its directory.
+
+    Args:
+        config: The recipe.
+        minutes: Time for sampling and training.
+        out: New directory for the drafter.
+        command: Command that the user typed, for the record.
+        display: Display of the progress.
     """
     with display.phase(
-        "a first drafter, from the policy's own samples", 60 * minutes, "s", announced=True
+        "training a first drafter on the policy's own samples", 60 * minutes, "s", announced=True
     ) as phase:
         report = warm_drafter(config, minutes, out, phase.update)
     record = {"command": command, **asdict(report)}
     (out / "warmup.json").write_text(json.dumps(record, indent=2) + "\n")
     display.say(
         f"{report.sampling_seconds:.0f} s of sampling, {report.training_seconds:.0f} s of training, "
-        f"{report.updates} updates; "
-        f"acceptance length, chains of 4: {report.greedy:.2f} greedy, {report.sampled:.2f} at "
-        f"{config.rollout.temperature}"
+        f"{report.updates} updates; acceptance length with chains of 4: {report.greedy:.2f} greedy, "
+        f"{report.sampled:.2f} at temperature {config.rollout.temperature}"
     )
     return report
 
 
 def check_same_start(config: RunConfig, accelerator: Accelerator) -> None:
-    """Makes sure that all machines have started from the same warmed-up policy and drafter. Collective.
+    """Checks that all machines start from the same warmed-up policy and drafter. Collective.
 
     Raises:
-        UserError: where machines with caches of their own have each made one.
+        UserError: Machines without a shared cache have each created their own.
     """
-    made = [] if config.policy.warmup is None else [warmed_policy_path(config)]
-    made += [] if config.drafter.start is None else [Path(config.drafter.start)]
-    # what a warm-up took, to the microsecond, tells it from any other
-    mine = [(path / "warmup.json").read_text() for path in made if (path / "warmup.json").is_file()]
-    if len({json.dumps(texts) for texts in gather_object([mine])}) > 1:
+    starts = [] if config.policy.warmup is None else [warmed_policy_path(config)]
+    starts += [] if config.drafter.start is None else [Path(config.drafter.start)]
+    # the recorded times, to the microsecond, distinguish any two warm-ups
+    reports = [(path / "warmup.json").read_text() for path in starts if (path / "warmup.json").is_file()]
+    if len({json.dumps(texts) for texts in gather_object([reports])}) > 1:
         raise UserError(
-            "machines have made warm-ups of their own, which differ: set PACELINE_CACHE to a directory that "
-            "all of them see"
+            "PACELINE_CACHE is not shared, and machines have created different warm-ups: set it to a "
+            "directory that all machines see"
         )

@@ -1,5 +1,6 @@
-"""The process in which a run's start is made:
-``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``.
+"""The process that prepares what a run starts from.
+
+It runs as ``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from paceline.rl.process.parent_death import end_with_parent
 
 
 def main(what: str, recipe: str, command: str, parent: str) -> None:
-    """Makes one thing, see `paceline.rl.preparation`.
+    """Prepares a policy or a drafter; see `paceline.rl.preparation`.
 
     Args:
         what: ``policy`` or ``drafter``.
-        recipe: JSON file with the whole recipe.
-        command: What the user typed, for the record.
-        parent: Id of the process that waits for this one, which ends with it.
+        recipe: JSON file with the complete recipe.
+        command: Command that the user typed, for the record.
+        parent: Process id of the parent; this process ends when the parent does.
     """
     end_with_parent(int(parent))
     from paceline.rl.config.parsing import parse
@@ -38,7 +39,7 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
                 make_first_drafter(config, command, display)
         except OSError as error:
             raise UserError(
-                f"{error}: free some disk or set PACELINE_CACHE, then give the same command again"
+                f"{error}: free some disk or set PACELINE_CACHE, then run the same command again"
             ) from None
 
 

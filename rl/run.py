@@ -1,4 +1,4 @@
-"""What ``launch/train.py`` and ``paceline train`` do, in each rank."""
+"""The training command as each rank runs it; ``launch/train.py`` and ``paceline train`` lead here."""
 
 from __future__ import annotations
 
@@ -39,25 +39,32 @@ from paceline.rl.trainer import Trainer, make_accelerator
 
 
 def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of ``launch/train.py``.
+
+    Args:
+        description: Description in the help text.
+        arguments: Arguments; None takes those of the process.
+    """
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", nargs="?", help="a recipe, unless resuming")
+    parser.add_argument("config", nargs="?", help="recipe; leave it out to resume")
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check the recipe, print what it will take, and try a tiny step of it",
+        help="check the recipe, print its estimated cost, and run a tiny step of it",
     )
+    parser.add_argument("--ranks", type=int, help="with --dry-run: number of ranks; default is torchrun's")
     parser.add_argument(
-        "--ranks", type=int, help="with --dry-run: ranks to reckon with; torchrun's where none are named"
-    )
-    parser.add_argument(
-        "--gpu", type=float, metavar="GB", help="with --dry-run: memory of a rank's GPU; else this machine's"
+        "--gpu",
+        type=float,
+        metavar="GB",
+        help="with --dry-run: memory of a rank's GPU; default is this machine's",
     )
     parser.add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
-        help="directory of a run to go on with, also with other key=value",
+        help="directory of a run to resume, with key=value overrides if wanted",
     )
     args = parser.parse_intermixed_args(arguments)
     if args.resume is not None and args.config is not None and "=" in args.config:
@@ -65,16 +72,16 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     if (args.config is None) == (args.resume is None):
         parser.error("name a recipe or --resume RUN")
     if args.dry_run and args.resume is not None:
-        parser.error("--dry-run is about a recipe, not about a run")
+        parser.error("--dry-run cannot be combined with --resume: name a recipe")
     return args
 
 
 def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
-    """The recipe and the run's directory.
+    """Returns the recipe and the run's directory.
 
     Raises:
-        UserError: for a mistake in the recipe, a directory that holds finished work, or changes that a run
-            does not bear.
+        UserError: The recipe is invalid, its directory already holds a run, or a resumed run does not allow
+            the changes.
     """
     if args.resume is not None:
         return resumed_recipe(args.resume, args.overrides, say_on_main), args.resume
@@ -86,42 +93,42 @@ def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
 
 
 def main(description: str | None) -> None:
-    """Runs the command of this process; a user's error is printed as one line."""
+    """Runs the command with the process's arguments and prints user errors as one line."""
     end_with_launcher()
     with user_errors(), main_speaks_first():
         run(sys.argv[1:], description)
 
 
 def run(arguments: Sequence[str], description: str | None = None) -> None:
-    """Runs the command with the given arguments; errors are raised."""
+    """Runs the command with the given arguments; exceptions propagate."""
     status = train(parse_arguments(description, arguments))
     if status:
         raise SystemExit(status)
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains from a recipe, or from where a run stopped, up to the report. Returns the status to exit
-    with.
-    """
+    """Trains from a recipe or from a checkpoint, writes the report, and returns the exit status."""
     if args.dry_run:
         dry_run(args)
         return 0
     config, run = find_run(args)
     fit_process(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with Display(active=is_main()) as display, disk_errors(run), RunLock(run, active=is_main()):
-        # before there is a process group: once there is one, transformers writes models on rank 0 only
+        # must precede the process group: with one, transformers writes models on rank 0 only
         config = prepare(config, display, drafter=not has_checkpoint(run))
-        interruption, whole = train_ranks(config, run, args, display)
+        interruption, finished = train_ranks(config, run, args, display)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return 0 if whole else interruption.status
+    return 0 if finished else interruption.status
 
 
 def train_ranks(
     config: RunConfig, run: Path, args: argparse.Namespace, display: Display
 ) -> tuple[Interruption, bool]:
-    """Trains with all ranks after the preparation. Collective. Returns what may have stopped it, and whether
-    it is finished.
+    """Trains on all ranks after the preparation. Collective.
+
+    Returns:
+        The handler of signals that may have stopped the run, and whether the run is finished.
     """
     accelerator = make_accelerator(config, timeout=timedelta(minutes=config.scale.timeout_minutes))
     check_same_start(config, accelerator)
@@ -132,32 +139,33 @@ def train_ranks(
     with Tracker(config, run, main, 0 if checkpoint is None else checkpoint.steps_done, display) as tracker:
         tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
         with Interruption(run, main) as interruption:
-            with display.phase("loading the policy, measuring the engine's forwards"):
+            with display.phase("loading the policy and measuring the engine's forward passes"):
                 trainer = Trainer(config, run, accelerator, checkpoint, tracker)
-            whole = trainer.run(interruption)
-        if main and whole:
+            finished = trainer.run(interruption)
+        if main and finished:
             finish(config, run, tracker)
         elif main:
-            tracker.say(f"stopped; go on with --resume {run}")
+            tracker.say(f"stopped; continue with --resume {run}")
     accelerator.wait_for_everyone()
-    return interruption, whole
+    return interruption, finished
 
 
 def dry_run(args: argparse.Namespace) -> None:
-    """Checks a recipe, prints what it will take, and tries a few tiny steps of it."""
+    """Checks a recipe, prints its estimated cost, and runs a few tiny steps of it."""
     config = load_config(args.config, args.overrides)
     task = load_task(config.task, config.seed)
-    first = task.problems[0]
-    said = check_recipe(task, config)
+    warnings = check_recipe(task, config)
     ranks = args.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *said]), flush=True)
-    print("\n".join(score_example(first, config.task, config.seed, config.rollout.group_size)), flush=True)
+    print("\n".join([*describe(config, Path(args.config), ranks, args.gpu), *warnings]), flush=True)
+    example = score_example(task.problems[0], config.task, config.seed, config.rollout.group_size)
+    print("\n".join(example), flush=True)
     print(try_tiny_step(config))
 
 
 def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
-    """Writes summary, report and exported drafter. One that cannot be made is said: the policy is in the
-    checkpoint.
+    """Writes summary, report and exported drafter.
+
+    A failure is reported and does not fail the run, because the policy is in the checkpoint.
     """
     paths = {"policy": str(run / "checkpoint" / "policy")}
     try:
@@ -178,5 +186,5 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
             paths["drafter"] = str(export_drafter(run, out))
         except DrafterError as error:
             tracker.say(f"drafter: {error}")
-    for name, path in paths.items():  # outside the table, which would cut them short
+    for name, path in paths.items():  # outside the table, which would truncate them
         tracker.say(f"{name}: {path}")

@@ -1,1 +1,1 @@
-"""The drafter, its optimizer and its checksums on disk, and directories that others serve."""
+"""Storage of drafters, optimizer states and checksums, and export to directories that servers load."""

@@ -1,4 +1,4 @@
-"""The drafter on disk: the EAGLE-3 directory that vLLM and SGLang load."""
+"""Reads and writes drafters as EAGLE-3 directories that vLLM and SGLang load."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
 def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` beside ``directory`` and renames them into it: never
-    half a drafter.
+    """Writes a drafter to ``directory`` as ``config.json`` and ``model.safetensors``.
+
+    The files are written to a temporary directory beside it, which is then renamed, so that ``directory``
+    never holds a partly written drafter.
 
     Args:
         model: The drafter.
-        directory: Replaced when it exists.
-        dtype: Of the stored weights; float32 for going on with training.
+        directory: Directory to write; it is replaced if it exists.
+        dtype: dtype of the stored weights; float32 to resume training from them.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
@@ -33,7 +35,7 @@ def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch
         config = model.config.to_dict()
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         config.pop("dtype", None)
-        # Readers older than transformers 5 look for the flat key.
+        # Readers older than transformers 5 expect the flat key.
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
         (building / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         tensors = {n: p.detach().to(dtype).contiguous() for n, p in model.named_parameters()}
@@ -55,40 +57,40 @@ def load_drafter(
     tap_layers: Sequence[int] | None = None,
     draft_vocab_size: int | None = None,
 ) -> Eagle3Model:
-    """Reads a drafter as float32 and checks that it is whole and fits the target.
+    """Reads a drafter as float32 and checks that it is complete and fits the target.
 
     Args:
-        directory: With ``config.json`` and ``model.safetensors``.
-        target_vocab_size, target_hidden_size: Of the policy.
-        tap_layers: Layers whose inputs the engine keeps; None where the drafter's are taken.
-        draft_vocab_size: Tokens that it must draft; None where its own are taken.
+        directory: Directory with ``config.json`` and ``model.safetensors``.
+        target_vocab_size: Number of tokens of the policy's vocabulary.
+        target_hidden_size: Size of the policy's hidden states.
+        tap_layers: Layers whose inputs the engine keeps; None accepts the drafter's own.
+        draft_vocab_size: Number of tokens that it must be able to draft; None accepts the drafter's own.
 
     Raises:
-        DrafterError: for files that are missing, truncated or broken, weights that are not finite or not
-            those that the config says, another architecture, and a drafter of another target.
+        DrafterError: Files are missing, truncated or invalid, weights are not finite or do not match the
+            config, the architecture is another one, or the drafter was trained for another target.
     """
     config = read_drafter_config(directory)
     if config.vocab_size != target_vocab_size:
         raise DrafterError(
             f"{directory}: the drafter was made for {config.vocab_size} tokens, the policy has "
-            f"{target_vocab_size}"
+            f"{target_vocab_size}; name a drafter that was trained for this policy"
         )
     if config.hidden_size != target_hidden_size:
         raise DrafterError(
-            f"{directory}: the drafter is {config.hidden_size} wide, the policy {target_hidden_size}"
+            f"{directory}: the drafter is {config.hidden_size} wide, the policy {target_hidden_size}; name a "
+            f"drafter that was trained for this policy"
         )
     taps = list(config.eagle_aux_hidden_state_layer_ids)
     if tap_layers is not None and taps != list(tap_layers):
         raise DrafterError(
             f"{directory}: the drafter was trained on the inputs of layers {taps}, the engine keeps those of "
-            f"{list(tap_layers)}; "
-            f"write drafter.tap_layers: {taps}"
+            f"{list(tap_layers)}; write drafter.tap_layers: {taps}"
         )
     if draft_vocab_size is not None and config.draft_vocab_size != draft_vocab_size:
         raise DrafterError(
             f"{directory}: the drafter drafts {config.draft_vocab_size} tokens, drafter.draft_vocab_size is "
-            f"{draft_vocab_size}; "
-            f"write drafter.draft_vocab_size: {config.draft_vocab_size}"
+            f"{draft_vocab_size}; write drafter.draft_vocab_size: {config.draft_vocab_size}"
         )
     weights = directory / "model.safetensors"
     tensors = _read_weights(weights)
@@ -97,36 +99,39 @@ def load_drafter(
         raise DrafterError(f"{weights}: {problem}")
     try:
         model = Eagle3Model(config, _vocabulary(tensors))
-    # keys beyond those that are checked, as transformers' parts of the layer read them
-    except Exception as error:
+    except Exception as error:  # transformers' modules also read keys that are not checked here
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise DrafterError(
             f"{directory / 'config.json'}: no drafter can be built from it ({reason})"
         ) from None
-    learned = {name: tensor.float() for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-    # d2t and t2d follow from the vocabulary, the rotary table from the config
-    model.load_state_dict(learned, strict=False)
+    parameters = {name: tensor.float() for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+    # not strict: d2t and t2d follow from the vocabulary, the rotary table from the config
+    model.load_state_dict(parameters, strict=False)
     return model
 
 
 def load_drafter_of(directory: Path, policy: Path) -> Eagle3Model:
-    """Reads a drafter for the policy in a directory, as `load_drafter` does.
+    """Reads a drafter for the policy in a directory and checks it as `load_drafter` does.
+
+    Args:
+        directory: The drafter's directory.
+        policy: The policy's directory.
 
     Raises:
-        DrafterError: as there, and for a policy whose config cannot be read.
+        DrafterError: The drafter cannot be used (see `load_drafter`), or the policy's config cannot be read.
     """
     try:
         target = AutoConfig.from_pretrained(policy).get_text_config()
-    except Exception as error:  # whatever is wrong with the file, transformers says it in its own way
+    except Exception as error:  # transformers raises many types for an unreadable config
         raise DrafterError(
-            f"{policy}: the policy's config cannot be read ({' '.join(str(error).split())[:160]})"
+            f"{policy}: the policy's config.json cannot be read ({' '.join(str(error).split())[:160]})"
         ) from None
     return load_drafter(directory, target.vocab_size, target.hidden_size)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise DrafterError(f"{path}: missing; copy the whole directory that paceline export wrote")
+        raise DrafterError(f"{path}: missing; copy the complete directory that paceline export wrote")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -137,7 +142,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the format, by name."""
+    """Returns the shape of every tensor of the format, by name."""
     heads, kv_heads, dim = attention_shape(config)
     hidden, inner = config.hidden_size, config.intermediate_size
     assert hidden is not None and inner is not None
@@ -162,7 +167,10 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shape_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str | None:
-    """What does not match the config, before anything of its size is made; None where all does."""
+    """Returns what does not match the config; None if everything does.
+
+    It runs before the model is built, so that nothing of a wrong size is allocated.
+    """
     expected = _shapes(config)
     missing, unexpected = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unexpected:
@@ -178,16 +186,17 @@ def _shape_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str
                 f"again"
             )
         if name not in ("d2t", "t2d") and not (tensor.is_floating_point() and tensor.itemsize >= 2):
-            return f"{name} is {tensor.dtype}; write float32, bfloat16 or float16"
+            return f"{name} is {tensor.dtype}; store it as float32, bfloat16 or float16"
     if tensors["d2t"].dtype not in (torch.int64, torch.int32) or tensors["t2d"].dtype not in (
         torch.bool,
         torch.uint8,
     ):
-        return f"d2t is {tensors['d2t'].dtype} and t2d {tensors['t2d'].dtype}; write int64 and bool"
+        return f"d2t is {tensors['d2t'].dtype} and t2d {tensors['t2d'].dtype}; store them as int64 and bool"
     return None
 
 
 def _value_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str | None:
+    """Returns what is wrong with the tensors' values; None if nothing is."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             return f"{name} has NaN or infinite values; export an earlier drafter"
@@ -197,12 +206,18 @@ def _value_problem(tensors: dict[str, torch.Tensor], config: LlamaConfig) -> str
         or not 0 <= int(vocabulary[0]) <= int(vocabulary[-1]) < config.vocab_size
     ):
         return (
-            f"d2t does not lead to {config.draft_vocab_size} increasing token ids below {config.vocab_size}"
+            f"d2t does not map to {config.draft_vocab_size} increasing token ids below {config.vocab_size}; "
+            f"export the drafter again"
         )
     known = torch.zeros(config.vocab_size, dtype=torch.bool)
     known[vocabulary] = True
-    return None if torch.equal(known, tensors["t2d"].bool()) else "t2d marks other tokens than d2t leads to"
+    return (
+        None
+        if torch.equal(known, tensors["t2d"].bool())
+        else "t2d marks other tokens than d2t maps to; export the drafter again"
+    )
 
 
 def _vocabulary(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the draft vocabulary, int64 [draft vocabulary], from ``d2t``, which holds offsets."""
     return tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))

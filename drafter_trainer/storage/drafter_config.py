@@ -1,5 +1,6 @@
-"""A drafter's ``config.json``, read with suspicion: it may be of another project, cut off, or edited by
-hand.
+"""Reads and validates a drafter's ``config.json``.
+
+The file may come from another project, be truncated, or have been edited by hand.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _COUNTS = (
     ),
     *("head_dim", "max_position_embeddings"),
 )
-# Variants of the layer that servers know and `Eagle3Model` does not compute.
-_VARIANTS = ("norm_before_residual", "attention_bias", "mlp_bias")
-# Keys of the directory rather than of the layer; transformers wants no model_type of another class.
-_DROPPED = (
+# Variants of the layer that servers support and `Eagle3Model` does not implement.
+_UNSUPPORTED = ("norm_before_residual", "attention_bias", "mlp_bias")
+# Keys about the directory, not the layer; `LlamaConfig` also rejects the model_type of another class.
+_IGNORED = (
     "model_type",
     "torch_dtype",
     "dtype",
@@ -41,11 +42,10 @@ _DROPPED = (
 
 
 def read_drafter_config(directory: Path) -> LlamaConfig:
-    """The configuration of a drafter, as `eagle3_config` makes it.
+    """Reads the configuration of a drafter in the form that `eagle3_config` returns.
 
     Raises:
-        DrafterError: for a file that is missing, is not JSON, or describes something else than an EAGLE-3
-            layer.
+        DrafterError: The file is missing, is not JSON, or describes something other than an EAGLE-3 layer.
     """
     path = directory / "config.json"
     data = read_object(
@@ -55,20 +55,21 @@ def read_drafter_config(directory: Path) -> LlamaConfig:
     )
     if data.get("architectures") != [ARCHITECTURE]:
         raise DrafterError(
-            f"{path}: architectures is {_short(data.get('architectures'))}, not [{ARCHITECTURE!r}]"
+            f"{path}: architectures is {_short(data.get('architectures'))}; only [{ARCHITECTURE!r}] can be "
+            f"used"
         )
     _fill_in(data)
     problem = _problem(data)
     if problem is not None:
         raise DrafterError(f"{path}: {problem}")
     try:
-        return LlamaConfig(**{key: value for key, value in data.items() if key not in _DROPPED})
-    except Exception as error:  # transformers checks the other keys, each in its own way
+        return LlamaConfig(**{key: value for key, value in data.items() if key not in _IGNORED})
+    except Exception as error:  # transformers raises many types for the other keys
         raise DrafterError(f"{path}: transformers cannot read it ({_short(error)})") from None
 
 
 def _fill_in(data: dict[str, Any]) -> None:
-    """Adds what other writers keep under other keys, or leave out because it follows from the rest."""
+    """Adds keys that other writers store under another name, or omit because they follow from the rest."""
     nested = data.get("eagle_config")
     if _TAPS not in data and isinstance(nested, dict) and _TAPS in nested:
         data[_TAPS] = nested[_TAPS]
@@ -82,7 +83,7 @@ def _fill_in(data: dict[str, Any]) -> None:
 
 
 def _problem(data: dict[str, Any]) -> str | None:
-    """The first key whose value cannot be used; None where all can."""
+    """Returns what is wrong with the first key whose value cannot be used; None if all can."""
     for key in _COUNTS:
         if not _is_count(data.get(key)):
             return f"{key} is {_short(data.get(key))}; write a whole number above 0"
@@ -92,7 +93,9 @@ def _problem(data: dict[str, Any]) -> str | None:
     if data.get("num_hidden_layers") != 1:
         return f"num_hidden_layers is {_short(data.get('num_hidden_layers'))}; an EAGLE-3 drafter has 1"
     if data["draft_vocab_size"] > data["vocab_size"]:
-        return f"draft_vocab_size is {data['draft_vocab_size']}, of {data['vocab_size']} tokens in all"
+        return (
+            f"draft_vocab_size is {data['draft_vocab_size']}; write at most vocab_size, {data['vocab_size']}"
+        )
     if data["num_attention_heads"] % data["num_key_value_heads"] or data["head_dim"] % 2:
         return "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even"
     if data.get("target_hidden_size") not in (None, data["hidden_size"]):
@@ -100,7 +103,7 @@ def _problem(data: dict[str, Any]) -> str | None:
             f"target_hidden_size is {_short(data['target_hidden_size'])}; only drafters as wide as their "
             f"target can be used"
         )
-    for key in _VARIANTS:
+    for key in _UNSUPPORTED:
         if data.get(key):
             return f"{key} is {_short(data[key])}; only drafters without it can be used"
     if data.get("hidden_act", "silu") != "silu":
@@ -112,18 +115,16 @@ def _problem(data: dict[str, Any]) -> str | None:
 
 
 def _rope_problem(data: dict[str, Any]) -> str | None:
+    """Returns why the rotary embedding cannot be used; None if it can."""
     if data.get("rope_scaling") is not None:
-        return "rope_scaling is set; only drafters with plain rotary embeddings can be used"
+        return "rope_scaling is set; only drafters with unscaled rotary embeddings can be used"
     rope = data.get("rope_parameters")
     if (
         not isinstance(rope, dict)
         or rope.get("rope_type", "default") != "default"
         or not rope.keys() <= {"rope_type", "rope_theta"}
     ):
-        return (
-            f"rope_parameters is {_short(rope)}; only drafters with rope_type default, and a rope_theta, can "
-            f"be used"
-        )
+        return f"rope_parameters is {_short(rope)}; only rope_type default with a rope_theta can be used"
     theta = rope.get("rope_theta")
     if (
         isinstance(theta, bool)
@@ -135,9 +136,11 @@ def _rope_problem(data: dict[str, Any]) -> str | None:
 
 
 def _is_count(value: Any, least: int = 1) -> bool:
+    """Returns whether a value is a whole number from ``least`` that fits int32."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def _short(value: Any) -> str:
+    """Returns a value or an error's message on one line of at most 120 characters."""
     text = " ".join((repr(value) if not isinstance(value, Exception) else str(value)).split())
     return text if len(text) <= 120 else text[:119] + "…"

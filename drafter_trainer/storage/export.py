@@ -1,4 +1,4 @@
-"""From a run to a drafter directory for others to serve."""
+"""Exports a run's drafter to a directory that vLLM and SGLang serve."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str
     """Writes a run's last drafter to ``out``, in bfloat16, with a model card.
 
     Args:
-        run: A run's directory, with ``checkpoint/drafter`` and ``checkpoint/policy``.
+        run: Directory of the run, with ``checkpoint/drafter`` and ``checkpoint/policy``.
         out: New directory.
-        target: Hub id of the run's policy; None where it is not on the hub, and the card names what it was
-            trained from.
-        name: What the card calls the drafter; None for ``out``'s name.
+        target: Hub id of the run's policy; None if it is not on the hub, in which case the card names the
+            model that training started from.
+        name: Name of the drafter in the card; None takes that of ``out``.
+
+    Returns:
+        ``out``.
 
     Raises:
-        DrafterError: when the run has no whole drafter, or ``out`` is in use or cannot be written.
+        DrafterError: The run has no complete drafter, or ``out`` is in use or cannot be written.
     """
     source, policy = run / "checkpoint" / "drafter", run / "checkpoint" / "policy"
     if not source.is_dir():
         raise DrafterError(
-            f"{run}: no checkpoint/drafter; was the run made with the eagle3 drafter, and did it save a step?"
+            f"{run}: no checkpoint/drafter; name a run with the eagle3 drafter that has saved a checkpoint"
         )
     drafter = load_drafter_of(source, policy)
     facts = drafter_facts(run)
@@ -51,10 +54,10 @@ def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str
 
 
 def drafter_facts(run: Path) -> DrafterFacts:
-    """What a run's recipe and metrics say of its drafter.
+    """Collects what a run's recipe and metrics say about its drafter.
 
     Raises:
-        DrafterError: where the directory holds no run's recipe.
+        DrafterError: The directory holds no recipe of a run.
     """
     path = run / "config.json"
     try:
@@ -62,7 +65,9 @@ def drafter_facts(run: Path) -> DrafterFacts:
         model, temperature = str(config["policy"]["model"]), float(config["rollout"]["temperature"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"[:160]
-        raise DrafterError(f"{path}: not a run's recipe ({reason}); name the directory of a run") from None
+        raise DrafterError(
+            f"{path}: not the recipe of a run ({reason}); name the directory of a run"
+        ) from None
     steps = _metrics(run / "metrics.jsonl")
     return DrafterFacts(
         target=model,
@@ -76,14 +81,19 @@ def drafter_facts(run: Path) -> DrafterFacts:
 
 
 def hub_id(model: str, near: Path) -> str | None:
-    """The id on the Hugging Face hub that a name of a policy is; None for directories and for policies made
-    on the spot.
+    """Returns a policy's name if it is a Hugging Face hub id.
 
     Args:
-        model: As users write it.
-        near: A relative directory is looked for in the present directory and in those above this one.
+        model: Name of the policy as users write it.
+        near: Directory of the run. A relative path is looked up in the current directory and in all parents
+            of this one.
+
+    Returns:
+        The hub id; None for directories and for policies that are created locally.
     """
-    if "/" not in model or any((place / model).exists() for place in (Path.cwd(), *near.absolute().parents)):
+    if "/" not in model or any(
+        (parent / model).exists() for parent in (Path.cwd(), *near.absolute().parents)
+    ):
         return None
     try:
         validate_repo_id(model)
@@ -93,7 +103,7 @@ def hub_id(model: str, near: Path) -> str | None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of the metrics that can be read."""
+    """Returns the records of a metrics file, skipping lines that cannot be parsed."""
     if not path.is_file():
         return []
     steps = []
@@ -108,12 +118,16 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _last(steps: list[dict[str, Any]], name: str) -> float | None:
-    found = [
+    """Returns the last finite value of a metric; None if there is none."""
+    values = [
         step[name] for step in steps if isinstance(step.get(name), int | float) and math.isfinite(step[name])
     ]
-    return float(found[-1]) if found else None
+    return float(values[-1]) if values else None
 
 
 def _acceptance(steps: list[dict[str, Any]]) -> list[float]:
-    found = [step["drafter/acceptance"] for step in steps if isinstance(step.get("drafter/acceptance"), list)]
-    return [a for a in found[-1] if isinstance(a, int | float)] if found else []
+    """Returns the drafter's last acceptance at each draft position; empty if there is none."""
+    values = [
+        step["drafter/acceptance"] for step in steps if isinstance(step.get("drafter/acceptance"), list)
+    ]
+    return [a for a in values[-1] if isinstance(a, int | float)] if values else []

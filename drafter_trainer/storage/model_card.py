@@ -1,4 +1,4 @@
-"""The model card of a drafter directory: what it drafts for, how well, and how to serve it."""
+"""The model card of a drafter: its target, its acceptance and how to serve it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 _TAGS = ["eagle3", "speculative-decoding", "draft-model", "vllm", "sglang", "paceline"]
-_DEPTH = 4
+_DEPTH = 4  # draft tokens per verification in the serving commands
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterFacts:
-    """What is known of a drafter beside its weights.
+    """What is known about a drafter besides its weights.
 
     Attributes:
-        target: The policy it drafts for: a hub id, a directory or a name.
-        base_model: The target's id on the Hugging Face hub; None where it has none.
-        license: As the hub writes it, such as ``apache-2.0``; None where it is not known.
-        steps: RL steps that its target had been trained; None where that is not known.
-        temperature: Of the rollouts that it learned from.
-        acceptance_length: Tokens of a forward of the target, as measured in the run; None where it was not.
-        acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty where it was not
-            measured.
+        target: The policy that it drafts for: a hub id, a directory or a name.
+        base_model: The target's id on the Hugging Face hub; None if it has none.
+        license: License identifier as the hub writes it, such as ``apache-2.0``; None if unknown.
+        steps: Number of RL steps that the target had been trained for; None if unknown.
+        temperature: Sampling temperature of the rollouts that it was trained on.
+        acceptance_length: Tokens per forward pass of the target, measured in the run; None if not measured.
+        acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty if not measured.
     """
 
     target: str
@@ -37,12 +36,12 @@ class DrafterFacts:
 
 
 def drafter_card(facts: DrafterFacts, draft_vocab_size: int, name: str = "DRAFTER") -> str:
-    """The text of ``README.md``, with the front matter that the hub reads.
+    """Returns the text of ``README.md``, with the front matter that the hub reads.
 
     Args:
-        facts: Of the drafter.
-        draft_vocab_size: Tokens that it can draft.
-        name: What the commands call the drafter: its hub id or directory.
+        facts: What is known about the drafter.
+        draft_vocab_size: Number of tokens that it can draft.
+        name: Hub id or directory of the drafter in the serving commands.
     """
     front = ModelCardData(
         base_model=facts.base_model,
@@ -57,7 +56,7 @@ def drafter_card(facts: DrafterFacts, draft_vocab_size: int, name: str = "DRAFTE
     length = (
         "not measured"
         if facts.acceptance_length is None
-        else f"{facts.acceptance_length:.2f} tokens a forward of the target"
+        else f"{facts.acceptance_length:.2f} tokens per forward pass of the target"
     )
     positions = ", ".join(f"{a:.2f}" for a in facts.acceptance) or "not measured"
     return f"""---
@@ -96,9 +95,9 @@ python -m sglang.launch_server --model-path {target} \\
 
 
 def license_of(directory: Path) -> str | None:
-    """The license in the front matter of a directory's ``README.md``; None where there is none to be read."""
+    """Returns the license in the front matter of a directory's ``README.md``; None if there is none."""
     try:
-        found = ModelCard.load(directory / "README.md").data.license
-    except Exception:  # whatever somebody's card holds: without a license to copy, none is stated
+        license_id = ModelCard.load(directory / "README.md").data.license
+    except Exception:  # a card may hold anything; without a readable license, none is stated
         return None
-    return found if isinstance(found, str) else None
+    return license_id if isinstance(license_id, str) else None

@@ -1,4 +1,4 @@
-"""An optimizer's state as safetensors and JSON."""
+"""Reads and writes AdamW's state as safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
-    """Writes ``stem``.safetensors (tensors) and ``stem``.json (the rest)."""
+    """Writes an optimizer's state to ``stem``.safetensors (tensors) and ``stem``.json (the rest)."""
     write_state(optimizer.state_dict(), stem)
 
 
 def write_state(state: dict[str, Any], stem: Path) -> None:
-    """Writes a state dict as `save_optimizer` does."""
+    """Writes a state dict to ``stem``.safetensors (tensors) and ``stem``.json (the rest)."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, entries in state["state"].items():
@@ -40,10 +40,10 @@ def write_state(state: dict[str, Any], stem: Path) -> None:
 
 
 def read_state(stem: Path) -> dict[str, Any]:
-    """Reads what `write_state` wrote. Whether it fits an optimizer, `check_moments` tells.
+    """Reads what `write_state` wrote; `check_moments` checks whether it fits an optimizer.
 
     Raises:
-        OptimizerStateError: truncated, missing or malformed files.
+        OptimizerStateError: The files are missing, truncated or malformed.
     """
     try:
         tensors = load_file(stem.with_suffix(".safetensors"))
@@ -76,17 +76,17 @@ def read_state(stem: Path) -> dict[str, Any]:
 
 
 def check_moments(entries: Mapping[int, Mapping[str, Any]], shapes: Sequence[torch.Size]) -> None:
-    """Checks that AdamW can go on from a state. A parameter that never had a gradient has no entry.
+    """Checks that AdamW can continue from a state; a parameter that never had a gradient has no entry.
 
     Args:
         entries: ``state`` of a state dict.
-        shapes: Of the optimizer's parameters, in order.
+        shapes: Shapes of the optimizer's parameters, in order.
 
     Raises:
-        ValueError: for the state of other parameters, and values that AdamW cannot have left.
+        ValueError: The state belongs to other parameters, or holds values that AdamW cannot have produced.
     """
     if max(entries, default=-1) >= len(shapes):
-        raise ValueError(f"it is of {max(entries) + 1} parameters, not {len(shapes)}")
+        raise ValueError(f"it has {max(entries) + 1} parameters, not {len(shapes)}")
     for index, entry in entries.items():
         problem = _problem(entry, shapes[index])
         if problem is not None:
@@ -94,7 +94,7 @@ def check_moments(entries: Mapping[int, Mapping[str, Any]], shapes: Sequence[tor
 
 
 def _problem(entry: Mapping[str, Any], shape: torch.Size) -> str | None:
-    """Why an entry cannot be a parameter's; None where it can."""
+    """Returns why an entry cannot belong to a parameter of this shape; None if it can."""
     missing = [name for name in ("step", *_MOMENTS) if name not in entry]
     if missing:
         return f"it has no {missing[0]}"
@@ -102,7 +102,7 @@ def _problem(entry: Mapping[str, Any], shape: torch.Size) -> str | None:
         if name == "step":
             number = float(value) if _is_number(value) else math.nan
             if not (math.isfinite(number) and number >= 0):
-                return "step is not a count"
+                return "step is not a number from 0"
         elif not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return (
                 f"{name} is a {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, "
@@ -122,10 +122,10 @@ def _is_number(value: Any) -> bool:
 
 
 def take_over_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Gives an optimizer the moments of a state dict; its learning rate and other settings stay its own.
+    """Loads the moments of a state dict into an optimizer, which keeps its own learning rate and settings.
 
     Raises:
-        ValueError: for the state of another optimizer; this one is as it was.
+        ValueError: The state belongs to another optimizer; this one has not changed.
     """
     own = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -137,9 +137,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, stem: Path) -> None:
     """Restores the moments that `save_optimizer` wrote.
 
     Raises:
-        OptimizerStateError: truncated, missing or malformed files, or those of another optimizer.
+        OptimizerStateError: The files are missing, truncated or malformed, or belong to another optimizer.
     """
     try:
         take_over_moments(optimizer, read_state(stem))
     except ValueError as error:
-        raise OptimizerStateError(f"{stem}: of another optimizer ({error})") from None
+        raise OptimizerStateError(
+            f"{stem}: of another optimizer ({error}); resume from another checkpoint"
+        ) from None

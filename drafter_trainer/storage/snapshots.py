@@ -1,4 +1,4 @@
-"""The last few drafters of a run, written beside it while it goes on."""
+"""Writes snapshots of a run's last drafters in the background."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class DrafterSnapshots:
-    """``folder/step-N``: a drafter's trainable tensors and its optimizer's (``optimizer``), each whole or
-    absent.
+    """Keeps the last drafters of a run in ``folder/step-N``, each with its optimizer's state (``optimizer``).
 
-    A step waits only for the copy in memory; a thread writes it under another name and renames it. What is
-    not yet written when the next one comes is waited for, so that at most one copy is held.
+    A step waits only for a copy in memory. A background thread writes it under a temporary name and renames
+    it, so that each snapshot is complete or absent. A snapshot waits until the one before is written, so that
+    at most one copy is held in memory.
 
     Args:
-        folder: Made when first wanted.
-        keep: How many stay.
+        folder: Directory of the snapshots; created on first use.
+        keep: Number of snapshots to keep.
 
     Attributes:
-        seconds: What the last `save` took of the caller's time.
+        seconds: Time that the last `save` took from its caller.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -41,16 +41,16 @@ class DrafterSnapshots:
         self.seconds = 0.0
 
     def save(self, step: int, model: Eagle3Model, optimizer: torch.optim.Optimizer) -> str | None:
-        """Begins to write. Returns one line about what became of the last one, if it failed."""
-        begin = time.perf_counter()
+        """Starts writing a snapshot; returns a one-line problem if writing the last one failed."""
+        start = time.perf_counter()
         problem = self.wait()
-        held, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
-        self._writing = self._writer.submit(self._write, step, held, state)
-        self.seconds = time.perf_counter() - begin
+        snapshot, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+        self._writing = self._writer.submit(self._write, step, snapshot, state)
+        self.seconds = time.perf_counter() - start
         return problem
 
     def wait(self) -> str | None:
-        """Returns when nothing is being written any more; one line if that failed."""
+        """Waits until nothing is being written any more; returns a one-line problem if writing failed."""
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -73,33 +73,37 @@ class DrafterSnapshots:
             shutil.rmtree(old, ignore_errors=True)
 
     def _newest_first(self) -> list[tuple[int, Path]]:
-        found = []
+        snapshots = []
         for path in self._folder.glob("step-*"):
             number = path.name.removeprefix("step-")
             if number.isdecimal():
-                found.append((int(number), path))
-        return sorted(found, reverse=True)
+                snapshots.append((int(number), path))
+        return sorted(snapshots, reverse=True)
 
     def newest(
-        self, vocab_size: int, hidden_size: int, **wanted: Any
+        self, vocab_size: int, hidden_size: int, **requirements: Any
     ) -> tuple[tuple[int, Path, Eagle3Model] | None, list[str]]:
-        """The newest whole one, as (step, directory, float32 drafter), and a line for every broken one that
-        was passed over.
+        """Loads the newest usable snapshot.
 
         Args:
-            vocab_size, hidden_size: Of the policy.
-            **wanted: ``tap_layers`` and ``draft_vocab_size`` of `load_drafter`.
+            vocab_size: Number of tokens of the policy's vocabulary.
+            hidden_size: Size of the policy's hidden states.
+            **requirements: ``tap_layers`` and ``draft_vocab_size`` of `load_drafter`.
+
+        Returns:
+            The snapshot as (step, directory, float32 drafter), or None, and one line for each problem found
+            on the way.
         """
         problems: list[str] = []
         for step, path in self._newest_first():
             changed = changed_files(path)
             if changed is None:
-                problems.append(f"{path}: no checksums to compare its files with; taken as it is")
+                problems.append(f"{path}: no checksums to compare its files with; used without a check")
             elif changed:
                 problems += [f"{path / name}: {reason}" for name, reason in changed.items()]
                 continue
             try:
-                return (step, path, load_drafter(path, vocab_size, hidden_size, **wanted)), problems
+                return (step, path, load_drafter(path, vocab_size, hidden_size, **requirements)), problems
             except DrafterError as error:
                 problems.append(str(error))
         return None, problems

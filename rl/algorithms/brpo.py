@@ -1,5 +1,6 @@
-"""Budget relative policy optimization (AnytimeReasoner: Qi et al., arXiv 2505.13438, section 3, and its
-reference code).
+"""Budget relative policy optimization (BRPO).
+
+Source: AnytimeReasoner (Qi et al., arXiv 2505.13438), section 3, and its reference code.
 """
 
 from __future__ import annotations
@@ -8,33 +9,30 @@ import torch
 
 
 def brpo_advantages(scores: torch.Tensor, weights: torch.Tensor, discount: float = 2.0) -> torch.Tensor:
-    """Advantages of the stretches of thought between budgets.
+    """Computes the advantage of each part of a thought between two budgets.
 
-    Thought up to budget s is worth what it leads to: its return is the weighted sum of the scores at this
-        budget and all later
-    ones. From it goes a baseline of two parts: what the same thought was worth before (the mean of its scores
-        at earlier budgets,
-    the nearest weighing most), and what the group's thoughts are worth on average; the later the budget, the
-    more the first counts: V = (s V₁ + (S − s) V₂) / S. The first depends on earlier tokens alone, so it adds
-        no bias; the second holds the sample's own
-    return as one of G, as in GRPO.
+    The return of the thought up to budget s is the weighted sum of the scores at this and all later budgets.
+    The baseline has two parts: V₁, the value of the same thought so far (the mean of its scores at earlier
+    budgets, where nearer budgets weigh more), and V₂, the mean return of the group's thoughts. The later the
+    budget, the more the first counts: V = (s V₁ + (S − s) V₂) / S. V₁ depends on earlier tokens alone, so it
+    adds no bias; V₂ contains the sample's own return as one of G, as in GRPO.
 
     Args:
-        scores: float [G, S], of each sample of a group at each budget, ascending.
-        weights: float [S], how often each budget is asked for; normalised here.
-        discount: How much more each nearer earlier budget weighs.
+        scores: float [G, S], score of each sample of a group at each budget, in ascending order of budgets.
+        weights: float [S], how often each budget is requested; normalised here.
+        discount: Factor by which a budget weighs more than the one before it in V₁.
 
     Returns:
         float32 [G, S].
     """
     scores, weights = scores.float(), weights.float() / weights.sum()
     groups, levels = scores.shape
-    found = torch.zeros(groups, levels)
+    advantages = torch.zeros(groups, levels)
     for s in range(levels):
         returns = (scores[:, s:] * weights[s:]).sum(1)
-        before = torch.zeros(groups)
+        own_value = torch.zeros(groups)
         if s:
-            nearer = discount ** torch.arange(s, dtype=torch.float32)
-            before = (scores[:, :s] * nearer).sum(1) / nearer.sum() * weights[s:].sum()
-        found[:, s] = returns - (s * before + (levels - s) * returns.mean()) / levels
-    return found
+            nearness = discount ** torch.arange(s, dtype=torch.float32)
+            own_value = (scores[:, :s] * nearness).sum(1) / nearness.sum() * weights[s:].sum()
+        advantages[:, s] = returns - (s * own_value + (levels - s) * returns.mean()) / levels
+    return advantages

@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization and its descendants: Dr. GRPO, DAPO, GSPO.
 
-DeepSeekMath (arXiv 2402.03300), section 4.1, equation 3 for the objective. Token-level normalisation and the
-separate upper clip are DAPO's (arXiv 2503.14476), sections 3.1 and 3.3.
+The objective is equation 3 of DeepSeekMath (arXiv 2402.03300), section 4.1. Token-level normalisation and the
+separate upper clip are from DAPO (arXiv 2503.14476), sections 3.3 and 3.1.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ Aggregate = Literal["token", "sequence", "constant"]
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool = True) -> torch.Tensor:
-    """How much better each sample is than its group: (r − mean) / std, the std over the group's samples (n −
-    1).
+    """Computes (r − mean) / std of each sample within its group, with the sample standard deviation (n − 1).
 
-    A group whose samples all have one reward says nothing: its advantages are exactly 0.
+    If all samples of a group have the same reward, their advantages are exactly 0.
 
     Args:
         rewards: float [groups * group_size], the samples of a group adjacent.
-        group_size: At least 2.
-        scale_by_std: False leaves out the division, as Dr. GRPO (arXiv 2503.20783) does.
+        group_size: Number of samples of a group, at least 2.
+        scale_by_std: Whether to divide by the standard deviation; Dr. GRPO (arXiv 2503.20783) does not.
 
     Returns:
         float32 [groups * group_size].
@@ -38,19 +37,16 @@ def group_advantages(rewards: torch.Tensor, group_size: int, scale_by_std: bool 
 
 
 def token_weights(lengths: torch.Tensor, aggregate: Aggregate, longest: int) -> torch.Tensor:
-    """What a token of each sample weighs in the batch's loss, up to a division that all samples share
-    (`weight_total`).
+    """Returns the loss weight of a token of each sample, up to a shared divisor (`weight_total`).
 
-    ``token``: every token alike (DAPO, section 3.3). ``sequence``: every sample alike, 1 / |o_i| a token
-        (GRPO, equation 3).
-    ``constant``: 1 / the longest completion there may be, so that a token's weight depends neither on its
-        sample's length nor on
-    others' (Dr. GRPO, arXiv 2503.20783).
+    ``token`` weights all tokens equally (DAPO, section 3.3). ``sequence`` weights all samples equally, with
+    1 / |o_i| per token (GRPO, equation 3). ``constant`` is 1 / the maximum completion length, so that a
+    token's weight depends neither on its sample's length nor on those of others (Dr. GRPO, arXiv 2503.20783).
 
     Args:
-        lengths: int64 [S], tokens of each sample, at least 1.
-        aggregate: Which.
-        longest: Most tokens of a completion.
+        lengths: int64 [S], number of tokens of each sample, at least 1.
+        aggregate: ``token``, ``sequence`` or ``constant``.
+        longest: Maximum number of tokens of a completion.
 
     Returns:
         float32 [S].
@@ -63,19 +59,24 @@ def token_weights(lengths: torch.Tensor, aggregate: Aggregate, longest: int) -> 
 
 
 def weight_total(lengths: torch.Tensor, aggregate: Aggregate) -> float:
-    """What the weighted losses' sum is divided by, once it is summed over ranks: tokens, or samples."""
+    """Returns this rank's part of the divisor of the weighted loss: its number of tokens, or of samples.
+
+    The divisor is the sum over ranks.
+    """
     return float(lengths.sum()) if aggregate == "token" else float(len(lengths))
 
 
 def mastered_tokens(logprobs: torch.Tensor, advantages: torch.Tensor, probability: float) -> torch.Tensor:
-    """Well-mastered positive tokens (UloRL, Du et al., arXiv 2507.19766, section 3.3): tokens of positive
-    advantage that the policy already says with at least ``probability``. Training on them sharpens what is
-    sharp; left out while entropy is below its target, they let it recover.
+    """Returns which tokens are well-mastered positive tokens.
+
+    These are tokens of positive advantage to which the policy already assigns at least ``probability``.
+    Training on them sharpens the distribution further; leaving them out while entropy is below its target
+    lets entropy recover. Source: UloRL (Du et al., arXiv 2507.19766), section 3.3.
 
     Args:
-        logprobs: float32 [M], of the policy that the update started from.
-        advantages: float32 [M].
-        probability: In (0, 1).
+        logprobs: float32 [M], log-probs under the policy that the update started from.
+        advantages: float32 [M], advantage of each token.
+        probability: Threshold in (0, 1).
 
     Returns:
         bool [M].
@@ -85,11 +86,11 @@ def mastered_tokens(logprobs: torch.Tensor, advantages: torch.Tensor, probabilit
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """Loss of each token, with what is worth logging.
+    """The loss of each token, and where it was clipped.
 
     Attributes:
         loss: float32 [M].
-        clipped: bool [M], where the clip took the gradient away.
+        clipped: bool [M], where clipping removed the gradient.
     """
 
     loss: torch.Tensor
@@ -105,24 +106,26 @@ def policy_loss(
     clip_high: float,
     owner: torch.Tensor | None = None,
 ) -> TokenLoss:
-    """Clipped surrogate: −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A), with ρ = exp(logprob − old) of
-    each token, or, with ``owner``, exp of the mean of a sequence's (GSPO, Zheng et al., arXiv 2507.18071,
-    equation 7).
+    """Computes the clipped surrogate −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A).
+
+    ρ = exp(logprob − old) for each token. With ``owner``, ρ is the exponential of the mean difference over a
+    token's sequence (GSPO, Zheng et al., arXiv 2507.18071, equation 7).
 
     Args:
-        logprobs: float32 [M], differentiable, of the policy now.
-        old_logprobs: float32 [M], of the policy that the update started from.
-        advantages: float32 [M], of each token.
-        clip_low, clip_high: Width of the trust region below and above 1.
-        owner: int64 [M], sequence of each token; all of a sequence's tokens must be there.
+        logprobs: float32 [M], log-probs under the current policy, differentiable.
+        old_logprobs: float32 [M], log-probs under the policy that the update started from.
+        advantages: float32 [M], advantage of each token.
+        clip_low: Distance below 1 at which ratios are clipped.
+        clip_high: Distance above 1 at which ratios are clipped.
+        owner: int64 [M], index of each token's sequence; all tokens of a sequence must be present. None takes
+            the ratio of each token.
     """
     difference = logprobs - old_logprobs
     if owner is not None:
         count = int(owner.max()) + 1
         lengths = torch.bincount(owner, minlength=count).to(difference)
-        difference = (difference.new_zeros(count).index_add(0, owner, difference) / lengths.clamp(min=1))[
-            owner
-        ]
+        sums = difference.new_zeros(count).index_add(0, owner, difference)
+        difference = (sums / lengths.clamp(min=1))[owner]
     ratio = torch.exp(difference)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages

@@ -1,6 +1,4 @@
-"""The engine draws tokens under slightly other numbers than the trainer computes: how much, and what to do
-about it.
-"""
+"""Importance weights that correct the training–inference mismatch between trainer and engine."""
 
 from __future__ import annotations
 
@@ -14,18 +12,21 @@ ImportanceLevel = Literal["none", "token", "sequence"]
 def importance_weights(
     trainer: torch.Tensor, engine: torch.Tensor, owner: torch.Tensor, level: ImportanceLevel, cap: float
 ) -> torch.Tensor:
-    """min(π_trainer / π_engine, cap): truncated importance sampling (Ionides 2008), as Yao et al., "Your
-    Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025), apply it between a trainer and
-    its inference engine.
+    """Returns truncated importance weights min(π_trainer / π_engine, cap).
+
+    Truncated importance sampling is due to Ionides (2008). Yao et al., "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training" (2025), apply it between a trainer and its inference engine.
 
     Args:
-        trainer, engine: float32 [M], log-probs of the drawn tokens under each, at the rollout's parameters.
-        owner: int64 [M], sequence of each token.
-        level: The ratio of each token, or of its whole sequence, or none: then every weight is 1.
-        cap: C; small ratios stay small, so that the variance is bounded at the price of some bias.
+        trainer: float32 [M], the trainer's log-probs of the sampled tokens, at the rollout's parameters.
+        engine: float32 [M], the engine's log-probs of them.
+        owner: int64 [M], index of each token's sequence.
+        level: ``token`` takes the ratio of each token, ``sequence`` that of its whole sequence, and ``none``
+            returns weights of 1.
+        cap: Largest weight. Small ratios are not raised, so the variance is bounded at the cost of some bias.
 
     Returns:
-        float32 [M], no gradient.
+        float32 [M], without gradient.
     """
     if level == "none":
         return torch.ones_like(engine)
@@ -37,7 +38,13 @@ def importance_weights(
 
 
 def effective_share(weights_sum: float, squares_sum: float, count: float) -> float:
-    """(Σ w)² / (n Σ w²): the share of the tokens that a sample of equal weights would need for the same
-    variance (Kish's effective sample size).
+    """Returns the effective sample size as a share of the tokens, (Σ w)² / (n Σ w²).
+
+    It is the share of equally weighted tokens that would have the same variance (Kish).
+
+    Args:
+        weights_sum: Sum of the weights.
+        squares_sum: Sum of their squares.
+        count: Number of weights n.
     """
     return weights_sum**2 / (count * squares_sum) if squares_sum > 0 and count > 0 else 1.0

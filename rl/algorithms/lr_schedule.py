@@ -1,4 +1,4 @@
-"""Learning rates over a run whose number of steps is known."""
+"""Learning-rate schedules over a known number of steps."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ Schedule = Literal["constant", "linear", "cosine", "rex"]
 
 
 def rate_at(step: int, steps: int, warmup: int, schedule: Schedule) -> float:
-    """Share of the learning rate that holds in a step: a linear rise, then the schedule over what is left.
+    """Returns the factor on the learning rate in a step: a linear warm-up, then the schedule.
 
-    ``rex`` is (1 − z) / (1/2 + (1 − z) / 2) at the share z of the steps (Chen et al., "REX: Revisiting
-    Budgeted Training with an Improved Schedule", arXiv 2107.04197): higher than linear for most of the way,
-    falling fast at the end.
+    ``rex`` is (1 − z) / (1/2 + (1 − z) / 2) at the share z of the remaining steps (Chen et al., "REX:
+    Revisiting Budgeted Training with an Improved Schedule", arXiv 2107.04197). It stays above the linear
+    schedule and falls fast at the end.
 
     Args:
-        step: From 0.
-        steps: Of the run.
-        warmup: Steps of the rise; the first has 1 / warmup of the rate.
-        schedule: ``constant`` stays at 1.
+        step: Index of the step, from 0.
+        steps: Number of steps of the run.
+        warmup: Number of warm-up steps; the first one has 1 / warmup of the rate.
+        schedule: ``constant`` (a factor of 1), ``linear``, ``cosine`` or ``rex``.
     """
     if step + 1 < warmup:
         return (step + 1) / warmup

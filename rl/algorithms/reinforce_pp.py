@@ -1,5 +1,6 @@
-"""REINFORCE++ (Hu et al., arXiv 2501.03262): no critic and no groups; a penalty at each token, normalised
-over the whole batch.
+"""REINFORCE++ (Hu et al., arXiv 2501.03262).
+
+It needs no critic and no groups: penalties are per token, and advantages are normalised over the batch.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import torch
 
 
 def rewards_to_go(reward: float, penalties: torch.Tensor) -> torch.Tensor:
-    """What each token still has before it: the sequence's reward, which comes at its end, less the penalties
-    from there on.
+    """Returns the reward to go of each token: the sequence's reward minus the penalties from the token on.
 
     Args:
-        reward: Of the sequence.
+        reward: Reward of the sequence, given at its end.
         penalties: float32 [L], β times the KL of each token.
 
     Returns:
@@ -24,23 +24,23 @@ def rewards_to_go(reward: float, penalties: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(
-    values: Sequence[torch.Tensor], total: Callable[[torch.Tensor], torch.Tensor]
+    values: Sequence[torch.Tensor], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Mean 0 and standard deviation 1 over every token of every rank.
+    """Normalises values to mean 0 and standard deviation 1 over all tokens of all ranks.
 
     Args:
-        values: float32 [L_i], of this rank's sequences.
-        total: Sums a tensor over ranks.
+        values: float32 [L_i] for each of this rank's sequences.
+        sum_over_ranks: Function that sums a tensor over ranks.
 
     Returns:
-        float32 [L_i] each; zeros where all values are equal.
+        float32 [L_i] each; zeros if all values are equal.
     """
-    line = torch.cat([torch.zeros(0), *values]).double()
-    count, first = total(
-        torch.stack([torch.tensor(float(len(line)), dtype=torch.float64), line.sum()])
+    tokens = torch.cat([torch.zeros(0), *values]).double()
+    count, value_sum = sum_over_ranks(
+        torch.stack([torch.tensor(float(len(tokens)), dtype=torch.float64), tokens.sum()])
     ).tolist()
-    mean = first / max(count, 1.0)
-    squares = float(total((line - mean).square().sum()[None]))
+    mean = value_sum / max(count, 1.0)
+    squares = float(sum_over_ranks((tokens - mean).square().sum()[None]))
     std = (squares / max(count, 1.0)) ** 0.5
     scale = 1 / std if std > 1e-6 else 0.0
     return [((value.double() - mean) * scale).float() for value in values]

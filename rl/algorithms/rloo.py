@@ -1,4 +1,4 @@
-"""REINFORCE Leave-One-Out (Ahmadian et al., "Back to Basics", arXiv 2402.14740)."""
+"""REINFORCE Leave-One-Out, RLOO (Ahmadian et al., "Back to Basics", arXiv 2402.14740)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 
 
 def leave_one_out_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Each sample's reward less the mean of its group's other samples: a baseline that does not depend on the
-    sample itself.
+    """Computes each sample's reward minus the mean of its group's other samples.
 
-    Equal to the centred rewards times n / (n − 1).
+    This baseline does not depend on the sample itself. The result equals the centred rewards times n / (n −
+    1).
 
     Args:
         rewards: float [groups * group_size], the samples of a group adjacent.
-        group_size: At least 2.
+        group_size: Number of samples of a group, at least 2.
 
     Returns:
         float32 [groups * group_size].

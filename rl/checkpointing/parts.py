@@ -18,7 +18,7 @@ from paceline.rl.errors import UserError
 from paceline.rl.models.lora import save_adapters
 from paceline.rl.models.policies import copy_tokenizer
 from paceline.rl.process.files import read_object
-from paceline.rl.sharding import WholeState
+from paceline.rl.sharding import FullState
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.strategy import Selector
 
@@ -27,7 +27,7 @@ def write_policy(
     folder: Path,
     policy: PreTrainedModel,
     tokenizer_from: Path,
-    state: WholeState,
+    state: FullState,
     adapters: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes the policy, its tokenizer, its optimizer, and its adapters where it has any.
@@ -46,7 +46,7 @@ def write_policy(
         save_adapters(policy, adapters, folder / "adapter")
 
 
-def write_critic(folder: Path, state: WholeState) -> None:
+def write_critic(folder: Path, state: FullState) -> None:
     """Writes the critic's whole weights and its optimizer's state."""
     save_file(state.weights, folder / "critic.safetensors")
     write_state(state.optimizer, folder / "critic_optimizer")

@@ -14,7 +14,13 @@ from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.evaluation.problems import evaluation_problems, fitting
 from paceline.rl.generation.policy_engine import policy_engine
-from paceline.rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
+from paceline.rl.lengths.guidance import (
+    BudgetGuidance,
+    RemainingLength,
+    recording_states,
+    token_states,
+    train_remaining,
+)
 from paceline.rl.models.policies import load_policy, load_tokenizer
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
@@ -136,7 +142,7 @@ class Evaluator:
         training_problems = task.batch(0, min(prompts, len(task.rows)))
         embeddings: Any = self.policy.get_input_embeddings().weight
         head = RemainingLength(self.policy.config.get_text_config().hidden_size, embeddings)
-        train_remaining(head, steps_of(self._decode(training_problems, traces=True)))
+        train_remaining(head, token_states(self._decode(training_problems, traces=True)))
         return head
 
     def steered(self, head: RemainingLength, budget: int, batch: int = 32) -> Evaluation:
@@ -166,7 +172,7 @@ class Evaluator:
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         guidance = BudgetGuidance(head, budget, longest)
-        with watching(self.policy, guidance):
+        with recording_states(self.policy, guidance):
             generate: Any = self.policy.generate
             out = generate(
                 input_ids=ids,

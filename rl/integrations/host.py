@@ -117,7 +117,7 @@ class HostedRollouts:
         """
         now = self.policy.fingerprint()
         changed = now is None or now != self._decoded_with
-        if self.policy.in_parts:
+        if self.policy.is_partitioned:
             changed = any_rank(self._accelerator, changed)
         if changed:
             self._decoded_with = None  # until the update has succeeded

@@ -18,7 +18,7 @@ from paceline.rl.integrations.fingerprint import fingerprint, tensors_held
 from paceline.rl.models.initial import copy_weights
 from paceline.rl.models.lora import merged
 from paceline.rl.models.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
-from paceline.rl.sharding.gathering import in_parts, whole_parameters
+from paceline.rl.sharding.gathering import full_parameters, is_partitioned
 
 
 class HostPolicy:
@@ -57,7 +57,7 @@ class HostPolicy:
                 "the policy is quantized: rollouts follow the weights that are trained; load it in bfloat16"
             )
         self._layers()
-        self.shared = self._adapter is None and not in_parts(self._source)
+        self.shared = self._adapter is None and not is_partitioned(self._source)
         self.decoded = self._source if self.shared else _empty_copy(self._source, dtype, device)
         self._model, self._parameters = model, list(self._source.parameters())
 
@@ -68,9 +68,9 @@ class HostPolicy:
             _copy_buffers(self._source, self.decoded)
 
     @property
-    def in_parts(self) -> bool:
+    def is_partitioned(self) -> bool:
         """Whether no rank holds the whole weights."""
-        return in_parts(self._source)
+        return is_partitioned(self._source)
 
     def fingerprint(self) -> Hashable | None:
         """What changes whenever this rank's weights do, or what adapters do with them; None where that cannot
@@ -85,7 +85,7 @@ class HostPolicy:
         """
         if (
             model is not self._model
-            or (self.shared and in_parts(self._source))
+            or (self.shared and is_partitioned(self._source))
             or _adapter_in_use(model) != self._adapter
         ):
             return False
@@ -96,7 +96,7 @@ class HostPolicy:
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-            return whole_parameters(self._source, wanted)
+            return full_parameters(self._source, wanted)
 
         return merged(whole, self._layers())
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from paceline.rl.errors import UserError
 from paceline.rl.rewards.registry import LengthAware
-from paceline.rl.sharding.gathering import in_parts
+from paceline.rl.sharding.gathering import is_partitioned
 from paceline.rollout import SamplingParams
 
 _LEAVE_OUT = "leave it out"
@@ -182,7 +182,7 @@ def _rewards(trainer: Any) -> list[str]:
 
 def _devices(model: nn.Module) -> list[str]:
     devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) < 2 or in_parts(model):
+    if len(devices) < 2 or is_partitioned(model):
         return []
     if str(torch.device("meta")) in devices:
         return ['the policy lies on a disk in part: load it whole, model_init_kwargs={"device_map": None}']

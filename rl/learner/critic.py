@@ -21,7 +21,7 @@ from paceline.rl.learner.microbatches import Completion, packed_microbatches, pa
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
-from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rl.sharding import AdamWSettings, FullState, gather_full_state, shard
 from paceline.rl.types import TrainingSample
 from paceline.rollout.transformers_api import use_attention
 
@@ -103,7 +103,7 @@ class Critic:
         """Returns the values of each completion, float32 [L_i], on the CPU. Collective."""
         chosen = [i for i, s in enumerate(samples) if len(s.completion)]
         computed = token_outputs(
-            self._trained.bare, samples, chosen, self._budget, self._accelerator, self._trained
+            self._trained.unwrapped, samples, chosen, self._budget, self._accelerator, self._trained
         )
         return [computed[i].cpu() if i in computed else torch.zeros(0) for i in range(len(samples))]
 
@@ -136,10 +136,10 @@ class Critic:
         packed_step(self._accelerator, self._trained, batches, loss_of, lambda batch: model(batch).sum())
         return report
 
-    def state(self) -> WholeState:
+    def state(self) -> FullState:
         """Returns what a checkpoint keeps: whole on the main rank, empty on others. Collective."""
         weights = self._trained.full_weights(lambda name: True)
-        return whole_state(weights, self._trained, self._accelerator.is_main_process)
+        return gather_full_state(weights, self._trained, self._accelerator.is_main_process)
 
 
 def _load(model: ValueModel, path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack, plan
-from paceline.rl.sharding import Trained
+from paceline.rl.sharding import TrainedModule
 
 
 class Completion(Protocol):
@@ -54,7 +54,7 @@ def packed_microbatches(
 
 def packed_step(
     accelerator: Accelerator,
-    trained: Trained,
+    trained: TrainedModule,
     batches: Sequence[PackedBatch],
     loss_of: Callable[[PackedBatch], torch.Tensor],
     output_sum: Callable[[PackedBatch], torch.Tensor],
@@ -88,7 +88,7 @@ def token_outputs(
     chosen: Sequence[int],
     budget: int,
     accelerator: Accelerator,
-    trained: Trained | None = None,
+    trained: TrainedModule | None = None,
 ) -> dict[int, torch.Tensor]:
     """Computes a number for each token of chosen completions, such as its log-prob or its value.
 
@@ -118,7 +118,7 @@ def token_outputs(
 
 
 def pad_to_lockstep(
-    accelerator: Accelerator, trained: Trained, batches: Sequence[PackedBatch]
+    accelerator: Accelerator, trained: TrainedModule, batches: Sequence[PackedBatch]
 ) -> list[PackedBatch | None]:
     """Appends None until all ranks have equally many micro-batches, where sharding needs that. Collective."""
     if not trained.in_lockstep:

@@ -7,10 +7,10 @@ from pathlib import Path
 from paceline.drafter_trainer.errors import OptimizerStateError
 from paceline.drafter_trainer.storage.optimizer_state import read_state
 from paceline.rl.errors import UserError
-from paceline.rl.sharding import Trained
+from paceline.rl.sharding import TrainedModule
 
 
-def restore_moments(trained: Trained, stem: Path) -> None:
+def restore_moments(trained: TrainedModule, stem: Path) -> None:
     """Loads an optimizer's state, which may have been saved under another sharding. Collective.
 
     Args:

@@ -11,7 +11,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages, uniform_groups
+from paceline.rl.algorithms.advantages import (
+    compute_kl_penalties,
+    critic_advantages,
+    token_advantages,
+    uniform_groups,
+)
 from paceline.rl.algorithms.kl import KlCoefficient
 from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.balance import compute_cost, redistribute
@@ -25,7 +30,7 @@ from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.models.policies import load_policy, recompute_activations
 from paceline.rl.process.progress import Phase
 from paceline.rl.rewards.shaping import Shaped
-from paceline.rl.sharding import AdamWSettings, WholeState, shard, whole_state
+from paceline.rl.sharding import AdamWSettings, FullState, gather_full_state, shard
 from paceline.rl.types import RankRollouts, TrainingSample
 from paceline.rollout import FinishReason
 
@@ -102,7 +107,7 @@ class PolicyLearner:
         for name, tensor in merged(self._trained.full_weights, self._adapted):
             yield name.removeprefix(_WRAPPED), tensor
 
-    def state(self) -> tuple[WholeState, dict[str, torch.Tensor] | None]:
+    def state(self) -> tuple[FullState, dict[str, torch.Tensor] | None]:
         """Returns what a checkpoint keeps of the policy, and its adapters' weights or None. Collective.
 
         The result is whole on the main rank and empty on others.
@@ -112,9 +117,9 @@ class PolicyLearner:
         if self._config.scale.lora is not None:
             weights = self._trained.full_weights(lambda name: ".lora_" in name)
             adapters = {name.removeprefix(_WRAPPED): tensor.cpu() for name, tensor in weights}
-        return whole_state(self.weights(), self._trained, main), adapters
+        return gather_full_state(self.weights(), self._trained, main), adapters
 
-    def critic_state(self) -> WholeState | None:
+    def critic_state(self) -> FullState | None:
         """Returns what a checkpoint keeps of the critic, where the recipe has one. Collective."""
         return None if self.critic is None else self.critic.state()
 
@@ -201,7 +206,9 @@ class PolicyLearner:
         references = (
             None if self.reference is None else [s.reference for s in samples if s.reference is not None]
         )
-        kl_penalties = penalties(config.update, self.kl.value, [s.logprobs for s in samples], references)
+        kl_penalties = compute_kl_penalties(
+            config.update, self.kl.value, [s.logprobs for s in samples], references
+        )
         if self.critic is None:
             advantages = token_advantages(
                 config.update, config.rollout.group_size, rewards, kl_penalties, self._total, paths

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from paceline.rl.algorithms.grpo import mastered_tokens, policy_loss, token_weights, weight_total
+from paceline.rl.algorithms.grpo import mastered_tokens, token_weights, weight_total
 from paceline.rl.algorithms.importance import importance_weights
 from paceline.rl.algorithms.kl import estimate_kl
 from paceline.rl.algorithms.lr_schedule import rate_at
+from paceline.rl.algorithms.policy_losses import POLICY_LOSSES
 from paceline.rl.config.update import UpdateConfig
 from paceline.rl.learner.microbatches import packed_microbatches, packed_step, token_outputs
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.process.progress import Phase
-from paceline.rl.sharding import Trained
+from paceline.rl.sharding import TrainedModule
 from paceline.rl.types import TrainingSample
 
 
@@ -71,7 +72,7 @@ class PolicyUpdater:
     def __init__(
         self,
         accelerator: Accelerator,
-        trained: Trained,
+        trained: TrainedModule,
         config: UpdateConfig,
         temperature: float,
         longest: int,
@@ -131,7 +132,7 @@ class PolicyUpdater:
         trained, moving = self._trained, [i for i, s in enumerate(samples) if self.moves(s, kl_coef)]
         budget = self._config.tokens_per_microbatch
         return token_outputs(
-            lambda b: trained.bare(b, self._temperature)[0],
+            lambda b: trained.unwrapped(b, self._temperature)[0],
             samples,
             moving,
             budget,
@@ -185,13 +186,13 @@ class PolicyUpdater:
         before = torch.cat([old[i] for i in batch.members]) if old else logprobs.detach()
         engine = torch.cat([s.logprobs for s in members]).to(device)
         advantages = torch.cat([s.advantages for s in members]).to(device)
-        surrogate = policy_loss(
+        surrogate = POLICY_LOSSES[config.ratio](
             logprobs,
             before,
             advantages,
+            owner=batch.owner,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
-            owner=batch.owner if config.ratio == "sequence" else None,
         )
         importance = importance_weights(before, engine, batch.owner, config.importance, config.importance_cap)
         counted = surrogate.loss * importance

@@ -1,1 +1,1 @@
-"""How long completions are, and how long they will be."""
+"""Statistics and predictions of completion lengths."""

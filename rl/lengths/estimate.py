@@ -1,4 +1,4 @@
-"""Predictions for the engine's scheduler: who is started first, and how much cache is kept for whom."""
+"""Length predictions for the engine's scheduler, which decide the admission order and the reserved cache."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from paceline.rl.lengths.statistics import pinball
 from paceline.rollout import Request
 from paceline.rollout.length_estimate import ObservedLengths
 
-_ENOUGH = 16  # prompts before whose lengths the head's word is not taken
+_MIN_TRAINED_PROMPTS = 16  # until then the scheduler uses observed means
 
 
 class PredictedLengths:
-    """What the head says of prompts that `read` was shown; of others what was observed, as without it.
+    """Predicts lengths by a trained head for prompts given to `read`, and by observed means for all others.
 
     Args:
-        config: The recipe's length section; its predictor is not ``observed``.
+        config: The recipe's length section; its predictor must not be ``observed``.
         hidden: Size of the policy's hidden states.
-        longest: Most tokens of a completion.
-        seed: Of the run.
+        longest: Maximum number of tokens of a completion.
+        seed: Seed of the run.
     """
 
     def __init__(self, config: LengthConfig, hidden: int, longest: int, seed: int) -> None:
@@ -39,59 +39,70 @@ class PredictedLengths:
         self._predicted: dict[tuple[int, ...], float] = {}
 
     def read(self, states: Mapping[tuple[int, ...], torch.Tensor]) -> None:
-        """Takes prompts' states in, float32 [hidden] each, before their completions are asked for."""
+        """Predicts the lengths of prompts from their hidden states, before their completions are requested.
+
+        Args:
+            states: float32 [hidden] for each prompt, by its token ids.
+        """
         self._states.update(states)
-        if self.head.seen < _ENOUGH or not states:
+        if self.head.seen < _MIN_TRAINED_PROMPTS or not states:
             return
         values = self.head.quantile(torch.stack(list(states.values())), self._quantile).tolist()
         self._predicted.update(zip(states, values, strict=True))
 
     def predict(self, request: Request) -> float | None:
-        """See `paceline.rollout.length_estimate.LengthEstimate`."""
+        """Predicts a length; see `paceline.rollout.length_estimate.LengthEstimate`."""
         predicted = self._predicted.get(tuple(request.prompt_ids))
         return self._observed.predict(request) if predicted is None else predicted
 
     def observe(self, request: Request, tokens: int) -> None:
-        """See `paceline.rollout.length_estimate.LengthEstimate`."""
+        """Records a length; see `paceline.rollout.length_estimate.LengthEstimate`."""
         self._observed.observe(request, tokens)
 
     def examples(
         self, groups: Sequence[tuple[tuple[int, ...], Sequence[int]]]
     ) -> tuple[list[dict[str, Any]], list[float]]:
-        """What groups that are over teach, as plain data, and what had been predicted of those that had been.
+        """Returns training examples of finished groups, and the losses of the predictions made for them.
 
         Args:
-            groups: Prompt and lengths of each.
+            groups: Token ids of the prompt, and lengths of the completions, of each group.
+
+        Returns:
+            Examples as plain data for `learn`, and the pinball loss of each predicted completion.
         """
-        taught, errors = [], []
+        examples, errors = [], []
         for prompt, lengths in groups:
             state, predicted = self._states.pop(prompt, None), self._predicted.pop(prompt, None)
             if state is not None:
-                taught.append({"state": state.tolist(), "lengths": list(lengths)})
+                examples.append({"state": state.tolist(), "lengths": list(lengths)})
             if predicted is not None:
                 errors += [
                     pinball(np.array([predicted]), np.array([[length]]), self._quantile) for length in lengths
                 ]
-        return taught, errors
+        return examples, errors
 
     def restore(self, path: Path, seen: int) -> bool:
-        """Goes on with the head of a checkpoint, or anew where that has none that can be read: only speed
-        depends on it.
+        """Loads the head from a checkpoint.
+
+        If its weights cannot be read, training starts anew: only speed depends on the head.
 
         Args:
-            path: Of its weights.
-            seen: Steps that it has learned from.
+            path: Path of the head's weights.
+            seen: Number of steps that it has been trained for.
 
         Returns:
-            Whether there was one.
+            Whether the weights could be read.
         """
         try:
-            self.head.load_state(load_file(path), seen * _ENOUGH)
+            self.head.load_state(load_file(path), seen * _MIN_TRAINED_PROMPTS)
         except (OSError, SafetensorError, RuntimeError):
             self.head.seen = 0
             return False
         return True
 
-    def learn(self, taught: Sequence[dict[str, Any]]) -> float:
-        """Trains the head on what all ranks' groups taught; ranks that learn the same stay the same."""
-        return self.head.learn([Example(torch.tensor(t["state"]), tuple(t["lengths"])) for t in taught])
+    def learn(self, examples: Sequence[dict[str, Any]]) -> float:
+        """Trains the head on the examples of all ranks' groups and returns the mean loss.
+
+        Ranks that train on the same examples keep equal heads.
+        """
+        return self.head.learn([Example(torch.tensor(t["state"]), tuple(t["lengths"])) for t in examples])

@@ -1,9 +1,9 @@
 """Budget guidance (Li et al., arXiv 2506.13752): LOSSY, for evaluation only.
 
-A small head predicts how many tokens are left as a Gamma distribution. While a model decodes, each likely
-next token is weighed by the probability that what follows it fits into what is left of a budget. That changes
-the output distribution, so it is no part of
-the engine and cannot be reached from RL rollouts: it works on transformers' ``generate``.
+A small head predicts the number of tokens left as a Gamma distribution. While a model decodes, each likely
+next token is weighted by the probability that the rest of the completion fits into what is left of a token
+budget. This changes the output distribution, so it is not part of the engine and RL rollouts cannot use it:
+it works on transformers' ``generate``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from paceline.rollout import Rollout
 
-_LEAST = 1e-3
+_MIN_WEIGHT = 1e-3  # keeps a token possible if no continuation fits the budget
 
 
 @dataclass(frozen=True, slots=True)
-class Steps:
-    """Positions of completions; N of them.
+class TokenStates:
+    """Hidden states, sampled tokens and remaining lengths at N positions of completions.
 
     Attributes:
-        states: float32 [N, hidden], what the output head read.
-        tokens: int64 [N], what was drawn from it.
-        left: float32 [N], tokens that followed, at least 0.
+        states: float32 [N, hidden], the inputs of the output head.
+        tokens: int64 [N], the token sampled from each.
+        left: float32 [N], number of tokens that followed, at least 0.
     """
 
     states: torch.Tensor
@@ -38,8 +38,8 @@ class Steps:
     left: torch.Tensor
 
 
-def steps_of(rollouts: Sequence[Rollout]) -> Steps:
-    """Every drawn token of rollouts that have traces and ended by themselves or at their limit."""
+def token_states(rollouts: Sequence[Rollout]) -> TokenStates:
+    """Collects every sampled token of the rollouts that have traces."""
     states, tokens, left = [], [], []
     for rollout in rollouts:
         if rollout.trace is None:
@@ -48,16 +48,17 @@ def steps_of(rollouts: Sequence[Rollout]) -> Steps:
         states.append(trace.final[trace.num_prompt - 1 :].float())
         tokens.append(trace.token_ids[trace.num_prompt :])
         left.append(torch.arange(count - 1, -1, -1, dtype=torch.float32))
-    return Steps(torch.cat(states), torch.cat(tokens), torch.cat(left))
+    return TokenStates(torch.cat(states), torch.cat(tokens), torch.cat(left))
 
 
 class RemainingLength(nn.Module):
-    """Gamma distribution of the tokens left after a token, from the state that it was drawn from and its
-    embedding.
+    """Predicts a Gamma distribution of the number of tokens left after a token.
+
+    Its inputs are the hidden state that the token was sampled from and the token's embedding.
 
     Args:
-        hidden: Size of a state.
-        embeddings: [V, hidden], the policy's; not trained.
+        hidden: Size of a hidden state.
+        embeddings: [V, hidden], the policy's input embeddings; not trained.
     """
 
     def __init__(self, hidden: int, embeddings: torch.Tensor) -> None:
@@ -68,7 +69,12 @@ class RemainingLength(nn.Module):
         )
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shape and rate, float32 [..., ], of states [..., hidden] and tokens [...]."""
+        """Returns shape and rate of the Gamma distribution, float32 [...] each.
+
+        Args:
+            states: float32 [..., hidden].
+            tokens: int64 [...].
+        """
         embedded: Any = self.embeddings
         out = self.net(
             torch.cat([states, nn.functional.layer_norm(embedded[tokens], states.shape[-1:])], dim=-1)
@@ -76,28 +82,31 @@ class RemainingLength(nn.Module):
         shape, mean = nn.functional.softplus(out[..., 0]) + 0.1, torch.exp(out[..., 1].clamp(-3, 12))
         return shape, shape / mean
 
-    def loss(self, steps: Steps) -> torch.Tensor:
-        """Mean negative log-likelihood of the tokens left, each as the middle of its unit."""
+    def loss(self, steps: TokenStates) -> torch.Tensor:
+        """Returns the mean negative log-likelihood of the tokens left.
+
+        A count n is evaluated at n + 0.5, the middle of its unit interval.
+        """
         shape, rate = self(steps.states, steps.tokens)
         return -torch.distributions.Gamma(shape, rate).log_prob(steps.left + 0.5).mean()
 
     @torch.no_grad()
     def fits(self, states: torch.Tensor, tokens: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-        """Probability that at most ``room`` tokens are left; all of one shape [...]."""
+        """Returns the probability that at most ``room`` tokens are left; all tensors have one shape [...]."""
         shape, rate = self(states, tokens)
         return torch.special.gammainc(shape, rate * (room.clamp(min=0) + 0.5))
 
 
 def train_remaining(
-    head: RemainingLength, steps: Steps, updates: int = 300, batch: int = 512, seed: int = 0
+    head: RemainingLength, steps: TokenStates, updates: int = 300, batch: int = 512, seed: int = 0
 ) -> list[float]:
-    """AdamW on random positions. Returns the losses."""
+    """Trains the head with AdamW on random positions and returns the losses."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(updates):
         chosen = torch.randint(len(steps.left), (min(batch, len(steps.left)),), generator=generator)
-        loss = head.loss(Steps(steps.states[chosen], steps.tokens[chosen], steps.left[chosen]))
+        loss = head.loss(TokenStates(steps.states[chosen], steps.tokens[chosen], steps.left[chosen]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -106,14 +115,18 @@ def train_remaining(
 
 
 class BudgetGuidance(LogitsProcessor):
-    """Weighs each of the likeliest tokens by the chance that its continuation fits the budget; the others are
-    left out.
+    """Weights each of the likeliest tokens by the probability that its continuation fits the budget.
+
+    All other tokens are excluded.
 
     Args:
-        head: Trained.
-        budget: Tokens of a completion.
-        prompt: Tokens of the prompts, padding included.
-        candidates: Likeliest tokens that are weighed.
+        head: Trained head.
+        budget: Token budget of a completion.
+        prompt: Number of tokens of the prompts, padding included.
+        candidates: Number of likeliest tokens to weight.
+
+    Attributes:
+        states: float [B, hidden], the latest inputs of the output head; set by `recording_states`.
     """
 
     def __init__(self, head: RemainingLength, budget: int, prompt: int, candidates: int = 20) -> None:
@@ -121,23 +134,24 @@ class BudgetGuidance(LogitsProcessor):
         self.states: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Returns the scores [B, V] of the next token, weighted by the budget."""
         assert self.states is not None
-        kept, tokens = scores.topk(min(self._candidates, scores.shape[-1]), dim=-1)
+        top_scores, tokens = scores.topk(min(self._candidates, scores.shape[-1]), dim=-1)
         room = torch.full(tokens.shape, float(self._budget - (input_ids.shape[1] - self._prompt) - 1))
         states = self.states.float()[:, None].expand(*tokens.shape, -1)
-        weights = self._head.fits(states, tokens, room).clamp(min=_LEAST)
-        steered: Any = torch.full_like(scores, -math.inf).scatter(-1, tokens, kept + weights.log())
+        weights = self._head.fits(states, tokens, room).clamp(min=_MIN_WEIGHT)
+        steered: Any = torch.full_like(scores, -math.inf).scatter(-1, tokens, top_scores + weights.log())
         return steered
 
 
 @contextmanager
-def watching(model: PreTrainedModel, guidance: BudgetGuidance) -> Iterator[None]:
-    """Shows the guidance what the model's output head reads."""
+def recording_states(model: PreTrainedModel, guidance: BudgetGuidance) -> Iterator[None]:
+    """Records the inputs of the model's output head in ``guidance.states`` while the context is open."""
 
-    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         guidance.states = args[0][:, -1].detach()
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(note)
+    hook = model.get_output_embeddings().register_forward_pre_hook(record)
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
-"""What is observed of lengths: quantiles by prompt, as CASTILLO (arXiv 2505.16881) reports them, and
-loops.
+"""Statistics of observed lengths, and detection of degenerate loops.
+
+Quantiles are reported by prompt, as CASTILLO (arXiv 2505.16881) does.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ QUANTILES = (0.25, 0.5, 0.75, 0.99)
 
 
 def is_loop(token_ids: Sequence[int], repeats: int = 4, least: int = 32, longest_period: int = 64) -> bool:
-    """Whether a completion ends in a degenerate loop: one stretch of tokens again and again.
+    """Returns whether a completion ends in a degenerate loop, a sequence of tokens repeated until the end.
 
     Args:
-        token_ids: Of the completion.
-        repeats: Times that the stretch must stand at the end, one after the other.
-        least: Tokens that these must make up together.
-        longest_period: Tokens of the longest stretch that is looked for.
+        token_ids: Token ids of the completion.
+        repeats: Minimum number of consecutive repeats at the end.
+        least: Minimum number of tokens of all repeats together.
+        longest_period: Maximum number of tokens of the repeated sequence.
     """
     ids = np.asarray(token_ids)
     for period in range(1, min(longest_period, len(ids) // repeats) + 1):
@@ -31,10 +32,10 @@ def is_loop(token_ids: Sequence[int], repeats: int = 4, least: int = 32, longest
 
 
 def prompt_statistics(keys: Sequence[str], lengths: np.ndarray) -> dict[str, Any]:
-    """Metrics of a step's groups.
+    """Returns length metrics of a step's groups.
 
     Args:
-        keys: Of each prompt.
+        keys: Key of each prompt.
         lengths: int [prompts, samples].
     """
     quantiles = np.quantile(lengths, QUANTILES, axis=1).T
@@ -48,13 +49,14 @@ def prompt_statistics(keys: Sequence[str], lengths: np.ndarray) -> dict[str, Any
 
 
 def pinball(predicted: np.ndarray, lengths: np.ndarray, quantile: float) -> float:
-    """Mean pinball loss of a predicted quantile: q (y − ŷ) where the length is above it, (1 − q) (ŷ − y)
-    below.
+    """Returns the mean pinball loss of a predicted quantile.
+
+    The loss is q (y − ŷ) where the length y is above the prediction ŷ, and (1 − q) (ŷ − y) below.
 
     Args:
-        predicted: [prompts].
-        lengths: [prompts, samples].
-        quantile: q.
+        predicted: float [prompts].
+        lengths: int [prompts, samples].
+        quantile: Quantile q in (0, 1).
     """
     error = lengths - predicted[:, None]
     return float(np.maximum(quantile * error, (quantile - 1) * error).mean())

@@ -99,7 +99,7 @@ def merged(
     (equation 3 of arXiv 2106.09685).
 
     Args:
-        full_weights: `paceline.rl.sharding.Trained.full_weights`, or the like.
+        full_weights: `paceline.rl.sharding.TrainedModule.full_weights`, or the like.
         layers: From `adapted_layers`, by the names that ``full_weights`` uses; None where there are no
             adapters.
     """

@@ -1,5 +1,6 @@
-"""Where the weights that are trained lie, with their gradients and the optimizer's state: whole on every
-rank, or in parts.
+"""Placement of the trained weights, their gradients and the optimizer's state.
+
+Each rank holds a full copy (DDP) or a partition (DeepSpeed's ZeRO, FSDP2).
 """
 
 from __future__ import annotations
@@ -8,43 +9,41 @@ from accelerate import Accelerator
 from torch import nn
 
 from paceline.rl.config.scale import ScaleConfig
-from paceline.rl.sharding.base import AdamWSettings, Trained, WholeState, trainable, whole_state
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.full_state import FullState, gather_full_state
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rl.sharding.settings import zero_stage
 
 __all__ = [
     "AdamWSettings",
-    "Trained",
-    "WholeState",
+    "FullState",
+    "TrainedModule",
+    "gather_full_state",
     "is_shared",
     "shard",
     "trainable",
-    "whole_state",
     "zero_stage",
 ]
 
 
 def is_shared(scale: ScaleConfig) -> bool:
-    """Whether each rank's own module holds the policy's whole weights, so that the engine can decode with
-    them in place.
-    """
+    """Returns whether each rank's module holds full weights that the engine can decode with in place."""
     return not scale.sharded and scale.lora is None
 
 
 def shard(
     module: nn.Module, scale: ScaleConfig, accelerator: Accelerator, settings: AdamWSettings
-) -> Trained:
-    """Wraps a module, and AdamW over its trainable parameters, as the recipe's scale section has it.
-    Collective.
+) -> TrainedModule:
+    """Wraps a module, and AdamW over its trainable parameters, as the scale section says. Collective.
 
     Args:
-        module: Equal on every rank, in float32; ZeRO 3 and FSDP2 take its parameters apart.
-        scale: The recipe's.
-        accelerator: Of the run.
-        settings: Of the optimizer.
+        module: float32 module, equal on every rank; ZeRO 3 and FSDP2 partition its parameters.
+        scale: The recipe's scale section.
+        accelerator: The run's accelerator.
+        settings: Settings of the optimizer.
 
     Raises:
-        UserError: when DeepSpeed is wanted and is not installed, its file cannot be used, or there is no
+        UserError: DeepSpeed is requested but not installed, its settings file cannot be used, or there is no
             process group.
     """
     if scale.deepspeed is not None:

@@ -1,6 +1,4 @@
-"""Weights, gradients and moments in parts: PyTorch's fully sharded data parallelism, second form
-(``fully_shard``).
-"""
+"""Partitions weights, gradients and moments by PyTorch's FSDP2 (``fully_shard``)."""
 
 from __future__ import annotations
 
@@ -16,22 +14,24 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from paceline.rl.errors import UserError
-from paceline.rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
-from paceline.rl.sharding.gathering import whole, whole_parameters
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.gathering import full_parameters, full_tensor
+from paceline.rl.sharding.optimizer_state import as_state, checked_moments
 
 
-class FullySharded(Trained):
-    """See `paceline.rl.sharding.base.Trained`. A layer is whole while it computes; gradients are scattered
-    with every micro-batch.
+class FullySharded(TrainedModule):
+    """A module under FSDP2; see `paceline.rl.sharding.base.TrainedModule`.
+
+    A layer's weights are gathered while it computes, and gradients are scattered with every micro-batch.
 
     Args:
-        module: To train; its decoder layers are found as the entries of its `nn.ModuleList`s.
-        accelerator: Of the run.
-        settings: Of its optimizer; ``bf16`` gathers weights and computes in it, while they are kept, and
-            gradients summed, in float32.
+        module: Module to train; its decoder layers are the entries of its `nn.ModuleList`s.
+        settings: Settings of its optimizer. With ``bf16``, weights are gathered and used in bfloat16; weights
+            are stored, and gradients summed, in float32.
+        accelerator: The run's accelerator.
 
     Raises:
-        UserError: outside a process group.
+        UserError: There is no process group.
     """
 
     in_lockstep = True
@@ -39,8 +39,8 @@ class FullySharded(Trained):
     def __init__(self, module: nn.Module, settings: AdamWSettings, accelerator: Accelerator) -> None:
         if not torch.distributed.is_initialized():
             raise UserError(
-                "scale.fsdp2 needs a process group: start with torchrun --nproc_per_node N launch/train.py "
-                "..."
+                "scale.fsdp2 needs a process group: start with torchrun --nproc_per_node N "
+                "launch/train.py RECIPE"
             )
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         policy = MixedPrecisionPolicy(
@@ -56,26 +56,31 @@ class FullySharded(Trained):
         self._main = accelerator.is_main_process
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Accumulates a micro-batch's gradients, scattered over the ranks."""
         loss.backward()
 
     def step(self) -> float:
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
+        """Clips and steps on this rank's partition."""
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit)))
         if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        return whole_parameters(self.module, wanted)
+        """Yields the full weights, one gathered parameter at a time."""
+        return full_parameters(self.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
+        """Gathers the full moments; only the main rank keeps them."""
         entries = []
         for p in self._parameters:
-            moments = {name: whole(value) for name, value in self._optimizer.state.get(p, {}).items()}
+            moments = {name: full_tensor(value) for name, value in self._optimizer.state.get(p, {}).items()}
             entries.append({name: moment.cpu() for name, moment in moments.items()} if self._main else {})
         return as_state(entries, self._optimizer.param_groups[0])
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Distributes full moments over the ranks."""
         entries = checked_moments(state, self._parameters, [p.shape for p in self._parameters])
         for p, entry in zip(self._parameters, entries, strict=True):
             assert isinstance(p, DTensor)

@@ -1,4 +1,4 @@
-"""Whole weights of a module whose parameters may lie in parts."""
+"""Gathers full weights of a module whose parameters may be partitioned."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-def in_parts(module: nn.Module) -> bool:
-    """Whether parameters are partitioned: by DeepSpeed's ZeRO 3, which marks them, or by ``fully_shard``,
-    whose are `DTensor`s.
+def is_partitioned(module: nn.Module) -> bool:
+    """Returns whether a module's parameters are partitioned.
+
+    DeepSpeed's ZeRO 3 marks such parameters, and those of ``fully_shard`` are `DTensor`s.
     """
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters())
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor from its parts. Collective where it has some."""
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """Returns a full tensor from its partitions. Collective if the tensor is partitioned."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters of the wanted names, whole, one after the other, good until the next step. Collective: all
-    ranks go to the end.
+def full_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields full parameters one after the other; they are valid until the next step.
+
+    Collective: every rank must exhaust the iterator.
+
+    Args:
+        module: The module.
+        wanted: Function that says whether a name is wanted.
     """
     for name, parameter in module.named_parameters():
         if not wanted(name):
@@ -32,16 +38,19 @@ def whole_parameters(module: nn.Module, wanted: Callable[[str], bool]) -> Iterat
             from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([parameter]):
-                found = parameter.detach().clone()  # taken apart again after it
-            yield name, found
+                gathered = parameter.detach().clone()  # the parameter is partitioned again on exit
+            yield name, gathered
         else:
-            yield name, whole(parameter.detach())
+            yield name, full_tensor(parameter.detach())
 
 
 def in_buckets(
     weights: Iterable[tuple[str, torch.Tensor]], most_bytes: int
 ) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Weights in lists of about ``most_bytes``: a list ends with the tensor that takes it past that."""
+    """Yields weights in lists of about ``most_bytes``.
+
+    A list ends with the tensor that makes it exceed that size.
+    """
     bucket: list[tuple[str, torch.Tensor]] = []
     held = 0
     for name, tensor in weights:

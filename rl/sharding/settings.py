@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, as a user keeps them in a file: what a recipe decides must not stand there too."""
+"""Reads a user's DeepSpeed settings; keys that the recipe decides must not be in the file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from paceline.rl.config.paths import shipped_or_own
 from paceline.rl.errors import UserError
 
-_OURS = {
+_RECIPE_KEYS = {  # key of DeepSpeed: key of the recipe that decides it
     "bf16": "policy.mixed_precision",
     "fp16": "policy.mixed_precision",
     "torch_autocast": "policy.mixed_precision",
@@ -22,32 +22,34 @@ _OURS = {
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """DeepSpeed's settings from its JSON file, without what the recipe decides.
+    """Reads DeepSpeed's settings from a JSON file.
 
     Raises:
-        UserError: not there, not JSON, or with keys that belong to the recipe.
+        UserError: The file is missing, is not JSON, or has keys that the recipe decides.
     """
     try:
         settings = json.loads(shipped_or_own(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has one file a stage"
+            f"scale.deepspeed {path}: {error.strerror}; configs/deepspeed/ has a file for each stage"
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"scale.deepspeed {path}: not JSON ({error})") from None
     if not isinstance(settings, dict):
-        raise UserError(f"scale.deepspeed {path}: not an object of DeepSpeed's settings")
-    for key, ours in _OURS.items():
+        raise UserError(
+            f"scale.deepspeed {path}: holds a {type(settings).__name__}; write an object of DeepSpeed's keys"
+        )
+    for key, recipe_key in _RECIPE_KEYS.items():
         if key in settings:
-            raise UserError(f"scale.deepspeed {path}: leave out {key!r}; {ours} of the recipe decides that")
+            raise UserError(f"scale.deepspeed {path}: leave out {key!r}; {recipe_key} of the recipe sets it")
     return settings
 
 
 def stage_of(settings: dict[str, Any]) -> int:
-    """0 to 3; 0 where nothing is said."""
+    """Returns the ZeRO stage, 0 to 3; 0 if the settings do not name one."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def zero_stage(path: str) -> int:
-    """The stage that a file asks for; see `read_settings`."""
+    """Returns the ZeRO stage of a settings file; see `read_settings`."""
     return stage_of(read_settings(path))

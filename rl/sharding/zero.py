@@ -1,6 +1,4 @@
-"""Weights, gradients and moments in parts by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), stages
-0 to 3.
-"""
+"""Partitions weights, gradients and moments by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054)."""
 
 from __future__ import annotations
 
@@ -13,34 +11,36 @@ from accelerate import Accelerator
 from torch import nn
 
 from paceline.rl.errors import UserError
-from paceline.rl.sharding.base import AdamWSettings, Trained, as_state, checked_moments, trainable
-from paceline.rl.sharding.gathering import whole_parameters
+from paceline.rl.sharding.base import AdamWSettings, TrainedModule, trainable
+from paceline.rl.sharding.gathering import full_parameters
+from paceline.rl.sharding.optimizer_state import as_state, checked_moments
 from paceline.rl.sharding.settings import read_settings, stage_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ZeroSharded(Trained):
-    """See `paceline.rl.sharding.base.Trained`.
+class ZeroSharded(TrainedModule):
+    """A module under DeepSpeed, stages 0 to 3; see `paceline.rl.sharding.base.TrainedModule`.
 
-    Gradients are accumulated by DeepSpeed without a count of its own
-    (``managed_gradient_accumulation: false``): `step` is where an optimizer step ends. Parameters stay
-    float32 and arithmetic is the run's autocast, so that a checkpoint holds what was trained.
+    DeepSpeed accumulates gradients without counting micro-batches (``managed_gradient_accumulation: false``);
+    `step` ends an optimizer step. Parameters stay float32 and the arithmetic is the run's autocast, so that a
+    checkpoint holds exactly what was trained.
 
     Args:
-        module: To train.
-        settings: Of its optimizer.
-        path: DeepSpeed's JSON file.
-        accelerator: Of the run.
+        module: Module to train.
+        settings: Settings of its optimizer.
+        path: Path of DeepSpeed's JSON file.
+        accelerator: The run's accelerator.
 
     Raises:
-        UserError: see `read_settings`; DeepSpeed not installed; no process group.
+        UserError: The file cannot be used (see `read_settings`), DeepSpeed is not installed, or there is no
+            process group.
     """
 
     def __init__(
         self, module: nn.Module, settings: AdamWSettings, path: str, accelerator: Accelerator
     ) -> None:
-        theirs = read_settings(path)
+        user_settings = read_settings(path)
         try:
             import deepspeed
         except ImportError:
@@ -48,15 +48,15 @@ class ZeroSharded(Trained):
         if not torch.distributed.is_initialized():
             raise UserError(
                 "scale.deepspeed needs a process group: start with torchrun --nproc_per_node N "
-                "launch/train.py ..."
+                "launch/train.py RECIPE"
             )
         self._stage, self._limit, self._main = (
-            stage_of(theirs),
+            stage_of(user_settings),
             settings.grad_clip,
             accelerator.is_main_process,
         )
-        self.in_lockstep = self._stage >= 2  # from there on every backward scatters its gradients
-        ours = {
+        self.in_lockstep = self._stage >= 2  # from stage 2 on, every backward pass scatters gradients
+        fixed_settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
@@ -67,19 +67,20 @@ class ZeroSharded(Trained):
         self._parameters = trainable(module)
         self._torch = settings.over(module)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=self._torch, config={**theirs, **ours}
+            model=module, optimizer=self._torch, config={**user_settings, **fixed_settings}
         )
         self.module = self._engine
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Accumulates a micro-batch's gradients in DeepSpeed's engine."""
         self._engine.backward(loss)
 
     def step(self) -> float:
+        """Clips and steps through DeepSpeed's engine."""
         if self._stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
-        # Stage 0 would step on whatever it finds: its exchange and its optimizer are asked one after the
-        #     other.
+        # At stage 0, the engine's step would not skip non-finite gradients, so its parts are called here.
         self._engine.buffered_allreduce_fallback()
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit))
         if math.isfinite(norm):
@@ -88,19 +89,21 @@ class ZeroSharded(Trained):
         return norm
 
     def full_weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        return whole_parameters(self._engine.module, wanted)
+        """Yields the full weights, one gathered parameter at a time."""
+        return full_parameters(self._engine.module, wanted)
 
     def optimizer_state(self) -> dict[str, Any]:
+        """Gathers the full moments; only the main rank keeps them."""
         group = self._optimizer.param_groups[0]
         if self._stage == 0:
             state: dict[str, Any] = self._torch.state_dict()
             return state
-        parts = [part for part in self._torch.state.values() if part]
-        if not parts:  # no step yet
+        partitions = [part for part in self._torch.state.values() if part]
+        if not partitions:  # no step yet
             return as_state([{} for _ in self._parameters], group)
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        step = torch.as_tensor(parts[0]["step"]).cpu().float()
+        step = torch.as_tensor(partitions[0]["step"]).cpu().float()
         entries = []
         for p in self._parameters:
             moments = {name: safe_get_full_optimizer_state(p, name) for name in _MOMENTS}
@@ -110,6 +113,7 @@ class ZeroSharded(Trained):
         return as_state(entries, group)
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Distributes full moments over the ranks."""
         if self._stage == 0:
             self._torch.load_state_dict(state)
             return
@@ -125,7 +129,10 @@ class ZeroSharded(Trained):
                 safe_set_full_optimizer_state(p, entry[name], name)
 
     def _make_moments(self, step: float) -> None:
-        """Moments of zero for this rank's parts, which only a first step would make."""
+        """Creates moments of zero for this rank's partitions.
+
+        DeepSpeed would create them only in its first step.
+        """
         flat: Any = self._optimizer
         for part in (
             flat.fp32_partitioned_groups_flat if self._stage == 3 else flat.single_partition_of_fp32_groups

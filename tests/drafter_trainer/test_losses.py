@@ -152,7 +152,7 @@ def test_refused_tokens_are_not_the_texts_and_come_with_what_the_target_says_aft
             torch.testing.assert_close(final, wanted, rtol=1e-3, atol=1e-4)
     teacher = torch.cat([r.trace.refused_final for r in rollouts]) @ model.lm_head.weight.T
     torch.testing.assert_close(
-        batch.aside_teacher, torch.softmax(teacher, -1)[:, eagle.vocabulary], rtol=1e-3, atol=1e-5
+        batch.rejected_teacher, torch.softmax(teacher, -1)[:, eagle.vocabulary], rtol=1e-3, atol=1e-5
     )
 
 
@@ -175,7 +175,9 @@ def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusal
         draft.advance()
         told.advance()
         told.advance()
-        torch.testing.assert_close(draft.logits_aside()[0], told.logits(torch.tensor([position - 2]))[0])
+        torch.testing.assert_close(
+            draft.logits_after_rejected()[0], told.logits(torch.tensor([position - 2]))[0]
+        )
         losses = [
             unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2, on_policy=w)).loss
             for w in (0.0, 1.0, 2.0)
@@ -193,9 +195,9 @@ def test_feedback_alone_counts_where_drafts_were_refused(with_refusals):
     with torch.no_grad():
         loss = unrolled_loss(eagle, model.model.embed_tokens, batch, objective).loss
         everything = unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=1)).loss
-        clean = replace(batch, refused=torch.zeros_like(batch.refused))
+        clean = replace(batch, rejected=torch.zeros_like(batch.rejected))
         assert unrolled_loss(eagle, model.model.embed_tokens, clean, objective).loss == 0
-        full = replace(batch, refused=torch.ones_like(batch.refused))
+        full = replace(batch, rejected=torch.ones_like(batch.rejected))
         torch.testing.assert_close(
             unrolled_loss(eagle, model.model.embed_tokens, full, objective).loss, everything
         )

@@ -163,15 +163,15 @@ def test_ranks_train_while_others_are_busy_and_stop_when_all_are_idle():
         rank.begin(5)
     assert not a.may_train()
     a.idle()
-    assert not a.may_train() and a.waits()  # two must be idle
+    assert not a.may_train() and a.others_busy()  # two must be idle
     b.idle()
     assert a.may_train() and b.may_train()
     c.idle()
-    assert not a.may_train() and not a.waits()
+    assert not a.may_train() and not a.others_busy()
     for rank in (a, b, c):
         rank.begin(6)
     a.idle()
-    assert a.waits()
+    assert a.others_busy()
 
 
 def test_a_silent_rank_ends_training():
@@ -261,7 +261,7 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     for rank in (a, b):
         rank.begin(3)
     a.idle()
-    assert a.may_train() and b.waits()
+    assert a.may_train() and b.others_busy()
     del host
     gc.collect()
     started = time.perf_counter()
@@ -270,7 +270,7 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     assert "store cannot be reached" in a.take_problem()
     assert connect_store(1) is None
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("paceline.drafter_trainer.coordinator._CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("paceline.drafter_trainer.coordinator._CONNECT_TIMEOUT_SECONDS", 1.0)
     assert connect_store(2) is None  # no store there: no training, no error
 
 

@@ -68,7 +68,7 @@ def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
     batch.trained[:] = True
     with torch.no_grad():
         unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2))
-    anchors = len(batch.at)
+    anchors = len(batch.anchor_index)
     step0, step1 = (o.view(anchors, -1) for o in outputs)
     monkeypatch.undo()
     drafter = Eagle3Drafter(eagle, model.model.embed_tokens, slots=1, capacity=64, dtype=torch.float32)
@@ -114,7 +114,7 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
             unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=3))
     finally:
         type(eagle).logits = original
-    anchors = len(batch.at)
+    anchors = len(batch.anchor_index)
     made = [eagle.vocabulary[step.view(anchors, -1)[anchor].argmax()] for step in seen]
     assert torch.stack(made).tolist() == drafted.tolist()
 

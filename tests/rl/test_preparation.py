@@ -73,7 +73,7 @@ def test_what_is_missing_is_made_in_order_and_only_that(tmp_path, monkeypatch):
         asked.append(what)
         {"policy": warmed_policy_path, "drafter": first_drafter_path}[what](config).mkdir(parents=True)
 
-    monkeypatch.setattr(preparation, "_in_a_process", make)
+    monkeypatch.setattr(preparation, "_prepare_in_subprocess", make)
     with pytest.raises(UserError, match="paceline warmup"):
         starting_policy(config)
     prepared = prepare(config, Display(active=False))
@@ -160,7 +160,7 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
         return done.stdout
 
     first = train("one")
-    for phase in ("warming the policy up", "a first drafter, from the policy's own samples"):
+    for phase in ("warming up the policy", "training a first drafter on the policy's own samples"):
         assert first.count(f"{phase}: done") == 1
     start = json.loads((tmp_path / "one" / "config.json").read_text())["drafter"]["start"]
     assert start.startswith(str(tmp_path / "cache" / "drafters"))
@@ -171,5 +171,5 @@ def test_train_makes_its_start_itself_outside_of_the_repository(tmp_path, monkey
         >= 1
     )
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(preparation, "_in_a_process", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(preparation, "_prepare_in_subprocess", lambda *_: pytest.fail("made again"))
     assert prepare(load_config("tiny", STARTS), Display(active=False)).drafter.start == start

@@ -130,7 +130,10 @@ CONFIGS = {
     ),
     "a draft vocabulary of text": ({"draft_vocab_size": "49"}, "draft_vocab_size is '49'"),
     "a draft vocabulary that is true": ({"draft_vocab_size": True}, "draft_vocab_size is True"),
-    "a large draft vocabulary": ({"draft_vocab_size": 98}, "draft_vocab_size is 98, of 97 tokens in all"),
+    "a large draft vocabulary": (
+        {"draft_vocab_size": 98},
+        "draft_vocab_size is 98; write at most vocab_size, 97",
+    ),
     "a negative width": ({"hidden_size": -64}, "hidden_size is -64"),
     "a huge layer": ({"intermediate_size": 2**30}, "its config says"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),

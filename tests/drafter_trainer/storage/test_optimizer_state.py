@@ -59,9 +59,9 @@ TENSORS = {
     "whole numbers": ({"0.exp_avg": torch.zeros(3, 4, dtype=torch.int64)}, "exp_avg is a torch.int64"),
     "NaN": ({"1.exp_avg_sq": torch.full((3,), float("nan"))}, "parameter 1: exp_avg_sq has NaN"),
     "below zero": ({"1.exp_avg_sq": torch.full((3,), -1.0)}, "exp_avg_sq has values below zero"),
-    "no count": ({"0.step": torch.tensor(float("inf"))}, "parameter 0: step is not a count"),
-    "many counts": ({"0.step": torch.ones(3)}, "step is not a count"),
-    "more parameters": ({"9.exp_avg": torch.zeros(1)}, "it is of 10 parameters, not 4"),
+    "no count": ({"0.step": torch.tensor(float("inf"))}, "parameter 0: step is not a number from 0"),
+    "many counts": ({"0.step": torch.ones(3)}, "step is not a number from 0"),
+    "more parameters": ({"9.exp_avg": torch.zeros(1)}, "it has 10 parameters, not 4"),
     "no number": ({"x.exp_avg": torch.zeros(1)}, "'x.exp_avg' is not a parameter's number"),
     "half an entry": ({"0.exp_avg": None}, "parameter 0: it has no exp_avg"),
 }

@@ -325,7 +325,7 @@ def test_a_signal_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks, numbe
     fetch_policy("tiny-llama")
     said, status = _interrupted(tmp_path, ranks, number)
     assert "stopping after this step" in said
-    assert re.search(r"stopped; go on with --resume\s+\S+run\s", said), said
+    assert re.search(r"stopped; continue with --resume\s+\S+run\s", said), said
     assert "Traceback" not in said
     assert status == left_with
     done = len(read_metrics(tmp_path / "run"))

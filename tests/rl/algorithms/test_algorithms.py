@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.rl.algorithms.advantages import critic_advantages, penalties, token_advantages
+from paceline.rl.algorithms.advantages import compute_kl_penalties, critic_advantages, token_advantages
 from paceline.rl.algorithms.importance import effective_share, importance_weights
 from paceline.rl.algorithms.kl import KlCoefficient, estimate_kl
 from paceline.rl.algorithms.ppo import generalised_advantages, value_loss
@@ -140,14 +140,14 @@ def test_the_penalty_in_the_reward():
         [torch.tensor([0.0, -1.0]), torch.tensor([-1.0])],
         [torch.tensor([-0.4, -1.2]), torch.tensor([-1.0])],
     )
-    taken = penalties(update, 0.5, drawn, reference)
+    taken = compute_kl_penalties(update, 0.5, drawn, reference)
     assert taken[0].tolist() == pytest.approx([0.2, 0.1]) and taken[1].tolist() == [0.0]
     advantages = token_advantages(update, 2, [1.0, 0.0], taken, ALONE)
     assert advantages[0].tolist() == pytest.approx([0.35, 0.35]) and advantages[1].tolist() == pytest.approx(
         [-0.35]
     )
     in_loss = UpdateConfig(kl_coef=0.5)
-    assert [p.tolist() for p in penalties(in_loss, 0.5, drawn, reference)] == [[0.0, 0.0], [0.0]]
+    assert [p.tolist() for p in compute_kl_penalties(in_loss, 0.5, drawn, reference)] == [[0.0, 0.0], [0.0]]
 
 
 def test_each_estimator_of_advantages():

@@ -17,7 +17,7 @@ from paceline.rl.checkpointing.run_logs import keep_first_lines
 from paceline.rl.errors import UserError
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.process.files import write_whole
-from paceline.rl.sharding import AdamWSettings, WholeState
+from paceline.rl.sharding import AdamWSettings, FullState
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rollout.strategy import BanditSelector, CostModel, Strategy
 from tests.support import tiny_eagle3, tiny_llama
@@ -65,7 +65,7 @@ def test_truncated_optimizer_is_named(tmp_path):
 def save(run, steps_done, tokenizer):
     model = tiny_llama()
     drafter = tiny_eagle3(model)
-    state = WholeState(dict(model.named_parameters()), stepped(model).state_dict())
+    state = FullState(dict(model.named_parameters()), stepped(model).state_dict())
     optimizer = torch.optim.AdamW(drafter.parameters())
     writers = [
         partial(write_policy, policy=model, tokenizer_from=tokenizer, state=state),

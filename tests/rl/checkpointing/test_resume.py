@@ -18,7 +18,7 @@ from paceline.rl.models.policies import fetch_policy, load_policy
 from paceline.rl.process.files import append_line
 from paceline.rl.recipe import load_config
 from paceline.rl.run import find_run, parse_arguments
-from paceline.rl.sharding import WholeState
+from paceline.rl.sharding import FullState
 from tests.support import ROOT, train_here
 
 PLAIN = (
@@ -47,7 +47,7 @@ def made(tmp_path_factory):
             for name in ("metrics.jsonl", "timeline.jsonl"):
                 append_line(run / name, {"step": step})
             optimizer = torch.optim.AdamW(policy.parameters()).state_dict()
-            state = WholeState(dict(policy.named_parameters()), optimizer)
+            state = FullState(dict(policy.named_parameters()), optimizer)
             writer = partial(write_policy, policy=policy, tokenizer_from=source, state=state)
             save_checkpoint(run, step + 1, [writer], recipe=to_dict(config))
     return folder

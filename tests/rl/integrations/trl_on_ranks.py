@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from paceline.cli.trial import share_of_digits
 from paceline.rl.integrations.trl import paceline_rollouts
-from paceline.rl.sharding.gathering import whole_parameters
+from paceline.rl.sharding.gathering import full_parameters
 
 OUT, POLICY, DEEPSPEED = sys.argv[1:4]
 
@@ -46,7 +46,7 @@ def main():
     def watched(prompts, trainer):
         found = rollouts(prompts, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        weights = {name: tensor.clone() for name, tensor in whole_parameters(model, lambda name: True)}
+        weights = {name: tensor.clone() for name, tensor in full_parameters(model, lambda name: True)}
         decoded = dict(rollouts._hosted.policy.decoded.named_parameters())
         errors.append(max(float((weights[name] - p).abs().max()) for name, p in decoded.items()))
         tokens.append(found["completion_ids"])

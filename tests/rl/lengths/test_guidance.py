@@ -12,10 +12,10 @@ from paceline.rl.evaluation.evaluate import Evaluator
 from paceline.rl.lengths.guidance import (
     BudgetGuidance,
     RemainingLength,
-    Steps,
-    steps_of,
+    TokenStates,
+    recording_states,
+    token_states,
     train_remaining,
-    watching,
 )
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.recipe import load_config
@@ -32,7 +32,9 @@ def test_the_head_finds_a_gamma_distribution():
     torch.manual_seed(0)
     left = (torch.distributions.Gamma(4.0, 0.4).sample((4000,)) * torch.where(tokens == 1, 4.0, 1.0)).floor()
     head = RemainingLength(HIDDEN, torch.randn(2, HIDDEN, generator=g))
-    losses = train_remaining(head, Steps(torch.randn(4000, HIDDEN, generator=g), tokens, left), updates=300)
+    losses = train_remaining(
+        head, TokenStates(torch.randn(4000, HIDDEN, generator=g), tokens, left), updates=300
+    )
     assert losses[-1] < losses[0]
     states, tokens = torch.randn(200, HIDDEN, generator=g), torch.arange(200) % 2
     shape, rate = (x.detach() for x in head(states, tokens))
@@ -45,7 +47,7 @@ def test_the_head_finds_a_gamma_distribution():
 def test_steps_are_those_of_the_rollouts():
     engine = engine_for(tiny_llama(97), collect_traces=True)
     rollout = engine.generate([Request([3, 1, 4], SamplingParams(max_tokens=5), seed=0)])[0]
-    steps = steps_of([rollout])
+    steps = token_states([rollout])
     assert steps.tokens.tolist() == rollout.token_ids
     assert steps.left.tolist() == [4, 3, 2, 1, 0]
     torch.testing.assert_close(steps.states, rollout.trace.final[2:].float())
@@ -57,7 +59,7 @@ def test_what_fits_is_preferred_and_the_unlikely_left_out():
     head.fits = lambda states, tokens, room: (tokens == 5).float()  # only token 5 leads to an end in time
     guidance = BudgetGuidance(head, budget=4, prompt=3, candidates=97)
     ids = torch.tensor([[3, 1, 4]])
-    with torch.no_grad(), watching(model, guidance):
+    with torch.no_grad(), recording_states(model, guidance):
         logits = model(ids).logits[:, -1]
         steered = guidance(ids, logits).softmax(-1)
     plain = logits.softmax(-1)

@@ -22,7 +22,7 @@ from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
 from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
 from paceline.rl.models.mergeable import adapted_layers
-from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
+from paceline.rl.sharding import AdamWSettings, FullState, TrainedModule, gather_full_state, shard
 from paceline.rl.sharding.settings import read_settings
 from paceline.rl.types import TrainingSample
 from tests.support import ROOT, tiny_llama
@@ -43,7 +43,7 @@ LENGTHS = ([900, 30, 20, 400], [10, 50])
 
 
 def steps(
-    accelerator: Accelerator, trained: Trained, rows: list[PromptRow], count: int, scale: float
+    accelerator: Accelerator, trained: TrainedModule, rows: list[PromptRow], count: int, scale: float
 ) -> list[float]:
     """Optimizer steps on log-probs with signs, a micro-batch a row: the gradients' norms."""
 
@@ -73,7 +73,7 @@ def alone() -> tuple[list[float], dict[str, torch.Tensor]]:
     return norms, {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def wrapped(mode: str, accelerator: Accelerator, state: WholeState | None) -> Trained:
+def wrapped(mode: str, accelerator: Accelerator, state: FullState | None) -> TrainedModule:
     module = PolicyLogProbs(tiny_llama())
     if state is not None:
         module.load_state_dict(state.weights, strict=False)
@@ -83,8 +83,8 @@ def wrapped(mode: str, accelerator: Accelerator, state: WholeState | None) -> Tr
     return trained
 
 
-def state_for_all(trained: Trained) -> WholeState:
-    whole = whole_state(
+def state_for_all(trained: TrainedModule) -> FullState:
+    whole = gather_full_state(
         trained.full_weights(lambda name: True), trained, main=torch.distributed.get_rank() == 0
     )
     box = [whole]
@@ -227,7 +227,7 @@ def test_sharding_needs_a_process_group(mode):
 class TestAdapters:
     LORA = LoraConfig(rank=4, alpha=8)
 
-    def trained(self) -> tuple[torch.nn.Module, Trained]:
+    def trained(self) -> tuple[torch.nn.Module, TrainedModule]:
         policy = tiny_llama()
         add_adapters(policy, self.LORA, seed=3)
         trained = shard(PolicyLogProbs(policy), ScaleConfig(), Accelerator(cpu=True), SETTINGS)
@@ -238,7 +238,7 @@ class TestAdapters:
     def test_merged_weights_are_pefts(self, tmp_path):
         """Saved in peft's format and merged by peft: the weights that the engine gets."""
         policy, trained = self.trained()
-        layers = adapted_layers(trained.bare)
+        layers = adapted_layers(trained.unwrapped)
         ours = {name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, layers)}
         found = trained.full_weights(lambda name: ".lora_" in name)
         save_adapters(policy, {name.removeprefix("policy."): t for name, t in found}, tmp_path)
