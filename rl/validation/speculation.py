@@ -13,7 +13,7 @@ from paceline.rollout import Strategy
 from paceline.rollout.drafters import DRAFTERS, DraftRules
 from paceline.rollout.drafters.coverage import refusal, stated_kind
 from paceline.rollout.strategy import default_arms
-from paceline.rollout.trees import MOST_NODES, DraftKind
+from paceline.rollout.trees import MAX_NODES, DraftKind
 from paceline.rollout.verify import VERIFIERS
 
 
@@ -35,7 +35,7 @@ def check_drafting(config: RunConfig) -> None:
             f"rollout.temperature is {r.temperature}: RL samples; write a number above 0",
         ),
         (0 < r.top_p <= 1, f"rollout.top_p is {r.top_p}: write a number in (0, 1]"),
-        (1 <= s.max_nodes <= MOST_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MOST_NODES}"),
+        (1 <= s.max_nodes <= MAX_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MAX_NODES}"),
         (0 <= s.epsilon < 1, f"speculation.epsilon is {s.epsilon}: write a number in [0, 1)"),
         (
             s.eagle3_window is None or s.eagle3_window >= 1,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
-from paceline.rollout.drafters.lm_expander import ModelBrancher
+from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.sequence import SequenceState
@@ -74,14 +74,14 @@ class ClaspDrafter(StatelessSlots):
             self.left_out = self._choose(sequences)
         self._drafts += 1
         with self.runner.layers_replaced(dict.fromkeys(self.left_out, _Identity)):
-            brancher = ModelBrancher(
+            expander = LMExpander(
                 self.runner.branch,
                 None,
                 sequences,
                 [len(s.tokens) - 1 for s in sequences],
                 self.runner.cache.device,
             )
-            return self.rules.grow(brancher, Strategy(self.name, strategy.depth), sequences)
+            return self.rules.grow(expander, Strategy(self.name, strategy.depth), sequences)
 
     def _choose(self, sequences: Sequence[SequenceState]) -> tuple[int, ...]:
         """The layers to leave out, from the hidden state of the first sequence's last token."""

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
-from paceline.rollout.drafters.lm_expander import ModelBrancher
+from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
 
 
 class DraftModelDrafter:
@@ -54,7 +54,7 @@ class DraftModelDrafter:
                 "tokenizer"
             )
         self.rules = DraftRules() if rules is None else rules
-        self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MOST_NODES)
+        self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MAX_NODES)
         self._seen = [0] * slots
 
     @staticmethod
@@ -66,13 +66,13 @@ class DraftModelDrafter:
         sequences = context.sequences
         held = len(sequences) if any(self._seen) else 0
         self.runner.cache.reserve(
-            max(len(s.tokens) for s in sequences) + MOST_NODES, active=held, slots=len(sequences)
+            max(len(s.tokens) for s in sequences) + MAX_NODES, active=held, slots=len(sequences)
         )
         root = self._read(sequences)
-        brancher = ModelBrancher(
+        expander = LMExpander(
             self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device
         )
-        return self.rules.grow(brancher, strategy, sequences)
+        return self.rules.grow(expander, strategy, sequences)
 
     def _read(self, sequences: Sequence[SequenceState]) -> torch.Tensor:
         """Reads what was committed since; logits [B, V] after the last token."""

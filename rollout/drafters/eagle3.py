@@ -15,7 +15,7 @@ from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatu
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
 
 
 class Eagle3Drafter:
@@ -60,9 +60,9 @@ class Eagle3Drafter:
         # a bounded cache is moved on when twice the window is full, so that a token is moved once for each it
         # attends to
         self._window = window
-        self._room = capacity + MOST_NODES if window is None else min(2 * window, capacity) + MOST_NODES
+        self._room = capacity + MAX_NODES if window is None else min(2 * window, capacity) + MAX_NODES
         self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype), device)
-        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MOST_NODES)
+        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MAX_NODES)
         self._seen, self._shift = [0] * slots, [0] * slots
         self.load_weights(model)
 
@@ -96,7 +96,7 @@ class Eagle3Drafter:
         newest = self._network.read(reading)
         self._seen[:batch] = [len(s.tokens) - 1 for s in sequences]
         return self.rules.grow(
-            _Brancher(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
+            _Eagle3Expander(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
             strategy,
             sequences,
         )
@@ -106,10 +106,10 @@ class Eagle3Drafter:
         held = len(sequences) if any(self._seen) else 0
         for slot, sequence in enumerate(sequences):
             end = len(sequence.tokens) - 1
-            if self._window is not None and end - self._shift[slot] > self._room - MOST_NODES:
+            if self._window is not None and end - self._shift[slot] > self._room - MAX_NODES:
                 self._move_on(slot, end - self._window)
         longest = max(len(s.tokens) - shift for s, shift in zip(sequences, self._shift, strict=False))
-        self.cache.reserve(min(longest + MOST_NODES, self._room), active=held, slots=len(sequences))
+        self.cache.reserve(min(longest + MAX_NODES, self._room), active=held, slots=len(sequences))
 
     def _move_on(self, slot: int, shift: int) -> None:
         """Position ``shift`` becomes place 0 of the slot."""
@@ -141,7 +141,7 @@ class Eagle3Drafter:
         """State is by slot, not by sequence: nothing to do."""
 
 
-class _Brancher:
+class _Eagle3Expander:
     """Expands nodes of a draft tree with the network, each beside the others in the draft cache."""
 
     def __init__(

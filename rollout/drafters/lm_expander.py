@@ -13,8 +13,8 @@ from paceline.rollout.sequence import SequenceState
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class ModelBrancher:
-    """A `Brancher` over a model whose cache holds the first ``trunks`` tokens of each sequence.
+class LMExpander:
+    """A `Expander` over a model whose cache holds the first ``trunks`` tokens of each sequence.
 
     Args:
         forward: Runs nodes.

@@ -15,7 +15,7 @@ from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshol
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 from paceline.rollout.trees.chain import StopPolicy, grow_chain
-from paceline.rollout.trees.expander import Brancher, TreeLimits, Uniform
+from paceline.rollout.trees.expander import Expander, TreeLimits, Uniform
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
 from paceline.rollout.trees.sampled import grow_dyspec, grow_static
 
@@ -84,7 +84,7 @@ class DraftRules:
             else DraftKind.WITHOUT_REPLACEMENT
         )
 
-    def grow(self, brancher: Brancher, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
+    def grow(self, expander: Expander, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
         """The draft that the strategy asks for."""
         seeds = seeds_of(sequences)
         roots = np.array([len(s.tokens) for s in sequences])
@@ -95,19 +95,19 @@ class DraftRules:
         uniform: Uniform | None = None if self.draw == "likeliest" else numbers
         if strategy.width == 1:
             greedy = torch.tensor(
-                [s.request.params.greedy for s in sequences], device=brancher.temperatures.device
+                [s.request.params.greedy for s in sequences], device=expander.temperatures.device
             )
-            return grow_chain(brancher, strategy.depth, uniform, greedy, self.policy)
+            return grow_chain(expander, strategy.depth, uniform, greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
         if uniform is None:
             return (
-                grow_dynamic(brancher, limits)
+                grow_dynamic(expander, limits)
                 if self.tree == "dynamic"
-                else grow_opt_tree(brancher, limits, self.gain)
+                else grow_opt_tree(expander, limits, self.gain)
             )
         if self.tree == "dyspec":
-            return grow_dyspec(brancher, limits, uniform)
-        return grow_static(brancher, limits, uniform, self.draw == "replacement")
+            return grow_dyspec(expander, limits, uniform)
+        return grow_static(expander, limits, uniform, self.draw == "replacement")
 
     def learn(self, step: VerifiedStep) -> None:
         """Feeds a verified chain of this drafter to a stop policy that learns."""

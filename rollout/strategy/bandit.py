@@ -15,7 +15,7 @@ from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 _PRIOR_STEPS = 64  # steps that the cost model's estimate counts for beside those measured
 _TRIES = 0.1  # share of steps that look for something to explore
 _MOST_LOSS = 1.0  # best steps that one exploration may be expected to lose
-_TIME_DOUBT = 0.1  # how much less time a strategy may take than was calculated for it
+_UNTIMED_SPEEDUP = 0.1  # how much less time a strategy may take than was calculated for it
 _BURST = 3  # steps of an exploration: the first also pays for what the drafter has missed
 
 
@@ -135,7 +135,7 @@ class BanditSelector:
         )
         hopeful = []
         for arm in rates:
-            if arm == best or self._hope(arm, bucket, best) <= rates[best]:
+            if arm == best or self._optimistic_rate(arm, bucket, best) <= rates[best]:
                 continue
             loss = _BURST * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
             if loss <= allowance:
@@ -163,7 +163,7 @@ class BanditSelector:
         steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
 
-    def _hope(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
+    def _optimistic_rate(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
         """Tokens per sequence and second that the arm may turn out to give.
 
         Of the best arm's drafter the tokens are known well: there it is the time that was only calculated
@@ -171,8 +171,8 @@ class BanditSelector:
         """
         seconds = self.cost.seconds(arm, bucket)
         if arm.drafter == best.drafter and not self.cost.has_timed(arm, bucket):
-            seconds *= 1 - _TIME_DOUBT
-        return self.cost.hoped_tokens(arm) / seconds
+            seconds *= 1 - _UNTIMED_SPEEDUP
+        return self.cost.optimistic_tokens(arm) / seconds
 
     def strategies(self) -> Sequence[Strategy]:
         return [arm for arms in self.arms.values() for arm in arms]

@@ -154,7 +154,7 @@ class CostModel:
             else expected_tokens(self.accepted(strategy).rates(strategy.depth))
         )
 
-    def hoped_tokens(self, strategy: Strategy) -> float:
+    def optimistic_tokens(self, strategy: Strategy) -> float:
         """What they may turn out to be: 1.5 standard errors more, which grow with the time since the drafter
         last ran.
         """

@@ -31,7 +31,7 @@ class EntropyThreshold:
     def begin(self, batch: int) -> None:
         """Nothing is carried from draft to draft."""
 
-    def go_on(self, log_q: torch.Tensor) -> torch.Tensor:
+    def should_continue(self, log_q: torch.Tensor) -> torch.Tensor:
         return entropy(log_q).clamp(min=0).sqrt() <= self.threshold
 
     def drawn(self, log_q: torch.Tensor, columns: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ class LearnedThreshold:
         self._features = []
         self._all_kept = torch.ones(batch)
 
-    def go_on(self, log_q: torch.Tensor) -> torch.Tensor:
+    def should_continue(self, log_q: torch.Tensor) -> torch.Tensor:
         return (1 - self._all_kept <= self.threshold).to(log_q.device)
 
     def drawn(self, log_q: torch.Tensor, columns: torch.Tensor) -> None:

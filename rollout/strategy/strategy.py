@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from paceline.rollout.trees.draft_tree import MOST_NODES
+from paceline.rollout.trees.draft_tree import MAX_NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Strategy:
             object.__setattr__(self, "nodes", self.depth * self.width)
         if self.depth and self.nodes < self.depth:
             raise ValueError(f"strategy {self}: {self.nodes} nodes cannot be {self.depth} deep")
-        if self.width * self.depth > MOST_NODES or self.nodes > MOST_NODES:
-            raise ValueError(f"strategy {self}: width × depth and nodes are at most {MOST_NODES}")
+        if self.width * self.depth > MAX_NODES or self.nodes > MAX_NODES:
+            raise ValueError(f"strategy {self}: width × depth and nodes are at most {MAX_NODES}")
 
     def __str__(self) -> str:
         if self.drafter is None:

@@ -1,7 +1,7 @@
 """Which tokens to verify: the draft tree and the ways to build one."""
 
 from paceline.rollout.trees.draft_tree import (
-    MOST_NODES,
+    MAX_NODES,
     DraftKind,
     DraftTree,
     chain_parents,
@@ -12,7 +12,7 @@ from paceline.rollout.trees.draft_tree import (
 )
 
 __all__ = [
-    "MOST_NODES",
+    "MAX_NODES",
     "DraftKind",
     "DraftTree",
     "chain_parents",

@@ -8,7 +8,7 @@ import torch
 
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
-from paceline.rollout.trees.expander import Brancher, Uniform, log_probs, target_ids
+from paceline.rollout.trees.expander import Expander, Uniform, log_probs, target_ids
 
 
 class StopPolicy(Protocol):
@@ -22,7 +22,7 @@ class StopPolicy(Protocol):
         """A new draft of ``batch`` rows."""
         ...
 
-    def go_on(self, log_q: torch.Tensor) -> torch.Tensor:
+    def should_continue(self, log_q: torch.Tensor) -> torch.Tensor:
         """bool [B]: which rows draw their next token, given its log-probs float32 [B, W]."""
         ...
 
@@ -32,7 +32,7 @@ class StopPolicy(Protocol):
 
 
 def grow_chain(
-    brancher: Brancher,
+    expander: Expander,
     depth: int,
     uniform: Uniform | None = None,
     greedy: torch.Tensor | None = None,
@@ -41,7 +41,7 @@ def grow_chain(
     """A chain of up to ``depth`` tokens for each row.
 
     Args:
-        brancher: The drafter.
+        expander: The drafter.
         depth: Most tokens.
         uniform: The step's numbers, to draw from the drafter's distribution; None takes the likeliest token
             each time, a function of what is committed.
@@ -49,7 +49,7 @@ def grow_chain(
             was drawn from).
         stop: When to end earlier; None never does.
     """
-    logits = brancher.root()
+    logits = expander.root()
     batch = len(logits)
     alive = torch.ones(batch, dtype=torch.bool, device=logits.device)
     lengths = torch.zeros(batch, dtype=torch.long)
@@ -58,10 +58,10 @@ def grow_chain(
         stop.begin(batch)
     for level in range(depth):
         log_q = (
-            log_probs(logits, brancher.temperatures) if stop is not None or uniform is not None else logits
+            log_probs(logits, expander.temperatures) if stop is not None or uniform is not None else logits
         )
         if stop is not None and level > 0:
-            alive = alive & stop.go_on(log_q)
+            alive = alive & stop.should_continue(log_q)
             if not bool(alive.any()):
                 break
         columns = log_q.argmax(-1)
@@ -74,11 +74,11 @@ def grow_chain(
         if stop is not None:
             stop.drawn(log_q, columns)
         lengths += 1 if stop is None else alive.cpu().long()
-        tokens.append(target_ids(columns, brancher.vocabulary))
+        tokens.append(target_ids(columns, expander.vocabulary))
         if level + 1 < depth:
             above = torch.full((batch, 1), level - 1, device=logits.device)
-            logits = brancher.expand(tokens[-1][:, None], above)[:, 0]
+            logits = expander.expand(tokens[-1][:, None], above)[:, 0]
     if uniform is None:
         return DraftTree(torch.stack(tokens, 1), lengths, kind=DraftKind.FIXED)
     kind = DraftKind.WITH_REPLACEMENT
-    return DraftTree(torch.stack(tokens, 1), lengths, None, torch.stack(probs, 1), brancher.vocabulary, kind)
+    return DraftTree(torch.stack(tokens, 1), lengths, None, torch.stack(probs, 1), expander.vocabulary, kind)

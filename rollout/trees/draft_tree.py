@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-MOST_NODES = 63  # ancestors are the bits of an int64
+MAX_NODES = 63  # ancestors are the bits of an int64
 _ROUNDING = 1e-3  # by which a reported distribution's sum may differ from one
 
 

@@ -11,7 +11,7 @@ import torch
 MIN_MASS = 1e-30
 
 
-class Brancher(Protocol):
+class Expander(Protocol):
     """Expands nodes of a draft tree, a level at a time.
 
     Attributes:

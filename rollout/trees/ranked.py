@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
-from paceline.rollout.trees.expander import Brancher, TreeLimits, log_probs, target_ids
+from paceline.rollout.trees.expander import Expander, TreeLimits, log_probs, target_ids
 
 
-def grow_dynamic(brancher: Brancher, limits: TreeLimits) -> DraftTree:
+def grow_dynamic(expander: Expander, limits: TreeLimits) -> DraftTree:
     """Expands the most confident nodes of each level, then keeps the best of all.
 
     EAGLE-2 (Li et al., arXiv 2406.16858, sections 4.1 and 4.2): a node's value is the product of the
@@ -18,13 +18,13 @@ def grow_dynamic(brancher: Brancher, limits: TreeLimits) -> DraftTree:
 
     The tree is a function of the committed tokens: deterministic.
     """
-    candidates = _Candidates(brancher, limits)
+    candidates = _Candidates(expander, limits)
     for _ in range(limits.depth - 1):
         candidates.expand(limits.width)
     return candidates.best()
 
 
-def grow_opt_tree(brancher: Brancher, limits: TreeLimits, gain: float) -> DraftTree:
+def grow_opt_tree(expander: Expander, limits: TreeLimits, gain: float) -> DraftTree:
     """The tree of largest expected acceptance length for a budget of nodes, as deep as it pays.
 
     OPT-Tree (Wang et al., "OPT-Tree: Speculative Decoding with Adaptive Draft Tree Structure", arXiv
@@ -34,11 +34,11 @@ def grow_opt_tree(brancher: Brancher, limits: TreeLimits, gain: float) -> DraftT
     expanded; drafting stops when a level adds less than ``gain`` to the expectation of the batch's mean.
 
     Args:
-        brancher: The drafter.
+        expander: The drafter.
         limits: ``width`` bounds the nodes of a level that are expanded and the children of each.
         gain: Least expected tokens of a sequence that another level must bring.
     """
-    candidates = _Candidates(brancher, limits)
+    candidates = _Candidates(expander, limits)
     expected = candidates.expected_length()
     for _ in range(limits.depth - 1):
         wanted = candidates.worth_expanding()
@@ -54,12 +54,12 @@ def grow_opt_tree(brancher: Brancher, limits: TreeLimits, gain: float) -> DraftT
 class _Candidates:
     """All nodes found so far, with their values; row by row, each after its parent."""
 
-    def __init__(self, brancher: Brancher, limits: TreeLimits) -> None:
-        self._brancher, self._limits = brancher, limits
-        root = log_probs(brancher.root(), brancher.temperatures)
+    def __init__(self, expander: Expander, limits: TreeLimits) -> None:
+        self._expander, self._limits = expander, limits
+        root = log_probs(expander.root(), expander.temperatures)
         self._width = min(limits.width, root.shape[-1])
         values, columns = root.topk(self._width, dim=-1)
-        self._tokens = target_ids(columns, brancher.vocabulary)
+        self._tokens = target_ids(columns, expander.vocabulary)
         self._values = values
         self._parents = torch.full_like(columns, -1)
         self._newest = 0  # the first candidate of the newest level
@@ -73,15 +73,15 @@ class _Candidates:
         above = self._parents.gather(1, frontier)
         hangs_on = (self._expanded[:, None, :] == above[..., None]).float()
         order = torch.where(hangs_on.any(-1), hangs_on.argmax(-1), -1) if self._expanded.shape[1] else above
-        logits = self._brancher.expand(self._tokens.gather(1, frontier), order)
+        logits = self._expander.expand(self._tokens.gather(1, frontier), order)
         self._expanded = torch.cat([self._expanded, frontier], dim=1)
-        values, columns = log_probs(logits, self._brancher.temperatures).topk(self._width, dim=-1)
+        values, columns = log_probs(logits, self._expander.temperatures).topk(self._width, dim=-1)
         self._newest = self._values.shape[1]
         self._values = torch.cat(
             [self._values, (self._values.gather(1, frontier)[..., None] + values).flatten(1)], dim=1
         )
         self._tokens = torch.cat(
-            [self._tokens, target_ids(columns, self._brancher.vocabulary).flatten(1)], dim=1
+            [self._tokens, target_ids(columns, self._expander.vocabulary).flatten(1)], dim=1
         )
         children = frontier[..., None].expand(-1, -1, self._width).flatten(1)
         self._parents = torch.cat([self._parents, children], dim=1)

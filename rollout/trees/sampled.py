@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.sampling import draw
-from paceline.rollout.trees.draft_tree import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees.draft_tree import MAX_NODES, DraftKind, DraftTree
 from paceline.rollout.trees.expander import (
-    Brancher,
+    Expander,
     TreeLimits,
     Uniform,
     draw_without_replacement,
@@ -16,7 +16,7 @@ from paceline.rollout.trees.expander import (
 )
 
 
-def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
+def grow_static(expander: Expander, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
     """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many
     as of the one above.
 
@@ -25,12 +25,12 @@ def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replac
     order of levels.
 
     Args:
-        brancher: The drafter.
+        expander: The drafter.
         limits: Levels whose nodes no longer fit into ``nodes`` are left out.
         uniform: The step's numbers.
         replacement: Draw siblings independently; otherwise without replacement.
     """
-    tree = _Drawn(brancher, uniform)
+    tree = _Drawn(expander, uniform)
     children, level, parents = limits.width, 1, [-1]
     while level <= limits.depth and tree.nodes + len(parents) * children <= limits.nodes:
         parents = tree.add_level(parents, children, replacement)
@@ -38,7 +38,7 @@ def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replac
     return tree.finish()
 
 
-def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> DraftTree:
+def grow_dyspec(expander: Expander, limits: TreeLimits, uniform: Uniform) -> DraftTree:
     """Greedy expansion by estimated acceptance, a level at a time.
 
     DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv
@@ -49,15 +49,15 @@ def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> Dra
 
     Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
     """
-    tree = _Drawn(brancher, uniform)
-    batch = len(brancher.temperatures)
+    tree = _Drawn(expander, uniform)
+    batch = len(expander.temperatures)
     values = torch.ones(batch, 1, dtype=torch.float64)
     left = torch.full((batch,), limits.nodes)
     parents, least = [-1], 1 / limits.nodes
     for _ in range(limits.depth):
         if not parents:
             break
-        if tree.expanded + len(parents) > MOST_NODES:
+        if tree.expanded + len(parents) > MAX_NODES:
             break
         width = min(limits.width, max(limits.nodes // len(parents), 1))
         first = tree.nodes
@@ -82,14 +82,14 @@ class _Drawn:
     which nodes are real.
     """
 
-    def __init__(self, brancher: Brancher, uniform: Uniform) -> None:
-        self._brancher, self._uniform = brancher, uniform
+    def __init__(self, expander: Expander, uniform: Uniform) -> None:
+        self._expander, self._uniform = expander, uniform
         self._used = 0
         self._columns: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
         self._parents: list[int] = []
         self._kept: dict[int, torch.Tensor] = {}
-        self._level = log_probs(brancher.root(), brancher.temperatures).exp()[:, None]
+        self._level = log_probs(expander.root(), expander.temperatures).exp()[:, None]
         self._expanded: list[int] = []
         self._kind = DraftKind.WITH_REPLACEMENT
 
@@ -128,12 +128,12 @@ class _Drawn:
         return self._uniform(self._used - count, count).to(self._level.device)
 
     def _expand(self, nodes: list[int]) -> None:
-        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._brancher.vocabulary)
+        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._expander.vocabulary)
         place = {node: order for order, node in enumerate(self._expanded)}
         above = torch.tensor([place.get(self._parents[n], -1) for n in nodes], device=tokens.device)
-        logits = self._brancher.expand(tokens, above.expand(len(tokens), -1))
+        logits = self._expander.expand(tokens, above.expand(len(tokens), -1))
         self._expanded += nodes
-        self._level = log_probs(logits, self._brancher.temperatures).exp()
+        self._level = log_probs(logits, self._expander.temperatures).exp()
 
     def drawn_mass(self, first: int) -> torch.Tensor:
         """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on
@@ -152,7 +152,7 @@ class _Drawn:
         """The draft: the real nodes of each row, in order of levels."""
         columns, probs = torch.cat(self._columns, 1), torch.cat(self._probs, 1)
         batch, nodes = columns.shape
-        vocabulary = self._brancher.vocabulary
+        vocabulary = self._expander.vocabulary
         parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
         if not self._kept:
             lengths = torch.full((batch,), nodes)

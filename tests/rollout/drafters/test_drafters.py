@@ -325,8 +325,8 @@ def test_the_search_is_the_dynamic_program(seed, skipped):
 def test_svip_stops_where_the_entropy_is_high():
     policy = EntropyThreshold(1.0)
     sure, unsure = torch.tensor([0.97, 0.01, 0.01, 0.01]).log(), torch.full((16,), 1 / 16).log()
-    assert policy.go_on(sure[None]).tolist() == [True]
-    assert policy.go_on(unsure[None]).tolist() == [False]  # √(ln 16) = 1.67
+    assert policy.should_continue(sure[None]).tolist() == [True]
+    assert policy.should_continue(unsure[None]).tolist() == [False]  # √(ln 16) = 1.67
 
 
 def test_specdec_learns_when_drafts_are_rejected():
@@ -344,7 +344,7 @@ def test_specdec_learns_when_drafts_are_rejected():
     for log_q, expected in ((sure, True), (unsure, False)):
         policy.begin(1)
         policy.drawn(log_q, token)
-        assert policy.go_on(sure).tolist() == [expected]
+        assert policy.should_continue(sure).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
