@@ -1,4 +1,4 @@
-"""Which tokens to verify: the draft tree and the ways to build one."""
+"""Draft trees: the tokens that one target forward verifies, and the algorithms that build them."""
 
 from paceline.rollout.trees.draft_tree import (
     MAX_NODES,

@@ -1,4 +1,4 @@
-"""Draft chains: one token after another, for as long as a stop policy wants."""
+"""Draft chains: one token after another until the strategy's depth or a stop policy ends the chain."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from paceline.rollout.trees.expander import Expander, Uniform, log_probs, target
 
 
 class StopPolicy(Protocol):
-    """Decides before each draft token but the first whether it is drawn.
+    """Decides, before every draft token but the first, whether that token is drawn.
 
-    It may look at the drafter's distribution for it, and at the tokens before it; never at the token itself,
-    which would leave those that are kept with another distribution than was reported.
+    The decision may depend on the drafter's distribution for the token and on the tokens before it, but never
+    on the token itself: dropping a token because of its value would give the remaining ones another
+    distribution than the reported one, and verification would no longer be lossless.
     """
 
     def begin(self, batch: int) -> None:
-        """A new draft of ``batch`` rows."""
+        """Starts a new draft of ``batch`` rows."""
         ...
 
     def should_continue(self, log_q: torch.Tensor) -> torch.Tensor:
-        """bool [B]: which rows draw their next token, given its log-probs float32 [B, W]."""
+        """Returns which rows draw their next token: bool [B], given its log-probs float32 [B, W]."""
         ...
 
     def drawn(self, log_q: torch.Tensor, columns: torch.Tensor) -> None:
-        """The tokens int64 [B] that were drawn from it."""
+        """Notes the columns int64 [B] that were drawn from log-probs float32 [B, W]."""
         ...
 
 
@@ -38,16 +39,19 @@ def grow_chain(
     greedy: torch.Tensor | None = None,
     stop: StopPolicy | None = None,
 ) -> DraftTree:
-    """A chain of up to ``depth`` tokens for each row.
+    """Drafts a chain of up to ``depth`` tokens for each row.
 
     Args:
-        expander: The drafter.
-        depth: Most tokens.
-        uniform: The step's numbers, to draw from the drafter's distribution; None takes the likeliest token
-            each time, a function of what is committed.
-        greedy: bool [B], rows that take the likeliest token even so (it is then all of the distribution it
-            was drawn from).
-        stop: When to end earlier; None never does.
+        expander: The drafter's model.
+        depth: Maximum number of tokens.
+        uniform: Random numbers of the step, for drawing from the drafter's distribution. None takes the
+            likeliest token at each level, so that the draft is a function of the committed tokens.
+        greedy: bool [B], rows that take the likeliest token even when the others draw. Their reported
+            distribution is all on that token.
+        stop: Policy that may end a chain early; None never does.
+
+    Returns:
+        A draft without ``parents``, of kind FIXED, or WITH_REPLACEMENT where ``uniform`` is given.
     """
     logits = expander.root()
     batch = len(logits)

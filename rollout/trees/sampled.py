@@ -17,18 +17,18 @@ from paceline.rollout.trees.expander import (
 
 
 def grow_static(expander: Expander, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
-    """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many
-    as of the one above.
+    """Draws a tree of fixed shape, whose branching factor halves from level to level.
 
-    The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706) and the constant branching of
-    Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known before anything is drawn; nodes are in
-    order of levels.
+    The root has ``width`` children. This is the k-configuration of Multi-Candidate SD (Yang et al., arXiv
+    2401.06706) and the constant branching of Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known
+    before anything is drawn, and nodes are ordered by level.
 
     Args:
-        expander: The drafter.
-        limits: Levels whose nodes no longer fit into ``nodes`` are left out.
-        uniform: The step's numbers.
-        replacement: Draw siblings independently; otherwise without replacement.
+        expander: The drafter's model.
+        limits: Size of the tree; a level that does not fit into ``nodes`` as a whole is left out, and so are
+            those below it.
+        uniform: Random numbers of the step.
+        replacement: Whether siblings are drawn independently; otherwise they are drawn without replacement.
     """
     tree = _Drawn(expander, uniform)
     children, level, parents = limits.width, 1, [-1]
@@ -39,21 +39,22 @@ def grow_static(expander: Expander, limits: TreeLimits, uniform: Uniform, replac
 
 
 def grow_dyspec(expander: Expander, limits: TreeLimits, uniform: Uniform) -> DraftTree:
-    """Greedy expansion by estimated acceptance, a level at a time.
+    """Expands the nodes that are likeliest to be accepted, one level at a time.
 
     DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv
-    2410.11744, its threshold variant): a node that may get its next child has the value v, the product of the
-    drafter's probabilities on its path times the mass its earlier children left. The next child, drawn
-    without replacement from what is left, gets v · r(x), and the node keeps v · (1 − r(x)). Nodes go on
-    getting children while v is at least the threshold, here one over the budget.
+    2410.11744, its threshold variant): a node that may get a further child has the value v, the product of
+    the drafter's probabilities on its path times the mass that its earlier children left. The next child,
+    drawn without replacement from what is left (a distribution r), gets v · r(x), and the node keeps v · (1 −
+    r(x)). A node gets children while v is at least the threshold, here one over the budget.
 
-    Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
+    Whether a child is drawn depends on the children before it and never on the child itself, as
+    `verify_recursive` requires.
     """
     tree = _Drawn(expander, uniform)
     batch = len(expander.temperatures)
     values = torch.ones(batch, 1, dtype=torch.float64)
     left = torch.full((batch,), limits.nodes)
-    parents, least = [-1], 1 / limits.nodes
+    parents, threshold = [-1], 1 / limits.nodes
     for _ in range(limits.depth):
         if not parents:
             break
@@ -63,9 +64,9 @@ def grow_dyspec(expander: Expander, limits: TreeLimits, uniform: Uniform) -> Dra
         first = tree.nodes
         parents = tree.add_level(parents, width, replacement=False)
         drawn = tree.drawn_mass(first).view(batch, -1, width)  # r(x) of each child, in order
-        kept = torch.cat([torch.ones_like(drawn[..., :1]), (1 - drawn).cumprod(-1)[..., :-1]], -1)
-        before = values[..., None] * kept
-        wanted = (before >= least).flatten(1)
+        left_mass = torch.cat([torch.ones_like(drawn[..., :1]), (1 - drawn).cumprod(-1)[..., :-1]], -1)
+        before = values[..., None] * left_mass
+        wanted = (before >= threshold).flatten(1)
         wanted &= wanted.long().cumsum(-1) <= left[:, None]
         left -= wanted.sum(-1)
         tree.keep(first, wanted)
@@ -78,8 +79,9 @@ def grow_dyspec(expander: Expander, limits: TreeLimits, uniform: Uniform) -> Dra
 
 
 class _Drawn:
-    """Nodes in order of levels, with what each was drawn from. All rows have the same shape; `keep` says
-    which nodes are real.
+    """Nodes ordered by level, with the distribution that each was drawn from.
+
+    All rows have the same shape; `keep` notes which nodes are real.
     """
 
     def __init__(self, expander: Expander, uniform: Uniform) -> None:
@@ -95,16 +97,22 @@ class _Drawn:
 
     @property
     def nodes(self) -> int:
-        """How many there are."""
+        """The number of nodes."""
         return len(self._parents)
 
     @property
     def expanded(self) -> int:
-        """How many of them were expanded."""
+        """The number of nodes that were expanded."""
         return len(self._expanded)
 
     def add_level(self, parents: list[int], children: int, replacement: bool) -> list[int]:
-        """``children`` of each of the newest level's nodes (``[-1]``: of the root). Returns the new nodes."""
+        """Draws ``children`` children of each of ``parents`` and returns the new nodes.
+
+        Args:
+            parents: Nodes of the newest level, or ``[-1]`` for the root.
+            children: Children of each, at most the drafter's vocabulary.
+            replacement: Whether siblings are drawn independently.
+        """
         if parents != [-1]:
             self._expand(parents)
         batch, count, width = self._level.shape
@@ -117,11 +125,11 @@ class _Drawn:
             noise = self._numbers(count * width).view(batch, count, width)
             columns, q = draw_without_replacement(self._level, noise, children)
             self._kind = DraftKind.WITHOUT_REPLACEMENT
-        first = self.nodes
+        first_new = self.nodes
         self._columns.append(columns.flatten(1))
         self._probs.append(q.flatten(1, 2))
         self._parents += [p for p in parents for _ in range(children)]
-        return list(range(first, self.nodes))
+        return list(range(first_new, self.nodes))
 
     def _numbers(self, count: int) -> torch.Tensor:
         self._used += count
@@ -136,20 +144,23 @@ class _Drawn:
         self._level = log_probs(logits, self._expander.temperatures).exp()
 
     def drawn_mass(self, first: int) -> torch.Tensor:
-        """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on
-        the CPU.
+        """Returns the probability of each node from ``first`` on under the distribution it was drawn from.
+
+        Returns:
+            float64 [B, n] on the CPU.
         """
         columns, probs = torch.cat(self._columns, 1)[:, first:], torch.cat(self._probs, 1)[:, first:]
         return probs.gather(-1, columns[..., None])[..., 0].double().cpu()
 
     def keep(self, first: int, wanted: torch.Tensor) -> None:
-        """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent
-        is.
+        """Notes which of the nodes from ``first`` on are real: bool [B, n].
+
+        A node can be real only where its parent is.
         """
         self._kept[first] = wanted
 
     def finish(self) -> DraftTree:
-        """The draft: the real nodes of each row, in order of levels."""
+        """Returns the draft: the real nodes of each row, ordered by level."""
         columns, probs = torch.cat(self._columns, 1), torch.cat(self._probs, 1)
         batch, nodes = columns.shape
         vocabulary = self._expander.vocabulary
@@ -167,8 +178,8 @@ class _Drawn:
         above = parents.gather(1, order)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
         lengths = real.sum(-1).cpu()
-        most = int(lengths.max())
-        picked = order[:, :most]
+        longest = int(lengths.max())
+        picked = order[:, :longest]
         picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))
         tokens = target_ids(columns.gather(1, picked), vocabulary)
-        return DraftTree(tokens, lengths, parents[:, :most], picked_probs, vocabulary, self._kind)
+        return DraftTree(tokens, lengths, parents[:, :longest], picked_probs, vocabulary, self._kind)
