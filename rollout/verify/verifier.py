@@ -70,6 +70,7 @@ class StatedVerifier:
         )
 
     def __call__(self, target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
+        """Verifies the draft with the function, see `Verifier.__call__`."""
         refusal = self.refusal(draft.kind, draft.parents is None)
         if refusal is not None:
             raise ValueError(refusal)
