@@ -1,4 +1,4 @@
-"""Drafters by name, for an engine."""
+"""Builds registered drafters for an engine."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from paceline.rollout.engine.engine import RolloutEngine
 
 @dataclass(slots=True)
 class DrafterParts:
-    """What drafters are made of.
+    """The parts and settings from which drafters are built.
 
     Attributes:
-        rules: How model-based ones make their drafts.
+        rules: How model-based drafters make their drafts.
         eagle3: Weights of the EAGLE-3 drafter.
-        eagle3_window: Tokens that it attends to at least; None for all.
-        draft_model: Of the ``draft_model`` drafter.
-        composite_match: Tokens of a suffix match from which the composite drafter trusts it.
-        clasp_skipped: Layers that CLaSp leaves out, as a share.
+        eagle3_window: Minimum number of tokens that the EAGLE-3 drafter attends to; None for all.
+        draft_model: Model of the ``draft_model`` drafter.
+        composite_match: Length in tokens of a suffix match from which the composite drafter uses it.
+        clasp_skipped: Share of the layers that CLaSp skips.
     """
 
     rules: DraftRules = field(default_factory=DraftRules)
@@ -43,10 +43,10 @@ class DrafterParts:
 
 
 def build_drafter(name: str, engine: RolloutEngine, parts: DrafterParts) -> Drafter:
-    """A drafter that fits the engine; `RolloutEngine.add_drafter` takes it.
+    """Builds a drafter that fits the engine, for `RolloutEngine.add_drafter`.
 
     Raises:
-        ValueError: for an unknown name, or one whose parts are missing.
+        ValueError: The name is unknown, or a part that the drafter needs is missing.
     """
     runner = engine.runner
     slots, dtype = engine.scheduler.slots, runner.view.dtype

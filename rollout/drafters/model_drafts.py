@@ -1,4 +1,4 @@
-"""From a model-based drafter's distributions to a draft: which tree, drawn how, ended when."""
+"""Rules that turn a model's distributions into a draft: which tree, how tokens are drawn, when it ends."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class DraftRules:
     """How model-based drafters make their drafts.
 
     Attributes:
-        tree: Builder of the drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or
+        tree: Builder of drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or
             ``static``.
-        draw: ``likeliest`` tokens, which needs no verifier of its own and gives the tokens of plain decoding;
-            or drawn from the drafter's distribution at the request's temperature, siblings with
-            ``replacement`` or ``without_replacement``.
-        stop: When a chain ends: ``fixed``, ``svip`` or ``specdec``.
-        stop_threshold: Of that rule.
-        gain: Least expected tokens that another level of an ``opt_tree`` must bring.
+        draw: How tokens are chosen. ``likeliest`` tokens need no verifier of their own and give the tokens of
+            plain decoding. ``replacement`` and ``without_replacement`` draw siblings from the drafter's
+            distribution at the request's temperature.
+        stop: Rule that ends a chain: ``fixed``, ``svip`` or ``specdec``.
+        stop_threshold: Threshold of that rule.
+        gain: Minimum expected tokens that a further level of an ``opt_tree`` must add.
 
     Raises:
-        ValueError: for names that do not exist or do not fit each other.
+        ValueError: A name is unknown, or the rules do not fit each other.
     """
 
     tree: str = "dynamic"
@@ -49,13 +49,13 @@ class DraftRules:
     policy: StopPolicy | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
+        for name, value, choices in (
             ("tree", self.tree, TREES),
             ("draw", self.draw, DRAWS),
             ("stop", self.stop, tuple(STOP_POLICIES)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; write one of {', '.join(known)}")
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: write one of {', '.join(choices)}")
         ranked = self.tree in ("dynamic", "opt_tree")
         if ranked and self.draw != "likeliest":
             raise ValueError(
@@ -69,13 +69,11 @@ class DraftRules:
                 "tree static is for drawn tokens: write draw replacement or without_replacement, or tree "
                 "dynamic"
             )
-        made = STOP_POLICIES[self.stop]
-        self.policy = None if made is None else made(self.stop_threshold)
+        create_policy = STOP_POLICIES[self.stop]
+        self.policy = None if create_policy is None else create_policy(self.stop_threshold)
 
     def kind(self, width: int) -> DraftKind:
-        """How drafts of that width come about; what the builders in `paceline.rollout.trees` set
-        themselves.
-        """
+        """Returns the kind that the builders in `paceline.rollout.trees` give to drafts of that width."""
         if self.draw == "likeliest":
             return DraftKind.FIXED
         return (
@@ -85,7 +83,7 @@ class DraftRules:
         )
 
     def grow(self, expander: Expander, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
-        """The draft that the strategy asks for."""
+        """Builds the draft that the strategy asks for."""
         seeds = seeds_of(sequences)
         roots = np.array([len(s.tokens) for s in sequences])
 
@@ -116,7 +114,8 @@ class DraftRules:
 
 
 def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
-    """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own
-    probabilities.
+    """Returns the temperatures of the requests: float32 [B].
+
+    A greedy request has temperature 1: its drafts are ranked by the drafter's unscaled probabilities.
     """
     return torch.tensor([s.request.params.divisor for s in sequences], device=device)

@@ -287,9 +287,9 @@ def test_clasp_that_leaves_out_useless_layers_is_always_right():
     rollouts = engine.generate(
         [Request([3, i], SamplingParams(temperature=0, max_tokens=41), seed=i) for i in range(5)]
     )
-    assert clasp.left_out == (1, 4)
+    assert clasp.skipped_layers == (1, 4)
     assert mean_acceptance_length(rollouts) == 4.0
-    with pytest.raises(ValueError, match="leaves out 6 of 6"):
+    with pytest.raises(ValueError, match="skips 6 of 6"):
         ClaspDrafter(engine.runner, 6)
 
 
@@ -316,7 +316,7 @@ def test_the_search_is_the_dynamic_program(seed, skipped):
                 options.append((best[j - 1][0], (*best[j - 1][1], i)))
             following[j] = max(options, key=lambda o: float(torch.cosine_similarity(o[0], goal, dim=0)))
         best = following
-    assert search.left_out() == best[skipped][1]
+    assert search.skipped_layers() == best[skipped][1]
 
 
 # Stop policies
