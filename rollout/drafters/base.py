@@ -56,6 +56,9 @@ class Drafter(Protocol):
     None), or were drawn from exactly the distributions reported in ``DraftTree.probs``, and
     ``DraftTree.kind`` says how. Verifiers rely on the kind and reject the kinds that they do not cover.
 
+    A class that `paceline.rollout.drafters.DRAFTERS` registers is constructed without arguments, or by its
+    class method ``build(host, parts)``, see `paceline.rollout.drafters.parts`.
+
     A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which states in advance the
     kind of the drafts for a `Strategy` (``rules`` are the `DraftRules` of model-based drafters). A verifier
     that does not cover them is then rejected when it is chosen, not at the first draft. A class attribute

@@ -11,6 +11,7 @@ from torch import nn
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
 from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
@@ -59,6 +60,13 @@ class ClaspDrafter(StatelessSlots):
         first = (layers - skipped) // 2  # the middle layers, until the first search
         self.skipped_layers: tuple[int, ...] = tuple(range(first, first + skipped))
         self._drafts = 0
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> ClaspDrafter:
+        """Builds the drafter for an engine, with the share of skipped layers that ``parts`` has."""
+        layers = host.runner.shape.layers
+        skipped = min(max(round(parts.clasp_skipped * layers), 1), layers - 1)
+        return cls(host.runner, skipped, rules=parts.rules)
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:

@@ -6,6 +6,7 @@ import torch
 
 from paceline.rollout.drafters.base import DraftContext, Drafter, StatelessSlots
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.drafters.suffix import SuffixDrafter
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents
@@ -37,6 +38,18 @@ class CompositeDrafter(StatelessSlots):
                 f"{rules.draw}: write speculation.draw: likeliest"
             )
         self._suffix, self._model, self.threshold = suffix, model, threshold
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> CompositeDrafter:
+        """Builds the drafter for an engine, from its suffix and eagle3 drafters.
+
+        Raises:
+            ValueError: The engine lacks one of the two.
+        """
+        suffix, model = host.drafters.get("suffix"), host.drafters.get("eagle3")
+        if not isinstance(suffix, SuffixDrafter) or model is None:
+            raise ValueError("the composite drafter joins suffix and eagle3: add these two drafters first")
+        return cls(suffix, model, parts.composite_match)
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:

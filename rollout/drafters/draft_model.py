@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
 from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
@@ -56,6 +57,24 @@ class DraftModelDrafter:
         self.rules = DraftRules() if rules is None else rules
         self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MAX_NODES)
         self._seen = [0] * slots
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> DraftModelDrafter:
+        """Builds the drafter for an engine.
+
+        Raises:
+            ValueError: The parts have no draft model, or one of another vocabulary size.
+        """
+        if parts.draft_model is None:
+            raise ValueError("the draft_model drafter has no model: set speculation.draft_model")
+        return cls(
+            parts.draft_model,
+            host.runner.vocab_size,
+            slots=host.slots,
+            capacity=host.capacity,
+            dtype=host.dtype,
+            rules=parts.rules,
+        )
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:

@@ -12,6 +12,7 @@ from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_network import network_for
 from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
@@ -66,6 +67,25 @@ class Eagle3Drafter:
         self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MAX_NODES)
         self._seen, self._shift = [0] * slots, [0] * slots
         self.load_weights(model)
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> Eagle3Drafter:
+        """Builds the drafter for an engine.
+
+        Raises:
+            ValueError: The parts have no EAGLE-3 weights, or weights that are not finite.
+        """
+        if parts.eagle3 is None:
+            raise ValueError("the eagle3 drafter has no weights: set DrafterParts.eagle3")
+        return cls(
+            parts.eagle3,
+            host.runner.view.module.get_input_embeddings(),
+            slots=host.slots,
+            capacity=host.capacity,
+            dtype=host.dtype,
+            rules=parts.rules,
+            window=parts.eagle3_window,
+        )
 
     @torch.no_grad()
     def load_weights(self, source: Eagle3Model) -> None:

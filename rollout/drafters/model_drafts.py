@@ -13,13 +13,10 @@ from paceline.rollout.drafters.base import VerifiedStep
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.trees import TREES, DraftKind, DraftTree, TreeOptions
 from paceline.rollout.trees.chain import StopPolicy, grow_chain
-from paceline.rollout.trees.expander import Expander, TreeLimits, Uniform
-from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
-from paceline.rollout.trees.sampled import grow_dyspec, grow_static
+from paceline.rollout.trees.expander import Expander, TreeLimits
 
-TREES = ("dynamic", "opt_tree", "dyspec", "static")
 DRAWS = ("likeliest", "replacement", "without_replacement")
 
 
@@ -50,24 +47,17 @@ class DraftRules:
 
     def __post_init__(self) -> None:
         for name, value, choices in (
-            ("tree", self.tree, TREES),
+            ("tree", self.tree, tuple(TREES)),
             ("draw", self.draw, DRAWS),
             ("stop", self.stop, tuple(STOP_POLICIES)),
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}: write one of {', '.join(choices)}")
-        ranked = self.tree in ("dynamic", "opt_tree")
-        if ranked and self.draw != "likeliest":
+        draws = TREES[self.tree].draws
+        if self.draw not in draws:
             raise ValueError(
-                f"tree {self.tree} ranks tokens by what they are, so they cannot be drawn: write draw "
-                "likeliest"
-            )
-        if self.tree == "dyspec" and self.draw != "without_replacement":
-            raise ValueError("tree dyspec draws siblings without replacement: write draw without_replacement")
-        if self.tree == "static" and self.draw == "likeliest":
-            raise ValueError(
-                "tree static is for drawn tokens: write draw replacement or without_replacement, or tree "
-                "dynamic"
+                f"tree {self.tree} and draw {self.draw} cannot be combined: write draw {' or '.join(draws)}, "
+                f"or another tree"
             )
         create_policy = STOP_POLICIES[self.stop]
         self.policy = None if create_policy is None else create_policy(self.stop_threshold)
@@ -90,22 +80,15 @@ class DraftRules:
         def numbers(first: int, count: int) -> torch.Tensor:
             return step_uniforms(seeds, roots, first, count, Stream.DRAFT)
 
-        uniform: Uniform | None = None if self.draw == "likeliest" else numbers
         if strategy.width == 1:
+            uniform = None if self.draw == "likeliest" else numbers
             greedy = torch.tensor(
                 [s.request.params.greedy for s in sequences], device=expander.temperatures.device
             )
             return grow_chain(expander, strategy.depth, uniform, greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
-        if uniform is None:
-            return (
-                grow_dynamic(expander, limits)
-                if self.tree == "dynamic"
-                else grow_opt_tree(expander, limits, self.gain)
-            )
-        if self.tree == "dyspec":
-            return grow_dyspec(expander, limits, uniform)
-        return grow_static(expander, limits, uniform, self.draw == "replacement")
+        options = TreeOptions(numbers, self.draw == "replacement", self.gain)
+        return TREES[self.tree].grow(expander, limits, options)
 
     def learn(self, step: VerifiedStep) -> None:
         """Feeds a verified chain of this drafter to a stop policy that learns."""

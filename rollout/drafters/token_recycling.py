@@ -9,6 +9,7 @@ import torch
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
 from paceline.rollout.drafters.best_first import best_first, pack
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
@@ -36,6 +37,11 @@ class TokenRecyclingDrafter(StatelessSlots):
     def __init__(self, vocab_size: int) -> None:
         self._successors = torch.full((vocab_size, _CANDIDATES), -1)
         self._hits = list(_PRIOR_HITS)
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> TokenRecyclingDrafter:
+        """Builds the drafter for an engine."""
+        return cls(host.runner.vocab_size)
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from paceline.rollout.trees.builder import TreeBuilder
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
 from paceline.rollout.trees.expander import Expander, TreeLimits, log_probs, target_ids
 
@@ -118,3 +119,10 @@ class _Candidates:
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
         lengths = torch.full((len(kept),), nodes)
         return DraftTree(self._tokens.gather(1, kept), lengths, parents, kind=DraftKind.FIXED)
+
+
+# Ranked trees compare tokens by their probabilities, so that their tokens cannot be drawn.
+DYNAMIC = TreeBuilder(lambda expander, limits, options: grow_dynamic(expander, limits), ("likeliest",))
+OPT_TREE = TreeBuilder(
+    lambda expander, limits, options: grow_opt_tree(expander, limits, options.gain), ("likeliest",)
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.sampling import draw
+from paceline.rollout.trees.builder import TreeBuilder
 from paceline.rollout.trees.draft_tree import MAX_NODES, DraftKind, DraftTree
 from paceline.rollout.trees.expander import (
     Expander,
@@ -183,3 +184,13 @@ class _Drawn:
         picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))
         tokens = target_ids(columns.gather(1, picked), vocabulary)
         return DraftTree(tokens, lengths, parents[:, :longest], picked_probs, vocabulary, self._kind)
+
+
+STATIC = TreeBuilder(
+    lambda expander, limits, options: grow_static(expander, limits, options.uniform, options.replacement),
+    ("replacement", "without_replacement"),
+)
+DYSPEC = TreeBuilder(
+    lambda expander, limits, options: grow_dyspec(expander, limits, options.uniform),
+    ("without_replacement",),
+)
