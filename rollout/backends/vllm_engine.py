@@ -98,7 +98,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             # the policy's own generation config may add penalties, which would change the distribution
             generation_config="vllm",
-            async_scheduling=False,  # otherwise a step's time and depth would not be those of that step
+            async_scheduling=False,  # otherwise a measured time would not belong to the step and its depth
             seed=seed % 2**31,
             **(options or {}),
         )

@@ -16,8 +16,8 @@ from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.native import Kernels, load_kernels
 
-# Up to _EXACT_WIDTH tokens are padded to their number, more of them to a multiple of _WIDTH_STEP: a new shape
-# costs the kernel library a compilation, so that distinct shapes must be few.
+# Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
+# shape costs the kernel library a compilation, so that distinct shapes must be few.
 _EXACT_WIDTH, _WIDTH_STEP = 8, 32
 
 

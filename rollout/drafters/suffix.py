@@ -15,7 +15,7 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
-_UNSEEN_WEIGHT = 0.5  # of continuations that were not seen, relative to the heaviest one that was
+_UNSEEN_WEIGHT = 0.5  # weight of unseen continuations, relative to the heaviest one that was seen
 
 
 @dataclass(slots=True)

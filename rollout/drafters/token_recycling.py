@@ -15,8 +15,8 @@ from paceline.rollout.trees import DraftKind, DraftTree
 
 _CANDIDATES = 8  # successors kept for each token
 _PRIOR_HITS = (8.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.5)  # acceptances of each rank before any was counted
-_HITS_DECAY = 0.999  # for each accepted token, so that the counts follow the policy
-_MISS_SHARE = 0.2  # of acceptances: tokens that no rank predicted
+_HITS_DECAY = 0.999  # factor on the counts for each accepted token, so that they follow the policy
+_MISS_SHARE = 0.2  # accepted tokens that no rank predicts, as a share of those that some rank does
 
 
 class TokenRecyclingDrafter(StatelessSlots):

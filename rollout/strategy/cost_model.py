@@ -8,15 +8,15 @@ from typing import Any
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
-_DECAY = 0.99  # of acceptance counts, for each sequence and step, so that about 100 drafts are remembered
+_DECAY = 0.99  # factor on acceptance counts for each sequence and step: about 100 drafts are remembered
 _MAX_DECAYS_PER_STEP = 8  # a large batch must not erase the past in one step
-_TIME_DECAY = 0.85  # of measured seconds, for each measurement
+_TIME_DECAY = 0.85  # weight of the past when a new time is averaged in
 _PRIOR_WEIGHT = 4.0  # drafts that the prior counts for
 _CHAIN_PRIOR, _TREE_PRIOR = 0.6, 0.7  # acceptance of the first level before anything was measured
-_RECENT_DECAY = 0.9  # of the recent acceptance counts, so that about 10 drafts are remembered
+_RECENT_DECAY = 0.9  # factor on the recent acceptance counts: about 10 drafts are remembered
 _MIN_RECENT_DRAFTS = 6.0  # fewer recent drafts are no evidence of a change
 _SURPRISE = 3.0  # standard errors between recent and long-term acceptance that are taken for a change
-_AGING = 0.99  # of the weight of acceptance counts, for each step in which the drafter did not run
+_AGING = 0.99  # factor on the weight of acceptance counts for each step without the drafter
 _TYPICAL_CONTEXT = 0.75  # the typical context of a bucket, as a share of its upper end
 _DOUBT = 1.5  # standard errors that an optimistic estimate adds
 _EXTRA_VARIANCE = 0.25  # added to a rate's variance, since a rate that never varied may still do so

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-MIN_MASS = 1e-30  # less than this left to draw from is rounding, and cannot be normalised in float32
+MIN_MASS = 1e-30  # a smaller remaining mass is a rounding error, and is not normalised
 
 
 class Expander(Protocol):

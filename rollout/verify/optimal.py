@@ -14,7 +14,7 @@ import torch
 
 from paceline.rollout.verify.spectr import select_rho
 
-_QUADRATURE_POINTS = 64  # of Gauss–Legendre, for the probabilities of drawing without replacement
+_QUADRATURE_POINTS = 64  # Gauss–Legendre points for the probabilities of drawing without replacement
 _FULL_SCAN_VOCABULARY = 512  # up to this size, every one of the V + 1 sets is evaluated
 
 
