@@ -1,4 +1,4 @@
-"""Who decodes: the engine of this package, or vLLM, in this process or behind servers."""
+"""Decoding backends: the engine of this package, or vLLM, in this process or behind servers."""
 
 from paceline.rollout.backends.base import Decoder, ServedBackend
 

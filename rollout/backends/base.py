@@ -1,4 +1,4 @@
-"""What a trainer needs of whatever decodes its rollouts."""
+"""The interfaces of whatever decodes a trainer's rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paceline.rollout.engine.engine import StepRecord
 
 
 class Decoder(Protocol):
-    """Requests to rollouts; `RolloutEngine` is one.
+    """Turns requests into rollouts; `RolloutEngine` is a decoder.
 
     Attributes:
         records: Decode steps of the last call, as far as they are known.
@@ -26,32 +26,32 @@ class Decoder(Protocol):
         *,
         on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """All rollouts, in the order of ``requests``; a failed request is a rollout that says so.
+        """Returns one rollout for each request, in order; that of a failed request has an ``error``.
 
         Args:
-            requests: What to produce.
-            on_step: Called while decoding goes on.
-            on_finish: Called with a request's index and its rollout as soon as it is over.
+            requests: Completions to produce.
+            on_step: Called after a decode step.
+            on_finish: Called with a request's index and its rollout as soon as it is finished.
         """
         ...
 
 
 class ServedBackend(Decoder, Protocol):
-    """A decoder with weights of its own, which are sent to it in files that it can read."""
+    """A decoder with its own copy of the weights, which it receives as files."""
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
-        """Decodes with these weights from now on.
+        """Replaces the policy's weights; later tokens are decoded with the new ones.
 
         Args:
-            shards: safetensors files under the names of the policy's checkpoint.
-            version: Noted in the segments of rollouts.
+            shards: safetensors files, with the tensor names of the policy's checkpoint.
+            version: Policy version, which rollouts note in their segments.
         """
         ...
 
     def update_drafter(self, directory: Path) -> None:
-        """Drafts with these weights from now on: a directory in the export format."""
+        """Replaces the drafter's weights by those of a directory in the export format."""
         ...
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Releases the resources of the backend."""
         ...

@@ -1,4 +1,4 @@
-"""How many draft tokens pay at a batch size, learned while vLLM decodes."""
+"""A bandit that learns, while vLLM decodes, how many draft tokens pay at a batch size."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_BURST = 4  # steps of a trial; the first verifies what the choice before it drafted
+_BURST_STEPS = 4  # steps with one choice; the first of them verifies drafts of the choice before it
 
 
 @dataclass(slots=True)
 class _Arm:
+    """The recent steps of one depth: (tokens per sequence, seconds) of each."""
+
     steps: deque[tuple[float, float]]
 
     @property
     def rate(self) -> float:
+        """The number of tokens per sequence and second over the recent steps."""
         return sum(tokens for tokens, _ in self.steps) / max(sum(seconds for _, seconds in self.steps), 1e-9)
 
 
 @dataclass(slots=True)
 class _Bucket:
+    """The arms of one bucket of batch sizes, and the burst of steps that is under way."""
+
     arms: dict[int, _Arm] = field(default_factory=dict)
     chosen: int = 0
     left: int = 0
 
 
 class DepthBandit:
-    """An ε-greedy bandit for each batch bucket (powers of two) over draft depths, 0 for none, by tokens of a
-    sequence and second.
+    """An ε-greedy bandit over draft depths, 0 for none, for each bucket of batch sizes (powers of two).
 
-    As `paceline.rollout.strategy.bandit`, but without a cost model: vLLM's steps cannot be timed apart before
-    they run. Every depth is first tried for a few steps; later trials are an ε of the bursts. What is chosen
-    depends on counts and times of earlier steps alone, so tokens keep the policy's distribution.
+    The reward is tokens per sequence and second, as in `paceline.rollout.strategy.bandit`, but there is no
+    cost model: the parts of vLLM's steps cannot be timed separately. Every depth is first tried for a few
+    steps; later, a share ε of the bursts tries a random depth. The choice depends on counts and times of
+    earlier steps alone, so that tokens keep the policy's distribution.
 
     Args:
-        depths: To choose from.
-        epsilon: Share of bursts that try another than the best.
-        window: Steps of a depth that count.
-        seed: Of the trials.
+        depths: Depths to choose from.
+        epsilon: Share of bursts that try a random depth.
+        window: Number of steps of a depth that count.
+        seed: Seed of the trials.
     """
 
     def __init__(
@@ -49,10 +54,10 @@ class DepthBandit:
         self._buckets: dict[int, _Bucket] = {}
 
     def choose(self, active: int) -> int:
-        """The depth for the next step of ``active`` sequences."""
+        """Returns the depth for the next step of ``active`` sequences."""
         bucket = self._bucket(active)
         if bucket.left == 0:
-            bucket.chosen, bucket.left = self._next(bucket), _BURST
+            bucket.chosen, bucket.left = self._next(bucket), _BURST_STEPS
         bucket.left -= 1
         return bucket.chosen
 
@@ -65,32 +70,35 @@ class DepthBandit:
         return max(self.depths, key=lambda d: bucket.arms[d].rate)
 
     def record(self, active: int, depth: int, tokens: int, seconds: float) -> None:
-        """A step is over that verified drafts of ``depth``.
+        """Learns from a step that verified drafts of ``depth``.
 
         Args:
-            active: Sequences in it.
-            depth: Of the drafts that it verified.
-            tokens: Committed by all of them.
-            seconds: That it took.
+            active: Number of sequences in the step.
+            depth: Depth of the drafts that it verified.
+            tokens: Number of tokens that all of them committed.
+            seconds: Duration of the step.
         """
         arm = self._bucket(active).arms.setdefault(depth, _Arm(deque(maxlen=self._window)))
         arm.steps.append((tokens / active, seconds))
 
     def drafter_changed(self) -> None:
-        """What was measured with the old weights counts for little: the last steps of each depth are kept."""
+        """Keeps only the last steps of each depth, because older ones were measured with other weights."""
         for bucket in self._buckets.values():
             for arm in bucket.arms.values():
-                while len(arm.steps) > _BURST:
+                while len(arm.steps) > _BURST_STEPS:
                     arm.steps.popleft()
 
     def schedule(self) -> list[tuple[int, int, int]]:
-        """The best depth of each bucket seen, as vLLM's ``num_speculative_tokens_per_batch_size``: (from, to,
-        tokens). Sizes between two buckets go with the larger one.
+        """Returns the best depth of each bucket seen, in the format of vLLM's speculation schedule.
+
+        Returns:
+            (from, to, tokens) entries of ``num_speculative_tokens_per_batch_size``. Sizes between two buckets
+            belong to the larger one.
         """
-        found = sorted(
+        measured = sorted(
             (size, b) for size, b in self._buckets.items() if any(a.steps for a in b.arms.values())
         )
-        best = [(size, max(b.arms, key=lambda d: b.arms[d].rate)) for size, b in found]
+        best = [(size, max(b.arms, key=lambda d: b.arms[d].rate)) for size, b in measured]
         starts = [1] + [size + 1 for size, _ in best[:-1]]
         return [(start, size, depth) for start, (size, depth) in zip(starts, best, strict=True)]
 

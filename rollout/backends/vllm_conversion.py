@@ -1,4 +1,4 @@
-"""Requests and rollouts in vLLM's terms."""
+"""Conversion of requests to vLLM's parameters, and of its results to rollouts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats
 
-_SEEDS = 2**32
-# A server fills what a request leaves out from the policy's generation_config.json, which for many instruct
-# models has penalties.
-_NEUTRAL = {
+_NUM_SEEDS = 2**32  # seeds are sent modulo this
+# A server fills parameters that a request leaves out from the policy's generation_config.json, which has
+# penalties for many instruct models.
+_NEUTRAL_PARAMS = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
@@ -21,27 +21,27 @@ _NEUTRAL = {
 
 
 def sampling(request: Request) -> dict[str, Any]:
-    """Keyword arguments of vLLM's `SamplingParams`, which are also fields of its completion endpoint.
+    """Returns keyword arguments of vLLM's `SamplingParams`, which are also fields of its completion endpoint.
 
-    A completion ends at the request's own stop tokens alone, and every parameter that would change the
-    policy's distribution is sent with its neutral value; its log-probs are of the processed distribution
-    where vLLM was started with ``logprobs_mode="processed_logprobs"``.
+    A completion ends only at the request's own stop tokens, and every parameter that would change the
+    policy's distribution is sent with its neutral value. The log-probs are those of the processed
+    distribution, provided that vLLM was started with ``logprobs_mode="processed_logprobs"``.
     """
-    p = request.params
-    found: dict[str, Any] = {
-        "temperature": p.temperature,
-        "top_k": p.top_k,
-        "top_p": p.top_p,
-        "max_tokens": p.max_tokens,
-        "stop_token_ids": list(p.stop_token_ids),
-        "seed": request.seed % _SEEDS,
+    requested = request.params
+    params: dict[str, Any] = {
+        "temperature": requested.temperature,
+        "top_k": requested.top_k,
+        "top_p": requested.top_p,
+        "max_tokens": requested.max_tokens,
+        "stop_token_ids": list(requested.stop_token_ids),
+        "seed": request.seed % _NUM_SEEDS,
         "logprobs": 0,
         "ignore_eos": True,
-        **_NEUTRAL,
+        **_NEUTRAL_PARAMS,
     }
-    if p.stop_strings:  # which may be special tokens: vLLM looks for them in the text that it writes
-        found |= {"stop": list(p.stop_strings), "skip_special_tokens": False}
-    return found
+    if requested.stop_strings:  # they may be special tokens, and vLLM searches for them in its output text
+        params |= {"stop": list(requested.stop_strings), "skip_special_tokens": False}
+    return params
 
 
 def finished(
@@ -52,19 +52,17 @@ def finished(
     stats: RolloutStats,
     version: int,
 ) -> Rollout:
-    """A rollout from what vLLM gave; log-probs that are not finite make it a failed one, as in the engine."""
-    ended = FinishReason.LENGTH if reason == "length" else FinishReason.STOP
+    """Builds a rollout from vLLM's result; as in the engine, log-probs that are not finite make it failed."""
+    finish_reason = FinishReason.LENGTH if reason == "length" else FinishReason.STOP
     error = None
     if not all(math.isfinite(x) for x in logprobs):
-        ended, error = (
-            FinishReason.FAILED,
-            "vLLM's log-probs are not finite (NaN or infinite): check the last update's gradient norm",
-        )
+        finish_reason = FinishReason.FAILED
+        error = "vLLM's log-probs are not finite (NaN or infinite): check the last update's gradient norm"
     return Rollout(
         request,
         list(tokens),
         list(logprobs),
-        ended,
+        finish_reason,
         stats,
         [(version, len(tokens))] if tokens else [],
         None,
@@ -72,7 +70,7 @@ def finished(
     )
 
 
-def refused(request: Request, error: Exception, version: int) -> Rollout:
-    """A rollout of a request that vLLM would not take."""
+def rejected(request: Request, error: Exception, version: int) -> Rollout:
+    """Builds the failed rollout of a request that vLLM rejected."""
     line = " ".join(str(error).split())[:300]
     return Rollout(request, [], [], FinishReason.FAILED, RolloutStats(), [], None, f"vLLM: {line}")

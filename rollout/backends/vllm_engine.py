@@ -1,4 +1,4 @@
-"""vLLM in this process: its scheduler and kernels, with drafts as deep as measured times say."""
+"""vLLM in this process: its scheduler and kernels, with draft depths chosen by measured times."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from typing import Any
 from paceline.rollout.api import Request, Rollout, RolloutStats
 from paceline.rollout.backends.depth_bandit import DepthBandit
 from paceline.rollout.backends.exchange import DIRECTORY
-from paceline.rollout.backends.vllm_conversion import finished, refused, sampling
+from paceline.rollout.backends.vllm_conversion import finished, rejected, sampling
 from paceline.rollout.backends.vllm_transfer import NAME, register
 from paceline.rollout.engine.engine import StepRecord
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A request in vLLM's hands."""
+class _InFlight:
+    """A request that vLLM is decoding.
+
+    Attributes:
+        index: Position of the request in the caller's list.
+        request: The request itself.
+        tokens: Tokens decoded so far.
+        logprobs: Log-probs of these tokens.
+        stats: Counts of steps and draft tokens.
+    """
 
     index: int
     request: Request
@@ -36,17 +44,18 @@ class VllmEngine:
     Args:
         model: Directory of the policy; its weights may be older than the first `update_policy`.
         dtype: ``bfloat16`` or ``float32``.
-        max_slots: Sequences decoded together.
-        max_context: Most tokens of prompt and completion together.
-        drafter: Directory in the export format, for EAGLE-3 drafts; None decodes plainly.
-        depth: Most draft tokens of a step.
-        adaptive: Choose the depth of each step from measured times, 0 among them; else always ``depth``.
-        seed: Of the bandit.
-        options: More arguments for ``vllm.LLM``, such as ``tensor_parallel_size`` or
+        max_slots: Maximum number of sequences decoded together.
+        max_context: Maximum tokens of prompt and completion together.
+        drafter: Directory in the export format, for EAGLE-3 drafts; None decodes without drafts.
+        depth: Maximum draft tokens of a step.
+        adaptive: Whether the depth of each step, possibly 0, is chosen from measured times; otherwise it is
+            always ``depth``.
+        seed: Seed of the bandit.
+        options: Further arguments for ``vllm.LLM``, such as ``tensor_parallel_size`` or
             ``gpu_memory_utilization``.
 
     Raises:
-        ImportError: where vLLM is not installed.
+        ImportError: vLLM is not installed.
     """
 
     def __init__(
@@ -62,22 +71,22 @@ class VllmEngine:
         seed: int = 0,
         options: dict[str, Any] | None = None,
     ) -> None:
-        # The engine core in this process: its scheduler is where the depth of drafts is set.
+        # The engine core runs in this process, because its scheduler sets the depth of drafts.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         register()
-        os.environ[DIRECTORY] = "/"  # updates come from this process alone, which may read what it likes
+        os.environ[DIRECTORY] = "/"  # only this process sends updates, and it may read any file
         self._drafter = drafter
         speculative = None
         if drafter is not None:
-            everywhere = [[1, max_slots, depth]]  # vLLM pads drafts to one depth unless a schedule is given
+            schedule = [[1, max_slots, depth]]  # without a schedule vLLM pads drafts to one depth
             speculative = {
                 "method": "eagle3",
                 "model": str(drafter),
                 "num_speculative_tokens": depth,
-                "num_speculative_tokens_per_batch_size": everywhere,
+                "num_speculative_tokens_per_batch_size": schedule,
             }
         self._llm = LLM(
             str(model),
@@ -87,9 +96,9 @@ class VllmEngine:
             speculative_config=speculative,
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             logprobs_mode="processed_logprobs",
-            # the policy's own may add penalties: the tokens would not be the policy's
+            # the policy's own generation config may add penalties, which would change the distribution
             generation_config="vllm",
-            async_scheduling=False,  # a step's time and depth belong to that step
+            async_scheduling=False,  # otherwise a measured time would not belong to the step and its depth
             seed=seed % 2**31,
             **(options or {}),
         )
@@ -108,38 +117,38 @@ class VllmEngine:
         *,
         on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """See `Decoder.generate`."""
+        """Decodes the requests, see `Decoder.generate`."""
         done: dict[int, Rollout] = {}
 
-        def over(index: int, rollout: Rollout) -> None:
+        def finish(index: int, rollout: Rollout) -> None:
             done[index] = rollout
             if on_finish is not None:
                 on_finish(index, rollout)
 
-        flights: dict[str, _Flight] = {}
+        in_flight: dict[str, _InFlight] = {}
         self.records = []
         started, drafted = time.perf_counter(), 0
         try:
-            self._submit(requests, flights, over)
-            while flights:
-                depth = self._set_depth(len(flights))
+            self._submit(requests, in_flight, finish)
+            while in_flight:
+                depth = self._set_depth(len(in_flight))
                 begin = time.perf_counter()
                 outputs = self._llm.llm_engine.step()
-                record = self._note(outputs, flights, drafted, time.perf_counter() - begin, started)
+                record = self._note(outputs, in_flight, drafted, time.perf_counter() - begin, started)
                 drafted = depth
                 for output in outputs:
                     if output.finished:
-                        flight = flights.pop(output.request_id)
-                        flight.stats.seconds = time.perf_counter() - started
+                        job = in_flight.pop(output.request_id)
+                        job.stats.seconds = time.perf_counter() - started
                         reason = output.outputs[0].finish_reason
-                        over(
-                            flight.index,
+                        finish(
+                            job.index,
                             finished(
-                                flight.request,
-                                flight.tokens,
-                                flight.logprobs,
+                                job.request,
+                                job.tokens,
+                                job.logprobs,
                                 reason,
-                                flight.stats,
+                                job.stats,
                                 self._version,
                             ),
                         )
@@ -148,14 +157,17 @@ class VllmEngine:
                     if on_step is not None:
                         on_step(record)
         finally:
-            if flights:
-                self._llm.llm_engine.abort_request(list(flights))
+            if in_flight:
+                self._llm.llm_engine.abort_request(list(in_flight))
         return [done[index] for index in sorted(done)]
 
     def _submit(
-        self, requests: Sequence[Request], flights: dict[str, _Flight], over: Callable[[int, Rollout], None]
+        self,
+        requests: Sequence[Request],
+        in_flight: dict[str, _InFlight],
+        finish: Callable[[int, Rollout], None],
     ) -> None:
-        """Hands requests over; what vLLM refuses is over."""
+        """Submits the requests; those that vLLM rejects are finished as failed."""
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
@@ -166,12 +178,12 @@ class VllmEngine:
             try:
                 self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
             except (ValueError, VLLMValidationError) as error:
-                over(index, refused(request, error, self._version))
+                finish(index, rejected(request, error, self._version))
                 continue
-            flights[name] = _Flight(index, request)
+            in_flight[name] = _InFlight(index, request)
 
     def _set_depth(self, active: int) -> int:
-        """How deep the drafts are that the next step makes, for the step after it to verify."""
+        """Sets and returns the depth of the drafts of the next step, which the step after it verifies."""
         if self.depths is None:
             return 0
         scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
@@ -182,32 +194,32 @@ class VllmEngine:
     def _note(
         self,
         outputs: Sequence[Any],
-        flights: dict[str, _Flight],
+        in_flight: dict[str, _InFlight],
         drafted: int,
         seconds: float,
         started: float,
     ) -> StepRecord | None:
-        """Adds a step's tokens to their flights; None for a step that read prompts."""
+        """Adds a step's tokens to their requests; returns None for a step that read prompts."""
         committed = active = context = 0
-        first, accepted = False, list[int]()
+        reads_prompts, accepted = False, list[int]()
         for output in outputs:
-            new, flight = output.outputs[0], flights[output.request_id]
+            new, job = output.outputs[0], in_flight[output.request_id]
             if not new.token_ids:
                 continue
             active += 1
             committed += len(new.token_ids)
             accepted.append(len(new.token_ids) - 1)
-            first |= not flight.tokens
-            if flight.tokens:
-                flight.stats.steps += 1
-                flight.stats.drafted += drafted
-                flight.stats.accepted += len(new.token_ids) - 1
-            flight.tokens += new.token_ids
-            flight.logprobs += [
+            reads_prompts |= not job.tokens
+            if job.tokens:
+                job.stats.steps += 1
+                job.stats.drafted += drafted
+                job.stats.accepted += len(new.token_ids) - 1
+            job.tokens += new.token_ids
+            job.logprobs += [
                 entry[token].logprob for token, entry in zip(new.token_ids, new.logprobs, strict=True)
             ]
-            context = max(context, len(flight.request.prompt_ids) + len(flight.tokens))
-        if active == 0 or first:  # reading prompts says nothing about what drafts cost
+            context = max(context, len(job.request.prompt_ids) + len(job.tokens))
+        if active == 0 or reads_prompts:  # the time of reading prompts tells nothing about the cost of drafts
             return None
         if self.depths is not None:
             self.depths.record(active, drafted, committed, seconds)
@@ -218,24 +230,30 @@ class VllmEngine:
         return StepRecord(time.perf_counter() - started, active, str(strategy), committed, feedback)
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
-        """See `ServedBackend.update_policy`."""
+        """Loads new policy weights, see `ServedBackend.update_policy`."""
         self._llm.start_weight_update()
         for shard in shards:
             self._llm.update_weights({"update_info": {"path": str(shard)}})
         self._llm.finish_weight_update(str(version))
-        self._llm.reset_prefix_cache()  # keys and values of prompts under the old weights
+        self._llm.reset_prefix_cache()  # it has keys and values of prompts under the old weights
         self._version = version
 
     def update_drafter(self, directory: Path) -> None:
-        """See `ServedBackend.update_drafter`."""
+        """Loads new drafter weights, see `ServedBackend.update_drafter`.
+
+        Raises:
+            RuntimeError: vLLM was started without a drafter.
+        """
         if self._drafter is None or self.depths is None:
-            raise RuntimeError("vLLM was started without a drafter, and takes one at its start only")
+            raise RuntimeError(
+                "vLLM was started without a drafter and accepts none later: pass drafter to VllmEngine"
+            )
         self._llm.start_draft_weight_update()
         self._llm.update_weights({"update_info": {"path": str(directory / "model.safetensors")}})
         self._llm.finish_weight_update()
-        self._llm.reset_prefix_cache()  # of the draft model's layer, too
+        self._llm.reset_prefix_cache()  # it has the draft model's keys and values, too
         self.depths.drafter_changed()
 
     def close(self) -> None:
-        """See `ServedBackend.close`."""
+        """Shuts vLLM's engine core down."""
         self._llm.llm_engine.engine_core.shutdown()

@@ -1,6 +1,4 @@
-"""Closes the development endpoints of a vLLM server, weight updates among them, to everyone without the
-token.
-"""
+"""Guards the development endpoints of a vLLM server, weight updates among them, by a token."""
 
 from __future__ import annotations
 
@@ -16,22 +14,21 @@ _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_OPEN = ("/health", "/ping", "/version", "/metrics", "/load")
-_INFERENCE = "/v1/"  # vLLM's own --api-key is for these
+_OPEN_PATHS = ("/health", "/ping", "/version", "/metrics", "/load")
+_INFERENCE_PREFIX = "/v1/"  # guarded by vLLM's own --api-key
 
 
 class UpdateGuard:
-    """ASGI middleware for ``vllm serve --middleware``: inference and health checks pass, the rest needs a
-    bearer token.
+    """ASGI middleware for ``vllm serve --middleware`` that requires a bearer token for development endpoints.
 
-    vLLM's ``VLLM_SERVER_DEV_MODE`` opens weight updates, and with them endpoints that call any method of its
-    workers; ``--api-key`` guards none of these.
+    Inference and health checks pass without the token. vLLM's ``VLLM_SERVER_DEV_MODE`` opens weight updates,
+    and with them endpoints that call any method of its workers; ``--api-key`` guards none of these.
 
     Args:
-        app: The server.
+        app: The server's ASGI application.
 
     Raises:
-        RuntimeError: when the environment has no token: a server without one must not start.
+        RuntimeError: The environment has no token: a server without one must not start.
     """
 
     def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
@@ -56,13 +53,13 @@ class UpdateGuard:
 
     def _passes(self, scope: _Scope) -> bool:
         path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
-        if path in _OPEN or path.startswith(_INFERENCE):
+        if path in _OPEN_PATHS or path.startswith(_INFERENCE_PREFIX):
             return True
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-        scheme, _, token = bytes(given).partition(b" ")
+        header = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+        scheme, _, token = bytes(header).partition(b" ")
         return scheme.lower() == b"bearer" and secrets.compare_digest(_digest(token), self._token)
 
 
 def _digest(token: bytes) -> bytes:
-    """Tokens of all lengths as 32 bytes, so that comparing them takes one time."""
+    """Hashes a token to 32 bytes, so that the comparison takes the same time for tokens of any length."""
     return hashlib.sha256(token).digest()

@@ -1,5 +1,6 @@
-"""vLLM behind one or more servers: on other machines, with their own parallelism, fed over HTTP and a shared
-file system.
+"""vLLM behind one or more servers, which are fed over HTTP and a shared file system.
+
+The servers may run on other machines and have parallelism of their own.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ import httpx
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
 from paceline.rollout.backends.exchange import DIRECTORY, TOKEN, make_token
-from paceline.rollout.backends.vllm_conversion import finished, refused, sampling
+from paceline.rollout.backends.vllm_conversion import finished, rejected, sampling
 from paceline.rollout.engine.engine import StepRecord
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-_PATIENCE_SECONDS = 3600.0  # for one completion, which may wait in the server's queue
+_TIMEOUT_SECONDS = 3600.0  # for one completion, which may wait in the server's queue
 
 
 class VllmServers:
     """A `ServedBackend` over servers started with `serve_command`.
 
-    Requests go to servers in turn, the samples of a group to one server, which keeps their prompt. How deep
-    drafts are is each server's own schedule by batch size: vLLM takes it at its start.
+    Groups of samples go to the servers in turn; the samples of a group go to one server, which caches their
+    prompt. Each server has its own schedule of draft depths by batch size, which vLLM takes at its start.
 
     Args:
-        urls: Of the servers, such as ``http://node1:8000``.
-        max_slots: Requests in flight at one server.
-        sends: Whether this process sends weights; of several ranks one does.
-        token: Of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for servers
-            that were started otherwise.
+        urls: URLs of the servers, such as ``http://node1:8000``.
+        max_slots: Maximum number of requests in flight at one server.
+        sends: Whether this process sends weights; of several ranks, exactly one does.
+        token: Token of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for
+            servers that were started without one.
 
     Attributes:
-        records: Empty: servers do not say what a step took.
+        records: Always empty, because servers do not report what a step took.
 
     Raises:
-        ConnectionError: where a server does not answer, or was not started for weight updates.
+        ConnectionError: A server does not answer, or was not started for weight updates.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class VllmServers:
         limits = httpx.Limits(max_connections=max_slots, max_keepalive_connections=max_slots)
         headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         self._clients = [
-            httpx.Client(base_url=url, timeout=_PATIENCE_SECONDS, limits=limits, headers=headers)
+            httpx.Client(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits, headers=headers)
             for url in urls
         ]
         self._max_slots, self._sends = max_slots, sends
@@ -70,16 +71,19 @@ class VllmServers:
         *,
         on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """See `Decoder.generate`; ``on_step`` is not called. A server that is lost fails its requests."""
+        """Decodes the requests, see `Decoder.generate`; ``on_step`` is not called.
+
+        Requests fail if their server cannot be reached.
+        """
         groups = [number if r.group is None else ("group", r.group) for number, r in enumerate(requests)]
         server_of = {group: order % len(self._clients) for order, group in enumerate(dict.fromkeys(groups))}
-        places = [server_of[group] for group in groups]
+        servers = [server_of[group] for group in groups]
         done: list[Rollout | None] = [None] * len(requests)
         stop = threading.Event()
         with ThreadPoolExecutor(self._max_slots * len(self._clients)) as pool:
             futures = {
-                pool.submit(self._complete, r, place, stop): i
-                for i, (r, place) in enumerate(zip(requests, places, strict=True))
+                pool.submit(self._complete, r, server, stop): i
+                for i, (r, server) in enumerate(zip(requests, servers, strict=True))
             }
             try:
                 for future in as_completed(futures):
@@ -87,41 +91,41 @@ class VllmServers:
                     done[index] = rollout = future.result()
                     if on_finish is not None:
                         on_finish(index, rollout)
-            # what has not been sent is not: the pool's end then waits for what is in flight alone
+            # requests not yet sent are dropped, so that leaving the pool waits only for those in flight
             except BaseException:
                 stop.set()
                 raise
         return [r for r in done if r is not None]
 
-    def _complete(self, request: Request, place: int, stop: threading.Event) -> Rollout:
+    def _complete(self, request: Request, server: int, stop: threading.Event) -> Rollout:
         if stop.is_set():
-            return refused(request, InterruptedError("cancelled"), self._version)
+            return rejected(request, InterruptedError("cancelled"), self._version)
         begin = time.perf_counter()
         body = {
-            "model": self._models[place],
+            "model": self._models[server],
             "prompt": list(request.prompt_ids),
             "return_token_ids": True,
             **sampling(request),
         }
         try:
-            choice = self._call(self._clients[place], "POST", "/v1/completions", body).json()["choices"][0]
+            choice = self._call(self._clients[server], "POST", "/v1/completions", body).json()["choices"][0]
         except ConnectionError as error:
-            return refused(request, error, self._version)
+            return rejected(request, error, self._version)
         stats = RolloutStats(seconds=time.perf_counter() - begin)
         logprobs = [float("nan") if x is None else float(x) for x in choice["logprobs"]["token_logprobs"]]
         return finished(request, choice["token_ids"], logprobs, choice["finish_reason"], stats, self._version)
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
-        """See `ServedBackend.update_policy`."""
+        """Sends new policy weights to all servers, see `ServedBackend.update_policy`."""
         self._version = version
         self._send("/start_weight_update", shards, str(version))
 
     def update_drafter(self, directory: Path) -> None:
-        """See `ServedBackend.update_drafter`."""
+        """Sends new drafter weights to all servers, see `ServedBackend.update_drafter`."""
         self._send("/start_draft_weight_update", [directory / "model.safetensors"], None)
 
     def _send(self, start: str, files: Sequence[Path], version: str | None) -> None:
-        """To all servers at once."""
+        """Sends files to all servers in parallel."""
         if not self._sends:
             return
 
@@ -140,21 +144,21 @@ class VllmServers:
         client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None
     ) -> httpx.Response:
         try:
-            answer = client.request(method, path, json=body)
+            response = client.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise ConnectionError(
                 f"{client.base_url}{path.lstrip('/')}: {type(error).__name__} {error}; is the server up?"
             ) from None
-        if answer.is_error:
-            said = " ".join(answer.text.split())[:300]
+        if response.is_error:
+            text = " ".join(response.text.split())[:300]
             raise ConnectionError(
-                f"{client.base_url}{path.lstrip('/')}: {answer.status_code} {said}; start servers with "
-                "paceline serve RUN --exchange DIRECTORY, and name that directory in rollout.vllm.exchange"
+                f"{client.base_url}{path.lstrip('/')}: {response.status_code} {text}; start servers with "
+                "paceline serve RUN --exchange DIRECTORY, and set rollout.vllm.exchange to that directory"
             )
-        return answer
+        return response
 
     def close(self) -> None:
-        """See `ServedBackend.close`; the servers go on."""
+        """Closes the connections; the servers keep running."""
         for client in self._clients:
             client.close()
 
@@ -172,23 +176,23 @@ def serve_command(
     updates: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The arguments of ``vllm serve`` for a policy and its drafter.
+    """Returns the ``vllm serve`` command line for a policy and its drafter.
 
-    What a request leaves out takes vLLM's neutral defaults, not those of the policy's
+    Parameters that a request leaves out take vLLM's neutral defaults, not those of the policy's
     ``generation_config.json``.
 
     Args:
         model: Directory or hub id of the policy.
         drafter: Directory in the export format; None serves without drafts.
-        depth: Most draft tokens of a step.
-        schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty drafts
-            ``depth`` always.
+        depth: Maximum draft tokens of a step.
+        schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty always
+            drafts ``depth`` tokens.
         host: Address that the server listens on.
-        port: Of the server.
-        max_slots: Sequences decoded together.
-        max_context: Most tokens of prompt and completion together.
-        updates: Take new weights from a trainer. The endpoints are vLLM's development ones: the environment
-            of the server needs what `serve_environment` gives.
+        port: Port that the server listens on.
+        max_slots: Maximum number of sequences decoded together.
+        max_context: Maximum tokens of prompt and completion together.
+        updates: Whether the server accepts new weights from a trainer. The endpoints are vLLM's development
+            ones: the environment of the server needs the variables of `serve_environment`.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
     """
     command = [
@@ -226,28 +230,33 @@ def serve_command(
 
 
 def serve_environment(exchange: Path, host: str) -> dict[str, str]:
-    """Environment variables of a server that takes new weights: through ``exchange`` alone, and with its
-    token.
+    """Returns the environment variables of a server that accepts new weights.
 
-    On an address that other machines reach, completions need the token too.
+    The server reads weights from ``exchange`` alone, and asks for its token. On an address that other
+    machines can reach, completions need the token too.
 
     Raises:
-        OSError: when the directory cannot be written.
+        OSError: The directory cannot be written.
     """
     token = make_token(exchange)
-    found = {"VLLM_SERVER_DEV_MODE": "1", DIRECTORY: str(exchange.resolve()), TOKEN: token}
-    return found if host in LOOPBACK else {**found, "VLLM_API_KEY": token}
+    variables = {"VLLM_SERVER_DEV_MODE": "1", DIRECTORY: str(exchange.resolve()), TOKEN: token}
+    return variables if host in LOOPBACK else {**variables, "VLLM_API_KEY": token}
 
 
 def sglang_command(
     model: Path | str, drafter: Path | None, depth: int, host: str, port: int, more: Sequence[str] = ()
 ) -> list[str]:
-    """The arguments that start SGLang with the same policy and drafter, by its documentation; it was not run
-    here.
+    """Returns the command line that starts SGLang with the same policy and drafter.
+
+    It follows SGLang's documentation and was not run here.
 
     Args:
-        model, drafter, host, port, more: As for `serve_command`.
-        depth: Draft tokens of a step: a chain, as vLLM drafts.
+        model: Directory or hub id of the policy.
+        drafter: Directory in the export format; None serves without drafts.
+        depth: Draft tokens of a step, which form a chain as in vLLM.
+        host: Address that the server listens on.
+        port: Port that the server listens on.
+        more: Further arguments.
     """
     chain = {
         "--speculative-draft-model-path": drafter,
@@ -267,7 +276,7 @@ def sglang_command(
         "--port",
         str(port),
     ]
-    command += ["--sampling-defaults", "openai"]  # neutral, whatever the policy's generation_config.json says
+    command += ["--sampling-defaults", "openai"]  # neutral, unlike the policy's generation_config.json
     if drafter is not None:
         command += ["--speculative-algorithm", "EAGLE3", *speculative]
     return [*command, *more]

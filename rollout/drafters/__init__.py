@@ -1,4 +1,8 @@
-"""Drafters, by name. A new one is one file and one line here."""
+"""Drafters by name.
+
+A new drafter is one file and one line in `DRAFTERS`. Its class implements `Drafter`; one that needs arguments
+has a class method ``build(host: DrafterHost, parts: DrafterParts)``, see `paceline.rollout.drafters.parts`.
+"""
 
 from paceline.rollout.drafters.base import DraftContext, Drafter, VerifiedStep
 from paceline.rollout.drafters.clasp import ClaspDrafter

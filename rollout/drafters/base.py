@@ -1,4 +1,4 @@
-"""What every drafter answers to."""
+"""The interface of a drafter, and what an engine tells it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from paceline.rollout.trees import DraftTree
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:
-    """What a drafter sees of the batch.
+    """The part of the batch that a drafter sees.
 
     Attributes:
-        sequences: Sequence i sits in slot i.
+        sequences: Active sequences; sequence i sits in slot i.
         taps: [slots, capacity, taps + 1, hidden], the target's tapped hidden states; those of sequence i are
-            valid at positions ``0 .. len(tokens) - 2``. The last of the second-to-last dimension is what the
-            output head read. None when the engine keeps none.
+            valid at positions ``0 .. len(tokens) - 2``. The last entry of the taps dimension is the input of
+            the output head. None when the engine keeps no taps.
     """
 
     sequences: Sequence[SequenceState]
@@ -30,15 +30,15 @@ class DraftContext:
 
 @dataclass(frozen=True, slots=True)
 class VerifiedStep:
-    """What a verification saw, before its tokens are committed.
+    """The inputs and result of a verification, before its tokens are committed.
 
     Attributes:
-        sequences: Sequence i sits in slot i.
-        strategy: What was asked for.
-        draft: What was verified.
+        sequences: Active sequences; sequence i sits in slot i.
+        strategy: Strategy that the draft was made for.
+        draft: Draft that was verified.
         logits: [R, V]; for each sequence in turn, after its last committed token and after each of its draft
             nodes.
-        paths: The accepted nodes of each sequence, root first.
+        paths: Accepted nodes of each sequence, root first.
     """
 
     sequences: Sequence[SequenceState]
@@ -49,63 +49,66 @@ class VerifiedStep:
 
 
 class Drafter(Protocol):
-    """Proposes tokens. Holds state for slots (and for prompts) only; it may be wrong, never unfaithful.
+    """Proposes draft tokens; it may hold state for slots and for prompts, and nothing else.
 
-    The contract that losslessness needs: draft tokens are either a function of what is committed
-        (``DraftTree.probs`` is None)
-    or were drawn from the very distributions reported in ``DraftTree.probs``, and ``DraftTree.kind`` says
-    how. Verifiers take the kind at its word and refuse the ones that they do not cover.
+    A drafter may guess wrong, but it must report truthfully how it drafts. This is the contract that
+    losslessness needs: draft tokens are either a function of the committed tokens (``DraftTree.probs`` is
+    None), or were drawn from exactly the distributions reported in ``DraftTree.probs``, and
+    ``DraftTree.kind`` says how. Verifiers rely on the kind and reject the kinds that they do not cover.
 
-    A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which says beforehand of what
-    kind the drafts for a `Strategy` are (``rules`` are the `DraftRules` of model-based drafters). A verifier
-    that does not cover them is then refused where it is chosen, not at the first draft; and
-    ``chains_only = True`` says that it drafts nothing but chains.
+    A class that `paceline.rollout.drafters.DRAFTERS` registers is constructed without arguments, or by its
+    class method ``build(host, parts)``, see `paceline.rollout.drafters.parts`.
+
+    A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which states in advance the
+    kind of the drafts for a `Strategy` (``rules`` are the `DraftRules` of model-based drafters). A verifier
+    that does not cover them is then rejected when it is chosen, not at the first draft. A class attribute
+    ``chains_only = True`` states that the drafter drafts nothing but chains.
     """
 
     name: str
     needs_taps: bool
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
-        """A draft of at most the strategy's depth and nodes for every sequence of the batch."""
+        """Returns a draft for every sequence, within the strategy's depth and nodes."""
         ...
 
     def verified(self, step: VerifiedStep) -> None:
-        """A step was verified, of this drafter's draft or another's."""
+        """Notes the verification of a step, whether it verified this drafter's draft or another's."""
         ...
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """The last ``count`` tokens of ``sequence`` were just committed (its whole prompt, at admission)."""
+        """Notes that the last ``count`` tokens of ``sequence`` were committed; at admission, its prompt."""
         ...
 
     def move(self, source: int, target: int) -> None:
-        """The sequence in slot ``source`` now sits in slot ``target``."""
+        """Notes that the sequence in slot ``source`` now sits in slot ``target``."""
         ...
 
     def release(self, slot: int) -> None:
-        """The slot is free."""
+        """Notes that the slot is free."""
         ...
 
     def forget(self, sequence: SequenceState) -> None:
-        """The sequence was handed out: nothing more of it will be drafted."""
+        """Notes that the sequence has left the engine: nothing more of it will be drafted."""
         ...
 
 
 class StatelessSlots:
-    """Answers of a drafter that keeps nothing by slot."""
+    """Base class of drafters that keep no state by slot."""
 
     needs_taps = False
 
     def verified(self, step: VerifiedStep) -> None:
-        """Nothing to learn from it."""
+        """Does nothing."""
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """Nothing to learn from it."""
+        """Does nothing."""
 
     def move(self, source: int, target: int) -> None:
-        """Nothing is kept by slot."""
+        """Does nothing: no state is kept by slot."""
 
     def release(self, slot: int) -> None:
-        """Nothing is kept by slot."""
+        """Does nothing: no state is kept by slot."""
 
     def forget(self, sequence: SequenceState) -> None:
-        """Nothing is kept by sequence."""
+        """Does nothing: no state is kept by sequence."""

@@ -1,4 +1,4 @@
-"""Deterministic drafts from whatever says what may follow."""
+"""Deterministic drafts by best-first search over estimated continuations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from paceline.rollout.trees import DraftKind, DraftTree
 
 State = TypeVar("State")
 Following = Callable[[State], Iterable[tuple[float, int, State]]]
-Row = list[tuple[int, int]]  # (token, parent) of each node
+Row = list[tuple[int, int]]  # token and parent of each node
 
 
 def best_first(start: State, following: Following[State], strategy: Strategy) -> Row:
-    """The nodes of largest value, largest first, each after its parent.
+    """Returns the nodes of largest value, largest first, each after its parent.
+
+    The value of a node is the product of the estimated probabilities on its path.
 
     Args:
         start: State at the last committed token.
-        following: State → (estimated probability, token, state after it), likeliest first; distinct tokens.
-            At most the strategy's width of them become children.
-        strategy: Bounds depth, width and nodes.
+        following: State → (estimated probability, token, state after it), likeliest first, with distinct
+            tokens. At most the strategy's width of them become children.
+        strategy: Bounds on depth, width and nodes.
     """
     row: Row = []
     heap: list[tuple[float, int, int, int, int, State]] = []
@@ -31,10 +33,10 @@ def best_first(start: State, following: Following[State], strategy: Strategy) ->
 
     def push(value: float, parent: int, depth: int, state: State) -> None:
         nonlocal order
-        for children, (chance, token, after) in enumerate(following(state)):
+        for children, (probability, token, after) in enumerate(following(state)):
             if children == strategy.width:
                 break
-            heapq.heappush(heap, (-value * chance, order, token, parent, depth, after))
+            heapq.heappush(heap, (-value * probability, order, token, parent, depth, after))
             order += 1
 
     push(1.0, -1, 1, start)
@@ -47,11 +49,10 @@ def best_first(start: State, following: Following[State], strategy: Strategy) ->
 
 
 def pack(rows: Sequence[Row], width: int) -> DraftTree:
-    """The rows as one draft; of chains where ``width`` is 1."""
+    """Packs the rows into one draft, of chains if ``width`` is 1."""
     nodes = max((len(row) for row in rows), default=0)
     lengths = torch.tensor([len(row) for row in rows])
     padded = [row + [(0, len(row) - 1 + i) for i in range(nodes - len(row))] for row in rows]
-    both = torch.tensor(padded, dtype=torch.long).view(len(rows), nodes, 2)
-    return DraftTree(
-        both[..., 0], lengths, None if width == 1 else both[..., 1].contiguous(), kind=DraftKind.FIXED
-    )
+    packed = torch.tensor(padded, dtype=torch.long).view(len(rows), nodes, 2)
+    parents = None if width == 1 else packed[..., 1].contiguous()
+    return DraftTree(packed[..., 0], lengths, parents, kind=DraftKind.FIXED)

@@ -1,92 +1,27 @@
-"""Drafters by name, for an engine."""
+"""Builds registered drafters for an engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from transformers import PreTrainedModel
-
+from paceline.rollout.drafters import DRAFTERS
 from paceline.rollout.drafters.base import Drafter
-from paceline.rollout.drafters.clasp import ClaspDrafter
-from paceline.rollout.drafters.composite import CompositeDrafter
-from paceline.rollout.drafters.consensus import ConsensusDrafter
-from paceline.rollout.drafters.draft_model import DraftModelDrafter
-from paceline.rollout.drafters.eagle3 import Eagle3Drafter
-from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.drafters.model_drafts import DraftRules
-from paceline.rollout.drafters.ngram import NgramDrafter
-from paceline.rollout.drafters.stand import StandDrafter
-from paceline.rollout.drafters.suffix import SuffixDrafter
-from paceline.rollout.drafters.token_recycling import TokenRecyclingDrafter
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.engine.engine import RolloutEngine
 
-
-@dataclass(slots=True)
-class DrafterParts:
-    """What drafters are made of.
-
-    Attributes:
-        rules: How model-based ones make their drafts.
-        eagle3: Weights of the EAGLE-3 drafter.
-        eagle3_window: Tokens that it attends to at least; None for all.
-        draft_model: Of the ``draft_model`` drafter.
-        composite_match: Tokens of a suffix match from which the composite drafter trusts it.
-        clasp_skipped: Layers that CLaSp leaves out, as a share.
-    """
-
-    rules: DraftRules = field(default_factory=DraftRules)
-    eagle3: Eagle3Model | None = None
-    eagle3_window: int | None = None
-    draft_model: PreTrainedModel | None = None
-    composite_match: int = 5
-    clasp_skipped: float = 0.4
+__all__ = ["DrafterParts", "build_drafter"]
 
 
 def build_drafter(name: str, engine: RolloutEngine, parts: DrafterParts) -> Drafter:
-    """A drafter that fits the engine; `RolloutEngine.add_drafter` takes it.
+    """Builds a drafter that fits the engine, for `RolloutEngine.add_drafter`.
+
+    The drafter's class builds itself by its class method ``build(host, parts)``; a class without one is
+    constructed without arguments.
 
     Raises:
-        ValueError: for an unknown name, or one whose parts are missing.
+        ValueError: The name is unknown, or a part that the drafter needs is missing.
     """
-    runner = engine.runner
-    slots, dtype = engine.scheduler.slots, runner.view.dtype
+    if name not in DRAFTERS:
+        raise ValueError(f"the drafter {name!r} is unknown: write one of {', '.join(DRAFTERS)}")
     capacity = engine.capacity_for(engine.max_context, engine.max_nodes)
-    match name:
-        case "suffix":
-            return SuffixDrafter()
-        case "ngram":
-            return NgramDrafter()
-        case "consensus":
-            return ConsensusDrafter()
-        case "recycling":
-            return TokenRecyclingDrafter(runner.vocab_size)
-        case "stand":
-            return StandDrafter()
-        case "clasp":
-            skipped = min(max(round(parts.clasp_skipped * runner.shape.layers), 1), runner.shape.layers - 1)
-            return ClaspDrafter(runner, skipped, rules=parts.rules)
-        case "eagle3" if parts.eagle3 is not None:
-            embed = runner.view.module.get_input_embeddings()
-            return Eagle3Drafter(
-                parts.eagle3,
-                embed,
-                slots=slots,
-                capacity=capacity,
-                dtype=dtype,
-                rules=parts.rules,
-                window=parts.eagle3_window,
-            )
-        case "draft_model" if parts.draft_model is not None:
-            return DraftModelDrafter(
-                parts.draft_model,
-                runner.vocab_size,
-                slots=slots,
-                capacity=capacity,
-                dtype=dtype,
-                rules=parts.rules,
-            )
-        case "composite":
-            suffix, model = engine.drafters.get("suffix"), engine.drafters.get("eagle3")
-            if isinstance(suffix, SuffixDrafter) and model is not None:
-                return CompositeDrafter(suffix, model, parts.composite_match)
-    raise ValueError(f"the drafter {name!r} is unknown, or what it is made of is missing")
+    host = DrafterHost(engine.runner, engine.scheduler.slots, capacity, engine.drafters)
+    drafter = DRAFTERS[name]
+    return drafter.build(host, parts) if hasattr(drafter, "build") else drafter()

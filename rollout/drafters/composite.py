@@ -1,4 +1,4 @@
-"""Two drafters at once: what has been said before where it matches, the model elsewhere."""
+"""Two drafters combined: retrieved text for sequences with a long match, a model for the others."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import torch
 
 from paceline.rollout.drafters.base import DraftContext, Drafter, StatelessSlots
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.drafters.suffix import SuffixDrafter
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents
 
 
 class CompositeDrafter(StatelessSlots):
-    """Takes the suffix drafter's proposal for sequences with a long match, the other's for the rest.
+    """Takes the suffix drafter's proposal for sequences with a long match, the model's for the others.
 
-    SAM-Decoding (Hu et al., arXiv 2411.10666): where the longest suffix match is at least a threshold the
-    retrieved continuation is likelier to be accepted than the model's, and free. The model does not run at
-    all where every sequence has one.
+    SAM-Decoding (Hu et al., arXiv 2411.10666): if the longest suffix match reaches a threshold, the retrieved
+    continuation is likelier to be accepted than the model's, and it is free. If every sequence has such a
+    match, the model does not run at all.
 
     Args:
-        suffix: Finds matches; also added to the engine, which keeps it informed.
-        model: Drafts the rest; also added to the engine. Its drafts must be of the likeliest tokens.
-        threshold: Tokens that a match must have.
+        suffix: Drafter that finds matches; it is also added to the engine, which keeps it informed.
+        model: Drafter of the other sequences, also added to the engine. It must draft likeliest tokens.
+        threshold: Minimum length of a match in tokens.
 
     Raises:
-        ValueError: for a model that draws its drafts.
+        ValueError: The model's drafts are drawn.
     """
 
     name = "composite"
@@ -33,41 +34,58 @@ class CompositeDrafter(StatelessSlots):
         rules = getattr(model, "rules", None)
         if rules is not None and rules.draw != "likeliest":
             raise ValueError(
-                f"the composite drafter joins drafts of likeliest tokens, {model.name} draws {rules.draw}"
+                f"the composite drafter joins drafts of likeliest tokens, but {model.name} draws "
+                f"{rules.draw}: write speculation.draw: likeliest"
             )
         self._suffix, self._model, self.threshold = suffix, model, threshold
 
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> CompositeDrafter:
+        """Builds the drafter for an engine, from its suffix and eagle3 drafters.
+
+        Raises:
+            ValueError: The engine lacks one of the two.
+        """
+        suffix, model = host.drafters.get("suffix"), host.drafters.get("eagle3")
+        if not isinstance(suffix, SuffixDrafter) or model is None:
+            raise ValueError("the composite drafter joins suffix and eagle3: add these two drafters first")
+        return cls(suffix, model, parts.composite_match)
+
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns FIXED: both drafters draft a function of the committed tokens."""
         return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
-        long = [self._suffix.matched(s) >= self.threshold for s in context.sequences]
-        if all(long):
+        """Returns the suffix drafter's rows where the match is long enough, the model's elsewhere."""
+        matches = [self._suffix.matched(s) >= self.threshold for s in context.sequences]
+        if all(matches):
             return self._suffix.propose(context, strategy)
-        modelled = self._model.propose(context, strategy)
-        if modelled.kind is not DraftKind.FIXED:
+        model_draft = self._model.propose(context, strategy)
+        if model_draft.kind is not DraftKind.FIXED:
             raise ValueError(
-                "the composite drafter joins drafts of likeliest tokens: write rollout.draft: likeliest"
+                f"the composite drafter joins drafts of likeliest tokens, but a draft of {self._model.name} "
+                f"is {model_draft.kind}: write speculation.draw: likeliest"
             )
-        if not any(long):
-            return modelled
-        return join(self._suffix.propose(context, strategy), modelled, long)
+        if not any(matches):
+            return model_draft
+        return join(self._suffix.propose(context, strategy), model_draft, matches)
 
 
 def join(one: DraftTree, other: DraftTree, choose_one: list[bool]) -> DraftTree:
-    """Row by row the one draft or the other, both deterministic."""
+    """Chooses between two deterministic drafts row by row: ``one`` where ``choose_one`` is true."""
     nodes = max(one.nodes, other.nodes)
     chosen = torch.tensor(choose_one)
     tokens = torch.where(chosen[:, None], _widen(one.tokens.cpu(), nodes), _widen(other.tokens.cpu(), nodes))
     lengths = torch.where(chosen, one.lengths, other.lengths)
     if one.parents is None and other.parents is None:
         return DraftTree(tokens, lengths, kind=DraftKind.FIXED)
-    ours, theirs = (
+    parents, other_parents = (
         _widen(chain_parents(*d.tokens.shape) if d.parents is None else d.parents.cpu(), nodes, fill=-1)
         for d in (one, other)
     )
-    return DraftTree(tokens, lengths, torch.where(chosen[:, None], ours, theirs), kind=DraftKind.FIXED)
+    parents = torch.where(chosen[:, None], parents, other_parents)
+    return DraftTree(tokens, lengths, parents, kind=DraftKind.FIXED)
 
 
 def _widen(x: torch.Tensor, nodes: int, fill: int = 0) -> torch.Tensor:

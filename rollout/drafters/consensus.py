@@ -13,22 +13,26 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
-_MOST_MATCHES = 32
+_MAX_MATCHES = 32  # the most recent matches, which bounds the cost of a vote
+_NO_VOTE = 0.5  # weight of tokens that no sample took, against votes of at most 1 each
 
 Place = tuple[SequenceState, int]
 
 
 class ConsensusDrafter(StatelessSlots):
-    """Votes of the other samples that are being, or were, decoded in the same call.
+    """Drafts the continuation that the other samples of the group vote for.
 
-    Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference", arXiv
-    2503.05330): the last tokens are looked up in the other samples of the group; what follows there is merged
-    into a graph whose edges weigh how many samples and how surely they took them; the draft follows the
-    heaviest. Here paths merge where they share a prefix, a vote is the probability that the policy gave the
-    token, and a tree keeps what the vote does not decide. Deterministic.
+    Samples that are being decoded, and those that finished while a sample of the group was still running,
+    vote. Multi-sample speculative decoding (Li et al., "Speculative Decoding for Multi-Sample Inference",
+    arXiv 2503.05330): the last tokens are looked up in the other samples of the group; the continuations
+    found there are merged into a graph whose edges weigh how many samples took them and how surely; the draft
+    follows the heaviest ones. Here paths merge where they share a prefix, the weight of a vote is the
+    probability that the policy gave the token, and a tree keeps alternatives that the vote does not decide.
+    The drafts are deterministic.
 
     Args:
-        longest, shortest: Tokens of the suffixes that are looked up; the longest that matches counts.
+        longest: Maximum length in tokens of the suffixes that are looked up; the longest match counts.
+        shortest: Minimum length of these suffixes.
     """
 
     name = "consensus"
@@ -40,13 +44,15 @@ class ConsensusDrafter(StatelessSlots):
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns FIXED: drafts are a function of the committed tokens."""
         return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Drafts each sequence by best-first search over the votes."""
         return pack([best_first(self._places(s), _vote, strategy) for s in context.sequences], strategy.width)
 
     def _places(self, sequence: SequenceState) -> list[Place]:
-        """Where in other samples the sequence's last tokens occur."""
+        """Returns where in other samples the sequence's last tokens occur."""
         index = self._index.get(sequence.request.group, {})
         for n in range(min(self.longest, len(sequence.tokens)), self.shortest - 1, -1):
             places = [
@@ -55,10 +61,11 @@ class ConsensusDrafter(StatelessSlots):
                 if s is not sequence and at < len(s.tokens)
             ]
             if places:
-                return places[-_MOST_MATCHES:]
+                return places[-_MAX_MATCHES:]
         return []
 
     def observe(self, sequence: SequenceState, count: int) -> None:
+        """Adds the n-grams of the new tokens to the group's index."""
         group = sequence.request.group
         if group is None:
             return
@@ -72,7 +79,7 @@ class ConsensusDrafter(StatelessSlots):
                 index.setdefault(tuple(tokens[end - n : end]), []).append((sequence, end))
 
     def forget(self, sequence: SequenceState) -> None:
-        """A group's index goes with its last live sample: until then finished ones vote."""
+        """Drops the group's index with its last live sample; until then finished samples vote."""
         group = sequence.request.group
         live = self._live.get(group)
         if live is None:
@@ -83,7 +90,7 @@ class ConsensusDrafter(StatelessSlots):
 
 
 def _vote(places: list[Place]) -> Iterator[tuple[float, int, list[Place]]]:
-    """Next tokens by the votes of those places, heaviest first."""
+    """Yields the next tokens after the given places by vote, heaviest first."""
     votes: dict[int, float] = defaultdict(float)
     after: dict[int, list[Place]] = defaultdict(list)
     for sequence, at in places:
@@ -92,6 +99,6 @@ def _vote(places: list[Place]) -> Iterator[tuple[float, int, list[Place]]]:
             order = at - sequence.num_prompt
             votes[token] += math.exp(sequence.logprobs[order]) if 0 <= order < len(sequence.logprobs) else 1.0
             after[token].append((sequence, at + 1))
-    total = sum(votes.values()) + 0.5
+    total = sum(votes.values()) + _NO_VOTE
     for token, vote in sorted(votes.items(), key=lambda item: -item[1]):
         yield vote / total, token, after[token]

@@ -1,4 +1,4 @@
-"""Which strategies a verifier covers, as far as it is known before anything is drafted."""
+"""Checks whether a verifier covers a strategy's drafts, as far as is known before drafting."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from paceline.rollout.verify import Verifier, default_verifier
 
 
 def stated_kind(drafter: Drafter | type[Drafter], strategy: Strategy, rules: DraftRules) -> DraftKind | None:
-    """How a drafter says that its drafts for a strategy come about (`Drafter` tells how it says so); None
-    where it does not.
+    """Returns the kind that a drafter states for a strategy's drafts, or None if it states none.
+
+    `Drafter` describes how a drafter states it.
     """
-    states = getattr(drafter, "drafts", None)
-    return None if states is None else states(strategy, rules)
+    drafts = getattr(drafter, "drafts", None)
+    return None if drafts is None else drafts(strategy, rules)
 
 
 def refusal(
@@ -23,17 +24,17 @@ def refusal(
     strategy: Strategy,
     rules: DraftRules | None = None,
 ) -> str | None:
-    """Why a verifier does not cover what a drafter drafts for a strategy, in one line.
+    """Returns, in one line, why a verifier does not cover a drafter's drafts for a strategy.
 
     Args:
-        verifier: None for the default.
-        drafter: Or its class, which knows as much.
-        strategy: What it is asked for.
-        rules: Of model-based drafters; None for the drafter's own.
+        verifier: Verifier to check; None for the default.
+        drafter: The drafter or its class, which states the same.
+        strategy: Strategy that the drafts are for.
+        rules: Rules of model-based drafters; None for the drafter's own.
 
     Returns:
-        None where the verifier covers it, where it is fixed and needs no verifier, and where the drafter
-        states no kind: what it drafts is then judged draft by draft.
+        None if the verifier covers the drafts, if they are fixed and need no verifier, and if the drafter
+        states no kind: its drafts are then checked one by one.
     """
     if rules is None:
         rules = getattr(drafter, "rules", None) or DraftRules()

@@ -1,4 +1,4 @@
-"""Drafting with a small language model of the target's vocabulary."""
+"""Drafting with a small language model that shares the target's vocabulary."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
-from paceline.rollout.drafters.lm_expander import ModelBrancher
+from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
 
 
 class DraftModelDrafter:
-    """A separate causal LM drafts chains and trees (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv
-    2302.01318).
+    """Drafts chains and trees with a separate causal LM.
 
-    It keeps a cache of its own, and reads what was committed when a draft is wanted, not before.
+    Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. The drafter has a cache of its own, and
+    reads committed tokens only when a draft is asked for.
 
     Args:
         model: Any transformers decoder with the target's tokenizer.
-        vocab_size: Of the target.
-        slots: Sequences decoded together.
-        capacity: Tokens a slot of the engine holds.
-        dtype: What to compute in.
+        vocab_size: Vocabulary size of the target.
+        slots: Number of sequences decoded together.
+        capacity: Tokens that a slot of the engine holds.
+        dtype: Compute dtype.
         rules: How drafts are made; None for chains and dynamic trees of the likeliest tokens.
 
     Raises:
-        ValueError: for a model of another vocabulary.
+        ValueError: The model has another vocabulary size.
     """
 
     name = "draft_model"
@@ -50,32 +51,52 @@ class DraftModelDrafter:
         own = model.config.get_text_config().vocab_size
         if own != vocab_size:
             raise ValueError(
-                f"the draft model has {own} tokens, the policy {vocab_size}: give one with the policy's "
-                "tokenizer"
+                f"the draft model has a vocabulary of {own} tokens, the policy {vocab_size}: choose a draft "
+                "model with the policy's tokenizer"
             )
         self.rules = DraftRules() if rules is None else rules
-        self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MOST_NODES)
+        self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MAX_NODES)
         self._seen = [0] * slots
+
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> DraftModelDrafter:
+        """Builds the drafter for an engine.
+
+        Raises:
+            ValueError: The parts have no draft model, or one of another vocabulary size.
+        """
+        if parts.draft_model is None:
+            raise ValueError("the draft_model drafter has no model: set speculation.draft_model")
+        return cls(
+            parts.draft_model,
+            host.runner.vocab_size,
+            slots=host.slots,
+            capacity=host.capacity,
+            dtype=host.dtype,
+            rules=parts.rules,
+        )
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns the kind of drafts of the strategy's width under ``rules``, see `Drafter`."""
         return rules.kind(strategy.width)
 
     @torch.no_grad()
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Reads the tokens committed since the last draft, then drafts."""
         sequences = context.sequences
-        held = len(sequences) if any(self._seen) else 0
+        active = len(sequences) if any(self._seen) else 0
         self.runner.cache.reserve(
-            max(len(s.tokens) for s in sequences) + MOST_NODES, active=held, slots=len(sequences)
+            max(len(s.tokens) for s in sequences) + MAX_NODES, active=active, slots=len(sequences)
         )
         root = self._read(sequences)
-        brancher = ModelBrancher(
+        expander = LMExpander(
             self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device
         )
-        return self.rules.grow(brancher, strategy, sequences)
+        return self.rules.grow(expander, strategy, sequences)
 
     def _read(self, sequences: Sequence[SequenceState]) -> torch.Tensor:
-        """Reads what was committed since; logits [B, V] after the last token."""
+        """Reads the tokens committed since the last draft; returns logits [B, V] after the last token."""
         chunks = [
             Chunk(slot, s.tokens[seen:], seen, len(s.tokens))
             for slot, (s, seen) in enumerate(zip(sequences, self._seen, strict=False))
@@ -84,18 +105,21 @@ class DraftModelDrafter:
         return self.runner.prefill(chunks)
 
     def verified(self, step: VerifiedStep) -> None:
+        """Passes verifications of this drafter's drafts on to the stop policy."""
         if step.strategy.drafter == self.name:
             self.rules.learn(step)
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """Tokens are read when the next draft is wanted: nothing to do."""
+        """Does nothing: tokens are read when the next draft is asked for."""
 
     def move(self, source: int, target: int) -> None:
+        """Copies the cache of slot ``source`` to slot ``target``."""
         self.runner.cache.copy_slot(source, [target], min(self._seen[source], self.runner.cache.span))
         self._seen[target] = self._seen[source]
 
     def release(self, slot: int) -> None:
+        """Marks the slot as empty."""
         self._seen[slot] = 0
 
     def forget(self, sequence: SequenceState) -> None:
-        """State is by slot, not by sequence: nothing to do."""
+        """Does nothing: state is kept by slot, not by sequence."""

@@ -16,11 +16,11 @@ class Reading:
     """Committed tokens that a drafter has not read yet; sequence i sits in slot i.
 
     Attributes:
-        sequences: In slot order.
-        seen: Positions of each that were read: token ``seen + 1`` is the next, with the target's features at
-            position ``seen``.
-        shift: Position of place 0 of each slot of the draft cache.
-        taps: As in `DraftContext`.
+        sequences: Sequences in slot order.
+        seen: Number of positions of each sequence that were read: token ``seen + 1`` is the next one,
+            together with the target's features at position ``seen``.
+        shift: Position in the text of place 0 of each slot of the draft cache.
+        taps: The target's hidden states, as in `DraftContext`.
     """
 
     sequences: Sequence[SequenceState]
@@ -30,39 +30,41 @@ class Reading:
 
     @property
     def counts(self) -> list[int]:
-        """Tokens of each sequence to read."""
+        """The number of tokens to read of each sequence."""
         return [len(s.tokens) - 1 - at for s, at in zip(self.sequences, self.seen, strict=True)]
 
     @property
     def places(self) -> list[int]:
-        """Place of each sequence's first token to read."""
+        """The place in the draft cache of each sequence's first token to read."""
         return [at - shift for at, shift in zip(self.seen, self.shift, strict=True)]
 
 
 class Network(Protocol):
-    """One-layer draft network over a slot cache; sequence i sits in slot i."""
+    """A one-layer draft network over a slot cache; sequence i sits in slot i."""
 
     def refresh(self) -> None:
-        """The weights were changed in place."""
+        """Adopts weights that were changed in place."""
         ...
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads tokens; the newest output of each sequence [B, hidden] and its logits [B, draft
-        vocabulary].
+        """Reads committed tokens.
+
+        Returns:
+            The newest output of each sequence [B, hidden], and its logits [B, draft vocabulary].
         """
         ...
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """E more tokens of each sequence.
+        """Runs E more tokens of each sequence.
 
         Args:
-            tokens: int64 [B, E].
-            hidden: [B, E, hidden], the output of each one's parent.
-            seats: int64 [4, B, E], as in `ForwardBatch`, counted from place 0 of each slot; E adjacent places
-                a row.
-            shift: Position of that place.
+            tokens: int64 [B, E], target ids.
+            hidden: [B, E, hidden], the output at each token's parent.
+            seats: int64 [4, B, E], as in `ForwardBatch`, counted from place 0 of each slot; each row writes E
+                adjacent places.
+            shift: Position in the text of place 0 of each slot.
 
         Returns:
             The new outputs [B, E, hidden] and their logits [B, E, draft vocabulary].

@@ -12,28 +12,30 @@ from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_network import network_for
 from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
+from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
 
 
 class Eagle3Drafter:
     """Drafts chains and trees with an `Eagle3Model`.
 
-    The features of committed tokens are read from the engine's taps when a draft is wanted, not before, so
-    that a batch decoded plainly pays nothing for the drafter.
+    The features of committed tokens are read from the engine's taps only when a draft is asked for, so that a
+    batch decoded without drafts pays nothing for the drafter.
 
     Args:
-        model: Weights to start from; they are copied (and packed on a CPU in bfloat16).
+        model: Initial weights; they are copied (and packed on a CPU in bfloat16).
         embed_tokens: The target's input embedding, shared.
-        slots: Sequences decoded together.
-        capacity: Tokens a slot of the engine holds.
-        dtype: What to compute in.
+        slots: Number of sequences decoded together.
+        capacity: Tokens that a slot of the engine holds.
+        dtype: Compute dtype.
         rules: How drafts are made; None for chains and dynamic trees of the likeliest tokens.
-        window: Tokens of a sequence that the drafter attends to, at least; None for all. The cache then keeps
-            its size however long sequences grow, and reading a long prompt starts that far before its end
-            (LongSpec, arXiv 2502.17421, bounds the drafter's memory to the same end by a sliding window).
+        window: Minimum number of tokens of a sequence that the drafter attends to; None for all. With a
+            window, the cache keeps its size however long sequences grow, and reading a long prompt starts
+            that many tokens before its end (LongSpec, arXiv 2502.17421, bounds the drafter's memory in the
+            same way with a sliding window).
     """
 
     name = "eagle3"
@@ -57,26 +59,46 @@ class Eagle3Drafter:
         with torch.device(device):
             self._weights = Eagle3Model(config, model.vocabulary).to(dtype=dtype).requires_grad_(False).eval()
         self._weights.load_state_dict(model.state_dict())
-        # a bounded cache is moved on when twice the window is full, so that a token is moved once for each it
-        # attends to
+        # the window of a bounded cache moves when twice its size is full, so that each token is copied only
+        # once for every token it attends to
         self._window = window
-        self._room = capacity + MOST_NODES if window is None else min(2 * window, capacity) + MOST_NODES
+        self._room = capacity + MAX_NODES if window is None else min(2 * window, capacity) + MAX_NODES
         self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype), device)
-        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MOST_NODES)
+        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MAX_NODES)
         self._seen, self._shift = [0] * slots, [0] * slots
         self.load_weights(model)
 
-    @torch.no_grad()
-    def load_weights(self, source: Eagle3Model) -> None:
-        """Takes over the weights and vocabulary of ``source``, any float dtype. Call between rollouts.
+    @classmethod
+    def build(cls, host: DrafterHost, parts: DrafterParts) -> Eagle3Drafter:
+        """Builds the drafter for an engine.
 
         Raises:
-            ValueError: for NaN or infinite weights; the present ones stay.
+            ValueError: The parts have no EAGLE-3 weights, or weights that are not finite.
         """
-        broken = [name for name, p in source.named_parameters() if not bool(torch.isfinite(p).all())]
-        if broken:
+        if parts.eagle3 is None:
+            raise ValueError("the eagle3 drafter has no weights: set DrafterParts.eagle3")
+        return cls(
+            parts.eagle3,
+            host.runner.view.module.get_input_embeddings(),
+            slots=host.slots,
+            capacity=host.capacity,
+            dtype=host.dtype,
+            rules=parts.rules,
+            window=parts.eagle3_window,
+        )
+
+    @torch.no_grad()
+    def load_weights(self, source: Eagle3Model) -> None:
+        """Copies the weights and vocabulary of ``source``, in any float dtype; call it between rollouts.
+
+        Raises:
+            ValueError: A weight is NaN or infinite; the present weights stay in use.
+        """
+        not_finite = [name for name, p in source.named_parameters() if not bool(torch.isfinite(p).all())]
+        if not_finite:
             raise ValueError(
-                f"the drafter's {broken[0]} has NaN or infinite values: the last good drafter stays in use"
+                f"the drafter's {not_finite[0]} has NaN or infinite values: the last good drafter stays in "
+                "use"
             )
         self._weights.load_state_dict(source.state_dict())
         self._network.refresh()
@@ -84,10 +106,12 @@ class Eagle3Drafter:
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns the kind of drafts of the strategy's width under ``rules``, see `Drafter`."""
         return rules.kind(strategy.width)
 
     @torch.no_grad()
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Reads the features of newly committed tokens, then drafts."""
         assert context.taps is not None, "the EAGLE-3 drafter needs an engine that keeps taps"
         sequences = context.sequences
         self._make_room(sequences)
@@ -96,23 +120,23 @@ class Eagle3Drafter:
         newest = self._network.read(reading)
         self._seen[:batch] = [len(s.tokens) - 1 for s in sequences]
         return self.rules.grow(
-            _Brancher(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
+            _Eagle3Expander(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
             strategy,
             sequences,
         )
 
     def _make_room(self, sequences: Sequence[SequenceState]) -> None:
-        """Moves bounded slots on that are full; then places for all that is read and drafted."""
-        held = len(sequences) if any(self._seen) else 0
+        """Moves the window of full slots, then reserves cache for the tokens to read and to draft."""
+        active = len(sequences) if any(self._seen) else 0
         for slot, sequence in enumerate(sequences):
             end = len(sequence.tokens) - 1
-            if self._window is not None and end - self._shift[slot] > self._room - MOST_NODES:
-                self._move_on(slot, end - self._window)
+            if self._window is not None and end - self._shift[slot] > self._room - MAX_NODES:
+                self._move_window(slot, end - self._window)
         longest = max(len(s.tokens) - shift for s, shift in zip(sequences, self._shift, strict=False))
-        self.cache.reserve(min(longest + MOST_NODES, self._room), active=held, slots=len(sequences))
+        self.cache.reserve(min(longest + MAX_NODES, self._room), active=active, slots=len(sequences))
 
-    def _move_on(self, slot: int, shift: int) -> None:
-        """Position ``shift`` becomes place 0 of the slot."""
+    def _move_window(self, slot: int, shift: int) -> None:
+        """Moves the slot's window so that position ``shift`` becomes its place 0."""
         kept = self._seen[slot] - shift
         if kept > 0:
             lines = self.cache.lines(0)
@@ -122,27 +146,30 @@ class Eagle3Drafter:
         self._seen[slot] = max(self._seen[slot], shift)
 
     def verified(self, step: VerifiedStep) -> None:
+        """Passes verifications of this drafter's drafts on to the stop policy."""
         if step.strategy.drafter == self.name:
             self.rules.learn(step)
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """Features are read from the taps when the next draft is wanted: nothing to do."""
+        """Does nothing: features are read from the taps when the next draft is asked for."""
 
     def move(self, source: int, target: int) -> None:
+        """Copies the cache of slot ``source`` to slot ``target``."""
         self.cache.copy_slot(source, [target], min(self._seen[source] - self._shift[source], self.cache.span))
         self._seen[target], self._shift[target] = self._seen[source], self._shift[source]
 
     def release(self, slot: int) -> None:
+        """Clears the slot."""
         if self._seen[slot]:
             self._seen[slot] = self._shift[slot] = 0
             self.cache.clear_slot(slot)
 
     def forget(self, sequence: SequenceState) -> None:
-        """State is by slot, not by sequence: nothing to do."""
+        """Does nothing: state is kept by slot, not by sequence."""
 
 
-class _Brancher:
-    """Expands nodes of a draft tree with the network, each beside the others in the draft cache."""
+class _Eagle3Expander:
+    """Expands nodes of a draft tree with the network; the draft cache keeps them side by side."""
 
     def __init__(
         self,
@@ -155,7 +182,7 @@ class _Brancher:
         hidden, self._logits = newest
         device = hidden.device
         self._network, self._shift = network, shift
-        self._hidden = hidden[:, None]  # of the root and every expanded node
+        self._hidden = hidden[:, None]  # outputs of the root and every expanded node
         self._trunks = torch.tensor(
             [[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device=device
         )
@@ -165,9 +192,11 @@ class _Brancher:
         self.temperatures = request_temperatures(sequences, device)
 
     def root(self) -> torch.Tensor:
+        """Returns the logits after the last committed token, see `Expander.root`."""
         return self._logits
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Runs the nodes on top of their parents' outputs, see `Expander.expand`."""
         above = parents + 1
         index = torch.arange(
             self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device
@@ -176,8 +205,8 @@ class _Brancher:
         ancestors = self._ancestors.gather(1, above) | (1 << index)
         trunks = self._trunks.expand_as(depth)
         seats = torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors])
-        carried = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
-        hidden, logits = self._network.step(tokens, carried, seats, self._shift)
+        parent_hidden = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
+        hidden, logits = self._network.step(tokens, parent_hidden, seats, self._shift)
         self._hidden = torch.cat([self._hidden, hidden], dim=1)
         self._ancestors, self._depth = (
             torch.cat([self._ancestors, ancestors], 1),

@@ -1,8 +1,8 @@
 """The EAGLE-3 draft model: one decoder layer over token embedding and fused target features.
 
 EAGLE-3: "Scaling up Inference Acceleration of Large Language Models via Training-Time Test" (arXiv
-    2503.01840), section 3.1.
-Parameter names are those of the checkpoints that vLLM and SGLang load (``LlamaForCausalLMEagle3``).
+2503.01840), section 3.1. Parameter names are those of the checkpoints that vLLM and SGLang load
+(``LlamaForCausalLMEagle3``).
 """
 
 from __future__ import annotations
@@ -28,28 +28,27 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: Sequence[int]) -> LlamaConfig:
-    """Configuration of a drafter for ``target``, in the format of the exported checkpoint.
+    """Returns the configuration of a drafter for ``target``, in the format of the exported checkpoint.
 
     Args:
         target: The policy's config.
         draft_vocab_size: Size of the trimmed vocabulary.
-        tap_layers: Layers whose inputs the drafter reads; three.
+        tap_layers: The three layers whose inputs the drafter reads.
 
     Raises:
-        ValueError: when the draft vocabulary is larger than the target's, or its embeddings are narrower than
-            its hidden states.
+        ValueError: The draft vocabulary is larger than the target's, or the target's embeddings are narrower
+            than its hidden states.
     """
     text = target.get_text_config()
     if not 0 < draft_vocab_size <= text.vocab_size:
         raise ValueError(
             f"drafter.draft_vocab_size is {draft_vocab_size}, the target has {text.vocab_size} tokens: write "
-            "at most that"
+            f"1 to {text.vocab_size}"
         )
     if getattr(text, "word_embed_proj_dim", text.hidden_size) != text.hidden_size:
         raise ValueError(
-            "speculation.drafters has eagle3, which needs embeddings as wide as the hidden states: the "
-            "target's have "
-            f"{text.word_embed_proj_dim} and {text.hidden_size} numbers; take other drafters"
+            "speculation.drafters has eagle3, which needs embeddings as wide as the hidden states, but the "
+            f"target's widths are {text.word_embed_proj_dim} and {text.hidden_size}: write other drafters"
         )
     keys = key_shape(text)
     extra: dict[str, Any] = {
@@ -81,13 +80,13 @@ def _rope_theta(config: PretrainedConfig) -> float:
 
 
 def attention_shape(config: LlamaConfig) -> tuple[int, int, int]:
-    """(heads, key/value heads, head dimension) of a drafter's config."""
+    """Returns (heads, key/value heads, head dimension) of a drafter's config."""
     assert config.num_key_value_heads is not None and config.head_dim is not None
     return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """How many parameters a drafter of a config from `eagle3_config` has, without making it."""
+    """Counts the parameters of a drafter with a config from `eagle3_config`, without building it."""
     heads, kv_heads, dim = attention_shape(config)
     hidden, taps = config.hidden_size, len(config.eagle_aux_hidden_state_layer_ids)
     attention = 2 * hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
@@ -98,6 +97,8 @@ def parameter_count(config: LlamaConfig) -> int:
 
 
 class _Attention(nn.Module):
+    """Attention over the concatenated embedding and hidden state of each token."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         heads, kv_heads, dim = attention_shape(config)
@@ -121,6 +122,8 @@ class _Attention(nn.Module):
 
 
 class _Midlayer(nn.Module):
+    """The decoder layer: attention over embedding and hidden state, then an MLP, both residual."""
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -145,8 +148,8 @@ class Eagle3Model(nn.Module):
     """Predicts token i + 2 from token i + 1 and the target's features at position i.
 
     Args:
-        config: From `eagle3_config`.
-        vocabulary: int64 [draft vocabulary], the target ids it can draft, increasing.
+        config: Configuration from `eagle3_config`.
+        vocabulary: int64 [draft vocabulary], the target ids that can be drafted, in increasing order.
 
     Attributes:
         d2t: int64 [draft vocabulary], offset from draft id to target id.
@@ -171,10 +174,15 @@ class Eagle3Model(nn.Module):
         self.set_vocabulary(vocabulary)
 
     def set_vocabulary(self, vocabulary: torch.Tensor) -> None:
-        """Sets which target ids can be drafted. int64 [draft vocabulary], strictly increasing."""
+        """Sets which target ids can be drafted: int64 [draft vocabulary], strictly increasing.
+
+        Raises:
+            ValueError: The ids are not increasing, or not as many as the config has.
+        """
         if len(vocabulary) != self.config.draft_vocab_size or not bool((vocabulary.diff() > 0).all()):
             raise ValueError(
-                f"the draft vocabulary must be {self.config.draft_vocab_size} increasing target ids"
+                f"the draft vocabulary is not strictly increasing or has another size than the config: pass "
+                f"{self.config.draft_vocab_size} increasing target ids"
             )
         self.d2t.copy_(vocabulary - torch.arange(len(vocabulary)))
         self.t2d.zero_()
@@ -182,32 +190,41 @@ class Eagle3Model(nn.Module):
 
     @property
     def vocabulary(self) -> torch.Tensor:
-        """int64 [draft vocabulary], the target id of each draft id."""
+        """The target id of each draft id: int64 [draft vocabulary]."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def rotary_at(
         self, reference: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, L, head_dim] at int64 positions [B, L], in the dtype of ``reference``."""
+        """Returns the rotary embeddings of positions.
+
+        Args:
+            reference: Tensor whose dtype and device the result has.
+            positions: int64 [B, L].
+
+        Returns:
+            Cosines and sines, [B, L, head_dim] each.
+        """
         return self.rotary(reference, positions)
 
     def step(
         self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
-        """One pass of the layer.
+        """Runs the layer once.
 
         Args:
             embeds: [B, L, hidden], the target's embedding of the tokens.
             hidden: [B, L, hidden], ``fc`` of the target's features, or this model's own previous output.
-            positions: int64 [B, L].
+            positions: int64 [B, L], positions of the tokens.
             attend: Maps query [B, H, L, d], key and value [B, KV, L, d] to [B, L, H, d]; the caller keeps the
                 cache.
 
         Returns:
-            [B, L, hidden]: read by `logits`, and fed back as ``hidden`` at the next draft position.
+            [B, L, hidden], which `logits` reads, and which is fed back as ``hidden`` at the next draft
+            position.
         """
         return self.midlayer(embeds, hidden, self.rotary_at(hidden, positions), attend)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., hidden] → [..., draft vocabulary]."""
+        """Returns logits [..., draft vocabulary] of outputs [..., hidden]."""
         return self.lm_head(self.norm(hidden))

@@ -1,6 +1,4 @@
-"""Running the EAGLE-3 layer for drafting on the native kernels: without padding, and few tokens in one
-call.
-"""
+"""The EAGLE-3 layer for drafting on the native kernels: without padding, few tokens in a single call."""
 
 from __future__ import annotations
 
@@ -16,21 +14,21 @@ from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
 from paceline.rollout.native import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens
 
-_FEW_TOKENS = 16  # up to here a step is bound by reading weights, and one call with 8-bit weights is fastest
+_FEW_TOKENS = 16  # up to this many, reading weights dominates, and one call with 8-bit weights is fastest
 
 
 class NativeNetwork:
-    """`Eagle3Model.step` on the native kernels, CPU only.
+    """Runs `Eagle3Model.step` on the native kernels, CPU only.
 
-    Where weights are packed (bfloat16), steps of few tokens run in one call with weights in 8 bits: half the
-    bytes to read, and no interpreter between the parts of the layer. Longer ones run part by part.
+    Where weights are packed (bfloat16), steps of few tokens run in one call with 8-bit weights: half the
+    bytes to read, and no Python between the parts of the layer. Longer steps run part by part.
 
     Args:
-        weights: Read (packed, and rounded) by `refresh`.
+        weights: Model whose weights `refresh` packs and rounds.
         embed_tokens: The target's input embedding.
-        cache: Of one layer.
-        kernels: For the cache's dtype.
-        positions: How many rotary embeddings are kept for.
+        cache: Draft cache of one layer.
+        kernels: Kernels for the cache's dtype.
+        positions: Number of positions for which rotary embeddings are kept.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class NativeNetwork:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rule = AttentionRule(cache.shape.head_dim**-0.5)
         linears = [m for m in weights.modules() if isinstance(m, nn.Linear)]
-        self._rounds = (
+        self._use_int8 = (
             packs
             and Int8Rows.serves(*((m.out_features, m.in_features) for m in linears))
             and _is_plain(embed_tokens)
@@ -65,9 +63,10 @@ class NativeNetwork:
         self._layer: DraftLayer | None = None
 
     def refresh(self) -> None:
+        """Packs the weights again after they changed, and rounds them to 8 bits where that is used."""
         for part in (self._fc, self._head, self._qkv, self._o, self._down, self._gate_up, *self._norms):
             part.refresh()
-        if not self._rounds:
+        if not self._use_int8:
             return
         layer, attention = self._weights.midlayer, self._weights.midlayer.self_attn
         self._layer = DraftLayer(
@@ -86,9 +85,10 @@ class NativeNetwork:
             scale=self._rule.scale,
         )
         self._address = self._layer.address()
-        self._small_fc = Int8Rows(self._weights.fc.weight)
+        self._int8_fc = Int8Rows(self._weights.fc.weight)
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads committed tokens without padding, see `Network.read`."""
         counts = reading.counts
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
         tokens = torch.tensor(
@@ -97,13 +97,14 @@ class NativeNetwork:
         taps = reading.taps
         features = taps.flatten(-2)[ragged.token_slots, ragged.positions, : -taps.shape[-1]]
         few = self._layer is not None and len(tokens) <= _FEW_TOKENS
-        hidden = self._kernels.multiply(features, self._small_fc) if few else self._fc(features[None])[0]
+        hidden = self._kernels.multiply(features, self._int8_fc) if few else self._fc(features[None])[0]
         out, logits = self._run(tokens, hidden, ragged, ragged.offsets[1:] - 1)
         return out, logits
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs more tokens of each sequence, see `Network.step`."""
         batch, count = tokens.shape
         out, logits = self._run(
             tokens.flatten(), hidden.flatten(0, 1), RaggedTokens.from_seats(seats, shift), None
@@ -113,26 +114,30 @@ class NativeNetwork:
     def _run(
         self, tokens: torch.Tensor, hidden: torch.Tensor, ragged: RaggedTokens, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens: int64 [N], hidden: [N, hidden] → outputs and logits of all, or of those in ``keep``."""
+        """Runs tokens int64 [N] with hidden states [N, hidden].
+
+        Returns:
+            Outputs and logits of all tokens, or of those in ``keep``.
+        """
         lines = self._cache.lines(0)
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
             out, logits = self._kernels.draft_step(
                 self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales)
             )
             return (out, logits) if keep is None else (out[keep], logits[keep])
-        of_embedding, of_hidden, of_mlp, of_head = self._norms
+        embedding_norm, hidden_norm, mlp_norm, head_norm = self._norms
         hidden = hidden[None]
         embedded = self._embed(tokens).to(self._dtype)[None]
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
-        joined = self._qkv(torch.cat([of_embedding(embedded), of_hidden(hidden)], dim=-1))
+        joined = self._qkv(torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1))
         heads = self._kernels.rotate_and_store(joined, rotary, None, 0.0, ragged, lines)
         hidden = self._o(self._kernels.attend(heads, lines, ragged, self._rule), hidden)
-        gated = self._kernels.silu_gate(self._gate_up(of_mlp(hidden)))
+        gated = self._kernels.silu_gate(self._gate_up(mlp_norm(hidden)))
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
-        return out[0], self._head(of_head(out))[0]
+        return out[0], self._head(head_norm(out))[0]
 
 
 def _is_plain(embed_tokens: nn.Module) -> bool:
-    """Whether the embedding is a table and nothing else (Gemma scales what it reads)."""
+    """Whether the embedding is a lookup table and nothing else (Gemma scales its embeddings)."""
     return type(embed_tokens) is nn.Embedding

@@ -1,4 +1,4 @@
-"""Runs the EAGLE-3 layer for drafting on torch's operators, and chooses the fastest network of a device."""
+"""The EAGLE-3 layer for drafting on torch's operators, and the choice of the fastest network of a device."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.native import Kernels, load_kernels
 
+# Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
+# shape costs the kernel library a compilation, so that distinct shapes must be few.
 _EXACT_WIDTH, _WIDTH_STEP = 8, 32
 
 
 def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache, capacity: int) -> Network:
-    """The fastest network for the weights' device and dtype."""
+    """Returns the fastest network for the weights' device and dtype."""
     config = weights.config
     dtype, device = cache.shape.dtype, cache.device
     kernels = load_kernels(device.type, dtype)
@@ -36,13 +38,14 @@ def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache,
 
 
 class PaddedNetwork:
-    """Torch's operators, any device. Sequences are padded to the one furthest behind; in the steady state all
-    are about as far.
+    """Runs the layer on torch's operators, on any device.
+
+    Sequences are padded to the one with the most tokens to read; in the steady state all have about as many.
 
     Args:
-        weights: Used as they are.
+        weights: Model whose weights are used in place.
         embed_tokens: The target's input embedding.
-        cache: Of one layer.
+        cache: Draft cache of one layer.
     """
 
     def __init__(self, weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache) -> None:
@@ -51,12 +54,13 @@ class PaddedNetwork:
         self.graphs: GraphPool | None = None
 
     def refresh(self) -> None:
-        """The weights are used in place."""
+        """Does nothing: the weights are used in place."""
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads committed tokens, padded to a rectangle, see `Network.read`."""
         counts, places = reading.counts, reading.places
         count = max(counts)
-        if count > _EXACT_WIDTH:  # few distinct shapes: a new one costs the kernel library a compilation
+        if count > _EXACT_WIDTH:
             count = -(-count // _WIDTH_STEP) * _WIDTH_STEP
         device, taps = self._cache.device, reading.taps
         padded = [
@@ -64,7 +68,7 @@ class PaddedNetwork:
         ]
         tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
         place = torch.tensor(places, device=device)[:, None] + torch.arange(count, device=device)
-        place = place.clamp(max=self._cache.span - 1)  # past a slot's end it is overwritten later
+        place = place.clamp(max=self._cache.span - 1)  # padding past a slot's end is overwritten later
         shift = torch.tensor(reading.shift, device=device)[:, None]
         rows = torch.arange(len(tokens), device=device)
         features = taps[rows[:, None], (place + shift).clamp(max=taps.shape[1] - 1)][..., :-1, :].flatten(-2)
@@ -75,6 +79,7 @@ class PaddedNetwork:
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs more tokens of each sequence, by a CUDA graph where one fits; see `Network.step`."""
         cache = self._cache
         if self.graphs is not None and not any(shift):
             replayed = self.graphs.run(tokens, seats, cache.span, cache.slots, hidden)
@@ -84,8 +89,9 @@ class PaddedNetwork:
         return out, self._model.logits(out)
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
-        """Captures a draft step for every batch bucket at the cache's present span; other spans when they are
-        met.
+        """Captures a draft step for every batch bucket at the cache's present span.
+
+        Graphs for other spans are captured when they are first needed.
         """
         config, cache = self._model.config, self._cache
         heads, kv_heads, dim = attention_shape(config)

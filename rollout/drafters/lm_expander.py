@@ -1,4 +1,4 @@
-"""Expanding draft trees with a whole language model over a slot cache."""
+"""Expands draft trees with a full language model over a slot cache."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from paceline.rollout.sequence import SequenceState
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class ModelBrancher:
-    """A `Brancher` over a model whose cache holds the first ``trunks`` tokens of each sequence.
+class LMExpander:
+    """An `Expander` over a model whose cache holds the first ``trunks`` tokens of each sequence.
 
     Args:
-        forward: Runs nodes.
-        root: Logits [B, V] after the last committed token; None has them computed from that token, as the
-            first node.
-        sequences: Sequence i sits in slot i.
-        trunks: Tokens of each that the cache holds.
-        device: Of the model.
+        forward: Runs nodes through the model.
+        root: Logits [B, V] after the last committed token; None computes them from that token, which is then
+            the first node.
+        sequences: Active sequences; sequence i sits in slot i.
+        trunks: Number of tokens of each sequence that the cache holds.
+        device: Device of the model.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class ModelBrancher:
         self._used = 0
         if root is None:
             root = self.expand(last, torch.full_like(last, -1))[:, 0]
-            self._ancestors, self._depth = (
-                self._ancestors[:, 1:],
-                self._depth[:, 1:],
-            )  # what hangs on the root hangs on that node
+            # children of the root become children of that node
+            self._ancestors, self._depth = self._ancestors[:, 1:], self._depth[:, 1:]
         self._root = root
         self.temperatures = request_temperatures(sequences, root.device)
 
     def root(self) -> torch.Tensor:
+        """Returns the logits after the last committed token, see `Expander.root`."""
         return self._root
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """Runs the nodes through the model, see `Expander.expand`."""
         above = parents + 1
         index = torch.arange(self._used, self._used + tokens.shape[1], device=tokens.device)
         depth = self._depth.gather(1, above) + 1

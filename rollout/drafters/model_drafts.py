@@ -1,4 +1,4 @@
-"""From a model-based drafter's distributions to a draft: which tree, drawn how, ended when."""
+"""Rules that turn a model's distributions into a draft: which tree, how tokens are drawn, when it ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from paceline.rollout.drafters.base import VerifiedStep
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from paceline.rollout.strategy.strategy import Strategy
-from paceline.rollout.trees import DraftKind, DraftTree
+from paceline.rollout.trees import TREES, DraftKind, DraftTree, TreeOptions
 from paceline.rollout.trees.chain import StopPolicy, grow_chain
-from paceline.rollout.trees.expander import Brancher, TreeLimits, Uniform
-from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
-from paceline.rollout.trees.sampled import grow_dyspec, grow_static
+from paceline.rollout.trees.expander import Expander, TreeLimits
 
-TREES = ("dynamic", "opt_tree", "dyspec", "static")
 DRAWS = ("likeliest", "replacement", "without_replacement")
 
 
@@ -28,17 +25,17 @@ class DraftRules:
     """How model-based drafters make their drafts.
 
     Attributes:
-        tree: Builder of the drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or
+        tree: Builder of drafts of width above 1: ``dynamic`` (EAGLE-2), ``opt_tree``, ``dyspec`` or
             ``static``.
-        draw: ``likeliest`` tokens, which needs no verifier of its own and gives the tokens of plain decoding;
-            or drawn from the drafter's distribution at the request's temperature, siblings with
-            ``replacement`` or ``without_replacement``.
-        stop: When a chain ends: ``fixed``, ``svip`` or ``specdec``.
-        stop_threshold: Of that rule.
-        gain: Least expected tokens that another level of an ``opt_tree`` must bring.
+        draw: How tokens are chosen. ``likeliest`` tokens need no verifier of their own and give the tokens of
+            plain decoding. ``replacement`` and ``without_replacement`` draw siblings from the drafter's
+            distribution at the request's temperature.
+        stop: Rule that ends a chain: ``fixed``, ``svip`` or ``specdec``.
+        stop_threshold: Threshold of that rule.
+        gain: Minimum expected tokens that a further level of an ``opt_tree`` must add.
 
     Raises:
-        ValueError: for names that do not exist or do not fit each other.
+        ValueError: A name is unknown, or the rules do not fit each other.
     """
 
     tree: str = "dynamic"
@@ -49,33 +46,24 @@ class DraftRules:
     policy: StopPolicy | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("tree", self.tree, TREES),
+        for name, value, choices in (
+            ("tree", self.tree, tuple(TREES)),
             ("draw", self.draw, DRAWS),
             ("stop", self.stop, tuple(STOP_POLICIES)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; write one of {', '.join(known)}")
-        ranked = self.tree in ("dynamic", "opt_tree")
-        if ranked and self.draw != "likeliest":
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}: write one of {', '.join(choices)}")
+        draws = TREES[self.tree].draws
+        if self.draw not in draws:
             raise ValueError(
-                f"tree {self.tree} ranks tokens by what they are, so they cannot be drawn: write draw "
-                "likeliest"
+                f"tree {self.tree} and draw {self.draw} cannot be combined: write draw {' or '.join(draws)}, "
+                f"or another tree"
             )
-        if self.tree == "dyspec" and self.draw != "without_replacement":
-            raise ValueError("tree dyspec draws siblings without replacement: write draw without_replacement")
-        if self.tree == "static" and self.draw == "likeliest":
-            raise ValueError(
-                "tree static is for drawn tokens: write draw replacement or without_replacement, or tree "
-                "dynamic"
-            )
-        made = STOP_POLICIES[self.stop]
-        self.policy = None if made is None else made(self.stop_threshold)
+        create_policy = STOP_POLICIES[self.stop]
+        self.policy = None if create_policy is None else create_policy(self.stop_threshold)
 
     def kind(self, width: int) -> DraftKind:
-        """How drafts of that width come about; what the builders in `paceline.rollout.trees` set
-        themselves.
-        """
+        """Returns the kind that the builders in `paceline.rollout.trees` give to drafts of that width."""
         if self.draw == "likeliest":
             return DraftKind.FIXED
         return (
@@ -84,30 +72,23 @@ class DraftRules:
             else DraftKind.WITHOUT_REPLACEMENT
         )
 
-    def grow(self, brancher: Brancher, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
-        """The draft that the strategy asks for."""
+    def grow(self, expander: Expander, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
+        """Builds the draft that the strategy asks for."""
         seeds = seeds_of(sequences)
         roots = np.array([len(s.tokens) for s in sequences])
 
         def numbers(first: int, count: int) -> torch.Tensor:
             return step_uniforms(seeds, roots, first, count, Stream.DRAFT)
 
-        uniform: Uniform | None = None if self.draw == "likeliest" else numbers
         if strategy.width == 1:
+            uniform = None if self.draw == "likeliest" else numbers
             greedy = torch.tensor(
-                [s.request.params.greedy for s in sequences], device=brancher.temperatures.device
+                [s.request.params.greedy for s in sequences], device=expander.temperatures.device
             )
-            return grow_chain(brancher, strategy.depth, uniform, greedy, self.policy)
+            return grow_chain(expander, strategy.depth, uniform, greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
-        if uniform is None:
-            return (
-                grow_dynamic(brancher, limits)
-                if self.tree == "dynamic"
-                else grow_opt_tree(brancher, limits, self.gain)
-            )
-        if self.tree == "dyspec":
-            return grow_dyspec(brancher, limits, uniform)
-        return grow_static(brancher, limits, uniform, self.draw == "replacement")
+        options = TreeOptions(numbers, self.draw == "replacement", self.gain)
+        return TREES[self.tree].grow(expander, limits, options)
 
     def learn(self, step: VerifiedStep) -> None:
         """Feeds a verified chain of this drafter to a stop policy that learns."""
@@ -116,7 +97,8 @@ class DraftRules:
 
 
 def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
-    """float32 [B]; 1 where a request is greedy, whose drafts are ranked by the drafter's own
-    probabilities.
+    """Returns the temperatures of the requests: float32 [B].
+
+    A greedy request has temperature 1: its drafts are ranked by the drafter's unscaled probabilities.
     """
     return torch.tensor([s.request.params.divisor for s in sequences], device=device)

@@ -13,11 +13,13 @@ from paceline.rollout.trees import DraftKind, DraftTree
 class NgramDrafter(StatelessSlots):
     """Copies what followed the most recent earlier occurrence of the last tokens.
 
-    Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023), as vLLM's ``ngram`` method does it: the longest of
-    the n-grams first. It knows the sequence's prompt and completion and nothing else. Always a chain.
+    Prompt lookup (Saxena, "Prompt Lookup Decoding", 2023), as in vLLM's ``ngram`` method: longer n-grams are
+    tried first. The drafter reads the sequence's prompt and completion and nothing else, and drafts only
+    chains.
 
     Args:
-        longest, shortest: Tokens of the n-grams that are looked up.
+        longest: Maximum length in tokens of the n-grams that are looked up.
+        shortest: Minimum length of these n-grams.
     """
 
     name = "ngram"
@@ -29,9 +31,11 @@ class NgramDrafter(StatelessSlots):
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns FIXED: drafts are a function of the committed tokens."""
         return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Drafts a copied chain for each sequence."""
         rows = [
             [(token, i - 1) for i, token in enumerate(self._copy(s, strategy.depth))]
             for s in context.sequences
@@ -47,13 +51,15 @@ class NgramDrafter(StatelessSlots):
         return []
 
     def observe(self, sequence: SequenceState, count: int) -> None:
-        after, done = self._seen.get(sequence, ({}, 0))
+        """Indexes the n-grams of the new tokens."""
+        after, indexed = self._seen.get(sequence, ({}, 0))
         tokens = sequence.tokens
-        # the n-gram at the very end has nothing after it yet
-        for end in range(max(done, self.shortest), len(tokens)):
+        # nothing follows the last n-gram yet
+        for end in range(max(indexed, self.shortest), len(tokens)):
             for n in range(self.shortest, min(self.longest, end) + 1):
                 after[tuple(tokens[end - n : end])] = end
         self._seen[sequence] = after, len(tokens)
 
     def forget(self, sequence: SequenceState) -> None:
+        """Drops the sequence's index."""
         self._seen.pop(sequence, None)

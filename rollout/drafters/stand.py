@@ -1,4 +1,4 @@
-"""Model-free drafting that draws from probabilities the target gave before."""
+"""Model-free drafting that draws from probabilities the target computed earlier."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 from paceline.rollout.trees.expander import draw_without_replacement
 
-_KEPT = 8
-_LONGEST = 3
+_CANDIDATES = 8  # likeliest next tokens that are kept for a context
+_MAX_CONTEXT = 3  # tokens of the longest contexts
 
 
 class StandDrafter(StatelessSlots):
-    """An n-gram table that keeps the target's likeliest tokens *with their logits*, and draws from them.
+    """Draws drafts from an n-gram table of the target's likeliest tokens *and their logits*.
 
     STAND (Song et al., "Accelerated Test-Time Scaling with Model-Free Speculative Sampling", arXiv
-    2506.04708): reasoning traces repeat each other, and at high temperature a drawn draft with probabilities
-    is accepted more often than a repeated token. For each context of up to 3 tokens the 8 likeliest next
-    tokens' logits of its last verification are kept; a draft takes the longest known context and draws
-    siblings without replacement by Gumbel-top-k, halving the branching each level.
+    2506.04708): reasoning traces repeat each other, and at high temperature a draft drawn with probabilities
+    is accepted more often than a repeated token. For each context of up to 3 tokens, the table keeps the
+    logits of the 8 likeliest next tokens at the context's last verification. A draft takes the longest known
+    context and draws siblings without replacement by Gumbel-top-k; the branching factor halves from level to
+    level.
 
-    The paper optimises the tree's shape on data beforehand; here depth, width and nodes come from the
+    The paper optimises the tree's shape on data in advance; here depth, width and nodes come from the
     strategy, which the selector chooses from measured times.
 
     Args:
-        max_contexts: Contexts kept, about 300 bytes each; the least recently seen go first.
+        max_contexts: Maximum number of contexts, about 300 bytes each; the least recently seen are dropped
+            first.
     """
 
     name = "stand"
@@ -43,9 +45,11 @@ class StandDrafter(StatelessSlots):
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules | None = None) -> DraftKind:
+        """Returns WITH_REPLACEMENT for chains, which have no siblings, and WITHOUT_REPLACEMENT for trees."""
         return DraftKind.WITH_REPLACEMENT if strategy.width == 1 else DraftKind.WITHOUT_REPLACEMENT
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Draws a draft for each sequence."""
         rows = [self._draw_row(s, strategy) for s in context.sequences]
         nodes = max(len(row) for row in rows)
         batch = len(rows)
@@ -58,26 +62,28 @@ class StandDrafter(StatelessSlots):
             for j, (token, parent, known, q) in enumerate(row):
                 tokens[i, j], parents[i, j], ids[i, j], probs[i, j] = token, parent, known, q
         lengths = torch.tensor([len(row) for row in rows])
-        drawn, above, drawn_from, vocabulary = (torch.from_numpy(x) for x in (tokens, parents, probs, ids))
         return DraftTree(
-            drawn,
+            torch.from_numpy(tokens),
             lengths,
-            None if strategy.width == 1 else above,
-            drawn_from,
-            vocabulary,
+            None if strategy.width == 1 else torch.from_numpy(parents),
+            torch.from_numpy(probs),
+            torch.from_numpy(ids),
             self.drafts(strategy),
         )
 
     def _draw_row(
         self, sequence: SequenceState, strategy: Strategy
     ) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-        """(token, parent, the ids it was drawn among, their probabilities) of each node, in order of
-        drawing.
+        """Draws one sequence's nodes.
+
+        Returns:
+            (token, parent, ids among which the token was drawn, their probabilities) of each node, in the
+            order of drawing.
         """
         row: list[tuple[int, int, np.ndarray, np.ndarray]] = []
         temperature = sequence.request.params.divisor
         seed, root = seeds_of([sequence]), np.array([len(sequence.tokens)])
-        level: list[tuple[int, tuple[int, ...]]] = [(-1, tuple(sequence.tokens[-_LONGEST:]))]
+        level: list[tuple[int, tuple[int, ...]]] = [(-1, tuple(sequence.tokens[-_MAX_CONTEXT:]))]
         width, used = strategy.width, 0
         for _ in range(strategy.depth):
             below: list[tuple[int, tuple[int, ...]]] = []
@@ -92,7 +98,7 @@ class StandDrafter(StatelessSlots):
                 columns, drawn_from = draw_without_replacement(q / q.sum(), noise, min(count, len(q)))
                 for column, probs in zip(columns.tolist(), drawn_from.numpy(), strict=True):
                     token = int(known[0][column])
-                    below.append((len(row), (*text, token)[-_LONGEST:]))
+                    below.append((len(row), (*text, token)[-_MAX_CONTEXT:]))
                     row.append((token, parent, known[0], probs))
             level, width = below, max(width // 2, 1)
         return row
@@ -105,23 +111,24 @@ class StandDrafter(StatelessSlots):
         return None
 
     def verified(self, step: VerifiedStep) -> None:
-        values, ids = step.logits.topk(min(_KEPT, step.logits.shape[-1]), dim=-1)
-        ids, order = ids.cpu().sort(dim=-1)  # in increasing order, as a draft's vocabulary is
+        """Stores the target's likeliest tokens at the committed text and along the accepted path."""
+        values, ids = step.logits.topk(min(_CANDIDATES, step.logits.shape[-1]), dim=-1)
+        ids, order = ids.cpu().sort(dim=-1)  # `DraftTree.vocabulary` is in increasing order
         logits = values.float().cpu().gather(-1, order).numpy()
         tokens = ids.numpy()
         start = 0
         drafted = step.draft.tokens.cpu().tolist()
         for row, (sequence, path) in enumerate(zip(step.sequences, step.paths, strict=True)):
-            text = tuple(sequence.tokens[-_LONGEST:])
-            self._keep(text, tokens[start], logits[start])
+            text = tuple(sequence.tokens[-_MAX_CONTEXT:])
+            self._store(text, tokens[start], logits[start])
             for node in path:
-                text = (*text, drafted[row][node])[-_LONGEST:]
-                self._keep(text, tokens[start + 1 + node], logits[start + 1 + node])
+                text = (*text, drafted[row][node])[-_MAX_CONTEXT:]
+                self._store(text, tokens[start + 1 + node], logits[start + 1 + node])
             start += int(step.draft.lengths[row]) + 1
         while len(self._table) > self.max_contexts:
             self._table.popitem(last=False)
 
-    def _keep(self, text: tuple[int, ...], ids: np.ndarray, logits: np.ndarray) -> None:
+    def _store(self, text: tuple[int, ...], ids: np.ndarray, logits: np.ndarray) -> None:
         for n in range(1, len(text) + 1):
             self._table[text[-n:]] = ids, logits
             self._table.move_to_end(text[-n:])

@@ -15,13 +15,18 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
-_UNSEEN = 0.5  # weight of what has not been seen, against one occurrence of what has
+_UNSEEN_WEIGHT = 0.5  # weight of unseen continuations, relative to the heaviest one that was seen
 
 
 @dataclass(slots=True)
 class _Live:
-    """A sample being decoded: its own state in the automaton, and its longest suffix that occurred earlier,
-    with its length.
+    """A sample that is being decoded.
+
+    Attributes:
+        last: State of the sample's text in the automaton.
+        match: State of its longest suffix that occurred earlier.
+        matched: Length of that suffix in tokens.
+        tokens: Number of the sample's tokens that were read.
     """
 
     last: int = 0
@@ -32,8 +37,13 @@ class _Live:
 
 @dataclass(slots=True)
 class _Group:
-    """One prompt's automaton. ``prompt`` is the prompt's state, ``weight`` that of the next sample's
-    occurrences.
+    """The automaton of one prompt.
+
+    Attributes:
+        automaton: Automaton over the prompt and all samples.
+        prompt: State at the end of the prompt, once it was read.
+        weight: Weight of the next sample's occurrences.
+        live: Samples that are being decoded.
     """
 
     automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
@@ -43,21 +53,22 @@ class _Group:
 
 
 class SuffixDrafter(StatelessSlots):
-    """Drafts by longest suffix match in the samples of the same group, live ones and those of earlier epochs
-    alike.
+    """Drafts by the longest suffix match in the samples of the same group.
 
-    The samples of a prompt repeat each other (SAM-Decoding, arXiv 2411.10666; Multi-Sample SD, arXiv
-    2503.05330), so no model is needed and it works from the first step. A suffix automaton per group follows
-    each sample's longest suffix that occurred before, in any of them; a draft continues it by what followed
-    then, in proportion to the weights of the occurrences, and falls back to shorter suffixes where nothing
-    did. The prompt's own tokens count. Deterministic: ``probs`` is None.
+    Live samples and those of earlier epochs count alike. The samples of a prompt repeat each other
+    (SAM-Decoding, arXiv 2411.10666; Multi-Sample SD, arXiv 2503.05330), so no model is needed and drafting
+    works from the first step. A suffix automaton per group follows each sample's longest suffix that occurred
+    before in any of the samples. A draft continues it with what followed then, in proportion to the weights
+    of the occurrences, and falls back to shorter suffixes when nothing followed. The prompt's tokens count as
+    well. The drafts are deterministic: ``probs`` is None.
 
     Args:
-        max_states: Automaton states kept over all groups, about 300 bytes each; the least recently used
-            groups go first.
-        decay: Weight of an occurrence against the same one in the next sample of the group: the policy moves
-            on.
-        shared: Whether samples of a group share; otherwise each is alone with its own text.
+        max_states: Maximum number of automaton states over all groups, about 300 bytes each; the least
+            recently used groups are dropped first.
+        decay: Weight of an occurrence relative to one in the next sample of the group, because the policy
+            changes.
+        shared: Whether the samples of a group share their texts; otherwise each sample sees only its own
+            text.
     """
 
     name = "suffix"
@@ -69,9 +80,11 @@ class SuffixDrafter(StatelessSlots):
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
+        """Returns FIXED: drafts are a function of the committed tokens."""
         return DraftKind.FIXED
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
+        """Drafts each sequence by best-first search from its longest match."""
         rows: list[Row] = []
         for sequence in context.sequences:
             group = self._groups.get(self._key(sequence))
@@ -85,12 +98,13 @@ class SuffixDrafter(StatelessSlots):
         return pack(rows, strategy.width)
 
     def matched(self, sequence: SequenceState) -> int:
-        """Tokens of the sequence's longest suffix that occurred before, with something after it."""
+        """Returns the length of the longest suffix that occurred before and was continued, or 0."""
         group = self._groups.get(self._key(sequence))
         live = None if group is None else group.live.get(sequence)
         return 0 if live is None else live.matched
 
     def observe(self, sequence: SequenceState, count: int) -> None:
+        """Adds the sequence's new tokens to its group's automaton."""
         key = self._key(sequence)
         group = self._groups.get(key)
         if group is None:
@@ -100,7 +114,7 @@ class SuffixDrafter(StatelessSlots):
         before = len(group.automaton)
         live = group.live.get(sequence)
         if live is None:
-            live = group.live[sequence] = self._begin(group, sequence)
+            live = group.live[sequence] = self._start(group, sequence)
         for token in sequence.tokens[live.tokens :]:
             live.match, live.matched = group.automaton.step(live.match, live.matched, token)
             live.last = group.automaton.extend(live.last, token, group.weight)
@@ -108,8 +122,8 @@ class SuffixDrafter(StatelessSlots):
         self._states += len(group.automaton) - before
         self._evict(keep=key)
 
-    def _begin(self, group: _Group, sequence: SequenceState) -> _Live:
-        """A new sample starts at the end of the prompt, which is in the automaton once."""
+    def _start(self, group: _Group, sequence: SequenceState) -> _Live:
+        """Starts a new sample at the end of the prompt, which the automaton contains only once."""
         group.weight /= self.decay
         prompt = sequence.tokens[: sequence.num_prompt]
         if group.prompt is None:
@@ -128,13 +142,14 @@ class SuffixDrafter(StatelessSlots):
             self._states -= len(oldest.automaton)
 
     def _key(self, sequence: SequenceState) -> Hashable:
-        """What shares nothing has the sequence object itself as its key."""
+        """Returns the group of the sequence, or the sequence itself if it shares nothing."""
         group = sequence.request.group
         return sequence if group is None or not self.shared else group
 
     def forget(self, sequence: SequenceState) -> None:
-        """A finished sample stays useful to its siblings and to later epochs; one that shares nothing has
-        neither.
+        """Ends the sample; its text stays useful to its siblings and to later epochs.
+
+        The text of a sample that shares nothing is dropped.
         """
         key = self._key(sequence)
         group = self._groups.get(key)
@@ -148,8 +163,11 @@ class SuffixDrafter(StatelessSlots):
 def _following(
     automaton: SuffixAutomaton, at: tuple[int, int]
 ) -> Iterator[tuple[float, int, tuple[int, int]]]:
-    """What followed the suffix, heaviest first; where nothing did, what followed shorter ones. ``at``: state
-    and matched tokens.
+    """Yields what followed the suffix, heaviest first, or what followed shorter suffixes if nothing did.
+
+    Args:
+        automaton: Automaton of the group.
+        at: State and matched tokens.
     """
     state, matched = automaton.settle(*at), at[1]
     while state and not automaton.following[state]:
@@ -159,6 +177,6 @@ def _following(
         return
     after = [(automaton.weight[to], token, to) for token, to in automaton.following[state].items()]
     after.sort(reverse=True)
-    total = sum(weight for weight, _, _ in after) + _UNSEEN * after[0][0]
+    total = sum(weight for weight, _, _ in after) + _UNSEEN_WEIGHT * after[0][0]
     for weight, token, to in after:
         yield weight / total, token, (to, matched + 1)

@@ -1,25 +1,25 @@
-"""A suffix automaton of several growing texts, with recent occurrences weighing more."""
+"""A suffix automaton of several growing texts, in which recent occurrences weigh more."""
 
 from __future__ import annotations
 
-_MOST_LINKS = 32
+_MAX_LINKS = 32  # links followed to count an occurrence, which bounds the cost of a token
 
 
 class SuffixAutomaton:
-    """All substrings of the texts seen so far, each found in time linear in its length.
+    """Finds any substring of the texts seen so far in time linear in its length.
 
     Blumer et al., "The smallest automaton recognizing the subwords of a text", 1985; several texts at once as
-    Mohri, Moreno and Weinstein, "General suffix automaton construction algorithm and space bounds", 2009. A
-    state stands for the substrings that occur at the same ends, ``length`` is that of the longest; its link
-    leads to the longest suffix that also occurs elsewhere.
-    State 0 is the empty string. Texts may grow in turns: the caller keeps each one's last state.
+    in Mohri, Moreno and Weinstein, "General suffix automaton construction algorithm and space bounds", 2009.
+    A state stands for the substrings that occur at the same ends, and ``length`` is that of the longest one;
+    its link leads to the longest suffix that also occurs elsewhere. State 0 is the empty string. Texts may
+    grow in turns: the caller keeps each text's last state.
 
     Attributes:
         following: For each state, token → state.
-        length: For each state.
-        link: For each state; -1 for state 0.
-        weight: For each state, sum over occurrences of the weight they were added with (of a substring that
-            ends more than 32 links above the longest one, some are left out).
+        length: For each state, the length of its longest substring.
+        link: For each state, the state it links to; -1 for state 0.
+        weight: For each state, the sum of the weights with which its occurrences were added (for a substring
+            that ends more than 32 links above the longest one, some occurrences are not counted).
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class SuffixAutomaton:
         return len(self.length)
 
     def extend(self, last: int, token: int, weight: float) -> int:
-        """Appends a token to the text whose state is ``last``. Returns the text's new state."""
+        """Appends a token to the text whose state is ``last`` and returns the text's new state."""
         following, length, link = self.following, self.length, self.link
         known = following[last].get(token)
         if known is not None:
@@ -47,7 +47,7 @@ class SuffixAutomaton:
                 target = following[at][token]
                 link[state] = target if length[target] == length[at] + 1 else self._split(at, token, target)
         at = state
-        for _ in range(_MOST_LINKS):
+        for _ in range(_MAX_LINKS):
             if at <= 0:
                 break
             self.weight[at] += weight
@@ -62,9 +62,7 @@ class SuffixAutomaton:
         return len(self.length) - 1
 
     def _split(self, at: int, token: int, state: int) -> int:
-        """Gives the shorter substrings of ``state``, those that end in ``at`` + token, a state of their
-        own.
-        """
+        """Moves the substrings of ``state`` that end in ``at`` + token, the shorter ones, to a new state."""
         shorter = self._add(
             dict(self.following[state]), self.length[at] + 1, self.link[state], self.weight[state]
         )
@@ -75,13 +73,17 @@ class SuffixAutomaton:
         return shorter
 
     def settle(self, state: int, matched: int) -> int:
-        """The state of the suffix of ``matched`` tokens that was in ``state`` before later splits."""
+        """Returns the state that holds the suffix of ``matched`` tokens of ``state`` after later splits."""
         while state and matched <= self.length[self.link[state]]:
             state = self.link[state]
         return state
 
     def step(self, state: int, matched: int, token: int) -> tuple[int, int]:
-        """The longest suffix of a matched string and a further token that occurs, and its length."""
+        """Extends a matched string by a token.
+
+        Returns:
+            The state of its longest suffix that occurs in the texts, and the length of that suffix.
+        """
         state = self.settle(state, matched)
         while state and token not in self.following[state]:
             state = self.link[state]

@@ -37,7 +37,7 @@ from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.model.text_limits import TextLimit
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
-from paceline.rollout.trees import MOST_NODES, DraftTree, no_draft
+from paceline.rollout.trees import MAX_NODES, DraftTree, no_draft
 from paceline.rollout.values import as_int, as_list, short_repr
 from paceline.rollout.verify import Verifier
 
@@ -131,8 +131,8 @@ class RolloutEngine:
             raise ValueError(
                 "collect_traces needs tap_layers: write tap_layers=default_tap_layers(num_layers)"
             )
-        if not 1 <= max_nodes <= MOST_NODES:
-            raise ValueError(f"max_nodes is {max_nodes}: write an integer from 1 to {MOST_NODES}")
+        if not 1 <= max_nodes <= MAX_NODES:
+            raise ValueError(f"max_nodes is {max_nodes}: write an integer from 1 to {MAX_NODES}")
         self.max_nodes = max_nodes
         self.collect_traces, self.collect_entropies = collect_traces, collect_entropies
         self.runner = ModelRunner(

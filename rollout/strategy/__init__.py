@@ -1,4 +1,4 @@
-"""What to run at each step."""
+"""The choice of what each decode step runs: which drafter, how deep and how wide."""
 
 from paceline.rollout.strategy.bandit import BanditSelector, default_arms
 from paceline.rollout.strategy.budgets import BUDGETS

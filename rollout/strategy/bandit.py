@@ -1,4 +1,4 @@
-"""Which strategy pays: a bandit for each bucket of batch and context, over measured time."""
+"""A bandit over strategies, for each bucket of batch size and context, that learns from measured times."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.cost_model import CostModel
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
-_PRIOR_STEPS = 64  # steps that the cost model's estimate counts for beside those measured
-_TRIES = 0.1  # share of steps that look for something to explore
-_MOST_LOSS = 1.0  # best steps that one exploration may be expected to lose
-_TIME_DOUBT = 0.1  # how much less time a strategy may take than was calculated for it
-_BURST = 3  # steps of an exploration: the first also pays for what the drafter has missed
+_PRIOR_STEPS = 64  # weight of the cost model's estimate, in measured steps
+_EXPLORATION_RATE = 0.1  # share of steps that look for an arm to explore
+_MAX_EXPLORATION_LOSS = 1.0  # most that one exploration may be expected to lose, in steps of the best arm
+_UNTIMED_MARGIN = 0.1  # an unmeasured strategy may be this much faster than its calculated time
+_BURST_STEPS = 3  # length of an exploration; its first step also pays for tokens the drafter has not read yet
 
 
 @dataclass(slots=True)
 class _Arm:
-    """The recent steps of one strategy in one bucket: (the bucket's count of steps, tokens of a sequence,
-    seconds).
+    """The recent steps of one strategy in one bucket.
+
+    Attributes:
+        steps: (the bucket's step count, tokens per sequence, seconds) of each step, oldest first.
+        tokens: Sum of the tokens per sequence over ``steps``.
+        seconds: Sum of the seconds over ``steps``.
     """
 
     steps: deque[tuple[int, float, float]]
@@ -30,12 +34,13 @@ class _Arm:
     seconds: float = 0.0
 
     def add(self, at: int, tokens: float, seconds: float) -> None:
+        """Appends a step."""
         self.steps.append((at, tokens, seconds))
         self.tokens += tokens
         self.seconds += seconds
 
     def drop_before(self, at: int) -> None:
-        """Forgets older steps: an arm that was good long ago must not come back on that alone."""
+        """Drops steps before ``at``, so that an arm does not win on what it achieved long ago."""
         while self.steps and self.steps[0][0] < at:
             _, tokens, seconds = self.steps.popleft()
             self.tokens -= tokens
@@ -44,8 +49,14 @@ class _Arm:
 
 @dataclass(slots=True)
 class _Bucket:
-    """What exploration in one bucket may cost: seconds spent there, and how many of them explorations lost
-    against the best arm.
+    """The allowance of explorations in one bucket.
+
+    Attributes:
+        steps: Number of steps in the bucket.
+        seconds: Time spent in the bucket.
+        lost: Seconds that explorations were expected to lose against the best arm.
+        exploring: Arm that is being explored, if any.
+        left: Steps left of that exploration.
     """
 
     steps: int = 0
@@ -56,35 +67,36 @@ class _Bucket:
 
 
 class BanditSelector:
-    """BEG-MAB: bucketed ε-greedy over a sliding window.
+    """Selects strategies by BEG-MAB, a bucketed ε-greedy bandit over a sliding window.
 
-    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665): strategies are arms, buckets of the batch size
-    keep statistics apart, and a window of recent steps follows a moving policy and drafter. Here a bucket is
-    (batch, context), plain decoding is one of the arms, and the reward is what a step gave over what it took:
-    tokens committed per sequence and second of measured time, drafting included, as the ratio of the window's
-    sums. Two things keep exploration cheap: an arm starts from `CostModel`'s estimate, which counts as 64
-        steps; only arms are explored that could win for all that is known of their
-    drafter, which is the less the longer it has not run; and explorations live on an allowance, the share ε
-    of the time spent in the bucket, from which each is expected to lose.
+    TLT (Hu et al., "Taming the Long-Tail", arXiv 2511.16665): strategies are arms, each bucket of batch sizes
+    has its own statistics, and a window of recent steps follows a changing policy and drafter. Here a bucket
+    is (batch, context), plain decoding is one of the arms, and the reward is tokens committed per sequence
+    and second of measured time, drafting included, as the ratio of the window's sums.
+
+    Two rules keep exploration cheap. First, an arm starts from the estimate of `CostModel`, which counts as
+    64 steps, and only arms that could be the best, given what is known of their drafter, are explored; the
+    longer a drafter has not run, the less is known of it. Second, explorations draw on an allowance, the
+    share ε of the time spent in the bucket, which is charged with the loss expected of each.
 
     With ``thompson`` the arm is drawn from the posterior of its rate instead (Thompson sampling, as EESD does
-    for the draft length, arXiv 2406.03853): a normal with the estimate's mean and the spread that so many
-    steps leave.
+    for the draft length, arXiv 2406.03853): a normal distribution with the estimate's mean and the standard
+    deviation that this many steps leave.
 
-    Losslessness: the choice is a function of counts and times of *earlier* steps and of numbers of its own,
-        never of this step's
-    draft or random numbers. Given the past, each step's tokens have the target's distribution whatever was
-    chosen; that the past's acceptance counts depend on its tokens changes nothing, since the law holds given
-    the past.
+    Losslessness: the choice is a function of counts and times of *earlier* steps and of the selector's own
+    random numbers, never of this step's draft or random numbers. Given the past, each step's tokens have the
+    target's distribution whatever was chosen. The acceptance counts of the past depend on its tokens, but the
+    distribution holds conditionally on the past.
 
     Args:
-        arms_of: Strategies to choose from with a drafter, by its name; plain decoding is added.
-        drafters: Names of those there are; others are added by `drafter_changed`.
-        cost: Estimates, which learn too.
-        epsilon: Share of the time that explorations may lose against the best arm's estimate.
-        window: Steps of a bucket that count.
-        thompson: Thompson sampling instead of ε-greedy.
-        seed: Of the explorations.
+        arms_of: Returns the strategies to choose from with a drafter, given its name; plain decoding is
+            always an arm.
+        drafters: Names of the drafters that exist already; `drafter_changed` adds others.
+        cost: Cost model; it learns from the same steps.
+        epsilon: Share of the time that explorations may lose, by the estimates, against the best arm.
+        window: Number of steps of a bucket that count.
+        thompson: Whether to use Thompson sampling instead of ε-greedy.
+        seed: Seed of the explorations.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class BanditSelector:
         self._buckets: dict[Bucket, _Bucket] = {}
 
     def choose(self, active: int, context: int) -> Strategy:
+        """Returns an exploration or the arm of largest estimated rate; see `Selector.choose`."""
         bucket = bucket_of(active, context)
         known = self._buckets.setdefault(bucket, _Bucket())
         if known.left > 0 and known.exploring is not None:
@@ -117,37 +130,35 @@ class BanditSelector:
         if self.thompson:
             return max(rates, key=lambda arm: self._random.gauss(rates[arm], self._spread(arm, bucket)))
         best = max(rates, key=rates.__getitem__)
-        if self.epsilon > 0 and self._random.random() < _TRIES:
+        if self.epsilon > 0 and self._random.random() < _EXPLORATION_RATE:
             explored = self._affordable(bucket, known, rates, best)
             if explored is not None:
-                known.exploring, known.left = explored, _BURST - 1
+                known.exploring, known.left = explored, _BURST_STEPS - 1
                 return explored
         return best
 
     def _affordable(
         self, bucket: Bucket, known: _Bucket, rates: dict[Strategy, float], best: Strategy
     ) -> Strategy | None:
-        """An arm that could beat the best one, and whose trial costs no more than what is left of the
-        allowance.
-        """
+        """Returns a random arm that may beat the best one and whose trial fits the allowance, or None."""
         allowance = min(
-            self.epsilon * known.seconds - known.lost, _MOST_LOSS * self.cost.seconds(best, bucket)
+            self.epsilon * known.seconds - known.lost, _MAX_EXPLORATION_LOSS * self.cost.seconds(best, bucket)
         )
-        hopeful = []
+        candidates = []
         for arm in rates:
-            if arm == best or self._hope(arm, bucket, best) <= rates[best]:
+            if arm == best or self._optimistic_rate(arm, bucket, best) <= rates[best]:
                 continue
-            loss = _BURST * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
+            loss = _BURST_STEPS * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
             if loss <= allowance:
-                hopeful.append((arm, loss))
-        if not hopeful:
+                candidates.append((arm, loss))
+        if not candidates:
             return None
-        arm, loss = self._random.choice(hopeful)
+        arm, loss = self._random.choice(candidates)
         known.lost += loss
         return arm
 
     def rate(self, arm: Strategy, bucket: Bucket) -> float:
-        """Estimated tokens per sequence and second."""
+        """Estimates the arm's tokens per sequence and second from the window and the cost model."""
         tokens, seconds = self.cost.tokens(arm), self.cost.seconds(arm, bucket)
         measured = self._measured.get((bucket, arm))
         if measured is None:
@@ -156,25 +167,27 @@ class BanditSelector:
         return (_PRIOR_STEPS * tokens + measured.tokens) / (_PRIOR_STEPS * seconds + measured.seconds)
 
     def _spread(self, arm: Strategy, bucket: Bucket) -> float:
-        """Standard deviation of the estimate: a step's tokens spread about as far as their mean exceeds
-        one.
+        """Returns the standard deviation of `rate`.
+
+        The number of tokens of a step deviates from its mean by about as much as the mean exceeds one.
         """
         measured = self._measured.get((bucket, arm))
         steps = _PRIOR_STEPS + (len(measured.steps) if measured is not None else 0)
         return (self.cost.tokens(arm) - 1) / (steps * bucket.batch) ** 0.5 / self.cost.seconds(arm, bucket)
 
-    def _hope(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
-        """Tokens per sequence and second that the arm may turn out to give.
+    def _optimistic_rate(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
+        """Returns the tokens per sequence and second that the arm may reach at best.
 
-        Of the best arm's drafter the tokens are known well: there it is the time that was only calculated
-        which may be wrong.
+        An arm with the best arm's drafter has a well-known number of tokens, but its time may only have been
+        calculated: that time is then reduced by a margin.
         """
         seconds = self.cost.seconds(arm, bucket)
         if arm.drafter == best.drafter and not self.cost.has_timed(arm, bucket):
-            seconds *= 1 - _TIME_DOUBT
-        return self.cost.hoped_tokens(arm) / seconds
+            seconds *= 1 - _UNTIMED_MARGIN
+        return self.cost.optimistic_tokens(arm) / seconds
 
     def strategies(self) -> Sequence[Strategy]:
+        """Returns all arms."""
         return [arm for arms in self.arms.values() for arm in arms]
 
     def record(self, feedback: StepFeedback) -> None:
@@ -194,15 +207,16 @@ class BanditSelector:
         arm.add(known.steps, feedback.committed / feedback.active, feedback.total_seconds)
 
     def drafter_changed(self, name: str) -> None:
-        """A new drafter, or new weights of one: what was measured with the old ones no longer counts, what
-        was learned stays as a weak prior.
+        """Adds a drafter's arms, or drops what was measured with its old weights.
+
+        The learned acceptance stays as a weak prior.
         """
         self.arms.setdefault(name, self._arms_of(name))
         self.cost.soften(name)
         self._forget(name)
 
     def drafter_lost(self, name: str) -> None:
-        """None of its strategies is an arm any more."""
+        """Removes the drafter's arms."""
         self.arms.pop(name, None)
         self._forget(name)
         for known in self._buckets.values():
@@ -213,7 +227,7 @@ class BanditSelector:
             del self._measured[key]
 
     def state(self) -> dict[str, Any]:
-        """All that was learned, as JSON."""
+        """Returns everything learned, as JSON."""
         windows = [[*bucket, str(arm), list(m.steps)] for (bucket, arm), m in self._measured.items()]
         return {
             "cost": self.cost.state(),
@@ -222,10 +236,10 @@ class BanditSelector:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave; strategies that are no longer among the arms are ignored.
+        """Continues from what `state` returned; strategies that are no longer among the arms are ignored.
 
         Raises:
-            ValueError: for something else than such a state.
+            ValueError: The argument is not such a state; nothing of it is taken over.
         """
         try:
             measured = {}
@@ -237,23 +251,32 @@ class BanditSelector:
                 Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]
             }
             self.cost.load_state(state["cost"])
-            self._measured.update(measured)  # only now: of a state that is broken nothing is taken over
+            self._measured.update(measured)  # last, so that nothing of a broken state is taken over
             self._buckets = buckets
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"not a selector's state ({type(error).__name__}: {error}): delete it to learn anew"
+                f"not a selector's state ({type(error).__name__}: {error}): delete it to start afresh"
             ) from None
 
 
-# A forward reads one token more than there are nodes: 8, 16 or 32 rows fill the tiles of matrix units, one
-#     more starts another.
-_CHAINS = (1, 2, 3, 4, 7)
-_TREES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
+# A forward reads one token more than there are nodes. 8, 16 or 32 rows fill the tiles of matrix units, and
+# one more row would start another tile.
+_CHAIN_DEPTHS = (1, 2, 3, 4, 7)
+# depth, width and nodes of each tree
+_TREE_SHAPES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
 
 
 def default_arms(name: str, max_nodes: int, chains_only: bool = False) -> list[Strategy]:
-    """Chains and trees of a drafter, of at most ``max_nodes`` draft tokens."""
-    chains = [Strategy(name, d) for d in _CHAINS if d <= max_nodes]
+    """Returns the default chains and trees of a drafter, of at most ``max_nodes`` draft tokens.
+
+    Args:
+        name: Name of the drafter.
+        max_nodes: Maximum number of draft tokens per sequence.
+        chains_only: Whether the drafter drafts nothing but chains.
+    """
+    chains = [Strategy(name, d) for d in _CHAIN_DEPTHS if d <= max_nodes]
     return (
-        chains if chains_only else chains + [Strategy(name, d, w, n) for d, w, n in _TREES if n <= max_nodes]
+        chains
+        if chains_only
+        else chains + [Strategy(name, d, w, n) for d, w, n in _TREE_SHAPES if n <= max_nodes]
     )

@@ -1,4 +1,4 @@
-"""Which batches and contexts count as alike."""
+"""Buckets of batch sizes and contexts that are expected to cost about the same."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _CONTEXTS = (512, 2048, 8192, 32768)
 
 
 class Bucket(NamedTuple):
-    """Active sequences and tokens of the longest one, each rounded up to a step of its scale."""
+    """The number of active sequences and the length of the longest one, each rounded up on its scale."""
 
     batch: int
     context: int
 
 
 def bucket_of(active: int, context: int) -> Bucket:
-    """The bucket of a batch."""
-    return Bucket(_up(active, _BATCHES), _up(context, _CONTEXTS))
+    """Returns the bucket of a batch of ``active`` sequences whose longest has ``context`` tokens."""
+    return Bucket(_round_up(active, _BATCHES), _round_up(context, _CONTEXTS))
 
 
-def _up(value: int, scale: tuple[int, ...]) -> int:
+def _round_up(value: int, scale: tuple[int, ...]) -> int:
     return scale[min(bisect.bisect_left(scale, value), len(scale) - 1)]

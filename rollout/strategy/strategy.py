@@ -1,4 +1,4 @@
-"""A strategy, what is learned from running it, and the selector's interface."""
+"""A strategy, the record of a step that ran one, and the interface of selectors."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from paceline.rollout.trees.draft_tree import MOST_NODES
+from paceline.rollout.trees.draft_tree import MAX_NODES
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """What one step runs.
+    """What one decode step runs.
 
     Attributes:
         drafter: Name of the drafter, or None for plain decoding.
-        depth: Levels of the draft; 0 exactly when ``drafter`` is None.
+        depth: Number of draft levels; 0 exactly when ``drafter`` is None.
         width: Branches of a level; 1 for a chain.
-        nodes: Draft tokens of each sequence to verify; ``depth`` for a chain, which is what 0 stands for.
+        nodes: Draft tokens of each sequence to verify; 0 stands for ``depth`` × ``width``, and for a chain it
+            is always ``depth``.
     """
 
     drafter: str | None = None
@@ -29,16 +30,21 @@ class Strategy:
     def __post_init__(self) -> None:
         if (self.drafter is None) != (self.depth == 0) or self.depth < 0:
             raise ValueError(
-                f"strategy {self.drafter}:{self.depth}: name a drafter with a depth of at least 1, or neither"
+                f"strategy {self.drafter}:{self.depth}: write a drafter and a depth of at least 1, or neither"
             )
         if self.width < 1:
-            raise ValueError(f"strategy {self.drafter}: width is {self.width}, write at least 1")
+            raise ValueError(f"strategy {self.drafter}: width is {self.width}: write at least 1")
         if self.width == 1 or self.nodes == 0:
             object.__setattr__(self, "nodes", self.depth * self.width)
         if self.depth and self.nodes < self.depth:
-            raise ValueError(f"strategy {self}: {self.nodes} nodes cannot be {self.depth} deep")
-        if self.width * self.depth > MOST_NODES or self.nodes > MOST_NODES:
-            raise ValueError(f"strategy {self}: width × depth and nodes are at most {MOST_NODES}")
+            raise ValueError(
+                f"strategy {self}: {self.nodes} nodes cannot reach depth {self.depth}: write at least "
+                f"{self.depth} nodes"
+            )
+        if self.width * self.depth > MAX_NODES or self.nodes > MAX_NODES:
+            raise ValueError(
+                f"strategy {self}: width × depth and nodes must not exceed {MAX_NODES}: write less"
+            )
 
     def __str__(self) -> str:
         if self.drafter is None:
@@ -46,18 +52,23 @@ class Strategy:
         return f"{self.drafter}:{self.depth}" + (f"x{self.width}/{self.nodes}" if self.width > 1 else "")
 
     def with_nodes(self, nodes: int, depth: int) -> Strategy:
-        """The same kind of draft with that many nodes; a chain is as deep, and no deeper than ``depth``."""
+        """Returns the same kind of draft with ``nodes`` draft tokens.
+
+        A chain becomes as deep as that, but no deeper than ``depth``; a tree keeps its depth and width.
+        """
         if self.width == 1:
             return Strategy(self.drafter, min(nodes, depth))
         return replace(self, nodes=max(nodes, self.depth))
 
     @classmethod
     def parse(cls, text: str) -> Strategy:
-        """Reads what ``str`` writes: ``plain``, ``<drafter>:<depth>`` for a chain,
-        ``<drafter>:<depth>x<width>/<nodes>`` for a tree.
+        """Parses what ``str`` of a strategy writes.
+
+        The forms are ``plain``, ``<drafter>:<depth>`` for a chain and ``<drafter>:<depth>x<width>/<nodes>``
+        for a tree.
 
         Raises:
-            ValueError: for anything else.
+            ValueError: The text has another form.
         """
         if text == "plain":
             return cls()
@@ -76,18 +87,18 @@ PLAIN = Strategy()
 
 @dataclass(frozen=True, slots=True)
 class StepFeedback:
-    """What a step cost and gave.
+    """What a step cost and what it gained.
 
     Attributes:
-        strategy: What was asked for.
-        active: Sequences in the batch.
-        context: Longest sequence.
-        drafted: Draft tokens of each sequence.
-        accepted: How many of them were kept.
-        committed: Tokens of the step, all sequences.
-        draft_seconds: Time to propose.
-        forward_seconds: Time of the target's forward.
-        total_seconds: Time of the whole step.
+        strategy: Strategy that was chosen.
+        active: Number of sequences in the batch.
+        context: Tokens of the longest sequence.
+        drafted: Number of draft tokens of each sequence.
+        accepted: Number of accepted draft tokens of each sequence.
+        committed: Number of tokens committed by all sequences together.
+        draft_seconds: Seconds of drafting.
+        forward_seconds: Seconds of the target's forward.
+        total_seconds: Seconds of the whole step.
     """
 
     strategy: Strategy
@@ -104,16 +115,16 @@ class StepFeedback:
 class Selector(Protocol):
     """Chooses a strategy before each step from counts and times alone; it never sees a token.
 
-    The choice is made before the step's random numbers are used, so each step's tokens have the target's
-    distribution given the past whatever was chosen, and so has the whole sequence.
+    The choice is made before the step's random numbers are used. So each step's tokens have the target's
+    distribution given the past, whatever was chosen, and so has the whole sequence.
     """
 
     def choose(self, active: int, context: int) -> Strategy:
-        """The strategy for a batch of ``active`` sequences, the longest of ``context`` tokens."""
+        """Returns the strategy for ``active`` sequences, the longest of which has ``context`` tokens."""
         ...
 
     def strategies(self) -> Sequence[Strategy]:
-        """All that it may choose."""
+        """Returns all strategies that may be chosen."""
         ...
 
     def record(self, feedback: StepFeedback) -> None:
@@ -121,48 +132,54 @@ class Selector(Protocol):
         ...
 
     def drafter_changed(self, name: str) -> None:
-        """The drafter ``name`` was added, or has new weights."""
+        """Notes that the drafter ``name`` was added or has new weights."""
         ...
 
     def drafter_lost(self, name: str) -> None:
-        """The drafter ``name`` is no longer there: none of its strategies may be chosen."""
+        """Notes that the drafter ``name`` was removed: none of its strategies may be chosen any more."""
         ...
 
     def state(self) -> dict[str, Any] | None:
-        """All that was learned, as JSON; None where nothing is."""
+        """Returns everything learned, as JSON; None if the selector learns nothing."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave; ValueError for something else."""
+        """Continues from what `state` returned.
+
+        Raises:
+            ValueError: The argument is not such a state.
+        """
         ...
 
 
 class FixedSelector:
-    """Always the same strategy."""
+    """Always chooses the same strategy."""
 
     def __init__(self, strategy: Strategy = PLAIN) -> None:
         self.strategy = strategy
 
     def choose(self, active: int, context: int) -> Strategy:
+        """Returns the fixed strategy."""
         return self.strategy
 
     def strategies(self) -> Sequence[Strategy]:
+        """Returns the fixed strategy as the only one."""
         return (self.strategy,)
 
     def record(self, feedback: StepFeedback) -> None:
-        """Nothing to learn."""
+        """Does nothing: a fixed strategy learns nothing."""
 
     def drafter_changed(self, name: str) -> None:
-        """Nothing to forget."""
+        """Does nothing: nothing was learned about the drafter."""
 
     def drafter_lost(self, name: str) -> None:
-        """Plain decoding from now on, where it was this drafter's strategy."""
+        """Switches to plain decoding if the fixed strategy used this drafter."""
         if self.strategy.drafter == name:
             self.strategy = PLAIN
 
     def state(self) -> dict[str, Any] | None:
-        """Nothing was learned."""
+        """Returns None, because nothing is learned."""
         return None
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """What another selector had learned is of no use here."""
+        """Does nothing: what another selector learned does not apply."""

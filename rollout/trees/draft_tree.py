@@ -7,43 +7,46 @@ from dataclasses import dataclass, replace
 
 import torch
 
-MOST_NODES = 63  # ancestors are the bits of an int64
-_ROUNDING = 1e-3  # by which a reported distribution's sum may differ from one
+MAX_NODES = 63  # the set of a node's ancestors is the bits of an int64
+_SUM_TOLERANCE = 1e-3  # float32 rounding lets the sum of a reported distribution differ from one
 
 
 class DraftKind(enum.StrEnum):
-    """How a draft's tokens came about, which decides what verifies them without changing the target's
-    distribution.
+    """How a draft's tokens were chosen.
+
+    The kind decides which verifiers keep the target's distribution.
     """
 
-    FIXED = "fixed"  # a function of what is committed, siblings distinct; ``probs`` plays no part
-    # siblings independently, from one distribution, their number fixed before
+    FIXED = "fixed"  # a function of the committed tokens, with distinct siblings; ``probs`` is not used
+    # siblings are independent draws from one distribution, and their number is fixed before drawing
     WITH_REPLACEMENT = "drawn with replacement"
-    # each sibling from what the ones before it left, or adaptively many of them
+    # a sibling is drawn from what the ones before it left, or the number of siblings is adaptive
     WITHOUT_REPLACEMENT = "drawn without replacement"
-    UNLABELLED = "of a kind it does not state"  # a tree with ``probs`` whose drafter says no more
+    UNLABELLED = "of a kind it does not state"  # a tree with ``probs`` whose drafter gave no kind
 
 
 @dataclass(slots=True)
 class DraftTree:
     """Draft tokens of a batch, ragged by ``lengths``.
 
-    A node comes after its parent, and siblings come in the order in which they were drawn.
+    A node comes after its parent, and siblings stand in the order in which they were drawn.
 
     Attributes:
         tokens: int64 [B, N], target token ids; entries past ``lengths`` are arbitrary valid ids.
-        lengths: int64 [B] on the CPU, how many of the N nodes of each row are real: what shapes the next
-            forward must not wait for a GPU.
-        parents: int64 [B, N], index of each node's parent, ``-1`` for the last committed token; None where
+        lengths: int64 [B] on the CPU, how many of the N nodes of each row are real. It lives on the CPU
+            because it shapes the next forward, which must not wait for a GPU.
+        parents: int64 [B, N], index of each node's parent, ``-1`` for the last committed token; None when
             every row is a chain.
-        probs: float32 [B, N, W], the distribution that node i was *drawn from*: the drafter's after the
-            parent, and where siblings are drawn without replacement, without those drawn before. None when
-            the tokens are deterministic, that is, a function of what is already committed.
-        vocabulary: The target ids that the W entries of ``probs`` stand for, in increasing order: int64 [W]
-            for all nodes, int64 [B, N, W] for each node its own; None when W is the target's vocabulary.
-        kind: How the tokens came about, set where they are drawn. Where it is left out, a draft without
-            ``probs`` is fixed, and a chain with ``probs`` is drawn with replacement, having no siblings; a
-            tree with ``probs`` stays unlabelled, and only verifiers that take every drawn tree verify it.
+        probs: float32 [B, N, W], the distribution that node i was *drawn from*: the drafter's distribution
+            after the parent, and for siblings drawn without replacement, that distribution without the
+            siblings drawn earlier. None when the tokens are deterministic, that is, a function of the
+            committed tokens.
+        vocabulary: Target ids of the W entries of ``probs``, in increasing order: int64 [W] when all nodes
+            share them, int64 [B, N, W] when each node has its own; None when W is the target's vocabulary.
+        kind: How the tokens were chosen, set by whatever draws them. When it is left out, a draft without
+            ``probs`` is FIXED, and a chain with ``probs`` is drawn WITH_REPLACEMENT, since it has no
+            siblings. A tree with ``probs`` stays UNLABELLED, and only verifiers that accept every drawn tree
+            verify it.
     """
 
     tokens: torch.Tensor
@@ -63,14 +66,14 @@ class DraftTree:
 
     @property
     def nodes(self) -> int:
-        """N, nodes of the widest row."""
+        """The number of nodes N of the widest row."""
         return self.tokens.shape[1]
 
     def cut(self, lengths: torch.Tensor) -> DraftTree:
-        """The first nodes of each row, at most int64 [B] ``lengths`` on the CPU.
+        """Returns the first nodes of each row, at most ``lengths`` (int64 [B] on the CPU) of them.
 
-        For drawn drafts the cut may depend on what was known before drawing only: a token that is dropped for
-        what it is would leave those kept with another distribution than ``probs``.
+        For drawn drafts the cut may depend only on what was known before drawing: dropping a token because of
+        its value would give the remaining ones another distribution than ``probs``.
         """
         lengths = torch.minimum(self.lengths, lengths)
         n = int(lengths.max()) if len(lengths) else 0
@@ -88,18 +91,21 @@ class DraftTree:
         )
 
     def problem(self, batch: int, vocab_size: int) -> str | None:
-        """Why this is no draft of ``batch`` rows over ``vocab_size`` ids, or None, in one line.
+        """Checks that this is a draft of ``batch`` rows over ``vocab_size`` token ids.
 
-        Ids on a GPU are not looked at: that would wait for it.
+        Token ids on a GPU are not checked, because that would wait for the GPU.
+
+        Returns:
+            One line that says what is wrong, or None.
         """
         shape = tuple(self.tokens.shape)
         if len(shape) != 2 or shape[0] != batch or self.lengths.shape != (batch,):
             return (
-                f"its tokens are {list(shape)} and its lengths {list(self.lengths.shape)} for a batch of "
-                f"{batch}"
+                f"its tokens have shape {list(shape)} and its lengths {list(self.lengths.shape)} "
+                f"for a batch of {batch}"
             )
         if batch and not 0 <= int(self.lengths.min()) <= int(self.lengths.max()) <= shape[1]:
-            return f"its lengths are not within 0..{shape[1]}, the nodes it has"
+            return f"its lengths are not within 0..{shape[1]}, its number of nodes"
         if self.parents is not None and (problem := self._problem_with_parents()) is not None:
             return problem
         if self.tokens.device.type == "cpu" and self.tokens.numel():
@@ -111,29 +117,30 @@ class DraftTree:
     def _problem_with_parents(self) -> str | None:
         assert self.parents is not None
         if self.parents.shape != self.tokens.shape:
-            return f"its parents are {list(self.parents.shape)}, its tokens {list(self.tokens.shape)}"
+            return f"its parents have shape {list(self.parents.shape)}, its tokens {list(self.tokens.shape)}"
         if self.parents.device.type != "cpu":
             return None
-        after = (self.parents >= -1) & (self.parents < torch.arange(self.nodes))
+        ordered = (self.parents >= -1) & (self.parents < torch.arange(self.nodes))
         return (
             None
-            if bool((after | ~self._real()).all())
+            if bool((ordered | ~self._real()).all())
             else "it has a node that does not come after its parent"
         )
 
     def _problem_with_probs(self) -> str | None:
         if self.probs is None:
-            return f"its tokens are {self.kind}, and it gives no probs"
+            return f"its tokens are {self.kind}, but it gives no probs"
         if self.probs.ndim != 3 or self.probs.shape[:2] != self.tokens.shape:
-            return f"its probs are {list(self.probs.shape)}, its tokens {list(self.tokens.shape)}"
-        total, least = (
+            return f"its probs have shape {list(self.probs.shape)}, its tokens {list(self.tokens.shape)}"
+        total, smallest = (
             self.probs.sum(-1),
             self.probs.amin(-1) if self.probs.shape[2] else torch.full(self.tokens.shape, -1.0),
         )
-        unreal = ~self._real()
-        if not bool((((total - 1).abs() < _ROUNDING) & (least >= 0) | unreal).all()):  # NaN is neither
+        padding = ~self._real()
+        valid = ((total - 1).abs() < _SUM_TOLERANCE) & (smallest >= 0)  # both are false for NaN
+        if not bool((valid | padding).all()):
             return "its draft probabilities are not finite, or are no distribution"
-        possible = bool(((draft_mass(self) > 0) | unreal).all())
+        possible = bool(((draft_mass(self) > 0) | padding).all())
         return (
             None
             if possible
@@ -141,12 +148,12 @@ class DraftTree:
         )
 
     def _real(self) -> torch.Tensor:
-        """bool [B, N], on the device of the tokens."""
+        """Returns bool [B, N], which nodes are real, on the device of the tokens."""
         device = self.tokens.device
         return torch.arange(self.nodes, device=device) < self.lengths.to(device)[:, None]
 
     def to(self, device: torch.device) -> DraftTree:
-        """The same draft on ``device``."""
+        """Returns the draft with its tensors on ``device``; ``lengths`` stay on the CPU."""
         parents, probs, vocabulary = (
             None if x is None else x.to(device) for x in (self.parents, self.probs, self.vocabulary)
         )
@@ -154,26 +161,26 @@ class DraftTree:
 
 
 def no_draft(batch: int, device: torch.device) -> DraftTree:
-    """A draft of no tokens."""
+    """Returns a draft without tokens for ``batch`` sequences."""
     return DraftTree(
         torch.zeros(batch, 0, dtype=torch.long, device=device), torch.zeros(batch, dtype=torch.long)
     )
 
 
 def chain_parents(batch: int, nodes: int) -> torch.Tensor:
-    """Parents of chains: int64 [batch, nodes], ``-1``, 0, 1, …"""
+    """Returns the parents of chains: int64 [batch, nodes], each row ``-1``, 0, 1, …."""
     return torch.arange(-1, nodes - 1).expand(batch, nodes)
 
 
 def tree_shape(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each node stands.
+    """Computes each node's depth and its set of ancestors.
 
     Args:
-        parents: int64 [B, N], as in `DraftTree`, N at most 63.
+        parents: int64 [B, N], as in `DraftTree`; N is at most 63.
 
     Returns:
         Depth int64 [B, N], 1 for the children of the last committed token, and ancestors int64 [B, N]: bit j
-        says that node j is an ancestor of the node or itself.
+        is set when node j is the node itself or one of its ancestors.
     """
     nodes = parents.shape[1]
     index = torch.arange(nodes, device=parents.device)
@@ -186,23 +193,23 @@ def tree_shape(parents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draft_mass(draft: DraftTree) -> torch.Tensor:
-    """q(x) of every node's own token: float32 [B, N]; 0 where ``vocabulary`` does not have it."""
+    """Returns q(x) of every node's own token: float32 [B, N], 0 where ``vocabulary`` lacks the token."""
     assert draft.probs is not None
     if draft.vocabulary is None:
         return draft.probs.gather(-1, draft.tokens[..., None])[..., 0]
-    wanted = draft.tokens[..., None]
+    tokens = draft.tokens[..., None]
     last = draft.vocabulary.shape[-1] - 1
-    column = torch.searchsorted(draft.vocabulary, wanted).clamp(max=last)
-    found = draft.vocabulary[column] if draft.vocabulary.ndim == 1 else draft.vocabulary.gather(-1, column)
-    return torch.where(found == wanted, draft.probs.gather(-1, column), 0.0)[..., 0]
+    column = torch.searchsorted(draft.vocabulary, tokens).clamp(max=last)
+    nearest = draft.vocabulary[column] if draft.vocabulary.ndim == 1 else draft.vocabulary.gather(-1, column)
+    return torch.where(nearest == tokens, draft.probs.gather(-1, column), 0.0)[..., 0]
 
 
 def child_table(draft: DraftTree) -> torch.Tensor:
-    """The children of each node in their order.
+    """Lists the children of each node in their order.
 
     Returns:
-        int64 [B, N + 1, K], row 0 for the last committed token, row i + 1 for node i; ``-1`` past the K-th
-        child of those that have fewer. On the device of the tokens.
+        int64 [B, N + 1, K] on the device of the tokens: row 0 for the last committed token, row i + 1 for
+        node i. Nodes with fewer than K children are padded with ``-1``.
     """
     batch, nodes = draft.tokens.shape
     device = draft.tokens.device
@@ -212,11 +219,11 @@ def child_table(draft: DraftTree) -> torch.Tensor:
         table = torch.full((batch, nodes + 1, 1), -1, device=device)
         table[:, :nodes, 0] = torch.where(real, index, -1)
         return table
-    same = (draft.parents[:, :, None] == draft.parents[:, None, :]) & (index[:, None] > index)
-    rank = same.sum(-1)
+    earlier_sibling = (draft.parents[:, :, None] == draft.parents[:, None, :]) & (index[:, None] > index)
+    rank = earlier_sibling.sum(-1)
     widest = int(torch.where(real, rank, 0).max()) + 1 if nodes else 1
     table = torch.full((batch, (nodes + 1) * widest + 1), -1, device=device)
-    # the last place takes what is not real
+    # nodes that are not real are written to an extra last column, which is then dropped
     at = torch.where(real, (draft.parents + 1) * widest + rank, (nodes + 1) * widest)
     table.scatter_(1, at, index.expand(batch, nodes))
     return table[:, :-1].view(batch, nodes + 1, widest)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from paceline.rollout.sampling import draw
-from paceline.rollout.trees.draft_tree import MOST_NODES, DraftKind, DraftTree
+from paceline.rollout.trees.builder import TreeBuilder
+from paceline.rollout.trees.draft_tree import MAX_NODES, DraftKind, DraftTree
 from paceline.rollout.trees.expander import (
-    Brancher,
+    Expander,
     TreeLimits,
     Uniform,
     draw_without_replacement,
@@ -16,21 +17,21 @@ from paceline.rollout.trees.expander import (
 )
 
 
-def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
-    """A tree of fixed shape: ``width`` children of the root, and of each further level's nodes half as many
-    as of the one above.
+def grow_static(expander: Expander, limits: TreeLimits, uniform: Uniform, replacement: bool) -> DraftTree:
+    """Draws a tree of fixed shape, whose branching factor halves from level to level.
 
-    The k-configuration of Multi-Candidate SD (Yang et al., arXiv 2401.06706) and the constant branching of
-    Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known before anything is drawn; nodes are in
-    order of levels.
+    The root has ``width`` children. This is the k-configuration of Multi-Candidate SD (Yang et al., arXiv
+    2401.06706) and the constant branching of Recursive SD (Jeon et al., arXiv 2402.14160). The shape is known
+    before anything is drawn, and nodes are ordered by level.
 
     Args:
-        brancher: The drafter.
-        limits: Levels whose nodes no longer fit into ``nodes`` are left out.
-        uniform: The step's numbers.
-        replacement: Draw siblings independently; otherwise without replacement.
+        expander: The drafter's model.
+        limits: Size of the tree; a level that does not fit into ``nodes`` as a whole is left out, and so are
+            those below it.
+        uniform: Random numbers of the step.
+        replacement: Whether siblings are drawn independently; otherwise they are drawn without replacement.
     """
-    tree = _Drawn(brancher, uniform)
+    tree = _Drawn(expander, uniform)
     children, level, parents = limits.width, 1, [-1]
     while level <= limits.depth and tree.nodes + len(parents) * children <= limits.nodes:
         parents = tree.add_level(parents, children, replacement)
@@ -38,34 +39,35 @@ def grow_static(brancher: Brancher, limits: TreeLimits, uniform: Uniform, replac
     return tree.finish()
 
 
-def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> DraftTree:
-    """Greedy expansion by estimated acceptance, a level at a time.
+def grow_dyspec(expander: Expander, limits: TreeLimits, uniform: Uniform) -> DraftTree:
+    """Expands the nodes that are likeliest to be accepted, one level at a time.
 
     DySpec (Xiong et al., "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure", arXiv
-    2410.11744, its threshold variant): a node that may get its next child has the value v, the product of the
-    drafter's probabilities on its path times the mass its earlier children left. The next child, drawn
-    without replacement from what is left, gets v · r(x), and the node keeps v · (1 − r(x)). Nodes go on
-    getting children while v is at least the threshold, here one over the budget.
+    2410.11744, its threshold variant): a node that may get a further child has the value v, the product of
+    the drafter's probabilities on its path times the mass that its earlier children left. The next child,
+    drawn without replacement from what is left (a distribution r), gets v · r(x), and the node keeps v · (1 −
+    r(x)). A node gets children while v is at least the threshold, here one over the budget.
 
-    Whether a child is drawn depends on those before it and never on itself, as `verify_recursive` wants it.
+    Whether a child is drawn depends on the children before it and never on the child itself, as
+    `verify_recursive` requires.
     """
-    tree = _Drawn(brancher, uniform)
-    batch = len(brancher.temperatures)
+    tree = _Drawn(expander, uniform)
+    batch = len(expander.temperatures)
     values = torch.ones(batch, 1, dtype=torch.float64)
     left = torch.full((batch,), limits.nodes)
-    parents, least = [-1], 1 / limits.nodes
+    parents, threshold = [-1], 1 / limits.nodes
     for _ in range(limits.depth):
         if not parents:
             break
-        if tree.expanded + len(parents) > MOST_NODES:
+        if tree.expanded + len(parents) > MAX_NODES:
             break
         width = min(limits.width, max(limits.nodes // len(parents), 1))
         first = tree.nodes
         parents = tree.add_level(parents, width, replacement=False)
         drawn = tree.drawn_mass(first).view(batch, -1, width)  # r(x) of each child, in order
-        kept = torch.cat([torch.ones_like(drawn[..., :1]), (1 - drawn).cumprod(-1)[..., :-1]], -1)
-        before = values[..., None] * kept
-        wanted = (before >= least).flatten(1)
+        left_mass = torch.cat([torch.ones_like(drawn[..., :1]), (1 - drawn).cumprod(-1)[..., :-1]], -1)
+        before = values[..., None] * left_mass
+        wanted = (before >= threshold).flatten(1)
         wanted &= wanted.long().cumsum(-1) <= left[:, None]
         left -= wanted.sum(-1)
         tree.keep(first, wanted)
@@ -78,33 +80,40 @@ def grow_dyspec(brancher: Brancher, limits: TreeLimits, uniform: Uniform) -> Dra
 
 
 class _Drawn:
-    """Nodes in order of levels, with what each was drawn from. All rows have the same shape; `keep` says
-    which nodes are real.
+    """Nodes ordered by level, with the distribution that each was drawn from.
+
+    All rows have the same shape; `keep` notes which nodes are real.
     """
 
-    def __init__(self, brancher: Brancher, uniform: Uniform) -> None:
-        self._brancher, self._uniform = brancher, uniform
+    def __init__(self, expander: Expander, uniform: Uniform) -> None:
+        self._expander, self._uniform = expander, uniform
         self._used = 0
         self._columns: list[torch.Tensor] = []
         self._probs: list[torch.Tensor] = []
         self._parents: list[int] = []
         self._kept: dict[int, torch.Tensor] = {}
-        self._level = log_probs(brancher.root(), brancher.temperatures).exp()[:, None]
+        self._level = log_probs(expander.root(), expander.temperatures).exp()[:, None]
         self._expanded: list[int] = []
         self._kind = DraftKind.WITH_REPLACEMENT
 
     @property
     def nodes(self) -> int:
-        """How many there are."""
+        """The number of nodes."""
         return len(self._parents)
 
     @property
     def expanded(self) -> int:
-        """How many of them were expanded."""
+        """The number of nodes that were expanded."""
         return len(self._expanded)
 
     def add_level(self, parents: list[int], children: int, replacement: bool) -> list[int]:
-        """``children`` of each of the newest level's nodes (``[-1]``: of the root). Returns the new nodes."""
+        """Draws ``children`` children of each of ``parents`` and returns the new nodes.
+
+        Args:
+            parents: Nodes of the newest level, or ``[-1]`` for the root.
+            children: Children of each, at most the drafter's vocabulary.
+            replacement: Whether siblings are drawn independently.
+        """
         if parents != [-1]:
             self._expand(parents)
         batch, count, width = self._level.shape
@@ -117,42 +126,45 @@ class _Drawn:
             noise = self._numbers(count * width).view(batch, count, width)
             columns, q = draw_without_replacement(self._level, noise, children)
             self._kind = DraftKind.WITHOUT_REPLACEMENT
-        first = self.nodes
+        first_new = self.nodes
         self._columns.append(columns.flatten(1))
         self._probs.append(q.flatten(1, 2))
         self._parents += [p for p in parents for _ in range(children)]
-        return list(range(first, self.nodes))
+        return list(range(first_new, self.nodes))
 
     def _numbers(self, count: int) -> torch.Tensor:
         self._used += count
         return self._uniform(self._used - count, count).to(self._level.device)
 
     def _expand(self, nodes: list[int]) -> None:
-        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._brancher.vocabulary)
+        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._expander.vocabulary)
         place = {node: order for order, node in enumerate(self._expanded)}
         above = torch.tensor([place.get(self._parents[n], -1) for n in nodes], device=tokens.device)
-        logits = self._brancher.expand(tokens, above.expand(len(tokens), -1))
+        logits = self._expander.expand(tokens, above.expand(len(tokens), -1))
         self._expanded += nodes
-        self._level = log_probs(logits, self._brancher.temperatures).exp()
+        self._level = log_probs(logits, self._expander.temperatures).exp()
 
     def drawn_mass(self, first: int) -> torch.Tensor:
-        """float64 [B, n], probability of each of the nodes from ``first`` on under what it was drawn from; on
-        the CPU.
+        """Returns the probability of each node from ``first`` on under the distribution it was drawn from.
+
+        Returns:
+            float64 [B, n] on the CPU.
         """
         columns, probs = torch.cat(self._columns, 1)[:, first:], torch.cat(self._probs, 1)[:, first:]
         return probs.gather(-1, columns[..., None])[..., 0].double().cpu()
 
     def keep(self, first: int, wanted: torch.Tensor) -> None:
-        """bool [B, n]: which of the nodes from ``first`` on are real; a node is one only where its parent
-        is.
+        """Notes which of the nodes from ``first`` on are real: bool [B, n].
+
+        A node can be real only where its parent is.
         """
         self._kept[first] = wanted
 
     def finish(self) -> DraftTree:
-        """The draft: the real nodes of each row, in order of levels."""
+        """Returns the draft: the real nodes of each row, ordered by level."""
         columns, probs = torch.cat(self._columns, 1), torch.cat(self._probs, 1)
         batch, nodes = columns.shape
-        vocabulary = self._brancher.vocabulary
+        vocabulary = self._expander.vocabulary
         parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
         if not self._kept:
             lengths = torch.full((batch,), nodes)
@@ -167,8 +179,18 @@ class _Drawn:
         above = parents.gather(1, order)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
         lengths = real.sum(-1).cpu()
-        most = int(lengths.max())
-        picked = order[:, :most]
+        longest = int(lengths.max())
+        picked = order[:, :longest]
         picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))
         tokens = target_ids(columns.gather(1, picked), vocabulary)
-        return DraftTree(tokens, lengths, parents[:, :most], picked_probs, vocabulary, self._kind)
+        return DraftTree(tokens, lengths, parents[:, :longest], picked_probs, vocabulary, self._kind)
+
+
+STATIC = TreeBuilder(
+    lambda expander, limits, options: grow_static(expander, limits, options.uniform, options.replacement),
+    ("replacement", "without_replacement"),
+)
+DYSPEC = TreeBuilder(
+    lambda expander, limits, options: grow_dyspec(expander, limits, options.uniform),
+    ("without_replacement",),
+)

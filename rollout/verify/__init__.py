@@ -1,5 +1,6 @@
-"""Lossless verifiers: pure functions of what the target says, the draft, and uniforms. A new one is one file
-and one line here.
+"""Lossless verifiers: pure functions of the target's probabilities, the draft and uniform random numbers.
+
+A new verifier is one file and one line in `VERIFIERS`.
 """
 
 from paceline.rollout.verify.block import verify_block
@@ -19,7 +20,7 @@ VERIFIERS: dict[str, Verifier] = {
 
 
 def default_verifier(chain: bool) -> Verifier:
-    """What verifies drawn drafts where nothing was chosen: token by token for chains, recursive for trees."""
+    """Returns the default verifier of drawn drafts: token by token for chains, recursive for trees."""
     return verify_chain if chain else verify_recursive
 
 

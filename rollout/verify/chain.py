@@ -19,35 +19,38 @@ from paceline.rollout.verify.verifier import verifier
 
 @verifier("chain", trees=False)
 def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
-    """Speculative sampling (Leviathan et al., arXiv 2211.17192, Algorithm 1; Chen et al., arXiv 2302.01318,
-    Algorithm 2).
+    """Verifies a chain by speculative sampling.
 
-    Theorem (Leviathan et al., appendix A.1). Let p be the target's distribution at a node and q the one that
-    the draft token x was drawn from. Accept x with probability min(1, p(x)/q(x)); on rejection draw from the
-    residual r(y) ∝ max(0, p(y) − q(y)). Then the token kept has distribution p, whatever q is::
+    Leviathan et al., arXiv 2211.17192, Algorithm 1; Chen et al., arXiv 2302.01318, Algorithm 2.
 
-        P(y) = q(y)·min(1, p(y)/q(y)) + (1 − Σ_x min(p(x), q(x))) · r(y) = min(p, q)(y) + max(0, p − q)(y) =
-        p(y)
+    Theorem (Leviathan et al., appendix A.1). Let p be the target's distribution at a node and q the
+    distribution that the draft token x was drawn from. Accept x with probability min(1, p(x)/q(x)); on
+    rejection, draw from the residual r(y) ∝ max(0, p(y) − q(y)). Then the kept token has distribution p,
+    whatever q is::
 
-    since 1 − Σ min(p, q) = Σ max(0, p − q) is just what normalises r. When every draft token is kept, one
-    more is drawn from p. Whether a further token was drafted may depend on the tokens before it: the theorem
-    is applied given those.
+        P(y) = q(y)·min(1, p(y)/q(y)) + (1 − Σ_x min(p(x), q(x))) · r(y)
+             = min(p, q)(y) + max(0, p − q)(y)
+             = p(y)
+
+    since 1 − Σ min(p, q) = Σ max(0, p − q) is exactly the normaliser of r. When every draft token is
+    accepted, one more token is drawn from p. Whether a further token was drafted may depend on the tokens
+    before it: the theorem is applied conditionally on them.
 
     Args:
         target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and
             after each draft token.
         draft: Chains of up to N nodes with ``probs``.
-        uniforms: The random numbers.
+        uniforms: Random numbers of the step.
 
     Raises:
-        ValueError: for a tree.
+        ValueError: The draft is a tree.
     """
     p = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
     lengths = draft.lengths.to(p.device)
     accepted = leading_run(uniforms.accept.to(p) * draft_mass(draft).double() < p, lengths)
     rows = torch.arange(len(accepted), device=accepted.device)
     weights = target_probs[rows, accepted]
-    # of every row: picking out the rejected ones would wait for a GPU
+    # computed for every row, because selecting the rejected ones would wait for a GPU
     rest = residual(weights, *drawn_from(draft, accepted.clamp(max=draft.nodes - 1)))
     weights = torch.where((accepted < lengths)[:, None], rest, weights)
     return Verification(

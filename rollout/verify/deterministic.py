@@ -1,4 +1,4 @@
-"""Lossless verification of drafts that are a function of what is committed, at any temperature."""
+"""Lossless verification, at any temperature, of drafts that are a function of the committed tokens."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from paceline.rollout.verify.outcome import Verification, chain_path, leading_ru
 
 
 def verify_deterministic(drawn: torch.Tensor, draft: DraftTree) -> Verification:
-    """Walks down the tree while what the target itself draws is there.
+    """Walks down the tree as long as the token that the target itself draws is among the children.
 
     Theorem (Leviathan et al., arXiv 2211.17192, Algorithm 1 with q = δ_x, for each child in turn). Let y be
-    drawn from the target's distribution p at a node with children S. Go on to the child y where y ∈ S: that
-    has probability p(S), and y is the committed token either way, so it has distribution p. No verifier
-    accepts more often than p(S) when S is fixed, because an accepted token lies in S. It is moreover *the
+    drawn from the target's distribution p at a node with children S. Descend to the child y if y ∈ S, which
+    has probability p(S). Either way y is the committed token, so it has distribution p. No verifier accepts
+    with a probability above p(S) when S is fixed, because an accepted token lies in S. Moreover y is *the
     token that plain decoding draws with the same random number*: by induction the committed tokens are those
-        of plain decoding with the same seed, not only equal in law. At temperature 0, y is the argmax,
-    and they are those of greedy decoding (Stern et al., arXiv 1811.03115, section 3).
+    of plain decoding with the same seed, not only equal in distribution. At temperature 0, y is the argmax,
+    and the tokens are those of greedy decoding (Stern et al., arXiv 1811.03115, section 3).
 
     Args:
         drawn: int64 [B, N + 1], the target's draw after the last committed token and after each node; nodes
             of one depth share their random number.
-        draft: A chain or tree of N nodes; its kind must be fixed. Of equal siblings the first counts.
+        draft: A chain or tree of N nodes, of kind FIXED. Among equal siblings the first counts.
 
     Raises:
-        ValueError: for a drawn draft.
+        ValueError: The draft was drawn.
     """
     if draft.kind is not DraftKind.FIXED:
         raise ValueError(
-            f"following the target's draws is for fixed drafts, this one is {draft.kind}: take one of "
-            "VERIFIERS"
+            f"verify_deterministic is for fixed drafts, but this draft is {draft.kind}: use one of VERIFIERS"
         )
     if draft.parents is None:
         accepted = leading_run(drawn[:, :-1] == draft.tokens, draft.lengths)

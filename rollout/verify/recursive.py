@@ -1,4 +1,4 @@
-"""Lossless verification of drawn trees: siblings one after another."""
+"""Lossless verification of drawn trees: the siblings of a node are tried one after another."""
 
 from __future__ import annotations
 
@@ -18,30 +18,29 @@ Siblings = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tens
     "recursive", covers=(DraftKind.WITH_REPLACEMENT, DraftKind.WITHOUT_REPLACEMENT, DraftKind.UNLABELLED)
 )
 def verify_recursive(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
-    """Recursive rejection sampling over the children of each node.
+    """Verifies trees by recursive rejection sampling over the children of each node.
 
     With replacement: Miao et al., "SpecInfer", arXiv 2305.09781, Algorithm 2 (MSS); Yang et al.,
-        "Multi-Candidate Speculative
-    Decoding", arXiv 2401.06706, Algorithm 1. Without: Jeon et al., "Recursive Speculative Decoding", arXiv
-    2402.14160, Algorithm 2 and theorem 3.1; Yang et al., section 3.2.
+    "Multi-Candidate Speculative Decoding", arXiv 2401.06706, Algorithm 1. Without replacement: Jeon et al.,
+    "Recursive Speculative Decoding", arXiv 2402.14160, Algorithm 2 and theorem 3.1; Yang et al., section 3.2.
 
     Theorem. Let p_1 be the target's distribution at a node and x_i the i-th child, drawn from a distribution
     q_i that may depend on the children before it. Accept x_i with probability min(1, p_i(x_i)/q_i(x_i)), else
-    go on with p_{i+1} ∝ max(0, p_i − q_i); after the last child draw from what is left. By chain
-    verification's theorem, given all that came before, the token found from (p_i, q_i, p_{i+1}) has
-    distribution p_i; by induction backwards over i the committed one has p_1. Siblings that are drawn
-    independently have q_i = q; those drawn without replacement (as Gumbel-top-k does) have q_i = q without
-    the earlier ones, normalised; `DraftTree.probs` holds q_i itself, so both are this one function, and so is
-    a tree that does not state its kind.
+    continue with p_{i+1} ∝ max(0, p_i − q_i); after the last child, draw from what is left. By the theorem of
+    chain verification, conditionally on everything drawn before, the token that results from (p_i, q_i,
+    p_{i+1}) has distribution p_i; by backward induction over i, the committed one has distribution p_1.
+    Independently drawn siblings have q_i = q. Siblings drawn without replacement (as Gumbel-top-k does) have
+    q_i = q without the earlier ones, normalised. `DraftTree.probs` holds q_i itself, so that one function
+    covers both, and also a tree that does not state its kind.
 
-    How many children a node has may depend on everything drawn before each of them, not on what it turns out
-    to be.
+    How many children a node has may depend on everything drawn before each of them, but not on the value of
+    the child itself.
 
     Args:
         target_probs: float32 [B, N + 1, V], the processed distribution after the last committed token and
             after each node.
         draft: Trees of up to N nodes with ``probs``.
-        uniforms: The random numbers.
+        uniforms: Random numbers of the step.
     """
     mass = draft_mass(draft).double()
     table = child_table(draft)
@@ -66,12 +65,15 @@ def verify_recursive(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uni
 def descend(
     target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms, siblings: Siblings
 ) -> Verification:
-    """Goes down from the last committed token while a child is accepted, then draws the next token.
+    """Descends from the last committed token while a child is accepted, then draws the next token.
 
     Args:
-        target_probs, draft, uniforms: As for `verify_recursive`.
-        siblings: (distribution [B, V], node [B], rows still descending [B]) → the accepted child of each row
-            or ``-1``, and the distribution that the next token is drawn from where none was.
+        target_probs: float32 [B, N + 1, V], as for `verify_recursive`.
+        draft: Trees of up to N nodes.
+        uniforms: Random numbers of the step; this function uses ``target``.
+        siblings: Chooses among the children of a node: (distribution [B, V], node [B], rows still descending
+            [B]) → the accepted child of each row or ``-1``, and the distribution that the next token is drawn
+            from where no child was accepted.
     """
     rows = torch.arange(len(draft.tokens), device=draft.tokens.device)
     node, alive = torch.full_like(rows, -1), torch.ones_like(rows, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a verifier is: a pure function, and the drafts that its theorem covers."""
+"""The interface of a verifier: a pure function, and the drafts that its theorem covers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ VerifierFunction = Callable[[torch.Tensor, DraftTree, Uniforms], Verification]
 
 
 class Verifier(Protocol):
-    """Verifies drawn drafts, and says which it does not: an engine takes nothing less."""
+    """Verifies drawn drafts and states which of them it does not cover; an engine requires both."""
 
     def refusal(self, kind: DraftKind, chain: bool) -> str | None:
-        """Why drafts of this kind, chains or trees, are not verified, in one line; None where they are."""
+        """Returns, in one line, why such chains or trees are not covered; None if they are."""
         ...
 
     def __call__(self, target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms, /) -> Verification:
-        """The outcome; ValueError for a draft that is not verified."""
+        """Returns the outcome of the verification.
+
+        Raises:
+            ValueError: The draft is not covered.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StatedVerifier:
-    """A verifying function together with what its theorem covers; everything else is refused.
+    """A verifying function together with the drafts that its theorem covers; it rejects all others.
 
     Attributes:
-        name: For messages.
-        function: Takes the target's probabilities float32 [B, N + 1, V], the draft and the random numbers.
-        covers: Kinds of trees whose output keeps the target's distribution. A chain has no siblings, so that
-            a drawn chain of any kind is covered by every verifier.
-        trees: Whether it reads trees at all.
+        name: Name in error messages.
+        function: Verifies a draft, given the target's probabilities float32 [B, N + 1, V], the draft and the
+            random numbers.
+        covers: Kinds of trees for which the output keeps the target's distribution. Chains have no siblings,
+            so that every verifier covers drawn chains of any kind.
+        trees: Whether the function reads trees at all.
     """
 
     name: str
@@ -44,25 +49,28 @@ class StatedVerifier:
     trees: bool = True
 
     def refusal(self, kind: DraftKind, chain: bool) -> str | None:
+        """Returns why drafts of this kind are not covered, see `Verifier.refusal`."""
         if kind is DraftKind.FIXED:
             return (
-                f"{self.name} verification is for drawn drafts, this one is fixed: follow the target's own "
-                f"draws instead"
+                f"{self.name} verification is for drawn drafts, but this draft is fixed: use "
+                f"verify_deterministic"
             )
         if chain:
             return None
         if not self.trees:
             return (
-                f"{self.name} verification reads chains, this draft is a tree: verify with recursive, or "
-                f"draft chains"
+                f"{self.name} verification reads chains, but this draft is a tree: use verifier recursive, "
+                f"or draft chains"
             )
         if kind in self.covers:
             return None
         return (
-            f"{self.name} verification does not cover siblings {kind}: verify with recursive, or draft chains"
+            f"{self.name} verification does not cover siblings {kind}: use verifier recursive, or draft "
+            f"chains"
         )
 
     def __call__(self, target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniforms) -> Verification:
+        """Verifies the draft with the function, see `Verifier.__call__`."""
         refusal = self.refusal(draft.kind, draft.parents is None)
         if refusal is not None:
             raise ValueError(refusal)
@@ -72,9 +80,12 @@ class StatedVerifier:
 def verifier(
     name: str, covers: Collection[DraftKind] = (), trees: bool = True
 ) -> Callable[[VerifierFunction], StatedVerifier]:
-    """Makes a function a `StatedVerifier`; arguments as there."""
+    """Decorates a verifying function as a `StatedVerifier`.
 
-    def made(function: VerifierFunction) -> StatedVerifier:
+    The arguments are the attributes of that class.
+    """
+
+    def decorate(function: VerifierFunction) -> StatedVerifier:
         return StatedVerifier(name, function, frozenset(covers), trees)
 
-    return made
+    return decorate

@@ -82,7 +82,7 @@ def test_rollouts_go_on_without_it_and_it_is_said_once(way, plain):
 def test_the_bandit_no_longer_chooses_it():
     broken = engine("raises")
     broken.adapt([Strategy("breaking", 2), Strategy("suffix", 2)], epsilon=0.5, seed=1)
-    broken.speculation.selector.cost.hoped_tokens = lambda arm: 100.0  # everything looks worth a try
+    broken.speculation.selector.cost.optimistic_tokens = lambda arm: 100.0  # everything looks worth a try
     with pytest.warns(DrafterWarning):
         for _ in range(5):
             broken.generate(REQUESTS)

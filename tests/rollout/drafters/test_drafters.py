@@ -287,9 +287,9 @@ def test_clasp_that_leaves_out_useless_layers_is_always_right():
     rollouts = engine.generate(
         [Request([3, i], SamplingParams(temperature=0, max_tokens=41), seed=i) for i in range(5)]
     )
-    assert clasp.left_out == (1, 4)
+    assert clasp.skipped_layers == (1, 4)
     assert mean_acceptance_length(rollouts) == 4.0
-    with pytest.raises(ValueError, match="leaves out 6 of 6"):
+    with pytest.raises(ValueError, match="skips 6 of 6"):
         ClaspDrafter(engine.runner, 6)
 
 
@@ -316,7 +316,7 @@ def test_the_search_is_the_dynamic_program(seed, skipped):
                 options.append((best[j - 1][0], (*best[j - 1][1], i)))
             following[j] = max(options, key=lambda o: float(torch.cosine_similarity(o[0], goal, dim=0)))
         best = following
-    assert search.left_out() == best[skipped][1]
+    assert search.skipped_layers() == best[skipped][1]
 
 
 # Stop policies
@@ -325,8 +325,8 @@ def test_the_search_is_the_dynamic_program(seed, skipped):
 def test_svip_stops_where_the_entropy_is_high():
     policy = EntropyThreshold(1.0)
     sure, unsure = torch.tensor([0.97, 0.01, 0.01, 0.01]).log(), torch.full((16,), 1 / 16).log()
-    assert policy.go_on(sure[None]).tolist() == [True]
-    assert policy.go_on(unsure[None]).tolist() == [False]  # √(ln 16) = 1.67
+    assert policy.should_continue(sure[None]).tolist() == [True]
+    assert policy.should_continue(unsure[None]).tolist() == [False]  # √(ln 16) = 1.67
 
 
 def test_specdec_learns_when_drafts_are_rejected():
@@ -344,7 +344,7 @@ def test_specdec_learns_when_drafts_are_rejected():
     for log_q, expected in ((sure, True), (unsure, False)):
         policy.begin(1)
         policy.drawn(log_q, token)
-        assert policy.go_on(sure).tolist() == [expected]
+        assert policy.should_continue(sure).tolist() == [expected]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Process:
 
 
 class Chooser:
-    """A `Brancher` of ``samples`` equal rows over a process."""
+    """A `Expander` of ``samples`` equal rows over a process."""
 
     def __init__(self, process: Process, samples: int) -> None:
         self.process = process
