@@ -46,7 +46,7 @@ from typing import Any
 from paceline.benchmarks.commands import COMMANDS
 from paceline.benchmarks.common.results import check_target
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 NOT_REWARDS = {"verbose", "long_tail", "segments", "tree", "prod_d"}
 
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     with user_errors():
         if "out" in args:
             check_target(args.out)
-        say_first(f"bench {args.command}: loading torch and transformers")
+        announce(f"bench {args.command}: loading torch and transformers")
         COMMANDS[args.command](args)
 
 

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 from paceline.rl.process.invocation import command_line
 
 
@@ -28,7 +28,7 @@ def warm_up_drafter(
     with user_errors():
         if out.exists():
             raise UserError(f"{out}: exists; name a new directory")
-        say_first(f"a first drafter for {config}: loading torch and transformers")
+        announce(f"a first drafter for {config}: loading torch and transformers")
         from paceline.rl.preparation import make_drafter, prepare
         from paceline.rl.process.process_tuning import fit_process
         from paceline.rl.process.progress import Display
@@ -47,7 +47,7 @@ def export(
     out: Annotated[Path, Argument(help="new directory")],
 ) -> None:
     """Writes a run's drafter as a directory that vLLM and SGLang load."""
-    say_first("exporting the drafter: loading torch", data=True)
+    announce("exporting the drafter: loading torch", data=True)
     from paceline.drafter_trainer.storage.export import export_drafter
 
     with user_errors():
@@ -86,7 +86,7 @@ def serve(
         if not (run / "drafter").is_dir():
             drafter = None
             print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
-        say_first("starting the server", data=True)
+        announce("starting the server", data=True)
         from paceline.drafter_trainer.storage.checkpoint import load_drafter_of
         from paceline.rollout.backends.vllm_server import serve_command, sglang_command
 

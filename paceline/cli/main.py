@@ -11,7 +11,7 @@ from paceline.cli.policy import fetch, warm_up_policy
 from paceline.cli.push import push
 from paceline.cli.results import evaluate, report
 from paceline.cli.train import train
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,7 +52,7 @@ def doctor() -> None:
     """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
     run.
     """
-    say_first("looking at this machine; a tiny run at the end takes half a minute")
+    announce("looking at this machine; a tiny run at the end takes half a minute")
     from paceline.cli.doctor import doctor as examine
 
     examine()

@@ -10,7 +10,7 @@ from typer import Argument, Option
 from paceline.cli.common import Overrides
 from paceline.cli.drafter import warm_up_drafter
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def fetch(
@@ -19,7 +19,7 @@ def fetch(
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
 ) -> None:
     """Resolves a model id to a directory, fetching it if need be, and prints it."""
-    say_first(f"looking for {model}", data=True)
+    announce(f"looking for {model}", data=True)
     from paceline.rl.models.policies import fetch_policy
 
     with user_errors():
@@ -35,7 +35,7 @@ def warm_up_policy(
     """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both
     are kept: runs of the recipe find the policy.
     """
-    say_first(f"warming the policy of {config} up: loading torch and transformers")
+    announce(f"warming the policy of {config} up: loading torch and transformers")
     from paceline.rl.models.initial import starting_policy
     from paceline.rl.preparation import prepare
     from paceline.rl.process.progress import Display

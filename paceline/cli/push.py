@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def push(
@@ -19,7 +19,7 @@ def push(
     private: Annotated[bool, Option("--private", help="make new repositories private")] = False,
 ) -> None:
     """Uploads a run's policy, adapter and drafter to the Hugging Face hub, each with a model card."""
-    say_first("reading what is to be pushed")
+    announce("reading what is to be pushed")
     from paceline.rl.models.publishing import push_run
 
     with user_errors():

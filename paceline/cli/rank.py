@@ -22,9 +22,9 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     end_with_launcher()  # before anything that takes long
     # here: scoring processes import this file anew, and need none of it
-    from paceline.rl.process.console import say_first
+    from paceline.rl.process.console import announce
 
-    say_first("loading torch and transformers")
+    announce("loading torch and transformers")
     from paceline.rl.run import main
 
     main(None)

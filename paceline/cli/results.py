@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def report(
@@ -49,12 +49,12 @@ def evaluate(
     With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the
     output distribution, so it is for evaluation alone.
     """
-    say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
+    announce(f"evaluating {config if run is None else run}: loading torch and transformers")
     from paceline.rl.errors import UserError
     from paceline.rl.evaluation.evaluate import Evaluator
     from paceline.rl.evaluation.policy import evaluated_policy
     from paceline.rl.models.initial import starting_policy
-    from paceline.rl.process.files import write_whole
+    from paceline.rl.process.files import write_atomically
     from paceline.rl.process.process_tuning import fit_process
 
     with user_errors():
@@ -83,6 +83,6 @@ def evaluate(
         if out is not None:
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                write_atomically(out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
             except OSError as error:
                 raise UserError(f"--out {out}: {error}") from None

@@ -16,9 +16,9 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.cli.rank import rank_command
-from paceline.rl.checkpointing.graceful_stop import ASKS, ONE_PRESS, say_stopping
+from paceline.rl.checkpointing.graceful_stop import SAME_SIGNAL_SECONDS, STOP_SIGNALS, announce_stop
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def train(
@@ -53,7 +53,7 @@ def train(
             *(["--dry-run"] if dry_run else []),
             *(["--resume", str(resume)] if resume is not None else []),
         ]
-        say_first(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
+        announce(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
         run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
         if dry_run:
             from paceline.rl.run import run as run_here
@@ -87,13 +87,13 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
         nonlocal first
         if first is None and (run / "config.json").is_file():  # else there is no step yet to stop after
             (run / "stop").touch()
-            say_stopping(number)
+            announce_stop(number)
             first = number, time.monotonic()
-        elif first is None or time.monotonic() - first[1] > ONE_PRESS:
+        elif first is None or time.monotonic() - first[1] > SAME_SIGNAL_SECONDS:
             first = first or (number, 0.0)
             os.killpg(job.pid, signal.SIGKILL)  # the agent, with which its ranks end
 
-    before = {number: signal.signal(number, ask) for number in ASKS}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -11,21 +11,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-ASKS = (
+STOP_SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGUSR1,
 )  # a person, a launcher or cluster, a cluster before its time limit
-ONE_PRESS = 1.0  # seconds in which a terminal and a launcher may both pass on the same signal
+SAME_SIGNAL_SECONDS = 1.0  # seconds in which a terminal and a launcher may both pass on the same signal
 
 
-def say_stopping(number: int) -> None:
+def announce_stop(number: int) -> None:
     """Answers, in the terminal, the first signal that asks a run to stop."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     print(f"\npaceline: stopping after this step; {name} again to stop now", flush=True)
 
 
-class Interruption:
+class GracefulStop:
     """Whether a run was asked to stop after its present step. The first signal asks, a later one ends the
     process at once.
 
@@ -40,9 +40,9 @@ class Interruption:
         self._before: dict[int, Any] = {}
         self.signal: int | None = None
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> GracefulStop:
         self._file.unlink(missing_ok=True)  # of a run that was stopped before
-        self._before = {number: signal.signal(number, self._ask) for number in ASKS}
+        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,11 +50,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and time.monotonic() - self._asked > ONE_PRESS:
+        if self._asked is not None and time.monotonic() - self._asked > SAME_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if self._asked is None and self._says:
-            say_stopping(number)
+            announce_stop(number)
         self._asked, self.signal = self._asked or time.monotonic(), self.signal or number
 
     @property

@@ -13,7 +13,7 @@ from paceline.rl.checkpointing.checkpoint import CHECKPOINTS, Checkpoint
 from paceline.rl.config.parsing import apply_override, parse
 from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.errors import UserError
-from paceline.rl.process.files import append_line, read_object, write_whole
+from paceline.rl.process.files import append_line, read_object, write_atomically
 from paceline.rl.validation.recipe import check
 
 # A checkpoint means nothing without these: weights and moments of another model, half-finished groups of
@@ -144,7 +144,7 @@ def _refuse_changes(kept: dict[str, Any], wanted: dict[str, Any], where: str) ->
 
 def keep_recipe(config: RunConfig, run: Path) -> None:
     """Writes ``config.json``, whole, where it is not there already."""
-    write_whole(run / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+    write_atomically(run / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def record_resume(run: Path, steps_done: int, ranks: int, overrides: Sequence[str]) -> None:

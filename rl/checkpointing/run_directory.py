@@ -30,7 +30,7 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say_on_main(line: str) -> None:
+def print_on_main(line: str) -> None:
     """Prints a line, on rank 0."""
     if is_main():
         print(f"paceline: {line}", flush=True)
@@ -62,7 +62,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def main_speaks_first() -> Iterator[None]:
+def main_rank_reports_first() -> Iterator[None]:
     """Lets rank 0 say what is wrong before other ranks do: its launcher ends them meanwhile, and one line is
     left.
     """
@@ -96,14 +96,14 @@ def open_run(
     with disk_errors(run):
         checkpoint = None
         if resume and has_checkpoint(run):
-            checkpoint = find_checkpoint(run, say_on_main)
+            checkpoint = find_checkpoint(run, print_on_main)
             if (changed := compare_recipes(config, checkpoint)) is not None:
-                say_on_main(changed)
+                print_on_main(changed)
             for line in changed_logs(run, checkpoint.state):
-                say_on_main(line)
+                print_on_main(line)
             set_aside_broken(run, checkpoint)
         elif resume:
-            say_on_main(
+            print_on_main(
                 f"{run} has no checkpoint yet: it was stopped before its first save, and starts from its "
                 "beginning"
             )
@@ -111,7 +111,7 @@ def open_run(
         done = 0 if checkpoint is None else checkpoint.steps_done
         for name in (*LOGS, "rollouts.jsonl"):
             if broken := keep_first_lines(run / name, done):
-                say_on_main(f"{run / name}: {broken} broken lines were left out")
+                print_on_main(f"{run / name}: {broken} broken lines were left out")
         if checkpoint is None:
             # that ended before its first checkpoint: the run must not take it for its own
             for name in _OF_AN_ATTEMPT:

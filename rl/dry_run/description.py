@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from paceline.rl.config.run import RunConfig
-from paceline.rl.dry_run.devices import Place, gpu_of, this_machine
+from paceline.rl.dry_run.devices import DeviceSpec, published_gpu, this_machine
 from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy_config
 from paceline.rl.dry_run.tiny_policy import check_policy
 from paceline.rl.models.initial import starting_drafter
@@ -46,7 +46,7 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
         lines.append(f"{untried}: the run itself will check it")
     starting_drafter(config, policy)  # whether it can be used
     dtype = torch.bfloat16 if config.policy.mixed_precision == "bf16" else torch.float32
-    place = this_machine(ranks, policy, dtype) if gpu is None else gpu_of(gpu)
+    place = this_machine(ranks, policy, dtype) if gpu is None else published_gpu(gpu)
     found = estimate(config, policy, ranks, place)
     sequences = cache_shape(config, policy)
     return [
@@ -65,7 +65,7 @@ def size(amount: float) -> str:
     return f"{amount / 1e3:.1f} kB"
 
 
-def _memory(found: Estimate, place: Place, ranks: int, slots: int, capacity: int) -> list[str]:
+def _memory(found: Estimate, place: DeviceSpec, ranks: int, slots: int, capacity: int) -> list[str]:
     each = "the rank" if ranks == 1 else f"each of the {ranks} ranks"
     lines = [f"memory of {each}, of {size(place.memory)} ({place.name}):"]
     width = max(len(part.what) for part in found.parts)
@@ -84,7 +84,7 @@ def _memory(found: Estimate, place: Place, ranks: int, slots: int, capacity: int
     return [*lines, f"  {'all':<{width}}  {size(found.total):>10}"]
 
 
-def _advice(config: RunConfig, found: Estimate, place: Place) -> list[str]:
+def _advice(config: RunConfig, found: Estimate, place: DeviceSpec) -> list[str]:
     over = found.total - place.memory
     if over > 0:
         return [
@@ -102,7 +102,7 @@ def _advice(config: RunConfig, found: Estimate, place: Place) -> list[str]:
     return []
 
 
-def _time(config: RunConfig, found: Estimate, place: Place) -> list[str]:
+def _time(config: RunConfig, found: Estimate, place: DeviceSpec) -> list[str]:
     if found.rollout is None or found.update is None or place.bandwidth is None or place.flops is None:
         return [
             f"no time is estimated: the speed of {place.name} is not known; sizes that are: 24, 40, 48, 80, "

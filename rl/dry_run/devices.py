@@ -30,7 +30,7 @@ _PUBLISHED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DeviceSpec:
     """What one rank has.
 
     Attributes:
@@ -50,7 +50,7 @@ class Place:
     device: str
 
 
-def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype) -> Place:
+def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype) -> DeviceSpec:
     """The device that a rank of ``local_ranks`` has here: a GPU of its own, or its share of the CPU's memory,
     cores and bandwidth.
 
@@ -62,22 +62,22 @@ def this_machine(local_ranks: int, policy: PreTrainedConfig, dtype: torch.dtype)
     reading, products = reading_speed() * _READ_SHARE, layer_speed(policy.to_json_string(), dtype)
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-        return Place(name, memory, reading, products, _MEASURED, "cuda")
+        return DeviceSpec(name, memory, reading, products, _MEASURED, "cuda")
     name = f"1/{local_ranks} of this machine" if local_ranks > 1 else "this machine"
-    return Place(
+    return DeviceSpec(
         name, memory_limit() // local_ranks, reading / local_ranks, products / local_ranks, _MEASURED, "cpu"
     )
 
 
-def gpu_of(gigabytes: float) -> Place:
+def published_gpu(gigabytes: float) -> DeviceSpec:
     """A GPU with so much memory, as fast as the data sheet of one of that size and the shares assumed for it
     say.
     """
     found = _PUBLISHED.get(round(gigabytes))
     if found is None:
-        return Place(f"a GPU of {gigabytes:g} GB", int(gigabytes * 1e9), None, None, "", "cuda")
+        return DeviceSpec(f"a GPU of {gigabytes:g} GB", int(gigabytes * 1e9), None, None, "", "cuda")
     name, bandwidth, flops = found
-    return Place(
+    return DeviceSpec(
         name, int(gigabytes * 1e9), bandwidth * _READ_SHARE, flops * _PRODUCT_SHARE, _ASSUMED, "cuda"
     )
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from paceline.rl.config.paths import shipped_folder
 from paceline.rl.config.run import RunConfig
 from paceline.rl.config.scale import LoraConfig
-from paceline.rl.dry_run.devices import Place
+from paceline.rl.dry_run.devices import DeviceSpec
 from paceline.rl.models.hub import HubUnreachable, hub_config
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.models.policies import cached_policy
@@ -94,7 +94,7 @@ def policy_config(model: str) -> PreTrainedConfig | None:
     return read_config(path)
 
 
-def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int, place: Place) -> Estimate:
+def estimate(config: RunConfig, policy: PreTrainedConfig, ranks: int, place: DeviceSpec) -> Estimate:
     """Estimates what a recipe takes on a policy.
 
     Args:
@@ -191,7 +191,7 @@ def _alike(what: str, size: int) -> Part:
     return Part(what, size, size)
 
 
-def _vllm(config: RunConfig, parameters: int, place: Place) -> list[Part]:
+def _vllm(config: RunConfig, parameters: int, place: DeviceSpec) -> list[Part]:
     """vLLM in the process: its own weights, and what it keeps for keys and values beside the engine's."""
     options, r = (config.rollout.vllm.options if config.rollout.vllm is not None else {}), config.rollout
     weights = parameters * getattr(torch, r.dtype).itemsize
@@ -231,7 +231,7 @@ def _length(config: RunConfig) -> float:
 
 
 def step_seconds(
-    config: RunConfig, parameters: int, ranks: int, place: Place, shape: CacheShape, tokens: int
+    config: RunConfig, parameters: int, ranks: int, place: DeviceSpec, shape: CacheShape, tokens: int
 ) -> tuple[float | None, float | None]:
     """Seconds of a step's rollouts and of its update on one rank, without speculation.
 

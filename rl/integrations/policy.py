@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.fingerprint import fingerprint, tensors_held
 from paceline.rl.models.initial import copy_weights
-from paceline.rl.models.lora import merged
+from paceline.rl.models.lora import merged_weights
 from paceline.rl.models.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
 from paceline.rl.sharding.gathering import in_parts, whole_parameters
 
@@ -98,7 +98,7 @@ class HostPolicy:
         def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
             return whole_parameters(self._source, wanted)
 
-        return merged(whole, self._layers())
+        return merged_weights(whole, self._layers())
 
     def _layers(self) -> dict[str, AdaptedLayer] | None:
         """The adapted layers as they are now: their scaling may be changed, and the adapter in use."""

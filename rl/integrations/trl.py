@@ -174,7 +174,7 @@ class PacelineRollouts(TrainerCallback):
     ) -> None:
         """Plays until every conversation is over, or its turns are. Collective."""
         for turn in range(turns):
-            going = [talk for talk in talks if not talk.over]
+            going = [talk for talk in talks if not talk.finished]
             if not any_rank(trainer.accelerator, bool(going)):
                 break
             longest = trainer.max_completion_length if turn_tokens is None else turn_tokens
@@ -188,15 +188,15 @@ class PacelineRollouts(TrainerCallback):
     ) -> None:
         """Adds a turn and, unless it is the conversation's last one, what the environment answers."""
         tokenizer = _tokenizer_of(trainer)
-        talk.said(rollout, tokenizer)
+        talk.add_turn(rollout, tokenizer)
         answer = environment(talk)
-        talk.over = True
+        talk.finished = True
         if answer is None or last:
             return
         ids = answer_ids(tokenizer, answer, rollout.token_ids[-1], trainer.chat_template_kwargs)
         if len(talk.completion_ids) + len(ids) < trainer.max_completion_length:
-            talk.answered(ids)
-            talk.over = False
+            talk.add_answer(ids)
+            talk.finished = False
 
     def complete(
         self,

@@ -38,21 +38,21 @@ class Conversation:
     env_mask: list[int] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
-    over: bool = False
+    finished: bool = False
 
     @property
     def token_ids(self) -> list[int]:
         """Everything so far: what the policy's next turn is drawn after."""
         return [*self.prompt_ids, *self.completion_ids]
 
-    def said(self, rollout: Rollout, tokenizer: Any) -> None:
+    def add_turn(self, rollout: Rollout, tokenizer: Any) -> None:
         """Adds a turn of the policy's."""
         self.completion_ids += rollout.token_ids
         self.logprobs += rollout.logprobs
         self.env_mask += [1] * len(rollout.token_ids)
         self.turns.append(tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
-    def answered(self, ids: Sequence[int]) -> None:
+    def add_answer(self, ids: Sequence[int]) -> None:
         """Adds what the environment answered."""
         self.completion_ids += ids
         self.logprobs += [0.0] * len(ids)

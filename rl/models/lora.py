@@ -91,7 +91,7 @@ def _check_names(policy: PreTrainedModel, wanted: list[str]) -> None:
             )
 
 
-def merged(
+def merged_weights(
     full_weights: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]],
     layers: Mapping[str, AdaptedLayer] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +173,7 @@ def load_adapters(policy: PreTrainedModel, path: Path) -> None:
             parameter.copy_(found)
 
 
-def refuse_adapters_alone(folder: Path) -> None:
+def reject_adapter_directory(folder: Path) -> None:
     """Says what to do with a directory that holds adapters and not the policy that they belong to.
 
     Raises:

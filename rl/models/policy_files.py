@@ -125,7 +125,9 @@ def _check_shards(path: Path, index: dict[str, Any]) -> None:
         {str(name) for name in named.values()} - {file.name for file in path.glob("*.safetensors")}
     )
     if missing:
-        raise UserError(f"policy.model {path}: {some(missing)} of its index are not there: fetch it again")
+        raise UserError(
+            f"policy.model {path}: {first_names(missing)} of its index are not there: fetch it again"
+        )
 
 
 def check_loaded(path: Path, found: dict[str, Any]) -> None:
@@ -143,8 +145,8 @@ def check_loaded(path: Path, found: dict[str, Any]) -> None:
     surplus = [name for name in surplus if not name.endswith("rotary_emb.inv_freq")]
     if not missing and not surplus:
         return
-    lacks = f"lacks {len(missing)} of the model's weights ({some(missing)})" if missing else ""
-    has = f"has {len(surplus)} that are not the model's ({some(surplus)})" if surplus else ""
+    lacks = f"lacks {len(missing)} of the model's weights ({first_names(missing)})" if missing else ""
+    has = f"has {len(surplus)} that are not the model's ({first_names(surplus)})" if surplus else ""
     raise UserError(
         f"policy.model {path}: the directory {' and '.join(part for part in (lacks, has) if part)}: it would "
         "be trained from other "
@@ -153,6 +155,6 @@ def check_loaded(path: Path, found: dict[str, Any]) -> None:
     )
 
 
-def some(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     """The first three of some names."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

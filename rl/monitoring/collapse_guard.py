@@ -7,7 +7,7 @@ from typing import Any
 from paceline.rl.config.length import GuardConfig
 
 
-class Guard:
+class CollapseGuard:
     """Watches a run's steps. Every rank sees the same metrics and says the same.
 
     A length penalty can pay a policy to say nothing: accuracy then falls within a few steps, together with

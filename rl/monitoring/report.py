@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from paceline.rl.errors import UserError
 from paceline.rl.monitoring.summary import PHASES, read_metrics, summarise
-from paceline.rl.process.files import read_lines, write_whole
+from paceline.rl.process.files import read_lines, write_atomically
 
 _COLOURS = dict(zip(PHASES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
         f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items()
     )
     out = run / "report.html"
-    write_whole(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
+    write_atomically(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.errors import UserError
-from paceline.rl.process.files import append_line, read_object, write_whole
+from paceline.rl.process.files import append_line, read_object, write_atomically
 from paceline.rl.process.progress import Display, Phase, duration
 
 _STEPS_BACK = 5  # whose mean the time left goes by
@@ -135,5 +135,5 @@ def _wandb_id(run: Path) -> str:
         return str(read_object(path)["id"])
     except (UserError, KeyError):
         made = secrets.token_hex(6)
-        write_whole(path, json.dumps({"id": made}) + "\n")
+        write_atomically(path, json.dumps({"id": made}) + "\n")
         return made

@@ -23,7 +23,7 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=out, force_terminal=False, color_system=None, width=_FILE_WIDTH, soft_wrap=True)
 
 
-def say_first(doing: str, *, data: bool = False) -> None:
+def announce(doing: str, *, data: bool = False) -> None:
     """Says what a command is about to do, before it imports torch and transformers, which takes seconds.
 
     Says nothing where torch is imported already, nor on any rank of a run but the first.

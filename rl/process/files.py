@@ -27,7 +27,7 @@ _DISK = {
 }
 
 
-def write_whole(path: Path, text: str) -> bool:
+def write_atomically(path: Path, text: str) -> bool:
     """Replaces a file's content in one instant: a kill or a full disk leaves the old content.
 
     Returns:

@@ -23,7 +23,7 @@ _NO_LOCKS = {
 _PATIENCE = 3.0  # seconds of waiting before it is said
 
 
-def made_once(final: Path, make: Callable[[], object], say: Callable[[str], None] = print) -> Path:
+def build_once(final: Path, make: Callable[[], object], say: Callable[[str], None] = print) -> Path:
     """Calls ``make`` where a directory is not there yet, in one process at a time.
 
     Args:
@@ -39,14 +39,14 @@ def made_once(final: Path, make: Callable[[], object], say: Callable[[str], None
     """
     if final.is_dir():
         return final
-    with alone(final.with_name(f"{final.name}.lock"), say):
+    with file_lock(final.with_name(f"{final.name}.lock"), say):
         if not final.is_dir():
             make()
     return final
 
 
 @contextmanager
-def alone(lock: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def file_lock(lock: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Runs the block while no other process is in one with the same lock file.
 
     Raises:
@@ -76,7 +76,7 @@ def alone(lock: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         yield
 
 
-def put(building: Path, final: Path) -> None:
+def rename_into_place(building: Path, final: Path) -> None:
     """Renames a directory that is whole to where it is looked for, unless another process was faster."""
     try:
         building.rename(final)

@@ -8,7 +8,7 @@ import pytest
 from paceline.rl.config.parsing import parse
 from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.dry_run.description import describe
-from paceline.rl.dry_run.devices import gpu_of
+from paceline.rl.dry_run.devices import published_gpu
 from paceline.rl.dry_run.estimate import estimate, policy_config
 from paceline.rl.errors import UserError
 from paceline.rl.recipe import load_config
@@ -171,7 +171,7 @@ def test_what_is_sharded_is_divided_by_the_ranks():
     trained = ("weights", "gradients", "Adam's moments")
 
     def size(*scale: str) -> int:
-        found = estimate(load_config(TINY, scale), policy, 4, gpu_of(80))
+        found = estimate(load_config(TINY, scale), policy, 4, published_gpu(80))
         return sum(found.size(what) for what in trained)
 
     whole = size()
@@ -190,7 +190,7 @@ def test_the_estimate_of_a_known_shape():
     parameters = 4 * (attention + mlp + 2 * 64) + 64
     policy = policy_config("tiny-llama")
     parameters += policy.vocab_size * 64 * (1 if policy.tie_word_embeddings else 2)
-    found = estimate(config, policy, 2, gpu_of(80))
+    found = estimate(config, policy, 2, published_gpu(80))
     assert [found.size(what) for what in ("weights", "gradients", "Adam's moments")] == [
         4 * parameters
     ] * 2 + [8 * parameters]

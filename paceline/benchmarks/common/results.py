@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.rl.errors import UserError
-from paceline.rl.process.files import write_whole
+from paceline.rl.process.files import write_atomically
 
 Keep = Callable[[Any], None]  # takes a finished row
 
@@ -110,7 +110,7 @@ class Results:
         except (OSError, ValueError):
             pass  # nothing of an earlier run that could be kept
         try:
-            write_whole(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
             return True
         except OSError as error:
             print(

@@ -20,7 +20,7 @@ from paceline.rl.learner.balance import assign_ranks, redistribute
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
-from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
+from paceline.rl.models.lora import add_adapters, load_adapters, merged_weights, save_adapters, without_adapters
 from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.sharding import AdamWSettings, Trained, WholeState, shard, whole_state
 from paceline.rl.sharding.settings import read_settings
