@@ -44,7 +44,7 @@ from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.learner.policy import PolicyLearner
 from paceline.rl.models.initial import copy_weights, decoding_copy, starting_policy, trained_policy
-from paceline.rl.models.policies import load_tokenizer
+from paceline.rl.models.loading import load_tokenizer
 from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock

@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from paceline.cli.trial import TrialFailed, run_trial
-from paceline.rl.models.policies import SMOLLM2, cache_dir, cached_policy
+from paceline.rl.models.policies import cache_dir, cached_policy
+from paceline.rl.models.smollm2 import SMOLLM2
 from paceline.rl.process.console import console
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rollout.machine_limits import memory_limit, usable_cores

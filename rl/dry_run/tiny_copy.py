@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from paceline.rl.models.policies import copy_tokenizer, fetch_policy
+from paceline.rl.models.loading import copy_tokenizer
+from paceline.rl.models.policies import fetch_policy
 
 LAYERS = 4
 _HIDDEN, _HEADS = 64, 4

@@ -15,7 +15,7 @@ from paceline.rl.errors import UserError
 from paceline.rl.evaluation.problems import evaluation_problems, fitting
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.lengths.guidance import BudgetGuidance, RemainingLength, steps_of, train_remaining, watching
-from paceline.rl.models.policies import load_policy, load_tokenizer
+from paceline.rl.models.loading import load_policy, load_tokenizer
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
 from paceline.rl.tasks.task import Problem, load_task

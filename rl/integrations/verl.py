@@ -31,7 +31,7 @@ from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry,
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.host import host_config
 from paceline.rl.integrations.server import EngineServer
-from paceline.rl.models.policies import load_policy
+from paceline.rl.models.loading import load_policy
 from paceline.rl.rewards.registry import load_term, sample_reward
 from paceline.rl.sharding.gathering import in_buckets
 from paceline.rl.tasks.prompts import stable_seed, stop_token_ids

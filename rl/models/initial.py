@@ -18,8 +18,9 @@ from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
+from paceline.rl.models.loading import load_policy
 from paceline.rl.models.lora import AdapterBase, add_adapters, load_adapters
-from paceline.rl.models.policies import cache_dir, fetch_policy, load_policy
+from paceline.rl.models.policies import cache_dir, fetch_policy
 from paceline.rollout import default_tap_layers
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 

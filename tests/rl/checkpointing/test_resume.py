@@ -14,7 +14,8 @@ from paceline.rl.checkpointing.resume import changes, keep_recipe, resumed_recip
 from paceline.rl.checkpointing.run_directory import open_run
 from paceline.rl.config.run import to_dict
 from paceline.rl.errors import UserError
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.process.files import append_line
 from paceline.rl.recipe import load_config
 from paceline.rl.run import find_run, parse_arguments

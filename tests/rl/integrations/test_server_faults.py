@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from paceline.rl.integrations.host import host_config
 from paceline.rl.integrations.server import EngineServer
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams
 
 PROMPTS = [[3, 5, 7], [3, 5, 8, 9], [11], [20, 21, 22, 23, 24]]
