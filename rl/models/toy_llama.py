@@ -30,8 +30,8 @@ TOY_MODELS: dict[str, dict[str, Any]] = {
 def write_toy_llama(model: str, target: Path) -> None:
     """Writes a random Llama and its character tokenizer; the weights are the same each time (seed 0).
 
-    ``tiny-llama`` has 0.2 M parameters and serves tests; ``small-llama`` has 25 M and is large enough to train
-    a reasoner from scratch on a GPU.
+    ``tiny-llama`` has 0.2 M parameters and serves tests; ``small-llama`` has 25 M, enough to train a reasoner
+    from scratch on a GPU.
 
     Args:
         model: A key of `TOY_MODELS`.

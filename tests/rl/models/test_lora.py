@@ -249,7 +249,7 @@ def test_a_quantized_policy_is_one_line():
     layer.base_layer.weight = torch.nn.Parameter(
         layer.base_layer.weight.to(torch.float8_e4m3fn), requires_grad=False
     )
-    with pytest.raises(UserError, match="not quantized"):
+    with pytest.raises(UserError, match="are not quantized"):
         HostPolicy(eighth, torch.float32, torch.device("cpu"))
 
 
