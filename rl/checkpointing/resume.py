@@ -106,8 +106,8 @@ def compare_recipes(config: RunConfig, checkpoint: Checkpoint) -> str | None:
     """
     if config.steps < checkpoint.steps_done:
         raise UserError(
-            f"steps is {config.steps}, but {checkpoint.path} has done {checkpoint.steps_done} steps already; write "
-            "a larger number"
+            f"steps is {config.steps}, but {checkpoint.path} has done {checkpoint.steps_done} steps already; "
+            "write a larger number"
         )
     path = checkpoint.path / "recipe.json"
     if not path.exists():  # a checkpoint of an older release
