@@ -46,7 +46,7 @@ def describe(config: RunConfig, path: Path, ranks: int, gpu: float | None = None
     if policy is None:
         return [
             *lines,
-            f"{config.policy.model} is not on this machine and the hub is not reachable: nothing is estimated",
+            f"{config.policy.model} is not on this machine, and the hub is unreachable: nothing is estimated",
         ]
     untried = check_policy(policy, r.max_context)
     if untried is not None:

@@ -237,7 +237,7 @@ def _sequences(config: RunConfig, ranks: int) -> float:
 
 
 def _length(config: RunConfig) -> float:
-    """Returns the assumed tokens of a sequence: those of the longest prompt and half the longest completion."""
+    """Returns the assumed tokens of a sequence: the longest prompt's and half the longest completion's."""
     return config.rollout.max_tokens / 2 + config.rollout.max_context - config.rollout.max_tokens
 
 
