@@ -1,4 +1,4 @@
-"""Benchmarks: ``python launch/bench.py --help``, the same as ``paceline bench``."""
+"""Runs a benchmark, as ``paceline bench`` does: ``python launch/bench.py --help``."""
 
 from paceline.benchmarks.main import main
 
