@@ -73,8 +73,8 @@ def serve(
     schedule: Annotated[
         str,
         Option(
-            help="Draft tokens by batch size: [[1,8,4],[9,64,0]] drafts 4 for 1 to 8 sequences and none for 9 "
-            "to 64. By default --depth at every size."
+            help="Draft tokens by batch size: [[1,8,4],[9,64,0]] drafts 4 for 1 to 8 sequences and none for "
+            "9 to 64. By default --depth at every size."
         ),
     ] = "[]",
     vllm: Annotated[str, Option(help="Path of vLLM's command if it is not on PATH.")] = "vllm",
