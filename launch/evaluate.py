@@ -1,6 +1,4 @@
-"""A policy on other problems: ``launch/evaluate.py configs/quickstart.yaml --run runs/mine``, the same as
-``paceline evaluate``.
-"""
+"""Evaluates a policy, as ``paceline evaluate`` does: ``python launch/evaluate.py --run runs/mine``."""
 
 import typer
 

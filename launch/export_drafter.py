@@ -1,6 +1,4 @@
-"""A run's drafter for vLLM and SGLang: ``python launch/export_drafter.py RUN OUT``, the same as
-``paceline export``.
-"""
+"""Exports a run's drafter, as ``paceline export`` does: ``python launch/export_drafter.py RUN OUT``."""
 
 import typer
 

@@ -1,5 +1,6 @@
-"""Resolves a model id to a directory: ``python launch/fetch_model.py MODEL``, the same as ``paceline
-fetch``.
+"""Downloads a model and prints its directory, as ``paceline fetch`` does.
+
+Run ``python launch/fetch_model.py MODEL``.
 """
 
 import typer

@@ -1,5 +1,6 @@
-"""Writes a run's report: ``python launch/report.py RUN [--picture FILE.png]``, the same as
-``paceline report``.
+"""Writes a run's report, as ``paceline report`` does.
+
+Run ``python launch/report.py RUN [--picture FILE.png]``.
 """
 
 import typer

@@ -1,16 +1,16 @@
 """Trains a policy: ``torchrun --nproc_per_node 2 launch/train.py configs/quickstart.yaml [key=value …]``.
 
-``--resume RUN`` goes on from the last whole checkpoint of a run, with the recipe that the run keeps.
+``--resume RUN`` continues a run from its last intact checkpoint, with the recipe that the run has stored.
 """
 
 from paceline.rl.process.parent_death import end_with_launcher
 
 if __name__ == "__main__":
-    end_with_launcher()  # before anything that takes long
-    # here: scoring processes import this file anew, and need none of it
-    from paceline.rl.process.console import say_first
+    end_with_launcher()  # first, because everything below is slow
+    # imported here because scoring processes import this file again and need none of this
+    from paceline.rl.process.console import announce
 
-    say_first("loading torch and transformers")
+    announce("loading torch and transformers")
     from paceline.rl.run import main
 
     main(__doc__)

@@ -1,5 +1,6 @@
-"""A first drafter: ``python launch/warmup_drafter.py configs/quickstart.yaml OUT [--minutes 10]``, part of
-``paceline warmup``.
+"""Trains a first drafter, as ``paceline warmup --drafter`` does.
+
+Run ``python launch/warmup_drafter.py configs/quickstart.yaml OUT [--minutes 10]``.
 """
 
 import typer

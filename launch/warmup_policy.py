@@ -1,5 +1,6 @@
-"""Warms a recipe's policy up: ``python launch/warmup_policy.py configs/quickstart.yaml``, the same as
-``paceline warmup``.
+"""Warms up a recipe's policy, as ``paceline warmup`` does.
+
+Run ``python launch/warmup_policy.py configs/quickstart.yaml``.
 """
 
 import typer

@@ -28,7 +28,7 @@ from paceline.rl.learner.sft_warmup import make_warmed_policy
 from paceline.rl.models.initial import warmed_policy_path
 from paceline.rl.models.policies import cache_dir, cached_policy, fetch_policy
 from paceline.rl.process.invocation import command_line
-from paceline.rl.process.made_once import alone, made_once, put
+from paceline.rl.process.made_once import build_once, file_lock, rename_into_place
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rl.process.progress import Display
 
@@ -96,15 +96,15 @@ def prepare(config: RunConfig, display: Display, drafter: bool = True) -> RunCon
     if cached_policy(config.policy.model) is None:
         activity = f"downloading the policy {config.policy.model}"
         with (
-            alone(cache_dir() / "models" / "fetch.lock", display.say),
+            file_lock(cache_dir() / "models" / "fetch.lock", display.say),
             display.phase(activity, announced=True),
         ):
             fetch_policy(config.policy.model)
     if config.policy.warmup is not None:
-        made_once(warmed_policy_path(config), lambda: _prepare_in_subprocess("policy", config), display.say)
+        build_once(warmed_policy_path(config), lambda: _prepare_in_subprocess("policy", config), display.say)
     if not drafter or not wants_first_drafter(config):
         return config
-    path = made_once(
+    path = build_once(
         first_drafter_path(config), lambda: _prepare_in_subprocess("drafter", config), display.say
     )
     return replace(config, drafter=replace(config.drafter, start=str(path)))
@@ -173,7 +173,7 @@ def make_first_drafter(config: RunConfig, command: str, display: Display) -> Non
     with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
         building = Path(scratch) / "drafter"
         make_drafter(config, config.drafter.warmup_minutes, building, command, display)
-        put(building, final)
+        rename_into_place(building, final)
 
 
 def make_drafter(

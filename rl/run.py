@@ -15,9 +15,15 @@ import torch.distributed
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.export import export_drafter
 from paceline.rl.checkpointing.checkpoint import has_checkpoint
-from paceline.rl.checkpointing.graceful_stop import Interruption
+from paceline.rl.checkpointing.graceful_stop import GracefulStop
 from paceline.rl.checkpointing.resume import resumed_recipe
-from paceline.rl.checkpointing.run_directory import is_main, main_speaks_first, on_main, open_run, say_on_main
+from paceline.rl.checkpointing.run_directory import (
+    is_main,
+    main_rank_reports_first,
+    on_main,
+    open_run,
+    print_on_main,
+)
 from paceline.rl.checkpointing.run_lock import RunLock
 from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.description import describe
@@ -27,7 +33,7 @@ from paceline.rl.monitoring.report import write_report
 from paceline.rl.monitoring.summary import read_metrics, summarise, table
 from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.preparation import check_same_start, prepare
-from paceline.rl.process.files import disk_errors, write_whole
+from paceline.rl.process.files import disk_errors, write_atomically
 from paceline.rl.process.parent_death import end_with_launcher
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.process.progress import Display
@@ -84,7 +90,7 @@ def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
             the changes.
     """
     if args.resume is not None:
-        return resumed_recipe(args.resume, args.overrides, say_on_main), args.resume
+        return resumed_recipe(args.resume, args.overrides, print_on_main), args.resume
     config = load_config(args.config, args.overrides)
     run = Path(config.out)
     if has_checkpoint(run) or (run / "summary.json").exists():
@@ -95,7 +101,7 @@ def find_run(args: argparse.Namespace) -> tuple[RunConfig, Path]:
 def main(description: str | None) -> None:
     """Runs the command with the process's arguments and prints user errors as one line."""
     end_with_launcher()
-    with user_errors(), main_speaks_first():
+    with user_errors(), main_rank_reports_first():
         run(sys.argv[1:], description)
 
 
@@ -124,7 +130,7 @@ def train(args: argparse.Namespace) -> int:
 
 def train_ranks(
     config: RunConfig, run: Path, args: argparse.Namespace, display: Display
-) -> tuple[Interruption, bool]:
+) -> tuple[GracefulStop, bool]:
     """Trains on all ranks after the preparation. Collective.
 
     Returns:
@@ -138,7 +144,7 @@ def train_ranks(
     )
     with Tracker(config, run, main, 0 if checkpoint is None else checkpoint.steps_done, display) as tracker:
         tracker.say(f"{accelerator.num_processes} ranks on {accelerator.device.type}; run directory {run}")
-        with Interruption(run, main) as interruption:
+        with GracefulStop(run, main) as interruption:
             with display.phase("loading the policy and measuring the engine's forward passes"):
                 trainer = Trainer(config, run, accelerator, checkpoint, tracker)
             finished = trainer.run(interruption)
@@ -170,7 +176,7 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
     paths = {"policy": str(run / "checkpoint" / "policy")}
     try:
         summary = summarise(read_metrics(run))
-        write_whole(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
         tracker.display.show(table(summary))
         for line in summary.get("speculation", ()):
             tracker.say(line)

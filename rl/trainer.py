@@ -21,7 +21,7 @@ from paceline.rl.checkpointing.checkpoint import (
     Writer,
     save_checkpoint,
 )
-from paceline.rl.checkpointing.graceful_stop import Interruption
+from paceline.rl.checkpointing.graceful_stop import GracefulStop
 from paceline.rl.checkpointing.kept_checkpoints import keep_checkpoint
 from paceline.rl.checkpointing.parts import (
     restore_selector,
@@ -44,8 +44,8 @@ from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.learner.policy import PolicyLearner
 from paceline.rl.models.initial import copy_weights, decoding_copy, starting_policy, trained_policy
-from paceline.rl.models.policies import load_tokenizer
-from paceline.rl.monitoring.collapse_guard import Guard
+from paceline.rl.models.loading import load_tokenizer
+from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
 from paceline.rl.monitoring.tracker import Tracker
@@ -87,7 +87,7 @@ class Trainer:
         self._load_task()
         self._load_policy(None if checkpoint is None else checkpoint.path)
         self._build_generation()
-        self.guard = Guard(config.length.guard)
+        self.guard = CollapseGuard(config.length.guard)
         self.scoring.wait_ready()  # a wrong reward is reported before the first step
         if self.scoring.notice is not None:
             tracker.say(self.scoring.notice)
@@ -184,7 +184,7 @@ class Trainer:
                 "it, or start anew"
             ) from None
 
-    def run(self, interruption: Interruption | None = None) -> bool:
+    def run(self, interruption: GracefulStop | None = None) -> bool:
         """Runs the remaining steps, or those until it is asked to stop, and saves the last one.
 
         Args:
@@ -260,7 +260,7 @@ class Trainer:
             )
             raise UserError(f"{error}; the run stops, {kept}") from None
 
-    def _stops(self, interruption: Interruption | None) -> bool:
+    def _stops(self, interruption: GracefulStop | None) -> bool:
         """Whether any rank was asked to stop; a cluster may signal one machine only. Collective."""
         return any(gather_object([interruption is not None and interruption.asked]))
 

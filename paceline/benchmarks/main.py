@@ -16,7 +16,7 @@ from pathlib import Path
 
 from paceline.benchmarks.common.results import check_target
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 STUDIES = {
     "rollout": "decoding.rollout",
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     with user_errors():
         if chosen in STUDIES:
-            say_first(f"bench {chosen}: loading torch and transformers")
+            announce(f"bench {chosen}: loading torch and transformers")
             study = import_module(f"paceline.benchmarks.{STUDIES[chosen]}")
             study.add_arguments(commands.choices[chosen])
         args = parser.parse_args(arguments)

@@ -1,1 +1,1 @@
-"""What `paceline` and the scripts in launch/ do: one function a command, its parameters its options."""
+"""Implements the commands of `paceline` and of the scripts in launch/, one function per command."""

@@ -1,4 +1,7 @@
-"""What commands share. Imports nothing that takes long: help and mistakes are answered at once."""
+"""Defines parameters that several commands share.
+
+This module imports nothing slow, so that help and usage errors appear at once.
+"""
 
 from __future__ import annotations
 
@@ -6,4 +9,7 @@ from typing import Annotated
 
 from typer import Argument
 
-Overrides = Annotated[list[str] | None, Argument(help="key=value", metavar="[KEY=VALUE]...")]
+Overrides = Annotated[
+    list[str] | None,
+    Argument(help="Changes of the recipe's keys, such as steps=20.", metavar="[KEY=VALUE]..."),
+]

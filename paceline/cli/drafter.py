@@ -1,4 +1,4 @@
-"""Drafters: made before a run, exported and served after it."""
+"""Implements the commands that train a first drafter, export a run's drafter, and serve a run's policy."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 from paceline.rl.process.invocation import command_line
 
 
 def warm_up_drafter(
-    config: Annotated[str, Argument(help="a recipe")],
-    out: Annotated[Path, Argument(help="new directory")],
+    config: Annotated[str, Argument(help="Recipe: a file, or the name of a packaged one.")],
+    out: Annotated[Path, Argument(help="New directory for the drafter.")],
     overrides: Overrides = None,
-    minutes: Annotated[float, Option(help="of sampling and training together")] = 10.0,
+    minutes: Annotated[float, Option(help="Minutes for sampling and training together.")] = 10.0,
 ) -> None:
-    """Makes a first drafter for a recipe's policy. Start a run from it with drafter.start=OUT;
-    OUT/warmup.json says how long it took and what acceptance it reached.
+    """Trains a first drafter for a recipe's policy.
+
+    Start a run from it with drafter.start=OUT. OUT/warmup.json records the time that it took and the
+    acceptance that it reached.
     """
     with user_errors():
         if out.exists():
-            raise UserError(f"{out}: exists; name a new directory")
-        say_first(f"a first drafter for {config}: loading torch and transformers")
+            raise UserError(f"{out}: exists already; name a new directory")
+        announce(f"training a first drafter for {config}: loading torch and transformers")
         from paceline.rl.preparation import make_drafter, prepare
         from paceline.rl.process.process_tuning import fit_process
         from paceline.rl.process.progress import Display
@@ -43,11 +45,11 @@ def warm_up_drafter(
 
 
 def export(
-    run: Annotated[Path, Argument(help="directory of a run")],
-    out: Annotated[Path, Argument(help="new directory")],
+    run: Annotated[Path, Argument(help="Directory of a run.")],
+    out: Annotated[Path, Argument(help="New directory for the drafter.")],
 ) -> None:
-    """Writes a run's drafter as a directory that vLLM and SGLang load."""
-    say_first("exporting the drafter: loading torch", data=True)
+    """Exports a run's drafter to a directory that vLLM and SGLang load."""
+    announce("exporting the drafter: loading torch", data=True)
     from paceline.drafter_trainer.storage.export import export_drafter
 
     with user_errors():
@@ -55,43 +57,51 @@ def export(
 
 
 def serve(
-    run: Annotated[Path, Argument(help="directory of a finished run")],
+    run: Annotated[Path, Argument(help="Directory of a finished run.")],
     host: Annotated[
-        str, Option(help="address to listen on; 0.0.0.0 for every network that this machine is in")
+        str, Option(help="Address to listen on; 0.0.0.0 listens on all networks of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, Option(help="of the server")] = 8000,
+    port: Annotated[int, Option(help="Port of the server.")] = 8000,
     exchange: Annotated[
         Path | None,
         Option(
-            help="take new weights from a trainer, through this directory alone: its rollout.vllm.exchange"
+            help="Accept new weights from a trainer, only through this directory; it must be the trainer's "
+            "rollout.vllm.exchange."
         ),
     ] = None,
-    depth: Annotated[int, Option(help="draft tokens of a step")] = 4,
+    depth: Annotated[int, Option(help="Number of draft tokens per step.")] = 4,
     schedule: Annotated[
-        str, Option(help='draft tokens by batch size, such as "[[1,8,4],[9,64,0]]"; all alike where none')
+        str,
+        Option(
+            help="Draft tokens by batch size: [[1,8,4],[9,64,0]] drafts 4 for 1 to 8 sequences and none for "
+            "9 to 64. By default --depth at every size."
+        ),
     ] = "[]",
-    vllm: Annotated[str, Option(help="vLLM's command, where it is not on the path")] = "vllm",
+    vllm: Annotated[str, Option(help="Path of vLLM's command if it is not on PATH.")] = "vllm",
     sglang: Annotated[
-        bool, Option("--sglang", help="print SGLang's command instead; it has not been run")
+        bool, Option("--sglang", help="Print the command for SGLang instead; it is untested.")
     ] = False,
-    show: Annotated[bool, Option("--print", help="print the command and do not run it")] = False,
-    more: Annotated[list[str] | None, Argument(help="after --: further arguments of the server")] = None,
+    show: Annotated[bool, Option("--print", help="Print the command without running it.")] = False,
+    more: Annotated[list[str] | None, Argument(help="After --: further arguments for the server.")] = None,
 ) -> None:
-    """Serves a run's policy by vLLM, with its drafter where the run has one; with --exchange it takes new
-    weights from a trainer (rollout.vllm.servers).
+    """Serves a run's policy with vLLM, and its drafter if the run has one.
+
+    With --exchange the server accepts new weights from a trainer (rollout.vllm.servers).
     """
     with user_errors():
-        policy, context = _served(run)
+        policy, context = _served_policy(run)
         drafter: Path | None = run / "drafter"
         if not (run / "drafter").is_dir():
             drafter = None
-            print(f"paceline: {run / 'drafter'} is not there: serving without drafts", flush=True)
-        say_first("starting the server", data=True)
+            print(f"paceline: {run / 'drafter'} does not exist: serving without drafts", flush=True)
+        announce("starting the server", data=True)
         from paceline.drafter_trainer.storage.checkpoint import load_drafter_of
         from paceline.rollout.backends.vllm_server import serve_command, sglang_command
 
         if drafter is not None:
-            load_drafter_of(drafter, policy)  # what is wrong with it is said here, not by the server
+            load_drafter_of(
+                drafter, policy
+            )  # reports a broken drafter in one line, which the server does not
         if sglang:
             print(shlex.join(sglang_command(policy, drafter, depth, host, port, more or ())))
             return
@@ -109,23 +119,23 @@ def serve(
         _start([vllm, *command[1:]], exchange, host, show)
 
 
-def _served(run: Path) -> tuple[Path, int]:
-    """The policy of a run and its longest context."""
-    policy, kept = run / "checkpoint" / "policy", run / "config.json"
+def _served_policy(run: Path) -> tuple[Path, int]:
+    """Returns the directory of a run's policy and its maximum context in tokens."""
+    policy, recipe = run / "checkpoint" / "policy", run / "config.json"
     if not policy.is_dir():
-        raise UserError(f"{policy}: not there; name the directory of a finished run")
+        raise UserError(f"{policy}: does not exist; name the directory of a finished run")
     try:
-        return policy, int(json.loads(kept.read_text(encoding="utf-8"))["rollout"]["max_context"])
+        return policy, int(json.loads(recipe.read_text(encoding="utf-8"))["rollout"]["max_context"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{kept}: not a run's recipe ({type(error).__name__}: {error}); name the directory of a finished "
-            "run"
+            f"{recipe}: not a run's recipe ({type(error).__name__}: {error}); name the directory of a "
+            "finished run"
         ) from None
 
 
 def _schedule(text: str) -> list[tuple[int, int, int]]:
     try:
-        return [(int(a), int(b), int(c)) for a, b, c in json.loads(text)]
+        return [(int(start), int(end), int(tokens)) for start, end, tokens in json.loads(text)]
     except (ValueError, TypeError):
         raise UserError(
             f"--schedule {text!r}: write [[from, to, tokens], ...], for example [[1,8,4],[9,64,0]]"
@@ -133,7 +143,7 @@ def _schedule(text: str) -> list[tuple[int, int, int]]:
 
 
 def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
-    """Becomes the server, or only says how it would be started."""
+    """Prints the server's command and, unless ``show`` is set, replaces this process by the server."""
     from paceline.rollout.backends.exchange import TOKEN, token_file
     from paceline.rollout.backends.vllm_server import LOOPBACK, serve_environment
 
@@ -145,21 +155,22 @@ def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> 
             raise UserError(f"--exchange {exchange}: {error}") from None
     elif host not in LOOPBACK:
         print(
-            f"paceline: whoever reaches {host} can ask for completions; -- --api-key KEY asks for a key",
+            f"paceline: anyone who can reach {host} can request completions; require a key with "
+            "-- --api-key KEY",
             flush=True,
         )
-    # never on a screen
+    # the token itself must not be printed
     token = f'"$(cat {shlex.quote(str(token_file(exchange)))})"' if exchange is not None else ""
-    said = [
+    assignments = [
         f"{name}={token if name in (TOKEN, 'VLLM_API_KEY') else shlex.quote(value)}"
         for name, value in environment.items()
     ]
-    print(*said, shlex.join(command), flush=True)
+    print(*assignments, shlex.join(command), flush=True)
     if show:
         return
     try:
         os.execvpe(command[0], command, {**os.environ, **environment})
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]}: there is no such command; make peers sets it up, then --vllm .venv-peers/bin/vllm"
+            f"--vllm {command[0]}: no such command; run make peers, then write --vllm .venv-peers/bin/vllm"
         ) from None

@@ -1,4 +1,4 @@
-"""The command ``paceline``."""
+"""Defines the command ``paceline`` with its subcommands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paceline.cli.policy import fetch, warm_up_policy
 from paceline.cli.push import push
 from paceline.cli.results import evaluate, report
 from paceline.cli.train import train
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,8 +20,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         from importlib.metadata import version
 
         typer.echo(f"paceline {version('paceline')}")
@@ -34,7 +34,7 @@ def paceline(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Lossless, adaptive speculative rollouts for reasoning RL, with a drafter distilled on the way."""
+    """Trains reasoning models by RL with lossless speculative rollouts and a drafter distilled on the way."""
 
 
 app.command()(train)
@@ -49,20 +49,21 @@ app.command()(fetch)
 
 @app.command()
 def doctor() -> None:
-    """Says what this machine can run and what is missing; exits with status 1 where the main job cannot
-    run.
-    """
-    say_first("looking at this machine; a tiny run at the end takes half a minute")
-    from paceline.cli.doctor import doctor as examine
+    """Checks what this machine can run and what is missing.
 
-    examine()
+    Exits with status 1 if the main job cannot run.
+    """
+    announce("checking this machine; a tiny run at the end takes half a minute")
+    from paceline.cli.doctor import doctor as check_machine
+
+    check_machine()
 
 
 @app.command(
     add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def bench(context: typer.Context) -> None:
-    """Runs a benchmark; paceline bench --help lists them."""
+    """Runs a benchmark; paceline bench --help lists them all."""
     from paceline.benchmarks.main import main
 
     main(context.args, "paceline bench")

@@ -1,4 +1,4 @@
-"""Policies: fetched, and warmed up."""
+"""Implements the commands that fetch a policy and warm it up."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typer import Argument, Option
 from paceline.cli.common import Overrides
 from paceline.cli.drafter import warm_up_drafter
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def fetch(
     model: Annotated[
-        str, Argument(help="directory, hub id, tiny-llama or small-llama")
+        str, Argument(help="Directory, Hugging Face model id, tiny-llama or small-llama.")
     ] = "HuggingFaceTB/SmolLM2-135M-Instruct",
 ) -> None:
-    """Resolves a model id to a directory, fetching it if need be, and prints it."""
-    say_first(f"looking for {model}", data=True)
+    """Downloads a model if necessary and prints its local directory."""
+    announce(f"looking for {model}", data=True)
     from paceline.rl.models.policies import fetch_policy
 
     with user_errors():
@@ -27,15 +27,18 @@ def fetch(
 
 
 def warm_up_policy(
-    config: Annotated[str, Argument(help="a recipe")],
+    config: Annotated[str, Argument(help="Recipe: a file, or the name of a packaged one.")],
     overrides: Overrides = None,
-    drafter: Annotated[Path | None, Option(help="also make a first drafter, in this new directory")] = None,
-    minutes: Annotated[float, Option(help="for the drafter, of sampling and training together")] = 10.0,
+    drafter: Annotated[
+        Path | None, Option(help="Also train a first drafter into this new directory.")
+    ] = None,
+    minutes: Annotated[float, Option(help="Minutes for sampling and training the drafter together.")] = 10.0,
 ) -> None:
-    """Warms a recipe's policy up on worked solutions, and with --drafter makes a first drafter for it. Both
-    are kept: runs of the recipe find the policy.
+    """Fine-tunes a recipe's policy on worked solutions; with --drafter it also trains a first drafter.
+
+    The warmed-up policy is cached, and runs of the recipe start from it.
     """
-    say_first(f"warming the policy of {config} up: loading torch and transformers")
+    announce(f"warming up the policy of {config}: loading torch and transformers")
     from paceline.rl.models.initial import starting_policy
     from paceline.rl.preparation import prepare
     from paceline.rl.process.progress import Display
@@ -45,7 +48,8 @@ def warm_up_policy(
         recipe = load_config(config, overrides or ())
         if recipe.policy.warmup is None and drafter is None:
             raise UserError(
-                f"{config}: policy.warmup is null: name a directory with --drafter, or there is nothing to do"
+                f"{config}: policy.warmup is null, so there is nothing to do: set policy.warmup, or name a "
+                "directory with --drafter"
             )
         if recipe.policy.warmup is not None:
             with Display() as display:

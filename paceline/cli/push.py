@@ -1,4 +1,4 @@
-"""Runs on the Hugging Face hub."""
+"""Implements the command that uploads a run to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Annotated
 from typer import Argument, Option
 
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def push(
-    run: Annotated[Path, Argument(help="directory of a run with a checkpoint")],
-    policy: Annotated[str | None, Option(help="repository of the policy, owner/name")] = None,
-    adapter: Annotated[str | None, Option(help="repository of the LoRA adapter, owner/name")] = None,
-    drafter: Annotated[str | None, Option(help="repository of the drafter, owner/name")] = None,
-    private: Annotated[bool, Option("--private", help="make new repositories private")] = False,
+    run: Annotated[Path, Argument(help="Directory of a run with a checkpoint.")],
+    policy: Annotated[str | None, Option(help="Repository for the policy, owner/name.")] = None,
+    adapter: Annotated[str | None, Option(help="Repository for the LoRA adapter, owner/name.")] = None,
+    drafter: Annotated[str | None, Option(help="Repository for the drafter, owner/name.")] = None,
+    private: Annotated[bool, Option("--private", help="Create new repositories as private.")] = False,
 ) -> None:
     """Uploads a run's policy, adapter and drafter to the Hugging Face hub, each with a model card."""
-    say_first("reading what is to be pushed")
+    announce("reading the files to upload")
     from paceline.rl.models.publishing import push_run
 
     with user_errors():

@@ -1,4 +1,4 @@
-"""One rank of ``paceline train``: ``python -m paceline.cli.rank``, with the arguments of launch/train.py."""
+"""Runs one rank of ``paceline train``: ``python -m paceline.cli.rank``, with launch/train.py's arguments."""
 
 import sys
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from paceline.rl.process.parent_death import end_with_launcher
 
 
 def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The command that starts the ranks of a run on this machine: torchrun for several, else one process.
+    """Returns the command that starts a run's ranks on this machine: torchrun for several, else one process.
 
     Args:
-        ranks: How many.
-        arguments: Those of launch/train.py.
+        ranks: Number of ranks.
+        arguments: Arguments of launch/train.py.
     """
     several = (
         ["-m", "paceline.cli.ranks", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
@@ -20,11 +20,11 @@ def rank_command(ranks: int, arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    end_with_launcher()  # before anything that takes long
-    # here: scoring processes import this file anew, and need none of it
-    from paceline.rl.process.console import say_first
+    end_with_launcher()  # first, because everything below is slow
+    # imported here because scoring processes import this file again and need none of this
+    from paceline.rl.process.console import announce
 
-    say_first("loading torch and transformers")
+    announce("loading torch and transformers")
     from paceline.rl.run import main
 
     main(None)

@@ -1,7 +1,6 @@
-"""The ranks of a run on this machine, under torchrun's agent: ``python -m paceline.cli.ranks``, with
-torchrun's arguments.
+"""Runs the ranks on this machine under torchrun's agent: ``python -m paceline.cli.ranks`` with its arguments.
 
-What a rank says of its end is what the user reads: the agent's own account of it, a page, is left out.
+The user sees a failed rank's own message. The agent's page-long report of the failure is suppressed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from paceline.rl.process.parent_death import end_with_launcher
 
 
 def main() -> int:
-    """Starts the ranks and waits for them. Returns the status to exit with: the first failed rank's."""
-    # of torchrun's modules, which read it when they are imported
+    """Starts the ranks, waits for them, and returns the exit status of the first failed rank, or 0."""
+    # torchrun's modules read this when they are imported
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,7 +28,7 @@ def main() -> int:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
         print(
-            f"paceline: rank {rank} was ended by {name}; --resume goes on from the last checkpoint",
+            f"paceline: rank {rank} was ended by {name}; continue from the last checkpoint with --resume RUN",
             file=sys.stderr,
         )
         return 128 - int(failure.exitcode)

@@ -1,4 +1,4 @@
-"""Results of runs: reports, and accuracy on other problems."""
+"""Implements the commands that report on a run and evaluate a policy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.rl.errors import user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def report(
-    run: Annotated[Path, Argument(help="directory of a run")],
-    picture: Annotated[Path | None, Option(help="also write four of its plots as one PNG")] = None,
+    run: Annotated[Path, Argument(help="Directory of a run.")],
+    picture: Annotated[Path | None, Option(help="Also write four of the plots to this PNG file.")] = None,
 ) -> None:
-    """Writes a run's report, one self-contained HTML file."""
+    """Writes a run's report as one self-contained HTML file and prints its path."""
     from paceline.rl.monitoring.report import write_picture, write_report
 
     with user_errors():
@@ -29,32 +29,38 @@ def report(
 
 def evaluate(
     config: Annotated[
-        str | None, Argument(help="a recipe, for its task and sampling; the run's own unless one is named")
+        str | None,
+        Argument(help="Recipe that gives the task and the sampling; by default the run's own recipe."),
     ] = None,
     overrides: Overrides = None,
     run: Annotated[
-        Path | None, Option(help="a run; else the policy that the recipe starts from is evaluated")
+        Path | None,
+        Option(help="Run whose policy to evaluate; by default the policy that the recipe starts from."),
     ] = None,
     checkpoint: Annotated[
-        str | None, Option(help="best or step-N, of those the run has kept; else its last one")
+        str | None, Option(help="Checkpoint of the run, best or step-N; by default the last one.")
     ] = None,
-    prompts: Annotated[int, Option(help="problems that were not trained on")] = 64,
-    samples: Annotated[int, Option(help="of each")] = 4,
-    budgets: Annotated[str, Option(help='tokens to steer to, such as "24 48"; LOSSY')] = "",
-    out: Annotated[Path | None, Option(help="JSON file")] = None,
+    prompts: Annotated[int, Option(help="Number of problems, none of which was trained on.")] = 64,
+    samples: Annotated[int, Option(help="Number of completions of each problem.")] = 4,
+    budgets: Annotated[
+        str, Option(help='Lengths in tokens to also steer completions to, such as "24 48"; LOSSY.')
+    ] = "",
+    out: Annotated[Path | None, Option(help="JSON file to write the results to.")] = None,
 ) -> None:
-    """Evaluates a policy on problems it was not trained on: evaluation.path, what task.heldout set aside, or
-    others by reasoning-gym; with the recipe's reward, stop strings and template.
+    """Evaluates a policy on problems that it was not trained on.
 
-    With --budgets it is also steered to those lengths by budget guidance, which is lossy: it changes the
-    output distribution, so it is for evaluation alone.
+    The problems come from evaluation.path, from those that task.heldout set aside, or from reasoning-gym,
+    which generates others. The recipe's reward, stop strings and chat template apply.
+
+    With --budgets the policy is also steered to those lengths by budget guidance. This is lossy: it changes
+    the output distribution, so use it only for evaluation.
     """
-    say_first(f"evaluating {config if run is None else run}: loading torch and transformers")
+    announce(f"evaluating {config if run is None else run}: loading torch and transformers")
     from paceline.rl.errors import UserError
     from paceline.rl.evaluation.evaluate import Evaluator
     from paceline.rl.evaluation.policy import evaluated_policy
     from paceline.rl.models.initial import starting_policy
-    from paceline.rl.process.files import write_whole
+    from paceline.rl.process.files import write_atomically
     from paceline.rl.process.process_tuning import fit_process
 
     with user_errors():
@@ -64,7 +70,9 @@ def evaluate(
         except ValueError:
             raise UserError(f"--budgets {budgets!r}: write numbers of tokens, for example '24 48'") from None
         if prompts < 1 or samples < 1:
-            raise UserError("--prompts and --samples must be at least 1")
+            raise UserError(
+                f"--prompts is {prompts} and --samples is {samples}: write at least 1 for each of them"
+            )
         fit_process(local_world_size=1)
         evaluator = Evaluator(recipe, starting_policy(recipe) if policy is None else policy, prompts, samples)
         reward = recipe.task.reward if recipe.task.reward is not None else "the problems' own scorers"
@@ -83,6 +91,6 @@ def evaluate(
         if out is not None:
             try:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+                write_atomically(out, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
             except OSError as error:
                 raise UserError(f"--out {out}: {error}") from None

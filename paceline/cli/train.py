@@ -1,4 +1,4 @@
-"""Training: a process a rank, and a Ctrl-C or SIGTERM that leaves a run to go on from."""
+"""Implements the command that trains: it starts a process per rank and forwards Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,57 +16,64 @@ from typer import Argument, Option
 
 from paceline.cli.common import Overrides
 from paceline.cli.rank import rank_command
-from paceline.rl.checkpointing.graceful_stop import ASKS, ONE_PRESS, say_stopping
+from paceline.rl.checkpointing.graceful_stop import SAME_SIGNAL_SECONDS, STOP_SIGNALS, announce_stop
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.process.console import say_first
+from paceline.rl.process.console import announce
 
 
 def train(
-    config: Annotated[str | None, Argument(help="a recipe, unless resuming")] = None,
+    config: Annotated[
+        str | None,
+        Argument(help="Recipe: a file, or the name of a packaged one; leave it out with --resume."),
+    ] = None,
     overrides: Overrides = None,
     ranks: Annotated[
-        int, Option(help="processes on this machine; several machines: torchrun launch/train.py")
+        int, Option(help="Processes on this machine; for several machines use torchrun launch/train.py.")
     ] = 1,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="check the recipe and print what it will take, without training")
+        bool,
+        Option("--dry-run", help="Check the recipe and print its memory and time, without training."),
     ] = False,
     gpu: Annotated[
         float | None,
-        Option(metavar="GB", help="with --dry-run: memory of each rank's GPU; else this machine's"),
+        Option(metavar="GB", help="With --dry-run: memory of each rank's GPU; by default this machine's."),
     ] = None,
-    resume: Annotated[Path | None, Option(help="directory of a run to go on with")] = None,
+    resume: Annotated[Path | None, Option(help="Directory of a run to continue.")] = None,
 ) -> None:
-    """Trains a recipe's policy. Ctrl-C or SIGTERM stops after the step, with a checkpoint to go on from; a
-    second one at once.
+    """Trains a recipe's policy.
 
-    --resume RUN key=value goes on with other values of keys that a run bears to change, such as steps.
+    Ctrl-C or SIGTERM stops the run after the current step with a checkpoint to resume from; a second one
+    stops it immediately.
+
+    --resume RUN key=value continues a run with other values of keys that may change, such as steps.
     """
     with user_errors():
         if resume is not None and config is not None and "=" in config:
             overrides, config = [config, *(overrides or ())], None
         if (config is None) == (resume is None):
-            raise UserError("train: name a recipe or --resume RUN")
+            raise UserError("train: name either a recipe or --resume RUN")
         if ranks < 1:
             raise UserError(f"train: --ranks is {ranks}: write at least 1")
-        named = list(overrides or ()) if config is None else [config, *(overrides or ())]
+        arguments = list(overrides or ()) if config is None else [config, *(overrides or ())]
         options = [
             *(["--dry-run"] if dry_run else []),
             *(["--resume", str(resume)] if resume is not None else []),
         ]
-        say_first(f"reading the recipe {config}" if resume is None else f"going on with {resume}")
-        run = _directory(config, overrides, resume)  # a mistake is said here, before any rank starts
+        announce(f"reading the recipe {config}" if resume is None else f"resuming {resume}")
+        run = _run_directory(config, overrides, resume)  # reports a wrong recipe before any rank starts
         if dry_run:
             from paceline.rl.run import run as run_here
 
             size = [] if gpu is None else ["--gpu", str(gpu)]
-            run_here([*named, *options, "--ranks", str(ranks), *size])
+            run_here([*arguments, *options, "--ranks", str(ranks), *size])
         elif ranks == 1:
-            os.execv(sys.executable, rank_command(1, [*named, *options]))
+            os.execv(sys.executable, rank_command(1, [*arguments, *options]))
         else:
-            raise SystemExit(_launch(ranks, [*named, *options], run))
+            raise SystemExit(_launch(ranks, [*arguments, *options], run))
 
 
-def _directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
+def _run_directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
+    """Returns the run's directory: that of ``--resume``, or the ``out`` of a valid recipe."""
     from paceline.rl.recipe import load_config
 
     if resume is not None:
@@ -76,24 +83,31 @@ def _directory(config: str | None, overrides: list[str] | None, resume: Path | N
 
 
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:
-    """Starts the ranks under torchrun, in a session of their own: a terminal's Ctrl-C reaches this process
-    alone, which asks them to stop by a file, because torchrun would kill them after half a minute. They end
+    """Runs the ranks under torchrun and returns the exit status.
+
+    The ranks have a session of their own, so that the terminal's Ctrl-C reaches only this process, which asks
+    them to stop through a file. With a signal, torchrun would kill them after half a minute. The ranks end
     with this process, however it ends.
+
+    Args:
+        ranks: Number of ranks.
+        arguments: Arguments of launch/train.py.
+        run: The run's directory.
     """
     job = subprocess.Popen(rank_command(ranks, arguments), start_new_session=True)
-    first: tuple[int, float] | None = None
+    first: tuple[int, float] | None = None  # the first signal and its time
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if first is None and (run / "config.json").is_file():  # else there is no step yet to stop after
+        if first is None and (run / "config.json").is_file():  # without it no step has begun
             (run / "stop").touch()
-            say_stopping(number)
+            announce_stop(number)
             first = number, time.monotonic()
-        elif first is None or time.monotonic() - first[1] > ONE_PRESS:
+        elif first is None or time.monotonic() - first[1] > SAME_SIGNAL_SECONDS:
             first = first or (number, 0.0)
-            os.killpg(job.pid, signal.SIGKILL)  # the agent, with which its ranks end
+            os.killpg(job.pid, signal.SIGKILL)  # kills the agent, and the ranks end with it
 
-    before = {number: signal.signal(number, ask) for number in ASKS}
+    previous_handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -101,10 +115,10 @@ def _launch(ranks: int, arguments: list[str], run: Path) -> int:
                 break
             with contextlib.suppress(OSError):
                 if first is not None:
-                    # ranks that were about to start have removed it as an earlier run's
+                    # again, because ranks that were just starting may have removed it as an old one
                     (run / "stop").touch()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
     if first is None or (first[0] == signal.SIGINT and status == 0):
         return status

@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its lock, whole checkpoints, and going on from one."""
+"""Saves checkpoints, resumes runs from them, and keeps a run's directory consistent."""

@@ -1,4 +1,4 @@
-"""Checkpoints that a run keeps beside its last one: the best by evaluation, and those of the last saves."""
+"""Keeps earlier checkpoints of a run beside its latest: the best by evaluation, and those of recent saves."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
-    """Keeps the checkpoint that was just written, as ``checkpoints/step-N`` where several are kept and as
-    ``checkpoints/best``.
+    """Copies the checkpoint just written to ``checkpoints/step-N``, ``checkpoints/best`` or both.
 
-    The copies share their files with ``checkpoint/`` (hard links; files of a checkpoint are never written
-    again), so that they take room on the disk once it has moved on.
+    The copies are hard links to the files of ``checkpoint/``, which are never modified. So a copy takes up
+    disk space only once ``checkpoint/`` holds a newer one.
 
     Args:
         run: The run's directory.
-        steps_done: Steps behind the checkpoint.
-        last: How many checkpoints of the last saves to keep; 1 keeps none beside ``checkpoint/``.
-        best: Whether this one is the best so far.
+        steps_done: Number of steps done at the checkpoint.
+        last: Number of recent checkpoints to keep; 1 keeps only ``checkpoint/``.
+        best: Whether this checkpoint is the best so far.
 
     Raises:
-        UserError: when the disk is full; the checkpoint itself is whole.
+        UserError: If the disk is full; ``checkpoint/`` itself is intact.
     """
     folder = run / _FOLDER
     try:
         if last > 1:
             _copy(run / "checkpoint", folder / f"step-{steps_done}")
-            # steps above steps_done are of an attempt that the run went back behind: they are deleted first
+            # steps above steps_done belong to an attempt that the run was reset from: they are deleted first
             for _, path in sorted(
                 _steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True
             )[last:]:
@@ -42,46 +41,48 @@ def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
             _copy(run / "checkpoint", folder / "best")
     except OSError as error:
         raise UserError(
-            f"{folder}: the checkpoint could not be kept ({error}); free some disk, then --resume {run}"
+            f"{folder}: the checkpoint could not be kept ({error}); free disk space, then --resume {run}"
         ) from None
 
 
 def find_kept(run: Path, name: str | None) -> Path:
-    """Returns the directory of a run's checkpoint.
+    """Returns the directory of one of a run's checkpoints.
 
     Args:
         run: The run's directory.
-        name: ``best``, ``step-40``, or None for the last one.
+        name: Name such as ``best`` or ``step-40``; None for the latest.
 
     Raises:
-        UserError: when there is none of this name; it says which there are.
+        UserError: If there is no such checkpoint; the message lists those that exist.
     """
     path = run / "checkpoint" if name is None else run / _FOLDER / name
     if not (path / "policy").is_dir():
         kept = sorted(p.name for p in (run / _FOLDER).glob("*"))
-        there = (
-            f"; kept are {', '.join(kept)}" if kept else "; name the directory of a run that has saved one"
+        advice = (
+            f"; write one of {', '.join(kept)}"
+            if kept
+            else "; name the directory of a run that has saved one"
         )
-        raise UserError(f"{path}: no checkpoint there{there}")
+        raise UserError(f"{path}: no checkpoint there{advice}")
     return path
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    return [(int(found.group(1)), path) for path in folder.iterdir() if (found := _STEP.fullmatch(path.name))]
+    return [(int(match.group(1)), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Puts a copy of hard links in place by one renaming."""
+    """Builds a copy out of hard links and renames it to the target, replacing an existing one."""
     building = target.with_name(target.name + ".new")
     shutil.rmtree(building, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     shutil.copytree(source, building, copy_function=_link)
-    before = target.with_name(target.name + ".old")
-    shutil.rmtree(before, ignore_errors=True)
+    previous = target.with_name(target.name + ".old")
+    shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
-        target.rename(before)
+        target.rename(previous)
     building.rename(target)
-    shutil.rmtree(before, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:

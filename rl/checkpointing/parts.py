@@ -15,8 +15,8 @@ from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer, write_state
 from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.errors import UserError
+from paceline.rl.models.loading import copy_tokenizer
 from paceline.rl.models.lora import save_adapters
-from paceline.rl.models.policies import copy_tokenizer
 from paceline.rl.process.files import read_object
 from paceline.rl.sharding import FullState
 from paceline.rollout.drafters.eagle3_model import Eagle3Model

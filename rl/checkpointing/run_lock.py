@@ -1,4 +1,4 @@
-"""One writer a run: a lock on its directory that the kernel releases when its holder dies."""
+"""Locks a run's directory so that only one process writes to it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from typing import Any
 
 from paceline.rl.errors import UserError
 
-_BEAT = 5.0  # seconds between two signs of life
-_PATIENCE = 3 * _BEAT
+_HEARTBEAT_SECONDS = 5.0
+_PATIENCE_SECONDS = 3 * _HEARTBEAT_SECONDS  # a holder without a heartbeat for this long counts as dead
+_RECORD_LENGTH = 300  # characters; a fixed length leaves no rest of a longer record behind
 
 
 class RunLock:
-    """Holds ``lock`` in a run's directory, which says who writes there: host, process, since when, and a
-    count that goes on.
+    """Holds the file ``lock`` in a run's directory. It is a context manager.
 
-    The kernel's lock (``flock``) ends with its holder, however that dies. Some network file systems keep such
-    locks to one machine
-    or have none: there, what another machine's process left counts as held while its count goes on.
+    The file records its holder's host, process and start, and a heartbeat count. The kernel releases the
+    lock (``flock``) when its holder dies, however it dies. Some network file systems have no such locks or
+    keep them to one machine; there, a lock of another machine's process is held while its count increases.
 
     Args:
-        run: The run's directory; is made.
-        active: Whether this process is the one of its run that takes the lock: rank 0.
-        patience: Seconds to watch another machine's count.
+        run: The run's directory; it is created if necessary.
+        active: Whether this process takes the lock; only rank 0 does.
+        patience: Seconds to watch the heartbeat of another machine's process.
     """
 
-    def __init__(self, run: Path, active: bool = True, patience: float = _PATIENCE) -> None:
+    def __init__(self, run: Path, active: bool = True, patience: float = _PATIENCE_SECONDS) -> None:
         self._run, self._active, self._patience = run, active, patience
         self._path = run / "lock"
         self._file: int | None = None
-        self._over = threading.Event()
-        self._beats: threading.Thread | None = None
+        self._released = threading.Event()
+        self._heartbeat: threading.Thread | None = None
 
     def __enter__(self) -> RunLock:
         """Takes the lock.
 
         Raises:
-            UserError: when another process has it, or the directory cannot be written.
+            UserError: If another process holds it, or the directory is not writable.
         """
         if not self._active:
             return self
@@ -58,108 +58,116 @@ class RunLock:
             ) from None
         except OSError as error:
             raise UserError(
-                f"{self._run}: cannot be written ({error.strerror}); write another out=, or correct it"
+                f"{self._run}: cannot be written ({error.strerror}); write another out=, or correct the "
+                "permissions"
             ) from None
         try:
-            self._take()
+            self._acquire()
         except BaseException:
             os.close(self._file)
             self._file = None
             raise
-        self._me = {
+        self._record = {
             "host": socket.gethostname(),
-            "boot": _boot(),
+            "boot": _boot_id(),
             "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": _start_ticks(os.getpid()),
         }
-        self._me["since"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self._beat(0)
-        self._beats = threading.Thread(target=self._go_on, name="run-lock", daemon=True)
-        self._beats.start()
+        self._record["since"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write(0)
+        self._heartbeat = threading.Thread(target=self._keep_alive, name="run-lock", daemon=True)
+        self._heartbeat.start()
         return self
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
+        """Takes the kernel's lock and waits until the recorded holder, if any, is known to be dead.
+
+        Raises:
+            UserError: If the holder is alive.
+        """
         assert self._file is not None
-        by_kernel = True
+        has_locks = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self._refusal(self._owner()) from None
+            raise self._held_error(self._holder()) from None
         except OSError:  # a file system without locks
-            by_kernel = False
-        owner = self._owner()
-        if owner is None:
+            has_locks = False
+        holder = self._holder()
+        if holder is None:
             return
-        if owner.get("boot") == _boot():  # this machine's kernel knows
-            if not by_kernel and _born(owner.get("pid")) == owner.get("born"):
-                raise self._refusal(owner)
+        if holder.get("boot") == _boot_id():  # a process of this machine: the kernel knows whether it lives
+            if not has_locks and _start_ticks(holder.get("pid")) == holder.get("born"):
+                raise self._held_error(holder)
             return
         end = time.monotonic() + self._patience
         while time.monotonic() < end:
             time.sleep(min(1.0, self._patience / 5))
-            now = self._owner()
+            now = self._holder()
             if now is None:
                 return
-            if now.get("count") != owner.get("count"):
-                raise self._refusal(now)
+            if now.get("count") != holder.get("count"):
+                raise self._held_error(now)
 
-    def _owner(self) -> dict[str, Any] | None:
-        """Who wrote last and has not let go; None where nobody has, or it cannot be read. The file is
-        opened anew each time, so that a network file system asks its server.
+    def _holder(self) -> dict[str, Any] | None:
+        """Returns the record of the process that has not released the lock; None if there is none.
+
+        Opens the file each time, so that a network file system asks its server instead of its cache.
         """
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8", errors="replace").rstrip("\0 \n"))
+            record = json.loads(self._path.read_text(encoding="utf-8", errors="replace").rstrip("\0 \n"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) else None
+        return record if isinstance(record, dict) else None
 
-    def _refusal(self, owner: dict[str, Any] | None) -> UserError:
+    def _held_error(self, holder: dict[str, Any] | None) -> UserError:
         who = "another process"
-        if owner is not None:
-            who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+        if holder is not None:
+            who = f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
             with contextlib.suppress(OSError):
                 who += f" (last sign of life {max(time.time() - self._path.stat().st_mtime, 0):.0f} s ago)"
         return UserError(f"{self._run} is being written by {who}: stop that run first, or write another out=")
 
-    def _beat(self, count: int) -> None:
+    def _write(self, count: int) -> None:
         assert self._file is not None
-        # of one length: no rest of a longer text stays
-        text = json.dumps({**self._me, "count": count}).ljust(300) + "\n"
+        text = json.dumps({**self._record, "count": count}).ljust(_RECORD_LENGTH) + "\n"
         with contextlib.suppress(OSError):  # a full disk is reported where checkpoints and logs are written
             os.pwrite(self._file, text.encode(), 0)
             os.fsync(self._file)
 
-    def _go_on(self) -> None:
+    def _keep_alive(self) -> None:
         count = 0
-        while not self._over.wait(_BEAT):
+        while not self._released.wait(_HEARTBEAT_SECONDS):
             count += 1
-            self._beat(count)
+            self._write(count)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is None:
             return
-        self._over.set()
-        if self._beats is not None:
-            self._beats.join()
+        self._released.set()
+        if self._heartbeat is not None:
+            self._heartbeat.join()
         with contextlib.suppress(OSError):
-            os.ftruncate(self._file, 0)  # nobody holds it; a removed file could be locked by two at once
+            # empty means released; two processes could lock at once if the file were removed
+            os.ftruncate(self._file, 0)
         os.close(self._file)
         self._file = None
 
 
-def _boot() -> str:
-    """Tells running kernels apart, also those of machines that have one name."""
+def _boot_id() -> str:
+    """Returns an id of the running kernel, which also differs between machines with the same host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 
 
-def _born(pid: Any) -> str | None:
-    """When a process of this machine began, in the kernel's ticks: numbers are used again. None where there
-    is none.
+def _start_ticks(pid: Any) -> str | None:
+    """Returns when a process of this machine started, in kernel ticks; None if there is no such process.
+
+    Together with the id it identifies a process, since the kernel reuses ids.
     """
     try:
         return Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]

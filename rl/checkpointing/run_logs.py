@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.drafter_trainer.storage.checksums import prefix_sum
-from paceline.rl.process.files import read_lines, write_whole
+from paceline.rl.process.files import read_lines, write_atomically
 
 LOGS = ("metrics.jsonl", "timeline.jsonl")
 
@@ -53,5 +53,5 @@ def keep_first_lines(path: Path, steps_done: int) -> int:
         return 0
     lines, broken = read_lines(path)
     cut = broken > 0 and not path.read_bytes().endswith(b"\n")
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < steps_done))
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < steps_done))
     return broken - cut

@@ -19,7 +19,7 @@ from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.models.initial import starting_policy
-from paceline.rl.models.policies import load_policy, load_tokenizer
+from paceline.rl.models.loading import load_policy, load_tokenizer
 from paceline.rl.tasks.problems import Problem
 from paceline.rl.tasks.task import load_task
 from paceline.rollout import Strategy, mean_acceptance_length

@@ -1,1 +1,1 @@
-"""What a recipe will take and whether it runs, found out before anything is trained."""
+"""Checks a recipe without training: estimates memory and time, and tries a few tiny steps."""

@@ -1,6 +1,4 @@
-"""A random policy of the same kind as another one, made small: to try what a recipe does with it, in
-seconds.
-"""
+"""Creates a small random policy of the same architecture as another, to try a recipe on within seconds."""
 
 from __future__ import annotations
 
@@ -12,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from paceline.rl.models.policies import copy_tokenizer, fetch_policy
+from paceline.rl.models.loading import copy_tokenizer
+from paceline.rl.models.policies import fetch_policy
 
 LAYERS = 4
 _HIDDEN, _HEADS = 64, 4
-_LIMITS = {
+_SIZE_LIMITS = {  # by the names that transformers' configurations give to sizes
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), _HIDDEN),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), 2 * _HIDDEN),
     **dict.fromkeys(("shared_expert_intermediate_size", "intermediate_size_mlp"), 2 * _HIDDEN),
@@ -29,16 +28,22 @@ _LIMITS = {
         ("head_dim", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HIDDEN // _HEADS
     ),
     **dict.fromkeys(("qk_head_dim", "q_lora_rank", "kv_lora_rank"), 2 * _HIDDEN // _HEADS),
-}  # names that transformers' configurations give to sizes
+}
 
 
 def tiny_config(policy: PreTrainedConfig) -> PreTrainedConfig:
-    """A text model's configuration with small sizes; what is not a size stays, so that the same code runs."""
+    """Returns a small version of a text model's configuration.
+
+    Only sizes change, so that the model runs the same code.
+
+    Args:
+        policy: Configuration of the policy; for a multimodal model, its text model is used.
+    """
     config = copy.deepcopy(policy.get_text_config())
     heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
     known = config.to_dict()
     head = int(known.get("head_dim") or config.hidden_size // heads)
-    for name, limit in _LIMITS.items():
+    for name, limit in _SIZE_LIMITS.items():
         value = known.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > limit:
             setattr(config, name, limit)
@@ -51,7 +56,7 @@ def tiny_config(policy: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shorten_lists(config: PreTrainedConfig, known: dict[str, Any], layers: int) -> None:
-    """Cuts lists with an entry for each layer; every kind of layer keeps an entry."""
+    """Shortens lists that have an entry for each layer, and keeps an entry for every kind of layer."""
     for name, value in known.items():
         if isinstance(value, list) and len(value) == layers:
             kinds = [kind for i, kind in enumerate(value) if kind not in value[:i]]
@@ -59,25 +64,32 @@ def _shorten_lists(config: PreTrainedConfig, known: dict[str, Any], layers: int)
 
 
 def _shorten_factors(config: PreTrainedConfig, head: int) -> None:
-    """Cuts lists of rotary factors, one for each frequency, to the frequencies of the smaller heads."""
+    """Shortens lists with a rotary factor for each frequency to the frequencies of the smaller heads.
+
+    Args:
+        config: The small configuration, changed in place.
+        head: Head dimension of the original.
+    """
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict):
-        now = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        small_head = int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         for key, value in rope.items():
             if isinstance(value, list) and value:
-                rope[key] = value[: max(math.ceil(len(value) * now / head), 1)]
+                rope[key] = value[: max(math.ceil(len(value) * small_head / head), 1)]
 
 
-_TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+_CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folder: Path) -> None:
-    """Writes a random policy of the same kind with its tokenizer.
+    """Writes a small random policy of the same architecture with a tokenizer.
 
     Args:
-        policy: The configuration.
-        tokenizer_from: Directory with the policy's tokenizer; None takes one of characters.
-        folder: Is made.
+        policy: Configuration of the original policy.
+        tokenizer_from: Directory with the policy's tokenizer; None uses a character tokenizer.
+        folder: Directory to write to; it is created if necessary.
     """
     config = tiny_config(policy)
     source = tokenizer_from if tokenizer_from is not None else fetch_policy("tiny-llama")
@@ -94,5 +106,5 @@ def write_tiny_copy(policy: PreTrainedConfig, tokenizer_from: Path | None, folde
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     copy_tokenizer(source, folder)
     if tokenizer_from is None:
-        tokenizer.chat_template = _TURNS  # or conversations of several turns could not be asked
+        tokenizer.chat_template = _CHAT_TEMPLATE  # prompts with several turns need one
         tokenizer.save_pretrained(folder)

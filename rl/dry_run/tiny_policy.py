@@ -1,6 +1,4 @@
-"""A small random model of a policy's kind: whether the engine and the updates can run a policy is found out
-on it in a moment.
-"""
+"""Checks on a small random model of the same architecture whether a policy can be decoded and trained."""
 
 from __future__ import annotations
 
@@ -14,29 +12,29 @@ from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.models.policy_files import check_kind
 from paceline.rollout.model.shape import check_family, key_shape
 
-_VOCABULARY, _CONTEXT, _WINDOW = 256, 64, 4
+_VOCABULARY, _CONTEXT = 256, 64
+_WINDOW = 4  # tokens; so small that a check of a few tokens goes beyond it
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def check_policy(config: PretrainedConfig, max_context: int) -> str | None:
-    """Builds the engine and the packed forward on a small model of a policy's kind, both of which check
-    themselves.
+    """Builds the engine and the packed forward on a small version of a policy; both check themselves.
 
     Args:
-        config: Of the policy.
-        max_context: Of the recipe.
+        config: Configuration of the policy.
+        max_context: The recipe's ``rollout.max_context``.
 
     Returns:
-        Why nothing could be tried, in one line; None where it was.
+        Why no small model could be built, in one line; None if the check ran.
 
     Raises:
-        UserError: when the policy cannot be decoded or trained.
+        UserError: If the policy cannot be decoded or trained.
     """
     check_kind(config.to_dict(), "policy.model")
     try:
         policy = tiny_policy(config)
-    except Exception as error:  # configs of an unforeseen form: the run itself checks the whole model
-        _check_whole(config)
+    except Exception as error:  # a config of unforeseen form: the run itself checks the full model
+        _check_full_size(config)
         return f"no small model of model_type {config.model_type} could be made to try it ({one_line(error)})"
     check_context(policy, max_context)
     policy_engine(policy, dtype=torch.float32, max_slots=2, max_context=min(_CONTEXT, max_context))
@@ -44,35 +42,40 @@ def check_policy(config: PretrainedConfig, max_context: int) -> str | None:
     return None
 
 
-def _check_whole(config: PretrainedConfig) -> None:
-    """What can be told of a policy without weights."""
+def _check_full_size(config: PretrainedConfig) -> None:
+    """Checks what can be checked on the full-size policy without weights.
+
+    Raises:
+        UserError: If no model can be built from the config, or the engine does not support its family.
+    """
     try:
         with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # as in `check_policy`
-        raise UserError(f"policy.model: no model of this config can be made ({one_line(error)})") from None
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # model classes raise many types
+        raise UserError(
+            f"policy.model: no model can be built from its config ({one_line(error)}): choose another"
+        ) from None
     try:
-        check_family(whole)
+        check_family(model)
         key_shape(config)
     except ValueError as error:
         raise UserError(f"policy.model: {error}") from None
 
 
 def tiny_policy(config: PretrainedConfig) -> PreTrainedModel:
-    """A random float32 model of a config's kind with few layers and small widths, which has run once in
-    transformers itself.
+    """Builds a random float32 model of a config's architecture with few layers and small widths.
 
-    Its windows are so small that a check of a few tokens leaves them. Of a model with images or sound it is
-    the language model.
+    The model has run once in transformers itself. Sliding windows are so small that a check of a few tokens
+    goes beyond them. For a model with images or sound, this builds its language model.
 
     Args:
-        config: Of the policy.
+        config: Configuration of the policy.
     """
     small = tiny_config(config)
     values = small.to_dict()
     for name in _TOKEN_IDS:
         if values.get(name) is not None:
-            setattr(small, name, _within(values[name]))
+            setattr(small, name, _within_vocabulary(values[name]))
     if values.get("sliding_window"):
         small.sliding_window = _WINDOW
     small.vocab_size = min(small.vocab_size, _VOCABULARY)
@@ -84,5 +87,5 @@ def tiny_policy(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _within(token: int | list[int]) -> int | list[int]:
+def _within_vocabulary(token: int | list[int]) -> int | list[int]:
     return [t % _VOCABULARY for t in token] if isinstance(token, list) else token % _VOCABULARY

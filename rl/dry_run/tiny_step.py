@@ -1,6 +1,4 @@
-"""What ``--dry-run`` tries: a recipe's own settings on a tiny policy of the same kind, from rollouts to a
-checkpoint.
-"""
+"""Tries a recipe's settings on a tiny policy of the same architecture, from rollouts to a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,13 +26,9 @@ from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import Request, Strategy
 
-_TOKENS, _SAMPLES, _PROMPTS, _STEPS = (
-    16,
-    4,
-    2,
-    3,
-)  # the first step chooses the drafter's vocabulary, the second trains it
-_KEYS = {
+_TOKENS, _SAMPLES, _PROMPTS = 16, 4, 2
+_STEPS = 3  # the first chooses the drafter's vocabulary, the second trains the drafter
+_KEYS = {  # the recipe keys that decide what a file does, by the beginning of its path
     "rl/rewards/shaping": "length",
     "rl/rewards/budgets": "length",
     "rl/rewards/registry": "length",
@@ -54,86 +48,94 @@ _KEYS = {
     "rollout/drafters": "speculation.drafters",
     "rollout/verify": "speculation.verifier",
     "rollout": "rollout, speculation",
-}  # which keys of a recipe decide what a file does
+}
 
 
-class _Listener(Tracker):
-    """Keeps what a run says, and shows nothing."""
+class _RecordingTracker(Tracker):
+    """Records the lines that a run prints and shows nothing."""
 
     lines: list[str]
 
     def say(self, text: str) -> None:
+        """Records a line."""
         self.lines.append(text)
 
 
 def try_tiny_step(config: RunConfig) -> str:
-    """Runs a few tiny steps of a recipe in this process: rollouts, scores, update, drafter training, drafts,
-    a checkpoint.
+    """Runs a few tiny steps of a recipe in this process.
+
+    They cover rollouts, rewards, the update, drafter training, drafting, and a checkpoint.
 
     Args:
         config: The recipe.
 
     Returns:
-        What was tried, and what the run said of itself, in lines.
+        Lines that say what was tried, and what the run printed about rewards and the drafter.
 
     Raises:
-        UserError: when a step fails: why, and which keys have to do with it.
+        UserError: If a step fails; the message gives the reason and the recipe keys involved.
     """
     policy = policy_config(config.policy.model)
     if policy is None:
-        return "no step was tried: the policy's configuration is not at hand"
-    begin, own = time.monotonic(), cached_policy(config.policy.model)
+        return "no step was tried: the policy's configuration is not on this machine"
+    begin, cached = time.monotonic(), cached_policy(config.policy.model)
     folder = Path(tempfile.mkdtemp(prefix="paceline-dry-run-"))
     try:
         try:
-            write_tiny_copy(policy, own, folder / "policy")
-        except Exception as error:  # whatever a model's own code does with sizes that it was never tried with
+            write_tiny_copy(policy, cached, folder / "policy")
+        except Exception as error:  # model classes raise many types for sizes that nobody has tried
             return (
                 f"no step was tried: a small {policy.model_type} cannot be made ({type(error).__name__}: "
                 f"{one_line(error, 300)})"
             )
-        tiny = _tiny_recipe(config, folder, own is not None)
+        tiny = _tiny_recipe(config, folder, cached is not None)
         with _process_group(config), warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
-            drafters, said = _run(tiny, folder / "run")
+            drafters, printed = _run(tiny, folder / "run")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = "" if own is not None else ", with a tokenizer of characters, for its own is not at hand"
-    done = (
-        f"tried: {_STEPS} steps of {tiny.rollout.prompts_per_step} prompts × {tiny.rollout.group_size} "
-        "samples of at most "
-        f"{tiny.rollout.max_tokens} tokens on a random {policy.model_type} of {LAYERS} layers{tokenizer}: "
-        "rollouts, scores, "
-        f"update, {f'drafts by {drafters}, ' if drafters else ''}checkpoint; {time.monotonic() - begin:.0f} s"
+    tokenizer = (
+        "" if cached is not None else ", with a character tokenizer, since its own is not on this machine"
     )
-    left_out = ["rollout.vllm is not tried"] if config.rollout.vllm is not None else []
-    return "\n".join([done, *left_out, *dict.fromkeys(said)])
+    tried = (
+        f"tried: {_STEPS} steps of {tiny.rollout.prompts_per_step} prompts × {tiny.rollout.group_size} "
+        f"samples of at most {tiny.rollout.max_tokens} tokens on a random {policy.model_type} of {LAYERS} "
+        f"layers{tokenizer}: rollouts, rewards, update, {f'drafts by {drafters}, ' if drafters else ''}"
+        f"checkpoint; {time.monotonic() - begin:.0f} s"
+    )
+    not_tried = ["rollout.vllm is not tried"] if config.rollout.vllm is not None else []
+    return "\n".join([tried, *not_tried, *dict.fromkeys(printed)])
 
 
 def _run(tiny: RunConfig, run: Path) -> tuple[str, list[str]]:
-    """Trains and drafts. Returns the drafters' names and what the run said."""
+    """Trains, then drafts with each drafter.
+
+    Returns:
+        The drafters' names, and what the run printed about rewards and the drafter.
+
+    Raises:
+        UserError: If a step fails.
+    """
     run.mkdir()
-    listener = _Listener(tiny, run, active=False)
-    listener.lines = []
+    tracker = _RecordingTracker(tiny, run, active=False)
+    tracker.lines = []
     try:
         accelerator = make_accelerator(tiny, timedelta(minutes=1))
-        trainer = Trainer(tiny, run, accelerator, None, listener)
+        trainer = Trainer(tiny, run, accelerator, None, tracker)
         trainer.run()
         drafters = _draft(trainer)
     except UserError as error:
         raise UserError(f"a tiny step of the recipe fails: {error}") from None
     except Exception as error:
         raise UserError(
-            f"a tiny step of the recipe fails{_keys_of(error)}: {type(error).__name__}: "
+            f"a tiny step of the recipe fails{_involved_keys(error)}: {type(error).__name__}: "
             f"{one_line(error, 300)}"
         ) from None
-    return ", ".join(drafters), [line for line in listener.lines if line.startswith(("reward:", "drafter:"))]
+    return ", ".join(drafters), [line for line in tracker.lines if line.startswith(("reward:", "drafter:"))]
 
 
 def _draft(trainer: Trainer) -> list[str]:
-    """Decodes with every drafter once: a run chooses among them by measured times, which may leave some
-    out.
-    """
+    """Decodes once with every drafter, since a run chooses by measured times and may leave some out."""
     engine = trainer.worker.engine
     problem = trainer.choice.choose(0, 1)[0]
     requests = trainer.worker.groups.requests([problem], step=0)[:2]
@@ -145,7 +147,7 @@ def _draft(trainer: Trainer) -> list[str]:
 
 
 def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunConfig:
-    """The recipe with what costs time made small, and nothing else changed."""
+    """Returns the recipe with small values for what costs time; everything else stays."""
     r, s, d = config.rollout, config.speculation, config.drafter
     policy, anytime = str(folder / "policy"), config.length.anytime
     rollout = replace(
@@ -169,7 +171,7 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
         task=replace(
             config.task,
             size=min(config.task.size, 8),
-            # of so few made problems none may be held out, or all; evaluations make others
+            # a share of so few generated problems may be none or all; evaluations generate others anyway
             heldout=0.0 if config.task.source == "reasoning_gym" else config.task.heldout,
             chat_template_kwargs=config.task.chat_template_kwargs if own_tokenizer else {},
         ),
@@ -198,13 +200,13 @@ def _tiny_recipe(config: RunConfig, folder: Path, own_tokenizer: bool) -> RunCon
 
 @contextmanager
 def _process_group(config: RunConfig) -> Iterator[None]:
-    """A group of this process alone, where the recipe shards and there is none."""
+    """Creates a process group of this process alone if the recipe shards and there is no group yet."""
     if not config.scale.sharded or torch.distributed.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     before = dict(os.environ)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads them beside the group
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed reads these as well
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -214,15 +216,16 @@ def _process_group(config: RunConfig) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _keys_of(error: BaseException) -> str:
-    """Names the recipe's keys that decide what the innermost of our files on the traceback does; empty where
-    none is known.
+def _involved_keys(error: BaseException) -> str:
+    """Returns the recipe keys and the line of the innermost of our files on the traceback, in parentheses.
+
+    Files without known keys are skipped; the text is empty if there is no other.
     """
     root = str(Path(__file__).parents[2])
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if frame.filename.startswith(root):
-            place = frame.filename[len(root) + 1 :]
-            found = next((keys for prefix, keys in _KEYS.items() if place.startswith(prefix)), None)
-            if found is not None:
-                return f" ({found}; {place} line {frame.lineno})"
+            file = frame.filename[len(root) + 1 :]
+            keys = next((keys for prefix, keys in _KEYS.items() if file.startswith(prefix)), None)
+            if keys is not None:
+                return f" ({keys}; {file} line {frame.lineno})"
     return ""

@@ -21,7 +21,7 @@ from paceline.rl.lengths.guidance import (
     token_states,
     train_remaining,
 )
-from paceline.rl.models.policies import load_policy, load_tokenizer
+from paceline.rl.models.loading import load_policy, load_tokenizer
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
 from paceline.rl.tasks.task import Problem, load_task

@@ -19,7 +19,8 @@ from paceline.rl.generation.progress import RolloutProgress
 from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.models.initial import tap_layers
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.rewards.registry import length_terms
 from paceline.rl.tasks.prompts import stop_token_ids
 from paceline.rl.tasks.task import Problem

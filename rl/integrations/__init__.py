@@ -1,1 +1,1 @@
-"""Rollouts and rewards for trainers that are not ours; each pipeline's imports stay in its own file."""
+"""Provides rollouts and rewards to other trainers; each trainer's imports stay in a file of their own."""

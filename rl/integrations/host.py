@@ -27,7 +27,7 @@ from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.integrations.policy import HostPolicy
-from paceline.rl.process.files import read_object, write_whole
+from paceline.rl.process.files import read_object, write_atomically
 from paceline.rl.types import RankRollouts
 from paceline.rl.validation.recipe import check_decoding
 from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
@@ -183,7 +183,7 @@ class HostedRollouts:
                 spot.learner.optimizer if spot else None,
                 self.engine.speculation.selector.state(),
             )
-            write_whole(folder / "state.json", json.dumps({"calls": self._calls}))
+            write_atomically(folder / "state.json", json.dumps({"calls": self._calls}))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: the drafter could not be written ({error}); free some disk") from None
 

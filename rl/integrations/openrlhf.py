@@ -1,16 +1,14 @@
-"""Rewards for OpenRLHF 0.11, through its documented extension points.
+"""Provides length-aware rewards to OpenRLHF 0.11 through its documented extension points.
 
-OpenRLHF always decodes with vLLM engines that it starts itself and sends weights to; it lets others decide
-what one rollout is and what it is worth. So the engine stays OpenRLHF's, and this file brings the
-length-aware rewards:
+OpenRLHF always decodes with vLLM engines that it starts itself. Its extension points define a rollout and its
+reward, so this file provides rewards and leaves the engine to OpenRLHF:
 
-- ``--reward.remote_url FILE.py`` with ``reward_func = per_sample(score, terms)``: terms that look at one
-  completion;
-- ``--train.agent_func_path FILE.py`` with ``AgentExecutor = grouped(score, terms, group_size)``: all terms,
-  also those that compare the samples of a prompt, which OpenRLHF's worker decodes side by side.
+- ``--reward.remote_url FILE.py`` with ``reward_func = per_sample(score, terms, …)`` supports terms that look
+  at one completion.
+- ``--train.agent_func_path FILE.py`` with ``AgentExecutor = grouped(score, terms, group_size, …)`` also
+  supports terms that compare the samples of a prompt, which OpenRLHF's worker decodes concurrently.
 
-``score(text, prompt, label)`` is the task's reward of a completion's text. See recipes in
-docs/integrations.md.
+``score(text, prompt, label)`` is the task's reward of a completion. docs/integrations.md has recipes.
 """
 
 from __future__ import annotations
@@ -32,15 +30,18 @@ Score = Callable[[str, str, Any], float]
 def per_sample(
     score: Score, terms: Sequence[Mapping[str, Any]], tokenizer: Any, longest: int
 ) -> Callable[..., dict[str, Any]]:
-    """A ``reward_func(queries, prompts, labels)`` in OpenRLHF's signature.
+    """Returns a ``reward_func(queries, prompts, labels)`` in OpenRLHF's signature.
 
     Args:
-        score: The task's reward of a completion.
-        terms: As ``length.rewards`` in a recipe, of one completion each.
-        tokenizer: The policy's: OpenRLHF hands over texts, lengths are in tokens.
-        longest: Most tokens of a completion.
+        score: Function that returns the task's reward of a completion.
+        terms: Entries as in a recipe's ``length.rewards``, which look at one completion each.
+        tokenizer: The policy's tokenizer, since OpenRLHF passes texts and lengths are in tokens.
+        longest: Maximum number of tokens of a completion.
+
+    Raises:
+        UserError: If an entry of ``terms`` is invalid.
     """
-    found = [load_term(entry, "terms") for entry in terms]
+    loaded_terms = [load_term(entry, "terms") for entry in terms]
 
     def reward_func(
         queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **more: Any
@@ -50,7 +51,7 @@ def per_sample(
             text = query[len(prompt) :] if query.startswith(prompt) else query
             length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             base.append(float(score(text, prompt, label)))
-            shaped.append(sample_reward(found, base[-1], length, longest))
+            shaped.append(sample_reward(loaded_terms, base[-1], length, longest))
         return {
             "rewards": torch.tensor(shaped),
             "scores": torch.tensor(base),
@@ -62,45 +63,51 @@ def per_sample(
 
 @dataclass(slots=True)
 class _Group:
-    """The samples of one prompt: how many have begun, and those that have ended."""
+    """The samples of one prompt.
 
-    whole: asyncio.Future[None]
+    Attributes:
+        complete: Future that is done when all samples have their rewards, or one has failed.
+        begun: Number of samples that have started.
+        outputs: Outputs of the samples that have finished.
+    """
+
+    complete: asyncio.Future[None]
     begun: int = 0
     outputs: list[dict[str, Any]] = field(default_factory=list)
 
     def fail(self, error: BaseException) -> None:
-        """A sample is lost, and with it the comparison."""
-        if not self.whole.done():
-            self.whole.set_exception(RuntimeError(f"a sample of the same prompt failed: {error}"))
-            self.whole.exception()  # whoever waits is told; that nobody does is no news
+        """Fails the whole group, since its samples can no longer be compared."""
+        if not self.complete.done():
+            self.complete.set_exception(RuntimeError(f"a sample of the same prompt failed: {error}"))
+            self.complete.exception()  # marks it as retrieved: asyncio must not warn if no sample awaits it
 
 
 def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, longest: int) -> type[Any]:
-    """An ``AgentExecutor`` for OpenRLHF: its single turn, with rewards that may compare the samples of a
-    prompt.
+    """Returns an ``AgentExecutor`` class for OpenRLHF whose rewards may compare the samples of a prompt.
 
-    A rollout returns when all ``group_size`` samples of its prompt have ended: OpenRLHF's worker decodes them
-    side by side and waits for them together, so nothing else waits for it.
+    It plays OpenRLHF's single turn. A rollout returns when all ``group_size`` samples of its prompt have
+    finished. OpenRLHF's worker decodes them concurrently and waits for all of them, so this delays nothing.
 
     Args:
-        score: The task's reward of a completion.
-        terms: As ``length.rewards`` in a recipe; none that reads entropies, which vLLM does not give.
+        score: Function that returns the task's reward of a completion.
+        terms: Entries as in a recipe's ``length.rewards``; terms that read entropies or budgets are rejected.
         group_size: OpenRLHF's ``--rollout.n_samples_per_prompt``.
-        longest: Most tokens of a completion.
+        longest: Maximum number of tokens of a completion.
 
     Raises:
-        UserError: for terms that need more than lengths.
+        UserError: If an entry of ``terms`` is invalid, or needs more than lengths.
     """
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-    found = [load_term(entry, "terms") for entry in terms]
-    if any(term.needs_entropies or term.needs_budgets for term in found):
+    loaded_terms = [load_term(entry, "terms") for entry in terms]
+    if any(term.needs_entropies or term.needs_budgets for term in loaded_terms):
         raise UserError(
-            "length rewards that read entropies or budgets need columns that OpenRLHF's rollouts do not have"
+            "terms: OpenRLHF's rollouts have no columns for rewards that read entropies or budgets: choose "
+            "others"
         )
 
     class AgentExecutor(SingleTurnAgentExecutor):
-        """OpenRLHF's single turn; rewards are computed once the group is whole."""
+        """Plays OpenRLHF's single turn, and computes rewards once the group is complete."""
 
         def __init__(self) -> None:
             super().__init__(None)
@@ -116,7 +123,7 @@ def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, l
             llm_engine: Any,
             images: Any = None,
         ) -> dict[str, Any]:
-            """See OpenRLHF's `AgentExecutorBase`."""
+            """Runs one rollout; see OpenRLHF's `AgentExecutorBase`."""
             group = self._join(prompt)
             try:
                 output: dict[str, Any] = await super().execute(
@@ -125,18 +132,18 @@ def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, l
                 start, end = output["action_ranges"][0]
                 text = hf_tokenizer.decode(output["observation_tokens"][start:end], skip_special_tokens=True)
                 output["scores"] = float(score(text, prompt, label))
-            except BaseException as error:  # the others must not wait for this one
+            except BaseException as error:  # the other samples must not wait for this one
                 group.fail(error)
                 raise
             group.outputs.append(output)
             if len(group.outputs) == group_size:
                 _reward(group.outputs)
-                group.whole.set_result(None)
-            await asyncio.shield(group.whole)
+                group.complete.set_result(None)
+            await asyncio.shield(group.complete)
             return output
 
         def _join(self, prompt: str) -> _Group:
-            """The group that this sample belongs to: the next ``group_size`` of a prompt are one."""
+            """Returns the sample's group; each ``group_size`` consecutive samples of a prompt form one."""
             group = self._open.setdefault(prompt, _Group(asyncio.get_running_loop().create_future()))
             group.begun += 1
             if group.begun == group_size:
@@ -146,7 +153,7 @@ def grouped(score: Score, terms: Sequence[Mapping[str, Any]], group_size: int, l
     def _reward(outputs: list[dict[str, Any]]) -> None:
         base = torch.tensor([output["scores"] for output in outputs], dtype=torch.float32)
         lengths = torch.tensor([end - start for output in outputs for start, end in output["action_ranges"]])
-        shaped, _ = apply_terms(found, Samples(base, base >= 1, lengths, group_size, longest))
+        shaped, _ = apply_terms(loaded_terms, Samples(base, base >= 1, lengths, group_size, longest))
         for output, reward in zip(outputs, shaped.tolist(), strict=True):
             output["reward"] = reward
             output["extra_logs"] = {"task_reward": torch.tensor(output["scores"])}

@@ -1,5 +1,6 @@
-"""Somebody else's policy, as the engine decodes with it: in place where each rank holds it whole, else as a
-copy.
+"""Gives the engine access to another trainer's policy.
+
+The engine shares the policy's parameters if each rank holds all of them, and decodes with a copy otherwise.
 """
 
 from __future__ import annotations
@@ -16,45 +17,44 @@ from transformers import PreTrainedModel
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.fingerprint import fingerprint, tensors_held
 from paceline.rl.models.initial import copy_weights
-from paceline.rl.models.lora import merged
+from paceline.rl.models.lora import merged_weights
 from paceline.rl.models.mergeable import AdaptedLayer, adapted_layers, check_adapter_config
 from paceline.rl.sharding.gathering import full_parameters, is_partitioned
 
 
 class HostPolicy:
-    """A host's policy.
+    """Follows the policy of a host, which is the trainer that uses the engine.
 
     Args:
-        model: Unwrapped: a transformers causal LM, also with peft's plain LoRA adapters in it or around it.
-            Its parameters may be partitioned by ZeRO 3 or FSDP2.
-        dtype: Of a copy.
-        device: Of a copy.
+        model: Unwrapped transformers causal LM, with or without peft's plain LoRA adapters in it or around
+            it. Its parameters may be sharded by ZeRO 3 or FSDP2.
+        dtype: Precision of a copy.
+        device: Device of a copy.
 
     Attributes:
-        decoded: What the engine is to be built on: the host's own module, or the copy.
+        shared: Whether the engine shares the host's parameters.
+        decoded: Model to build the engine on: the host's own module, or the copy.
 
     Raises:
-        UserError: for adapters that are not known to merge exactly (`paceline.rl.models.mergeable`),
-            quantized weights, and flattened parameters (FSDP1).
+        UserError: If adapters are not known to merge exactly (`paceline.rl.models.mergeable`), weights are
+            quantized, or parameters are flattened (FSDP1).
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self._adapter = _adapter_in_use(model)
-        around = self._adapter is not None and not isinstance(model, PreTrainedModel)
-        self._source: nn.Module = model.get_base_model() if around else model  # type: ignore[operator]
+        wrapped = self._adapter is not None and not isinstance(model, PreTrainedModel)
+        self._source: nn.Module = model.get_base_model() if wrapped else model  # type: ignore[operator]
         if any("_flat_param" in name for name, _ in self._source.named_parameters()):
             raise UserError(
-                "the policy is sharded by FSDP's first form, without names of parameters: use FSDP2 "
-                "(fsdp_version: 2)"
+                "the policy is sharded by FSDP1, which flattens parameters: use FSDP2 (fsdp_version: 2)"
             )
         if not isinstance(self._source, PreTrainedModel):
             raise UserError(
-                f"the policy is a {type(self._source).__name__}: hand over the unwrapped transformers causal "
-                "LM"
+                f"the policy is a {type(self._source).__name__}: pass the unwrapped transformers causal LM"
             )
         if getattr(self._source, "hf_quantizer", None) is not None:
             raise UserError(
-                "the policy is quantized: rollouts follow the weights that are trained; load it in bfloat16"
+                "the policy is quantized, and rollouts need the weights that are trained: load it in bfloat16"
             )
         self._layers()
         self.shared = self._adapter is None and not is_partitioned(self._source)
@@ -62,7 +62,7 @@ class HostPolicy:
         self._model, self._parameters = model, list(self._source.parameters())
 
     def refresh(self) -> None:
-        """Brings a copy up to the host's present weights. Collective where those lie in parts."""
+        """Copies the host's current weights to the copy, if there is one. Collective if they are sharded."""
         if not self.shared:
             copy_weights(self._weights(), self.decoded)
             _copy_buffers(self._source, self.decoded)
@@ -73,15 +73,21 @@ class HostPolicy:
         return is_partitioned(self._source)
 
     def fingerprint(self) -> Hashable | None:
-        """What changes whenever this rank's weights do, or what adapters do with them; None where that cannot
-        be told.
+        """Returns a value that changes whenever this rank's weights or the state of their adapters change.
+
+        It is None if the weights cannot be read, see `tensors_held`.
         """
         held = tensors_held(self._source)
         return None if held is None else (fingerprint(held), _adapter_state(self._source))
 
     def reads(self, model: nn.Module) -> bool:
-        """Whether the engine, built on `decoded`, follows this model: the same modules and adapter, and the
-        same parameters if it shares them (sharding a model, for one, puts others in their place).
+        """Returns whether the engine that was built on `decoded` still follows this model.
+
+        It does if the model and the adapter are the same, and, if parameters are shared, those are the same
+        objects. Sharding a model, for example, replaces them.
+
+        Args:
+            model: The host's unwrapped model now.
         """
         if (
             model is not self._model
@@ -95,13 +101,13 @@ class HostPolicy:
         )
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        def whole(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+        def full_weights(wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
             return full_parameters(self._source, wanted)
 
-        return merged(whole, self._layers())
+        return merged_weights(full_weights, self._layers())
 
     def _layers(self) -> dict[str, AdaptedLayer] | None:
-        """The adapted layers as they are now: their scaling may be changed, and the adapter in use."""
+        """Returns the adapted layers as they are now, since the host may change scaling or active adapter."""
         if self._adapter is None:
             return None
         try:
@@ -111,29 +117,27 @@ class HostPolicy:
 
 
 def _empty_copy(source: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    # The class itself: from_config would partition the copy under ZeRO 3 too. The host's random numbers stay
-    #     as they are.
+    # The constructor of the class, because from_config would shard the copy too under ZeRO 3. fork_rng keeps
+    # the host's random state.
     with torch.random.fork_rng():
-        made: PreTrainedModel = type(source)(copy.deepcopy(source.config))
-    made.generation_config = source.generation_config
-    for parameter in made.parameters():
-        # buffers, such as rotary frequencies, keep the precision that they were made in
+        model: PreTrainedModel = type(source)(copy.deepcopy(source.config))
+    model.generation_config = source.generation_config
+    for parameter in model.parameters():
+        # only parameters are cast: buffers such as rotary frequencies keep their precision
         parameter.data = parameter.to(dtype)
-    return made.to(device=device).eval().requires_grad_(False)  # type: ignore[call-arg]
+    return model.to(device=device).eval().requires_grad_(False)  # type: ignore[call-arg]
 
 
 @torch.no_grad()
 def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    theirs = dict(source.named_buffers())
+    buffers = dict(source.named_buffers())
     for name, buffer in target.named_buffers():
-        if name in theirs and theirs[name].shape == buffer.shape:
-            buffer.copy_(theirs[name])
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffer.copy_(buffers[name])
 
 
 def _adapter_state(source: nn.Module) -> Hashable:
-    """What peft's layers do with their adapters at the moment: which are in use, by what factor, and which
-    are merged.
-    """
+    """Returns which adapters peft's layers use now, with what scaling, and which are merged."""
     layers: list[Any] = [module for module in source.modules() if hasattr(module, "merged_adapters")]
     return tuple(
         (
@@ -147,10 +151,10 @@ def _adapter_state(source: nn.Module) -> Hashable:
 
 
 def _adapter_in_use(model: Any) -> str | None:
-    """The name of the one adapter that the policy runs with; None for a policy without any.
+    """Returns the name of the policy's active adapter; None for a policy without adapters.
 
     Raises:
-        UserError: for several at once, and for adapters whose config asks for more than plain LoRA.
+        UserError: If not exactly one adapter is active, or its config asks for more than plain LoRA.
     """
     configs = getattr(model, "peft_config", None)
     if not configs:
@@ -162,7 +166,7 @@ def _adapter_in_use(model: Any) -> str | None:
     if len(names) != 1:
         in_use = ", ".join(names) or "none"
         raise UserError(
-            f"the policy runs with the adapters {in_use}: rollouts follow one, "
+            f"the policy's active adapters are {in_use}, and rollouts follow exactly one: call "
             f"set_adapter({next(iter(configs))!r})"
         )
     try:

@@ -1,9 +1,9 @@
-"""Rollouts for TRL's trainers: one import, one argument.
+"""Provides rollouts to TRL's trainers with one import and one argument.
 
-``GRPOTrainer(..., rollout_func=paceline_rollouts())``, and the same for RLOO with the `RLOOTrainer` of this
-file, which is TRL's with that argument. Length-aware rewards for ``reward_funcs`` are in
-`paceline.rl.rewards.registry`. docs/trl.md has what is read from the trainer and what is refused,
-docs/multi_turn.md conversations with an environment.
+Write ``GRPOTrainer(..., rollout_func=paceline_rollouts())``. For RLOO, use the `RLOOTrainer` of this file,
+which adds the argument to TRL's. Length-aware rewards for ``reward_funcs`` are in
+`paceline.rl.rewards.registry`. docs/trl.md lists what is read from the trainer and what is rejected;
+docs/multi_turn.md describes conversations with an environment.
 """
 
 from __future__ import annotations
@@ -31,51 +31,55 @@ from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout import Request, Rollout
 
 _LOG = logging.getLogger("paceline")
-_ROOM_FOR_PROMPTS = 2048
+_ROOM_FOR_PROMPTS = 2048  # tokens; added to the longest completion for the default max_context
 _FOLDER = "paceline"
-_TEXT_ONLY = "paceline: rollouts are of text; these prompts have images"
+_TEXT_ONLY = "paceline: rollouts support text only, and these prompts have images: use prompts without images"
 
 
 def paceline_rollouts(
     args: Any = None, *, answer: str = "Answer:", **sections: dict[str, Any]
 ) -> PacelineRollouts:
-    """A ``rollout_func`` for TRL's trainers, losslessly speculated, with a drafter that is trained on the
-    way.
+    """Returns a ``rollout_func`` for TRL's trainers with lossless speculation and online drafter training.
 
-    Temperature, top-k, top-p, lengths and precision are those of the trainer's arguments. The drafter, its
-    optimizer and what the bandit has learned are kept in each checkpoint's ``paceline`` folder; the drafter
-    is exported to ``<output_dir>/paceline/drafter`` when training ends. Metrics named ``paceline/...`` join
-    the trainer's own.
+    Temperature, top-k, top-p, lengths and precision come from the trainer's arguments. Each checkpoint's
+    ``paceline`` folder stores the drafter, its optimizer and the bandit's state. The drafter is exported to
+    ``<output_dir>/paceline/drafter`` when training ends. Metrics named ``paceline/...`` join the trainer's.
 
     Args:
-        args: The trainer's `GRPOConfig` or `RLOOConfig`, to have it checked here, before a model is loaded;
-            otherwise it is checked at the first rollout. What is not honoured is refused, never passed over.
+        args: The trainer's `GRPOConfig` or `RLOOConfig`, which is then checked here, before a model is
+            loaded, instead of at the first rollout. Settings that cannot be honoured are rejected, never
+            ignored.
         answer: Text that begins the answer of a completion, for rewards that read entropies (PEAR).
-        sections: ``speculation``, ``drafter`` and ``measure`` as in a recipe, and of ``rollout`` the keys
-            ``max_context`` (the longest completion and 2,048 tokens of prompt), ``max_slots``, ``dtype``,
-            ``kv_memory_gb`` and ``stop_strings``. On one rank, which never idles, no drafter is trained
-            unless ``drafter={"schedule": "always"}`` or a ``start`` says so.
+        sections: The recipe's sections ``speculation``, ``drafter`` and ``measure``, and of ``rollout`` the
+            keys ``max_context`` (default: the longest completion and 2,048 tokens of prompt), ``max_slots``,
+            ``dtype``, ``kv_memory_gb`` and ``stop_strings``. A single rank never idles, so it trains no
+            drafter unless ``drafter={"schedule": "always"}`` or a ``start`` asks for it.
 
     Raises:
-        UserError: for sections that are wrong and for arguments that ask for what the engine does not do; at
-            the first rollout, for what only the trainer as a whole tells.
+        UserError: If a section is invalid, or an argument asks for what the engine does not support. What
+            depends on the trainer as a whole is checked at the first rollout.
     """
-    host_config(sections, _ANY_HOST, alone=False)
+    host_config(sections, _PLACEHOLDER_HOST, alone=False)
     if args is not None:
         check_arguments(args)
     return PacelineRollouts(answer, sections)
 
 
-_ANY_HOST = {"out": "unused", "rollout": {"max_tokens": 1}}  # enough to look at what the user wrote
+# The least that a host has to provide, to check the user's sections before there is a trainer.
+_PLACEHOLDER_HOST = {"out": "unused", "rollout": {"max_tokens": 1}}
 
 
 class PacelineRollouts(TrainerCallback):
-    """What `paceline_rollouts` makes: the rollout function, and the callback that follows the trainer's
-    checkpoints.
+    """Generates rollouts for a TRL trainer, and saves the drafter with the trainer's checkpoints.
 
-    Before each generation it looks at all of the policy's weights (`paceline.rl.integrations.fingerprint`)
-    and renews the engine's copies if anything has changed, whoever changed it. Given to another trainer, or
-    when the policy's modules were replaced, it builds its engine anew.
+    Use it as the trainer's ``rollout_func``; it adds itself to the trainer's callbacks. Before each
+    generation it hashes all weights of the policy (`paceline.rl.integrations.fingerprint`) and refreshes the
+    engine's copies if anything has changed. It builds a new engine if it is passed to another trainer or the
+    policy's modules were replaced.
+
+    Args:
+        answer: Text that begins the answer of a completion.
+        sections: Sections as in `paceline_rollouts`.
     """
 
     def __init__(self, answer: str, sections: dict[str, Any]) -> None:
@@ -86,26 +90,29 @@ class PacelineRollouts(TrainerCallback):
         self._calls: dict[str, tuple[int, int]] = {}
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """One completion of each prompt, in TRL's ``rollout_func`` contract: ``prompt_ids``,
-        ``completion_ids``, ``logprobs``.
+        """Generates one completion of each prompt, as TRL's ``rollout_func`` contract asks. Collective.
 
         Args:
-            prompts: Texts or conversations of this rank, repeated for the samples of a group.
-            trainer: Its `GRPOTrainer`.
+            prompts: This rank's texts or conversations, repeated for the samples of a group.
+            trainer: The `GRPOTrainer` that calls.
+
+        Returns:
+            The columns ``prompt_ids``, ``completion_ids`` and ``logprobs``; also ``entropies`` and
+            ``answers`` if a reward function reads entropies.
         """
         prompt_ids = self._tokenized(prompts, trainer)
         rollouts = self.complete(prompt_ids, trainer)
-        found: dict[str, Any] = {
+        columns: dict[str, Any] = {
             "prompt_ids": prompt_ids,
             "completion_ids": [r.token_ids for r in rollouts],
             "logprobs": [r.logprobs for r in rollouts],
         }
         if self._entropies:
-            found["entropies"] = [r.entropies for r in rollouts]
-            found["answers"] = [
+            columns["entropies"] = [r.entropies for r in rollouts]
+            columns["answers"] = [
                 answer_start(r.token_ids, self._answer, trainer.processing_class) for r in rollouts
             ]
-        return found
+        return columns
 
     def converse(
         self,
@@ -115,88 +122,90 @@ class PacelineRollouts(TrainerCallback):
         turns: int,
         turn_tokens: int | None = None,
     ) -> dict[str, Any]:
-        """Plays conversations with an environment, in TRL's ``rollout_func`` contract with ``env_mask``: see
-        docs/multi_turn.md.
+        """Plays conversations with an environment, as TRL's ``rollout_func`` contract with ``env_mask`` asks.
 
-        A conversation ends when the environment returns None, after ``turns`` of the policy's turns, or where
-        the trainer's ``max_completion_length``, which counts both sides' tokens, leaves no room for another.
-        Keys and values are kept between
-        turns. Collective: ranks play on together until the last conversation of all has ended.
+        See docs/multi_turn.md. A conversation ends when the environment returns None, after ``turns`` turns
+        of the policy, or if the trainer's ``max_completion_length``, which counts the tokens of both sides,
+        leaves no room for another turn. Keys and values are cached between turns. Collective: all ranks
+        continue until the last conversation of all ranks has ended.
 
         Args:
-            prompts: Texts or conversations of this rank, repeated for the samples of a group.
-            trainer: Its `GRPOTrainer`.
-            environment: Called after each of the policy's turns, in order of the prompts. Returns a text,
-                token ids or chat messages to answer with, or None to end the conversation; after the last
-                turn it is not read.
-            turns: Most turns of the policy's, at least 1.
-            turn_tokens: Most tokens of one turn, at least 1; None leaves what ``max_completion_length``
-                leaves.
+            prompts: This rank's texts or conversations, repeated for the samples of a group.
+            trainer: The `GRPOTrainer` that calls.
+            environment: Function that is called after each turn of the policy, in the order of the prompts.
+                It returns a text, token ids or chat messages as its answer, or None to end the conversation.
+                Its answer to the last turn is ignored.
+            turns: Maximum number of the policy's turns, at least 1.
+            turn_tokens: Maximum number of tokens of one turn, at least 1; None limits a turn only by
+                ``max_completion_length``.
 
         Returns:
-            ``prompt_ids``, ``completion_ids``, ``logprobs``, ``env_mask``, one list for each prompt, and a
-            column for each key that the environment has written to `Conversation.columns` (None where it has
-            not).
+            The columns ``prompt_ids``, ``completion_ids``, ``logprobs`` and ``env_mask`` with one list for
+            each prompt, and a column for each key that the environment has written to
+            `Conversation.columns`, with None for conversations without the key.
 
         Raises:
-            UserError: for turns that are no count, answers of another type, and rewards that read entropies.
+            UserError: If ``turns`` or ``turn_tokens`` is not a count, an answer has another type, or a reward
+                function reads entropies.
         """
         for name, count in {"turns": turns, "turn_tokens": 1 if turn_tokens is None else turn_tokens}.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise UserError(f"paceline: {name} is {count!r}: write a count of at least 1")
+                raise UserError(f"paceline: {name} is {count!r}: write an integer of at least 1")
         if any(getattr(f, "needs_entropies", False) for f in trainer.reward_funcs):
             raise UserError(
-                "paceline: rewards that read entropies judge one turn: use another reward with converse()"
+                "paceline: rewards that read entropies support one turn only: use another reward with "
+                "converse()"
             )
-        talks = [
+        conversations = [
             Conversation(p, list(ids))
             for p, ids in zip(prompts, self._tokenized(prompts, trainer), strict=True)
         ]
         try:
-            self._take_turns(talks, trainer, environment, turns, turn_tokens)
+            self._take_turns(conversations, trainer, environment, turns, turn_tokens)
         finally:
             if self._hosted is not None:
                 self._hosted.engine.kept.clear()
-        names = {name: None for talk in talks for name in talk.columns}
-        found = {
-            name: [getattr(talk, name) for talk in talks]
+        extra = {name: None for conversation in conversations for name in conversation.columns}
+        columns = {
+            name: [getattr(conversation, name) for conversation in conversations]
             for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask")
         }
-        return {**{name: [talk.columns.get(name) for talk in talks] for name in names}, **found}
+        return {**{name: [c.columns.get(name) for c in conversations] for name in extra}, **columns}
 
     def _take_turns(
         self,
-        talks: list[Conversation],
+        conversations: list[Conversation],
         trainer: Any,
         environment: Environment,
         turns: int,
         turn_tokens: int | None,
     ) -> None:
-        """Plays until every conversation is over, or its turns are. Collective."""
+        """Plays until all conversations are finished or have had all their turns. Collective."""
+        limit = trainer.max_completion_length
         for turn in range(turns):
-            going = [talk for talk in talks if not talk.over]
-            if not any_rank(trainer.accelerator, bool(going)):
+            active = [conversation for conversation in conversations if not conversation.finished]
+            if not any_rank(trainer.accelerator, bool(active)):
                 break
-            longest = trainer.max_completion_length if turn_tokens is None else turn_tokens
-            room = [min(longest, trainer.max_completion_length - len(talk.completion_ids)) for talk in going]
-            rollouts = self.complete([talk.token_ids for talk in going], trainer, max_tokens=room, keep=True)
-            for talk, rollout in zip(going, rollouts, strict=True):
-                self._take_turn(talk, rollout, trainer, environment, last=turn + 1 == turns)
+            longest = limit if turn_tokens is None else turn_tokens
+            max_tokens = [min(longest, limit - len(c.completion_ids)) for c in active]
+            rollouts = self.complete([c.token_ids for c in active], trainer, max_tokens=max_tokens, keep=True)
+            for conversation, rollout in zip(active, rollouts, strict=True):
+                self._take_turn(conversation, rollout, trainer, environment, last=turn + 1 == turns)
 
     def _take_turn(
-        self, talk: Conversation, rollout: Rollout, trainer: Any, environment: Environment, last: bool
+        self, conversation: Conversation, rollout: Rollout, trainer: Any, environment: Environment, last: bool
     ) -> None:
-        """Adds a turn and, unless it is the conversation's last one, what the environment answers."""
+        """Appends a turn and the environment's answer, unless this was the conversation's last turn."""
         tokenizer = _tokenizer_of(trainer)
-        talk.said(rollout, tokenizer)
-        answer = environment(talk)
-        talk.over = True
+        conversation.add_turn(rollout, tokenizer)
+        answer = environment(conversation)
+        conversation.finished = True
         if answer is None or last:
             return
         ids = answer_ids(tokenizer, answer, rollout.token_ids[-1], trainer.chat_template_kwargs)
-        if len(talk.completion_ids) + len(ids) < trainer.max_completion_length:
-            talk.answered(ids)
-            talk.over = False
+        if len(conversation.completion_ids) + len(ids) < trainer.max_completion_length:
+            conversation.add_answer(ids)
+            conversation.finished = False
 
     def complete(
         self,
@@ -206,15 +215,18 @@ class PacelineRollouts(TrainerCallback):
         max_tokens: Sequence[int] | None = None,
         keep: bool = False,
     ) -> list[Rollout]:
-        """The rollouts of token ids, in order. Collective: every rank calls it equally often, with an empty
-        list where it has none.
+        """Generates a rollout for each prompt of token ids, in order.
+
+        Collective: every rank must call it equally often, with an empty list if it has no prompts.
 
         Args:
-            prompt_ids: Of this rank.
-            trainer: Its trainer.
-            max_tokens: The longest completion of each; None for the trainer's ``max_completion_length``.
-            keep: Keeps keys and values of these rollouts for later calls whose prompts begin with the same
-                tokens, until the weights change. Takes as much memory again as the engine's cache at most.
+            prompt_ids: Token ids of this rank's prompts.
+            trainer: The trainer that calls.
+            max_tokens: Maximum number of tokens of each completion; None for the trainer's
+                ``max_completion_length``.
+            keep: Whether to cache keys and values of these rollouts for later calls whose prompts share a
+                prefix with them, until the weights change. This may take as much memory again as the engine's
+                cache.
         """
         hosted = self._host(trainer)
         hosted.refresh()
@@ -236,44 +248,46 @@ class PacelineRollouts(TrainerCallback):
     def _requests(
         self, prompt_ids: Sequence[Sequence[int]], trainer: Any, max_tokens: Sequence[int] | None
     ) -> list[Request]:
-        """Seeds follow from the trainer's seed, the moment, the rank, the prompt, and which of its samples it
-        is.
+        """Creates the requests of a call.
+
+        A request's seed depends on the trainer's seed, the call, the rank, the prompt, and the sample's
+        number among those of its prompt.
         """
         assert self._hosted is not None
         params = replace(self._hosted.worker.params, **_sampling(trainer))
         limits = [params.max_tokens] * len(prompt_ids) if max_tokens is None else max_tokens
-        moment, rank, seen = self._moment(trainer), trainer.accelerator.process_index, Counter[str]()
-        made = []
+        call, rank, samples = self._call_name(trainer), trainer.accelerator.process_index, Counter[str]()
+        requests = []
         for ids, limit in zip(prompt_ids, limits, strict=True):
             key = hashlib.blake2b(repr(list(ids)).encode(), digest_size=12).hexdigest()
-            seed = stable_seed(trainer.args.seed, 0, f"{moment}/{rank}/{key}", seen[key])
-            made.append(Request(list(ids), replace(params, max_tokens=limit), seed, group=key))
-            seen[key] += 1
-        return made
+            seed = stable_seed(trainer.args.seed, 0, f"{call}/{rank}/{key}", samples[key])
+            requests.append(Request(list(ids), replace(params, max_tokens=limit), seed, group=key))
+            samples[key] += 1
+        return requests
 
-    def _moment(self, trainer: Any) -> str:
-        """Names this call by the trainer's step and how many there were in it. Evaluations are counted apart,
-        so that a run that is resumed after one draws what it would have drawn.
+    def _call_name(self, trainer: Any) -> str:
+        """Returns a name for this call, from the trainer's step and the number of earlier calls in it.
+
+        Evaluations are counted separately, so that a run that resumes after one uses the seeds that it would
+        have used without the interruption.
         """
         mode, step = "" if trainer.model.training else "/evaluation", int(trainer.state.global_step)
-        before = self._calls.get(mode)
-        calls = before[1] + 1 if before is not None and before[0] == step else 0
+        previous = self._calls.get(mode)
+        calls = previous[1] + 1 if previous is not None and previous[0] == step else 0
         self._calls[mode] = step, calls
         return f"{step}/{calls}{mode}"
 
     def _host(self, trainer: Any) -> HostedRollouts:
-        """The engine on the policy that the trainer has now."""
+        """Returns the engine on the trainer's current policy, and builds it if necessary."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        known = self._trainer is not None and self._trainer() is trainer
-        if self._hosted is not None and known and self._hosted.policy.reads(model):
+        same_trainer = self._trainer is not None and self._trainer() is trainer
+        if self._hosted is not None and same_trainer and self._hosted.policy.reads(model):
             return self._hosted
-        earlier = self._hosted if known else None
+        previous = self._hosted if same_trainer else None
         self._hosted, self._trainer = self._start(trainer, model), weakref.ref(trainer)
-        if earlier is not None:
-            _LOG.warning(
-                "the policy's modules were replaced: the engine is built anew, and goes on with its drafter"
-            )
-            self._hosted.take_over(earlier)
+        if previous is not None:
+            _LOG.warning("the policy's modules were replaced: building a new engine, which keeps the drafter")
+            self._hosted.take_over(previous)
         elif trainer.state.global_step:
             self._resume(trainer)
         if self not in trainer.callback_handler.callbacks:
@@ -284,7 +298,7 @@ class PacelineRollouts(TrainerCallback):
         check_trainer(trainer, model)
         args, accelerator = trainer.args, trainer.accelerator
         longest = trainer.max_completion_length
-        most = (
+        max_positions = (
             getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
             or longest + _ROOM_FOR_PROMPTS
         )
@@ -296,15 +310,15 @@ class PacelineRollouts(TrainerCallback):
             "rollout": {
                 **_sampling(trainer),
                 "group_size": max(trainer.num_generations, 2),
-                "max_context": min(longest + _ROOM_FOR_PROMPTS, most),
+                "max_context": min(longest + _ROOM_FOR_PROMPTS, max_positions),
                 "dtype": "bfloat16" if args.bf16 else "float32",
             },
         }
         config = host_config(self._sections, from_host, alone=accelerator.num_processes == 1)
-        if config.rollout.max_context > most:
+        if config.rollout.max_context > max_positions:
             raise UserError(
-                f"paceline: rollout.max_context is {config.rollout.max_context}, the policy reads {most} "
-                "tokens at most"
+                f"paceline: rollout.max_context is {config.rollout.max_context}: the policy reads "
+                f"{max_positions} tokens at most; write a number up to that"
             )
         policy = HostPolicy(model, getattr(torch, config.rollout.dtype), accelerator.device)
         hosted = HostedRollouts(config, policy, _tokenizer_of(trainer), accelerator, _LOG.warning)
@@ -314,32 +328,38 @@ class PacelineRollouts(TrainerCallback):
 
     def _resume(self, trainer: Any) -> None:
         assert self._hosted is not None
-        named = trainer.args.resume_from_checkpoint
-        places = [Path(named)] if isinstance(named, str) else []
-        places.append(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
-        folder = next((p / _FOLDER for p in places if (p / _FOLDER / "state.json").is_file()), None)
+        resumed_from = trainer.args.resume_from_checkpoint
+        checkpoints = [Path(resumed_from)] if isinstance(resumed_from, str) else []
+        checkpoints.append(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
+        folder = next((p / _FOLDER for p in checkpoints if (p / _FOLDER / "state.json").is_file()), None)
         if folder is None:
-            _LOG.warning(f"{places[-1]} holds no drafter of a run with paceline: a new one is made")
+            _LOG.warning(f"{checkpoints[-1]} holds no paceline drafter: starting with a new one")
         else:
             self._hosted.load(folder)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The trainer has written a checkpoint: the drafter joins it."""
+        """Saves the drafter to the checkpoint that the trainer has just written."""
         if self._hosted is not None and state.is_world_process_zero:
             self._hosted.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / _FOLDER)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The drafter is exported."""
+        """Exports the drafter."""
         if self._hosted is not None:
             self._hosted.finish()
 
 
 class RLOOTrainer(trl.RLOOTrainer):
-    """TRL's, with the ``rollout_func`` of its `GRPOTrainer`; it takes what `paceline_rollouts` makes."""
+    """Adds the argument ``rollout_func`` to TRL's `RLOOTrainer`.
+
+    Args:
+        args: Positional arguments of TRL's trainer.
+        rollout_func: Result of `paceline_rollouts`; None generates with TRL.
+        kwargs: Keyword arguments of TRL's trainer.
+    """
 
     def __init__(self, *args: Any, rollout_func: PacelineRollouts | None = None, **kwargs: Any) -> None:
         self.rollout_func = rollout_func
@@ -347,8 +367,10 @@ class RLOOTrainer(trl.RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
         if self.rollout_func is None:
-            found: list[list[int]] = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
-            return found
+            completions: list[list[int]] = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields
+            )
+            return completions
         if images is not None:
             raise UserError(_TEXT_ONLY)
         return [r.token_ids for r in self.rollout_func.complete(prompt_ids, self)]
@@ -359,9 +381,7 @@ def _tokenizer_of(trainer: Any) -> Any:
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:
-    """Returns how the trainer samples at the moment, by the names of `SamplingParams` and of a recipe's
-    ``rollout``.
-    """
+    """Returns the trainer's current sampling settings under the names of `SamplingParams` and ``rollout``."""
     return {
         "temperature": float(trainer.temperature),
         "top_k": max(trainer.top_k or 0, 0),

@@ -1,6 +1,4 @@
-"""What TRL's trainers can be asked for and the engine does not do: found before anything is built, and said
-in one line.
-"""
+"""Rejects arguments of TRL's trainers that the engine does not support, in one line, before it is built."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from paceline.rl.sharding.gathering import is_partitioned
 from paceline.rollout import SamplingParams
 
 _LEAVE_OUT = "leave it out"
-_NEUTRAL: dict[str, Any] = {
+_NEUTRAL_VALUES: dict[str, Any] = {  # generation_kwargs that change nothing
     "do_sample": True,
     "use_cache": True,
     "num_beams": 1,
@@ -39,51 +37,52 @@ _WRITTEN_ELSEWHERE = {
     "eos_token_id": "write it into the model's generation_config",
     "stop_strings": 'write paceline_rollouts(rollout={"stop_strings": [...]})',
 }
-_OWN_LOOP = "leave it out; a rollout function of your own plays turns with an environment: docs/multi_turn.md"
+_USE_CONVERSE = "leave it out; write a rollout function that calls converse(): docs/multi_turn.md"
 
 
 def check_arguments(args: Any) -> None:
-    """Looks at a trainer's arguments alone.
+    """Checks a trainer's arguments on their own.
 
     Args:
         args: TRL's `GRPOConfig` or `RLOOConfig`.
 
     Raises:
-        UserError: one line with everything that the rollouts would not follow, and what to write instead.
+        UserError: If there are arguments that the rollouts would not honour; the message lists all of them
+            with what to write instead.
     """
     if not isinstance(args, trl.GRPOConfig | trl.RLOOConfig):
         raise UserError(
-            f"paceline: args is a {type(args).__name__}: give the trainer's GRPOConfig or RLOOConfig"
+            f"paceline: args is a {type(args).__name__}: pass the trainer's GRPOConfig or RLOOConfig"
         )
-    _refuse([*_generation(args), *_generation_kwargs(args), *_vllm(args), *_sampling(args)])
+    _raise_if_any([*_generation(args), *_generation_kwargs(args), *_vllm(args), *_sampling(args)])
 
 
 def check_trainer(trainer: Any, model: nn.Module) -> None:
-    """Looks at a trainer as a whole: its arguments, tools, rewards, and where its policy lies.
+    """Checks a trainer as a whole: its arguments, tools, rewards, and the devices of its policy.
 
     Args:
         trainer: TRL's `GRPOTrainer` or `RLOOTrainer`, or a subclass.
-        model: Its unwrapped policy.
+        model: The trainer's unwrapped policy.
 
     Raises:
-        UserError: as `check_arguments`.
+        UserError: If there is something that the rollouts would not honour; the message lists all of it.
     """
     if not isinstance(trainer, trl.GRPOTrainer | trl.RLOOTrainer):
         raise UserError(
-            "paceline: rollouts are for TRL's GRPOTrainer and RLOOTrainer, this is a "
-            f"{type(trainer).__name__}"
+            f"paceline: the trainer is a {type(trainer).__name__}: use TRL's GRPOTrainer, or the RLOOTrainer "
+            "of paceline.rl.integrations.trl"
         )
     check_arguments(trainer.args)
-    _refuse([*_tools(trainer), *_rewards(trainer), *_devices(model)])
+    _raise_if_any([*_tools(trainer), *_rewards(trainer), *_devices(model)])
 
 
-def _refuse(problems: list[str]) -> None:
+def _raise_if_any(problems: list[str]) -> None:
     if problems:
         raise UserError(f"paceline: {'; '.join(problems)}")
 
 
 def _generation(args: Any) -> list[str]:
-    asked = {
+    checks = {
         "use_vllm": (bool(args.use_vllm), "write use_vllm=False: Paceline's engine makes the rollouts"),
         "use_transformers_continuous_batching": (
             bool(getattr(args, "use_transformers_continuous_batching", False)),
@@ -96,24 +95,24 @@ def _generation(args: Any) -> list[str]:
         "min_p": (bool(args.min_p), "write top_p or top_k: the engine does not sample by min_p"),
         "repetition_penalty": (
             args.repetition_penalty not in (None, 1.0),
-            "write 1.0: rollouts are of the policy's own distribution, without penalties",
+            "write 1.0: rollouts are sampled from the policy's own distribution, without penalties",
         ),
         "max_completion_length": (
             args.max_completion_length is None,
             "write the longest completion in tokens",
         ),
     }
-    return [f"{name} is {getattr(args, name)}: {what}" for name, (wrong, what) in asked.items() if wrong]
+    return [f"{name} is {getattr(args, name)}: {fix}" for name, (wrong, fix) in checks.items() if wrong]
 
 
 def _generation_kwargs(args: Any) -> list[str]:
-    given = args.generation_kwargs or {}
-    if not isinstance(given, Mapping):
-        return [f"generation_kwargs is a {type(given).__name__}: write a dictionary"]
+    kwargs = args.generation_kwargs or {}
+    if not isinstance(kwargs, Mapping):
+        return [f"generation_kwargs is a {type(kwargs).__name__}: write a dictionary"]
     wrong = {
         name: value
-        for name, value in given.items()
-        if value is not None and _NEUTRAL.get(name, _LEAVE_OUT) != value
+        for name, value in kwargs.items()
+        if value is not None and _NEUTRAL_VALUES.get(name, _LEAVE_OUT) != value
     }
     return [
         f"generation_kwargs.{name} is {value}: {_WRITTEN_ELSEWHERE.get(name, _LEAVE_OUT)}"
@@ -122,7 +121,10 @@ def _generation_kwargs(args: Any) -> list[str]:
 
 
 def _vllm(args: Any) -> list[str]:
-    """What only vLLM's rollouts read; TRL corrects for sampling by others only where vLLM samples."""
+    """Returns problems with ``vllm_*`` arguments, which TRL reads only if vLLM samples.
+
+    Among them is the importance sampling correction for the training–inference mismatch.
+    """
     if args.use_vllm:
         return []
     changed = [
@@ -133,7 +135,7 @@ def _vllm(args: Any) -> list[str]:
         and getattr(args, f.name) != f.default
     ]
     return [
-        f"{name} is {getattr(args, name)}: leave it out, TRL reads it with use_vllm only" for name in changed
+        f"{name} is {getattr(args, name)}: leave it out, TRL reads it only with use_vllm" for name in changed
     ]
 
 
@@ -150,12 +152,13 @@ def _sampling(args: Any) -> list[str]:
 
 
 def _tools(trainer: Any) -> list[str]:
-    asked = {
+    arguments = {
         "environment_factory": getattr(trainer, "environment_factories", None),
         "tools": getattr(trainer, "tools", None),
     }
-    given = [name for name, value in asked.items() if value]
-    return [f"{given[0]} is given: {_OWN_LOOP}"] if given else []  # an environment's methods are tools, too
+    given = [name for name, value in arguments.items() if value]
+    # only the first: an environment's methods are tools as well
+    return [f"{given[0]} is given: {_USE_CONVERSE}"] if given else []
 
 
 def _rewards(trainer: Any) -> list[str]:
@@ -167,15 +170,14 @@ def _rewards(trainer: Any) -> list[str]:
         if not isinstance(reward, LengthAware):
             continue
         problems += [
-            f"LengthAware(group_size={reward.group_size}) compares other groups than {name}={count}: write "
-            "the same number"
+            f"LengthAware(group_size={reward.group_size}) but {name}={count}: write the same number"
             for name, count in samples.items()
             if count != reward.group_size
         ]
         if reward.longest != trainer.max_completion_length:
             problems.append(
                 f"LengthAware(longest={reward.longest}) but "
-                f"max_completion_length={trainer.max_completion_length}: write one"
+                f"max_completion_length={trainer.max_completion_length}: write the same number"
             )
     return problems
 
@@ -185,9 +187,12 @@ def _devices(model: nn.Module) -> list[str]:
     if len(devices) < 2 or is_partitioned(model):
         return []
     if str(torch.device("meta")) in devices:
-        return ['the policy lies on a disk in part: load it whole, model_init_kwargs={"device_map": None}']
+        return [
+            'a part of the policy is offloaded to a disk: write model_init_kwargs={"device_map": None} to '
+            "load all of it"
+        ]
     where = ", ".join(devices)
     return [
         f'the policy is on several devices ({where}): write model_init_kwargs={{"device_map": None}} '
-        "and start a process for each"
+        "and start a process for each device"
     ]

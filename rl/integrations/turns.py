@@ -1,6 +1,4 @@
-"""Conversations with an environment, as tokens: what the policy said, what it was answered, and which of the
-two each token is.
-"""
+"""Represents conversations between the policy and an environment as tokens with a mask of their origin."""
 
 from __future__ import annotations
 
@@ -11,24 +9,24 @@ from typing import Any
 from paceline.rl.errors import UserError
 from paceline.rollout import Rollout
 
-# stands for a turn of the policy's where a chat template is asked what follows one
-_MARK = "paceline-marks-this-turn"
+# Placeholder for an assistant's turn, by which the end of that turn is found in a chat template's output.
+_PLACEHOLDER = "paceline-marks-this-turn"
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One sample's conversation.
+    """The conversation of one sample.
 
     Attributes:
-        prompt: As the trainer handed it over: a text, or messages.
-        prompt_ids: Its tokens.
-        completion_ids: All tokens after it, the policy's and the environment's.
-        logprobs: One for each completion token; 0 for the environment's.
-        env_mask: One for each completion token: 1 for the policy's, which are trained on, 0 for the
+        prompt: Prompt as the trainer passed it, a text or messages.
+        prompt_ids: Token ids of the prompt.
+        completion_ids: Token ids after the prompt, both the policy's and the environment's.
+        logprobs: Log-probs of the completion tokens; 0 for the environment's.
+        env_mask: Mask of the completion tokens: 1 for the policy's, which are trained on, 0 for the
             environment's.
         turns: The policy's turns so far, decoded without special tokens.
-        columns: For the environment to write to; each key becomes a column that reward functions are given.
-        over: Whether no turn follows.
+        columns: Dictionary for the environment to write to; each key becomes a column for reward functions.
+        finished: Whether no further turn follows.
     """
 
     prompt: Any
@@ -38,22 +36,27 @@ class Conversation:
     env_mask: list[int] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
     columns: dict[str, Any] = field(default_factory=dict)
-    over: bool = False
+    finished: bool = False
 
     @property
     def token_ids(self) -> list[int]:
-        """Everything so far: what the policy's next turn is drawn after."""
+        """All tokens so far, which are the prompt of the policy's next turn."""
         return [*self.prompt_ids, *self.completion_ids]
 
-    def said(self, rollout: Rollout, tokenizer: Any) -> None:
-        """Adds a turn of the policy's."""
+    def add_turn(self, rollout: Rollout, tokenizer: Any) -> None:
+        """Appends a turn of the policy.
+
+        Args:
+            rollout: The turn.
+            tokenizer: The policy's tokenizer.
+        """
         self.completion_ids += rollout.token_ids
         self.logprobs += rollout.logprobs
         self.env_mask += [1] * len(rollout.token_ids)
         self.turns.append(tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
 
-    def answered(self, ids: Sequence[int]) -> None:
-        """Adds what the environment answered."""
+    def add_answer(self, ids: Sequence[int]) -> None:
+        """Appends the token ids of the environment's answer."""
         self.completion_ids += ids
         self.logprobs += [0.0] * len(ids)
         self.env_mask += [0] * len(ids)
@@ -66,18 +69,17 @@ Environment = Callable[[Conversation], Answer]
 def answer_ids(
     tokenizer: Any, answer: Answer, last_token: int, template_options: Mapping[str, Any]
 ) -> list[int]:
-    """Token ids of an environment's answer. What was said before is never tokenized again.
+    """Tokenizes an environment's answer. Earlier turns are never tokenized again.
 
     Args:
-        tokenizer: Of the policy.
-        answer: Token ids, a text that goes on right after the policy's turn, or messages for the chat
-            template.
-        last_token: That the policy's turn ended with: where it is what the template ends a turn with, it is
-            not repeated.
-        template_options: For `apply_chat_template`.
+        tokenizer: The policy's tokenizer.
+        answer: Token ids, a text that directly follows the policy's turn, or messages for the chat template.
+        last_token: Last token of the policy's turn. If the template ends a turn with this token, it is not
+            repeated.
+        template_options: Keyword arguments for `apply_chat_template`.
 
     Raises:
-        UserError: for an answer of another type, and for messages that the chat template cannot append.
+        UserError: If the answer has another type, or the chat template cannot append the messages.
     """
     if isinstance(answer, str):
         return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
@@ -95,27 +97,35 @@ def answer_ids(
 
 
 def _after_a_turn(tokenizer: Any, messages: list[Any], ending: str, options: Mapping[str, Any]) -> str:
-    """What a chat template writes between the end of an assistant's turn and the next one, with these
-    messages in between.
+    """Returns the text that a chat template writes between two assistant turns, with messages in between.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        messages: The environment's messages.
+        ending: Text of the last token of the first turn, which is removed from the result's beginning.
+        options: Keyword arguments for `apply_chat_template`.
+
+    Raises:
+        UserError: If there is no chat template, it raises an error, or it changes an assistant's turn.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError(
             "the environment answered with messages, and the tokenizer has no chat template: return a text"
         )
-    talk = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    turns = [{"role": "user", "content": _PLACEHOLDER}, {"role": "assistant", "content": _PLACEHOLDER}]
     try:
         text = tokenizer.apply_chat_template(
-            [*talk, *messages], add_generation_prompt=True, tokenize=False, **options
+            [*turns, *messages], add_generation_prompt=True, tokenize=False, **options
         )
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # templates raise any type
         problem = " ".join(str(error).split())
         raise UserError(
-            f"the chat template refuses the environment's messages ({problem}): return a text"
+            f"the chat template rejects the environment's messages ({problem}): return a text"
         ) from None
-    before, mark, after = text.rpartition(_MARK)
-    if not mark or _MARK not in before:
+    before, placeholder, after = text.rpartition(_PLACEHOLDER)
+    if not placeholder or _PLACEHOLDER not in before:
         raise UserError(
-            "the chat template does not write an assistant's turn as it is: return a text that ends it "
-            "instead"
+            "the chat template changes the text of an assistant's turn: return a text that ends the turn "
+            "instead of messages"
         )
     return after.removeprefix(ending) if ending else after

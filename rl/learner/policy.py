@@ -25,9 +25,9 @@ from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.reference import Reference
 from paceline.rl.learner.updater import PolicyUpdater, UpdateReport
-from paceline.rl.models.lora import merged
+from paceline.rl.models.loading import load_policy, recompute_activations
+from paceline.rl.models.lora import merged_weights
 from paceline.rl.models.mergeable import adapted_layers
-from paceline.rl.models.policies import load_policy, recompute_activations
 from paceline.rl.process.progress import Phase
 from paceline.rl.rewards.shaping import Shaped
 from paceline.rl.sharding import AdamWSettings, FullState, gather_full_state, shard
@@ -104,7 +104,7 @@ class PolicyLearner:
 
         They are valid until the next step.
         """
-        for name, tensor in merged(self._trained.full_weights, self._adapted):
+        for name, tensor in merged_weights(self._trained.full_weights, self._adapted):
             yield name.removeprefix(_WRAPPED), tensor
 
     def state(self) -> tuple[FullState, dict[str, torch.Tensor] | None]:

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.microbatches import Completion, token_outputs
+from paceline.rl.models.loading import load_policy
 from paceline.rl.models.lora import without_adapters
-from paceline.rl.models.policies import load_policy
 
 
 class Reference:

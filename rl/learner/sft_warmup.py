@@ -16,8 +16,9 @@ from paceline.rl.config.run import RunConfig
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from paceline.rl.models.initial import warmed_policy_path
-from paceline.rl.models.policies import copy_tokenizer, fetch_policy, load_policy, load_tokenizer
-from paceline.rl.process.made_once import put
+from paceline.rl.models.loading import copy_tokenizer, load_policy, load_tokenizer
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.process.made_once import rename_into_place
 from paceline.rl.tasks.gym_problems import reasoning_gym_problems
 from paceline.rl.tasks.prompts import encode_problem
 from paceline.rl.tasks.worked_solutions import with_rechecks, worked_solution
@@ -46,7 +47,7 @@ def make_warmed_policy(config: RunConfig, on_step: Callable[[int, int, float], N
         copy_tokenizer(source, building)
         report = {"seconds": time.perf_counter() - started, "losses": losses}
         (building / "warmup.json").write_text(json.dumps(report))
-        put(building, final)
+        rename_into_place(building, final)
 
 
 def fine_tune(

@@ -1,1 +1,1 @@
-"""Policies: found, checked, loaded, adapted and published."""
+"""Finds, checks, loads, adapts and publishes policies."""

@@ -1,7 +1,7 @@
-"""Which adapters merge exactly: W + scaling · B A is then the policy's own forward (equation 3 of arXiv
-2106.09685).
+"""Checks that adapters merge exactly: the policy must compute the same with W + scaling · B A as its weight.
 
-What is not known to merge is refused, whatever it is: peft gains new kinds with each release.
+This is equation 3 of arXiv 2106.09685. The check accepts what is known to merge and rejects everything else,
+because each release of peft adds new kinds of adapters.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-# Fields of peft's LoraConfig that do not change what is merged, or whose effect the layers themselves tell.
-# The test of merging has a case for each of those that change the forward; every other field must have its
-# default.
-_FREE = {
+# Fields of peft's LoraConfig that do not change the merged weights, or whose effect can be read off the
+# layers. The merging test covers each of those that change the forward. Others must keep their defaults.
+_ALLOWED_FIELDS = {
     *(
         "peft_type",
         "task_type",
@@ -42,17 +41,17 @@ _FREE = {
     ),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-_FIRST_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+_ALLOWED_INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptedLayer:
-    """A layer with an adapter.
+    """A linear layer with an adapter.
 
     Attributes:
-        adapter: Its name.
-        scaling: B A is added so many times.
-        transposed: The layer keeps its weight as [in, out], as GPT-2's does.
+        adapter: Name of the adapter.
+        scaling: Factor of B A.
+        transposed: Whether the layer stores its weight as [in, out], as GPT-2's layers do.
     """
 
     adapter: str
@@ -60,67 +59,85 @@ class AdaptedLayer:
     transposed: bool
 
     def delta(self, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """What is added to the weight, float32, from A [rank, in] and B [out, rank]."""
+        """Returns the update of the layer's weight.
+
+        Args:
+            down: A, of shape [rank, in].
+            up: B, of shape [out, rank].
+
+        Returns:
+            The float32 update [out, in], or [in, out] for a transposed layer.
+        """
         product = self.scaling * (up.float() @ down.float())
         return product.T if self.transposed else product
 
 
 def check_adapter_config(config: Any) -> None:
-    """Refuses a peft config that asks for more than plain LoRA.
+    """Rejects a peft config that asks for more than plain LoRA.
 
     Raises:
-        ValueError: with the key and what to write.
+        ValueError: If a field is not known to merge exactly; the message names it and what to write.
     """
     from peft import LoraConfig
 
     if type(config) is not LoraConfig:
         raise ValueError(
-            f"peft_type {_plain(config.peft_type)} is not known to merge exactly: train with peft's "
+            f"peft_type {_shown(config.peft_type)} is not known to merge exactly: train with peft's "
             "LoraConfig"
         )
-    usual = LoraConfig()
+    defaults = LoraConfig()
     for field in dataclasses.fields(config):
-        value, default = getattr(config, field.name), getattr(usual, field.name)
-        if field.name not in _FREE and (value or None) != (default or None):
+        value, default = getattr(config, field.name), getattr(defaults, field.name)
+        if field.name not in _ALLOWED_FIELDS and (value or None) != (default or None):
             raise ValueError(
-                f"{field.name} is {_plain(value)}, which is not known to merge exactly: write "
-                f"{_plain(default)}"
+                f"{field.name} is {_shown(value)}, which is not known to merge exactly: write "
+                f"{_shown(default)}"
             )
-    first = config.init_lora_weights
-    if first not in _FIRST_WEIGHTS and not str(first).startswith("pissa_niter_"):
-        raise ValueError(f"init_lora_weights is {first!r}, which is not known to merge exactly: write True")
+    init = config.init_lora_weights
+    if init not in _ALLOWED_INITS and not str(init).startswith("pissa_niter_"):
+        raise ValueError(f"init_lora_weights is {init!r}, which is not known to merge exactly: write True")
 
 
 def adapted_layers(module: nn.Module, adapter: str = "default") -> dict[str, AdaptedLayer]:
-    """The layers that have the adapter, by their names in ``module``.
+    """Returns the layers that have the adapter, by their names in ``module``.
+
+    Args:
+        module: Policy with peft's layers.
+        adapter: Name of the adapter.
 
     Raises:
-        ValueError: for a layer that W + scaling · B A does not describe, by name.
+        ValueError: If W + scaling · B A does not describe a layer; the message names it.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    found = {}
-    for name, part in module.named_modules():
-        if isinstance(part, AuxiliaryTrainingWrapper):
+    layers = {}
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"{name} is trained or kept as a {type(part).__name__}, which is not known to merge exactly: "
-                "leave modules_to_save and trainable_token_indices out"
+                f"{name} is a {type(submodule).__name__}, which is not known to merge exactly: leave "
+                "modules_to_save and trainable_token_indices out"
             )
-        if not isinstance(part, BaseTunerLayer):
+        if not isinstance(submodule, BaseTunerLayer):
             continue
-        layer: Any = part
-        reason = _inexact(layer, adapter, uses)
+        layer: Any = submodule
+        reason = _inexact_reason(layer, adapter, uses)
         if reason is not None:
             raise ValueError(f"{name}: {reason}")
         if adapter in layer.lora_A:
-            found[name] = AdaptedLayer(adapter, float(layer.scaling[adapter]), bool(layer.fan_in_fan_out))
-    return found
+            layers[name] = AdaptedLayer(adapter, float(layer.scaling[adapter]), bool(layer.fan_in_fan_out))
+    return layers
 
 
-def _inexact(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
-    """Why a peft layer does not merge exactly; None where it does."""
+def _inexact_reason(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
+    """Returns why a peft layer is not known to merge exactly, or None if it is.
+
+    Args:
+        layer: The peft layer.
+        adapter: Name of the adapter.
+        uses: Number of places in the model that use a parameter, by the parameter's ``id``.
+    """
     from peft.tuners.lora.layer import Linear
 
     if type(layer).forward is not Linear.forward:
@@ -129,12 +146,13 @@ def _inexact(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
     base: Any = layer.get_base_layer()
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or not _is_plain(base.weight):
         return (
-            f"a {type(base).__name__} is not known to merge exactly: adapt plain linear layers, not quantized"
+            f"a {type(base).__name__} is not known to merge exactly: adapt plain linear layers that are not "
+            "quantized"
         )
     if list(layer.active_adapters) != [adapter] or layer.disable_adapters or layer.merged:
         return (
-            f"the adapter {adapter} is not the one in use, or is merged already: set_adapter({adapter!r}), "
-            f"unmerged"
+            f"the adapter {adapter} is not the active one, or is merged already: unmerge it and call "
+            f"set_adapter({adapter!r})"
         )
     if adapter not in layer.lora_A:
         return None
@@ -143,21 +161,19 @@ def _inexact(layer: Any, adapter: str, uses: Counter[int]) -> str | None:
         or layer.lora_bias.get(adapter)
         or not _is_plain(layer.lora_A[adapter].weight)
     ):
-        return "its adapter is more than B A, or is not plain numbers"
+        return "its adapter is more than B A, or is quantized: use plain LoRA in floating point"
     if any(
         uses[id(p)] > 1 for p in (base.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
     ):
         return (
-            "its weight is also that of another layer (tied), which the adapter must not change: adapt other "
-            "layers"
+            "its weight is also that of another layer (tied), which the adapter would change too: adapt "
+            "other layers"
         )
     return None
 
 
 def _is_plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point matrix, perhaps in parts, and no quantized form of
-    one.
-    """
+    """Returns whether a weight is an ordinary floating-point matrix, sharded or not, and not quantized."""
     return (
         weight.is_floating_point()
         and weight.itemsize >= 2
@@ -165,6 +181,6 @@ def _is_plain(weight: Any) -> bool:
     )
 
 
-def _plain(value: Any) -> str:
+def _shown(value: Any) -> str:
     text = str(getattr(value, "value", value))
     return text if len(text) <= 60 else text[:57] + "…"

@@ -1,4 +1,4 @@
-"""A run's policy, adapters and drafter on the Hugging Face hub."""
+"""Uploads a run's policy, adapters and drafter to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from huggingface_hub.utils import validate_repo_id
 from paceline.drafter_trainer.storage.export import drafter_facts, export_drafter, hub_id
 from paceline.rl.errors import UserError, one_line
 
-_REFUSALS = {
-    401: "the hub does not take the token: log in again with hf auth login, or set HF_TOKEN",
-    403: "the token may not write there: use one with write access, or another name",
+_STATUS_REASONS = {
+    401: "the hub does not accept the token: log in again with hf auth login, or set HF_TOKEN",
+    403: "the token has no write access to this repository: use one that has, or choose another name",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What goes to one repository.
+class Upload:
+    """The files and the model card of one repository.
 
     Attributes:
-        option: The option that named the repository.
-        repository: As ``owner/name``.
-        folder: Its files; a ``README.md`` of theirs is left out.
-        card: Text of the ``README.md``.
+        option: Command-line option that named the repository, such as ``--policy``.
+        repository: Repository id, ``owner/name``.
+        folder: Directory with the files; its ``README.md`` is not uploaded.
+        card: Text of the ``README.md`` to upload instead.
     """
 
     option: str
@@ -49,41 +49,46 @@ def push_run(
     private: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Uploads parts of a run, each to a repository of its own, which is made where it is not there.
-    Everything is read and checked before the first is sent.
+    """Uploads a run's policy, adapter and drafter, each to a repository of its own.
+
+    Missing repositories are created. Everything is read and checked before the first upload begins.
 
     Args:
-        run: A run's directory, with a checkpoint.
-        policy, adapter, drafter: Repositories as ``owner/name``; None leaves the part out.
-        private: Make new repositories private, and refuse public ones that are there.
-        say: Where each address goes once its part is there.
+        run: Directory of a run with a checkpoint.
+        policy: Repository of the policy, ``owner/name``; None does not upload it.
+        adapter: Repository of the LoRA adapter, ``owner/name``; None does not upload it.
+        drafter: Repository of the drafter, ``owner/name``; None does not upload it.
+        private: Whether to create private repositories, and to reject existing public ones.
+        say: Function that is called with a line for each finished upload, and with warnings.
 
     Raises:
-        UserError: for names that are none, parts that the run does not have, no token, no right to write, or
-            no hub.
-        DrafterError: for a drafter that is not whole.
+        UserError: If a repository name is invalid, the run lacks a part, there is no token or no write
+            access, or the hub is unreachable.
+        DrafterError: If the drafter's files are incomplete or broken.
     """
-    named = {"--policy": policy, "--adapter": adapter, "--drafter": drafter}
-    wanted = {option: repository for option, repository in named.items() if repository is not None}
-    if not wanted:
+    options = {"--policy": policy, "--adapter": adapter, "--drafter": drafter}
+    repositories = {option: repository for option, repository in options.items() if repository is not None}
+    if not repositories:
         raise UserError("nothing to push: name repositories with --policy, --adapter or --drafter owner/name")
-    if len(set(wanted.values())) < len(wanted):
-        raise UserError("two parts cannot share a repository: name one for each")
-    for option, repository in wanted.items():
+    if len(set(repositories.values())) < len(repositories):
+        raise UserError(
+            f"{', '.join(repositories)}: two parts cannot share a repository: name a different one for each"
+        )
+    for option, repository in repositories.items():
         _check_name(option, repository)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = []
+        uploads = []
         if policy is not None:
-            parts.append(Part("--policy", policy, _folder(run, "policy"), _policy_card(run)))
+            uploads.append(Upload("--policy", policy, _folder(run, "policy"), _policy_card(run)))
         if adapter is not None:
-            parts.append(Part("--adapter", adapter, _folder(run, "adapter"), _adapter_card(run, say)))
+            uploads.append(Upload("--adapter", adapter, _folder(run, "adapter"), _adapter_card(run, say)))
         if drafter is not None:
             folder = export_drafter(run, Path(scratch) / "drafter", target=policy, name=drafter)
-            parts.append(
-                Part("--drafter", drafter, folder, (folder / "README.md").read_text(encoding="utf-8"))
+            uploads.append(
+                Upload("--drafter", drafter, folder, (folder / "README.md").read_text(encoding="utf-8"))
             )
-        for part in parts:
-            say(f"{part.option.removeprefix('--')}: {_upload(part, private)}")
+        for upload in uploads:
+            say(f"{upload.option.removeprefix('--')}: {_send(upload, private)}")
 
 
 def _check_name(option: str, repository: str) -> None:
@@ -99,38 +104,35 @@ def _folder(run: Path, part: str) -> Path:
     folder = run / "checkpoint" / part
     if not folder.is_dir():
         more = "; only runs with scale.lora have one" if part == "adapter" else ""
-        raise UserError(f"{folder}: not there{more}; leave --{part} out, or name the directory of a run")
+        raise UserError(f"{folder}: does not exist{more}; leave --{part} out, or name the directory of a run")
     return folder
 
 
-def _upload(part: Part, private: bool) -> str:
-    """The address of the repository, once all is there."""
+def _send(upload: Upload, private: bool) -> str:
+    """Uploads files and model card, and returns the repository's address."""
+    key = f"{upload.option} {upload.repository}"
     if huggingface_hub.get_token() is None:
-        raise UserError(
-            f"{part.option} {part.repository}: there is no token: log in with hf auth login, or set HF_TOKEN"
-        )
+        raise UserError(f"{key}: there is no token: log in with hf auth login, or set HF_TOKEN")
     api = HfApi()
     try:
-        address = api.create_repo(part.repository, private=private or None, exist_ok=True)
-        if private and not api.repo_info(part.repository).private:
-            raise UserError(
-                f"{part.option} {part.repository}: exists and is public; name another, or leave --private out"
-            )
+        address = api.create_repo(upload.repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(upload.repository).private:
+            raise UserError(f"{key}: exists and is public; name another, or leave --private out")
         api.upload_folder(
-            repo_id=part.repository,
-            folder_path=part.folder,
+            repo_id=upload.repository,
+            folder_path=upload.folder,
             ignore_patterns=["README.md"],
-            commit_message=f"The {part.option.removeprefix('--')} of a Paceline run",
+            commit_message=f"The {upload.option.removeprefix('--')} of a Paceline run",
         )
-        api.upload_file(path_or_fileobj=part.card.encode(), path_in_repo="README.md", repo_id=part.repository)
+        api.upload_file(
+            path_or_fileobj=upload.card.encode(), path_in_repo="README.md", repo_id=upload.repository
+        )
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        reason = _REFUSALS.get(status, " ".join((error.server_message or str(error)).split())[:200])
-        raise UserError(f"{part.option} {part.repository}: {reason}") from None
+        reason = _STATUS_REASONS.get(status, " ".join((error.server_message or str(error)).split())[:200])
+        raise UserError(f"{key}: {reason}") from None
     except (httpx.HTTPError, OSError) as error:
-        raise UserError(
-            f"{part.option} {part.repository}: the hub cannot be reached ({one_line(error, 160)}); try again"
-        ) from None
+        raise UserError(f"{key}: the hub cannot be reached ({one_line(error, 160)}); try again") from None
     return str(address)
 
 
@@ -166,8 +168,8 @@ def _adapter_card(run: Path, say: Callable[[str], None]) -> str:
     base_model = hub_id(str(base), run)
     if base_model is None:
         say(
-            f"the adapter's base is {base}, which only this machine has: who loads the adapter must name "
-            "their own copy"
+            f"the adapter's base model is {base}, which exists only on this machine: anyone who loads the "
+            "adapter has to name a copy of it"
         )
     front = ModelCardData(
         base_model=base_model or facts.base_model,

@@ -1,1 +1,1 @@
-"""What a run measures, and what it tells of it."""
+"""Collects what a run measures, logs it, and reports on it."""

@@ -1,4 +1,4 @@
-"""Names a collapse when it happens: accuracy that falls away from its best, or entropy that is gone."""
+"""Detects collapse during training: accuracy far below its best, or entropy near zero."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import Any
 from paceline.rl.config.length import GuardConfig
 
 
-class Guard:
-    """Watches a run's steps. Every rank sees the same metrics and says the same.
+class CollapseGuard:
+    """Watches the metrics of a run's steps. Every rank sees the same metrics and reaches the same result.
 
-    A length penalty can pay a policy to say nothing: accuracy then falls within a few steps, together with
-        length (GRPO-λ, arXiv
-    2505.18086, figure 1). A sharpened policy loses its entropy and stops learning (UloRL, arXiv 2507.19766,
-    section 3.3).
+    A length penalty can reward a policy for saying nothing: accuracy and length then fall together within a
+    few steps (GRPO-λ, arXiv 2505.18086, figure 1). A policy that becomes too certain loses its entropy and
+    stops learning (UloRL, arXiv 2507.19766, section 3.3).
 
     Args:
         config: The recipe's ``length.guard``.
@@ -26,54 +25,50 @@ class Guard:
         self._collapsed: list[str] = []
 
     def observe(self, metrics: dict[str, Any]) -> str | None:
-        """Takes in a step. Returns one line when a collapse begins.
+        """Records a step's metrics and returns one line when a collapse begins.
 
         Args:
-            metrics: Of the step; ``reward/exact``, ``length/mean`` and ``update/entropy`` are read,
-                ``guard/collapsed`` is added: how many kinds of collapse there are.
+            metrics: Metrics of the step. ``reward/exact``, ``length/mean`` and ``update/entropy`` are read;
+                ``guard/collapsed``, the number of collapses in progress, is added.
         """
         if self._config.action == "off":
             return None
-        seen = {name: float(metrics[name]) for name in ("reward/exact", "length/mean", "update/entropy")}
-        self._recent = [*self._recent, seen][-self._config.window :]
-        now = {name: sum(step[name] for step in self._recent) / len(self._recent) for name in seen}
-        found = self._found(now) if len(self._recent) == self._config.window else {}
-        new = [line for kind, line in found.items() if kind not in self._collapsed]
-        self._collapsed = list(found)
-        if (
-            now["reward/exact"] > self._best.get("reward/exact", -1.0)
-            and len(self._recent) == self._config.window
-        ):
-            self._best = now
-        metrics["guard/collapsed"] = len(found)
+        step = {name: float(metrics[name]) for name in ("reward/exact", "length/mean", "update/entropy")}
+        self._recent = [*self._recent, step][-self._config.window :]
+        means = {name: sum(s[name] for s in self._recent) / len(self._recent) for name in step}
+        full_window = len(self._recent) == self._config.window
+        collapses = self._collapses(means) if full_window else {}
+        new = [line for kind, line in collapses.items() if kind not in self._collapsed]
+        self._collapsed = list(collapses)
+        if full_window and means["reward/exact"] > self._best.get("reward/exact", -1.0):
+            self._best = means
+        metrics["guard/collapsed"] = len(collapses)
         return "; ".join(new) or None
 
-    def _found(self, now: dict[str, float]) -> dict[str, str]:
-        found, config = {}, self._config
+    def _collapses(self, means: dict[str, float]) -> dict[str, str]:
+        """Returns a line for each kind of collapse that the means over the window show."""
+        collapses, config = {}, self._config
         best = self._best.get("reward/exact", 0.0)
-        if best > 0 and now["reward/exact"] <= (1 - config.accuracy_fall) * best:
-            found["accuracy"] = (
-                f"accuracy collapse: {now['reward/exact']:.2f} of the last {config.window} steps' "
-                "completions are correct, "
-                f"{best:.2f} at best, while the mean length went from {self._best['length/mean']:.0f} to "
-                f"{now['length/mean']:.0f} "
-                "tokens; weaken length.rewards, or take grpo_lambda, which spares what is not solved yet"
+        if best > 0 and means["reward/exact"] <= (1 - config.accuracy_fall) * best:
+            collapses["accuracy"] = (
+                f"accuracy collapse: {means['reward/exact']:.2f} of the last {config.window} steps' "
+                f"completions are correct, {best:.2f} at best, while the mean length went from "
+                f"{self._best['length/mean']:.0f} to {means['length/mean']:.0f} tokens; weaken "
+                "length.rewards, or use grpo_lambda, which exempts prompts that are not solved yet"
             )
-        if now["update/entropy"] < config.entropy_floor:
-            found["entropy"] = (
-                f"entropy collapse: {now['update/entropy']:.3g} nats a token over the last {config.window} "
-                "steps, under "
-                f"length.guard.entropy_floor {config.entropy_floor:g}; write update.mask_mastered, "
-                "update.entropy_coef or a lower "
-                "update.lr"
+        if means["update/entropy"] < config.entropy_floor:
+            collapses["entropy"] = (
+                f"entropy collapse: {means['update/entropy']:.3g} nats per token over the last "
+                f"{config.window} steps, below length.guard.entropy_floor {config.entropy_floor:g}; set "
+                "update.mask_mastered, update.entropy_coef or a lower update.lr"
             )
-        return found
+        return collapses
 
     def state(self) -> dict[str, Any]:
-        """What was seen, as JSON."""
+        """Returns the recorded steps and collapses as JSON data, for a checkpoint."""
         return {"recent": self._recent, "best": self._best, "collapsed": self._collapsed}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` gave."""
+        """Restores what `state` returned."""
         self._recent, self._best = list(state.get("recent", [])), dict(state.get("best", {}))
         self._collapsed = list(state.get("collapsed", []))

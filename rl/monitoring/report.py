@@ -1,4 +1,4 @@
-"""A run's report: one HTML file with its plots inside."""
+"""Writes a run's report, one HTML file that contains its plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from paceline.rl.errors import UserError
 from paceline.rl.monitoring.summary import PHASES, read_metrics, summarise
-from paceline.rl.process.files import read_lines, write_whole
+from paceline.rl.process.files import read_lines, write_atomically
 
 _COLOURS = dict(zip(PHASES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
 
@@ -27,20 +27,20 @@ Steps = list[dict[str, Any]]
 
 
 def write_report(run: Path) -> Path:
-    """Writes ``report.html`` into the run's directory.
+    """Writes ``report.html`` to the run's directory and returns its path.
 
     Raises:
-        UserError: when the run has no finished step.
+        UserError: If the run has no finished step.
     """
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run}: no metrics.jsonl; name the directory of a run that has finished a step")
     metrics = read_metrics(run)
-    summary, timeline = summarise(metrics), _timeline(run)
+    summary, timeline = summarise(metrics), _read_timeline(run)
     sections = [
         ("Reward", _figure(lambda ax: plot_reward(ax, metrics))),
         ("Completion lengths", _figure(lambda ax: plot_lengths(ax, timeline))),
         ("Acceptance length", _figure(lambda ax: plot_acceptance(ax, metrics))),
-        ("The tail: active sequences over a rollout", _figure(lambda ax: plot_tail(ax, timeline[-1]))),
+        ("Long tail: active sequences during a rollout", _figure(lambda ax: plot_tail(ax, timeline[-1]))),
         ("Time of each phase, by rank", _figure(lambda ax: plot_phases(ax, timeline))),
         ("The last step, rank by rank", _figure(lambda ax: plot_timeline(ax, timeline[-1]))),
     ]
@@ -48,26 +48,41 @@ def write_report(run: Path) -> Path:
         f"<h2>{html.escape(title)}</h2><img src='data:image/png;base64,{png}'>" for title, png in sections
     )
     rows = "".join(
-        f"<tr><td>{html.escape(k)}</td><td>{html.escape(_show(v))}</td></tr>" for k, v in summary.items()
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(_format(v))}</td></tr>" for k, v in summary.items()
     )
     out = run / "report.html"
-    write_whole(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
+    write_atomically(out, _PAGE.format(title=html.escape(run.name), table=rows, body=body))
     return out
 
 
-def _timeline(run: Path) -> Steps:
-    """The steps of ``timeline.jsonl`` that are whole; UserError where there is none."""
+def _read_timeline(run: Path) -> Steps:
+    """Reads the steps of ``timeline.jsonl`` that have an entry for each rank.
+
+    Raises:
+        UserError: If there is no such step.
+    """
     steps, _ = read_lines(run / "timeline.jsonl")
-    whole = [step for step in steps if isinstance(step.get("ranks"), list) and step["ranks"]]
-    if not whole:
-        raise UserError(f"{run / 'timeline.jsonl'}: holds no finished step; the report's plots need it")
-    return whole
+    complete = [step for step in steps if isinstance(step.get("ranks"), list) and step["ranks"]]
+    if not complete:
+        raise UserError(
+            f"{run / 'timeline.jsonl'}: holds no finished step, which the report's plots need; name the "
+            "directory of a run that has finished a step"
+        )
+    return complete
 
 
 def write_picture(run: Path, out: Path) -> Path:
-    """Four of the report's plots in one PNG."""
+    """Writes four of the report's plots to one PNG file and returns its path.
+
+    Args:
+        run: The run's directory.
+        out: PNG file to write.
+
+    Raises:
+        UserError: If the run has no finished step.
+    """
     metrics = read_metrics(run)
-    timeline = _timeline(run)
+    timeline = _read_timeline(run)
     figure, axes = plt.subplots(2, 2, figsize=(13, 7), dpi=90)
     plot_reward(axes[0, 0], metrics)
     plot_acceptance(axes[0, 1], metrics)
@@ -75,7 +90,7 @@ def write_picture(run: Path, out: Path) -> Path:
     plot_timeline(axes[1, 1], timeline[-1])
     for ax, title in zip(
         axes.flat,
-        ("reward", "acceptance length", "the tail of the last rollout", "the last step"),
+        ("reward", "acceptance length", "long tail of the last rollout", "last step"),
         strict=True,
     ):
         ax.set_title(title)
@@ -92,15 +107,16 @@ td{{padding:.15em 1em .15em 0;border-bottom:1px solid #ddd}}</style>
 """
 
 
-def _show(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{k} {_show(v)}" for k, v in value.items())
+        return ", ".join(f"{k} {_format(v)}" for k, v in value.items())
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _figure(draw: Callable[[Axes], None]) -> str:
+    """Draws a plot and returns it as a PNG in base64."""
     figure: Figure
     figure, axes = plt.subplots(figsize=(9, 3.6), dpi=110)
     draw(axes)
@@ -112,7 +128,7 @@ def _figure(draw: Callable[[Axes], None]) -> str:
 
 
 def plot_reward(ax: Axes, metrics: Steps) -> None:
-    """Mean reward of each step, with its standard error over prompts."""
+    """Plots the mean reward of each step with its standard error over prompts."""
     x = [m["step"] + 1 for m in metrics]
     y = np.array([m["reward/mean"] for m in metrics])
     e = np.array([m["reward/std_error"] for m in metrics])
@@ -122,7 +138,7 @@ def plot_reward(ax: Axes, metrics: Steps) -> None:
 
 
 def plot_lengths(ax: Axes, timeline: Steps) -> None:
-    """Distribution of completion lengths in the first and last quarter of the steps."""
+    """Plots histograms of the completion lengths in the first and in the last quarter of the steps."""
     quarter = max(len(timeline) // 4, 1)
     first, last = (
         [x for s in part for r in s["ranks"] for x in r["lengths"]]
@@ -136,18 +152,18 @@ def plot_lengths(ax: Axes, timeline: Steps) -> None:
 
 
 def plot_acceptance(ax: Axes, metrics: Steps) -> None:
-    """Tokens a forward: over all steps of decoding, and where each drafter ran."""
+    """Plots tokens per forward pass of each step: over the whole rollout, and where each drafter ran."""
     names = sorted({k for m in metrics for k in m if k.startswith("rollout/acceptance_length")})
     for name in names:
         points = [(m["step"] + 1, m[name]) for m in metrics if name in m]
         label = name.removeprefix("rollout/acceptance_length").lstrip("_") or "whole rollout"
         ax.plot(*zip(*points, strict=True), marker="o", ms=3, label=label)
-    ax.set(xlabel="step", ylabel="tokens a forward")
+    ax.set(xlabel="step", ylabel="tokens per forward pass")
     ax.legend()
 
 
 def plot_tail(ax: Axes, step: dict[str, Any]) -> None:
-    """Active sequences of each rank over the last rollout; where speculation ran, the line is thick."""
+    """Plots each rank's active sequences during one rollout, with a thick line where it speculated."""
     for number, rank in enumerate(step["ranks"]):
         at = [0.0, *(t[0] for t in rank["tail"])]
         active = [t[1] for t in rank["tail"]]
@@ -159,8 +175,8 @@ def plot_tail(ax: Axes, step: dict[str, Any]) -> None:
 
 
 def plot_phases(ax: Axes, timeline: Steps) -> None:
-    """Seconds of each phase, stacked, one bar a rank and step."""
-    ranks = max(len(s["ranks"]) for s in timeline)  # a run may go on with another number of them
+    """Plots the seconds of each phase as stacked bars, one bar for each rank and step."""
+    ranks = max(len(s["ranks"]) for s in timeline)  # a run may resume with another number of ranks
     width = 0.8 / ranks
     for rank in range(ranks):
         x = np.array([s["step"] + 1 + (rank - (ranks - 1) / 2) * width for s in timeline])
@@ -169,7 +185,7 @@ def plot_phases(ax: Axes, timeline: Steps) -> None:
             height = np.array([_phase_seconds(s["ranks"], rank, phase) for s in timeline])
             ax.bar(x, height, width, bottom=bottom, color=_COLOURS[phase], label=phase if rank == 0 else None)
             bottom += height
-    ax.set(xlabel="step (one bar a rank)", ylabel="seconds")
+    ax.set(xlabel="step (one bar per rank)", ylabel="seconds")
     ax.legend(ncol=4, fontsize=8)
 
 
@@ -180,16 +196,16 @@ def _phase_seconds(ranks: Steps, rank: int, phase: str) -> float:
 
 
 def plot_timeline(ax: Axes, step: dict[str, Any]) -> None:
-    """What each rank did when, in one step; above it, when its completions were being scored."""
-    shown: set[str] = set()
+    """Plots each rank's phases during one step, and above them when its completions were scored."""
+    labelled: set[str] = set()
     for number, rank in enumerate(step["ranks"]):
         for phase, begin, end in rank["spans"]:
-            label = None if phase in shown else phase
-            shown.add(phase)
+            label = None if phase in labelled else phase
+            labelled.add(phase)
             ax.barh(number, end - begin, left=begin, color=_COLOURS[phase], label=label)
         for begin, end in rank.get("scoring", ()):
-            label = None if "scoring" in shown else "scoring, beside it"
-            shown.add("scoring")
+            label = None if "scoring" in labelled else "scoring, in parallel"
+            labelled.add("scoring")
             ax.barh(number + 0.46, end - begin, height=0.08, left=begin, color="black", label=label)
     ax.set(xlabel="seconds since the step began", yticks=range(len(step["ranks"])), ylabel="rank")
     ax.legend(ncol=4, fontsize=8)

@@ -1,4 +1,4 @@
-"""What a run did and what it saved."""
+"""Summarises a whole run: rewards, lengths, times, and what speculation saved."""
 
 from __future__ import annotations
 
@@ -16,30 +16,37 @@ PHASES = ("rollout", "score", "reference", "drafter", "wait", "measure", "update
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps of ``metrics.jsonl``; a line that a kill has cut off is left out.
+    """Reads the steps of ``metrics.jsonl`` and skips a line that a kill has truncated.
 
     Raises:
-        UserError: when there is none.
+        UserError: If there is no finished step.
     """
     steps, _ = read_lines(run / "metrics.jsonl")
     if not steps:
-        raise UserError(f"{run / 'metrics.jsonl'}: holds no finished step")
+        raise UserError(
+            f"{run / 'metrics.jsonl'}: holds no finished step; name the directory of a run that has finished "
+            "one"
+        )
     return steps
 
 
 def summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of a whole run. "Before" and "after" are the means of the first and the last quarter of its
-    steps.
+    """Computes the summary of a run.
+
+    "Before" and "after" are the means over the first and the last quarter of its steps.
+
+    Args:
+        metrics: The run's steps, as in ``metrics.jsonl``.
 
     Raises:
-        UserError: when a step lacks a number.
+        UserError: If a step lacks a number.
     """
     try:
         return _summarise(metrics)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"metrics.jsonl: a line is not what a step writes ({reason}); take it out to get a report"
+            f"metrics.jsonl: a line does not have the metrics of a step ({reason}); remove it to get a report"
         ) from None
 
 
@@ -77,17 +84,21 @@ def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _plain_share(measured: list[dict[str, Any]]) -> float:
-    """Share of a plain step that rollouts take: what an infinitely fast rollout would save (Amdahl)."""
+    """Returns the share of a plain step that rollouts take: the most that faster ones can save (Amdahl)."""
     plain = sum(m["measure/plain_seconds"] for m in measured)
     rest = sum(m["time/step"] - m["measure/adaptive_seconds"] for m in measured)
     return plain / (plain + rest)
 
 
 def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:
-    """Standard error of the rise in mean reward between two spans of steps.
+    """Returns the standard error of the rise in mean reward between two spans of steps.
 
-    Where both saw the same problems (an epoch each), problems are paired: their difficulty, most of the
-    variance, cancels. Otherwise it is that of two independent sets of problems.
+    If both spans saw the same problems (an epoch each), rewards are paired by problem, which cancels the
+    problems' difficulty and thus most of the variance. Otherwise the spans count as independent samples.
+
+    Args:
+        first: Metrics of the earlier steps.
+        last: Metrics of the later steps.
     """
     a, b = _by_problem(first), _by_problem(last)
     if a.keys() == b.keys():
@@ -111,7 +122,7 @@ def _variance_of_mean(x: np.ndarray) -> float:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """The summary as the user sees it."""
+    """Formats the summary as the table that is printed at the end of a run."""
     t = Table(title="Paceline", show_header=False)
     t.add_column()
     t.add_column()
@@ -123,19 +134,20 @@ def table(summary: dict[str, Any]) -> Table:
     )
     if "rollout_speedup" in summary:
         t.add_row(
-            "rollout, against plain decoding of the same requests",
+            "rollout speedup over plain decoding of the same requests",
             f"{summary['rollout_speedup']:.2f}x over {summary['measured_steps']} steps; "
             f"{summary['identical_to_plain']:.1%} of completions token-identical",
         )
         t.add_row(
-            "whole step, against plain decoding",
+            "step speedup over plain decoding",
             f"{summary['step_speedup']:.2f}x; at most {summary['step_speedup_bound']:.2f}x (Amdahl)",
         )
-    t.add_row("acceptance length", f"{summary['acceptance_length']:.2f} tokens a forward")
+    t.add_row("acceptance length", f"{summary['acceptance_length']:.2f} tokens per forward pass")
     lengths = (f"{summary[f'length_{name}']:.0f}" for name in ("mean", "p50", "p95", "max"))
     t.add_row("completion length: mean, p50, p95, max", ", ".join(lengths))
     t.add_row(
-        "seconds a step", ", ".join(f"{name} {s:.1f}" for name, s in summary["seconds"].items() if s >= 0.05)
+        "seconds per step",
+        ", ".join(f"{name} {s:.1f}" for name, s in summary["seconds"].items() if s >= 0.05),
     )
     t.add_row(
         "drafter training",

@@ -1,4 +1,4 @@
-"""When each rank did what in a step."""
+"""Records when each phase of a rank's step began and ended."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from paceline.rl.process.progress import Phase
 
 
 class Clock:
-    """Phases of a step on a clock that nobody sets: all processes of one machine read the same
-    (CLOCK_MONOTONIC), and another machine's begins when it hears that the step has.
+    """Times the phases of a step on a monotonic clock. Creating an instance is collective.
+
+    All processes of one machine share the clock (CLOCK_MONOTONIC) and rank 0's start of the step. On another
+    machine the step starts when that machine receives rank 0's broadcast.
 
     Args:
-        accelerator: Of the run. Making a clock is collective.
-        shown: Shows a phase of this name to the user while it lasts.
+        accelerator: The run's accelerator.
+        shown: Function that returns a context manager to show a phase, from the phase's name.
+
+    Attributes:
+        spans: Phases that have ended, in order.
     """
 
     def __init__(
@@ -33,15 +38,19 @@ class Clock:
         self.spans: list[Span] = []
 
     def since(self, moment: float) -> float:
-        """Seconds from the step's beginning to a moment, which is `time.monotonic` of a process on this
-        machine.
+        """Returns the seconds from the start of the step to a moment.
+
+        Args:
+            moment: Value of `time.monotonic` in a process on this machine.
         """
         return moment - self._origin
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Notes when a phase of this rank's step began and ended, and shows how far it is by the `Phase` that
-        it yields.
+        """Records when the block began and ended, and yields the `Phase` that shows its progress.
+
+        Args:
+            name: Name of the phase.
         """
         begin = time.monotonic() - self._origin
         with self._shown(name) as shown:
@@ -50,7 +59,7 @@ class Clock:
 
 
 def _machine() -> str:
-    """Tells running kernels apart."""
+    """Returns an id of the running kernel; it is empty if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

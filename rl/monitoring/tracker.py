@@ -1,4 +1,4 @@
-"""Where metrics go: JSONL always, wandb and TensorBoard by config, and how far the run is to the user."""
+"""Writes a run's metrics to JSON Lines, wandb and TensorBoard, and shows its progress to the user."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 
 from paceline.rl.config.run import RunConfig, to_dict
 from paceline.rl.errors import UserError
-from paceline.rl.process.files import append_line, read_object, write_whole
+from paceline.rl.process.files import append_line, read_object, write_atomically
 from paceline.rl.process.progress import Display, Phase, duration
 
-_STEPS_BACK = 5  # whose mean the time left goes by
-_NAMES = {
+_AVERAGED_STEPS = 5  # the remaining time is estimated from the mean duration of the last steps
+_PHASE_LABELS = {
     "rollout": "rollouts",
     "score": "scoring",
     "reference": "log-probs under the reference",
     "drafter": "drafter training",
     "wait": "waiting for the other ranks",
-    "measure": "the same plainly, to measure",
+    "measure": "plain decoding for comparison",
     "evaluate": "evaluation",
     "gather": "gathering weights",
     "sync": "sharing weights and drafter",
-}  # of phases, as they are shown
+}
 
 
 class Tracker:
-    """Rank 0's view of the run; on other ranks every method does nothing.
+    """Logs metrics and shows progress on rank 0; on other ranks it logs and shows nothing.
 
-    Steps are counted from 1 wherever a person reads them: in lines, in the report, on the axes of wandb and
-        TensorBoard. The key
-    ``step`` in ``metrics.jsonl``, ``timeline.jsonl`` and ``rollouts.jsonl`` is an index, from 0.
+    It is a context manager. Steps are counted from 1 wherever a person reads them: in printed lines, in the
+    report, and on the axes of wandb and TensorBoard. The key ``step`` in ``metrics.jsonl``,
+    ``timeline.jsonl`` and ``rollouts.jsonl`` is an index that starts at 0.
 
     Args:
         config: The recipe.
         run: The run's directory.
         active: Whether this is rank 0.
-        first_step: Where the run goes on from: what a board shows of later steps, which were lost, is taken
-            back.
-        display: What this process shows; None makes one for a rank that shows nothing, or on standard output.
+        first_step: Index of the first step to come. TensorBoard drops what an interrupted run logged of this
+            step and later ones.
+        display: Display of this process; None creates one on standard output.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Tracker:
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = self._first_step + 1 if self._first_step else None  # steps are counted from 1 there
+            purge = self._first_step + 1 if self._first_step else None  # TensorBoard's steps start at 1
             self._board = SummaryWriter(str(self._run / "tensorboard"), purge_step=purge)
         return self
 
@@ -94,28 +94,47 @@ class Tracker:
         self.display.say(text)
 
     def phase(self, step: int, name: str) -> AbstractContextManager[Phase]:
-        """Shows a phase of a step, whose index this is, while it lasts."""
+        """Shows a phase of a step while the block runs.
+
+        Args:
+            step: Index of the step.
+            name: Name of the phase, such as ``rollout``.
+        """
         if not self._ends:
-            self._ends.append(self.display.clock())  # where the first step begins
-        return self.display.phase(f"step {step + 1}/{self._config.steps}  {_NAMES.get(name, name)}")
+            self._ends.append(self.display.clock())  # the start of the first step
+        return self.display.phase(f"step {step + 1}/{self._config.steps}  {_PHASE_LABELS.get(name, name)}")
 
     def steps(self, first: int) -> AbstractContextManager[Phase]:
-        """Shows all steps that remain, from the one of this index on; in a file their own lines do."""
+        """Shows the progress over all remaining steps; a file only gets the lines of the steps themselves.
+
+        Args:
+            first: Index of the first remaining step.
+        """
         return self.display.phase("all steps", self._config.steps - first, lines=False)
 
     def time_left(self, step: int) -> str:
-        """Says how long the run takes from the end of a step on, by the mean of the last few; nothing after
-        the last.
+        """Returns text with the estimated time until the end of the run; it is empty after the last step.
+
+        Call it at the end of each step, since it records the time of the call.
+
+        Args:
+            step: Index of the step that has ended.
         """
-        self._ends = [*self._ends, self.display.clock()][-_STEPS_BACK - 1 :]
-        left = self._config.steps - step - 1
-        if left <= 0 or len(self._ends) < 2:
+        self._ends = [*self._ends, self.display.clock()][-_AVERAGED_STEPS - 1 :]
+        remaining = self._config.steps - step - 1
+        if remaining <= 0 or len(self._ends) < 2:
             return ""
-        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return f"  about {duration(each * left)} left"
+        step_seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return f"  about {duration(step_seconds * remaining)} left"
 
     def log(self, step: int, metrics: dict[str, Any], timeline: list[dict[str, Any]]) -> None:
-        """Writes the metrics of the step of this index, and each rank's timeline."""
+        """Writes the metrics and the timeline of a step.
+
+        Args:
+            step: Index of the step.
+            metrics: Metrics of the step; wandb and TensorBoard get the numbers among them.
+            timeline: Timeline of each rank.
+        """
         if not self.active:
             return
         append_line(self._run / "metrics.jsonl", {"step": step, **metrics})
@@ -129,11 +148,11 @@ class Tracker:
 
 
 def _wandb_id(run: Path) -> str:
-    """The id under which a run is known to wandb, from its start to its end; kept in ``wandb.json``."""
+    """Returns the run's wandb id, which stays the same when the run resumes; ``wandb.json`` stores it."""
     path = run / "wandb.json"
     try:
         return str(read_object(path)["id"])
     except (UserError, KeyError):
-        made = secrets.token_hex(6)
-        write_whole(path, json.dumps({"id": made}) + "\n")
-        return made
+        new_id = secrets.token_hex(6)
+        write_atomically(path, json.dumps({"id": new_id}) + "\n")
+        return new_id

@@ -1,1 +1,1 @@
-"""What every process of a run needs: its files, its end, its threads, and how it speaks."""
+"""Handles what every process of a run needs: files, locks, threads, console output and shutdown."""

@@ -1,4 +1,4 @@
-"""Where a command prints: a terminal with bars and colours, or a file with plain lines of any length."""
+"""Creates the console that a command prints to, and announces what takes seconds to import."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ _FILE_WIDTH = 10_000  # characters; a log's lines are never broken
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Returns a console for a stream, by default standard output.
+    """Returns a console for a stream.
 
-    What is not a terminal gets no control characters, whatever ``FORCE_COLOR`` and ``COLUMNS`` say, and no
-    line is wrapped.
+    A stream that is not a terminal gets no control characters and no wrapped lines, whatever ``FORCE_COLOR``
+    and ``COLUMNS`` say.
+
+    Args:
+        stream: Stream to print to; None for standard output.
     """
     out = sys.stdout if stream is None else stream
     if out.isatty():
@@ -23,15 +26,15 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=out, force_terminal=False, color_system=None, width=_FILE_WIDTH, soft_wrap=True)
 
 
-def say_first(doing: str, *, data: bool = False) -> None:
-    """Says what a command is about to do, before it imports torch and transformers, which takes seconds.
+def announce(doing: str, *, data: bool = False) -> None:
+    """Prints what a command is about to do before it spends seconds on importing torch and transformers.
 
-    Says nothing where torch is imported already, nor on any rank of a run but the first.
+    Prints nothing if torch is imported already, or on ranks other than 0.
 
     Args:
-        doing: A phrase such as ``reading the recipe``.
-        data: Whether standard output is for a script to read, such as a path: the line then goes to a
-            terminal's standard error or nowhere.
+        doing: Phrase such as ``reading the recipe``.
+        data: Whether standard output holds data for a script, such as a path. The line then goes to standard
+            error if that is a terminal, and is dropped otherwise.
     """
     if "torch" in sys.modules or os.environ.get("RANK", "0") != "0" or (data and not sys.stderr.isatty()):
         return

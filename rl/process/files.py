@@ -1,4 +1,4 @@
-"""Reading and writing a run's small files: whole or as before, and errors in one line."""
+"""Reads and writes a run's small files atomically, with errors in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paceline.drafter_trainer.storage import json_object
 from paceline.drafter_trainer.storage.checksums import sync
 from paceline.rl.errors import UserError
 
-_DISK = {
+_DISK_ERRORS = {  # what the user can fix: space, quota, permissions, the file system
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -27,14 +27,18 @@ _DISK = {
 }
 
 
-def write_whole(path: Path, text: str) -> bool:
-    """Replaces a file's content in one instant: a kill or a full disk leaves the old content.
+def write_atomically(path: Path, text: str) -> bool:
+    """Replaces a file's content atomically: after a kill or on a full disk the old content is still there.
+
+    Args:
+        path: File to write; it is created if necessary.
+        text: New content, written as UTF-8.
 
     Returns:
-        Whether anything was written; what has this content already is left alone.
+        Whether the file was written; False if it has this content already.
 
     Raises:
-        OSError: when the disk is full or not writable.
+        OSError: If the disk is full or not writable.
     """
     data = text.encode()
     with contextlib.suppress(OSError):
@@ -56,53 +60,58 @@ def write_whole(path: Path, text: str) -> bool:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds a line of JSON, in one call, to the end of a file."""
+    """Appends a record to a file as one line of JSON, in a single write."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Reads a file that holds a JSON object.
 
     Raises:
-        UserError: one line that names the file and what is wrong with it.
+        UserError: If the file is missing or not a JSON object; the message names it and the reason.
     """
     return json_object.read_object(path, UserError)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Reads a file with a JSON object of a step on each line.
+    """Reads a JSON Lines file that holds one object for each step.
 
     Returns:
-        The objects that have a "step", and the number of lines that are something else.
+        The objects with an integer "step", and the number of all other lines.
 
     Raises:
-        UserError: when the file is missing or cannot be read.
+        UserError: If the file is missing or cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    found = []
+    records = []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and type(record.get("step")) is int:
-                found.append(record)
-    return found, len(lines) - len(found)
+                records.append(record)
+    return records, len(lines) - len(records)
 
 
 @contextlib.contextmanager
 def disk_errors(run: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into one line that says how to go on with a
-    run.
+    """Turns a full disk, missing permissions and the like into a `UserError` that says how to resume.
+
+    Args:
+        run: The run's directory.
+
+    Raises:
+        UserError: If the block raises an OSError that the user can fix.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         place = error.filename or run
         raise UserError(
-            f"{place}: {error.strerror}; free some disk or correct its permissions, then --resume {run}"
+            f"{place}: {error.strerror}; free disk space or correct the permissions, then --resume {run}"
         ) from None

@@ -1,4 +1,4 @@
-"""The command that made a file, as one would type it."""
+"""Reconstructs the command line of this process, for the record in files that it writes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def command_line() -> str:
-    """This process's own: ``paceline …`` without the directory that it is installed in, or
-    ``python launch/….py …``.
+    """Returns this process's command as one would type it: ``paceline …`` or ``python launch/….py …``.
+
+    ``paceline`` comes without the directory that it is installed in.
     """
     program = Path(sys.argv[0])
-    start = ["paceline"] if program.name in ("paceline", "main.py") else ["python", sys.argv[0]]
-    return shlex.join([*start, *sys.argv[1:]])
+    command = ["paceline"] if program.name in ("paceline", "main.py") else ["python", sys.argv[0]]
+    return shlex.join([*command, *sys.argv[1:]])

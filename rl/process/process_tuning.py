@@ -1,4 +1,4 @@
-"""Fitting a process to the machine it runs on."""
+"""Tunes a process for its machine: torch's threads and glibc's memory allocator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from paceline.rollout.machine_limits import usable_cores
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_THREADS = "OMP_NUM_THREADS"
+_THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 def _libc() -> ctypes.CDLL | None:
@@ -22,13 +22,15 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def fit_process(local_world_size: int) -> None:
-    """Shares the cores between the ranks of this machine and keeps freed memory for reuse.
+    """Divides the cores among the ranks of this machine and makes glibc keep freed memory for reuse.
 
-    glibc maps large blocks anew and hands them back when they are freed, and each micro-batch then faults
-    them in again page by
-    page: half of an update's time was the kernel's. All blocks come from one heap instead, which all threads
-        share and which is
-    not trimmed (docs/benchmarks.md, "The update"). Without glibc only the threads are set.
+    By default glibc maps each large block separately and unmaps it when it is freed, so every micro-batch
+    faults its pages in again: the kernel took half of an update's time. Here all blocks come from one heap,
+    which all threads share and which is not trimmed (docs/benchmarks.md, the update phase). Without glibc
+    only the number of threads is set.
+
+    Args:
+        local_world_size: Number of ranks on this machine.
     """
     torch.set_num_threads(threads_of_rank(local_world_size))
     libc = _libc()
@@ -50,22 +52,21 @@ def threads_of_rank(local_world_size: int) -> int:
         cgroups allow.
     """
     ranks = max(local_world_size, 1)
-    asked = os.environ.get(_THREADS, "").partition(",")[0]
-    if asked.isdigit() and int(asked) > 0 and not (asked == "1" and ranks > 1 and _is_torchruns_default()):
-        return int(asked)
+    value = os.environ.get(_THREADS_VARIABLE, "").partition(",")[0]
+    if value.isdigit() and int(value) > 0 and not (value == "1" and ranks > 1 and _is_torchrun_default()):
+        return int(value)
     return max(usable_cores() // ranks, 1)
 
 
-def _is_torchruns_default() -> bool:
-    """Tells whether torchrun has set ``OMP_NUM_THREADS=1``, as it does for several ranks when the user has
-    not set it.
+def _is_torchrun_default() -> bool:
+    """Returns whether ``OMP_NUM_THREADS=1`` comes from torchrun, which sets it for several ranks by default.
 
     The variable is then in the rank's environment, but not in the environment that torchrun was started with.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:
-        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        launcher_environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return True
-    return not any(entry.startswith(f"{_THREADS}=".encode()) for entry in started_with)
+    return not any(entry.startswith(f"{_THREADS_VARIABLE}=".encode()) for entry in launcher_environment)

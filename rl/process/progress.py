@@ -1,4 +1,4 @@
-"""How far a command is: bars with the time left in a terminal, plain lines now and then in a file."""
+"""Shows a command's progress: bars with the remaining time in a terminal, occasional lines in a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.text import Text
 
 from paceline.rl.process.console import console as console_for
 
-_FIRST_LINE, _BETWEEN_LINES = 15.0, 30.0  # seconds
+# Seconds before the first line and between lines, so that short phases leave nothing in a log.
+_FIRST_LINE_SECONDS, _LINE_INTERVAL_SECONDS = 15.0, 30.0
 
 
 def duration(seconds: float) -> str:
-    """Formats seconds for a reader: ``42 s``, ``7 min``, ``2 h 05 min``."""
+    """Formats seconds as text such as ``42 s``, ``7 min`` or ``2 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -25,14 +26,14 @@ def duration(seconds: float) -> str:
 
 
 class Phase:
-    """One thing that takes a while.
+    """Shows the progress of one piece of work.
 
     Args:
-        display: Where it is shown.
-        name: What is done.
-        total: How much there is to do; None where that is not known.
-        unit: What is counted, such as ``sequences``.
-        announced: Whether a file gets a line at its begin and end, however short it is.
+        display: Display that shows it.
+        name: Name of the work.
+        total: Amount of work; None if it is not known.
+        unit: Unit of the amount, such as ``sequences``.
+        announced: Whether a file gets a line at the start and at the end, however short the work is.
         lines: Whether a file gets lines in between.
     """
 
@@ -41,8 +42,8 @@ class Phase:
     ) -> None:
         self._display, self._name, self._total, self._unit = display, name, total, unit
         self._announced, self._lines = announced, lines
-        self._began = self._said = display.clock()
-        self._wait = _FIRST_LINE
+        self._began = self._last_line = display.clock()
+        self._interval = _FIRST_LINE_SECONDS
         self._task = (
             None if display.bars is None else display.bars.add_task(name, total=total, note="", unit=unit)
         )
@@ -52,13 +53,13 @@ class Phase:
     def update(
         self, done: float, note: str = "", total: float | None = None, unit: str | None = None
     ) -> None:
-        """Shows how much is done.
+        """Updates the display with the amount of work that is done.
 
         Args:
-            done: Of the total, since the phase began.
-            note: What else there is to say, such as a loss.
-            total: Where it is known only now.
-            unit: Likewise.
+            done: Amount of work done since the phase began.
+            note: Further text, such as a loss.
+            total: New total amount; None keeps the previous one.
+            unit: New unit; None keeps the previous one.
         """
         self._total = self._total if total is None else total
         self._unit = self._unit if unit is None else unit
@@ -68,8 +69,8 @@ class Phase:
             )
             return
         now = self._display.clock()
-        if self._display.active and self._lines and now - self._said >= self._wait:
-            self._said, self._wait = now, _BETWEEN_LINES
+        if self._display.active and self._lines and now - self._last_line >= self._interval:
+            self._last_line, self._interval = now, _LINE_INTERVAL_SECONDS
             self._display.say("  ".join(part for part in (self._line(done, now), note) if part))
 
     def _line(self, done: float, now: float) -> str:
@@ -81,25 +82,29 @@ class Phase:
         )
         return f"{self._name}: {done:.0f} of {self._total:.0f}{unit}{left}"
 
-    def close(self, whole: bool) -> None:
-        """Takes the bar away; in a file, says how long an announced phase took if it is ``whole``."""
+    def close(self, finished: bool) -> None:
+        """Removes the bar, or prints to a file how long an announced phase took.
+
+        Args:
+            finished: Whether the work was completed; a file gets no line for work that failed.
+        """
         if self._display.bars is not None and self._task is not None:
             self._display.bars.remove_task(self._task)
             if not self._display.bars.task_ids:
-                self._display.bars.stop()  # while nothing is shown, other processes may write to the terminal
-        elif self._announced and whole:
+                self._display.bars.stop()  # lets other processes write to the terminal between phases
+        elif self._announced and finished:
             self._display.say(f"{self._name}: done in {duration(self._display.clock() - self._began)}")
 
 
 class Display:
-    """What one process shows of its work, as a context: bars are drawn inside of it.
+    """Shows the progress of one process. It is a context manager, and bars are drawn inside its block.
 
-    Also turns off the bars of transformers' loading and saving, which would bury these.
+    Entering it turns off the progress bars of transformers' loading and saving, which would hide these.
 
     Args:
-        active: Whether this process shows anything; of several ranks, one does.
-        console: Where; None for standard output.
-        clock: Seconds that only go forward.
+        active: Whether this process shows anything; of several ranks, only one does.
+        console: Console to print to; None for standard output.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -117,11 +122,11 @@ class Display:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
-                _Done(),
+                _DoneColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
             )
-            self.bars = Progress(*columns, _Left(), console=self.console, transient=True)
+            self.bars = Progress(*columns, _RemainingColumn(), console=self.console, transient=True)
         return self
 
     def __exit__(
@@ -136,7 +141,7 @@ class Display:
         self.show(text)
 
     def show(self, what: RenderableType) -> None:
-        """Prints a line, or a table."""
+        """Prints a line or a table."""
         if self.active:
             self.console.print(what, highlight=False, markup=False, soft_wrap=isinstance(what, str))
             self.console.file.flush()
@@ -150,22 +155,23 @@ class Display:
         announced: bool = False,
         lines: bool = True,
     ) -> Iterator[Phase]:
-        """Shows a phase while the block runs; see `Phase`."""
+        """Shows a phase while the block runs; the arguments are those of `Phase`."""
         if self.bars is not None:
             self.bars.start()
         phase = Phase(self, name, total, unit, announced and self.active, lines)
-        whole = False
+        finished = False
         try:
             yield phase
-            whole = True
+            finished = True
         finally:
-            phase.close(whole)
+            phase.close(finished)
 
 
-class _Done(ProgressColumn):
-    """How many of how many, where that is known."""
+class _DoneColumn(ProgressColumn):
+    """Shows the amount done and the total, if the total is known."""
 
     def render(self, task: Task) -> Text:
+        """Formats the task's progress."""
         if task.total is None:
             return Text("")
         return Text(
@@ -175,10 +181,11 @@ class _Done(ProgressColumn):
         )
 
 
-class _Left(ProgressColumn):
-    """The time left."""
+class _RemainingColumn(ProgressColumn):
+    """Shows an estimate of the remaining time."""
 
     def render(self, task: Task) -> Text:
+        """Formats the task's remaining time."""
         if task.total is None or not task.completed or task.elapsed is None:
             return Text("")
         return Text(f"{duration(task.elapsed / task.completed * (task.total - task.completed))} left")

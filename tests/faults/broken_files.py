@@ -186,7 +186,7 @@ def _broken(run_: Path, chance: random.Random, whole_step: bool) -> Broken:
     named = (
         (f"{path}", f"{path.parent}: no checksums")
         if path.name != "config.json"
-        else (f"{path}", "other than before")
+        else (f"{path}", "changed since the checkpoint")
     )
     said = any(name in text for name in named)
     return Broken(

@@ -13,7 +13,7 @@ from paceline.rl import preparation
 from paceline.rl.errors import UserError
 from paceline.rl.models.initial import starting_policy, warmed_policy_path
 from paceline.rl.preparation import first_drafter_path, prepare, wants_first_drafter
-from paceline.rl.process.made_once import alone, made_once
+from paceline.rl.process.made_once import build_once, file_lock
 from paceline.rl.process.progress import Display
 from paceline.rl.recipe import load_config
 from tests.support import ROOT
@@ -21,8 +21,8 @@ from tests.support import ROOT
 TINY = ROOT / "configs" / "tiny.yaml"
 HOLD = """
 import sys, time, pathlib
-from paceline.rl.process.made_once import alone
-with alone(pathlib.Path(sys.argv[1])):
+from paceline.rl.process.made_once import file_lock
+with file_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -37,7 +37,7 @@ def test_one_makes_and_the_others_wait(tmp_path):
         time.sleep(0.1)
         final.mkdir()
 
-    threads = [threading.Thread(target=made_once, args=(final, make)) for _ in range(4)]
+    threads = [threading.Thread(target=build_once, args=(final, make)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -54,14 +54,14 @@ def test_a_killed_maker_is_not_waited_for(tmp_path):
         assert job.stdout.readline() == b"held\n"
         assert lock.read_text() == str(job.pid)
         job.kill()
-    with alone(lock):
+    with file_lock(lock):
         assert lock.read_text() == str(os.getpid())
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="PACELINE_CACHE"):
-        made_once(tmp_path / "file" / "thing", lambda: None)
+        build_once(tmp_path / "file" / "thing", lambda: None)
 
 
 def test_what_is_missing_is_made_in_order_and_only_that(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import torch
 pytest.importorskip("vllm")
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.monitoring.summary import read_metrics
 from paceline.rollout.backends.vllm_server import serve_command, serve_environment
 from tests.support import ROOT, tiny_eagle3

@@ -16,7 +16,7 @@ from paceline.rl.config.run import RunConfig
 from paceline.rl.config.task import DatasetConfig
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.models.initial import starting_policy
-from paceline.rl.models.policies import load_policy, load_tokenizer
+from paceline.rl.models.loading import load_policy, load_tokenizer
 from paceline.rl.tasks.prompts import encode_problem, stable_seed, stop_token_ids
 from paceline.rl.tasks.task import Problem, load_task
 from paceline.rl.validation.speculation import draft_rules

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from paceline.rl.errors import UserError
-from paceline.rl.process.files import write_whole
+from paceline.rl.process.files import write_atomically
 
 Log = Callable[[str], None]  # takes a line of progress
 RowCallback = Callable[[Any], None]  # takes a row, a dataclass, once it is measured
@@ -112,7 +112,7 @@ class Results:
         except (OSError, ValueError):
             pass  # there is no readable earlier result to keep
         try:
-            write_whole(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(self._path, json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
             return True
         except OSError as error:
             print(

@@ -15,6 +15,7 @@ from paceline.benchmarks.common.runs import finished_run, mean, quarters
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     folder = Path("configs/length")

@@ -107,7 +107,7 @@ def test_recipes_that_ship_have_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train"], "name a recipe or --resume"),
+        (["train"], "name either a recipe or --resume"),
         (["train", "nothing"], "there is no such recipe"),
         (["train", "tiny", "--ranks", "0"], "--ranks is 0"),
         (["export", "nowhere", "out"], "nowhere"),
@@ -207,7 +207,7 @@ def test_doctor_imports_what_the_main_job_needs(monkeypatch):
 
 def test_doctor_says_no_where_the_run_ends(monkeypatch):
     monkeypatch.setattr(doctor, "_required", lambda: iter(()))
-    monkeypatch.setattr(trial, "_RECIPE", (*trial._RECIPE, "policy.model=nowhere/nothing"))
+    monkeypatch.setattr(trial, "_OVERRIDES", (*trial._OVERRIDES, "policy.model=nowhere/nothing"))
     said = {f.what: f for f in doctor.findings()}
     assert "its rollouts" not in said
     assert said["a tiny run"].needed

@@ -16,7 +16,7 @@ from paceline.rl.checkpointing.parts import restore_selector, write_policy, writ
 from paceline.rl.checkpointing.run_logs import keep_first_lines
 from paceline.rl.errors import UserError
 from paceline.rl.learner.moments import restore_moments
-from paceline.rl.process.files import write_whole
+from paceline.rl.process.files import write_atomically
 from paceline.rl.sharding import AdamWSettings, FullState
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rollout.strategy import BanditSelector, CostModel, Strategy
@@ -157,13 +157,13 @@ def test_a_broken_selector_state_is_said_and_nothing_of_it_stays(tmp_path, broke
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "config.json"
-    assert write_whole(path, "one")
+    assert write_atomically(path, "one")
     before = path.stat()
     # nothing is written that is there
-    assert not write_whole(path, "one") and path.stat().st_ino == before.st_ino
+    assert not write_atomically(path, "one") and path.stat().st_ino == before.st_ino
     monkeypatch.setattr("paceline.rl.process.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "two")
+        write_atomically(path, "two")
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.cli.main import app
-from paceline.rl.checkpointing.graceful_stop import Interruption
+from paceline.rl.checkpointing.graceful_stop import GracefulStop
 
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
-from paceline.rl.checkpointing.graceful_stop import Interruption
-with Interruption(Path(sys.argv[1])) as interruption:
+from paceline.rl.checkpointing.graceful_stop import GracefulStop
+with GracefulStop(Path(sys.argv[1])) as interruption:
     print("up", flush=True)
     while not interruption.asked:
         time.sleep(0.01)
@@ -32,7 +32,7 @@ raise SystemExit(interruption.status)
 def test_the_first_signal_asks(tmp_path, number, status, capsys):
     before = signal.getsignal(number)
     (tmp_path / "stop").touch()  # of a run before
-    with Interruption(tmp_path) as interruption:
+    with GracefulStop(tmp_path) as interruption:
         assert not interruption.asked
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # the same one, passed on by a launcher
@@ -56,7 +56,7 @@ def test_a_second_one_ends_the_process_at_once(tmp_path):
 
 
 def test_a_file_asks_too(tmp_path):
-    with Interruption(tmp_path) as interruption:
+    with GracefulStop(tmp_path) as interruption:
         (tmp_path / "stop").touch()
         assert interruption.asked and interruption.status == 0
 

@@ -14,7 +14,8 @@ from paceline.rl.checkpointing.resume import changes, keep_recipe, resumed_recip
 from paceline.rl.checkpointing.run_directory import open_run
 from paceline.rl.config.run import to_dict
 from paceline.rl.errors import UserError
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rl.process.files import append_line
 from paceline.rl.recipe import load_config
 from paceline.rl.run import find_run, parse_arguments
@@ -108,7 +109,7 @@ def test_a_run_goes_on_with_other_values_which_are_recorded(tmp_path, monkeypatc
 def test_what_would_make_the_checkpoint_meaningless_is_refused(run, monkeypatch, capsys, override):
     before = (run / "config.json").read_bytes()
     said = refused(monkeypatch, capsys, "--resume", run, override)
-    assert f": {override.partition('=')[0]}" in said and "start anew" in said
+    assert f": {override.partition('=')[0]}" in said and "start a new run" in said
     config = json.loads(before)
     *parents, last = override.partition("=")[0].split(".")
     section = config
@@ -131,7 +132,7 @@ def test_what_would_make_the_checkpoint_meaningless_is_refused(run, monkeypatch,
 def test_mistakes_of_an_override_are_one_line(run, monkeypatch, capsys):
     for override, says in (
         ("stepz=3", "did you mean steps"),
-        ("steps=1", "has 2 steps behind it"),
+        ("steps=1", "has done 2 steps already"),
         ("steps=x", "steps is 'x'"),
     ):
         assert says in refused(monkeypatch, capsys, "--resume", run, override)
@@ -198,7 +199,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_beginning(run, capsys):
     (run / "summary.json").unlink()
     (run / "drafters" / "step-9").mkdir(parents=True)
     found, said = opened(run, capsys)
-    assert found is None and "starts from its beginning" in said
+    assert found is None and "starts from step 1" in said
     assert steps_of(run) == [] and not (run / "drafters").exists()
     args = parse_arguments(None, [str(ROOT / "configs" / "tiny.yaml"), f"out={run}"])
     assert find_run(args)[1] == run  # and may be started again
@@ -273,7 +274,7 @@ def test_a_full_disk_at_resume_is_one_line_and_keeps_what_there_is(run, monkeypa
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     monkeypatch.setattr("paceline.rl.checkpointing.run_directory.keep_first_lines", full)
     said = refused(monkeypatch, capsys, "--resume", run)
-    assert "metrics.jsonl: No space left on device; free some disk" in said
+    assert "metrics.jsonl: No space left on device; free disk space" in said
     assert all(path.read_bytes() == data for path, data in kept.items())
 
 

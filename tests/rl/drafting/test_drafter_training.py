@@ -40,7 +40,7 @@ def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
     assert report["updates"] > 0 and 1 <= report["greedy"] <= 5 and 1 <= report["sampled"] <= 5
     load_drafter(out, 99, 64)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 2 and "exists; name a new directory" in again.stderr
+    assert again.returncode == 2 and "exists already; name a new directory" in again.stderr
 
     run = tmp_path / "run"
     options = ("speculation.strategy=eagle3:2", "drafter.schedule=never", f"drafter.start={out}", "steps=2")

@@ -6,7 +6,7 @@ import pytest
 
 from paceline.rl.dry_run import description
 from paceline.rl.dry_run.description import describe, size
-from paceline.rl.dry_run.devices import Place, gpu_of, this_machine
+from paceline.rl.dry_run.devices import DeviceSpec, published_gpu, this_machine
 from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
 from paceline.rl.recipe import load_config
 from paceline.rollout.drafters.eagle3_model import parameter_count
@@ -15,7 +15,7 @@ from tests.support import ROOT, tiny_eagle3, tiny_llama, train_here
 SEVEN = ROOT / "configs" / "zero3_8gpu.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 TINY = ROOT / "configs" / "tiny.yaml"
-FAST = Place("a fast device", 10**12, 1e15, 1e18, "given", "cuda")
+FAST = DeviceSpec("a fast device", 10**12, 1e15, 1e18, "given", "cuda")
 
 
 def test_sizes_are_never_nothing():
@@ -25,7 +25,7 @@ def test_sizes_are_never_nothing():
 def test_a_7b_policy_in_eighths_by_hand():
     """Qwen2.5-7B: 7,615,616,512 parameters (its model card), 28 layers with 4 key and value heads of 128."""
     config, parameters = load_config(SEVEN), 7_615_616_512
-    found = estimate(config, policy_config(config.policy.model), 8, gpu_of(80))
+    found = estimate(config, policy_config(config.policy.model), 8, published_gpu(80))
     for what, of_each in (
         ("weights", 4),
         ("weights that DeepSpeed steps on", 4),
@@ -43,21 +43,25 @@ def test_a_7b_policy_in_eighths_by_hand():
 def test_keys_and_values_take_what_is_free_or_what_they_want():
     config = load_config(SEVEN)
     policy = policy_config(config.policy.model)
-    wanted = {gb: estimate(config, policy, 8, gpu_of(gb)).size(KEYS_AND_VALUES) for gb in (80, 141, 192, 400)}
+    wanted = {
+        gb: estimate(config, policy, 8, published_gpu(gb)).size(KEYS_AND_VALUES) for gb in (80, 141, 192, 400)
+    }
     assert wanted[80] < wanted[141] < wanted[192] <= wanted[400]
     full = next(
-        part.whole for part in estimate(config, policy, 8, gpu_of(400)).parts if part.what == KEYS_AND_VALUES
+        part.whole
+        for part in estimate(config, policy, 8, published_gpu(400)).parts
+        if part.what == KEYS_AND_VALUES
     )
     assert wanted[400] == full
     limited = load_config(SEVEN, ["rollout.kv_memory_gb=7"])
-    assert estimate(limited, policy, 8, gpu_of(80)).size(KEYS_AND_VALUES) == 7_000_000_000
+    assert estimate(limited, policy, 8, published_gpu(80)).size(KEYS_AND_VALUES) == 7_000_000_000
 
 
 @pytest.mark.parametrize("overrides", [["scale.deepspeed=null", "scale.fsdp2=true"], []])
 def test_more_ranks_leave_more_room(overrides):
     config = load_config(SEVEN, overrides)
     policy = policy_config(config.policy.model)
-    rooms = [estimate(config, policy, ranks, gpu_of(80)).room for ranks in (4, 8, 16)]
+    rooms = [estimate(config, policy, ranks, published_gpu(80)).room for ranks in (4, 8, 16)]
     assert rooms[0] < rooms[1] < rooms[2]
 
 
@@ -78,12 +82,12 @@ def test_vllm_in_the_process_has_weights_and_a_cache_of_its_own(monkeypatch):
     base = ["speculation.drafters=[]", "measure.plain_every=0"]
     config = load_config(TINY, ["rollout.vllm={}", *base])
     policy = policy_config(config.policy.model)
-    found = estimate(config, policy, 1, gpu_of(80))
+    found = estimate(config, policy, 1, published_gpu(80))
     assert found.size("vLLM's weights") + found.size("vLLM's keys and values") == int(0.9 * 80e9)
     less = load_config(TINY, ["rollout.vllm={options: {gpu_memory_utilization: 0.5}}", *base])
-    assert estimate(less, policy, 1, gpu_of(80)).size("vLLM's keys and values") < 0.5 * 80e9
+    assert estimate(less, policy, 1, published_gpu(80)).size("vLLM's keys and values") < 0.5 * 80e9
     served = load_config(TINY, ["rollout.vllm={servers: ['http://a:1'], exchange: there}", *base])
-    assert estimate(served, policy, 1, gpu_of(80)).size("vLLM's weights") == 0
+    assert estimate(served, policy, 1, published_gpu(80)).size("vLLM's weights") == 0
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
     here = dataclasses.replace(FAST, device="cpu")
     assert estimate(config, policy, 1, here).size("vLLM's keys and values") == 2 * 2**30
@@ -135,7 +139,7 @@ def test_what_is_sharded_is_divided_by_the_ranks():
     trained = ("weights", "gradients", "Adam's moments")
 
     def size(*scale: str) -> int:
-        found = estimate(load_config(TINY, scale), policy, 4, gpu_of(80))
+        found = estimate(load_config(TINY, scale), policy, 4, published_gpu(80))
         return sum(found.size(what) for what in trained)
 
     whole = size()
@@ -154,7 +158,7 @@ def test_the_estimate_of_a_known_shape():
     parameters = 4 * (attention + mlp + 2 * 64) + 64
     policy = policy_config("tiny-llama")
     parameters += policy.vocab_size * 64 * (1 if policy.tie_word_embeddings else 2)
-    found = estimate(config, policy, 2, gpu_of(80))
+    found = estimate(config, policy, 2, published_gpu(80))
     assert [found.size(what) for what in ("weights", "gradients", "Adam's moments")] == [
         4 * parameters
     ] * 2 + [8 * parameters]

@@ -173,7 +173,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     assert kept["step-4"].stat().st_ino == last.stat().st_ino  # takes no room
     assert find_kept(tmp_path, "best") == tmp_path / "checkpoints" / "best"
     assert find_kept(tmp_path, None) == tmp_path / "checkpoint"
-    with pytest.raises(UserError, match="kept are best, step-3, step-4"):
+    with pytest.raises(UserError, match="write one of best, step-3, step-4"):
         find_kept(tmp_path, "step-1")
 
 

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from paceline.rl.integrations.host import host_config
 from paceline.rl.integrations.server import EngineServer
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rollout import FinishReason, Request, SamplingParams
 from tests.support import worst_gap
 

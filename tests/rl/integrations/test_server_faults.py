@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from paceline.rl.integrations.host import host_config
 from paceline.rl.integrations.server import EngineServer
-from paceline.rl.models.policies import fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
 from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams
 
 PROMPTS = [[3, 5, 7], [3, 5, 8, 9], [11], [20, 21, 22, 23, 24]]
@@ -130,7 +131,7 @@ class Machine(RuleBasedStateMachine):
         """With ``first`` good weights before the bad one."""
         name, tensor = self.known[1][0][4]
         bad = ("model.nothing.weight", tensor) if fault == "name" else (name, tensor[..., :1])
-        with pytest.raises(ValueError, match="send those of the policy"):
+        with pytest.raises(ValueError, match="send the weights of the policy"):
             self.server.load_weights([*self.known[1][1 - self.serving[-1]][:first], bad])
         self.mixed |= first > 0 or self.half is not None
         self.half = None

@@ -438,9 +438,9 @@ def test_trainers_and_places_that_rollouts_cannot_follow(tiny, tmp_path):
         check_trainer(trainer, model)
     trainer.tools = []
     model.lm_head.to("meta")
-    with pytest.raises(UserError, match="on a disk in part"):
+    with pytest.raises(UserError, match="offloaded to a disk"):
         check_trainer(trainer, model)
-    with pytest.raises(UserError, match="this is a Namespace"):
+    with pytest.raises(UserError, match="the trainer is a Namespace"):
         check_trainer(Namespace(), model)
 
 

@@ -198,7 +198,7 @@ def test_rewards_that_read_entropies_are_refused(tiny, tmp_path):
         lambda completions, **c: [0.0] * 8, [{"name": "pear", "weight": 0.1}], group_size=4, longest=40
     )
     trainer = trainer_for(tiny, tmp_path, lambda p, t: rollouts.converse(p, t, guessing, turns=2), reward)
-    with pytest.raises(UserError, match="entropies judge one turn"):
+    with pytest.raises(UserError, match="entropies support one turn only"):
         trainer.train()
 
 
@@ -223,7 +223,7 @@ def test_answers_become_tokens(tiny):
     with pytest.raises(UserError, match="only users speak"):
         answer_ids(tokenizer, told, 0, {})
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    with pytest.raises(UserError, match="does not write an assistant's turn as it is"):
+    with pytest.raises(UserError, match="changes the text of an assistant's turn"):
         answer_ids(tokenizer, told, 0, {})
 
 

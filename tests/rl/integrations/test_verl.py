@@ -91,7 +91,7 @@ def test_a_replica_serves_takes_weights_and_pauses(verl_module, policy, started,
     import ray
     import torch
 
-    from paceline.rl.models.policies import load_policy
+    from paceline.rl.models.loading import load_policy
 
     replica, config, model = started
     server = replica.server_handle

@@ -31,9 +31,9 @@ def refusal(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPE
 
 CASES = [
     (refusal(errors.GatedRepoError, 403), "is gated: accept its licence at .*/a/b, then run hf auth login"),
-    (refusal(errors.RepositoryNotFoundError, 404), "does not have it, or not for you"),
-    (refusal(errors.RemoteEntryNotFoundError, 404), "no model of transformers"),
-    (refusal(errors.HfHubHTTPError, 500), "refuses it"),
+    (refusal(errors.RepositoryNotFoundError, 404), "does not have it, or it is private"),
+    (refusal(errors.RemoteEntryNotFoundError, 404), "transformers cannot load it"),
+    (refusal(errors.HfHubHTTPError, 500), "refuses the request"),
     (errors.HFValidationError("bad"), "neither a local directory nor the id"),
 ]
 

@@ -24,7 +24,7 @@ from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
 from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.models.initial import adapter_base
-from paceline.rl.models.lora import AdapterBase, add_adapters, merged, save_adapters
+from paceline.rl.models.lora import AdapterBase, add_adapters, merged_weights, save_adapters
 from paceline.rl.models.mergeable import adapted_layers, check_adapter_config
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.recipe import load_config
@@ -114,7 +114,10 @@ def test_every_linear_layer_of_other_families_merges_exactly(build):
     add_adapters(policy, LoraConfig(rank=2), seed=0)
     moved(policy)
     plain = made(build)
-    copied = {n: t.clone() for n, t in merged(lambda wanted: weights(policy, wanted), adapted_layers(policy))}
+    copied = {
+        n: t.clone()
+        for n, t in merged_weights(lambda wanted: weights(policy, wanted), adapted_layers(policy))
+    }
     assert copied.keys() == dict(plain.named_parameters()).keys()
     with torch.no_grad():
         before = plain(IDS).logits
@@ -246,7 +249,7 @@ def test_a_quantized_policy_is_one_line():
     layer.base_layer.weight = torch.nn.Parameter(
         layer.base_layer.weight.to(torch.float8_e4m3fn), requires_grad=False
     )
-    with pytest.raises(UserError, match="not quantized"):
+    with pytest.raises(UserError, match="are not quantized"):
         HostPolicy(eighth, torch.float32, torch.device("cpu"))
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from paceline.rl.errors import UserError
-from paceline.rl.models import policies
+from paceline.rl.models import loading, policies, smollm2
 from paceline.rl.tasks.prompts import encode_prompt, stop_token_ids
 from tests.support import tiny_trainer
 
@@ -46,11 +46,11 @@ def test_truncated_weights_are_one_line(tmp_path):
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cannot be loaded") as error:
-        policies.load_policy(path)
+        loading.load_policy(path)
     assert "\n" not in str(error.value)
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
-        policies.load_policy(path)
+        loading.load_policy(path)
 
 
 def broken(tmp_path: Path) -> Path:
@@ -69,20 +69,20 @@ def test_missing_and_surplus_weights_are_named(tmp_path):
     with pytest.raises(
         UserError, match=r"lacks \d+ of the model's weights \(.*embed_tokens.*and has \d+ that are not"
     ) as caught:
-        policies.load_policy(path)
+        loading.load_policy(path)
     assert "\n" not in str(caught.value)
     fewer = {name: w for name, w in weights.items() if "layers.2.mlp.up_proj" not in name}
     save_file(fewer, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         UserError, match=r"lacks 1 of the model's weights \(model.layers.2.mlp.up_proj.weight\): it would"
     ):
-        policies.load_policy(path)
+        loading.load_policy(path)
     save_file({**weights, "v_head.weight": torch.zeros(1, 64)}, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"has 1 that are not the model's \(v_head.weight\)"):
-        policies.load_policy(path)
+        loading.load_policy(path)
     old = {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
     save_file({n: w.contiguous() for n, w in old.items()}, path / "model.safetensors", {"format": "pt"})
-    policies.load_policy(path)  # a buffer that old releases saved; and lm_head, which is tied, is in no file
+    loading.load_policy(path)  # a buffer that old releases saved; and lm_head, which is tied, is in no file
 
 
 def remove_config(path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_broken_directory_is_one_line(tmp_path, spoil, reason):
     path = broken(tmp_path)
     spoil(path)
     with pytest.raises(UserError, match=reason) as caught:
-        policies.load_policy(policies.fetch_policy(str(path)))
+        loading.load_policy(policies.fetch_policy(str(path)))
     assert "\n" not in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_a_directory_without_a_tokenizer_is_one_line(tmp_path, content):
     for file in path.glob("token*"):
         file.unlink() if content is None else file.write_text(content)
     with pytest.raises(UserError, match=r"tokenizer") as caught:
-        policies.load_tokenizer(path)
+        loading.load_tokenizer(path)
     assert "\n" not in str(caught.value)
 
 
@@ -175,7 +175,7 @@ def test_a_broken_download_is_refused(tmp_path):
     gguf = tmp_path / "x.gguf"
     gguf.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match=r"has 104 bytes and SHA-256"):
-        policies.convert_gguf(gguf, tmp_path / "out")
+        smollm2.convert_gguf(gguf, tmp_path / "out")
 
 
 def test_chat_template_is_used_where_there_is_one():

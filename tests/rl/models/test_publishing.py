@@ -154,7 +154,7 @@ def refusal(status: int, text: str = "") -> HfHubHTTPError:
 
 
 ERRORS = {
-    "no rights": (refusal(403), "--policy me/policy: the token may not write there"),
+    "no rights": (refusal(403), "--policy me/policy: the token has no write access"),
     "a wrong token": (refusal(401), "hf auth login"),
     "something else": (refusal(400, "bad\nname"), "bad name"),
     "no network": (httpx.ConnectError("no route"), "the hub cannot be reached (no route)"),
@@ -179,7 +179,7 @@ def test_nothing_is_sent_before_all_is_known_to_be_there(hub, run, tmp_path, mon
         assert found.exit_code == 2 and len(found.stderr.strip().splitlines()) == 1, found.output
         return found.stderr
 
-    assert "name one for each" in said("--policy", "me/x", "--drafter", "me/x")
+    assert "name a different one for each" in said("--policy", "me/x", "--drafter", "me/x")
     assert "--policy me//x" in said("--policy", "me//x")
     hub.public.add("me/x")
     assert "exists and is public" in said("--policy", "me/x", "--private")

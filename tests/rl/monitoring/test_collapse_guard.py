@@ -4,7 +4,7 @@ import pytest
 
 from paceline.rl.config.length import GuardConfig
 from paceline.rl.errors import UserError
-from paceline.rl.monitoring.collapse_guard import Guard
+from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from tests.support import tiny_trainer
 
 STEPS = 40
@@ -16,7 +16,7 @@ def step(accuracy, length=100.0, entropy=1.0):
 
 
 def test_accuracy_that_falls_from_its_best_is_named_once():
-    guard = Guard(GuardConfig(window=2, accuracy_fall=0.5))
+    guard = CollapseGuard(GuardConfig(window=2, accuracy_fall=0.5))
     lines = [
         guard.observe(step(a, n))
         for a, n in [(0.4, 90), (0.6, 90), (0.5, 60), (0.3, 20), (0.1, 10), (0.1, 5)]
@@ -27,13 +27,13 @@ def test_accuracy_that_falls_from_its_best_is_named_once():
 
 
 def test_it_is_named_again_after_a_recovery():
-    guard = Guard(GuardConfig(window=1))
+    guard = CollapseGuard(GuardConfig(window=1))
     lines = [guard.observe(step(a)) for a in (0.8, 0.1, 0.7, 0.2)]
     assert [line is not None for line in lines] == [False, True, False, True]
 
 
 def test_entropy_under_its_floor_is_named():
-    guard = Guard(GuardConfig(window=2, entropy_floor=0.1))
+    guard = CollapseGuard(GuardConfig(window=2, entropy_floor=0.1))
     metrics = step(0.5, entropy=0.01)
     assert guard.observe(step(0.5, entropy=0.3)) is None
     assert guard.observe(dict(step(0.5, entropy=0.15))) is None
@@ -42,16 +42,16 @@ def test_entropy_under_its_floor_is_named():
 
 
 def test_it_goes_on_from_its_state():
-    first = Guard(GuardConfig(window=2))
+    first = CollapseGuard(GuardConfig(window=2))
     for accuracy in (0.8, 0.8, 0.1):
         first.observe(step(accuracy))
-    second = Guard(GuardConfig(window=2))
+    second = CollapseGuard(GuardConfig(window=2))
     second.load_state(first.state())
     assert second.observe(step(0.1)) is not None
 
 
 def test_off_does_not_look():
-    guard = Guard(GuardConfig(action="off", window=1))
+    guard = CollapseGuard(GuardConfig(action="off", window=1))
     assert [guard.observe(step(a)) for a in (1.0, 0.0)] == [None, None]
 
 

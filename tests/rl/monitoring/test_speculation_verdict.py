@@ -37,7 +37,7 @@ def test_nothing_is_said_of_what_was_not_measured():
 
 def test_by_how_much_it_won():
     assert verdict([step(4, 1.5), step(9, 1.7)]) == [
-        "speculation won: 1.60x plain decoding, 6.0 s of a step saved; 2.20 tokens a forward"
+        "speculation won: 1.60x plain decoding, saving 6.0 s per step; 2.20 tokens per forward pass"
     ]
 
 
@@ -49,7 +49,7 @@ def test_by_how_much_it_won():
         ([step(4, 0.8, **{"drafter__updates": 0})], "the drafter was never trained"),
         (
             [step(4, 0.8, **{"rollout__acceptance_length": 1.1, "rollout__accepted": 90})],
-            "90 of 1000 drafted tokens were accepted (eagle3 2.50 tokens a forward",
+            "90 of 1000 drafted tokens were accepted (eagle3 2.50 tokens per forward pass",
         ),
         (
             [step(4, 0.8, **{"rollout__drafting_share": 0.31, "rollout__draft_seconds_suffix": 2.0})],
@@ -59,8 +59,8 @@ def test_by_how_much_it_won():
             [step(4, 0.8, **{"rollout__active_mean": 40.0})],
             "the batch is large: 40 sequences together on average, drafts in 90%",
         ),
-        ([step(4, 0.8, **{"measure__identical": 0.1})], "only 10% of the completions were the same"),
-        ([step(4, 0.8)], "none of acceptance, drafting time and batch explains it"),
+        ([step(4, 0.8, **{"measure__identical": 0.1})], "only 10% of the completions were identical"),
+        ([step(4, 0.8)], "neither acceptance nor drafting time nor batch size explains it"),
     ],
 )
 def test_why_it_lost_and_what_to_change(metrics, says):
@@ -73,13 +73,13 @@ def test_why_it_lost_and_what_to_change(metrics, says):
 
 
 def test_neither_gain_nor_loss_and_no_drafts():
-    assert verdict([step(4, 1.01)])[0].startswith("speculation brought nothing: 1.01x")
+    assert verdict([step(4, 1.01)])[0].startswith("speculation gained nothing: 1.01x")
     assert verdict([step(4, 1.0, **{"rollout__drafted": 0})]) == [
         "no token was drafted in the measured steps: plain decoding throughout, 1.00x"
     ]
 
 
 def test_several_reasons_come_together():
-    """A large batch whose drafts are refused and dear."""
+    """A large batch whose drafts are rejected and expensive."""
     both = {"rollout__acceptance_length": 1.1, "rollout__drafting_share": 0.3, "rollout__active_mean": 32.0}
     assert len(verdict([step(7, 0.7, **both)])) == 4

@@ -20,7 +20,13 @@ from paceline.rl.learner.balance import assign_ranks, redistribute
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.microbatches import packed_step
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
-from paceline.rl.models.lora import add_adapters, load_adapters, merged, save_adapters, without_adapters
+from paceline.rl.models.lora import (
+    add_adapters,
+    load_adapters,
+    merged_weights,
+    save_adapters,
+    without_adapters,
+)
 from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.sharding import AdamWSettings, FullState, TrainedModule, gather_full_state, shard
 from paceline.rl.sharding.settings import read_settings
@@ -239,7 +245,10 @@ class TestAdapters:
         """Saved in peft's format and merged by peft: the weights that the engine gets."""
         policy, trained = self.trained()
         layers = adapted_layers(trained.unwrapped)
-        ours = {name.removeprefix("policy."): t.clone() for name, t in merged(trained.full_weights, layers)}
+        ours = {
+            name.removeprefix("policy."): t.clone()
+            for name, t in merged_weights(trained.full_weights, layers)
+        }
         found = trained.full_weights(lambda name: ".lora_" in name)
         save_adapters(policy, {name.removeprefix("policy."): t for name, t in found}, tmp_path)
         theirs = dict(PeftModel.from_pretrained(tiny_llama(), tmp_path).merge_and_unload().named_parameters())

@@ -193,5 +193,5 @@ def test_a_dry_run_without_the_policys_tokenizer_tries_conversations_all_the_sam
     assert (
         "no tokenizer is available" in out
         and "of 6 problems are held out" in out
-        and "with a tokenizer of characters" in out
+        and "with a character tokenizer" in out
     )

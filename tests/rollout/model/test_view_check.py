@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from paceline.rl.models.policies import SMOLLM2, fetch_policy, load_policy
+from paceline.rl.models.loading import load_policy
+from paceline.rl.models.policies import fetch_policy
+from paceline.rl.models.smollm2 import SMOLLM2
 from paceline.rollout.model import fusion_check
 from paceline.rollout.model.attention import chain_seats
 from paceline.rollout.model.inference_view import InferenceView
