@@ -82,3 +82,20 @@ def test_the_hook_leads_out_of_the_site_to_the_repository():
     rewritten = hooks["on_page_markdown"](text, page=page, config=known, files=None)
     assert rewritten == text.replace("../../rl/trainer.py", "https://r/blob/main/rl/trainer.py")
     assert "b ![c]" in hooks["on_page_markdown"](text, page=page, config=unknown, files=None)
+
+
+def test_what_the_changelog_maps_old_imports_to_exists():
+    """Dotted paths in the second column of its table, and the names after a colon."""
+    table = text_of("CHANGELOG.md").partition("| 0.2.0 | now |")[2].partition("\n\n")[0]
+    broken = []
+    for row in table.splitlines()[2:]:
+        old, new = row.strip("| ").split(" | ")
+        for prefix, names in re.findall(r"`(paceline[.\w]*)`(?:: ((?:`\w+`(?:, )?)+))?", new):
+            paths = [f"{prefix}.{name}" for name in re.findall(r"\w+", names)] or [prefix]
+            broken += [path for path in paths if not is_module(path)]
+    assert broken == []
+
+
+def is_module(dotted):
+    path = ROOT / dotted.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
