@@ -7,7 +7,7 @@ VLLM := 0.32.0
 VERL := 0.9.0
 OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint lock fresh faults setup peers pipelines clean
+.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint docs lock fresh faults setup peers pipelines clean
 
 setup: .venv/installed
 
@@ -80,6 +80,10 @@ pipelines: .venv-pipelines/installed
 
 test-pipelines: pipelines
 	.venv-pipelines/bin/python -m pytest -q -m pipelines tests/rl/integrations/test_verl.py tests/rl/integrations/test_openrlhf.py
+
+# The documentation as a site in build/site; a broken link or reference fails.
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff format --check .
