@@ -1,6 +1,6 @@
 """Loads a recipe: from a YAML file to typed values that are checked against each other.
 
-Five files are on the way: config/paths.py finds the file, this one reads it and its bases,
+Five files are on the way: process/shipped_files.py finds the file, this one reads it and its bases,
 config/parsing.py applies overrides and builds config/run.py (with a file for each section), and
 validation/recipe.py (likewise) checks the values.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from paceline.rl.config.parsing import apply_override, parse
-from paceline.rl.config.paths import shipped_folder, shipped_or_own, shipped_recipes
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
+from paceline.rl.process.shipped_files import shipped_folder, shipped_or_own, shipped_recipes
 from paceline.rl.validation.recipe import check
 
 

@@ -17,9 +17,9 @@ from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.recipe import load_config
 from paceline.rl.trainer import Trainer, make_accelerator
 from paceline.rollout import Rollout, RolloutEngine, default_tap_layers
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
-from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from paceline.rl.config.paths import shipped_folder
 from paceline.rl.config.run import RunConfig
 from paceline.rl.config.scale import LoraConfig
 from paceline.rl.dry_run.devices import DeviceSpec
@@ -16,6 +15,7 @@ from paceline.rl.models.hub import HubUnreachable, hub_config
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.models.policies import cached_policy
 from paceline.rl.models.policy_files import read_config
+from paceline.rl.process.shipped_files import shipped_folder
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
 from paceline.rollout.drafters.eagle3_model import eagle3_config, parameter_count

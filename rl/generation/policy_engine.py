@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from paceline.rl.errors import UserError
 from paceline.rollout import RolloutEngine
-from paceline.rollout.model.text_limits import text_limit
+from paceline.rollout.text_limits import text_limit
 
 
 def check_context(policy: PreTrainedModel, max_context: int) -> None:

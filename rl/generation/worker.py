@@ -27,10 +27,10 @@ from paceline.rl.tasks.task import Problem
 from paceline.rl.types import RankRollouts
 from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams, Strategy
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import Eagle3Drafter
-from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
-from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.strategy import Selector
 

@@ -15,7 +15,7 @@ from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import check_head, check_packing, decoder_of, turn_off_dropout
 from paceline.rollout.model.attention import check_attention, check_window, grouped_attention
 from paceline.rollout.model.shape import check_family
-from paceline.rollout.model.text_limits import text_limit
+from paceline.rollout.text_limits import text_limit
 from paceline.rollout.transformers_api import register_attention, use_attention
 
 PACKED_ATTENTION = "paceline_packed"

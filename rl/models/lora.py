@@ -103,8 +103,8 @@ def merged_weights(
     The weight of an adapted layer becomes W + scaling · B A (equation 3 of arXiv 2106.09685).
 
     Args:
-        full_weights: Function such as `paceline.rl.sharding.TrainedModule.full_weights`, which yields the names and
-            unsharded tensors of the parameters whose names it is asked for.
+        full_weights: Function such as `paceline.rl.sharding.TrainedModule.full_weights`, which yields the
+            names and unsharded tensors of the parameters whose names it is asked for.
         layers: Result of `adapted_layers`, keyed by the names that ``full_weights`` uses; None if there are
             no adapters.
     """

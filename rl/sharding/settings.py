@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from paceline.rl.config.paths import shipped_or_own
 from paceline.rl.errors import UserError
+from paceline.rl.process.shipped_files import shipped_or_own
 
 _RECIPE_KEYS = {  # key of DeepSpeed: key of the recipe that decides it
     "bf16": "policy.mixed_precision",

@@ -17,7 +17,6 @@ from paceline.rollout.api import FinishReason, Request, Rollout
 from paceline.rollout.drafters.base import Drafter, VerifiedStep
 from paceline.rollout.engine.batch_verification import verify_batch
 from paceline.rollout.engine.entropies import drawn_entropies
-from paceline.rollout.engine.kept_prefixes import KeptPrefixes
 from paceline.rollout.engine.outputs import finished_rollout, snapshot
 from paceline.rollout.engine.rejections import record_rejections
 from paceline.rollout.engine.request_validation import (
@@ -32,11 +31,12 @@ from paceline.rollout.engine.stop_condition import StopCondition, TextDecoder
 from paceline.rollout.engine.timing import StepClock
 from paceline.rollout.length_estimate import LengthEstimate
 from paceline.rollout.model.graph_pool import CudaCapturer, PlainCapturer
+from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.prefill import PromptLogits, prefill, split_prefill
 from paceline.rollout.model.runner import Chunk, ModelRunner
-from paceline.rollout.model.text_limits import TextLimit
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.text_limits import TextLimit
 from paceline.rollout.trees import MAX_NODES, DraftTree, no_draft
 from paceline.rollout.values import as_int, as_list, short_repr
 from paceline.rollout.verify import Verifier

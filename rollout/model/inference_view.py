@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from paceline.rollout.model.attention import SLOT_ATTENTION
 from paceline.rollout.model.fusion_check import fuse_layers
 from paceline.rollout.model.packed_linear import can_pack, pack_linears
-from paceline.rollout.model.text_limits import fix_rotary
+from paceline.rollout.text_limits import fix_rotary
 from paceline.rollout.transformers_api import use_attention
 
 

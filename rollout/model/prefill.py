@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from paceline.rollout.engine.kept_prefixes import KeptPrefixes
+from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.runner import Chunk, ModelRunner
 from paceline.rollout.sequence import SequenceState
 

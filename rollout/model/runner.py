@@ -19,10 +19,10 @@ from paceline.rollout.model.graph_plan import GraphPlan, ModelShape, plan_graphs
 from paceline.rollout.model.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.shape import intermediate_size, observed_keys
-from paceline.rollout.model.text_limits import has_position_table, text_limit
 from paceline.rollout.model.view_check import checked_view
 from paceline.rollout.native import RaggedTokens
 from paceline.rollout.sequence import SequenceState
+from paceline.rollout.text_limits import has_position_table, text_limit
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
 

@@ -21,8 +21,8 @@ from scipy import stats
 from paceline.rl.errors import UserError
 from paceline.rl.recipe import load_config
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, default_tap_layers
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DRAFTERS, DraftRules
-from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.drafters.coverage import stated_kind
 from paceline.rollout.drafters.model_drafts import DRAWS, TREES
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES

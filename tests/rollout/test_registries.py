@@ -3,10 +3,10 @@
 import pytest
 
 from paceline.rollout import Request, SamplingParams
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DRAFTERS, DraftRules
 from paceline.rollout.drafters.base import StatelessSlots
 from paceline.rollout.drafters.best_first import pack
-from paceline.rollout.drafters.build import DrafterParts, build_drafter
 from paceline.rollout.trees import TREES, TreeBuilder
 from paceline.rollout.trees.ranked import grow_dynamic
 from paceline.rollout.verify import VERIFIERS, verifier, verify_chain

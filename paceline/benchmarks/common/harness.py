@@ -29,8 +29,8 @@ from paceline.rollout import (
     default_tap_layers,
     mean_acceptance_length,
 )
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DraftRules
-from paceline.rollout.drafters.build import DrafterParts, build_drafter
 
 # terms of the sums in the long-tailed batch: completions from a dozen tokens to 1,024
 _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)

@@ -113,7 +113,7 @@ def test_memory_that_is_wanted_elsewhere_is_not_taken(monkeypatch):
     engine.kept.most_tokens = 500
     engine.generate(first_turn())
     assert engine.kept.tokens > 0
-    monkeypatch.setattr("paceline.rollout.engine.kept_prefixes.available_bytes", lambda device: 0)
+    monkeypatch.setattr("paceline.rollout.model.kept_prefixes.available_bytes", lambda device: 0)
     engine.generate(first_turn([[3, 4, 5]]))
     assert engine.kept.tokens == 0
 

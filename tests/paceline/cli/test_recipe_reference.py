@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from paceline.rl.config.reference import PAGE, Section, key_texts, page, sections
+from paceline.cli.recipe_reference import PAGE, Section, key_texts, page, sections
 
 
 def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == page(), (
-        "docs/recipes.md is stale: run python -m paceline.rl.config.reference"
+        "docs/recipes.md is stale: run python -m paceline.cli.recipe_reference"
     )
 
 
