@@ -14,6 +14,7 @@ import torch
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
+LENGTH_LOSS = "length"  # a loss of whole drafts, which `training_time_test` computes itself
 _MIN_PROBABILITY = 1e-8  # keeps logarithms finite
 
 

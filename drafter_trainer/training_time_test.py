@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from paceline.drafter_trainer.losses import LOSSES
+from paceline.drafter_trainer.losses import LENGTH_LOSS, LOSSES
 from paceline.drafter_trainer.packing import DraftBatch
 from paceline.rollout.drafters.eagle3_model import Attend, Eagle3Model, attention_shape
-
-LENGTH_LOSS = "length"
 
 
 @dataclass(frozen=True, slots=True)

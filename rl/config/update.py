@@ -36,18 +36,19 @@ class UpdateConfig:
     tokens_per_microbatch: int = 2048
     """Number of tokens packed into one forward and backward pass; fewer take less memory."""
 
-    advantage: Literal["group", "rloo", "tree", "brpo", "reinforce_pp", "gae"] = "group"
-    """Estimator of the advantages. ``group``: reward minus the group's mean (GRPO, arXiv 2402.03300).
-    ``rloo``: reward minus the mean of the group's other samples (RLOO, arXiv 2402.14740). ``tree``: reward
-    minus the mean of each set of samples with a shared prefix, averaged over these sets (TreePO, arXiv
-    2508.17445); needs ``rollout.tree``. ``brpo``: advantages of the parts of a thought between budgets, from
-    the answers given there (AnytimeReasoner, arXiv 2505.13438); needs ``length.anytime``. ``reinforce_pp``:
-    no groups, normalized over the batch (REINFORCE++, arXiv 2501.03262). ``gae``: per token, with a critic
-    (PPO, arXiv 1707.06347)."""
+    advantage: str = "group"
+    """Estimator of the advantages, a name in `paceline.rl.algorithms.advantages.ADVANTAGES`. ``group``:
+    reward minus the group's mean (GRPO, arXiv 2402.03300). ``rloo``: reward minus the mean of the group's
+    other samples (RLOO, arXiv 2402.14740). ``tree``: reward minus the mean of each set of samples with a
+    shared prefix, averaged over these sets (TreePO, arXiv 2508.17445); needs ``rollout.tree``. ``brpo``:
+    advantages of the parts of a thought between budgets, from the answers given there (AnytimeReasoner, arXiv
+    2505.13438); needs ``length.anytime``. ``reinforce_pp``: no groups, normalized over the batch
+    (REINFORCE++, arXiv 2501.03262). ``gae``: per token, with a critic (PPO, arXiv 1707.06347)."""
 
-    ratio: Literal["token", "sequence"] = "token"
-    """Importance ratio that is clipped: that of each ``token``, or of the ``sequence``, length-normalized
-    (GSPO, arXiv 2507.18071, equation 7; it clips within a few 1e-4)."""
+    ratio: str = "token"
+    """Policy loss, a name in `paceline.rl.algorithms.policy_losses.POLICY_LOSSES`. Losses are named after the
+    importance ratio that they clip: that of each ``token``, or of the ``sequence``, length-normalized (GSPO,
+    arXiv 2507.18071, equation 7; it clips within a few 1e-4)."""
 
     clip_low: float = 0.2
     """Distance below 1 at which the ratio is clipped; at least 0."""

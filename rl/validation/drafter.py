@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from paceline.drafter_trainer.losses import LENGTH_LOSS, LOSSES
 from paceline.rl.config.drafter import DrafterConfig
-from paceline.rl.validation.rules import Rule, at_least
+from paceline.rl.validation.rules import Rule, at_least, one_of
 
 
 def drafter_rules(d: DrafterConfig) -> list[Rule]:
@@ -14,10 +15,11 @@ def drafter_rules(d: DrafterConfig) -> list[Rule]:
 def _objective_rules(d: DrafterConfig) -> list[Rule]:
     """Returns rules for the loss and its weights."""
     return [
+        *one_of([*LOSSES, LENGTH_LOSS], {"drafter.loss": d.loss}),
         *at_least(1, {"drafter.unroll": d.unroll}),
         *at_least(1, {"drafter.mask_top": d.mask_top}, ", or null"),
         (
-            d.loss != "length" or not (d.feedback_only or d.on_policy),
+            d.loss != LENGTH_LOSS or not (d.feedback_only or d.on_policy),
             "drafter.loss: length is a loss of whole drafts, but feedback_only and on_policy weight single "
             "positions: leave them out, or write another drafter.loss",
         ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from paceline.rl.errors import UserError
 
@@ -50,3 +51,18 @@ def at_least(least: int, values: Mapping[str, int | None], alternative: str = ""
         (value is None or value >= least, f"{key} is {value}: write at least {least}{alternative}")
         for key, value in values.items()
     ]
+
+
+def one_of(names: Collection[str], values: Mapping[str, str]) -> list[Rule]:
+    """Returns a rule for each key that its value is one of ``names``.
+
+    Args:
+        names: Allowed values, such as the keys of a registry.
+        values: Values by key.
+    """
+    rules: list[Rule] = []
+    for key, value in values.items():
+        close = difflib.get_close_matches(value, names, n=1, cutoff=0.3)
+        proposal = f"; did you mean {close[0]}?" if close else ""
+        rules.append((value in names, f"{key} is {value!r}: write one of {', '.join(names)}{proposal}"))
+    return rules

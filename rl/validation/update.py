@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from paceline.rl.algorithms.advantages import ADVANTAGES
+from paceline.rl.algorithms.policy_losses import POLICY_LOSSES
 from paceline.rl.config.run import RunConfig
-from paceline.rl.validation.rules import Rule, above_zero, at_least, from_zero
+from paceline.rl.validation.rules import Rule, above_zero, at_least, from_zero, one_of
 
 
 def update_rules(config: RunConfig) -> list[Rule]:
     """Returns rules for the optimizer, the loss and the KL penalty."""
     u = config.update
     return [
+        *one_of(ADVANTAGES, {"update.advantage": u.advantage}),
+        *one_of(POLICY_LOSSES, {"update.ratio": u.ratio}),
         (u.lr > 0, f"update.lr is {u.lr}: write a learning rate above 0"),
         *above_zero({"update.grad_clip": u.grad_clip, "update.mastered_below": u.mastered_below}),
         *from_zero({"update.weight_decay": u.weight_decay, "update.clip_low": u.clip_low}),
