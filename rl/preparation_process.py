@@ -39,7 +39,7 @@ def main(what: str, recipe: str, command: str, parent: str) -> None:
                 make_first_drafter(config, command, display)
         except OSError as error:
             raise UserError(
-                f"{error}: free some disk or set PACELINE_CACHE, then run the same command again"
+                f"{error}: free disk space or set PACELINE_CACHE, then run the same command again"
             ) from None
 
 

@@ -126,7 +126,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(
-            f"{building}: the checkpoint could not be written ({error}); free some disk, then --resume {run}"
+            f"{building}: the checkpoint could not be written ({error}); free disk space, then --resume {run}"
         ) from None
 
 

@@ -130,7 +130,7 @@ class VllmRollouts:
                 save_file(dict(bucket), path)
             except OSError as error:
                 raise UserError(
-                    f"{path}: new weights could not be written ({error}); free some disk, or write another "
+                    f"{path}: new weights could not be written ({error}); free disk space, or write another "
                     "rollout.vllm.exchange"
                 ) from None
             shards.append(path)

@@ -185,7 +185,9 @@ class HostedRollouts:
             )
             write_atomically(folder / "state.json", json.dumps({"calls": self._calls}))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: the drafter could not be written ({error}); free some disk") from None
+            raise UserError(
+                f"{folder}: the drafter could not be written ({error}); free disk space"
+            ) from None
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote. Collective.

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 
 from paceline.rl.config.speculation import SpeculationConfig
 from paceline.rl.errors import UserError
-from paceline.rl.validation.rules import Rule, at_least
+from paceline.rl.validation.rules import Rule, at_least, one_of
 from paceline.rollout import Strategy
 from paceline.rollout.drafters import DRAFTERS, DraftRules
 from paceline.rollout.drafters.coverage import refusal, stated_kind
 from paceline.rollout.strategy import default_arms
-from paceline.rollout.trees import MAX_NODES, DraftKind
+from paceline.rollout.trees import MAX_NODES, TREES, DraftKind
 from paceline.rollout.verify import VERIFIERS, Verifier
 
 
 def speculation_rules(s: SpeculationConfig) -> list[Rule]:
     """Returns rules for the section's numbers and for drafters that need each other."""
     return [
+        *one_of(TREES, {"speculation.tree": s.tree}),
+        *one_of(VERIFIERS, {} if s.verifier is None else {"speculation.verifier": s.verifier}),
         (1 <= s.max_nodes <= MAX_NODES, f"speculation.max_nodes is {s.max_nodes}: write 1 to {MAX_NODES}"),
         (0 <= s.epsilon < 1, f"speculation.epsilon is {s.epsilon}: write a number in [0, 1)"),
         *at_least(1, {"speculation.eagle3_window": s.eagle3_window}, ", or null"),
