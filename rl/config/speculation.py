@@ -36,7 +36,8 @@ class SpeculationConfig:
     tree: str = "dynamic"
     """Construction of trees by model-based drafters: ``dynamic`` (EAGLE-2, arXiv 2406.16858) and ``opt_tree``
     (OPT-Tree, arXiv 2406.17276) need ``draw: likeliest``, ``dyspec`` (DySpec, arXiv 2410.11744) needs
-    ``draw: without_replacement``, ``static`` (a fixed shape) needs one of the sampling choices of ``draw``."""
+    ``draw: without_replacement``, ``static`` (a fixed shape) needs one of the sampling choices of
+        ``draw``."""
 
     draw: Literal["likeliest", "replacement", "without_replacement"] = "likeliest"
     """How model-based drafters choose tokens: the ``likeliest`` ones, or sampled from their distribution,
@@ -44,8 +45,8 @@ class SpeculationConfig:
 
     verifier: str | None = None
     """Verifier of sampled drafts: ``chain``, ``block``, ``recursive`` or ``spectr``. All verify chains;
-    ``recursive`` also verifies trees, and ``spectr`` those whose siblings are drawn with replacement, which the
-    ``stand`` drafter never does. A combination that would change the distribution is an error. Null takes
+    ``recursive`` also verifies trees, and ``spectr`` those whose siblings are drawn with replacement, which
+    the ``stand`` drafter never does. A combination that would change the distribution is an error. Null takes
     ``chain`` for chains and ``recursive`` for trees; likeliest drafts need none."""
 
     stop: Literal["fixed", "svip", "specdec"] = "fixed"
