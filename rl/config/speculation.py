@@ -36,8 +36,7 @@ class SpeculationConfig:
     tree: str = "dynamic"
     """Construction of trees by model-based drafters: ``dynamic`` (EAGLE-2, arXiv 2406.16858) and ``opt_tree``
     (OPT-Tree, arXiv 2406.17276) need ``draw: likeliest``, ``dyspec`` (DySpec, arXiv 2410.11744) needs
-    ``draw: without_replacement``, ``static`` (a fixed shape) needs one of the sampling choices of
-        ``draw``."""
+    ``draw: without_replacement``, and ``static``, whose shape is fixed, one of the two sampled draws."""
 
     draw: Literal["likeliest", "replacement", "without_replacement"] = "likeliest"
     """How model-based drafters choose tokens: the ``likeliest`` ones, or sampled from their distribution,

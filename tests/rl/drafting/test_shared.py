@@ -67,7 +67,7 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         assert "fc.weight has NaN or infinite values" in local.swap_in()
 
         # resuming: a broken checkpoint leads back to the start, broken moments begin anew, and without a
-        #     start a fresh one is made
+        # start a fresh one is made
         kept = tmp_path / "kept"
         shutil.copytree(start, kept / "drafter")
         (kept / "drafter_optimizer.json").write_text("[]")
