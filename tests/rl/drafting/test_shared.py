@@ -120,7 +120,7 @@ def test_a_start_of_another_recipe_says_what_to_write(start, tmp_path, monkeypat
 @pytest.mark.parametrize("layers", ["[0,1]", "[2,1,0]", "[0,1,4]", "[-1,0,1]"])
 def test_layers_that_the_policy_does_not_have_are_one_line(layers):
     config = load_config(TINY, [f"drafter.tap_layers={layers}"])
-    with pytest.raises(UserError, match="write three layers from 0 to 3, in order"):
+    with pytest.raises(UserError, match="write three layers from 0 to 3 in ascending order"):
         tap_layers(config.drafter, LlamaConfig(num_hidden_layers=4))
 
 

@@ -348,8 +348,8 @@ def test_length_aware_rewards_read_what_rollouts_carry(tiny, tmp_path):
     ("sections", "said"),
     [
         ({"update": {}}, "update is not a section"),
-        ({"rollout": {"temperature": 0.5}}, "the trainer's to decide"),
-        ({"rollout": {"max_contxt": 5}}, "the trainer's to decide"),
+        ({"rollout": {"temperature": 0.5}}, "is decided by the trainer"),
+        ({"rollout": {"max_contxt": 5}}, "is decided by the trainer"),
         ({"drafter": {"reward_weight": 0.5}}, "reward_weight"),
         ({"speculation": {"drafters": ["sufix"]}}, "suffix"),
         ({"speculation": {"max_nodes": "many"}}, "max_nodes"),

@@ -44,7 +44,7 @@ WRONG = {
         "chain",
         "block",
         block,
-        "_rest",
+        "_weighted_residual",
         lambda p, w, d, n: outcome_module.subtract(p, *outcome_module.drawn_from(d, n)),
     ),
     "block: q left out of the ratio": (
@@ -173,7 +173,7 @@ def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatc
     g = np.random.default_rng(0)
     p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)
     narrowed = [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)]
-    monkeypatch.setattr(optimal, "_FULL_SCAN", 1000)
+    monkeypatch.setattr(optimal, "_FULL_SCAN_VOCABULARY", 1000)
     assert narrowed == pytest.approx(
         [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)], abs=1e-6
     )
