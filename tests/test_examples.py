@@ -15,6 +15,9 @@ from tests.support import ROOT
 EXAMPLES = ROOT / "examples"
 SHORT = ["engine", "own_data", "own_drafter", "own_reward", "pause_and_resume", "trl_grpo"]
 
+# run in tests/rl/integrations/test_turns.py
+CALCULATOR = ("calculator", "calculator_environment")
+
 
 def run_here(name, monkeypatch, tmp_path, *arguments):
     """Runs an example in this process, which has torch loaded already, in an empty directory."""
@@ -67,7 +70,7 @@ def test_own_reward(tmp_path):
     assert "step 0: reward -0." in done.stdout  # a random policy is never right, and length costs
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [*SHORT, *CALCULATOR])
 def test_an_example_fits_a_page(name):
     """At most 40 lines of code: blank lines and docstrings are not counted."""
     text = (EXAMPLES / f"{name}.py").read_text()
@@ -83,7 +86,7 @@ def test_an_example_fits_a_page(name):
 def test_every_example_is_listed_and_tested():
     listed = (EXAMPLES / "README.md").read_text()
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*SHORT, "calculator"}  # the calculator is run in tests/rl/integrations/test_turns.py
+    assert scripts == {*SHORT, *CALCULATOR}
     missing = [
         path.name for path in EXAMPLES.iterdir() if path.name[0] not in "._" and path.name not in listed
     ]

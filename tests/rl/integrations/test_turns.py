@@ -230,6 +230,7 @@ def test_answers_become_tokens(tiny):
 def test_the_example_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["calculator.py", "--steps", "1", "--turn-tokens", "6"])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     example = runpy.run_path(str(ROOT / "examples" / "calculator.py"))
     trainer = example["main"]()
     lengths = [
@@ -238,17 +239,18 @@ def test_the_example_runs(tiny, tmp_path, monkeypatch):
         if "completions/mean_length" in entry
     ]
     assert len(lengths) == 1 and lengths[0] > 6  # more than one turn
-    assert example["value"]("12 * -7 + 5") == -79
+    environment = runpy.run_path(str(ROOT / "examples" / "calculator_environment.py"))
+    assert environment["value"]("12 * -7 + 5") == -79
     for wrong in ("__import__('os')", "2 ** 9", "1 +", "a"):
         with pytest.raises(ValueError):
-            example["value"](wrong)
+            environment["value"](wrong)
 
 
 def test_the_calculator_plays_three_turns(tiny):
     """What the example's environment says to a policy that uses it, and what its reward makes of that."""
     from paceline.rl.integrations.turns import Conversation
 
-    example = runpy.run_path(str(ROOT / "examples" / "calculator.py"))
+    example = runpy.run_path(str(ROOT / "examples" / "calculator_environment.py"))
     talk = Conversation("What is 3 * 4 + 5?", [1])
     for said, answered in (
         ("hm", example["REMINDER"]),
