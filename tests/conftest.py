@@ -1,14 +1,20 @@
-"""Tests run on every core, one thread each: two processes that both spin on all cores are far slower than
-one.
+"""Lets tests run on every core with one thread each, because processes that spin on each other's cores crawl.
 
-They ask no hub: without a network, a recipe's check would wait for its retries, which take minutes where no
-    policy is cached yet.
+Tests ask no hub: without a network, a recipe's check would wait for its retries, which take minutes where no
+policy is cached yet.
 """
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, so it comes first
+# both are read when libraries are imported, so they come first
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Undoes what a test before has set: a trainer takes its share of the cores."""
+    torch.set_num_threads(1)

@@ -25,7 +25,7 @@ for name in {EXTRAS}:
     raise AssertionError(name + " is there")
 
 from paceline import drafter_trainer, rl, rollout
-from paceline.cli import app
+from paceline.cli import main
 from paceline.rl.integrations import host
 from paceline.rollout.backends import vllm_server
 from paceline.rl.recipe import load_config
