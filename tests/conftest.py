@@ -14,7 +14,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
     """Undoes what a test before has set: a trainer takes its share of the cores."""
     torch.set_num_threads(1)
