@@ -83,7 +83,10 @@ class Trainer:
         self.config, self.run_dir, self.accelerator, self.tracker = config, run, accelerator, tracker
         prompts, ranks = config.rollout.prompts_per_step, accelerator.num_processes
         if prompts % ranks:
-            raise UserError(f"prompts_per_step is {prompts}, not a multiple of the {ranks} ranks")
+            raise UserError(
+                f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write a multiple, "
+                "or start another number of ranks"
+            )
         self._load_task()
         self._load_policy(None if checkpoint is None else checkpoint.path)
         self._build_generation()
