@@ -84,7 +84,7 @@ class Trainer:
         prompts, ranks = config.rollout.prompts_per_step, accelerator.num_processes
         if prompts % ranks:
             raise UserError(
-                f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write a multiple, "
+                f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write one, "
                 "or start another number of ranks"
             )
         self._load_task()
