@@ -121,7 +121,7 @@ def _prepare_in_subprocess(what: str, config: RunConfig) -> None:
         command = [
             sys.executable,
             "-m",
-            "paceline.cli.preparing",
+            "paceline.rl.preparation_process",
             what,
             str(recipe),
             command_line(),

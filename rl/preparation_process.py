@@ -1,6 +1,6 @@
 """The process that prepares what a run starts from.
 
-It runs as ``python -m paceline.cli.preparing policy|drafter RECIPE.json COMMAND PARENT``.
+It runs as ``python -m paceline.rl.preparation_process policy|drafter RECIPE.json COMMAND PARENT``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Lazy imports and those for type checkers count, too.
 """
 
 import ast
+import contextlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
@@ -15,6 +19,30 @@ MOST_MODULES = 14
 
 def test_the_contracts_of_imports_are_kept():
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None) == EXIT_STATUS_SUCCESS
+
+
+def exists(name):
+    """Whether a dotted name is a module, or a function or class of one."""
+    module, _, attribute = name.rpartition(".")
+    with contextlib.suppress(ModuleNotFoundError):
+        if find_spec(name) is not None:
+            return True
+    spec = find_spec(module)
+    return bool(spec and re.search(rf"(def|class) {attribute}\b", Path(spec.origin).read_text()))
+
+
+def test_what_is_named_in_strings_exists():
+    """Processes and plug-ins are started by name, which no contract of imports and no type checker sees."""
+    pattern = re.compile(r"""["'](paceline(?:\.\w+){2,})["':]|-m (paceline(?:\.\w+)+)""")
+    names = {
+        name
+        for package in (*PACKAGES, "launch")
+        for path in (ROOT / package).rglob("*.py")
+        for groups in pattern.findall(path.read_text())
+        for name in filter(None, groups)
+    }
+    assert {"paceline.cli.rank", "paceline.rl.rewards.worker", "paceline.rl.preparation_process"} <= names
+    assert [name for name in names if not exists(name)] == []
 
 
 def test_the_scripts_of_launch_only_enter_the_command_line():
