@@ -22,13 +22,13 @@ def test_the_contracts_of_imports_are_kept():
 
 
 def exists(name):
-    """Whether a dotted name is a module, or a function or class of one."""
+    """Whether a dotted name is a module, or a name in one."""
     module, _, attribute = name.rpartition(".")
     with contextlib.suppress(ModuleNotFoundError):
         if find_spec(name) is not None:
             return True
     spec = find_spec(module)
-    return bool(spec and re.search(rf"(def|class) {attribute}\b", Path(spec.origin).read_text()))
+    return bool(spec and re.search(rf"\b{attribute}\b", Path(spec.origin).read_text()))
 
 
 def test_what_is_named_in_strings_exists():
