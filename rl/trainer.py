@@ -87,6 +87,7 @@ class Trainer:
                 f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write one, "
                 "or start another number of ranks"
             )
+        self._group_size, self._plain_every = config.rollout.group_size, config.measure.plain_every
         self._load_task()
         self._load_policy(None if checkpoint is None else checkpoint.path)
         self._build_generation()
@@ -319,7 +320,7 @@ class Trainer:
 
     def _measure_plain(self, batch: RankRollouts, step: int, clock: Clock) -> None:
         """Decodes the requests again without speculation, every few steps as configured. Collective."""
-        every = self.config.measure.plain_every
+        every = self._plain_every
         if not every or (step + 1) % every:
             return
         with clock.phase("measure") as shown:
@@ -351,7 +352,7 @@ class Trainer:
     def _record(self, mine: RankStep, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         ranks = gather_object([rank_record(mine)])
         self._write_samples(step, mine.batch, mine.rewards)
-        metrics = step_metrics(ranks, self.config.rollout.group_size)
+        metrics = step_metrics(ranks, self._group_size)
         self.choice.observe(metrics["reward/mean"])
         return metrics, ranks
 
@@ -360,7 +361,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         with (self.run_dir / "rollouts.jsonl").open("a", encoding="utf-8") as file:
-            for i in range(0, len(batch.rollouts), self.config.rollout.group_size):
+            for i in range(0, len(batch.rollouts), self._group_size):
                 text = self.tokenizer.decode(batch.rollouts[i].token_ids, skip_special_tokens=True)
                 sample = {
                     "step": step,
@@ -385,8 +386,8 @@ class Trainer:
         """Collects what a checkpoint keeps in files. Collective. Returns what writes it on the main rank."""
         policy, adapters = self.learner.state()
         critic, lengths = self.learner.critic_state(), self.worker.length_weights()
-        drafter, optimizer = self.drafter.local.served()
-        selector = self.worker.selector.state()
+        drafter, optimizer = self.drafter.served()
+        selector = self.worker.selector_state()
         writers: list[Writer] = [
             partial(
                 write_policy, policy=self.policy, tokenizer_from=self.source, state=policy, adapters=adapters

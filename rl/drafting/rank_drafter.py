@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
-from paceline.drafter_trainer.vocabulary import move_vocabulary
+from paceline.drafter_trainer.vocabulary import choose_vocabulary, move_vocabulary
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.factory import reward_weights, spot_trainer, trace_buffer
 from paceline.rl.errors import UserError
@@ -51,6 +51,10 @@ class RankDrafter:
         vllm: VllmRollouts | None = None,
     ) -> None:
         self._config, self._policy, self.worker, self._vllm = config, policy, worker, vllm
+        self._reward_weight, self._vocabulary_size = (
+            config.drafter.reward_weight,
+            config.drafter.draft_vocab_size,
+        )
         self._wanted = "eagle3" in config.speculation.drafters
         self.buffer = trace_buffer(config, rank)
         self.spot: SpotTrainer | None = None
@@ -85,6 +89,10 @@ class RankDrafter:
         """The configuration of the policy."""
         return self._policy.config
 
+    def choose_vocabulary(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Returns the draft vocabulary that covers most tokens of ``texts``, int64 [D], ascending ids."""
+        return choose_vocabulary(texts, self._vocabulary_size, self.worker.runner.vocab_size)
+
     def create(self, vocabulary: torch.Tensor | None, model: Eagle3Model | None = None) -> SpotTrainer:
         """Builds the drafter and lets the engine draft with it.
 
@@ -107,7 +115,8 @@ class RankDrafter:
 
     def served(self) -> tuple[Eagle3Model, torch.optim.Optimizer] | tuple[None, None]:
         """Returns the served weights and their optimizer; None for both before there is a drafter."""
-        return (None, None) if self.spot is None else (self.spot.serving, self.spot.learner.optimizer)
+        spot = self.spot
+        return (None, None) if spot is None else (spot.serving, spot.learner.optimizer)
 
     def learn_from(self, batch: RankRollouts, rewards: Sequence[float]) -> None:
         """Adds a step's traces to the buffer.
@@ -119,7 +128,7 @@ class RankDrafter:
         if self._vllm is not None and self._wanted:
             self.worker.read_traces(batch)
         self.buffer.begin_step()
-        self.buffer.add(batch.rollouts, reward_weights(rewards, self._config.drafter.reward_weight))
+        self.buffer.add(batch.rollouts, reward_weights(rewards, self._reward_weight))
 
     def train(self, stop: Callable[[], bool]) -> LearnerReport:
         """Trains on the traces of recent steps until ``stop()``, or until the step's passes are finished."""
@@ -131,12 +140,16 @@ class RankDrafter:
         Args:
             vocabulary: int64 [D], token ids.
         """
-        if self.spot is None or torch.equal(vocabulary, self.spot.learner.model.vocabulary):
+        spot = self.spot
+        if spot is None:
+            return
+        trained = spot.learner.model
+        if torch.equal(vocabulary, trained.vocabulary):
             return
         head = self._policy.get_output_embeddings()
-        for learner in self.spot.learners:
+        for learner in spot.learners:
             move_vocabulary(learner.model, learner.optimizer, vocabulary, head)
-        self.spot.replace_model()
+        spot.replace_model()
 
     def swap_in(self) -> str | None:
         """Lets the engine draft with the weights that are to be served.

@@ -15,7 +15,6 @@ from paceline.drafter_trainer.errors import DrafterError, OptimizerStateError
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
-from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.config.run import RunConfig
@@ -58,6 +57,10 @@ class SharedDrafter:
         ranks = accelerator.num_processes
         self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
+
+    def served(self) -> tuple[Eagle3Model, torch.optim.Optimizer] | tuple[None, None]:
+        """Returns the served weights and their optimizer, see `RankDrafter.served`."""
+        return self.local.served()
 
     def begin_step(self, step: int) -> None:
         """Tells the other ranks that this rank is decoding."""
@@ -221,7 +224,7 @@ class SharedDrafter:
     def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:
         """Returns the draft vocabulary that covers all ranks' rollouts of this step best. Collective."""
         everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts])
-        return choose_vocabulary(everywhere, self._config.draft_vocab_size, self.local.runner.vocab_size)
+        return self.local.choose_vocabulary(everywhere)
 
     def finish(self) -> None:
         """Waits until the last snapshot is written."""

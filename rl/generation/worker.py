@@ -193,6 +193,10 @@ class RolloutWorker:
         """What chooses the strategy of each decode step."""
         return self.engine.speculation.selector
 
+    def selector_state(self) -> dict[str, Any]:
+        """Returns what the selector has learned, as JSON data."""
+        return self.selector.state()
+
     @property
     def runner(self) -> ModelRunner:
         """Runs the policy's forwards in the engine."""
