@@ -283,6 +283,7 @@ class Trainer:
             distilled = self.drafter.train(batch, scored.rewards, step)
         with clock.phase("wait"):
             self.accelerator.wait_for_everyone()
+        self.generator.report_failures(step)
         self._measure_plain(batch, step, clock)
         with clock.phase("update") as shown:
             shaped = self._shape(scored, credit)

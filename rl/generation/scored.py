@@ -82,6 +82,7 @@ class ScoredGenerator:
             heartbeat,
         )
         self._notices: set[str] = set()
+        self._unreported: list[Scores] = []
 
     def generate(self, step: int, phase: PhaseTimer) -> ScoredRollouts:
         """Returns this rank's completions with their rewards.
@@ -92,9 +93,6 @@ class ScoredGenerator:
         Args:
             step: Index of the step.
             phase: Times a phase of the step and shows it to the user.
-
-        Raises:
-            ScoringFailed: on every rank, when no completion of any rank has a reward.
         """
         rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
         size, rounds = self._config.rollout.group_size, self._config.rollout.resample
@@ -109,27 +107,36 @@ class ScoredGenerator:
             more = self._round(others, step, number * ranks + rank, phase)  # ranks may draw the same problem
             scored.batch, scored.rewards = scored.batch.joined(more.batch), [*scored.rewards, *more.rewards]
             scored.scores.note(more.scores)
-        self._report_failures(step, scored.scores)
+        self._unreported.append(scored.scores)
         return scored
 
     def demand_answers(
         self, anytime: Anytime, scored: ScoredRollouts, step: int, phase: PhaseTimer
     ) -> AnytimeCredit:
-        """Returns the answers that cut thoughts give, scored, and the advantages that follow from them.
-
-        Raises:
-            ScoringFailed: on every rank, when no answer of any rank has a reward.
-        """
+        """Returns the answers that cut thoughts give, scored, and the advantages that follow from them."""
         batch = scored.batch
         with phase("rollout"):
             thoughts, cuts = anytime.demand(batch, step)
         with phase("score"):
             anytime.hand_over(batch, cuts, self.text, self._pool.add)
             answers = self._pool.collect()
-        self._report_failures(step, answers)
+        self._unreported.append(answers)
         failed = self._config.task.score_failed
         rewards = [answers.values.get(number, failed) for number in range(len(cuts))]
         return anytime.credit(batch, thoughts, scored.rewards, cuts, rewards)
+
+    def report_failures(self, step: int) -> None:
+        """Logs how many completions and answers of the step have no reward. Collective.
+
+        Generating is not collective, so that a rank that has finished can train the drafter while others
+        decode. Call this once every rank has finished.
+
+        Raises:
+            ScoringFailed: on every rank, when no completion or no answer of any rank has a reward.
+        """
+        unreported, self._unreported = self._unreported, []
+        for scores in unreported:
+            self._report(step, scores)
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a completion as scorers read it."""
@@ -156,7 +163,7 @@ class ScoredGenerator:
         failed = self._config.task.score_failed
         return ScoredRollouts(batch, scores, [scores.values.get(place, failed) for place in batch.places])
 
-    def _report_failures(self, step: int, scores: Scores) -> None:
+    def _report(self, step: int, scores: Scores) -> None:
         """Logs how many completions have no reward. Collective.
 
         Raises:
