@@ -193,8 +193,8 @@ class RolloutWorker:
         """What chooses the strategy of each decode step."""
         return self.engine.speculation.selector
 
-    def selector_state(self) -> dict[str, Any]:
-        """Returns what the selector has learned, as JSON data."""
+    def selector_state(self) -> dict[str, Any] | None:
+        """Returns what the selector has learned, as JSON data; None for one that learns nothing."""
         return self.selector.state()
 
     @property
