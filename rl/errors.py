@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.errors import one_line as one_line
 
 
 class UserError(Exception):
@@ -15,14 +16,6 @@ class UserError(Exception):
     The message is one line that says what is wrong, where, and what to write instead. The launch scripts
     print it without a traceback and exit with status 2.
     """
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Returns an error's message on one line, cut after ``most`` characters.
-
-    An error without a message is represented by the name of its type.
-    """
-    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 @contextlib.contextmanager

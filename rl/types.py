@@ -38,6 +38,11 @@ class RankRollouts:
     paths: list[tuple[int, ...]] | None = None
     drawn: int = 0
 
+    @property
+    def texts(self) -> list[list[int]]:
+        """The token ids of each prompt with its completion."""
+        return [[*r.request.prompt_ids, *r.token_ids] for r in self.rollouts]
+
     def joined(self, more: RankRollouts) -> RankRollouts:
         """Returns these rollouts followed by others that were made after them."""
         later = [replace(record, at=record.at + self.seconds) for record in more.records]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
-from paceline.drafter_trainer.errors import DrafterError
+from paceline.drafter_trainer.errors import DrafterError, one_line
 from paceline.drafter_trainer.storage.drafter_config import read_drafter_config
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
@@ -100,7 +100,7 @@ def load_drafter(
     try:
         model = Eagle3Model(config, _vocabulary(tensors))
     except Exception as error:  # transformers' modules also read keys that are not checked here
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = f"{type(error).__name__}: {one_line(error, 160)}"
         raise DrafterError(
             f"{directory / 'config.json'}: no drafter can be built from it ({reason})"
         ) from None
@@ -124,7 +124,7 @@ def load_drafter_of(directory: Path, policy: Path) -> Eagle3Model:
         target = AutoConfig.from_pretrained(policy).get_text_config()
     except Exception as error:  # transformers raises many types for an unreadable config
         raise DrafterError(
-            f"{policy}: the policy's config.json cannot be read ({' '.join(str(error).split())[:160]})"
+            f"{policy}: the policy's config.json cannot be read ({one_line(error, 160)})"
         ) from None
     return load_drafter(directory, target.vocab_size, target.hidden_size)
 
@@ -135,7 +135,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise DrafterError(
             f"{path}: truncated or not safetensors ({reason}); export the drafter again"
         ) from None

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paceline.drafter_trainer.errors import one_line
+
 
 def read_object(path: Path, failure: type[Exception], missing: str = "missing") -> dict[str, Any]:
     """Reads a JSON object.
@@ -26,7 +28,7 @@ def read_object(path: Path, failure: type[Exception], missing: str = "missing") 
     except OSError as error:
         raise failure(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise failure(f"{path}: truncated or not JSON ({' '.join(str(error).split())[:120]})") from None
+        raise failure(f"{path}: truncated or not JSON ({one_line(error, 120)})") from None
     if not isinstance(data, dict):
         raise failure(f"{path}: holds a {type(data).__name__}, not an object with keys")
     return data

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from paceline.drafter_trainer.errors import OptimizerStateError
+from paceline.drafter_trainer.errors import OptimizerStateError, one_line
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,7 +49,7 @@ def read_state(stem: Path) -> dict[str, Any]:
         tensors = load_file(stem.with_suffix(".safetensors"))
         rest = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise OptimizerStateError(
             f"{stem}: truncated or missing ({reason}); resume from another checkpoint"
         ) from None

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from paceline.cli.trial import TrialFailed, run_trial
+from paceline.rl.errors import one_line
 from paceline.rl.models.policies import cache_dir, cached_policy
 from paceline.rl.models.smollm2 import SMOLLM2
 from paceline.rl.process.console import console
@@ -144,7 +145,7 @@ def _import_problem(modules: Iterable[str]) -> str | None:
         try:
             importlib.import_module(module)
         except Exception as error:  # broken packages raise any type
-            return f"import {module} fails ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            return f"import {module} fails ({type(error).__name__}: {one_line(error, 120)})"
     return None
 
 

@@ -134,6 +134,12 @@ class RankDrafter:
         """Trains on the traces of recent steps until ``stop()``, or until the step's passes are finished."""
         return LearnerReport() if self.spot is None else self.spot.run(stop)
 
+    def serve_approved(self) -> str | None:
+        """Lets this rank's engine draft with the weights that this rank alone has approved, see `swap_in`."""
+        if self.spot is not None:
+            self.spot.adopt([p.detach() for p in self.spot.approved.parameters()])
+        return self.swap_in()
+
     def change_vocabulary(self, vocabulary: torch.Tensor) -> None:
         """Lets the drafter draft other tokens; what it has learned of those that stay is kept.
 

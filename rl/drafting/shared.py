@@ -161,8 +161,7 @@ class SharedDrafter:
         """Trains the drafter once this rank has finished its rollouts.
 
         With ``drafter.schedule: idle`` it trains while other ranks decode, with ``always`` for whole passes,
-            and
-        with ``never`` not at all.
+        and with ``never`` not at all.
 
         Args:
             batch: This step's rollouts.
@@ -223,7 +222,7 @@ class SharedDrafter:
 
     def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:
         """Returns the draft vocabulary that covers all ranks' rollouts of this step best. Collective."""
-        everywhere = gather_object([[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts])
+        everywhere = gather_object(batch.texts)
         return self.local.choose_vocabulary(everywhere)
 
     def finish(self) -> None:

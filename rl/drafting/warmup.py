@@ -13,7 +13,7 @@ import torch
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
-from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
+from paceline.drafter_trainer.vocabulary import coverage
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.errors import UserError
@@ -89,7 +89,6 @@ def warm_drafter(
     drafter = RankDrafter(config, policy, worker)
     task = load_task(config.task, config.seed)
     report, started = WarmupReport(), time.perf_counter()
-    size, vocab = config.drafter.draft_vocab_size, worker.runner.vocab_size
 
     def spent() -> float:
         return (time.perf_counter() - started) / (60 * minutes)
@@ -106,9 +105,8 @@ def warm_drafter(
     while report.rounds == 0 or spent() < 1:
         batch = worker.rollout(task.batch(report.rounds, config.rollout.prompts_per_step), report.rounds)
         report.sampling_seconds += batch.seconds
-        texts = [[*r.request.prompt_ids, *r.token_ids] for r in batch.rollouts]
-        spot = drafter.spot or drafter.create(choose_vocabulary(texts, size, vocab))
-        report.coverage = coverage(texts, spot.serving.vocabulary)
+        spot = drafter.spot or drafter.create(drafter.choose_vocabulary(batch.texts))
+        report.coverage = coverage(batch.texts, spot.serving.vocabulary)
         drafter.learn_from(batch, [0.0] * len(batch.rollouts))
         trained = drafter.train(partial(stop, spot))
         report.rounds += 1
@@ -116,8 +114,7 @@ def warm_drafter(
         report.tokens += trained.tokens
         report.training_seconds += trained.seconds
         if trained.approved:
-            spot.adopt([p.detach() for p in spot.approved.parameters()])
-            drafter.swap_in()
+            drafter.serve_approved()
             report.curve.append((time.perf_counter() - started, trained.candidate_length))
         if on_round is not None:
             seen = f"{report.updates} updates  expected acceptance length {trained.candidate_length:.2f}"

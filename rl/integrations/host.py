@@ -174,13 +174,13 @@ class HostedRollouts:
         Raises:
             UserError: when they cannot be written; the host's own checkpoint is not touched.
         """
-        spot = self.drafter.local.spot
+        drafter, optimizer = self.drafter.served()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_speculation(
                 folder,
-                spot.serving if spot else None,
-                spot.learner.optimizer if spot else None,
+                drafter,
+                optimizer,
                 self.engine.speculation.selector.state(),
             )
             write_atomically(folder / "state.json", json.dumps({"calls": self._calls}))
@@ -229,9 +229,10 @@ class HostedRollouts:
             Its directory on the main rank; None on others, or when there is no drafter to write.
         """
         self.drafter.finish()
-        if self.drafter.local.spot is None or not self._accelerator.is_main_process:
+        drafter, _ = self.drafter.served()
+        if drafter is None or not self._accelerator.is_main_process:
             return None
-        path, drafter = Path(self.config.out) / "drafter", self.drafter.local.spot.serving
+        path = Path(self.config.out) / "drafter"
         name = str(self.drafter.local.policy_config.name_or_path)
         facts = DrafterFacts(
             target=name,

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.generation.worker import RolloutWorker
@@ -307,20 +306,15 @@ class EngineServer:
             )
 
     def _train_drafter(self, finished: list[Rollout]) -> None:
-        drafter = self.drafter
+        drafter, batch = self.drafter, RankRollouts([], finished, 0.0)
         if drafter.missing:
-            texts = [[*r.request.prompt_ids, *r.token_ids] for r in finished]
-            vocabulary = choose_vocabulary(
-                texts, self._config.drafter.draft_vocab_size, self.worker.engine.runner.vocab_size
-            )
-            drafter.create(vocabulary)
+            drafter.create(drafter.choose_vocabulary(batch.texts))
         if drafter.spot is None:
             return
-        drafter.learn_from(RankRollouts([], finished, 0.0), [0.0] * len(finished))
+        drafter.learn_from(batch, [0.0] * len(finished))
         report = drafter.train(lambda: bool(self._inbox) or self._held or self._closed)
         if report.approved:
-            drafter.spot.adopt([p.detach() for p in drafter.spot.approved.parameters()])
-            problem = drafter.swap_in()
+            problem = drafter.serve_approved()
             if problem is not None:
                 self._say(f"drafter: {problem}")
 

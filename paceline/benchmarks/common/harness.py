@@ -85,6 +85,11 @@ class Measurement:
         return self.tokens / self.seconds
 
 
+def at_temperature(config: RunConfig, temperature: float) -> RunConfig:
+    """Returns a recipe that samples at ``temperature``."""
+    return replace(config, rollout=replace(config.rollout, temperature=temperature))
+
+
 class RolloutBench:
     """Holds one policy and builds workloads and engines for it.
 

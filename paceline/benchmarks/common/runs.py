@@ -98,6 +98,16 @@ def finished_run(
     return train_recipe(config, overrides, out, ranks, log)
 
 
+def timed_steps(metrics: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Returns a run's steps without the first, which pays for set-up; a run of one step as it is."""
+    return metrics[1:] or metrics
+
+
+def step_mean(metrics: Sequence[dict[str, Any]], key: str) -> float:
+    """Returns the mean of a metric over a run's `timed_steps`."""
+    return mean([m[key] for m in timed_steps(metrics)])
+
+
 def quarters(values: Sequence[float]) -> list[float]:
     """Returns the means of four equal parts."""
     size = max(len(values) // 4, 1)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from paceline.benchmarks.common.harness import RolloutBench, Workload
+from paceline.benchmarks.common.harness import RolloutBench, Workload, at_temperature
 from paceline.benchmarks.common.options import add_policy_options
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.rl.config.run import RunConfig
@@ -123,9 +123,7 @@ def compare_drafters(
     """
     rows = []
     for temperature in temperatures:
-        bench = RolloutBench(
-            replace(config, rollout=replace(config.rollout, temperature=temperature)), run, 1, 64
-        )
+        bench = RolloutBench(at_temperature(config, temperature), run, 1, 64)
         bench.set_draft_model(truncated_policy(bench.policy, config, bench.tokenizer, layers=4))
         for w in bench.workloads(batches):
             for row in _rows(bench, w, temperature):

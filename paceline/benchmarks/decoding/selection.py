@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from paceline.benchmarks.common.harness import Measurement, RolloutBench, Workload
+from paceline.benchmarks.common.harness import Measurement, RolloutBench, Workload, at_temperature
 from paceline.benchmarks.common.options import add_policy_options
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.rl.process.invocation import command_line
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     with Results(args.out, command_line()) as results:
         for temperature in args.temperatures:
-            changed = replace(config, rollout=replace(config.rollout, temperature=temperature))
-            bench = RolloutBench(changed, args.run, 1, args.tail_cap)
+            bench = RolloutBench(at_temperature(config, temperature), args.run, 1, args.tail_cap)
             compare_selection(bench, args.batches, print, results.into(f"selection, T = {temperature}"))
             if args.whole_batch:
                 row = measure_whole_batch(bench, bench.workloads(("tail",))[0])

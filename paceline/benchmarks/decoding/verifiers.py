@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from paceline.benchmarks.common.harness import RolloutBench
+from paceline.benchmarks.common.harness import RolloutBench, at_temperature
 from paceline.benchmarks.common.options import add_policy_options
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.rl.process.invocation import command_line
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     with Results(args.out, command_line()) as results:
         for temperature in args.temperatures:
-            changed = replace(config, rollout=replace(config.rollout, temperature=temperature))
-            bench = RolloutBench(changed, args.run, 1, 64)
+            bench = RolloutBench(at_temperature(config, temperature), args.run, 1, 64)
             on_row = results.into(f"verifiers, T = {temperature}")
             _, bounds = measure_verifiers(bench, args.batches[-1], _PAIRS, _CANDIDATES, print, on_row)
             results.put(f"bounds, T = {temperature}", bounds)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import finished_run, mean, quarters
+from paceline.benchmarks.common.runs import finished_run, quarters, step_mean
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
 
@@ -164,11 +165,7 @@ def compare_mitigations(
 
 
 def _row(name: str, metrics: Sequence[dict[str, Any]]) -> MitigationRow:
-    later = metrics[1:]
-
-    def average(key: str) -> float:
-        return mean([m[key] for m in later])
-
+    average = partial(step_mean, metrics)
     rewards, entropies = (quarters([m[key] for m in metrics]) for key in ("reward/mean", "update/entropy"))
     completions = average("rollout/completions")
     return MitigationRow(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import mean, quarters, train_recipe
+from paceline.benchmarks.common.runs import quarters, step_mean, train_recipe
 from paceline.rl.process.invocation import command_line
 
 
@@ -92,12 +92,11 @@ def compare_speculation(
 def _train(config: Path, overrides: Sequence[str], strategy: str, out: Path, log: Log) -> RunTimes:
     ranks = max(torch.cuda.device_count(), 1)
     metrics = train_recipe(config, [*overrides, f"speculation.strategy={strategy}"], out, ranks, log)
-    timed = metrics[1:] or metrics
     return RunTimes(
         strategy=strategy,
-        rollout=mean([m["rollout/seconds"] for m in timed]),
-        step=mean([m["time/step"] for m in timed]),
+        rollout=step_mean(metrics, "rollout/seconds"),
+        step=step_mean(metrics, "time/step"),
         reward=quarters([m["reward/mean"] for m in metrics])[-1],
-        acceptance_length=mean([m["rollout/acceptance_length"] for m in timed]),
+        acceptance_length=step_mean(metrics, "rollout/acceptance_length"),
         length_max=max(m["length/max"] for m in metrics),
     )

@@ -10,7 +10,7 @@ from statistics import stdev
 from typing import Any
 
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import mean, quarters, train_recipe
+from paceline.benchmarks.common.runs import mean, quarters, step_mean, timed_steps, train_recipe
 from paceline.rl.process.invocation import command_line
 
 
@@ -135,16 +135,16 @@ def idle_row(schedule: str, metrics: list[dict[str, Any]], frozen: list[dict[str
         metrics: Metrics of the run's steps; the first step is left out of times.
         frozen: Metrics of the frozen run's steps.
     """
-    timed, beside = metrics[1:] or metrics, frozen[1:] or frozen
+    timed, beside = timed_steps(metrics), timed_steps(frozen)
     training = sum(m["drafter/seconds"] for m in metrics) if schedule != "never" else 0.0
     longer, error = _paired(timed, beside, "time/step")
     return IdleRow(
         schedule=schedule,
-        step=mean([m["time/step"] for m in timed]),
-        rollout=mean([m["rollout/seconds"] for m in timed]),
+        step=step_mean(metrics, "time/step"),
+        rollout=step_mean(metrics, "rollout/seconds"),
         training=training,
         inside=sum(m["drafter/seconds_off_path"] for m in metrics) / training if training else 1.0,
-        on_path=mean([m["drafter/seconds_on_path"] for m in timed]),
+        on_path=step_mean(metrics, "drafter/seconds_on_path"),
         updates=sum(m.get("drafter/updates", 0) for m in metrics),
         acceptance=quarters([m["rollout/acceptance_length"] for m in metrics]),
         reward=quarters([m["reward/mean"] for m in metrics]),
@@ -155,7 +155,9 @@ def idle_row(schedule: str, metrics: list[dict[str, Any]], frozen: list[dict[str
     )
 
 
-def _paired(metrics: list[dict[str, Any]], beside: list[dict[str, Any]], key: str) -> tuple[float, float]:
+def _paired(
+    metrics: Sequence[dict[str, Any]], beside: Sequence[dict[str, Any]], key: str
+) -> tuple[float, float]:
     """Returns the mean difference as a share of the other run's mean, and its standard error."""
     differences = [a[key] - b[key] for a, b in zip(metrics, beside, strict=True)]
     scale = mean([b[key] for b in beside])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import mean, train_recipe
+from paceline.benchmarks.common.runs import mean, step_mean, timed_steps, train_recipe
 from paceline.rl.process.invocation import command_line
 
 SHARDING_MODES = {
@@ -87,14 +87,13 @@ def compare_sharding(
         metrics = train_recipe(config, [*overrides, *options], folder, ranks, log)
         losses = [m["update/loss"] for m in metrics]
         first = rows[0].losses if rows else losses
-        timed = metrics[1:] or metrics
         row = ShardingRow(
             way=mode,
             losses=losses,
             loss_gap=max(abs(a - b) for a, b in zip(losses, first, strict=True)),
-            gather=mean([m.get("time/gather", 0.0) for m in timed]),
-            update=mean([m["time/update"] for m in timed]),
-            step=mean([m["time/step"] for m in timed]),
+            gather=mean([m.get("time/gather", 0.0) for m in timed_steps(metrics)]),
+            update=step_mean(metrics, "time/update"),
+            step=step_mean(metrics, "time/step"),
             peak_gb=max(m["memory/peak_gb"] for m in metrics),
             logprob_gap=max(m["engine/logprob_gap_max"] for m in metrics),
         )
