@@ -84,8 +84,8 @@ class Trainer:
         prompts, ranks = config.rollout.prompts_per_step, accelerator.num_processes
         if prompts % ranks:
             raise UserError(
-                f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write one, "
-                "or start another number of ranks"
+                f"rollout.prompts_per_step is {prompts}, not a multiple of the {ranks} ranks: write "
+                f"{-(-prompts // ranks) * ranks}, or change the number of ranks"
             )
         self._group_size, self._plain_every = config.rollout.group_size, config.measure.plain_every
         self._load_task()
@@ -122,7 +122,7 @@ class Trainer:
             if is_shared(config.scale)
             else decoding_copy(config, self.source, accelerator.device, checkpoint)
         )
-        # before the engine, which notes where parameters lie: wrapping them for training may move them
+        # before the engine, which records where parameters are: wrapping them for training may move them
         self.learner = PolicyLearner(config, self.policy, self.source, accelerator, checkpoint)
         self.shaping = Shaping(config, self.tokenizer)
 
@@ -145,15 +145,17 @@ class Trainer:
             self.tokenizer,
             accelerator,
             log,
-            lambda: self.drafter.beat(),
+            lambda: self.drafter.beat(),  # looked up at each call, because benchmarks replace the drafter
         )
 
     def _evaluation(self) -> RunEvaluation:
         decoder = None if self.vllm is None else self.vllm.backend
         read, task = self.generator.text, self.task
-        made = RunEvaluation(self.config, self.worker, decoder, self.tokenizer, read, self.accelerator, task)
-        self.tracker.say(made.origin)
-        return made
+        evaluation = RunEvaluation(
+            self.config, self.worker, decoder, self.tokenizer, read, self.accelerator, task
+        )
+        self.tracker.say(evaluation.origin)
+        return evaluation
 
     def _stateful(self) -> dict[str, Stateful]:
         """Returns what a checkpoint keeps as JSON, by the names under which it is kept."""
@@ -197,7 +199,7 @@ class Trainer:
         Returns:
             Whether no step remains.
         """
-        with self.scoring, self.tracker.steps(self.first_step) as whole:
+        with self.scoring, self.tracker.steps(self.first_step) as progress:
             step = self.first_step - 1
             for step in range(self.first_step, self.config.steps):
                 metrics, timeline = self._step_or_save(step)
@@ -206,7 +208,7 @@ class Trainer:
                 collapse = self.guard.observe(metrics)
                 self.tracker.log(step, metrics, timeline)
                 self.tracker.say(_line(step, self.config.steps, metrics) + self.tracker.time_left(step))
-                whole.update(step + 1 - self.first_step)
+                progress.update(step + 1 - self.first_step)
                 if collapse is not None and self.config.length.guard.action == "stop":
                     raise UserError(
                         f"step {step + 1}: {collapse}; the run stops, its last checkpoint stays in "
@@ -240,14 +242,14 @@ class Trainer:
             return False
         try:
             with self.tracker.phase(step, "evaluate"):
-                found, best = self.evaluation.run(step + 1)
+                evaluated, best = self.evaluation.run(step + 1)
         except EvaluationFailed as error:
             self.tracker.log(step, metrics, timeline)
             self._save(step + 1)
             raise UserError(
                 f"{error}; the run stops, what it has learned is in {self.run_dir / 'checkpoint'}"
             ) from None
-        metrics.update(found)
+        metrics.update(evaluated)
         return best
 
     def _step_or_save(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
