@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.rollout.api import SamplingParams
-from paceline.rollout.native import load_kernels
+from paceline.rollout.native import load_kernels, upload
 
 _BLOCK = 256  # weights summed together at the first level of `draw`
 
@@ -33,18 +33,18 @@ def processed_probs(logits: torch.Tensor, params: Sequence[SamplingParams]) -> t
     divisors = [p.divisor for p in params]
     # relative to the largest logit, a quotient can only overflow towards probability zero
     if any(d != 1.0 for d in divisors):
-        scaled = (scaled - scaled.amax(-1, keepdim=True)) / torch.tensor(divisors, device=logits.device).view(
-            -1, 1, 1
-        )
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / upload(divisors, logits.device).view(-1, 1, 1)
     probs = torch.softmax(scaled, dim=-1)
+    if any(p.greedy for p in params):
+        greedy = upload([p.greedy for p in params], logits.device).view(-1, 1, 1)
+        probs = torch.where(greedy, _point_mass(logits, probs), probs)
     cuts: dict[tuple[int, float], list[int]] = {}
     for row, p in enumerate(params):
-        if p.greedy:
-            probs[row] = _point_mass(logits[row], probs[row])
-        elif p.truncated:
+        if p.truncated and not p.greedy:
             cuts.setdefault((p.top_k, p.top_p), []).append(row)
     for (top_k, top_p), rows in cuts.items():
-        probs[rows] = _truncate(probs[rows].flatten(0, 1), top_k, top_p).view(len(rows), *probs.shape[1:])
+        at = upload(rows, logits.device)
+        probs[at] = _truncate(probs[at].flatten(0, 1), top_k, top_p).view(len(rows), *probs.shape[1:])
     return probs
 
 
@@ -109,7 +109,8 @@ def draw_tokens(
     tokens, logprobs = kernels.draw(logits, kernel_temperatures(params), uniform)
     cut = [row for row, p in enumerate(params) if p.truncated]
     if cut:  # the other rows stay bit for bit as they would be without truncated ones in the batch
-        tokens[cut], logprobs[cut] = _draw_processed(logits[cut], [params[row] for row in cut], uniform[cut])
+        at = upload(cut, logits.device)
+        tokens[at], logprobs[at] = _draw_processed(logits[at], [params[row] for row in cut], uniform[cut])
     return tokens, logprobs
 
 
@@ -123,11 +124,11 @@ def _draw_processed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Implements `draw_tokens` with torch operators."""
     probs = processed_probs(logits[:, None], params)[:, 0]
-    tokens = draw(probs, uniform.to(logits.device))
-    greedy = torch.tensor([p.greedy for p in params], device=logits.device)
+    tokens = draw(probs, upload(uniform, logits.device))
     logprobs = probs.gather(-1, tokens[:, None])[:, 0].log()
     if any(p.greedy for p in params):
         scores = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        greedy = upload([p.greedy for p in params], logits.device)
         logprobs = torch.where(greedy, scores, logprobs)
     finite = torch.isfinite(logits.amax(-1))
     return tokens, torch.where(finite, logprobs, torch.nan)

@@ -14,6 +14,7 @@ from paceline.rollout.drafters.eagle3_network import network_for
 from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
@@ -183,8 +184,8 @@ class _Eagle3Expander:
         device = hidden.device
         self._network, self._shift = network, shift
         self._hidden = hidden[:, None]  # outputs of the root and every expanded node
-        self._trunks = torch.tensor(
-            [[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device=device
+        self._trunks = upload(
+            [[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device
         )
         self._ancestors = torch.zeros(len(sequences), 1, dtype=torch.long, device=device)
         self._depth = torch.zeros_like(self._ancestors)

@@ -184,7 +184,8 @@ class Eagle3Model(nn.Module):
                 f"the draft vocabulary is not strictly increasing or has another size than the config: pass "
                 f"{self.config.draft_vocab_size} increasing target ids"
             )
-        self.d2t.copy_(vocabulary - torch.arange(len(vocabulary)))
+        vocabulary = vocabulary.to(self.d2t.device)
+        self.d2t.copy_(vocabulary - torch.arange(len(vocabulary), device=vocabulary.device))
         self.t2d.zero_()
         self.t2d[vocabulary] = True
 

@@ -1,24 +1,40 @@
-"""The EAGLE-3 layer for drafting on the native kernels: without padding, few tokens in a single call."""
+"""The EAGLE-3 layer for drafting on native kernels: without padding.
+
+On a CPU, steps of few tokens are a single call; on a GPU they replay captured graphs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from paceline.rollout.drafters.draft_network import Reading
-from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
+from paceline.rollout.model.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
+from paceline.rollout.model.graph_pool import Capturer, GraphPool, token_padding
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
-from paceline.rollout.native import AttentionRule, DraftLayer, Int8Rows, Kernels, RaggedTokens
+from paceline.rollout.native import (
+    AnyKernels,
+    AttentionRule,
+    DeviceTokens,
+    DraftLayer,
+    Int8Rows,
+    Kernels,
+    RaggedTokens,
+    upload,
+)
 
 _FEW_TOKENS = 16  # up to this many, reading weights dominates, and one call with 8-bit weights is fastest
 
 
 class NativeNetwork:
-    """Runs `Eagle3Model.step` on the native kernels, CPU only.
+    """Runs `Eagle3Model.step` on native kernels.
 
     Where weights are packed (bfloat16), steps of few tokens run in one call with 8-bit weights: half the
     bytes to read, and no Python between the parts of the layer. Longer steps run part by part.
@@ -36,7 +52,7 @@ class NativeNetwork:
         weights: Eagle3Model,
         embed_tokens: nn.Module,
         cache: SlotCache,
-        kernels: Kernels,
+        kernels: AnyKernels,
         positions: int,
     ) -> None:
         self._weights, self._embed, self._cache, self._kernels = weights, embed_tokens, cache, kernels
@@ -50,7 +66,10 @@ class NativeNetwork:
         self._gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
         norms = (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, weights.norm)
         self._norms = tuple(RootMeanSquareNorm(norm, self._dtype, kernels) for norm in norms)
-        cos, sin = weights.rotary_at(torch.zeros(1, dtype=self._dtype), torch.arange(positions)[None])
+        device = cache.device
+        cos, sin = weights.rotary_at(
+            torch.zeros(1, dtype=self._dtype, device=device), torch.arange(positions, device=device)[None]
+        )
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rule = AttentionRule(cache.shape.head_dim**-0.5)
         linears = [m for m in weights.modules() if isinstance(m, nn.Linear)]
@@ -61,6 +80,38 @@ class NativeNetwork:
         )
         self._table: torch.Tensor = next(embed_tokens.parameters())
         self._layer: DraftLayer | None = None
+        self.graphs: GraphPool | None = None
+
+    def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
+        """Captures draft steps for numbers of tokens up to four for each slot, at the cache's present span.
+
+        Graphs for other spans are captured when they are first needed.
+        """
+        config, cache = self._weights.config, self._cache
+        rows = token_buckets(4 * cache.shape.slots)
+        assert config.hidden_size is not None
+        self.graphs = GraphPool(
+            self._step_described,
+            plan_graphs(
+                draft_shape(config, self._dtype), plan_keys("draft", (1,), rows, (cache.span,), rows[-1])
+            ),
+            vocab=config.draft_vocab_size,
+            carry=config.hidden_size,
+            dtype=self._dtype,
+            device=cache.device,
+            capturer=capturer,
+            padding=token_padding,
+        )
+        if precapture:
+            self.graphs.capture_planned()
+
+    def _step_described(
+        self, tokens: torch.Tensor, table: torch.Tensor, carried: torch.Tensor | None, span: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs tokens [1, N] described by a `DeviceTokens` table [6, 1, N]; graphs capture this step."""
+        assert carried is not None
+        hidden, logits = self._run(tokens[0], carried[0], DeviceTokens(table[:, 0]), None)
+        return logits[None], hidden[None]
 
     def refresh(self) -> None:
         """Packs the weights again after they changed, and rounds them to 8 bits where that is used."""
@@ -89,30 +140,48 @@ class NativeNetwork:
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads committed tokens without padding, see `Network.read`."""
-        counts = reading.counts
+        counts, device = reading.counts, self._cache.device
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
-        tokens = torch.tensor(
-            [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]]
+        described = self._kernels.describe(ragged, device)
+        tokens = upload(
+            [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]],
+            device,
         )
         taps = reading.taps
-        features = taps.flatten(-2)[ragged.token_slots, ragged.positions, : -taps.shape[-1]]
-        few = self._layer is not None and len(tokens) <= _FEW_TOKENS
-        hidden = self._kernels.multiply(features, self._int8_fc) if few else self._fc(features[None])[0]
-        out, logits = self._run(tokens, hidden, ragged, ragged.offsets[1:] - 1)
-        return out, logits
+        features = taps.flatten(-2)[described.token_slots, described.positions, : -taps.shape[-1]]
+        if self._layer is not None and len(tokens) <= _FEW_TOKENS:
+            assert isinstance(self._kernels, Kernels)
+            hidden = self._kernels.multiply(features, self._int8_fc)
+        else:
+            hidden = self._fc(features[None])[0]
+        return self._run(tokens, hidden, described, upload(ragged.offsets[1:] - 1, device))
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs more tokens of each sequence, see `Network.step`."""
         batch, count = tokens.shape
-        out, logits = self._run(
-            tokens.flatten(), hidden.flatten(0, 1), RaggedTokens.from_seats(seats, shift), None
-        )
+        described = self._kernels.describe_seats(seats, shift)
+        flat, states = tokens.flatten(), hidden.flatten(0, 1)
+        out, logits = self._replayed(flat, states, described) or self._run(flat, states, described, None)
         return out.view(batch, count, -1), logits.view(batch, count, -1)
 
+    def _replayed(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, described: RaggedTokens | DeviceTokens
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Runs a step by a captured graph; None where none fits."""
+        if self.graphs is None or not isinstance(described, DeviceTokens):
+            return None
+        span, slots = self._cache.span, self._cache.slots
+        replayed = self.graphs.run(tokens[None], described.table[:, None], span, slots, hidden[None])
+        return None if replayed is None else (replayed[1][0].clone(), replayed[0][0])
+
     def _run(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, ragged: RaggedTokens, keep: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        ragged: RaggedTokens | DeviceTokens,
+        keep: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs tokens int64 [N] with hidden states [N, hidden].
 
@@ -121,6 +190,7 @@ class NativeNetwork:
         """
         lines = self._cache.lines(0)
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
+            assert isinstance(self._kernels, Kernels) and isinstance(ragged, RaggedTokens)
             out, logits = self._kernels.draft_step(
                 self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales)
             )
@@ -129,13 +199,41 @@ class NativeNetwork:
         hidden = hidden[None]
         embedded = self._embed(tokens).to(self._dtype)[None]
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
-        joined = self._qkv(torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1))
-        heads = self._kernels.rotate_and_store(joined, rotary, None, 0.0, ragged, lines)
-        hidden = self._o(self._kernels.attend(heads, lines, ragged, self._rule), hidden)
-        gated = self._kernels.silu_gate(self._gate_up(mlp_norm(hidden)))
+        kernels: Any = self._kernels
+        projected = self._project(
+            self._qkv, torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
+        )
+        heads = kernels.rotate_and_store(
+            projected, (rotary[0][None], rotary[1][None]), None, 0.0, ragged, lines
+        )
+        hidden = self._o(kernels.attend(heads, lines, ragged, self._rule), hidden)
+        gated = kernels.silu_gate(self._project(self._gate_up, mlp_norm(hidden)))
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
         return out[0], self._head(head_norm(out))[0]
+
+    def _project(self, layers: PackedLinear | JoinedLinear, x: torch.Tensor) -> Any:
+        """Returns the outputs of linear layers: side by side, or a tuple where the kernels read it."""
+        if self._kernels.reads_joined:
+            return layers(x)
+        assert isinstance(layers, JoinedLinear)
+        return layers.separate(x)
+
+
+def draft_shape(config: LlamaConfig, dtype: torch.dtype) -> ModelShape:
+    """Returns the sizes of a drafter's network, for planning its graphs."""
+    heads, kv_heads, dim = attention_shape(config)
+    assert config.intermediate_size is not None and config.hidden_size is not None
+    return ModelShape(
+        layers=1,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        vocab=config.draft_vocab_size,
+        bytes_per_value=dtype.itemsize,
+    )
 
 
 def _is_plain(embed_tokens: nn.Module) -> bool:

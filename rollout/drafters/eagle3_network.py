@@ -9,12 +9,12 @@ from torch import nn
 
 from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from paceline.rollout.drafters.eagle3_native import NativeNetwork
+from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
-from paceline.rollout.model.graph_plan import ModelShape, plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.model.graph_plan import plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.kv_cache import SlotCache
-from paceline.rollout.native import Kernels, load_kernels
+from paceline.rollout.native import load_kernels
 
 # Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
 # shape costs the kernel library a compilation, so that distinct shapes must be few.
@@ -27,11 +27,13 @@ def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache,
     dtype, device = cache.shape.dtype, cache.device
     kernels = load_kernels(device.type, dtype)
     assert config.intermediate_size is not None and config.hidden_size is not None
-    if kernels is not None and Kernels.serve(
+    network: NativeNetwork | PaddedNetwork
+    if kernels is not None and kernels.serve(
         attention_shape(config)[2], config.hidden_size, config.intermediate_size
     ):
-        return NativeNetwork(weights, embed_tokens, cache, kernels, capacity)
-    network = PaddedNetwork(weights, embed_tokens, cache)
+        network = NativeNetwork(weights, embed_tokens, cache, kernels, capacity)
+    else:
+        network = PaddedNetwork(weights, embed_tokens, cache)
     if device.type == "cuda":
         network.capture_graphs(CudaCapturer(), precapture=True)
     return network
@@ -94,19 +96,7 @@ class PaddedNetwork:
         Graphs for other spans are captured when they are first needed.
         """
         config, cache = self._model.config, self._cache
-        heads, kv_heads, dim = attention_shape(config)
-        assert config.intermediate_size is not None and config.hidden_size is not None
-        size = cache.shape.dtype.itemsize
-        shape = ModelShape(
-            1,
-            config.hidden_size,
-            config.intermediate_size,
-            heads,
-            kv_heads,
-            dim,
-            config.draft_vocab_size,
-            size,
-        )
+        shape = draft_shape(config, cache.shape.dtype)
         keys = plan_keys("draft", powers_of_two(cache.slots), (1, 4), (cache.span,), 4 * cache.slots)
         self.graphs = GraphPool(
             self._step_and_logits,

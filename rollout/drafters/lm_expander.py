@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from paceline.rollout.drafters.model_drafts import request_temperatures
+from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 
 # (tokens [B, E], seats [4, B, E]) → logits [B, E, V]
@@ -35,8 +36,8 @@ class LMExpander:
     ) -> None:
         self._forward = forward
         self.vocabulary: torch.Tensor | None = None
-        last = torch.tensor([[s.tokens[-1]] for s in sequences], device=device)
-        self._trunks = torch.tensor(trunks, device=device)[:, None]
+        last = upload([[s.tokens[-1]] for s in sequences], device)
+        self._trunks = upload(list(trunks), device)[:, None]
         self._ancestors = torch.zeros_like(self._trunks)
         self._depth = torch.zeros_like(self._trunks)
         self._used = 0

@@ -10,6 +10,7 @@ import torch
 
 from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.drafters.base import VerifiedStep
+from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from paceline.rollout.strategy.strategy import Strategy
@@ -82,9 +83,7 @@ class DraftRules:
 
         if strategy.width == 1:
             uniform = None if self.draw == "likeliest" else numbers
-            greedy = torch.tensor(
-                [s.request.params.greedy for s in sequences], device=expander.temperatures.device
-            )
+            greedy = upload([s.request.params.greedy for s in sequences], expander.temperatures.device)
             return grow_chain(expander, strategy.depth, uniform, greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
         options = TreeOptions(numbers, self.draw == "replacement", self.gain)
@@ -101,4 +100,4 @@ def request_temperatures(sequences: Sequence[SequenceState], device: torch.devic
 
     A greedy request has temperature 1: its drafts are ranked by the drafter's unscaled probabilities.
     """
-    return torch.tensor([s.request.params.divisor for s in sequences], device=device)
+    return upload([s.request.params.divisor for s in sequences], device)

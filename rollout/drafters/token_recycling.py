@@ -10,6 +10,7 @@ from paceline.rollout.drafters.base import DraftContext, StatelessSlots, Verifie
 from paceline.rollout.drafters.best_first import best_first, pack
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
+from paceline.rollout.native import upload
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
@@ -65,7 +66,7 @@ class TokenRecyclingDrafter(StatelessSlots):
 
     def verified(self, step: VerifiedStep) -> None:
         """Overwrites the successors of every verified token, and counts which ranks were accepted."""
-        last = torch.tensor([s.tokens[-1] for s in step.sequences], device=step.draft.tokens.device)
+        last = upload([s.tokens[-1] for s in step.sequences], step.draft.tokens.device)
         fed = torch.cat([last[:, None], step.draft.tokens], 1).cpu()
         if step.strategy.drafter == self.name:
             self._count(step, fed)

@@ -11,7 +11,7 @@ import torch
 
 from paceline.rollout.api import SamplingParams
 from paceline.rollout.counter_rng import Stream, step_uniforms, uniforms
-from paceline.rollout.native import Kernels, load_kernels
+from paceline.rollout.native import Kernels, load_cpu_kernels, upload
 from paceline.rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
@@ -27,12 +27,14 @@ class BatchOutcome:
         tokens: Accepted draft tokens and the token sampled after them.
         logprobs: Log-probs of those tokens.
         finite: Whether all the logits used were finite. If not, the sequence's other entries are meaningless.
+        drafted: The draft's tokens on the CPU, int64 [B, N].
     """
 
     paths: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     finite: list[bool]
+    drafted: torch.Tensor
 
 
 def verify_batch(
@@ -58,7 +60,7 @@ def verify_batch(
     counts = draft.lengths.numpy() + 1
     first = np.array([len(s.tokens) for s in sequences])
     if draft.kind is DraftKind.FIXED or draft.nodes == 0:
-        kernels = load_kernels(logits.device.type, logits.dtype)
+        kernels = load_cpu_kernels(logits.device.type, logits.dtype)
         if kernels is not None and not any(s.request.params.truncated for s in sequences):
             return _verify_natively(kernels, sequences, logits, draft, counts, first)
         return _verify_fixed(sequences, logits, draft, counts, first)
@@ -90,6 +92,7 @@ def _verify_natively(
         [row[: n + 1] for row, n in zip(drawn.tolist(), lengths, strict=True)],
         [row[: n + 1] for row, n in zip(values, lengths, strict=True)],
         [all(map(math.isfinite, row[: n + 1])) for row, n in zip(values, lengths, strict=True)],
+        draft.tokens,
     )
 
 
@@ -105,7 +108,7 @@ def _verify_fixed(
     starts = ends - counts
     params = [p for s, count in zip(sequences, counts, strict=True) for p in [s.request.params] * int(count)]
     seeds = np.repeat(seeds_of(sequences), counts)
-    parents = None if draft.parents is None else draft.parents.cpu()
+    parents = draft.parents
     positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
     drawn, drawn_logprobs, drafted = _to_host(tokens, logprobs, draft.tokens)
@@ -125,6 +128,7 @@ def _verify_fixed(
         [part.tolist() for part in drawn.long()[flat].split(sizes)],
         [part.tolist() for part in drawn_logprobs[flat].split(sizes)],
         [bool(part.all()) for part in finite.split(counts.tolist())],
+        drafted.long(),
     )
 
 
@@ -164,12 +168,12 @@ def _verify_sampled(
     params = [s.request.params for s in sequences]
     # past the end of a sequence's draft, its last row serves as padding
     at = np.minimum(np.arange(nodes + 1), counts[:, None] - 1)
-    padded = logits[torch.from_numpy((counts.cumsum() - counts)[:, None] + at).to(device)]
+    padded = logits[upload((counts.cumsum() - counts)[:, None] + at, device)]
     probs = processed_probs(padded, params)
     seeds = seeds_of(sequences)
     numbers = Uniforms(
-        uniforms(seeds, first[:, None] + np.arange(nodes + 1), Stream.TARGET).to(device),
-        step_uniforms(seeds, first, 0, nodes, Stream.ACCEPT).to(device),
+        upload(uniforms(seeds, first[:, None] + np.arange(nodes + 1), Stream.TARGET), device),
+        upload(step_uniforms(seeds, first, 0, nodes, Stream.ACCEPT), device),
     )
     draft = draft.to(device)
     outcome = verifier(probs, draft, numbers)
@@ -181,13 +185,16 @@ def _verify_sampled(
     sampled_from = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))
     logprobs = _logprobs(probs, padded, params, sampled_from, chosen)
     finite = torch.isfinite(padded.amax(-1)).all(-1)
-    accepted, kept, tokens, values, usable = _to_host(outcome.accepted, path, chosen, logprobs, finite)
+    accepted, kept, tokens, values, usable, drafted = _to_host(
+        outcome.accepted, path, chosen, logprobs, finite, draft.tokens
+    )
     sizes = [int(a) for a in accepted.tolist()]
     return BatchOutcome(
         [[int(n) for n in row[:a]] for row, a in zip(kept.tolist(), sizes, strict=True)],
         [[int(t) for t in row[: a + 1]] for row, a in zip(tokens.tolist(), sizes, strict=True)],
         [row[: a + 1] for row, a in zip(values.tolist(), sizes, strict=True)],
         [bool(f) for f in usable.tolist()],
+        drafted.long(),
     )
 
 
@@ -209,10 +216,8 @@ def _logprobs(
     """
     batch = torch.arange(len(rows), device=rows.device)[:, None]
     chosen = probs[batch, rows, tokens].log()
-    greedy = [row for row, p in enumerate(params) if p.greedy]
-    if greedy:
-        full = torch.log_softmax(logits[greedy].float(), dim=-1)
-        chosen[greedy] = full[
-            torch.arange(len(greedy), device=rows.device)[:, None], rows[greedy], tokens[greedy]
-        ]
+    if any(p.greedy for p in params):
+        greedy = upload([p.greedy for p in params], rows.device)
+        full = torch.log_softmax(logits.float(), dim=-1)[batch, rows, tokens]
+        chosen = torch.where(greedy[:, None], full, chosen)
     return chosen

@@ -34,6 +34,7 @@ from paceline.rollout.model.graph_pool import CudaCapturer, PlainCapturer
 from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.prefill import PromptLogits, prefill, split_prefill
 from paceline.rollout.model.runner import Chunk, ModelRunner
+from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
 from paceline.rollout.text_limits import TextLimit
@@ -102,7 +103,8 @@ class RolloutEngine:
         kept: Keys and values of finished sequences, kept for later calls. It keeps nothing until its
             ``most_tokens`` is set.
         records: Decode steps of the last call.
-        prefill_seconds: Seconds spent on reading prompts in the last call.
+        prefill_seconds: Seconds spent in the last call on reading prompts and sampling the first tokens after
+            them.
 
     Raises:
         MemoryError: The cache cannot hold one sequence of ``max_context``; the message has the numbers.
@@ -451,14 +453,14 @@ class RolloutEngine:
             self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before], self.kept
         )
         self._prompts.keep(admitted, logits)
-        clock.mark()
-        self.prefill_seconds += sum(clock.seconds())
         for _, sequence in admitted:
             if len(sequence.tokens) == sequence.num_prompt:
                 self.speculation.observe(sequence, sequence.num_prompt)
         sequences = [sequence for _, sequence in admitted]
         steps = [s.stats.steps for s in sequences]
         _, committed = self._verify(sequences, logits, no_draft(len(sequences), self._device))
+        clock.mark()
+        self.prefill_seconds += sum(clock.seconds())
         for sequence, count in zip(sequences, steps, strict=True):
             sequence.stats.steps = count
         return committed
@@ -510,7 +512,7 @@ class RolloutEngine:
 
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         """Returns the target's logits after each sequence's last token and each of its draft nodes."""
-        last = torch.tensor([[s.tokens[-1]] for s in active], device=self._device)
+        last = upload([[s.tokens[-1]] for s in active], self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
         self.runner.cache.reserve(
             max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active)
@@ -528,7 +530,7 @@ class RolloutEngine:
         """
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if self.collect_traces:
-            record_rejections(active, draft, outcome.paths, self.runner.cache.taps, self.runner.hidden_size)
+            record_rejections(active, draft, outcome, self.runner.cache.taps, self.runner.hidden_size)
         if draft.parents is not None:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.sampling import processed_probs
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.trees import DraftTree
@@ -34,6 +35,6 @@ def drawn_entropies(
         params += [sequence.request.params] * (len(path) + 1)
         sizes.append(len(path) + 1)
         start += count
-    probs = processed_probs(logits[torch.tensor(rows, device=logits.device)][:, None], params)[:, 0]
+    probs = processed_probs(logits[upload(rows, logits.device)][:, None], params)[:, 0]
     entropies = torch.special.entr(probs).sum(-1).cpu()
     return [part.tolist() for part in entropies.split(sizes)]

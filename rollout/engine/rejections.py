@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from paceline.rollout.engine.batch_verification import BatchOutcome
+from paceline.rollout.native import upload
 from paceline.rollout.sequence import Rejection, SequenceState
 from paceline.rollout.trees import DraftTree
 
@@ -13,7 +15,7 @@ from paceline.rollout.trees import DraftTree
 def record_rejections(
     active: Sequence[SequenceState],
     draft: DraftTree,
-    paths: Sequence[Sequence[int]],
+    outcome: BatchOutcome,
     taps: torch.Tensor,
     hidden_size: int,
 ) -> None:
@@ -23,27 +25,30 @@ def record_rejections(
 
     Args:
         active: B sequences in slots 0 … B − 1, in the state in which the draft was made.
-        draft: Draft that was verified.
-        paths: Accepted nodes of each sequence.
+        draft: Draft that was verified, with parents on the CPU.
+        outcome: Outcome of the verification.
         taps: Taps of the cache, [slots, span, width]; the last ``hidden_size`` values at a place are the
             input of the output head there.
         hidden_size: Hidden size of the target.
     """
-    for row, (sequence, path) in enumerate(zip(active, paths, strict=True)):
-        node = _first_rejected(draft, row, path)
-        if node is not None:
-            final = taps[row, len(sequence.tokens) + node, -hidden_size:].clone()
-            sequence.rejections.append(
-                Rejection(len(sequence.tokens) + len(path), int(draft.tokens[row, node]), final)
-            )
+    lengths = draft.lengths.tolist()
+    nodes = [_first_rejected(draft, row, lengths[row], path) for row, path in enumerate(outcome.paths)]
+    rejected = [(row, node) for row, node in enumerate(nodes) if node is not None]
+    if not rejected:
+        return
+    places = upload([[row, len(active[row].tokens) + node] for row, node in rejected], taps.device)
+    finals = taps[places[:, 0], places[:, 1], -hidden_size:]
+    for (row, node), final in zip(rejected, finals, strict=True):
+        sequence = active[row]
+        position = len(sequence.tokens) + len(outcome.paths[row])
+        sequence.rejections.append(Rejection(position, int(outcome.drafted[row, node]), final))
 
 
-def _first_rejected(draft: DraftTree, row: int, path: Sequence[int]) -> int | None:
+def _first_rejected(draft: DraftTree, row: int, length: int, path: Sequence[int]) -> int | None:
     """Returns the first child of the last accepted node, or None if it has no children.
 
     A drafter lists a node's most likely child first.
     """
-    length = int(draft.lengths[row])
     if draft.parents is None:
         return len(path) if len(path) < length else None
     last_accepted = path[-1] if path else -1

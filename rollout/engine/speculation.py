@@ -207,12 +207,9 @@ class Speculation:
             cache = self._runner.cache
             taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
         try:
-            draft = (
-                self.drafters[name]
-                .propose(DraftContext(active, taps), strategy)
-                .to(self._runner.cache.device)
-            )
+            draft = self.drafters[name].propose(DraftContext(active, taps), strategy)
             problem = draft.problem(len(active), self._runner.vocab_size) or self._coverage_problem(draft)
+            draft = draft.for_target(self._runner.cache.device)
         except Exception as error:  # a drafter's fault must not stop the rollouts
             problem = f"{type(error).__name__}: {error}"
         if problem is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.rollout.native import RaggedTokens
+from paceline.rollout.native import DeviceTokens, RaggedTokens
 from paceline.rollout.transformers_api import register_attention
 
 SLOT_ATTENTION = "paceline_slots"
@@ -45,7 +45,7 @@ class ForwardBatch:
     seats: torch.Tensor
     span: int
     from_start: bool = False
-    ragged: RaggedTokens | None = None
+    ragged: RaggedTokens | DeviceTokens | None = None
     _bias: dict[int | None, torch.Tensor] = field(default_factory=dict)
     _rotations: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
-from paceline.rollout.native import AttentionRule, Kernels
+from paceline.rollout.native import AnyKernels, AttentionRule
 from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
 _LAYER_PARTS = {
@@ -116,7 +116,7 @@ class RootMeanSquareNorm:
         ValueError: The module computes something else.
     """
 
-    def __init__(self, norm: nn.Module, dtype: torch.dtype, kernels: Kernels | None) -> None:
+    def __init__(self, norm: nn.Module, dtype: torch.dtype, kernels: AnyKernels | None) -> None:
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         weight = getattr(norm, "weight", None)
         if not isinstance(eps, float) or not isinstance(weight, torch.Tensor):
@@ -178,7 +178,7 @@ class FusedLayer(nn.Module):
         attention: dict[str, Any],
         dtype: torch.dtype,
         packed: bool,
-        kernels: Kernels | None,
+        kernels: AnyKernels | None,
     ) -> None:
         super().__init__()
 
@@ -233,38 +233,52 @@ class FusedLayer(nn.Module):
         if rotary is None:
             raise TypeError("the model passes no rotary embedding (cos, sin) to a fused layer")
         qkv, o, gate_up, down = self._projections
-        attended = self._attend(qkv(self._attention_in(hidden_states)), rotary, cache, batch)
+        attended = self._attend(self._project(qkv, self._attention_in(hidden_states)), rotary, cache, batch)
         if self._attention_out is None:
             hidden_states = o(attended, hidden_states)
         else:
             hidden_states = hidden_states + self._attention_out(o(attended))
-        gated = self._gate(gate_up(self._mlp_in(hidden_states)))
+        gated = self._gate(self._project(gate_up, self._mlp_in(hidden_states)))
         if self._mlp_out is None:
             return down(gated, hidden_states)
         return hidden_states + self._mlp_out(down(gated))
 
-    def _gate(self, joined: torch.Tensor) -> torch.Tensor:
-        """Returns activation(gate) · up of the joined gate and up projections."""
+    def _project(self, layers: Projection, x: torch.Tensor) -> Any:
+        """Returns the outputs of linear layers: side by side, or a tuple where the kernels read it."""
+        if self._kernels is None or self._kernels.reads_joined:
+            return layers(x)
+        assert isinstance(layers, JoinedLinear)
+        return layers.separate(x)
+
+    def _gate(self, projected: Any) -> torch.Tensor:
+        """Returns activation(gate) · up of what `_project` returned for these two."""
         if self._native_gate:
             assert self._kernels is not None
-            return self._kernels.silu_gate(joined)
-        gate, up = joined.chunk(2, dim=-1)
+            return self._kernels.silu_gate(projected)
+        gate, up = projected.chunk(2, dim=-1) if isinstance(projected, torch.Tensor) else projected
         return self._activation(gate).mul_(up)
 
     def _attend(
-        self, joined: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
+        self, projected: Any, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
     ) -> torch.Tensor:
         """Stores keys and values; returns the attention output [B, Q, H · d]."""
         if batch.ragged is not None and self._kernels is not None and self._rule is not None:
             lines = cache.lines(self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
-            heads = self._kernels.rotate_and_store(joined, rotary, gains, eps, batch.ragged, lines)
-            return self._kernels.attend(heads, lines, batch.ragged, self._rule)
+            kernels: Any = self._kernels
+            heads = kernels.rotate_and_store(projected, rotary, gains, eps, batch.ragged, lines)
+            return kernels.attend(heads, lines, batch.ragged, self._rule)
+        joined = projected if isinstance(projected, torch.Tensor) else torch.cat(projected, dim=-1)
         query, key, value = self._rotated_heads(joined, batch.rotation(*rotary))
         key, value = cache.update(key, value, self.index)
         out, _ = slot_attention(self, query, key, value, None, forward_batch=batch, **self._attention)
         return out.flatten(2)
+
+    @property
+    def kernels(self) -> AnyKernels | None:
+        """The native kernels that the layer runs on, or None."""
+        return self._kernels
 
     @property
     def takes_ragged(self) -> bool:

@@ -20,7 +20,7 @@ from paceline.rollout.model.attention import (
 )
 from paceline.rollout.model.fused_layer import FusedLayer, LayerParts
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
-from paceline.rollout.native import Kernels, RaggedTokens, load_kernels
+from paceline.rollout.native import AnyKernels, RaggedTokens, load_kernels
 from paceline.rollout.transformers_api import (
     DynamicCache,
     ObservedCall,
@@ -136,7 +136,7 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
     dim = call.rotary[0].shape[-1]
     shape = CacheShape(1, parts.qkv[1].out_features // dim, dim, 1, _TOKENS, 0, torch.float32)
 
-    def run(layer: nn.Module, ragged: bool) -> torch.Tensor:
+    def run(layer: nn.Module, kernels: AnyKernels | None) -> torch.Tensor:
         cache = SlotCache(shape, hidden.device)
 
         def forward(part: slice, batch: ForwardBatch) -> torch.Tensor:
@@ -146,7 +146,7 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
                 layer, states, (cos, sin), batch.positions, cache, forward_batch=batch
             )
 
-        return in_two_forwards(cache, _TOKENS, ragged, forward)
+        return in_two_forwards(cache, _TOKENS, kernels, forward)
 
     try:
         fused = FusedLayer(
@@ -157,8 +157,8 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
             packed=False,
             kernels=kernels_for(parts, call, torch.float32),
         )
-        expected = run(original, ragged=False)
-        actual = run(fused, ragged=fused.takes_ragged)
+        expected = run(original, None)
+        actual = run(fused, fused.kernels if fused.takes_ragged else None)
     except (RuntimeError, ValueError):  # shapes or norms that a fused layer does not support
         return False
     return actual.shape == expected.shape and bool((actual - expected).norm() <= _TOLERANCE * expected.norm())
@@ -167,7 +167,7 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
 def in_two_forwards(
     cache: SlotCache,
     tokens: int,
-    ragged: bool,
+    kernels: AnyKernels | None,
     forward: Callable[[slice, ForwardBatch], torch.Tensor],
     texts: int = 1,
 ) -> torch.Tensor:
@@ -176,9 +176,9 @@ def in_two_forwards(
     Args:
         cache: Empty cache with a slot for each text.
         tokens: Number of tokens in each text, at least 3.
-        ragged: Whether the batches hold tokens without padding, for native kernels.
+        kernels: Kernels for which the batches hold tokens without padding; None pads them.
         forward: Function that runs a slice of all texts' tokens, given the slice and its batch. It returns
-            [texts, tokens, …], or the tokens end to end if ``ragged``.
+            [texts, tokens, …], or the tokens end to end for ``kernels``.
         texts: Number of texts in the batch.
 
     Returns:
@@ -188,19 +188,21 @@ def in_two_forwards(
     positions = torch.arange(tokens, device=cache.device).expand(texts, -1)
     for part in (slice(0, tokens - 2), slice(tokens - 2, tokens)):
         length = part.stop - part.start
-        packed = RaggedTokens(range(texts), [part.start] * texts, [length] * texts) if ragged else None
-        batch = ForwardBatch(slice(0, texts), chain_seats(positions[:, part]), span=tokens, ragged=packed)
+        batch = ForwardBatch(slice(0, texts), chain_seats(positions[:, part]), span=tokens)
+        if kernels is not None:
+            ragged = RaggedTokens(range(texts), [part.start] * texts, [length] * texts)
+            batch.ragged = kernels.describe(ragged, cache.device)
         cache.begin(batch)
         output = forward(part, batch)
         outputs.append(output.view(texts, length, *output.shape[2:]))
     return torch.cat(outputs, dim=1)
 
 
-def kernels_for(parts: LayerParts, call: LayerCall, dtype: torch.dtype) -> Kernels | None:
+def kernels_for(parts: LayerParts, call: LayerCall, dtype: torch.dtype) -> AnyKernels | None:
     """Returns native kernels that support a layer's widths, or None."""
+    kernels = load_kernels(parts.down.weight.device.type, dtype)
     widths = parts.down.out_features, parts.down.in_features
-    served = Kernels.serve(call.rotary[0].shape[-1], *widths)
-    return load_kernels(parts.down.weight.device.type, dtype) if served else None
+    return kernels if kernels is not None and kernels.serve(call.rotary[0].shape[-1], *widths) else None
 
 
 def fuse_layers(

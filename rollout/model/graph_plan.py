@@ -91,6 +91,15 @@ def powers_of_two(limit: int) -> tuple[int, ...]:
     return (*below, limit)
 
 
+def token_buckets(limit: int) -> tuple[int, ...]:
+    """Returns numbers of tokens up to ``limit``, each at most half as large again as the one before."""
+    buckets = [1, 2, 4]
+    while buckets[-1] < limit:
+        power = 1 << (buckets[-1].bit_length() - 1)
+        buckets.append(power * 3 // 2 if buckets[-1] == power else power * 2)
+    return tuple(buckets)
+
+
 def smallest_bucket(value: int, buckets: Sequence[int]) -> int | None:
     """Returns the smallest of the increasing ``buckets`` that holds ``value``, or None if none does."""
     return next((b for b in buckets if b >= value), None)

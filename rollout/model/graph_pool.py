@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,12 +59,23 @@ class PlainCapturer:
         return forward
 
 
+def seat_padding(span: int) -> Sequence[int]:
+    """Returns the seat of padding as in `ForwardBatch`; it writes to the last place, which nothing reads."""
+    return span - 1, span - 1, span, 0
+
+
+def token_padding(span: int) -> Sequence[int]:
+    """Returns the column of padding in a `DeviceTokens` table, which writes there too and sees nothing."""
+    return 0, 0, 0, span - 1, 0, 0
+
+
 @dataclass(slots=True)
 class _Captured:
-    """Holds the input tensors of a captured forward and its replay."""
+    """Holds the input tensors of a captured forward, the seat of its padding and its replay."""
 
     tokens: torch.Tensor
     seats: torch.Tensor
+    padding: torch.Tensor
     replay: Callable[[], None]
 
 
@@ -72,13 +83,13 @@ class GraphPool:
     """Runs decode forwards through captured graphs of their shape bucket.
 
     `capture_planned` captures the plan. Another shape is captured when it first occurs, if its rows fit in
-    the output buffer. If a shape fits no bucket or its capture fails, the caller runs the forward itself, and
-    `fallbacks` counts the reasons.
+    the output buffer. If a shape fits no bucket or its capture failed, the caller runs the forward itself,
+    and `fallbacks` counts the reasons. A failed capture is not tried again.
 
     Graphs read weights in place, so an in-place update needs no new capture.
 
     Args:
-        forward: Function (tokens [B, Q], seats [4, B, Q], carried [B, Q, carry] or None, span) → logits [B,
+        forward: Function (tokens [B, Q], seats [S, B, Q], carried [B, Q, carry] or None, span) → logits [B,
             Q, V] and the state carried to the next forward, for whole buckets.
         plan: Plan of what to capture.
         vocab: Size of the logits.
@@ -86,6 +97,7 @@ class GraphPool:
         dtype: Dtype of the logits.
         device: Device of the logits.
         capturer: Capturer to use.
+        padding: Function from the span to the S numbers of a padding token's seat.
     """
 
     def __init__(
@@ -98,8 +110,9 @@ class GraphPool:
         dtype: torch.dtype,
         device: torch.device,
         capturer: Capturer,
+        padding: Callable[[int], Sequence[int]] = seat_padding,
     ) -> None:
-        self.plan = plan
+        self.plan, self._padding = plan, padding
         self.fallbacks: Counter[str] = Counter()
         self.replays: Counter[GraphKey] = Counter()
         self._forward, self._capturer, self._device = forward, capturer, device
@@ -110,6 +123,12 @@ class GraphPool:
         self._logits = torch.zeros(rows, vocab, dtype=dtype, device=device)
         self._carried = torch.zeros(rows, carry, dtype=dtype, device=device)
         self._captured: dict[GraphKey, _Captured] = {}
+        self._failed: dict[GraphKey, str] = {}
+
+    @property
+    def captured(self) -> tuple[GraphKey, ...]:
+        """The buckets that have been captured."""
+        return tuple(self._captured)
 
     def capture_planned(self) -> None:
         """Captures the plan, largest graph first."""
@@ -138,7 +157,7 @@ class GraphPool:
 
         Args:
             tokens: Token ids of the first B slots, int64 [B, Q].
-            seats: Seats as in `ForwardBatch`, int64 [4, B, Q].
+            seats: Seats of the tokens, int64 [S, B, Q].
             span: Current span of the cache.
             slots: Number of slots that the cache has at this span; the bucket's rows past B write to free
                 slots.
@@ -159,9 +178,8 @@ class GraphPool:
         captured = self._get(key)
         if captured is None:
             return None
-        padding = _padding_seats(span).to(self._device, non_blocking=True)
-        captured.seats[:, batch:] = padding
-        captured.seats[:, :batch, width:] = padding
+        if (batch, width) != (key.batch, key.tokens):
+            captured.seats.copy_(captured.padding)
         captured.seats[:, :batch, :width].copy_(seats, non_blocking=True)
         captured.tokens[:batch, :width].copy_(tokens, non_blocking=True)
         state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])[:batch, :width]
@@ -172,19 +190,23 @@ class GraphPool:
         return self._logits[: key.rows].view(key.batch, key.tokens, -1)[:batch, :width], state
 
     def _get(self, key: GraphKey) -> _Captured | None:
-        """Returns the capture of a bucket, or None if capturing fails."""
-        if key not in self._captured:
+        """Returns the capture of a bucket, or None if capturing failed."""
+        if key not in self._captured and key not in self._failed:
             try:
                 self._captured[key] = self._capture(key)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                self.fallbacks[f"capture failed: {str(error).splitlines()[0]}"] += 1
-                return None
+            except RuntimeError as error:
+                self._failed[key] = str(error).splitlines()[0]
+        if key in self._failed:
+            self.fallbacks[f"capture failed: {self._failed[key]}"] += 1
+            return None
         return self._captured[key]
 
+    @torch.no_grad()
     def _capture(self, key: GraphKey) -> _Captured:
         """Captures a bucket over freshly allocated input tensors."""
         tokens = torch.zeros(key.batch, key.tokens, dtype=torch.long, device=self._device)
-        seats = _padding_seats(key.span).expand(4, *tokens.shape).to(self._device, copy=True).contiguous()
+        padding = torch.tensor(self._padding(key.span), device=self._device)[:, None, None]
+        seats = padding.expand(-1, *tokens.shape).contiguous()
         out = self._logits[: key.rows].view(key.batch, key.tokens, -1)
         state = self._carried[: key.rows].view(key.batch, key.tokens, self._carried.shape[-1])
         carries = state.shape[-1] > 0
@@ -195,9 +217,4 @@ class GraphPool:
             if carried is not None:
                 state.copy_(carried)
 
-        return _Captured(tokens, seats, self._capturer.capture(forward))
-
-
-def _padding_seats(span: int) -> torch.Tensor:
-    """Returns seats int64 [4, 1, 1] of padding, which writes to the last place, where no sequence reads."""
-    return torch.tensor([span - 1, span - 1, span, 0]).view(4, 1, 1)
+        return _Captured(tokens, seats, padding, self._capturer.capture(forward))

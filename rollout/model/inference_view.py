@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from paceline.rollout.model.attention import SLOT_ATTENTION
 from paceline.rollout.model.fusion_check import fuse_layers
 from paceline.rollout.model.packed_linear import can_pack, pack_linears
+from paceline.rollout.native import AnyKernels
 from paceline.rollout.text_limits import fix_rotary
 from paceline.rollout.transformers_api import use_attention
 
@@ -64,10 +65,11 @@ class InferenceView:
         return f"{len(self.fused)} of {layers} decoder layers fused, {native} with native kernels"
 
     @property
-    def takes_ragged(self) -> bool:
-        """Whether a forward may hold tokens without padding, which needs native kernels in every layer."""
+    def kernels(self) -> AnyKernels | None:
+        """The native kernels if every layer runs on them; a forward then needs no padding."""
         layers = self.module.config.get_text_config().num_hidden_layers
-        return len(self.fused) == layers and all(layer.takes_ragged for layer in self.fused)
+        every = len(self.fused) == layers and all(layer.takes_ragged for layer in self.fused)
+        return self.fused[0].kernels if every else None
 
     @torch.no_grad()
     def refresh(self) -> None:

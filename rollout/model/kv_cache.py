@@ -10,7 +10,7 @@ import torch
 
 from paceline.rollout.machine_limits import available_memory
 from paceline.rollout.model.attention import ForwardBatch
-from paceline.rollout.native import load_kernels
+from paceline.rollout.native import load_cpu_kernels, upload
 from paceline.rollout.transformers_api import Cache
 
 SPAN_STEP = 128  # smallest bucket of the span, in tokens
@@ -95,7 +95,7 @@ class SlotCache(Cache):
         self.tokens = min(shape.slots * shape.capacity, limit // shape.token_bytes)
         self.span = SPAN_STEP
         numel = 2 * self.tokens * shape.kv_heads * shape.head_dim
-        self._buffers = [torch.zeros(numel, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
+        self._buffer = torch.zeros(shape.layers, numel, dtype=shape.dtype, device=device)
         self._taps_buffer = torch.zeros(self.tokens * shape.taps, dtype=shape.dtype, device=device)
         self._layout()
         self.batch: ForwardBatch | None = None
@@ -127,7 +127,8 @@ class SlotCache(Cache):
         slots = self.slots_at(self.span)
         shape = (2, slots, s.kv_heads, self.span, s.head_dim)
         numel = 2 * slots * s.kv_heads * self.span * s.head_dim
-        self._views = [buffer[:numel].view(shape) for buffer in self._buffers]
+        self._layers = self._buffer[:, :numel].unflatten(1, shape)
+        self._views = list(self._layers)
         self.taps = self._taps_buffer[: slots * self.span * s.taps].view(slots, self.span, s.taps)
 
     def reserve(self, length: int, active: int, slots: int) -> None:
@@ -226,23 +227,19 @@ class SlotCache(Cache):
         if not moves:
             return
         slots, sources, targets = np.array(moves, dtype=np.int64).T
-        kernels = load_kernels(self.device.type, self.shape.dtype)
+        kernels = load_cpu_kernels(self.device.type, self.shape.dtype)
         if kernels is not None:
             kernels.move_lines(self._views, slots, sources, targets)
-        slot, source, target = (
-            torch.from_numpy(np.ascontiguousarray(x)).to(self.device) for x in (slots, sources, targets)
-        )
+        slot, source, target = upload(np.stack([slots, sources, targets]), self.device)
         if kernels is None:
-            for view in self._views:
-                view[:, slot, :, target] = view[:, slot, :, source]
+            self._layers[:, :, slot, :, target] = self._layers[:, :, slot, :, source]
         if self.shape.taps:
             self.taps[slot, target] = self.taps[slot, source]
 
     def copy_slot(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first ``length`` tokens of one slot to others."""
         for target in targets:
-            for view in self._views:
-                view[:, target, :, :length] = view[:, source, :, :length]
+            self._layers[:, :, target, :, :length] = self._layers[:, :, source, :, :length]
             self.taps[target, :length] = self.taps[source, :length]
 
     def clear_slot(self, slot: int) -> None:
@@ -250,8 +247,7 @@ class SlotCache(Cache):
 
         This is needed after a sequence with NaN, since a masked key has weight 0, and 0 times NaN is NaN.
         """
-        for view in self._views:
-            view[:, slot] = 0
+        self._layers[:, :, slot] = 0
         self.taps[slot] = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -90,9 +90,13 @@ class JoinedLinear:
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps ``x`` [B, Q, in] to [B, Q, sum of out], plus ``residual`` of that shape if given."""
-        parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources]
+        parts = self.separate(x)
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if residual is None else out + residual
+
+    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Maps ``x`` [B, Q, in] to the output of each layer, [B, Q, out]."""
+        return tuple(nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources)
 
 
 def joinable(layers: Sequence[nn.Module]) -> bool:

@@ -15,12 +15,19 @@ from transformers import PreTrainedModel
 from paceline.rollout.api import DistillationTrace
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
 from paceline.rollout.model.fusion_check import decoder_layers
-from paceline.rollout.model.graph_plan import GraphPlan, ModelShape, plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.model.graph_pool import Capturer, GraphPool
+from paceline.rollout.model.graph_plan import (
+    GraphPlan,
+    ModelShape,
+    plan_graphs,
+    plan_keys,
+    powers_of_two,
+    token_buckets,
+)
+from paceline.rollout.model.graph_pool import Capturer, GraphPool, seat_padding, token_padding
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.shape import intermediate_size, observed_keys
 from paceline.rollout.model.view_check import checked_view
-from paceline.rollout.native import RaggedTokens
+from paceline.rollout.native import DeviceTokens, RaggedTokens, upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.text_limits import has_position_table, text_limit
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
@@ -122,7 +129,7 @@ class ModelRunner:
             vocab=config.vocab_size,
             bytes_per_value=dtype.itemsize,
         )
-        self._ragged = self.view.takes_ragged
+        self.kernels = self.view.kernels
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -153,20 +160,28 @@ class ModelRunner:
             precapture: Whether to capture the plan now; otherwise each graph is captured when first needed.
         """
         plan = self.plan_graphs(max_tokens)
+        decode = self.decode_rectangle if self.kernels is None else self._decode_described
         self.graphs = GraphPool(
-            lambda tokens, seats, _, span: (self.decode_rectangle(tokens, seats, span), None),
+            lambda tokens, seats, _, span: (decode(tokens, seats, span), None),
             plan,
             vocab=self.vocab_size,
             dtype=self.view.dtype,
             device=self.cache.device,
             capturer=capturer,
+            padding=seat_padding if self.kernels is None else token_padding,
         )
         if precapture:
             self.graphs.capture_planned()
         return self.graphs
 
     def plan_graphs(self, max_tokens: int) -> GraphPlan:
-        """Returns the graphs to capture for decoding at the cache's current span, with their bytes."""
+        """Returns the graphs to capture for decoding at the cache's current span, with their bytes.
+
+        Without padding, a forward's shape is its number of tokens alone, whatever the batch and the drafts.
+        """
+        if self.kernels is not None:
+            rows = token_buckets(max(MOST_ROWS, self.cache.shape.slots))
+            return plan_graphs(self.shape, plan_keys("target", (1,), rows, (self.cache.span,), rows[-1]))
         batches = powers_of_two(self.cache.slots_at(self.cache.span))
         widths = powers_of_two(1 << (max_tokens - 1).bit_length())
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
@@ -191,15 +206,16 @@ class ModelRunner:
         Returns:
             Logits after the last token of each chunk, [len(chunks), V].
         """
-        if not self._ragged:
+        if self.kernels is None:
             return torch.cat([self._prefill_alone(chunk) for chunk in chunks])
-        tokens = torch.tensor([t for chunk in chunks for t in chunk.tokens])
+        device = self.cache.device
+        tokens = upload([t for chunk in chunks for t in chunk.tokens], device)
         ragged = RaggedTokens(
             [c.slot for c in chunks], [c.start for c in chunks], [len(c.tokens) for c in chunks]
         )
         first = ragged.offsets[:-1].tolist()
-        keep = torch.tensor([at + i for at, chunk in zip(first, chunks, strict=True) for i in chunk.heads])
-        last = torch.tensor([len(chunk.heads) for chunk in chunks]).cumsum(0) - 1
+        keep = upload([at + i for at, chunk in zip(first, chunks, strict=True) for i in chunk.heads], device)
+        last = upload(torch.tensor([len(chunk.heads) for chunk in chunks]).cumsum(0) - 1, device)
         return self._forward(tokens[None], self._ragged_batch(ragged), keep)[0, last]
 
     @torch.no_grad()
@@ -250,13 +266,13 @@ class ModelRunner:
         """
         width = tokens.shape[1]
         real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
-        shape = None if parents is None else tree_shape(parents)
-        if self._ragged:
-            flat = tokens.flatten() if real is None else tokens[real]
-            return self._forward(flat[None], self._ragged_batch(_ragged_tokens(counts, starts, shape, real)))[
-                0
-            ]
+        shape = None if parents is None else tree_shape(parents if self.kernels is None else parents.cpu())
         device, span = self.cache.device, self.cache.span
+        if self.kernels is not None:
+            flat = tokens.flatten()
+            if real is not None:
+                flat = flat.index_select(0, upload(real.flatten().nonzero()[:, 0], flat.device))
+            return self._decode_ragged(flat, _ragged_tokens(counts, starts, shape, real))
         first = torch.tensor(starts).to(device, non_blocking=True)
         chain = first[:, None] + torch.arange(width, device=device)
         seats = chain_seats(chain) if shape is None else tree_seats(first, *shape)
@@ -266,6 +282,21 @@ class ModelRunner:
             return logits.flatten(0, 1)
         rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
         return logits.flatten(0, 1).index_select(0, rows)
+
+    def _decode_ragged(self, tokens: torch.Tensor, ragged: RaggedTokens) -> torch.Tensor:
+        """Runs tokens int64 [N], by a captured graph where one fits; returns logits [N, V]."""
+        batch = self._ragged_batch(ragged)
+        if self.graphs is not None and isinstance(batch.ragged, DeviceTokens):
+            table, span = batch.ragged.table[:, None], self.cache.span
+            replayed = self.graphs.run(tokens[None], table, span, self.cache.slots)
+            if replayed is not None:
+                return replayed[0][0]
+        return self._forward(tokens[None], batch)[0]
+
+    def _decode_described(self, tokens: torch.Tensor, table: torch.Tensor, span: int) -> torch.Tensor:
+        """Runs tokens [1, N] described by a `DeviceTokens` table [6, 1, N]; graphs capture this forward."""
+        described = DeviceTokens(table[:, 0])
+        return self._forward(tokens, ForwardBatch(slice(0, 0), described.seats, span=span, ragged=described))
 
     @torch.no_grad()
     def branch(self, tokens: torch.Tensor, seats: torch.Tensor) -> torch.Tensor:
@@ -278,10 +309,11 @@ class ModelRunner:
         Returns:
             Logits [B, E, V].
         """
-        if not self._ragged:
+        if self.kernels is None:
             batch = ForwardBatch(slice(0, len(tokens)), seats, span=self.cache.span)
             return self._forward(tokens, batch, store_taps=False)
-        batch = self._ragged_batch(RaggedTokens.from_seats(seats))
+        described = self.kernels.describe_seats(seats)
+        batch = ForwardBatch(slice(0, 0), described.seats, span=self.cache.span, ragged=described)
         return self._forward(tokens.reshape(1, -1), batch, store_taps=False).view(*tokens.shape, -1)
 
     @contextmanager
@@ -305,7 +337,9 @@ class ModelRunner:
 
     def _ragged_batch(self, ragged: RaggedTokens) -> ForwardBatch:
         """Returns the batch of tokens without padding."""
-        return ForwardBatch(slice(0, 0), ragged.seats, span=self.cache.span, ragged=ragged)
+        assert self.kernels is not None
+        described = self.kernels.describe(ragged, self.cache.device)
+        return ForwardBatch(slice(0, 0), described.seats, span=self.cache.span, ragged=described)
 
     def _forward(
         self,
@@ -338,20 +372,20 @@ class ModelRunner:
         self.cache.write_taps(batch, torch.cat(taps, dim=-1))
 
     def trace(self, sequence: SequenceState, slot: int) -> DistillationTrace:
-        """Returns a copy of the hidden states that the forwards saw of the sequence in ``slot``."""
-        features = self.cache.taps[slot, : len(sequence.tokens) - 1]
+        """Returns a CPU copy of the hidden states that the forwards saw of the sequence in ``slot``."""
+        features = self.cache.taps[slot, : len(sequence.tokens) - 1].to("cpu", copy=True)
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
-        final = final.clone()
+        taps, final = taps.contiguous(), final.contiguous()
         final[: sequence.num_prompt - 1] = 0  # a restored prefix may hold an earlier turn's values
         # a stop may have cut the text before later rejections
         rejections = [r for r in sequence.rejections if r.position < len(sequence.tokens)]
         return DistillationTrace(
             torch.tensor(sequence.tokens),
             sequence.num_prompt,
-            taps.clone(),
+            taps,
             final,
             torch.tensor([[r.position, r.token] for r in rejections], dtype=torch.long).view(-1, 2),
-            torch.stack([r.final for r in rejections]) if rejections else final[:0].clone(),
+            torch.stack([r.final for r in rejections]).cpu() if rejections else final[:0].clone(),
         )
 
     def refresh_weights(self) -> None:

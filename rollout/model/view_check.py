@@ -125,7 +125,7 @@ def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) ->
         every = torch.arange(read.shape[1], device=device)
         return run_causal_lm(view.module, read, positions, cache, keep=every, forward_batch=batch)
 
-    actual = in_two_forwards(cache, _TOKENS, view.takes_ragged, forward, _TEXTS).float()
+    actual = in_two_forwards(cache, _TOKENS, view.kernels, forward, _TEXTS).float()
     if not bool(expected.isfinite().all()):
         return 0.0
     expected, actual = (x - x.mean(-1, keepdim=True) for x in (expected, actual))

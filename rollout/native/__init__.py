@@ -1,21 +1,31 @@
-"""Native decode kernels for the CPU, built from ``kernels.cpp`` with the machine's compiler on first use."""
+"""Native decode kernels.
+
+For the CPU they are built from ``kernels.cpp`` with the machine's compiler on first use; for a GPU they are
+written in Triton.
+"""
 
 from paceline.rollout.native.build import NativeUnavailable
+from paceline.rollout.native.device_tokens import DeviceTokens
 from paceline.rollout.native.kernels import (
     AttentionRule,
     DraftLayer,
     Int8Rows,
     Kernels,
     RaggedTokens,
-    load_kernels,
 )
+from paceline.rollout.native.loading import AnyKernels, load_cpu_kernels, load_kernels
+from paceline.rollout.native.transfer import upload
 
 __all__ = [
+    "AnyKernels",
     "AttentionRule",
+    "DeviceTokens",
     "DraftLayer",
     "Int8Rows",
     "Kernels",
     "NativeUnavailable",
     "RaggedTokens",
+    "load_cpu_kernels",
     "load_kernels",
+    "upload",
 ]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from paceline.rollout.native.build import NativeUnavailable, build_library
-
 _LANES = 16  # floats per vector, kLanes in lanes.h
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # those that attend_any in attention.h is instantiated for
-_log = logging.getLogger(__name__)
 
 DrawNumbers = tuple[torch.Tensor, torch.Tensor]
 
@@ -140,6 +135,8 @@ class RaggedTokens:
     Attributes:
         token_slots: Slot of each token, int64 [N].
         positions: Position of each token in its text, int64 [N].
+        local_positions: Position of each token counted from place 0 of its slot, in which a window is
+            measured, int64 [N].
         places: Place where each token's keys are written, int64 [N].
         trunks: Number of leading places that each token sees completely, int64 [N].
         ancestors: Bit masks, int64 [N]; bit j says that the token sees place ``trunk + j``.
@@ -166,8 +163,7 @@ class RaggedTokens:
             trunks, depth, ancestors = nodes
             seats = trunks - 1 + depth
         positions = seats if shift is None else seats + np.repeat(np.asarray(shift, dtype=np.int64), number)
-        # positions counted from place 0, in which a window is measured
-        self._seats = torch.from_numpy(seats)
+        self.local_positions = torch.from_numpy(seats)
         self.positions, self.trunks = torch.from_numpy(positions), torch.from_numpy(trunks)
         self.ancestors = torch.from_numpy(ancestors)
         self._layouts: dict[tuple[int, torch.Size], _Layout] = {}
@@ -201,7 +197,14 @@ class RaggedTokens:
         if key not in self._layouts:
             _, slots, kv_heads, span, dim = cache
             sizes = len(self.positions), len(self.offsets) - 1, heads, kv_heads, dim, slots, span
-            arrays = (self.token_slots, self._seats, self.places, self.trunks, self.ancestors, self.offsets)
+            arrays = (
+                self.token_slots,
+                self.local_positions,
+                self.places,
+                self.trunks,
+                self.ancestors,
+                self.offsets,
+            )
             self._layouts[key] = _Layout(*sizes, *(x.data_ptr() for x in arrays))
         return self._layouts[key]
 
@@ -247,6 +250,19 @@ class Kernels:
         self._move_lines.argtypes = [_pointer, _int] + [_pointer] * 3 + [_int, _pointer]
         self._draw = getattr(library, f"paceline_draw_{suffix}")
         self._draw.argtypes = [_pointer, _int, _int] + [_pointer] * 4
+
+    # whether the outputs of joined projections come side by side in one tensor
+    reads_joined = True
+
+    @staticmethod
+    def describe(tokens: RaggedTokens, device: torch.device) -> RaggedTokens:
+        """Returns the description of a forward's tokens that these kernels read."""
+        return tokens
+
+    @staticmethod
+    def describe_seats(seats: torch.Tensor, shift: Sequence[int] | None = None) -> RaggedTokens:
+        """Returns the description of E tokens of each of the first B slots, see `RaggedTokens.from_seats`."""
+        return RaggedTokens.from_seats(seats, shift)
 
     @staticmethod
     def serve(head_dim: int, *widths: int) -> bool:
@@ -458,18 +474,3 @@ class Kernels:
         arrays = (temperatures, uniforms, tokens, logprobs)
         self._draw(logits.data_ptr(), rows, vocab, *(x.data_ptr() for x in arrays))
         return tokens, logprobs
-
-
-@functools.cache
-def load_kernels(device_type: str, dtype: torch.dtype) -> Kernels | None:
-    """Returns the kernels for a device and dtype, built on the first call.
-
-    Returns None where there are none; a failed build is logged.
-    """
-    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return None
-    try:
-        return Kernels(ctypes.CDLL(str(build_library())), dtype)
-    except (NativeUnavailable, OSError) as error:
-        _log.warning("decoding with torch's operators, which are slower: %s", error)
-        return None

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.draft_tree import DraftKind, DraftTree
 from paceline.rollout.trees.expander import Expander, Uniform, log_probs, target_ids
@@ -73,7 +74,7 @@ def grow_chain(
             q = log_q.exp()
             if greedy is not None:
                 q = torch.where(greedy[:, None], torch.zeros_like(q).scatter_(-1, columns[:, None], 1.0), q)
-            columns = draw(q, uniform(level, 1)[:, 0])
+            columns = draw(q, upload(uniform(level, 1)[:, 0], q.device))
             probs.append(q)
         if stop is not None:
             stop.drawn(log_q, columns)

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from paceline.rollout.native import upload
+
 MAX_NODES = 63  # the set of a node's ancestors is the bits of an int64
+_NO_DISTRIBUTION = "its draft probabilities are not finite, or are no distribution"
 _SUM_TOLERANCE = 1e-3  # float32 rounding lets the sum of a reported distribution differ from one
 
 
@@ -123,7 +126,7 @@ class DraftTree:
         ordered = (self.parents >= -1) & (self.parents < torch.arange(self.nodes))
         return (
             None
-            if bool((ordered | ~self._real()).all())
+            if bool((ordered | ~self._real(self.parents.device)).all())
             else "it has a node that does not come after its parent"
         )
 
@@ -132,32 +135,41 @@ class DraftTree:
             return f"its tokens are {self.kind}, but it gives no probs"
         if self.probs.ndim != 3 or self.probs.shape[:2] != self.tokens.shape:
             return f"its probs have shape {list(self.probs.shape)}, its tokens {list(self.tokens.shape)}"
-        total, smallest = (
-            self.probs.sum(-1),
-            self.probs.amin(-1) if self.probs.shape[2] else torch.full(self.tokens.shape, -1.0),
-        )
-        padding = ~self._real()
+        if self.probs.shape[2] == 0:
+            return _NO_DISTRIBUTION
+        total, smallest = self.probs.sum(-1), self.probs.amin(-1)
+        padding = ~self._real(self.probs.device)
         valid = ((total - 1).abs() < _SUM_TOLERANCE) & (smallest >= 0)  # both are false for NaN
-        if not bool((valid | padding).all()):
-            return "its draft probabilities are not finite, or are no distribution"
-        possible = bool(((draft_mass(self) > 0) | padding).all())
+        checks = torch.stack([(valid | padding).all(), ((draft_mass(self) > 0) | padding).all()])
+        distributions, possible = checks.tolist()
+        if not distributions:
+            return _NO_DISTRIBUTION
         return (
             None
             if possible
             else "it drafted a token that its own probs exclude, so it was not drawn from them"
         )
 
-    def _real(self) -> torch.Tensor:
-        """Returns bool [B, N], which nodes are real, on the device of the tokens."""
-        device = self.tokens.device
-        return torch.arange(self.nodes, device=device) < self.lengths.to(device)[:, None]
+    def _real(self, device: torch.device) -> torch.Tensor:
+        """Returns bool [B, N] on ``device``, which nodes are real."""
+        return torch.arange(self.nodes, device=device) < upload(self.lengths, device)[:, None]
 
     def to(self, device: torch.device) -> DraftTree:
         """Returns the draft with its tensors on ``device``; ``lengths`` stay on the CPU."""
-        parents, probs, vocabulary = (
-            None if x is None else x.to(device) for x in (self.parents, self.probs, self.vocabulary)
+        tokens, parents, probs, vocabulary = (
+            x if x is None or x.device == device else upload(x, device)
+            for x in (self.tokens, self.parents, self.probs, self.vocabulary)
         )
-        return DraftTree(self.tokens.to(device), self.lengths, parents, probs, vocabulary, self.kind)
+        assert tokens is not None
+        return DraftTree(tokens, self.lengths, parents, probs, vocabulary, self.kind)
+
+    def for_target(self, device: torch.device) -> DraftTree:
+        """Returns the draft as the target's forward reads it: on ``device``, but with parents on the CPU.
+
+        Parents shape the forward, as ``lengths`` do.
+        """
+        parents = None if self.parents is None else self.parents.cpu()
+        return replace(replace(self, parents=None).to(device), parents=parents)
 
 
 def no_draft(batch: int, device: torch.device) -> DraftTree:
@@ -214,7 +226,7 @@ def child_table(draft: DraftTree) -> torch.Tensor:
     batch, nodes = draft.tokens.shape
     device = draft.tokens.device
     index = torch.arange(nodes, device=device)
-    real = index < draft.lengths.to(device)[:, None]
+    real = index < upload(draft.lengths, device)[:, None]
     if draft.parents is None:
         table = torch.full((batch, nodes + 1, 1), -1, device=device)
         table[:, :nodes, 0] = torch.where(real, index, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees.builder import TreeBuilder
 from paceline.rollout.trees.draft_tree import MAX_NODES, DraftKind, DraftTree
@@ -134,12 +135,12 @@ class _Drawn:
 
     def _numbers(self, count: int) -> torch.Tensor:
         self._used += count
-        return self._uniform(self._used - count, count).to(self._level.device)
+        return upload(self._uniform(self._used - count, count), self._level.device)
 
     def _expand(self, nodes: list[int]) -> None:
         tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._expander.vocabulary)
         place = {node: order for order, node in enumerate(self._expanded)}
-        above = torch.tensor([place.get(self._parents[n], -1) for n in nodes], device=tokens.device)
+        above = upload([place.get(self._parents[n], -1) for n in nodes], tokens.device)
         logits = self._expander.expand(tokens, above.expand(len(tokens), -1))
         self._expanded += nodes
         self._level = log_probs(logits, self._expander.temperatures).exp()
@@ -165,7 +166,7 @@ class _Drawn:
         columns, probs = torch.cat(self._columns, 1), torch.cat(self._probs, 1)
         batch, nodes = columns.shape
         vocabulary = self._expander.vocabulary
-        parents = torch.tensor(self._parents, device=columns.device).expand(batch, -1)
+        parents = upload(self._parents, columns.device).expand(batch, -1)
         if not self._kept:
             lengths = torch.full((batch,), nodes)
             return DraftTree(

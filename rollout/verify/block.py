@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees import DraftTree, draft_mass
 from paceline.rollout.verify.outcome import Uniforms, Verification, chain_path, drawn_from, subtract
@@ -45,7 +46,7 @@ def verify_block(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
     """
     q_mass = draft_mass(draft).double()
     p_mass = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
-    lengths = draft.lengths.to(p_mass.device)
+    lengths = upload(draft.lengths, p_mass.device)
     weight = torch.ones_like(p_mass[:, 0])
     chosen, at_chosen = torch.zeros_like(lengths), weight
     for i in range(1, draft.nodes + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.sampling import draw
 from paceline.rollout.trees import DraftTree, draft_mass
 from paceline.rollout.verify.outcome import (
@@ -46,7 +47,7 @@ def verify_chain(target_probs: torch.Tensor, draft: DraftTree, uniforms: Uniform
         ValueError: The draft is a tree.
     """
     p = target_probs[:, :-1].gather(-1, draft.tokens[..., None])[..., 0].double()
-    lengths = draft.lengths.to(p.device)
+    lengths = upload(draft.lengths, p.device)
     accepted = leading_run(uniforms.accept.to(p) * draft_mass(draft).double() < p, lengths)
     rows = torch.arange(len(accepted), device=accepted.device)
     weights = target_probs[rows, accepted]

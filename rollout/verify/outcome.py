@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from paceline.rollout.native import upload
 from paceline.rollout.trees import DraftTree
 
 
@@ -89,7 +90,7 @@ def leading_run(kept: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [B].
     """
-    inside = torch.arange(kept.shape[1], device=kept.device) < lengths.to(kept.device)[:, None]
+    inside = torch.arange(kept.shape[1], device=kept.device) < upload(lengths, kept.device)[:, None]
     return (kept & inside).long().cumprod(-1).sum(-1)
 
 

@@ -11,7 +11,7 @@ from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
 from paceline.drafter_trainer.training_time_test import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
 from paceline.rollout import Request, SamplingParams
 from tests.drafter_trainer.test_training_time_test import packed, traces_of
-from tests.support import engine_for, tiny_eagle3, tiny_llama
+from tests.engines import engine_for, tiny_eagle3, tiny_llama
 
 HALF = torch.tensor([[0.5, 0.5]])
 QUARTER = torch.tensor([[0.25, 0.75]])

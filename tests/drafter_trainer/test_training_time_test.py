@@ -19,7 +19,7 @@ from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, m
 from paceline.rollout.drafters import DraftContext, Eagle3Drafter
 from paceline.rollout.drafters.eagle3_model import eagle3_config
 from paceline.rollout.sequence import SequenceState
-from tests.support import engine_for, tiny_eagle3, tiny_llama
+from tests.engines import engine_for, tiny_eagle3, tiny_llama
 
 
 def traces_of(model, count=6, tokens=20, **options):

@@ -27,8 +27,8 @@ from paceline.rollout.drafters.base import DraftContext, StatelessSlots
 from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree
+from tests.engines import tiny_llama
 from tests.rollout.engine.odd_requests import odd_request
-from tests.support import tiny_llama
 
 VOCAB, CONTEXT, LONGEST = 97, 48, 12
 PROMPTS = 20

@@ -11,7 +11,8 @@ from paceline.rl.dry_run.description import describe
 from paceline.rl.errors import UserError
 from paceline.rl.recipe import load_config
 from paceline.rl.tasks.task import load_task
-from tests.support import ROOT, tiny_llama, train_here
+from tests.engines import tiny_llama
+from tests.support import ROOT, train_here
 
 TINY = "configs/tiny.yaml"
 

@@ -28,7 +28,7 @@ from paceline.rollout.drafters.model_drafts import DRAWS, TREES
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES
 from paceline.rollout.trees import DraftKind
 from paceline.rollout.verify import VERIFIERS, StatedVerifier
-from tests.support import tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
 
 VOCAB, LENGTH = 5, 4
 PROMPTS = (

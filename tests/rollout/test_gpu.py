@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.rollout import Request, SamplingParams, Strategy
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

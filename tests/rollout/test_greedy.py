@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paceline.rollout import PLAIN, FinishReason, Request, SamplingParams, Strategy
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 STRATEGIES = [
     PLAIN,

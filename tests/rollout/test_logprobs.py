@@ -6,7 +6,7 @@ import torch
 from paceline.rollout import PLAIN, Request, SamplingParams, Strategy
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.sampling import processed_probs
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 PARAMS = [SamplingParams(max_tokens=25), SamplingParams(temperature=0.7, top_k=30, top_p=0.9, max_tokens=25)]
 

@@ -11,7 +11,7 @@ from paceline.rollout import Request, SamplingParams, Strategy
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.sampling import draw, processed_probs
 from paceline.rollout.verify import chain
-from tests.support import AdversarialDrafter, engine_for, full_engine, tiny_llama
+from tests.engines import AdversarialDrafter, engine_for, full_engine, tiny_llama
 
 VOCAB = 6
 PROMPT = [1, 4, 2, 4]

@@ -10,7 +10,7 @@ from paceline.rollout.drafters.best_first import pack
 from paceline.rollout.trees import TREES, TreeBuilder
 from paceline.rollout.trees.ranked import grow_dynamic
 from paceline.rollout.verify import VERIFIERS, verifier, verify_chain
-from tests.support import engine_for, full_engine, tiny_llama
+from tests.engines import engine_for, full_engine, tiny_llama
 
 REQUESTS = [Request([1, 2, 3], SamplingParams(max_tokens=8), seed=seed) for seed in range(2)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paceline.rollout import FinishReason, Request, SamplingParams
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 REQUESTS, BATCH, PROMPTS = 10_000, 250, 120
 

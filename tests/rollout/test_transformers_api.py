@@ -13,7 +13,7 @@ from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.model.fused_layer import FusedLayer
 from paceline.rollout.model.view_check import UnfusedWarning
 from paceline.rollout.transformers_api import cache_argument
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 REQUESTS = [Request([5, 6, 7, 8 + i], SamplingParams(temperature=0, max_tokens=12)) for i in range(3)]
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
 from paceline.rollout.backends.vllm_engine import VllmEngine
-from tests.support import tiny_eagle3, tiny_llama, worst_gap
+from tests.engines import tiny_eagle3, tiny_llama, worst_gap
 
 pytestmark = pytest.mark.vllm
 VOCAB = 64

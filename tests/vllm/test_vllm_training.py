@@ -21,7 +21,8 @@ from paceline.rl.models.loading import load_policy
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.monitoring.summary import read_metrics
 from paceline.rollout.backends.vllm_server import serve_command, serve_environment
-from tests.support import ROOT, tiny_eagle3
+from tests.engines import tiny_eagle3
+from tests.support import ROOT
 
 pytestmark = pytest.mark.vllm
 REWARD = (

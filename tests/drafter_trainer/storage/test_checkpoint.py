@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from paceline.drafter_trainer.storage.checkpoint import DrafterError, load_drafter, save_drafter
-from tests.support import tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
 
 
 @pytest.fixture

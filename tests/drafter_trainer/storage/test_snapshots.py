@@ -12,7 +12,8 @@ import torch
 
 from paceline.drafter_trainer.storage.optimizer_state import OptimizerStateError, load_optimizer
 from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
-from tests.support import ROOT, tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
+from tests.support import ROOT
 
 
 def trained():

@@ -13,7 +13,7 @@ from paceline.benchmarks.decoding.verifiers import RecordingVerifier, _bounds
 from paceline.rollout import Request, SamplingParams
 from paceline.rollout.drafters import DraftRules
 from paceline.rollout.verify import VERIFIERS
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from paceline.benchmarks.lengths.tail import MITIGATIONS, compare_mitigations
 from paceline.rl.lengths.predictor import Example
 from paceline.rl.recipe import load_config
 from paceline.rollout import Request, SamplingParams
-from tests.support import ROOT, engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
+from tests.support import ROOT
 
 
 def write_run(run: Path, **columns: list[float]) -> None:

@@ -14,7 +14,8 @@ from paceline.benchmarks.decoding.plan import planned
 from paceline.benchmarks.training.learning import LearningRow, compare_learning
 from paceline.benchmarks.training.sharding import SHARDING_MODES, compare_sharding
 from paceline.rollout import Request, SamplingParams
-from tests.support import ROOT, tiny_llama
+from tests.engines import tiny_llama
+from tests.support import ROOT
 
 
 def test_generate_makes_as_many_tokens_of_each_as_asked():

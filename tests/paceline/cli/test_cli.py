@@ -24,7 +24,8 @@ from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.monitoring.summary import read_metrics
 from paceline.rl.recipe import load_config
-from tests.support import ROOT, tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
+from tests.support import ROOT
 
 runner = CliRunner()
 

@@ -20,7 +20,7 @@ from paceline.rl.process.files import write_atomically
 from paceline.rl.sharding import AdamWSettings, FullState
 from paceline.rl.sharding.replicated import Replicated
 from paceline.rollout.strategy import BanditSelector, CostModel, Strategy
-from tests.support import tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
 
 
 def stepped(model):

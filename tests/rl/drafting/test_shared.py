@@ -15,7 +15,8 @@ from paceline.rl.errors import UserError
 from paceline.rl.models.initial import starting_drafter, tap_layers
 from paceline.rl.recipe import load_config
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
-from tests.support import ROOT, tiny_llama, tiny_trainer
+from tests.engines import tiny_llama
+from tests.support import ROOT, tiny_trainer
 
 TINY = ROOT / "configs" / "tiny.yaml"
 DRAFTS = (

@@ -10,7 +10,8 @@ from paceline.rl.dry_run.devices import DeviceSpec, published_gpu, this_machine
 from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
 from paceline.rl.recipe import load_config
 from paceline.rollout.drafters.eagle3_model import parameter_count
-from tests.support import ROOT, tiny_eagle3, tiny_llama, train_here
+from tests.engines import tiny_eagle3, tiny_llama
+from tests.support import ROOT, train_here
 
 SEVEN = ROOT / "configs" / "zero3_8gpu.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

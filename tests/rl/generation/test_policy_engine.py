@@ -5,8 +5,8 @@ import torch
 
 from paceline.rl.errors import UserError
 from paceline.rl.generation.policy_engine import policy_engine
+from tests.engines import tiny_llama
 from tests.rollout.model.families import BY_KIND, REFUSED, tiny
-from tests.support import tiny_llama
 
 
 def test_what_cannot_be_built_is_a_line():

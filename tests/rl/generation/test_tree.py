@@ -10,7 +10,8 @@ from paceline.rl.generation.tree import Tree, grow
 from paceline.rl.recipe import load_config
 from paceline.rl.tasks.task import Problem
 from paceline.rollout import FinishReason, Request, SamplingParams
-from tests.support import engine_for, tiny_llama, tiny_trainer
+from tests.engines import engine_for, tiny_llama
+from tests.support import tiny_trainer
 
 SIZE = 6
 STOPS = "rollout.stop_strings=['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']"

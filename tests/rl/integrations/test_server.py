@@ -12,7 +12,7 @@ from paceline.rl.integrations.server import EngineServer
 from paceline.rl.models.loading import load_policy
 from paceline.rl.models.policies import fetch_policy
 from paceline.rollout import FinishReason, Request, SamplingParams
-from tests.support import worst_gap
+from tests.engines import worst_gap
 
 SECTIONS = {
     "speculation": {"drafters": ["suffix", "eagle3"]},

@@ -18,7 +18,7 @@ from paceline.rl.integrations.trl import RLOOTrainer, paceline_rollouts
 from paceline.rl.integrations.trl_arguments import check_trainer
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.rewards.registry import LengthAware
-from tests.support import forward_logprobs
+from tests.engines import forward_logprobs
 
 PROMPTS = [{"prompt": f"{i} + 1 ="} for i in range(8)]
 DRAFTING = {

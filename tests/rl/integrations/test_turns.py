@@ -14,7 +14,8 @@ from paceline.rl.integrations.trl import paceline_rollouts
 from paceline.rl.integrations.turns import answer_ids
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.rewards.registry import LengthAware
-from tests.support import ROOT, forward_logprobs
+from tests.engines import forward_logprobs
+from tests.support import ROOT
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% "

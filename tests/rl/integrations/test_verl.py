@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from tests.support import ROOT, forward_logprobs
+from tests.engines import forward_logprobs
+from tests.support import ROOT
 
 pytestmark = pytest.mark.pipelines
 pytest.importorskip("ray")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paceline.rl.errors import UserError
 from paceline.rl.learner.log_probs import PolicyLogProbs, TokenScores
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 rows_strategy = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=4)), min_size=1, max_size=5

@@ -20,7 +20,8 @@ from paceline.rl.lengths.guidance import (
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.recipe import load_config
 from paceline.rollout import Request, SamplingParams
-from tests.support import ROOT, engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
+from tests.support import ROOT
 
 HIDDEN = 8
 

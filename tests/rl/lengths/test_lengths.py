@@ -11,7 +11,8 @@ from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.lengths.predictor import Example, LengthPredictor
 from paceline.rl.lengths.statistics import is_loop, pinball, prompt_statistics
 from paceline.rollout import Request
-from tests.support import engine_for, tiny_llama, tiny_trainer
+from tests.engines import engine_for, tiny_llama
+from tests.support import tiny_trainer
 
 HIDDEN = 16
 STOPS = "rollout.stop_strings=['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']"  # so that lengths differ

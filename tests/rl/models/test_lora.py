@@ -28,7 +28,8 @@ from paceline.rl.models.lora import AdapterBase, add_adapters, merged_weights, s
 from paceline.rl.models.mergeable import adapted_layers, check_adapter_config
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.recipe import load_config
-from tests.support import ROOT, tiny_llama, tiny_trainer
+from tests.engines import tiny_llama
+from tests.support import ROOT, tiny_trainer
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 _SMALL = {

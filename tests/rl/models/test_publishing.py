@@ -18,7 +18,7 @@ from paceline.drafter_trainer.storage.export import export_drafter, hub_id
 from paceline.rl.config.scale import LoraConfig
 from paceline.rl.models import publishing
 from paceline.rl.models.lora import AdapterBase, add_adapters, save_adapters
-from tests.support import tiny_eagle3, tiny_llama
+from tests.engines import tiny_eagle3, tiny_llama
 
 runner = CliRunner()
 

@@ -31,7 +31,8 @@ from paceline.rl.models.mergeable import adapted_layers
 from paceline.rl.sharding import AdamWSettings, FullState, TrainedModule, gather_full_state, shard
 from paceline.rl.sharding.settings import read_settings
 from paceline.rl.types import TrainingSample
-from tests.support import ROOT, tiny_llama
+from tests.engines import tiny_llama
+from tests.support import ROOT
 
 SETTINGS = AdamWSettings(lr=1e-3, weight_decay=0.01, grad_clip=0.5, precision="no")
 MODES = {

@@ -11,7 +11,7 @@ from paceline.rollout.drafters.base import DraftContext, StatelessSlots
 from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 REQUESTS = [Request([3, 1, 4, i], SamplingParams(max_tokens=24), seed=i, group=0) for i in range(6)]
 

@@ -28,7 +28,7 @@ from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.stop_policy import EntropyThreshold, LearnedThreshold
 from paceline.rollout.trees import DraftTree
-from tests.support import engine_for, full_engine, tiny_eagle3, tiny_llama
+from tests.engines import engine_for, full_engine, tiny_eagle3, tiny_llama
 
 
 def begin(drafter, tokens, group="g", prompt=2):

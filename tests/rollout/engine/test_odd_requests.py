@@ -15,8 +15,8 @@ from paceline.rollout import EngineBusyError, FinishReason, Request, RolloutEngi
 from paceline.rollout.counter_rng import Stream, uniforms
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.sampling import processed_probs
+from tests.engines import engine_for, tiny_llama
 from tests.rollout.engine.odd_requests import odd_request
-from tests.support import engine_for, tiny_llama
 
 
 def letters(ids) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, default_tap_layers
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 
 def engine(model, **options):

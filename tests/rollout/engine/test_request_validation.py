@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.rollout import FinishReason, Request, RolloutEngine, SamplingParams, Strategy
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 
 @pytest.fixture(scope="module")

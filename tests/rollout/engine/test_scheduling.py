@@ -8,7 +8,7 @@ from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.engine.scheduler import Scheduler
 from paceline.rollout.length_estimate import ObservedLengths
 from paceline.rollout.sequence import SequenceState
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 TOKEN_BYTES = 2 * 4 * 2 * 16 * 4 + 4 * 64 * 4  # keys and values of the tiny model's 4 layers, and its taps
 

@@ -16,7 +16,7 @@ from paceline.rollout.model.graph_plan import (
     powers_of_two,
 )
 from paceline.rollout.model.graph_pool import GraphPool, PlainCapturer
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 LLAMA_8B = ModelShape(
     layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=128256

@@ -5,7 +5,7 @@ import types
 import torch
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 
 def test_forwards_and_hooks_of_the_trainer_stay_with_it():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.rollout import FinishReason, Request, SamplingParams
-from tests.support import engine_for, tiny_llama, worst_gap
+from tests.engines import engine_for, tiny_llama, worst_gap
 
 PARAMS = SamplingParams(temperature=0.9, max_tokens=9)
 PROMPTS = [[5, 9, 2, 44, 17, *range(10, 10 + i)] for i in range(3)]

@@ -5,7 +5,7 @@ import torch
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.model.packed_linear import can_pack
-from tests.support import engine_for, tiny_llama
+from tests.engines import engine_for, tiny_llama
 
 GREEDY = Request([1, 2, 3], SamplingParams(temperature=0, max_tokens=20))
 

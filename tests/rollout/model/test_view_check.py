@@ -15,7 +15,7 @@ from paceline.rollout.model.attention import chain_seats
 from paceline.rollout.model.inference_view import InferenceView
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.model.view_check import _TOLERANCES, logit_gap
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 
 def sees_the_future(positions: torch.Tensor) -> torch.Tensor:

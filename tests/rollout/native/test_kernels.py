@@ -9,7 +9,7 @@ import torch
 
 from paceline.rollout import SamplingParams
 from paceline.rollout.native import AttentionRule, RaggedTokens, build, load_kernels
-from paceline.rollout.native import kernels as native
+from paceline.rollout.native import loading as native
 from paceline.rollout.sampling import draw_tokens, processed_probs
 
 pytestmark = pytest.mark.skipif(load_kernels("cpu", torch.float32) is None, reason="no C++ compiler")

@@ -7,7 +7,7 @@ from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.model.packed_linear import PackedLinear
 from paceline.rollout.native.products import load_products
-from tests.support import tiny_llama
+from tests.engines import tiny_llama
 
 pytestmark = pytest.mark.skipif(load_products() is None, reason="no AMX, or no C++ compiler")
 

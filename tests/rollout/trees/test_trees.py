@@ -15,8 +15,8 @@ from paceline.rollout.native import AttentionRule, RaggedTokens, load_kernels
 from paceline.rollout.trees import DraftTree, chain_parents, child_table, tree_shape
 from paceline.rollout.trees.expander import TreeLimits, draw_without_replacement
 from paceline.rollout.trees.ranked import grow_dynamic, grow_opt_tree
+from tests.engines import full_engine, tiny_llama
 from tests.rollout.verify.verifier_cases import Chooser, Process, after
-from tests.support import full_engine, tiny_llama
 
 parents_lists = st.lists(st.integers(-1, 30), min_size=1, max_size=30).map(
     lambda xs: [min(p, i - 1) for i, p in enumerate(xs)]
@@ -85,7 +85,7 @@ def test_the_accepted_path_stays_in_the_cache(native, monkeypatch):
     from paceline.rollout.model import kv_cache
 
     if not native:
-        monkeypatch.setattr(kv_cache, "load_kernels", lambda device, dtype: None)
+        monkeypatch.setattr(kv_cache, "load_cpu_kernels", lambda device, dtype: None)
     cache = SlotCache(CacheShape(2, 2, 16, 3, 40, 5, torch.float32), torch.device("cpu"))
     for layer in range(2):
         cache.lines(layer).copy_(torch.randn(2, 3, 2, 40, 16))

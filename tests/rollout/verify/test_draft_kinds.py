@@ -12,7 +12,7 @@ from paceline.rollout.drafters.model_drafts import DRAWS, TREES
 from paceline.rollout.engine.speculation import DrafterWarning
 from paceline.rollout.trees import DraftKind, DraftTree
 from paceline.rollout.verify import VERIFIERS, Uniforms, verify_deterministic
-from tests.support import full_engine, tiny_llama
+from tests.engines import full_engine, tiny_llama
 
 VOCAB = 6
 REQUESTS = [Request([1, 4, 2, 4], SamplingParams(max_tokens=6), seed=i, group="g") for i in range(8)]

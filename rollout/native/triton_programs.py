@@ -1,0 +1,222 @@
+"""Triton programs of the decode kernels on a GPU: what lies between a decoder layer's matrix products.
+
+`paceline.rollout.native.triton_kernels` launches them. Values are float32 or bfloat16 in memory and float32
+in registers. A token is described by a column of a `DeviceTokens` table, whose rows are named `SLOT` …
+`ANCESTORS`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SLOT = tl.constexpr(0)
+LOCAL_POSITION = tl.constexpr(1)
+PLACE = tl.constexpr(3)
+TRUNK = tl.constexpr(4)
+ANCESTORS = tl.constexpr(5)
+
+
+@triton.jit
+def rms_norm(x, gain, out, width, eps, BLOCK: tl.constexpr):
+    """Normalizes row ``program_id(0)`` of ``x`` by its root mean square and multiplies it by the gain."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    values = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    gains = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (values * scale * gains).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_gate(gate, up, out, count, BLOCK: tl.constexpr):
+    """Writes silu(gate) · up of ``count`` values."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_and_store(
+    query, key, value, cosines, sines, query_gain, key_gain, out, cache, table, tokens,
+    cache_half, cache_slot, cache_head, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Rotates one head of one token: a query goes to ``out``, a key or a value to its place in the cache."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    inside = at < DIM
+    rolled = (at + DIM // 2) % DIM
+    is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
+    if is_query:
+        source = query + (token * HEADS + head) * DIM
+    elif is_key:
+        source = key + (token * KV_HEADS + head - HEADS) * DIM
+    else:
+        source = value + (token * KV_HEADS + head - HEADS - KV_HEADS) * DIM
+    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    if is_query | is_key:
+        other = tl.load(source + rolled, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            if is_query:  # noqa: SIM108  (Triton's compiler wants statements)
+                gain = query_gain
+            else:
+                gain = key_gain
+            scale = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
+            x = x * scale * tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+            other = other * scale * tl.load(gain + rolled, mask=inside, other=0.0).to(tl.float32)
+            x = x.to(out.dtype.element_ty).to(tl.float32)
+            other = other.to(out.dtype.element_ty).to(tl.float32)
+        cos = tl.load(cosines + token * DIM + at, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(sines + token * DIM + at, mask=inside, other=0.0).to(tl.float32)
+        x = x * cos + tl.where(at < DIM // 2, -other, other) * sin
+    if is_query:
+        target = out + (token * HEADS + head) * DIM
+    else:
+        slot, place = tl.load(table + SLOT * tokens + token), tl.load(table + PLACE * tokens + token)
+        lane = tl.where(is_key, head - HEADS, head - HEADS - KV_HEADS).to(tl.int64)
+        half = tl.where(is_key, 0, 1).to(tl.int64)
+        target = cache + half * cache_half + slot * cache_slot + lane * cache_head + place * DIM
+    tl.store(target + at, x.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend_block(query, keys, values, visible, acc, highest, total, scale, softcap, SOFTCAP: tl.constexpr):
+    """Adds a block of keys to a running softmax (FlashAttention, arXiv 2205.14135, algorithm 1)."""
+    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
+    if SOFTCAP:
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen so far
+    weights = tl.exp(scores - base[:, None])
+    kept = tl.exp(highest - base)
+    total = total * kept + tl.sum(weights, 1)
+    acc = acc * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+    return acc, new_highest, total
+
+
+@triton.jit
+def attend(
+    query, cache, out, partial, table, tokens, cache_half, cache_slot, cache_head, scale, softcap,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Attends with the query heads of one token and key head to one of ``SPLITS`` parts of the keys it sees.
+
+    With one part the result goes to ``out`` [N, H, d], else the unnormalised sum, the highest score and the
+    sum of weights go to ``partial`` [SPLITS, N, H, d + 2].
+    """
+    token, lane, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    slot = tl.load(table + SLOT * tokens + token)
+    trunk = tl.load(table + TRUNK * tokens + token)
+    first = 0 * trunk
+    if WINDOW > 0:
+        first = tl.maximum(tl.load(table + LOCAL_POSITION * tokens + token) - WINDOW + 1, 0)
+    rows, at, near = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, KEYS)
+    head = lane * group + rows
+    row_mask = (rows < group)[:, None] & (at < DIM)[None, :]
+    q = tl.load(query + (token * HEADS + head)[:, None] * DIM + at[None, :], mask=row_mask, other=0.0)
+    lines = cache + slot * cache_slot + lane * cache_head
+    acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+    highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    length = tl.cdiv(tl.cdiv(tl.maximum(trunk - first, 0), SPLITS), KEYS) * KEYS
+    begin = first + part * length
+    end = tl.minimum(begin + length, trunk)
+    for start in range(begin, end, KEYS):
+        place = start + near
+        visible = place < end
+        mask = visible[:, None] & (at < DIM)[None, :]
+        offset = place[:, None] * DIM + at[None, :]
+        k = tl.load(lines + offset, mask=mask, other=0.0)
+        v = tl.load(lines + cache_half + offset, mask=mask, other=0.0)
+        acc, highest, total = _attend_block(q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP)
+    ancestors = tl.load(table + ANCESTORS * tokens + token)
+    if (part == SPLITS - 1) & (ancestors != 0):
+        for first_bit in range(0, 64, KEYS):
+            bit = first_bit + near
+            visible = ((ancestors >> bit.to(tl.int64)) & 1) != 0
+            mask = visible[:, None] & (at < DIM)[None, :]
+            offset = (trunk + bit)[:, None] * DIM + at[None, :]
+            k = tl.load(lines + offset, mask=mask, other=0.0)
+            v = tl.load(lines + cache_half + offset, mask=mask, other=0.0)
+            acc, highest, total = _attend_block(
+                q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP
+            )
+    if SPLITS == 1:
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        target = out + (token * HEADS + head)[:, None] * DIM + at[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=row_mask)
+    else:
+        line = partial + ((part * tokens + token) * HEADS + head) * (DIM + 2)
+        tl.store(line[:, None] + at[None, :], acc, mask=row_mask)
+        tl.store(line + DIM, highest, mask=rows < group)
+        tl.store(line + DIM + 1, total, mask=rows < group)
+
+
+@triton.jit
+def combine(partial, out, lines, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+    """Joins the parts of one query's attention, ``program_id(0)`` of ``lines`` (Flash-Decoding)."""
+    line = tl.program_id(0).to(tl.int64)
+    at, part = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
+    base = partial + (part * lines + line) * (DIM + 2)
+    highest, total = tl.load(base + DIM), tl.load(base + DIM + 1)
+    top = tl.max(highest, 0)
+    weight = tl.exp(highest - tl.where(top == float("-inf"), 0.0, top))
+    mask = (at < DIM)[None, :] & (part >= 0)[:, None]
+    sums = tl.load(base[:, None] + at[None, :], mask=mask, other=0.0)
+    whole = tl.sum(total * weight, 0)
+    result = tl.sum(sums * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + line * DIM + at, result.to(out.dtype.element_ty), mask=at < DIM)
+
+
+@triton.jit
+def draw(logits, numbers, tokens, logprobs, vocab, rows, BLOCK: tl.constexpr):
+    """Samples row ``program_id(0)`` from softmax(logits / temperature) by inverting the cumulative sum.
+
+    ``numbers`` is float64 [2, R], temperatures and uniforms. Sums over blocks are float64, so that small
+    probabilities are not lost.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(numbers + row).to(tl.float32)
+    uniform = tl.load(numbers + rows + row)
+    greedy = temperature == 0.0
+    scale = 1.0 / tl.where(greedy, 1.0, temperature)
+    at = tl.arange(0, BLOCK)
+    line = logits + row * vocab
+    top, best, broken = float("-inf"), 0, 0.0
+    for start in range(0, vocab, BLOCK):
+        inside = start + at < vocab
+        x = tl.load(line + start + at, mask=inside, other=float("-inf")).to(tl.float32)
+        broken += tl.sum(tl.where(inside & ~(tl.abs(x) < float("inf")), 1.0, 0.0), 0)
+        high = tl.max(x, 0)
+        where = tl.min(tl.where(x == high, start + at, vocab), 0)
+        best = tl.where(high > top, where, best)
+        top = tl.maximum(top, high)
+    total = tl.zeros([], dtype=tl.float64)
+    for start in range(0, vocab, BLOCK):
+        x = tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
+        total += tl.sum(tl.exp((x - top) * scale), 0).to(tl.float64)
+    goal = uniform * total
+    reached, chosen, before = tl.zeros([], dtype=tl.float64), 0, tl.zeros([], dtype=tl.float64)
+    for start in range(0, vocab, BLOCK):
+        x = tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
+        after = reached + tl.sum(tl.exp((x - top) * scale), 0).to(tl.float64)
+        here = (reached <= goal) & (after > goal)
+        chosen, before = tl.where(here, start, chosen), tl.where(here, reached, before)
+        reached = after
+    x = tl.load(line + chosen + at, mask=chosen + at < vocab, other=float("-inf")).to(tl.float32)
+    inside_block = tl.cumsum(tl.exp((x - top) * scale).to(tl.float64), 0)
+    index = tl.sum(tl.where(inside_block <= goal - before, 1, 0), 0)
+    token = tl.minimum(chosen + index, vocab - 1)
+    # rounding can carry the search past the last positive weight
+    usable = tl.exp((tl.load(line + token).to(tl.float32) - top) * scale) > 0
+    token = tl.where(greedy | ~usable, best, token)
+    logprob = (tl.load(line + token).to(tl.float32) - top) * scale - tl.log(total.to(tl.float32))
+    tl.store(tokens + row, token)
+    tl.store(logprobs + row, tl.where(broken > 0, float("nan"), logprob))

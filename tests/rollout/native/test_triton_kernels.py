@@ -1,0 +1,136 @@
+"""The Triton kernels compute what float64 does: on a GPU, or in Triton's interpreter without one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from paceline.rollout.model.attention import seat_bias
+from paceline.rollout.native import AttentionRule
+from paceline.rollout.native.device_tokens import DeviceTokens
+from paceline.rollout.native.triton_kernels import TritonKernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = TritonKernels()
+SLOTS, SPAN = 4, 200
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> None:
+    gap = (actual.double() - expected).norm() / expected.norm()
+    assert gap <= tolerance, gap
+
+
+def tokens(rows: list[tuple[int, int, int, int, int]]) -> DeviceTokens:
+    """Tokens of (slot, position, place, trunk, ancestors)."""
+    slot, position, place, trunk, ancestors = torch.tensor(rows, device=DEVICE).T
+    return DeviceTokens(torch.stack([slot, position, position, place, trunk, ancestors]).contiguous())
+
+
+# a lone token, one with a full slot, two of a chain, three nodes of a tree (the last two are siblings),
+# and padding, which sees nothing
+TOKENS = [
+    (1, 0, 0, 1, 0),
+    (0, 150, 150, 151, 0),
+    (3, 39, 39, 40, 0),
+    (3, 40, 40, 41, 0),
+    (2, 97, 97, 97, 0b1),
+    (2, 98, 98, 97, 0b11),
+    (2, 98, 99, 97, 0b101),
+    (0, 0, SPAN - 1, 0, 0),
+]
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_rms_norm(width):
+    x, gain = random(3, 5, width), random(width, seed=1)
+    wide = x.double()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain.double()
+    close(KERNELS.rms_norm(x, gain, 1e-5), expected)
+
+
+def test_silu_gate():
+    gate, up = random(3, 1500), random(3, 1500, seed=1)
+    close(KERNELS.silu_gate((gate, up)), torch.nn.functional.silu(gate.double()) * up.double())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dim", [32, 80])
+def test_rotate_and_store(norm, dim):
+    heads, kv_heads, count = 6, 2, len(TOKENS)
+    cache, untouched = (torch.zeros(2, SLOTS, kv_heads, SPAN, dim, device=DEVICE) for _ in range(2))
+    q, k, v = (random(1, count, n * dim, seed=n) for n in (heads, kv_heads, kv_heads + 1))
+    v = v[..., : kv_heads * dim]
+    cos, sin = random(1, count, dim, seed=7), random(1, count, dim, seed=8)
+    gains = (random(dim, seed=9), random(dim, seed=10)) if norm else None
+    described = tokens(TOKENS)
+    query = KERNELS.rotate_and_store((q, k, v), (cos, sin), gains, 1e-5, described, cache)
+
+    def rotated(x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+        x = x.double().view(count, -1, dim)
+        if gain is not None:
+            x = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain.double()
+        half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return x * cos.double()[0, :, None] + half * sin.double()[0, :, None]
+
+    close(query[0], rotated(q, gains[0] if gains else None))
+    expected = untouched.double()
+    keys = rotated(k, gains[1] if gains else None)
+    for i, (slot, _, place, *_) in enumerate(TOKENS):
+        expected[0, slot, :, place], expected[1, slot, :, place] = keys[i], v.double().view(count, -1, dim)[i]
+    close(cache, expected)
+
+
+@pytest.mark.parametrize("count", [1, len(TOKENS)], ids=["many parts", "few parts"])
+@pytest.mark.parametrize(
+    "rule", [AttentionRule(0.2), AttentionRule(0.2, 3.0, 0), AttentionRule(0.2, 0.0, 30)], ids=str
+)
+def test_attention(count, rule):
+    heads, kv_heads, dim = 6, 2, 48
+    cache = random(2, SLOTS, kv_heads, SPAN, dim, seed=1)
+    rows = TOKENS[1 : 1 + count] if count == 1 else TOKENS
+    described = tokens(rows)
+    query = random(1, len(rows), heads, dim, seed=2)
+    actual = KERNELS.attend(query, cache, described, rule)[0].view(len(rows), heads, dim)
+    bias = seat_bias(described.seats, SPAN, rule.window or None, torch.float64)[0]
+    for i, (slot, *_, trunk, ancestors) in enumerate(rows):
+        keys, values = (x.double().repeat_interleave(heads // kv_heads, 0) for x in cache[:, slot])
+        scores = (query[0, i].double()[:, None] @ keys.transpose(1, 2))[:, 0] * rule.scale
+        if rule.softcap:
+            scores = rule.softcap * torch.tanh(scores / rule.softcap)
+        if trunk + ancestors == 0:
+            assert not actual[i].any()
+            continue
+        weights = torch.softmax(scores + bias[i], -1)
+        close(actual[i], (weights[:, None] @ values)[:, 0], 1e-5)
+
+
+def test_drawing_inverts_the_cumulative_sum():
+    rows, vocab = 6, 9000
+    logits = random(rows, vocab, seed=3) * 3
+    temperatures = torch.tensor([1.0, 0.5, 1.5, 1.0, 0.0, 1.0], dtype=torch.float64, device=DEVICE)
+    uniform = torch.tensor([0.3, 0.9, 0.0, 1 - 1e-12, 0.5, 0.7], dtype=torch.float64, device=DEVICE)
+    logits[5, 3] = float("nan")
+    tokens, logprobs = KERNELS.draw(logits, temperatures.float().cpu(), uniform.cpu())
+    scale = torch.where(temperatures == 0, 1.0, temperatures)
+    probs = torch.softmax(logits.double() / scale[:, None], -1)
+    ends = probs.cumsum(-1)
+    for row in range(4):
+        token = int(tokens[row])
+        before = 0.0 if token == 0 else float(ends[row, token - 1])
+        assert before - 1e-6 <= float(uniform[row]) <= float(ends[row, token]) + 1e-6
+        assert float(logprobs[row]) == pytest.approx(float(probs[row, token].log()), abs=1e-5)
+    assert int(tokens[4]) == int(logits[4].argmax())
+    assert float(logprobs[4]) == pytest.approx(float(probs[4].max().log()), abs=1e-5)
+    assert logprobs[5].isnan()
+
+
+def test_tokens_of_weight_zero_are_never_drawn():
+    logits = torch.full((2, 5000), -1e4, device=DEVICE)
+    logits[:, 4321] = 0.0
+    uniform = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert KERNELS.draw(logits, torch.ones(2), uniform)[0].tolist() == [4321, 4321]
