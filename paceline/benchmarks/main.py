@@ -24,7 +24,7 @@ STUDIES = {
     "verifiers": "decoding.verifiers",
     "selection": "decoding.selection",
     "served": "decoding.served",
-    "gpu": "decoding.gpu",
+    "gpu-check": "decoding.gpu_check",
     "plan": "decoding.plan",
     "update": "training.update",
     "seeds": "training.seeds",

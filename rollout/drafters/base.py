@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,10 @@ from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftTree
 
+# (slots int64 [N], positions int64 [N]) → [N, (taps + 1) · hidden], the tapped hidden states of these tokens
+# and the inputs of the output head
+TapReader = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:
@@ -19,13 +23,12 @@ class DraftContext:
 
     Attributes:
         sequences: Active sequences; sequence i sits in slot i.
-        taps: [slots, capacity, taps + 1, hidden], the target's tapped hidden states; those of sequence i are
-            valid at positions ``0 .. len(tokens) - 2``. The last entry of the taps dimension is the input of
-            the output head. None when the engine keeps no taps.
+        taps: Function that reads the target's tapped hidden states of tokens; None when the engine keeps
+            none. Those of sequence i are valid at positions ``0 .. len(tokens) - 2``.
     """
 
     sequences: Sequence[SequenceState]
-    taps: torch.Tensor | None
+    taps: TapReader | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,7 @@ class ClaspDrafter(StatelessSlots):
         """Drafts chains with the layers skipped, after a new search if one is due."""
         sequences = context.sequences
         room = max(strategy.depth, self.skipped + 1) + 2
-        self.runner.cache.reserve(
-            max(len(s.tokens) for s in sequences) + room, len(sequences), len(sequences)
-        )
+        self.runner.cache.reserve([len(s.tokens) + room for s in sequences], active=len(sequences))
         fits = len(sequences[0].tokens) + self.skipped + 1 <= self.runner.cache.shape.capacity
         if self._drafts % self.every == 0 and fits:
             self.skipped_layers = self._choose(sequences)

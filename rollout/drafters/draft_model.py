@@ -86,9 +86,7 @@ class DraftModelDrafter:
         """Reads the tokens committed since the last draft, then drafts."""
         sequences = context.sequences
         active = len(sequences) if any(self._seen) else 0
-        self.runner.cache.reserve(
-            max(len(s.tokens) for s in sequences) + MAX_NODES, active=active, slots=len(sequences)
-        )
+        self.runner.cache.reserve([len(s.tokens) + MAX_NODES for s in sequences], active=active)
         root = self._read(sequences)
         expander = LMExpander(
             self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device
@@ -114,7 +112,7 @@ class DraftModelDrafter:
 
     def move(self, source: int, target: int) -> None:
         """Copies the cache of slot ``source`` to slot ``target``."""
-        self.runner.cache.copy_slot(source, [target], min(self._seen[source], self.runner.cache.span))
+        self.runner.cache.vacate(target, source, self._seen[source])
         self._seen[target] = self._seen[source]
 
     def release(self, slot: int) -> None:

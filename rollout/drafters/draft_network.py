@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from paceline.rollout.drafters.base import TapReader
 from paceline.rollout.sequence import SequenceState
 
 
@@ -20,13 +21,13 @@ class Reading:
         seen: Number of positions of each sequence that were read: token ``seen + 1`` is the next one,
             together with the target's features at position ``seen``.
         shift: Position in the text of place 0 of each slot of the draft cache.
-        taps: The target's hidden states, as in `DraftContext`.
+        taps: Reads the target's hidden states, as in `DraftContext`.
     """
 
     sequences: Sequence[SequenceState]
     seen: Sequence[int]
     shift: Sequence[int]
-    taps: torch.Tensor
+    taps: TapReader
 
     @property
     def counts(self) -> list[int]:

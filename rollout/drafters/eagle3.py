@@ -13,7 +13,7 @@ from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_network import network_for
 from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
-from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.kv_cache import CacheShape
 from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
@@ -64,8 +64,10 @@ class Eagle3Drafter:
         # once for every token it attends to
         self._window = window
         self._room = capacity + MAX_NODES if window is None else min(2 * window, capacity) + MAX_NODES
-        self.cache = SlotCache(CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype), device)
-        self._network = network_for(self._weights, embed_tokens, self.cache, capacity + MAX_NODES)
+        shape = CacheShape(1, kv_heads, head_dim, slots, self._room, 0, dtype)
+        self._network, self.cache = network_for(
+            self._weights, embed_tokens, shape, device, capacity + MAX_NODES
+        )
         self._seen, self._shift = [0] * slots, [0] * slots
         self.load_weights(model)
 
@@ -133,16 +135,16 @@ class Eagle3Drafter:
             end = len(sequence.tokens) - 1
             if self._window is not None and end - self._shift[slot] > self._room - MAX_NODES:
                 self._move_window(slot, end - self._window)
-        longest = max(len(s.tokens) - shift for s, shift in zip(sequences, self._shift, strict=False))
-        self.cache.reserve(min(longest + MAX_NODES, self._room), active=active, slots=len(sequences))
+        held = (len(s.tokens) - shift for s, shift in zip(sequences, self._shift, strict=False))
+        self.cache.reserve([min(length + MAX_NODES, self._room) for length in held], active=active)
 
     def _move_window(self, slot: int, shift: int) -> None:
         """Moves the slot's window so that position ``shift`` becomes its place 0."""
         kept = self._seen[slot] - shift
         if kept > 0:
-            lines = self.cache.lines(0)
             start = shift - self._shift[slot]
-            lines[:, slot, :, :kept] = lines[:, slot, :, start : start + kept].clone()
+            lines, taps = self.cache.read_slot(slot, start + kept)
+            self.cache.write_slot(slot, lines[:, :, :, start:], taps[start:])
         self._shift[slot] = shift
         self._seen[slot] = max(self._seen[slot], shift)
 
@@ -155,8 +157,8 @@ class Eagle3Drafter:
         """Does nothing: features are read from the taps when the next draft is asked for."""
 
     def move(self, source: int, target: int) -> None:
-        """Copies the cache of slot ``source`` to slot ``target``."""
-        self.cache.copy_slot(source, [target], min(self._seen[source] - self._shift[source], self.cache.span))
+        """Moves the cache of slot ``source`` to slot ``target``."""
+        self.cache.vacate(target, source, self._seen[source] - self._shift[source])
         self._seen[target], self._shift[target] = self._seen[source], self._shift[source]
 
     def release(self, slot: int) -> None:

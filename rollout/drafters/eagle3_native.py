@@ -16,9 +16,10 @@ from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
-from paceline.rollout.model.graph_pool import Capturer, GraphPool, token_padding
+from paceline.rollout.model.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
+from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import (
     AnyKernels,
     AttentionRule,
@@ -51,7 +52,7 @@ class NativeNetwork:
         self,
         weights: Eagle3Model,
         embed_tokens: nn.Module,
-        cache: SlotCache,
+        cache: SlotCache | PagedCache,
         kernels: AnyKernels,
         positions: int,
     ) -> None:
@@ -88,6 +89,7 @@ class NativeNetwork:
         Graphs for other spans are captured when they are first needed.
         """
         config, cache = self._weights.config, self._cache
+        assert isinstance(cache, PagedCache)
         rows = token_buckets(4 * cache.shape.slots)
         assert config.hidden_size is not None
         self.graphs = GraphPool(
@@ -100,7 +102,7 @@ class NativeNetwork:
             dtype=self._dtype,
             device=cache.device,
             capturer=capturer,
-            padding=token_padding,
+            padding=cache.padding,
         )
         if precapture:
             self.graphs.capture_planned()
@@ -147,8 +149,8 @@ class NativeNetwork:
             [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]],
             device,
         )
-        taps = reading.taps
-        features = taps.flatten(-2)[described.token_slots, described.positions, : -taps.shape[-1]]
+        features = reading.taps(described.token_slots, described.positions)
+        features = features[:, : self._weights.fc.in_features]
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
             assert isinstance(self._kernels, Kernels)
             hidden = self._kernels.multiply(features, self._int8_fc)
@@ -188,7 +190,7 @@ class NativeNetwork:
         Returns:
             Outputs and logits of all tokens, or of those in ``keep``.
         """
-        lines = self._cache.lines(0)
+        lines: Any = self._kernels.cached(self._cache, 0)
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
             assert isinstance(self._kernels, Kernels) and isinstance(ragged, RaggedTokens)
             out, logits = self._kernels.draft_step(

@@ -13,7 +13,8 @@ from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
 from paceline.rollout.model.graph_plan import plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
-from paceline.rollout.model.kv_cache import SlotCache
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import load_kernels
 
 # Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
@@ -21,22 +22,33 @@ from paceline.rollout.native import load_kernels
 _EXACT_WIDTH, _WIDTH_STEP = 8, 32
 
 
-def network_for(weights: Eagle3Model, embed_tokens: nn.Module, cache: SlotCache, capacity: int) -> Network:
-    """Returns the fastest network for the weights' device and dtype."""
+def network_for(
+    weights: Eagle3Model, embed_tokens: nn.Module, shape: CacheShape, device: torch.device, capacity: int
+) -> tuple[Network, SlotCache | PagedCache]:
+    """Returns the fastest network for the weights' device and dtype, and its cache.
+
+    Args:
+        weights: Model whose weights are used.
+        embed_tokens: The target's input embedding.
+        shape: Size of the draft cache.
+        device: Device of the weights.
+        capacity: Number of positions that a text may have.
+    """
     config = weights.config
-    dtype, device = cache.shape.dtype, cache.device
-    kernels = load_kernels(device.type, dtype)
+    kernels = load_kernels(device.type, shape.dtype)
     assert config.intermediate_size is not None and config.hidden_size is not None
     network: NativeNetwork | PaddedNetwork
     if kernels is not None and kernels.serve(
         attention_shape(config)[2], config.hidden_size, config.intermediate_size
     ):
+        cache = (PagedCache if kernels.paged else SlotCache)(shape, device)
         network = NativeNetwork(weights, embed_tokens, cache, kernels, capacity)
     else:
+        cache = SlotCache(shape, device)
         network = PaddedNetwork(weights, embed_tokens, cache)
     if device.type == "cuda":
         network.capture_graphs(CudaCapturer(), precapture=True)
-    return network
+    return network, cache
 
 
 class PaddedNetwork:
@@ -73,7 +85,9 @@ class PaddedNetwork:
         place = place.clamp(max=self._cache.span - 1)  # padding past a slot's end is overwritten later
         shift = torch.tensor(reading.shift, device=device)[:, None]
         rows = torch.arange(len(tokens), device=device)
-        features = taps[rows[:, None], (place + shift).clamp(max=taps.shape[1] - 1)][..., :-1, :].flatten(-2)
+        slots = rows[:, None].expand_as(place).flatten()
+        features = taps(slots, (place + shift).flatten()).view(*place.shape, -1)
+        features = features[..., : self._model.fc.in_features]
         out = self._run(tokens, self._model.fc(features), chain_seats(place), shift)
         newest = out[rows, torch.tensor(counts, device=device) - 1]
         return newest, self._model.logits(newest)

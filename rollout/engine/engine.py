@@ -269,15 +269,14 @@ class RolloutEngine:
         """
         waiting, cache = list(texts), self.runner.cache
         while waiting:
-            longest, count = 0, 0
-            for text in waiting[: self.scheduler.slots]:
-                longest = max(longest, len(text))
-                tokens = sum(map(len, waiting[: count + 1]))
-                if count and (tokens > self.prefill_tokens or count >= cache.slots_at(longest)):
+            count = 1
+            for more in range(2, min(len(waiting), self.scheduler.slots) + 1):
+                lengths = [len(text) for text in waiting[:more]]
+                if sum(lengths) > self.prefill_tokens or not cache.fits(lengths):
                     break
-                count += 1
+                count = more
             part, waiting = waiting[:count], waiting[count:]
-            cache.reserve(longest, active=0, slots=count)
+            cache.reserve([len(text) for text in part], active=0)
             yield part
 
     def generate(
@@ -442,11 +441,12 @@ class RolloutEngine:
         """Prefills the sequences that fit and samples a token of each; returns how many it committed."""
         before = len(self.scheduler.active)
         margin = self.max_nodes + 2
-        admitted = list(self.scheduler.admit(lambda length: self.runner.cache.slots_at(length + margin)))
+        admitted = list(
+            self.scheduler.admit(lambda lengths: self.runner.cache.fits([n + margin for n in lengths]))
+        )
         if not admitted:
             return 0
-        longest = max(len(s.tokens) for s in self.scheduler.active)
-        self.runner.cache.reserve(longest + margin, active=before, slots=len(self.scheduler.active))
+        self.runner.cache.reserve([len(s.tokens) + margin for s in self.scheduler.active], active=before)
         clock = StepClock(self._device)
         held = self._prompts.held(self.scheduler.active[:before])
         logits = prefill(
@@ -470,8 +470,12 @@ class RolloutEngine:
         active = self.scheduler.active
         if not active:
             return
-        keep = self.runner.cache.slots_at(max(len(s.tokens) for s in active) + self.max_nodes + 2)
-        if keep >= len(active):
+        margin = self.max_nodes + 2
+        lengths = sorted((len(s.tokens) + margin for s in active), reverse=True)
+        keep = len(active)
+        while keep > 1 and not self.runner.cache.fits(lengths[:keep]):
+            keep -= 1
+        if keep == len(active):
             return
         preempted = {id(s): s for s in self.scheduler.preempt(keep)}
         self._vacate(lambda s: id(s) in preempted)
@@ -514,9 +518,7 @@ class RolloutEngine:
         """Returns the target's logits after each sequence's last token and each of its draft nodes."""
         last = upload([[s.tokens[-1]] for s in active], self._device)
         tokens = torch.cat([last, draft.tokens], dim=1)
-        self.runner.cache.reserve(
-            max(len(s.tokens) for s in active) + tokens.shape[1], len(active), len(active)
-        )
+        self.runner.cache.reserve([len(s.tokens) + tokens.shape[1] for s in active], active=len(active))
         starts = [len(s.tokens) - 1 for s in active]
         return self.runner.decode(tokens, (draft.lengths + 1).tolist(), starts, draft.parents)
 
@@ -530,7 +532,7 @@ class RolloutEngine:
         """
         outcome = verify_batch(active, logits, draft, self.speculation.verifier)
         if self.collect_traces:
-            record_rejections(active, draft, outcome, self.runner.cache.taps, self.runner.hidden_size)
+            record_rejections(active, draft, outcome, self.runner.cache, self.runner.hidden_size)
         if draft.parents is not None:
             self.runner.cache.keep_paths([len(s.tokens) for s in active], outcome.paths)
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
@@ -579,8 +581,7 @@ class RolloutEngine:
         cache = self.runner.cache
         for slot, last in self.scheduler.retire(ended):
             self.speculation.vacate(slot, last)
-            if slot != last:
-                cache.copy_slot(last, [slot], min(len(self.scheduler.active[slot].tokens), cache.span))
+            cache.vacate(slot, last, len(self.scheduler.active[slot].tokens) if slot != last else 0)
 
     def _drop_cancelled(self) -> Iterator[tuple[int, Rollout]]:
         """Yields the rollouts of cancelled requests, whether they hold a slot or are waiting."""

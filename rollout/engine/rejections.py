@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from paceline.rollout.engine.batch_verification import BatchOutcome
+from paceline.rollout.model.kv_cache import SlotCache
+from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import upload
 from paceline.rollout.sequence import Rejection, SequenceState
 from paceline.rollout.trees import DraftTree
@@ -16,7 +16,7 @@ def record_rejections(
     active: Sequence[SequenceState],
     draft: DraftTree,
     outcome: BatchOutcome,
-    taps: torch.Tensor,
+    cache: SlotCache | PagedCache,
     hidden_size: int,
 ) -> None:
     """Adds each sequence's first rejected token to its record.
@@ -27,8 +27,7 @@ def record_rejections(
         active: B sequences in slots 0 … B − 1, in the state in which the draft was made.
         draft: Draft that was verified, with parents on the CPU.
         outcome: Outcome of the verification.
-        taps: Taps of the cache, [slots, span, width]; the last ``hidden_size`` values at a place are the
-            input of the output head there.
+        cache: Cache whose taps end with the input of the output head, ``hidden_size`` values.
         hidden_size: Hidden size of the target.
     """
     lengths = draft.lengths.tolist()
@@ -36,8 +35,8 @@ def record_rejections(
     rejected = [(row, node) for row, node in enumerate(nodes) if node is not None]
     if not rejected:
         return
-    places = upload([[row, len(active[row].tokens) + node] for row, node in rejected], taps.device)
-    finals = taps[places[:, 0], places[:, 1], -hidden_size:]
+    places = upload([[row, len(active[row].tokens) + node] for row, node in rejected], cache.device)
+    finals = cache.taps_at(places[:, 0], places[:, 1])[:, -hidden_size:]
     for (row, node), final in zip(rejected, finals, strict=True):
         sequence = active[row]
         position = len(sequence.tokens) + len(outcome.paths[row])

@@ -56,18 +56,18 @@ class Scheduler:
         expected = _UNKNOWN_LENGTH if sequence.predicted is None else sequence.predicted
         return min(max(sequence.num_prompt + int(expected), len(sequence.tokens)), sequence.limit)
 
-    def admit(self, fit: Callable[[int], int]) -> Iterator[tuple[int, SequenceState]]:
+    def admit(self, fits: Callable[[list[int]], bool]) -> Iterator[tuple[int, SequenceState]]:
         """Moves waiting sequences into free slots; yields (slot, sequence).
 
         Args:
-            fit: Function from the length of the longest sequence to the number of sequences that the KV cache
-                then holds. Sequences count with their predicted length, so that few of those admitted have to
-                be preempted later.
+            fits: Function that returns whether the KV cache holds sequences of these lengths together.
+                Sequences count with their predicted length, so that few of those admitted have to be
+                preempted later.
         """
-        longest = max((self._expected_tokens(s) for s in self.active), default=0)
+        lengths = [self._expected_tokens(s) for s in self.active]
         while self.waiting and len(self.active) < self.slots:
-            longest = max(longest, self._expected_tokens(self.waiting[0]))
-            if self.active and fit(longest) <= len(self.active):
+            lengths.append(self._expected_tokens(self.waiting[0]))
+            if self.active and not fits(lengths):
                 return
             sequence = self.waiting.popleft()
             self.active.append(sequence)

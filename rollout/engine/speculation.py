@@ -202,10 +202,7 @@ class Speculation:
 
     def _checked_draft(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
         """Returns the drafter's draft, or None if it failed, in which case it is disabled."""
-        taps = None
-        if self._runner.tap_layers:
-            cache = self._runner.cache
-            taps = cache.taps.view(*cache.taps.shape[:2], -1, self._runner.hidden_size)
+        taps = self._runner.cache.taps_at if self._runner.tap_layers else None
         try:
             draft = self.drafters[name].propose(DraftContext(active, taps), strategy)
             problem = draft.problem(len(active), self._runner.vocab_size) or self._coverage_problem(draft)

@@ -74,7 +74,7 @@ def _shapes(runner: ModelRunner, slots: int, widths: list[int], context: int) ->
     """Returns the pairs (batch, width) to measure, after making room for them in the cache."""
     end = context + max(widths) + 1
     slots = min(slots, runner.cache.slots_at(end))
-    runner.cache.reserve(end, active=0, slots=slots)
+    runner.cache.reserve([end] * slots, active=0)
     batches = itertools.takewhile(lambda batch: batch <= slots, (4**i for i in range(8)))
     return list(itertools.product(batches, widths))
 

@@ -263,7 +263,7 @@ class FusedLayer(nn.Module):
     ) -> torch.Tensor:
         """Stores keys and values; returns the attention output [B, Q, H · d]."""
         if batch.ragged is not None and self._kernels is not None and self._rule is not None:
-            lines = cache.lines(self.index)
+            lines: Any = self._kernels.cached(cache, self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
             kernels: Any = self._kernels

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# memory of one kernel in an instantiated CUDA graph; `launch/bench.py gpu` compares plan and measurement
+# memory of one kernel in an instantiated CUDA graph; `paceline gpu-check` compares plan and measurement
 NODE_BYTES = 16 * 1024
 
 

@@ -64,11 +64,6 @@ def seat_padding(span: int) -> Sequence[int]:
     return span - 1, span - 1, span, 0
 
 
-def token_padding(span: int) -> Sequence[int]:
-    """Returns the column of padding in a `DeviceTokens` table, which writes there too and sees nothing."""
-    return 0, 0, 0, span - 1, 0, 0
-
-
 @dataclass(slots=True)
 class _Captured:
     """Holds the input tensors of a captured forward, the seat of its padding and its replay."""

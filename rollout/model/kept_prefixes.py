@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from paceline.rollout.model.kv_cache import SlotCache, available_bytes
+from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.sequence import SequenceState
 
 
@@ -54,7 +55,7 @@ class KeptPrefixes:
             memory as in a slot.
     """
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, cache: SlotCache | PagedCache) -> None:
         self._cache = cache
         self._kept: list[_KeptSequence] = []  # least recently used first
         self.most_tokens = 0
@@ -75,14 +76,8 @@ class KeptPrefixes:
             del self._kept[0]
         if not self._fits(len(tokens)):
             return
-        views = [
-            self._cache.lines(layer)[:, slot, :, : len(tokens)] for layer in range(self._cache.shape.layers)
-        ]
-        self._kept.append(
-            _KeptSequence(
-                tokens, sequence.num_prompt, torch.stack(views), self._cache.taps[slot, : len(tokens)].clone()
-            )
-        )
+        lines, taps = self._cache.read_slot(slot, len(tokens))
+        self._kept.append(_KeptSequence(tokens, sequence.num_prompt, lines, taps))
 
     def _fits(self, tokens: int) -> bool:
         """Returns whether free memory holds this many tokens twice; the margin is for the forwards."""
@@ -107,9 +102,7 @@ class KeptPrefixes:
             return 0
         kept = self._kept.pop(counts.index(count))
         self._kept.append(kept)
-        for layer, lines in enumerate(kept.lines):
-            self._cache.lines(layer)[:, slot, :, :count] = lines[:, :, :count]
-        self._cache.taps[slot, :count] = kept.taps[:count]
+        self._cache.write_slot(slot, kept.lines[:, :, :, :count], kept.taps[:count])
         return count
 
     def clear(self) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from paceline.rollout.machine_limits import available_memory
 from paceline.rollout.model.attention import ForwardBatch
-from paceline.rollout.native import load_cpu_kernels, upload
+from paceline.rollout.native import PagedLines, load_cpu_kernels, upload
 from paceline.rollout.transformers_api import Cache
 
 SPAN_STEP = 128  # smallest bucket of the span, in tokens
@@ -45,17 +45,41 @@ class CacheShape:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Returns the free memory of ``device``; for the CPU, what this process may still allocate.
+    """Returns the memory of ``device`` that a cache may take.
+
+    That is what this process may still allocate on a CPU, and four fifths of the free memory on a GPU, where
+    activations, captured graphs and the update need some, too.
 
     Raises:
         RuntimeError: The free memory of the CPU cannot be read.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] * 4 // 5
     try:
         return available_memory()
     except (OSError, RuntimeError) as error:
         raise RuntimeError(f"free memory cannot be read ({error}): set rollout.kv_memory_gb") from None
+
+
+def cache_tokens(shape: CacheShape, device: torch.device, limit_bytes: int | None) -> int:
+    """Returns how many tokens a cache holds: all slots at full capacity, or as many as memory allows.
+
+    Args:
+        shape: Size of the cache.
+        device: Device of the cache.
+        limit_bytes: Memory limit; None for the free memory.
+
+    Raises:
+        MemoryError: Not even one sequence of full length fits; the message has the numbers.
+    """
+    limit = available_bytes(device) if limit_bytes is None else limit_bytes
+    minimum = shape.capacity * shape.token_bytes
+    if minimum > limit:
+        raise MemoryError(
+            f"the KV cache needs {minimum / 1e9:.3g} GB for one sequence of {shape.capacity} tokens, "
+            f"{limit / 1e9:.3g} GB are allowed: lower rollout.max_context or raise rollout.kv_memory_gb"
+        )
+    return min(shape.slots * shape.capacity, limit // shape.token_bytes)
 
 
 class SlotCache(Cache):
@@ -83,16 +107,9 @@ class SlotCache(Cache):
 
     def __init__(self, shape: CacheShape, device: torch.device, limit_bytes: int | None = None) -> None:
         super().__init__(layers=[])
-        limit = available_bytes(device) if limit_bytes is None else limit_bytes
-        minimum = shape.capacity * shape.token_bytes
-        if minimum > limit:
-            raise MemoryError(
-                f"the KV cache needs {minimum / 1e9:.3g} GB for one sequence of {shape.capacity} tokens, "
-                f"{limit / 1e9:.3g} GB are allowed: lower rollout.max_context or raise rollout.kv_memory_gb"
-            )
         self.shape = shape
         self.device = device
-        self.tokens = min(shape.slots * shape.capacity, limit // shape.token_bytes)
+        self.tokens = cache_tokens(shape, device, limit_bytes)
         self.span = SPAN_STEP
         numel = 2 * self.tokens * shape.kv_heads * shape.head_dim
         self._buffer = torch.zeros(shape.layers, numel, dtype=shape.dtype, device=device)
@@ -104,6 +121,10 @@ class SlotCache(Cache):
     def slots_at(self, length: int) -> int:
         """Returns how many sequences fit if the longest holds ``length`` tokens; at least one."""
         return max(min(self.shape.slots, self.tokens // self._span_for(length)), 1)
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Returns whether sequences of these lengths in tokens fit together; a single one always does."""
+        return len(lengths) <= self.slots_at(max(lengths, default=0))
 
     @property
     def slots(self) -> int:
@@ -129,20 +150,20 @@ class SlotCache(Cache):
         numel = 2 * slots * s.kv_heads * self.span * s.head_dim
         self._layers = self._buffer[:, :numel].unflatten(1, shape)
         self._views = list(self._layers)
+        self._pages = torch.arange(slots, dtype=torch.int32, device=self.device)[:, None]
         self.taps = self._taps_buffer[: slots * self.span * s.taps].view(slots, self.span, s.taps)
 
-    def reserve(self, length: int, active: int, slots: int) -> None:
-        """Makes room for sequences and keeps the contents of the active slots.
+    def reserve(self, lengths: Sequence[int], active: int) -> None:
+        """Makes room for sequences of these lengths in tokens in the first slots.
 
         The span shrinks only if no slot is active or if more slots are needed, because every change copies.
 
         Args:
-            length: Length of the longest sequence in tokens.
+            lengths: Length of each sequence; together they must fit.
             active: Number of leading slots whose contents are kept.
-            slots: Number of sequences, at most `slots_at` of that length.
         """
-        new_span = self._span_for(length)
-        enough_slots = self.slots >= slots
+        new_span = self._span_for(max(lengths))
+        enough_slots = self.slots >= len(lengths)
         if new_span == self.span or (new_span < self.span and active and enough_slots):
             return
         old_views, old_taps = self._views, self.taps
@@ -203,6 +224,10 @@ class SlotCache(Cache):
         """
         return self._views[layer_idx]
 
+    def pages(self, layer: int) -> PagedLines:
+        """Returns a layer's keys and values as pages of the whole span, one for each slot."""
+        return PagedLines(self._views[layer].transpose(0, 1), self._pages)
+
     def write_taps(self, batch: ForwardBatch, taps: torch.Tensor) -> None:
         """Stores features [B, Q, taps] of the batch's tokens."""
         if batch.ragged is None:
@@ -241,6 +266,24 @@ class SlotCache(Cache):
         for target in targets:
             self._layers[:, :, target, :, :length] = self._layers[:, :, source, :, :length]
             self.taps[target, :length] = self.taps[source, :length]
+
+    def vacate(self, slot: int, last: int, length: int) -> None:
+        """Moves the first ``length`` tokens of slot ``last``, if that is another slot, into a free one."""
+        if last != slot:
+            self.copy_slot(last, [slot], min(length, self.span))
+
+    def taps_at(self, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Returns the features [N, taps] of tokens; slots and places are int64 [N]."""
+        return self.taps[slots, places.clamp(max=self.span - 1)]
+
+    def read_slot(self, slot: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns copies of a slot's keys and values [layers, 2, KV, length, d] and taps [length, taps]."""
+        return self._layers[:, :, slot, :, :length].contiguous(), self.taps[slot, :length].clone()
+
+    def write_slot(self, slot: int, lines: torch.Tensor, taps: torch.Tensor) -> None:
+        """Writes keys, values and taps from `read_slot` to the start of a slot, which has room for them."""
+        self._layers[:, :, slot, :, : lines.shape[3]] = lines
+        self.taps[slot, : len(taps)] = taps
 
     def clear_slot(self, slot: int) -> None:
         """Zeroes a slot.

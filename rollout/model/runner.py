@@ -23,8 +23,9 @@ from paceline.rollout.model.graph_plan import (
     powers_of_two,
     token_buckets,
 )
-from paceline.rollout.model.graph_pool import Capturer, GraphPool, seat_padding, token_padding
-from paceline.rollout.model.kv_cache import CacheShape, SlotCache
+from paceline.rollout.model.graph_pool import Capturer, GraphPool, seat_padding
+from paceline.rollout.model.kv_cache import CacheShape, SlotCache, cache_tokens
+from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.model.shape import intermediate_size, observed_keys
 from paceline.rollout.model.view_check import checked_view
 from paceline.rollout.native import DeviceTokens, RaggedTokens, upload
@@ -116,8 +117,15 @@ class ModelRunner:
             taps=self.hidden_size * (len(self.tap_layers) + 1) if self.tap_layers else 0,
             dtype=dtype,
         )
-        self.cache = SlotCache(shape, model.device, limit_bytes)
+        cache_tokens(
+            shape, model.device, limit_bytes
+        )  # too little memory is reported before anything is built
         self.view = checked_view(model, dtype, shape)
+        self.kernels = self.view.kernels
+        paged = self.kernels is not None and self.kernels.paged
+        self.cache: SlotCache | PagedCache = (PagedCache if paged else SlotCache)(
+            shape, model.device, limit_bytes
+        )
         self.graphs: GraphPool | None = None
         self.shape = ModelShape(
             layers=shape.layers,
@@ -129,7 +137,6 @@ class ModelRunner:
             vocab=config.vocab_size,
             bytes_per_value=dtype.itemsize,
         )
-        self.kernels = self.view.kernels
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -168,7 +175,7 @@ class ModelRunner:
             dtype=self.view.dtype,
             device=self.cache.device,
             capturer=capturer,
-            padding=seat_padding if self.kernels is None else token_padding,
+            padding=seat_padding if isinstance(self.cache, SlotCache) else self.cache.padding,
         )
         if precapture:
             self.graphs.capture_planned()
@@ -373,7 +380,8 @@ class ModelRunner:
 
     def trace(self, sequence: SequenceState, slot: int) -> DistillationTrace:
         """Returns a CPU copy of the hidden states that the forwards saw of the sequence in ``slot``."""
-        features = self.cache.taps[slot, : len(sequence.tokens) - 1].to("cpu", copy=True)
+        places = torch.arange(len(sequence.tokens) - 1, device=self.cache.device)
+        features = self.cache.taps_at(torch.full_like(places, slot), places).cpu()
         taps, final = features.split([features.shape[-1] - self.hidden_size, self.hidden_size], dim=-1)
         taps, final = taps.contiguous(), final.contiguous()
         final[: sequence.num_prompt - 1] = 0  # a restored prefix may hold an earlier turn's values

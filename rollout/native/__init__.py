@@ -5,7 +5,7 @@ written in Triton.
 """
 
 from paceline.rollout.native.build import NativeUnavailable
-from paceline.rollout.native.device_tokens import DeviceTokens
+from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
 from paceline.rollout.native.kernels import (
     AttentionRule,
     DraftLayer,
@@ -24,6 +24,7 @@ __all__ = [
     "Int8Rows",
     "Kernels",
     "NativeUnavailable",
+    "PagedLines",
     "RaggedTokens",
     "load_cpu_kernels",
     "load_kernels",

@@ -12,6 +12,19 @@ from paceline.rollout.native.transfer import upload
 
 
 @dataclass(frozen=True, slots=True)
+class PagedLines:
+    """Holds the keys and values of one layer in pages.
+
+    Attributes:
+        lines: [pages, 2, KV, page, d] with any strides of the first three dimensions.
+        table: Page of each part of each slot, int32 [slots, parts].
+    """
+
+    lines: torch.Tensor
+    table: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceTokens:
     """Describes the tokens of a forward, without padding, in one tensor on the device.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,6 +254,13 @@ class Kernels:
 
     # whether the outputs of joined projections come side by side in one tensor
     reads_joined = True
+    # whether keys and values may lie in pages
+    paged = False
+
+    @staticmethod
+    def cached(cache: Any, layer: int) -> torch.Tensor:
+        """Returns a layer's keys and values in the form that these kernels read."""
+        return cache.lines(layer)
 
     @staticmethod
     def describe(tokens: RaggedTokens, device: torch.device) -> RaggedTokens:

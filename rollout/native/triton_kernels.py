@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 
 from paceline.rollout.native import triton_programs as programs
-from paceline.rollout.native.device_tokens import DeviceTokens
+from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
 from paceline.rollout.native.kernels import AttentionRule, RaggedTokens
 from paceline.rollout.native.transfer import upload
 
@@ -27,6 +28,13 @@ class TritonKernels:
 
     # whether the outputs of joined projections come side by side in one tensor
     reads_joined = False
+    # whether keys and values may lie in pages
+    paged = True
+
+    @staticmethod
+    def cached(cache: Any, layer: int) -> PagedLines:
+        """Returns a layer's keys and values in the form that these kernels read."""
+        return cache.pages(layer)
 
     @staticmethod
     def describe(tokens: RaggedTokens, device: torch.device) -> DeviceTokens:
@@ -66,7 +74,7 @@ class TritonKernels:
         gains: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
         tokens: DeviceTokens,
-        cache: torch.Tensor,
+        cache: PagedLines,
     ) -> torch.Tensor:
         """Normalizes and rotates the heads of queries and keys; writes keys and values to their places.
 
@@ -76,33 +84,33 @@ class TritonKernels:
             gains: Gains [d] of the query and key norms, or None if there are none.
             eps: Epsilon of those norms.
             tokens: Description of the N tokens.
-            cache: Cache of the layer, [2, slots, KV, span, d].
+            cache: Keys and values of the layer.
 
         Returns:
             Queries [1, N, H, d].
         """
         query, key, value = (x.contiguous() for x in parts)
         cos, sin = (x.contiguous() for x in rotary)
-        kv_heads, dim = cache.shape[2], cache.shape[4]
+        _, _, kv_heads, _, dim = cache.lines.shape
         heads, count = query.shape[-1] // dim, query.shape[1]
         out = query.new_empty((1, count, heads, dim))
         query_gain, key_gain = (out, out) if gains is None else gains
         programs.rotate_and_store[(count, heads + 2 * kv_heads)](
-            query, key, value, cos, sin, query_gain, key_gain, out, cache, tokens.table, count,
-            *cache.stride()[:3], eps,
+            query, key, value, cos, sin, query_gain, key_gain, out, cache.lines, cache.table, tokens.table,
+            count, *_layout(cache), eps,
             HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim),
             NORM=gains is not None, num_warps=1,
         )  # fmt: skip
         return out
 
     def attend(
-        self, query: torch.Tensor, cache: torch.Tensor, tokens: DeviceTokens, rule: AttentionRule
+        self, query: torch.Tensor, cache: PagedLines, tokens: DeviceTokens, rule: AttentionRule
     ) -> torch.Tensor:
         """Computes the attention of each query to the keys of its slot that its description lets it see.
 
         Args:
             query: Queries [1, N, H, d].
-            cache: Cache of the layer, [2, slots, KV, span, d].
+            cache: Keys and values of the layer.
             tokens: Description of the N tokens.
             rule: Scale, soft cap and window.
 
@@ -110,13 +118,14 @@ class TritonKernels:
             [1, N, H · d].
         """
         _, count, heads, dim = query.shape
-        kv_heads = cache.shape[2]
+        kv_heads = cache.lines.shape[2]
         parts = triton.next_power_of_2(min(max(_PROGRAMS // (count * kv_heads), 1), _MOST_PARTS))
         out = query.new_empty((1, count, heads * dim))
         partial = out if parts == 1 else out.new_empty((parts, count, heads, dim + 2), dtype=torch.float32)
         block = triton.next_power_of_2(dim)
         programs.attend[(count, kv_heads, parts)](
-            query, cache, out, partial, tokens.table, count, *cache.stride()[:3], rule.scale, rule.softcap,
+            query, cache.lines, out, partial, cache.table, tokens.table, count, *_layout(cache),
+            rule.scale, rule.softcap,
             HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
             ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
             WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
@@ -151,3 +160,8 @@ class TritonKernels:
         block = min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)
         programs.draw[(rows,)](logits, numbers, tokens, logprobs, vocab, rows, BLOCK=block, num_warps=8)
         return tokens, logprobs
+
+
+def _layout(cache: PagedLines) -> tuple[int, ...]:
+    """Returns the steps between pages, between keys and values and between heads, and the table's sizes."""
+    return *cache.lines.stride()[:3], cache.table.shape[1], cache.lines.shape[3]

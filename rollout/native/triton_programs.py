@@ -41,8 +41,8 @@ def silu_gate(gate, up, out, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def rotate_and_store(
-    query, key, value, cosines, sines, query_gain, key_gain, out, cache, table, tokens,
-    cache_half, cache_slot, cache_head, eps,
+    query, key, value, cosines, sines, query_gain, key_gain, out, cache, pages, table, tokens,
+    page_step, half_step, head_step, parts, page, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Rotates one head of one token: a query goes to ``out``, a key or a value to its place in the cache."""
@@ -79,7 +79,8 @@ def rotate_and_store(
         slot, place = tl.load(table + SLOT * tokens + token), tl.load(table + PLACE * tokens + token)
         lane = tl.where(is_key, head - HEADS, head - HEADS - KV_HEADS).to(tl.int64)
         half = tl.where(is_key, 0, 1).to(tl.int64)
-        target = cache + half * cache_half + slot * cache_slot + lane * cache_head + place * DIM
+        number = tl.load(pages + slot * parts + place // page).to(tl.int64)
+        target = cache + number * page_step + half * half_step + lane * head_step + place % page * DIM
     tl.store(target + at, x.to(out.dtype.element_ty), mask=inside)
 
 
@@ -101,7 +102,8 @@ def _attend_block(query, keys, values, visible, acc, highest, total, scale, soft
 
 @triton.jit
 def attend(
-    query, cache, out, partial, table, tokens, cache_half, cache_slot, cache_head, scale, softcap,
+    query, cache, out, partial, pages, table, tokens, page_step, half_step, head_step, parts, page,
+    scale, softcap,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +123,7 @@ def attend(
     head = lane * group + rows
     row_mask = (rows < group)[:, None] & (at < DIM)[None, :]
     q = tl.load(query + (token * HEADS + head)[:, None] * DIM + at[None, :], mask=row_mask, other=0.0)
-    lines = cache + slot * cache_slot + lane * cache_head
+    lines = cache + lane * head_step
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -132,9 +134,10 @@ def attend(
         place = start + near
         visible = place < end
         mask = visible[:, None] & (at < DIM)[None, :]
-        offset = place[:, None] * DIM + at[None, :]
+        number = tl.load(pages + slot * parts + place // page, mask=visible, other=0).to(tl.int64)
+        offset = (number * page_step + place % page * DIM)[:, None] + at[None, :]
         k = tl.load(lines + offset, mask=mask, other=0.0)
-        v = tl.load(lines + cache_half + offset, mask=mask, other=0.0)
+        v = tl.load(lines + half_step + offset, mask=mask, other=0.0)
         acc, highest, total = _attend_block(q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP)
     ancestors = tl.load(table + ANCESTORS * tokens + token)
     if (part == SPLITS - 1) & (ancestors != 0):
@@ -142,9 +145,11 @@ def attend(
             bit = first_bit + near
             visible = ((ancestors >> bit.to(tl.int64)) & 1) != 0
             mask = visible[:, None] & (at < DIM)[None, :]
-            offset = (trunk + bit)[:, None] * DIM + at[None, :]
+            place = trunk + bit
+            number = tl.load(pages + slot * parts + place // page, mask=visible, other=0).to(tl.int64)
+            offset = (number * page_step + place % page * DIM)[:, None] + at[None, :]
             k = tl.load(lines + offset, mask=mask, other=0.0)
-            v = tl.load(lines + cache_half + offset, mask=mask, other=0.0)
+            v = tl.load(lines + half_step + offset, mask=mask, other=0.0)
             acc, highest, total = _attend_block(
                 q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP
             )

@@ -26,6 +26,7 @@ from paceline.rl.recipe import load_config
 from paceline.rl.tasks.task import load_task
 from paceline.rollout import Request
 from paceline.rollout.length_estimate import LengthEstimate
+from paceline.rollout.model.kv_cache import SlotCache
 
 _KINDS: tuple[Kind, ...] = ("prod_d", "prod_m", "one_shot")
 
@@ -269,6 +270,7 @@ def compare_orders(
         engine = bench.engine(slots, longest, drafters=())
         engine.scheduler.lengths = FixedLengths(lengths)
         if cache_tokens is not None:
+            assert isinstance(engine.runner.cache, SlotCache)
             engine.runner.cache.tokens = cache_tokens
         engine.generate(requests[:slots])
         begin = time.perf_counter()

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.benchmarks.common.peers import Peers
 from paceline.benchmarks.decoding.decode_step import logprob_gap, profile_step, refresh_seconds
-from paceline.benchmarks.decoding.gpu import SHAPES
+from paceline.benchmarks.decoding.model_shapes import SHAPES
 from paceline.benchmarks.decoding.plan import planned
 from paceline.benchmarks.training.learning import LearningRow, compare_learning
 from paceline.benchmarks.training.sharding import SHARDING_MODES, compare_sharding

@@ -17,7 +17,7 @@ def test_slots_have_no_gaps_and_nobody_is_lost(slots, lifetimes):
     left = dict(enumerate(lifetimes))
     ended = []
     while scheduler.has_work:
-        for slot, sequence in scheduler.admit(lambda length: slots):
+        for slot, sequence in scheduler.admit(lambda lengths: len(lengths) <= slots):
             assert where[slot] is None
             where[slot] = sequence
         for sequence in scheduler.active:

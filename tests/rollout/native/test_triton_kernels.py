@@ -6,13 +6,12 @@ import torch
 pytest.importorskip("triton")
 
 from paceline.rollout.model.attention import seat_bias
-from paceline.rollout.native import AttentionRule
-from paceline.rollout.native.device_tokens import DeviceTokens
+from paceline.rollout.native import AttentionRule, DeviceTokens, PagedLines
 from paceline.rollout.native.triton_kernels import TritonKernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = TritonKernels()
-SLOTS, SPAN = 4, 200
+SLOTS, SPAN, PAGE = 4, 200, 32
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -29,6 +28,23 @@ def tokens(rows: list[tuple[int, int, int, int, int]]) -> DeviceTokens:
     """Tokens of (slot, position, place, trunk, ancestors)."""
     slot, position, place, trunk, ancestors = torch.tensor(rows, device=DEVICE).T
     return DeviceTokens(torch.stack([slot, position, position, place, trunk, ancestors]).contiguous())
+
+
+def paged(cache: torch.Tensor) -> PagedLines:
+    """A cache [2, slots, KV, span, d] in pages, in no order."""
+    _, slots, kv_heads, span, dim = cache.shape
+    parts = -(-span // PAGE)
+    order = torch.randperm(slots * parts, generator=torch.Generator().manual_seed(5))
+    pages = torch.zeros(slots * parts, 2, kv_heads, PAGE, dim, device=DEVICE)
+    for i, page in enumerate(order.tolist()):
+        piece = cache[:, i // parts, :, i % parts * PAGE : (i % parts + 1) * PAGE]
+        pages[page, :, :, : piece.shape[2]] = piece
+    return PagedLines(pages, order.view(slots, parts).to(DEVICE, torch.int32))
+
+
+def slots_of(cache: PagedLines) -> torch.Tensor:
+    """The inverse of `paged`: [2, slots, KV, span, d]."""
+    return cache.lines[cache.table.long()].permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :SPAN]
 
 
 # a lone token, one with a full slot, two of a chain, three nodes of a tree (the last two are siblings),
@@ -62,13 +78,14 @@ def test_silu_gate():
 @pytest.mark.parametrize("dim", [32, 80])
 def test_rotate_and_store(norm, dim):
     heads, kv_heads, count = 6, 2, len(TOKENS)
-    cache, untouched = (torch.zeros(2, SLOTS, kv_heads, SPAN, dim, device=DEVICE) for _ in range(2))
+    cache = torch.zeros(2, SLOTS, kv_heads, SPAN, dim, device=DEVICE)
     q, k, v = (random(1, count, n * dim, seed=n) for n in (heads, kv_heads, kv_heads + 1))
     v = v[..., : kv_heads * dim]
     cos, sin = random(1, count, dim, seed=7), random(1, count, dim, seed=8)
     gains = (random(dim, seed=9), random(dim, seed=10)) if norm else None
     described = tokens(TOKENS)
-    query = KERNELS.rotate_and_store((q, k, v), (cos, sin), gains, 1e-5, described, cache)
+    pages = paged(cache)
+    query = KERNELS.rotate_and_store((q, k, v), (cos, sin), gains, 1e-5, described, pages)
 
     def rotated(x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         x = x.double().view(count, -1, dim)
@@ -78,11 +95,11 @@ def test_rotate_and_store(norm, dim):
         return x * cos.double()[0, :, None] + half * sin.double()[0, :, None]
 
     close(query[0], rotated(q, gains[0] if gains else None))
-    expected = untouched.double()
+    expected = cache.double()
     keys = rotated(k, gains[1] if gains else None)
     for i, (slot, _, place, *_) in enumerate(TOKENS):
         expected[0, slot, :, place], expected[1, slot, :, place] = keys[i], v.double().view(count, -1, dim)[i]
-    close(cache, expected)
+    close(slots_of(pages), expected)
 
 
 @pytest.mark.parametrize("count", [1, len(TOKENS)], ids=["many parts", "few parts"])
@@ -95,7 +112,7 @@ def test_attention(count, rule):
     rows = TOKENS[1 : 1 + count] if count == 1 else TOKENS
     described = tokens(rows)
     query = random(1, len(rows), heads, dim, seed=2)
-    actual = KERNELS.attend(query, cache, described, rule)[0].view(len(rows), heads, dim)
+    actual = KERNELS.attend(query, paged(cache), described, rule)[0].view(len(rows), heads, dim)
     bias = seat_bias(described.seats, SPAN, rule.window or None, torch.float64)[0]
     for i, (slot, *_, trunk, ancestors) in enumerate(rows):
         keys, values = (x.double().repeat_interleave(heads // kv_heads, 0) for x in cache[:, slot])

@@ -1,0 +1,219 @@
+"""Checks and measures the engine on one GPU in minutes, with torch, transformers and triton alone.
+
+Runs the GPU tests, compares captured graphs and their memory with the plan, times decode steps against the
+memory's bandwidth and plain decoding against transformers' generate with a static cache, counts how often a
+step waits for the GPU, and trains a small reasoner with a drafter to see what speculation gains. Each check
+is a line that says whether it passed; the measurements go to one JSON file. Nothing is timed on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paceline.benchmarks.common.results import Results
+from paceline.benchmarks.decoding.gpu_reasoner import ReasonerReport, measure_reasoner
+from paceline.benchmarks.decoding.gpu_shapes import ShapeReport, measure_shape, seconds_of
+from paceline.benchmarks.decoding.model_shapes import SHAPES
+from paceline.rl.errors import UserError
+from paceline.rl.process.invocation import command_line
+
+_TESTS = Path(__file__).parents[3] / "tests" / "rollout"
+_COPIED = 1 << 30  # values of the copy that measures the bandwidth
+_MATRIX = 8192
+_MOST_SYNCS = {"plain": 1.0, "eagle3:3": 2.0, "eagle3:4x4/7": 3.0}
+_ADMISSION = 0.2  # syncs of admitting sequences, spread over the steps that are counted
+_PARTS = ("tests", "shapes", "reasoner")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The outcome of one check.
+
+    Attributes:
+        name: What was checked.
+        passed: Whether it passed.
+        value: What was found.
+    """
+
+    name: str
+    passed: bool
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The GPU and what it can do.
+
+    Attributes:
+        name: Its name.
+        torch: Version of torch.
+        bandwidth: Bytes per second that a large copy reads and writes.
+        arithmetic: Operations per second of a large bfloat16 matrix product.
+    """
+
+    name: str
+    torch: str
+    bandwidth: float
+    arithmetic: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument("--parts", nargs="+", default=list(_PARTS), choices=_PARTS, help="what to check")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1.5B", "8B"], choices=sorted(SHAPES), help="model shapes"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=40, help="training of the reasoner, and of its drafter"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/gpu"), help="JSON file of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the checks, prints a line for each and writes the results.
+
+    Raises:
+        UserError: No CUDA device is visible.
+        SystemExit: A check failed.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("gpu-check: no CUDA device is visible; run it on a machine with one")
+    begin = time.perf_counter()
+    with Results(args.out, command_line(), device=torch.cuda.get_device_name()) as results:
+        checks: list[Check] = []
+
+        def note(*found: Check) -> None:
+            for check in found:
+                checks.append(check)
+                results.add("checks", check)
+                _print(f"{'pass' if check.passed else 'FAIL'}  {check.name}: {check.value}")
+
+        card = measure_card()
+        results.put("card", [card])
+        _print(f"{card.name}: {card.bandwidth / 1e12:.2f} TB/s, {card.arithmetic / 1e12:.0f} TFLOP/s")
+        if "tests" in args.parts:
+            note(*run_tests())
+        for shape in args.shapes if "shapes" in args.parts else ():
+            report = measure_shape(shape, card.bandwidth, shape == "1.5B", _print)
+            results.add("shapes", report)
+            note(*shape_checks(report))
+            del report
+            gc.collect()
+            torch.cuda.empty_cache()
+        if "reasoner" in args.parts:
+            reasoner = measure_reasoner(args.seconds, _print)
+            results.put("reasoner", [reasoner])
+            note(*reasoner_checks(reasoner))
+        results.note(seconds=round(time.perf_counter() - begin, 1))
+    failed = sum(not check.passed for check in checks)
+    _print(f"{len(checks) - failed} of {len(checks)} checks passed; results: {args.out}")
+    if failed:
+        raise SystemExit(1)
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def measure_card() -> Card:
+    """Measures the bandwidth of the memory and the speed of a matrix product."""
+    source = torch.empty(_COPIED, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copied = seconds_of(functools.partial(target.copy_, source))
+    del source, target
+    left, right = (torch.randn(_MATRIX, _MATRIX, device="cuda").bfloat16() for _ in range(2))
+    product = seconds_of(functools.partial(torch.matmul, left, right))
+    torch.cuda.empty_cache()
+    return Card(
+        torch.cuda.get_device_name(), torch.__version__, 4 * _COPIED / copied, 2 * _MATRIX**3 / product
+    )
+
+
+def run_tests() -> list[Check]:
+    """Runs the GPU tests and those of the kernels; nothing where the source tree or pytest is missing."""
+    files = [_TESTS / "test_gpu.py", _TESTS / "native" / "test_triton_kernels.py"]
+    if not all(file.is_file() for file in files):
+        return []
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=_TESTS.parents[1],
+    )
+    lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines() or [""]
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return [Check("tests", ended.returncode == 0, "; ".join([*failed, lines[-1]]))]
+
+
+def shape_checks(report: ShapeReport) -> list[Check]:
+    """Returns the checks of one shape."""
+    shape, graphs = report.shape, report.graphs
+    share = graphs["planned bytes"] / max(graphs["used bytes"], 1)
+    slowest = max(ms / floor for _, width, ms, floor in report.steps if width == 1)
+    fastest = min(ms / floor for _, width, ms, floor in report.steps if width == 1)
+    wide = {(b, w): ms for b, w, ms, _ in report.steps}
+    checks = [
+        Check(
+            f"{shape} graphs",
+            graphs["captured"] == graphs["planned"] and not report.fallbacks,
+            f"{graphs['captured']:.0f} of {graphs['planned']:.0f} captured, fallbacks {report.fallbacks}",
+        ),
+        Check(
+            f"{shape} memory of graphs",
+            0.9 <= share <= 1.1,
+            f"{graphs['planned bytes'] / 1e6:.0f} MB planned, {graphs['used bytes'] / 1e6:.0f} MB used",
+        ),
+        Check(
+            f"{shape} decode step",
+            slowest <= 3.0,
+            f"{fastest:.2f} to {slowest:.2f} times what reading weights and keys takes",
+        ),
+        Check(
+            f"{shape} verification",
+            wide[1, 8] <= 1.5 * wide[1, 1],
+            f"8 tokens cost {wide[1, 8] / wide[1, 1]:.2f} times one at batch 1, "
+            f"{wide[32, 8] / wide[32, 1]:.2f} times at batch 32",
+        ),
+        Check(
+            f"{shape} drafting",
+            report.drafter[0][1] <= 0.5 * wide[1, 1],
+            f"a draft step takes {report.drafter[0][1]:.2f} ms at batch 1, {report.drafter[-1][1]:.2f} at 32",
+        ),
+    ]
+    for strategy, count in report.syncs.items():
+        most = _MOST_SYNCS[strategy] + _ADMISSION
+        checks.append(Check(f"{shape} syncs, {strategy}", count <= most, f"{count:.2f} a step"))
+    for batch, speed, static in report.plain:
+        if static is not None:
+            value = f"{speed:.0f} tokens/s, {speed / static:.2f} times generate with a static cache"
+            checks.append(Check(f"{shape} plain, batch {batch}", speed >= static, value))
+    return checks
+
+
+def reasoner_checks(report: ReasonerReport) -> list[Check]:
+    """Returns the checks of the small reasoner."""
+    checks = [
+        Check(
+            "reasoner drafter",
+            report.acceptance_length >= 2,
+            f"acceptance length {report.acceptance_length:.2f}, {report.right:.0%} of the sums right",
+        )
+    ]
+    for batch, plain, chain, adaptive in report.speeds:
+        value = (
+            f"{adaptive / plain:.2f} times plain ({plain:.0f} tokens/s), chains of three {chain / plain:.2f}"
+        )
+        checks.append(Check(f"reasoner adaptive, batch {batch}", adaptive >= 0.97 * plain, value))
+    return checks
