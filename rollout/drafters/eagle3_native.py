@@ -14,9 +14,9 @@ from transformers import LlamaConfig
 
 from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
+from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
-from paceline.rollout.model.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
-from paceline.rollout.model.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
 from paceline.rollout.model.paged_cache import PagedCache

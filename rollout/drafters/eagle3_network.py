@@ -10,9 +10,9 @@ from torch import nn
 from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape
+from paceline.rollout.graphs.graph_plan import plan_graphs, plan_keys, powers_of_two
+from paceline.rollout.graphs.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
-from paceline.rollout.model.graph_plan import plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.model.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import load_kernels

@@ -29,8 +29,8 @@ from paceline.rollout.engine.scheduler import Scheduler
 from paceline.rollout.engine.speculation import Speculation
 from paceline.rollout.engine.stop_condition import StopCondition, TextDecoder
 from paceline.rollout.engine.timing import StepClock
+from paceline.rollout.graphs.graph_pool import CudaCapturer, PlainCapturer
 from paceline.rollout.length_estimate import LengthEstimate
-from paceline.rollout.model.graph_pool import CudaCapturer, PlainCapturer
 from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.prefill import PromptLogits, prefill, split_prefill
 from paceline.rollout.model.runner import Chunk, ModelRunner
@@ -93,7 +93,7 @@ class RolloutEngine:
             pieces.
         lengths: Predictor of completion lengths for the order of admission; None learns from observed
             lengths.
-        graphs: Whether to decode through captured graphs (`paceline.rollout.model.graph_pool`); None does so
+        graphs: Whether to decode through captured graphs (`paceline.rollout.graphs.graph_pool`); None does so
             on CUDA. Without CUDA, True pads to the same buckets but runs them uncaptured, for tests.
         budgets: Rule that distributes a strategy's draft tokens over the batch: ``uniform``, or
             ``length_aware`` to give more to sequences with more left to decode.

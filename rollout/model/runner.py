@@ -13,9 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rollout.api import DistillationTrace
-from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
-from paceline.rollout.model.fusion_check import decoder_layers
-from paceline.rollout.model.graph_plan import (
+from paceline.rollout.graphs.graph_plan import (
     GraphPlan,
     ModelShape,
     plan_graphs,
@@ -23,7 +21,9 @@ from paceline.rollout.model.graph_plan import (
     powers_of_two,
     token_buckets,
 )
-from paceline.rollout.model.graph_pool import Capturer, GraphPool, seat_padding
+from paceline.rollout.graphs.graph_pool import Capturer, GraphPool, seat_padding
+from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
+from paceline.rollout.model.fusion_check import decoder_layers
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache, cache_tokens
 from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.model.shape import intermediate_size, observed_keys

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import eagle3_network
+from paceline.rollout.graphs.graph_pool import PlainCapturer
 from paceline.rollout.model import fusion_check
-from paceline.rollout.model.graph_pool import PlainCapturer
 from paceline.rollout.native import triton_kernels
 from paceline.rollout.native.triton_kernels import TritonKernels
 from tests.engines import engine_for, tiny_llama

@@ -18,7 +18,9 @@ from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_mo
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.graphs.graph_pool import CudaCapturer
 from paceline.rollout.model.attention import chain_seats
+from paceline.rollout.model.kv_cache import CacheShape
 from paceline.rollout.model.runner import MOST_ROWS, ModelRunner
 
 _CONTEXT, _CAPACITY = 512, 1024
@@ -65,12 +67,16 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
     """
     report = ShapeReport(shape)
     model = random_model(SHAPES[shape], "cuda").requires_grad_(False)
+    embedding = model.config.vocab_size * model.config.hidden_size
+    weights = sum(p.numel() for p in model.parameters()) - embedding
     engine, drafter = _engine(model, report)
     runner = engine.runner
     for batch in BATCHES:
         for width in _WIDTHS:
             if batch * width <= MOST_ROWS:
-                report.steps.append((batch, width, *_step_times(runner, batch, width, bandwidth)))
+                ms = _step_ms(runner, batch, width)
+                floor = bytes_read(runner.cache.shape, weights, batch, width) / bandwidth * 1e3
+                report.steps.append((batch, width, ms, floor))
         of_batch = [f"{width}: {ms:.2f}" for b, width, ms, _ in report.steps if b == batch]
         log(f"{shape}: batch {batch}, ms of a forward by tokens per sequence: {', '.join(of_batch)}")
         report.drafter.append((batch, _draft_ms(drafter, batch, model.config.hidden_size)))
@@ -87,7 +93,8 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
     for batch, speed in speeds.items():
         static = _generate_speed(model, batch) if peer and batch != 8 else None
         report.plain.append((batch, speed, static))
-        log(f"{shape}: batch {batch}, plain {speed:.0f} tokens/s, generate {static or float('nan'):.0f}")
+        beside = "" if static is None else f", generate with a static cache {static:.0f}"
+        log(f"{shape}: batch {batch}, plain {speed:.0f} tokens/s{beside}")
     return report
 
 
@@ -102,7 +109,7 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine,
     }
     engine = RolloutEngine(model, graphs=False, **options)
     before = _used()
-    pool = engine.runner.capture_graphs(engine.max_nodes + 1, _capturer(), precapture=True)
+    pool = engine.runner.capture_graphs(engine.max_nodes + 1, CudaCapturer(), precapture=True)
     report.graphs = {
         "planned": len(pool.plan.keys),
         "captured": len(pool.captured),
@@ -122,12 +129,6 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine,
     engine.add_drafter(SuffixDrafter())
     engine.add_drafter(drafter)
     return engine, drafter
-
-
-def _capturer() -> Any:
-    from paceline.rollout.model.graph_pool import CudaCapturer
-
-    return CudaCapturer()
 
 
 def _used() -> int:
@@ -156,17 +157,24 @@ def seconds_of(run: Callable[[], Any], least: float = 0.05) -> float:
     return first.elapsed_time(last) / count / 1e3
 
 
-def _step_times(runner: ModelRunner, batch: int, width: int, bandwidth: float) -> tuple[float, float]:
-    """Returns the milliseconds of a forward, and those of reading everything it needs once."""
-    end = _CONTEXT + width
-    runner.cache.reserve([end + 1] * batch, active=0)
+def _step_ms(runner: ModelRunner, batch: int, width: int) -> float:
+    """Returns the milliseconds of a forward."""
+    runner.cache.reserve([_CONTEXT + width + 1] * batch, active=0)
     tokens = torch.zeros(batch, width, dtype=torch.long, device="cuda")
-    seconds = seconds_of(functools.partial(runner.decode, tokens, [width] * batch, [_CONTEXT] * batch))
-    cache = runner.cache.shape
-    embedded = runner.vocab_size * runner.hidden_size
-    weights = (sum(p.numel() for p in torch.nn.Module.parameters(runner.view.module)) - embedded) * 2
-    keys = 2 * cache.layers * cache.kv_heads * cache.head_dim * cache.dtype.itemsize
-    return seconds * 1e3, (weights + batch * end * keys) / bandwidth * 1e3
+    return seconds_of(functools.partial(runner.decode, tokens, [width] * batch, [_CONTEXT] * batch)) * 1e3
+
+
+def bytes_read(cache: CacheShape, weights: int, batch: int, width: int) -> int:
+    """Returns the bytes that a forward must read at least: weights, keys and values once.
+
+    Args:
+        cache: Size of the cache.
+        weights: Number of weights, without the embedding.
+        batch: Number of sequences.
+        width: Tokens per sequence.
+    """
+    keys = 2 * cache.layers * cache.kv_heads * cache.head_dim
+    return (weights + batch * (_CONTEXT + width) * keys) * cache.dtype.itemsize
 
 
 def _draft_ms(drafter: Eagle3Drafter, batch: int, hidden: int) -> float:
@@ -203,7 +211,7 @@ def tokens_per_second(
     return sum(len(r.token_ids) for r in rollouts) / (time.perf_counter() - begin)
 
 
-def _generate_speed(model: PreTrainedModel, batch: int) -> float:
+def _generate_speed(model: Any, batch: int) -> float:
     """Returns the tokens per second of transformers' generate with a static cache, which it compiles for."""
     prompt = torch.tensor([list(r.prompt_ids) for r in _requests(batch, 1)], device="cuda")
     mask = torch.ones_like(prompt)

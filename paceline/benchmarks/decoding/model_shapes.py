@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from paceline.rollout.model.graph_plan import powers_of_two
+from paceline.rollout.graphs.graph_plan import powers_of_two
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {

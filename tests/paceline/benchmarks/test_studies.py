@@ -100,7 +100,7 @@ def test_speculation_end_to_end_on_a_tiny_recipe(tmp_path):
 
 def test_the_gpu_benchmark_says_what_it_needs():
     done = subprocess.run(
-        [sys.executable, "launch/bench.py", "gpu"],
+        [sys.executable, "launch/bench.py", "gpu-check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,12 @@ def two_ranks(rank: int, port: int, folder: Path) -> None:
     )
     if rank == 0:
         torch.save({"modes": found, "spread": box}, folder / "found.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # threads that DeepSpeed and FSDP leave behind can abort a process that is taken down in order
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from paceline.rollout.model.graph_plan import GraphKey, GraphPlan, smallest_bucket
+from paceline.rollout.graphs.graph_plan import GraphKey, GraphPlan, smallest_bucket
 
 Forward = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor | None]
@@ -36,10 +36,12 @@ class CudaCapturer:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # one stream for all warm-ups, because cuBLAS keeps a workspace of 32 MiB for each that it has seen
+        self._stream = torch.cuda.Stream()
 
     def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
         """Captures ``forward`` after two warm-up runs; returns the graph's replay."""
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # lets libraries choose kernels and allocate workspaces before the capture

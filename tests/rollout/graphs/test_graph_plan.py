@@ -5,8 +5,7 @@ import torch
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import SuffixDrafter
-from paceline.rollout.model.attention import chain_seats
-from paceline.rollout.model.graph_plan import (
+from paceline.rollout.graphs.graph_plan import (
     NODE_BYTES,
     GraphKey,
     ModelShape,
@@ -15,7 +14,8 @@ from paceline.rollout.model.graph_plan import (
     plan_keys,
     powers_of_two,
 )
-from paceline.rollout.model.graph_pool import GraphPool, PlainCapturer
+from paceline.rollout.graphs.graph_pool import GraphPool, PlainCapturer
+from paceline.rollout.model.attention import chain_seats
 from tests.engines import engine_for, tiny_llama
 
 LLAMA_8B = ModelShape(

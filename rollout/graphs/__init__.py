@@ -1,0 +1,1 @@
+"""Captured forwards: which shapes to capture, and the pool that replays them."""

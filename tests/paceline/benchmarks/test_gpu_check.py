@@ -1,0 +1,72 @@
+"""What the check of a GPU computes, as far as that needs none."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from paceline.benchmarks.decoding import gpu_reasoner
+from paceline.benchmarks.decoding.gpu_check import shape_checks
+from paceline.benchmarks.decoding.gpu_shapes import ShapeReport, bytes_read
+from paceline.rollout import FinishReason, Request, Rollout
+from paceline.rollout.api import RolloutStats
+from paceline.rollout.model.kv_cache import CacheShape
+
+GOOD = ShapeReport(
+    "1.5B",
+    graphs={"planned": 15, "captured": 15, "planned bytes": 100, "used bytes": 105},
+    steps=[(1, 1, 2.0, 1.0), (1, 8, 2.2, 1.0), (32, 1, 2.5, 1.2), (32, 8, 4.0, 1.2)],
+    drafter=[(1, 0.2), (32, 0.3)],
+    plain=[(1, 300.0, 250.0), (8, 2000.0, None)],
+    syncs={"plain": 1.1, "eagle3:3": 1.0, "eagle3:4x4/7": 2.0},
+)
+
+
+def failed(report: ShapeReport) -> list[str]:
+    return [check.name for check in shape_checks(report) if not check.passed]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"graphs": {**GOOD.graphs, "captured": 14}}, "1.5B graphs"),
+        ({"fallbacks": {"a reason": 1}}, "1.5B graphs"),
+        ({"graphs": {**GOOD.graphs, "used bytes": 300}}, "1.5B memory of graphs"),
+        ({"steps": [*GOOD.steps, (8, 1, 4.0, 1.0)]}, "1.5B decode step"),
+        ({"steps": [*GOOD.steps, (1, 8, 3.5, 1.0)]}, "1.5B verification"),
+        ({"drafter": [(1, 1.2), (32, 0.3)]}, "1.5B drafting"),
+        ({"syncs": {**GOOD.syncs, "plain": 2.0}}, "1.5B syncs, plain"),
+        ({"plain": [(1, 200.0, 250.0)]}, "1.5B plain, batch 1"),
+    ],
+)
+def test_each_shortfall_fails_its_line(change, name):
+    assert failed(GOOD) == []
+    assert failed(replace(GOOD, **change)) == [name]
+
+
+def test_the_least_that_a_forward_reads():
+    cache = CacheShape(28, 2, 128, 32, 1024, 0, torch.bfloat16)
+    weights = 1_543_656_960
+    assert bytes_read(cache, weights, 1, 1) == 2 * weights + 513 * 28672
+    assert bytes_read(cache, weights, 32, 8) == 2 * weights + 32 * 520 * 28672
+
+
+def test_the_reasoner_is_asked_for_partial_sums():
+    asked, said = gpu_reasoner.problem(random.Random(0), 5)
+    digits = [int(d) for d in asked.rstrip("=").split("+")]
+    assert [int(s) for s in said.split(";")] == [sum(digits[: i + 1]) for i in range(5)]
+    request = Request([1])
+    ids = gpu_reasoner._ids(said)
+    right = Rollout(request, ids, [0.0] * len(ids), FinishReason.STOP, RolloutStats())
+    assert gpu_reasoner._is_right(right, said.split(";")[-1])
+    assert not gpu_reasoner._is_right(right, said.split(";")[0])
+
+
+def test_training_labels_cover_completions_only():
+    texts, labels = gpu_reasoner._training_batch(random.Random(0))
+    equals = gpu_reasoner._TEXT.index("=")
+    for text, label in zip(texts, labels, strict=True):
+        start = text.tolist().index(equals) + 1
+        assert (label[:start] == -100).all()
+        assert int(label[start]) == int(text[start])
