@@ -69,13 +69,12 @@ def bench(context: typer.Context) -> None:
     main(context.args, "paceline bench")
 
 
-@app.command(
-    "gpu-check",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@app.command("gpu-check", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def gpu_check(context: typer.Context) -> None:
-    """Checks and measures the engine on this machine's GPU, in eight minutes at most."""
+    """Checks and measures the engine on this machine's GPU, in eight minutes at most.
+
+    It takes the options that paceline bench gpu-check --help lists.
+    """
     from paceline.benchmarks.main import main
 
     main(["gpu-check", *context.args], "paceline bench")

@@ -16,12 +16,13 @@ from paceline.rollout.native.products import load_products
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Returns whether `PackedLinear` has a kernel for this device and dtype."""
-    return (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    return on_cpu and (load_products() is not None or _onednn_packs())
+
+
+def _onednn_packs() -> bool:
+    """Returns whether oneDNN multiplies bfloat16 weights that it has packed."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Projection(Protocol):
@@ -39,8 +40,9 @@ class Projection(Protocol):
 class PackedLinear(nn.Module):
     """Holds an inference-only copy of `nn.Linear` layers of one input, packed in bfloat16 as one matrix.
 
-    On a CPU with AMX it uses `PackedProducts`, which make a row's result independent of the number of rows.
-    Elsewhere it uses oneDNN, which chooses its kernel, and with it the rounding, by the number of rows.
+    It uses `PackedProducts`, which make a row's result independent of the number of rows. Without a compiler,
+    and for shapes that are not whole panels, it uses oneDNN or torch, which choose their kernel, and with it
+    the rounding, by the number of rows.
 
     The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an
     update.
@@ -63,7 +65,10 @@ class PackedLinear(nn.Module):
         if self._products is not None:
             self._packed = self._products.pack(weight)
         else:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            self._reordered = _onednn_packs()
+            self._packed = (
+                torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight.contiguous()
+            )
         biases = [layer.bias for layer in self._sources if layer.bias is not None]
         self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
 
@@ -71,6 +76,9 @@ class PackedLinear(nn.Module):
         """Maps bfloat16 ``x`` [..., in] to bfloat16 [..., out], plus ``residual`` if given."""
         if self._products is not None:
             return self._products.multiply(x, self._packed, self._bias, residual)
+        if not self._reordered:
+            out = nn.functional.linear(x, self._packed, self._bias)
+            return out if residual is None else out + residual
         if residual is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")

@@ -95,20 +95,18 @@ void for_row_blocks(int64_t rows, Block block) {
   for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});
 }
 
-// Turns one row of scores, of keys from place `start` on, into weights e^(score − largest). Weights are zero for keys
-// that the rule and token n's layout hide.
+// Turns one row of scores, of the keys that token n sees from the start-th on, into weights e^(score − largest). Weights
+// are zero for keys that the rule hides and past those that it sees.
 inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, const AttentionRule& rule, int64_t count,
                          float* largest, float* total) {
   const float none = -std::numeric_limits<float>::infinity();
-  const int64_t trunk = s.trunks[n] - start, padded = (count + kLanes - 1) / kLanes * kLanes;
-  const int64_t end = std::clamp<int64_t>(trunk, 0, count);
-  const int64_t begin = rule.window > 0 ? std::clamp<int64_t>(s.seats[n] - rule.window + 1 - start, 0, end) : 0;
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes, end = std::clamp<int64_t>(s.seen(n) - start, 0, count);
+  const int64_t trunk = std::clamp<int64_t>(s.trunks[n] - start, 0, count);
+  const int64_t begin = rule.window > 0 ? std::clamp<int64_t>(s.seats[n] - rule.window + 1 - start, 0, trunk) : 0;
   if (rule.softcap > 0)
-    for (int64_t j = begin; j < count; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
+    for (int64_t j = begin; j < end; ++j) row[j] = rule.softcap * std::tanh(row[j] / rule.softcap);
   std::fill(row, row + begin, none);
-  for (int64_t j = end; j < count; ++j)
-    if (j - trunk >= 64 || !(s.ancestors[n] >> (j - trunk) & 1)) row[j] = none;
-  std::fill(row + count, row + padded, none);
+  std::fill(row + end, row + padded, none);
   Floats most = splat(none);
   for (int64_t j = 0; j < padded; j += kLanes) {
     const Floats x = load(row + j);
@@ -128,10 +126,14 @@ inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, 
 }
 
 // Computes the attention of an item's rows (heads of one group × its tokens) in float32.
+//
+// A draft node's ancestors lie apart in the cache, but take part in the order of the text, as they will once they are
+// committed. What a node computes is therefore, bit for bit, what plain decoding computes at its position.
 template <typename T, int kVectors>
 class VectorUnits {
  public:
   static constexpr int64_t kTokens = 8;
+  static constexpr bool kByPosition = true;
 
   explicit VectorUnits(int64_t group) {
     static thread_local std::vector<float> memory;
@@ -149,16 +151,67 @@ class VectorUnits {
     for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
       score_rows<T, kVectors, block.value>(scaled_ + r * kDim, keys, values, item.count, scores_ + r * kChunk);
     });
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = item.first + r % item.queries;
+      float* row = scores_ + r * kChunk;
+      for_ancestors(s, n, item, [&](int64_t place, int64_t at, int64_t) { row[at] = score_of(r, keys + place * kDim); });
+      weigh_scores(row, s, n, item.start, rule, item.count, out.largest + r, out.total + r);
+    }
+    if (!any_ancestors(s, item)) return weigh(values, rows, item.count, out);
+    // the trunk's values first, then each row's ancestors: the order of the text
+    std::vector<float>& kept = weights_of_ancestors();
+    kept.assign(rows * kAncestors, 0.0f);
     for (int64_t r = 0; r < rows; ++r)
-      weigh_scores(scores_ + r * kChunk, s, item.first + r % item.queries, item.start, rule, item.count, out.largest + r, out.total + r);
-    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
-      weigh_rows<T, kVectors, block.value>(scores_ + r * kChunk, values, item.count, out.weighted + r * kDim);
-    });
+      for_ancestors(s, item.first + r % item.queries, item, [&](int64_t, int64_t at, int64_t i) {
+        std::swap(kept[r * kAncestors + i], scores_[r * kChunk + at]);
+      });
+    weigh(values, rows, item.count, out);
+    for (int64_t r = 0; r < rows; ++r)
+      for_ancestors(s, item.first + r % item.queries, item, [&](int64_t place, int64_t, int64_t i) {
+        float* sums = out.weighted + r * kDim;
+        for (int64_t d = 0; d < kDim; d += kLanes) {
+          Floats sum = load(sums + d);
+          sum += kept[r * kAncestors + i] * load(values + place * kDim + d);
+          store(sums + d, sum);
+        }
+      });
   }
 
  private:
   static constexpr int64_t kDim = kVectors * kLanes;
+  static constexpr int64_t kAncestors = 64;
   float *scaled_, *scores_;
+
+  static std::vector<float>& weights_of_ancestors() {
+    static thread_local std::vector<float> memory;
+    return memory;
+  }
+
+  static bool any_ancestors(const Layout& s, const Item& item) {
+    return std::any_of(s.ancestors + item.first, s.ancestors + item.first + item.queries, [](uint64_t bits) { return bits != 0; });
+  }
+
+  // Calls `visit` for each ancestor of token n that belongs to the item, with its place and its place in the order of the
+  // text, both counted from the item's start, and its number.
+  template <typename Visit>
+  static void for_ancestors(const Layout& s, int64_t n, const Item& item, Visit visit) {
+    const int64_t trunk = s.trunks[n] - item.start;
+    int64_t i = 0;
+    for (uint64_t bits = s.ancestors[n]; bits != 0; bits &= bits - 1, ++i)
+      if (trunk + i >= 0 && trunk + i < item.count) visit(trunk + __builtin_ctzll(bits), trunk + i, i);
+  }
+
+  float score_of(int64_t r, const T* key) const {
+    Floats product = {};
+    for (int64_t d = 0; d < kDim; d += kLanes) product += load(key + d) * load(scaled_ + r * kDim + d);
+    return sum(product);
+  }
+
+  void weigh(const T* values, int64_t rows, int64_t count, const Partial& out) {
+    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+      weigh_rows<T, kVectors, block.value>(scores_ + r * kChunk, values, count, out.weighted + r * kDim);
+    });
+  }
 };
 
 // Keys are split into chunks so that one long sequence occupies every core, and the partial results are joined
@@ -171,7 +224,7 @@ void attend_by(const T* query, const T* cache, T* out, const Layout& s, const At
   static thread_local std::vector<Item> items_of_thread;
   static thread_local std::vector<int64_t> groups_of_thread;
   static thread_local std::vector<float> partials;
-  const int64_t work = list_items(s, Units::kTokens, &items_of_thread, &groups_of_thread);
+  const int64_t work = list_items(s, Units::kTokens, Units::kByPosition, &items_of_thread, &groups_of_thread);
   const std::vector<Item>& items = items_of_thread;
   const std::vector<int64_t>& groups = groups_of_thread;
   if (static_cast<int64_t>(partials.size()) < static_cast<int64_t>(items.size()) * per_item) partials.resize(items.size() * per_item);

@@ -23,9 +23,18 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+# PACELINE_ISA → flags of the compiler, and what the processor must have for them
+_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
+_ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "native": (("-march=native",), ()),
+    "generic": ((), ()),
+    "avx2": (("-march=x86-64-v3",), ("avx2", "fma", "bmi2")),
+    "avx512": (("-march=x86-64-v4",), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")),
+    "avx512_bf16": (_BF16, ("avx512_bf16", "avx512_vnni")),
+    "amx": ((*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), ("amx_tile", "amx_bf16")),
+}
 _FLAGS = (
     "-O3",
-    "-march=native",
     "-std=c++17",
     "-fopenmp",
     "-fPIC",
@@ -37,6 +46,29 @@ _TIMEOUT_SECONDS = 120  # a build takes about two; only a hung compiler takes th
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
 _privately_built: dict[str, Path] = {}
+
+
+def instruction_set() -> str:
+    """Returns the instruction set that ``PACELINE_ISA`` asks for; ``native`` by default.
+
+    Raises:
+        ValueError: The name is unknown, or this processor lacks something that the set needs.
+    """
+    name = os.environ.get("PACELINE_ISA", "native")
+    if name not in _ISAS:
+        raise ValueError(f"PACELINE_ISA is {name!r}: write one of {', '.join(_ISAS)}")
+    missing = [feature for feature in _ISAS[name][1] if feature not in _instruction_sets().split()]
+    if missing:
+        raise ValueError(
+            f"PACELINE_ISA is {name}, but this processor has no {missing[0]}: write another, or unset it"
+        )
+    return name
+
+
+def runnable_instruction_sets() -> list[str]:
+    """Returns the instruction sets that ``PACELINE_ISA`` may name on this processor."""
+    features = _instruction_sets().split()
+    return [name for name, (_, needs) in _ISAS.items() if all(feature in features for feature in needs)]
 
 
 class NativeUnavailable(RuntimeError):
@@ -100,8 +132,12 @@ def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str)
 def _key(compiler: str, runtime: Path | None) -> str:
     """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP, instruction set."""
     sources = [path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]]
-    text = "\0".join((*sources, *_FLAGS, compiler, str(runtime), _instruction_sets()))
+    text = "\0".join((*sources, *_flags(), compiler, str(runtime), _instruction_sets()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _flags() -> tuple[str, ...]:
+    return *_FLAGS, *_ISAS[instruction_set()][0]
 
 
 def _cache_directory() -> Path:
@@ -160,7 +196,7 @@ def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> 
     """
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         library = Path(folder) / "kernels.so"
-        command = [compiler, *_FLAGS, str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(library)]
+        command = [compiler, *_flags(), str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(library)]
         try:
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False

@@ -9,6 +9,7 @@
 #include "drafting.h"
 #include "lanes.h"
 #include "product.h"
+#include "product_rows.h"
 
 #define PACELINE_KERNELS(T, SUFFIX)                                                                                              \
   void paceline_rms_norm_##SUFFIX(const T* x, const T* gain, T* out, int64_t rows, int64_t width, float eps) {                   \
@@ -48,16 +49,25 @@ extern "C" {
 PACELINE_KERNELS(float, float32)
 PACELINE_KERNELS(bfloat16, bfloat16)
 
+int paceline_tiles() {
 #ifdef PACELINE_TILES
-int paceline_tiles() { return tiles_granted(); }
+  return tiles_granted();
+#else
+  return 0;
+#endif
+}
 void paceline_pack_weight(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
+#ifdef PACELINE_TILES
   pack_weight(weight, outputs, inputs, packed);
+#else
+  pack_weight_rows(weight, outputs, inputs, packed);
+#endif
 }
 void paceline_multiply_packed(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
                               const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
-  multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
-}
-#else
-int paceline_tiles() { return 0; }
+#ifdef PACELINE_TILES
+  if (tiles_granted()) return multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
 #endif
+  multiply_rows(x, rows, packed, outputs, inputs, bias, residual, out);
+}
 }

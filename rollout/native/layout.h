@@ -32,6 +32,9 @@ struct Layout {
 
   // Returns one past the last place that token n sees.
   int64_t end(int64_t n) const { return trunks[n] + (ancestors[n] == 0 ? 0 : 64 - __builtin_clzll(ancestors[n])); }
+
+  // Returns how many keys token n sees if none is hidden by a window: its own position in the text, plus one.
+  int64_t seen(int64_t n) const { return trunks[n] + __builtin_popcountll(ancestors[n]); }
 };
 
 template <typename T>
@@ -64,10 +67,11 @@ struct Partial {
   float *largest, *total, *weighted;
 };
 
-// Lists the work items of a forward, of at most `most` tokens each. Items of the same tokens and head are adjacent, and
+// Lists the work items of a forward, of at most `most` tokens each. Their chunks are chunks of places, or, if
+// `by_position`, of what a token sees in the order of the text. Items of the same tokens and head are adjacent, and
 // `groups` holds the first item of each such run. Returns the total work in units of a key, where the fixed cost of an
 // item counts as 64 keys and its tokens share most of the cost.
-int64_t list_items(const Layout& s, int64_t most, std::vector<Item>* items, std::vector<int64_t>* groups) {
+int64_t list_items(const Layout& s, int64_t most, bool by_position, std::vector<Item>* items, std::vector<int64_t>* groups) {
   items->clear();
   groups->clear();
   int64_t work = 0;
@@ -75,7 +79,7 @@ int64_t list_items(const Layout& s, int64_t most, std::vector<Item>* items, std:
     for (int64_t first = s.offsets[sequence]; first < s.offsets[sequence + 1]; first += most) {
       const int64_t queries = std::min(most, s.offsets[sequence + 1] - first);
       int64_t length = 0;
-      for (int64_t n = first; n < first + queries; ++n) length = std::max(length, s.end(n));
+      for (int64_t n = first; n < first + queries; ++n) length = std::max(length, by_position ? s.seen(n) : s.end(n));
       for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
         groups->push_back(items->size());
         for (int64_t start = 0; start < length; start += kChunk) {

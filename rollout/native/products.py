@@ -1,4 +1,4 @@
-"""Matrix products with packed weights on the CPU's matrix units (AMX)."""
+"""Matrix products with packed weights, on the CPU's matrix units (AMX) or its vector units."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
 class PackedProducts:
-    """Multiplies by bfloat16 weights stored in the order in which matrix units read them; needs AMX.
+    """Multiplies by bfloat16 weights stored in the order in which they are read.
 
     A row's result depends on that row alone, bit for bit: neither on the number of rows nor on what they
     hold.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.on_matrix_units = bool(library.paceline_tiles())
         self._pack = library.paceline_pack_weight
         self._pack.argtypes = [_pointer, _int, _int, _pointer]
         self._multiply = library.paceline_multiply_packed
@@ -63,14 +64,17 @@ class PackedProducts:
         return out
 
 
+def on_matrix_units() -> bool:
+    """Returns whether the products run on matrix units."""
+    products = load_products()
+    return products is not None and products.on_matrix_units
+
+
 @functools.cache
 def load_products() -> PackedProducts | None:
-    """Returns the products, built on the first call.
-
-    Returns None on a machine without matrix units or without a compiler.
-    """
+    """Returns the products, built on the first call; None without a compiler."""
     try:
         library = ctypes.CDLL(str(build_library()))
     except (NativeUnavailable, OSError):
         return None
-    return PackedProducts(library) if library.paceline_tiles() else None
+    return PackedProducts(library)

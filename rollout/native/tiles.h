@@ -231,6 +231,7 @@ template <int kVectors>
 class MatrixUnits {
  public:
   static constexpr int64_t kTokens = 16;
+  static constexpr bool kByPosition = false;
 
   explicit MatrixUnits(int64_t) {}
 

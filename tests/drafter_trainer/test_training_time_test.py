@@ -22,6 +22,11 @@ from paceline.rollout.sequence import SequenceState
 from tests.engines import engine_for, tiny_eagle3, tiny_llama
 
 
+def reader_of(taps: torch.Tensor):
+    """Reads taps [slots, places, taps + 1, hidden] as an engine's cache does."""
+    return lambda slots, places: taps[slots, places].flatten(1)
+
+
 def traces_of(model, count=6, tokens=20, **options):
     engine = engine_for(model, collect_traces=True, **options)
     requests = [Request([3, 1, 4, i], SamplingParams(max_tokens=tokens - i), seed=i) for i in range(count)]
@@ -77,7 +82,7 @@ def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
     right = 0
     for anchor in range(anchors - 2):
         sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
-        tokens = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 2)).tokens[0]
+        tokens = drafter.propose(DraftContext([sequence], reader_of(taps)), Strategy("eagle3", 2)).tokens[0]
         drafter.release(0)
         assert tokens[0] == eagle.vocabulary[step0[anchor].argmax()]
         if tokens[0] == trace.token_ids[anchor + 2]:
@@ -99,7 +104,7 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     taps = torch.zeros(1, 64, 4, 64)
     taps[0, : len(trace.taps), :3] = trace.taps.view(-1, 3, 64)
     sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
-    drafted = drafter.propose(DraftContext([sequence], taps), Strategy("eagle3", 3)).tokens[0]
+    drafted = drafter.propose(DraftContext([sequence], reader_of(taps)), Strategy("eagle3", 3)).tokens[0]
     text = torch.cat([trace.token_ids[: anchor + 2], drafted])
     followed = replace(
         trace, token_ids=text, taps=trace.taps[: len(text) - 1], final=trace.final[: len(text) - 1]

@@ -1,0 +1,106 @@
+// Products with a policy's weights on vector units, for processors without matrix units.
+//
+// Weights are packed as for matrix units (product.h). A row's output is one sum in the order of the inputs, whether it
+// is computed alone or with eleven others, so that no row depends on another by a bit.
+#pragma once
+
+#include <omp.h>
+
+#include "lanes.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kRowPanel = 32;      // outputs computed together: two vectors
+constexpr int64_t kRowStep = 32;       // inputs of a packed block
+constexpr int64_t kRowPanelStep = kRowPanel * kRowStep;
+constexpr int kMostRows = 12;          // rows whose sums fit into the registers
+constexpr int64_t kRowStepsAhead = 8;  // prefetch distance in blocks of 2 KB
+
+// Reorders a weight [outputs, inputs] as [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2].
+inline void pack_weight_rows(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
+#pragma omp parallel for
+  for (int64_t n = 0; n < outputs; n += kLanes)
+    for (int64_t k = 0; k < inputs; k += kRowStep) {
+      bfloat16* block = packed + n / kRowPanel * kRowPanel * inputs + k / kRowStep * kRowPanelStep + n % kRowPanel * kRowStep;
+      for (int64_t pair = 0; pair < kRowStep / 2; ++pair)
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          std::memcpy(block + (pair * kLanes + lane) * 2, weight + (n + lane) * inputs + k + 2 * pair, 2 * sizeof(bfloat16));
+    }
+}
+
+// Adds the products of a pair of inputs and 16 pairs of weights to 16 sums.
+inline Floats add_pair(Floats sums, const bfloat16* weights, uint32_t inputs) {
+#ifdef __AVX512BF16__
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(inputs));
+#else
+  Words w;
+  std::memcpy(&w, weights, sizeof w);
+  const Words low = w << 16, high = w & 0xffff0000u;
+  Floats even, odd;
+  std::memcpy(&even, &low, sizeof even);
+  std::memcpy(&odd, &high, sizeof odd);
+  sums += even * to_float(bfloat16{static_cast<uint16_t>(inputs)});
+  return sums + odd * to_float(bfloat16{static_cast<uint16_t>(inputs >> 16)});
+#endif
+}
+
+// Computes one panel's outputs of kRows rows as float32 [kRows][32].
+template <int kRows>
+void panel_of_rows(const bfloat16* x, int64_t inputs, const bfloat16* panel, bool first, float* out) {
+  Floats sums[kRows][2] = {};
+  for (int64_t k = 0; k < inputs / kRowStep; ++k) {
+    const bfloat16* block = panel + k * kRowPanelStep;
+    if (first)
+      for (int64_t line = 0; line < kRowPanelStep; line += 32) __builtin_prefetch(block + kRowStepsAhead * kRowPanelStep + line, 0, 2);
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < kRowStep / 2; ++pair)
+      for (int r = 0; r < kRows; ++r) {
+        uint32_t two;
+        std::memcpy(&two, x + r * inputs + k * kRowStep + 2 * pair, sizeof two);
+        sums[r][0] = add_pair(sums[r][0], block + pair * 32, two);
+        sums[r][1] = add_pair(sums[r][1], block + kRowPanelStep / 2 + pair * 32, two);
+      }
+  }
+  for (int r = 0; r < kRows; ++r) store(out + r * kRowPanel, sums[r][0]), store(out + r * kRowPanel + kLanes, sums[r][1]);
+}
+
+// Calls `panel_of_rows` for 1 to kMostRows rows.
+template <int kRows = kMostRows>
+void panel_of(const bfloat16* x, int64_t rows, int64_t inputs, const bfloat16* panel, bool first, float* out) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return panel_of<kRows - 1>(x, rows, inputs, panel, first, out);
+  panel_of_rows<kRows>(x, inputs, panel, first, out);
+}
+
+// Adds bias and residual to a panel's outputs of one row and rounds them to bfloat16.
+inline void write_row(const float* sums, int64_t at, int64_t n, const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
+  for (int64_t half = 0; half < kRowPanel; half += kLanes) {
+    Floats value = load(sums + half);
+    if (bias != nullptr) value += load(bias + n + half);
+    if (residual != nullptr) value += load(residual + at + half);
+    store(out + at + half, value);
+  }
+}
+
+// Computes out = x weight^T, plus a bias [outputs] and a residual [rows, outputs] if they are not null.
+inline void multiply_rows(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs, const bfloat16* bias,
+                          const bfloat16* residual, bfloat16* out) {
+#pragma omp parallel for
+  for (int64_t n = 0; n < outputs; n += kRowPanel) {
+    alignas(64) float sums[kMostRows * kRowPanel];
+    const bfloat16* panel = packed + n * inputs;
+    // blocks of nearly equal size, because a block of one or two rows waits for its own sums
+    const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
+    for (int64_t b = 0, row = 0; b < blocks; ++b) {
+      const int64_t count = (rows - row + blocks - b - 1) / (blocks - b);
+      panel_of(x + row * inputs, count, inputs, panel, b == 0, sums);
+      for (int64_t r = 0; r < count; ++r, ++row) write_row(sums + r * kRowPanel, row * outputs + n, n, bias, residual, out);
+    }
+  }
+}
+
+}  // namespace
