@@ -23,6 +23,7 @@ STUDIES = {
     "drafters": "decoding.drafters",
     "verifiers": "decoding.verifiers",
     "selection": "decoding.selection",
+    "products": "decoding.products",
     "served": "decoding.served",
     "gpu-check": "decoding.gpu_check",
     "plan": "decoding.plan",

@@ -13,7 +13,13 @@ from tests.support import ROOT
 pytestmark = pytest.mark.skipif(load_products() is None, reason="no C++ compiler")
 
 
-@pytest.mark.parametrize("isa", runnable_instruction_sets())
+@pytest.mark.parametrize(
+    "isa",
+    [
+        name if name == "native" else pytest.param(name, marks=pytest.mark.ci)
+        for name in runnable_instruction_sets()
+    ],
+)
 def test_no_bit_differs(isa):
     if isa == "amx" or (isa == "native" and on_matrix_units()):
         pytest.skip("matrix units add up a tree node's keys in the order of their places")

@@ -224,6 +224,8 @@ def test_the_library_is_built_once(monkeypatch, tmp_path):
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "_privately_built", {})
+    for log in (build._log, native._log):  # a library that configures logging disables those that it meets
+        monkeypatch.setattr(log, "disabled", False)
     return tmp_path / "paceline" / "native"
 
 
