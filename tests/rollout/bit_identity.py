@@ -22,8 +22,8 @@ _CONTEXT = 260
 
 
 def requests(count: int) -> list[Request]:
-    """Requests whose texts repeat themselves, so that drafts are accepted; one in twelve is long."""
-    lengths = [180 if i % 12 == 5 else 16 + i * 7 % 30 for i in range(count)]
+    """Requests whose texts repeat themselves, so that drafts are accepted; one in fifteen is long."""
+    lengths = [180 if i % 15 == 5 else 8 + i * 7 % 20 for i in range(count)]
     return [
         Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(i % 4 / 3, max_tokens=length), seed=i, group=i % 5)
         for i, length in enumerate(lengths)

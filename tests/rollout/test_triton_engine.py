@@ -15,6 +15,7 @@ from paceline.rollout.model import fusion_check
 from paceline.rollout.native import triton_kernels
 from paceline.rollout.native.triton_kernels import TritonKernels
 from tests.engines import engine_for, tiny_llama
+from tests.rollout.model import families
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout/test_gpu.py runs on the GPU")
 
@@ -50,8 +51,8 @@ def engines(monkeypatch):
         "plain",
         Strategy("suffix", 3),
         Strategy("eagle3", 2),
-        "eagle3:3x2/5",
-        Strategy("adversarial", 2),
+        pytest.param("eagle3:3x2/5", marks=pytest.mark.ci),
+        pytest.param(Strategy("adversarial", 2), marks=pytest.mark.ci),
     ],
     ids=str,
 )
@@ -72,6 +73,7 @@ def test_drafts_are_those_of_the_cpu(engines):
     assert sum(engine.drafters["eagle3"]._network.graphs.replays.values()) > 5
 
 
+@pytest.mark.ci
 def test_new_weights_reach_the_buckets(engines):
     engine = engines[1]
     model, other = tiny_llama(layers=2, sharpness=4.0), tiny_llama(layers=2, seed=5, sharpness=4.0)
@@ -81,3 +83,17 @@ def test_new_weights_reach_the_buckets(engines):
     engine.refresh_weights()
     after = tokens_of(engine, "plain")
     assert after == tokens_of(engine_for(other, slots=3, context=40, graphs=True), "plain") != before
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "qwen2"])
+def test_other_families_decode_on_them_too(kind, monkeypatch):
+    """Norms of heads; four norms, a window and another activation; biases."""
+    model = families.tiny(families.BY_KIND[kind])
+    options = {"dtype": torch.float32, "max_slots": 2, "max_context": 40}
+    expected = tokens_of(RolloutEngine(model, **options), "plain")
+    monkeypatch.setattr(triton_kernels, "_PROGRAMS", 8)
+    monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: TritonKernels())
+    engine = RolloutEngine(model, **options, graphs=True)
+    assert isinstance(engine.runner.kernels, TritonKernels)
+    assert tokens_of(engine, "plain") == expected

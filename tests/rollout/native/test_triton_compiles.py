@@ -48,6 +48,7 @@ for dtype in ("*bf16", "*fp32"):
 """
 
 
+@pytest.mark.ci
 def test_every_program_compiles_for_hopper(tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     made = subprocess.run(
