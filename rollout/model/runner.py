@@ -117,9 +117,8 @@ class ModelRunner:
             taps=self.hidden_size * (len(self.tap_layers) + 1) if self.tap_layers else 0,
             dtype=dtype,
         )
-        cache_tokens(
-            shape, model.device, limit_bytes
-        )  # too little memory is reported before anything is built
+        # too little memory is reported before anything is built
+        cache_tokens(shape, model.device, limit_bytes)
         self.view = checked_view(model, dtype, shape)
         self.kernels = self.view.kernels
         paged = self.kernels is not None and self.kernels.paged

@@ -22,8 +22,8 @@ _CONTEXT = 260
 
 
 def requests(count: int) -> list[Request]:
-    """Requests whose texts repeat themselves, so that drafts are accepted; one in fifteen is long."""
-    lengths = [180 if i % 15 == 5 else 8 + i * 7 % 20 for i in range(count)]
+    """Requests whose texts repeat themselves, so that drafts are accepted; one in eight is long."""
+    lengths = [150 if i % 8 == 1 else 8 + i * 7 % 20 for i in range(count)]
     return [
         Request([5, 6, 5, 6, 7 + i % 3], SamplingParams(i % 4 / 3, max_tokens=length), seed=i, group=i % 5)
         for i, length in enumerate(lengths)
@@ -88,7 +88,7 @@ def differing(count: int) -> Iterator[tuple[str, int, int]]:
         alone = engine_of(model, 4, strategy)
         yield compared(f"{strategy}, alone", [alone.generate([r])[0] for r in wanted], count)
         yield compared(f"{strategy}, in pieces", in_pieces(engine_of(model, 4, strategy), wanted), count)
-        rollouts = engine_of(model, 8, strategy, tokens=530).generate(wanted)
+        rollouts = engine_of(model, 8, strategy, tokens=300).generate(wanted)
         yield compared(f"{strategy}, preempted", rollouts, sum(r.stats.preempted for r in rollouts))
 
 

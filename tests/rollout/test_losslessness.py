@@ -97,7 +97,15 @@ NAMES = [f"{i} {strategy}" for i, (strategy, _) in enumerate(CASES)]
 CUTS = [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}]
 
 
-@pytest.mark.parametrize(("case", "cut"), [(case, CUTS[i % 4]) for i, case in enumerate(CASES)], ids=NAMES)
+@pytest.mark.parametrize(
+    ("case", "cut"),
+    [
+        # stand draws one row at a time, in a minute
+        pytest.param(case, CUTS[i % 4], marks=[pytest.mark.ci] if case[0].startswith("stand") else [])
+        for i, case in enumerate(CASES)
+    ],
+    ids=NAMES,
+)
 def test_engine_joint_distribution(model, case, cut):
     """Every drafter, tree, verifier and stop policy, and every sampling setting with some of them; all pairs
     on demand.
