@@ -18,7 +18,7 @@ from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_key
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.kv_cache import SlotCache
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project
 from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import (
     AnyKernels,
@@ -84,9 +84,11 @@ class NativeNetwork:
         self.graphs: GraphPool | None = None
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
-        """Captures draft steps for numbers of tokens up to four for each slot, at the cache's present span.
+        """Makes steps of up to four tokens for each slot run through captured graphs.
 
-        Graphs for other spans are captured when they are first needed.
+        Args:
+            capturer: Capturer to use.
+            precapture: Whether to capture them now; otherwise each is captured when first needed.
         """
         config, cache = self._weights.config, self._cache
         assert isinstance(cache, PagedCache)
@@ -202,24 +204,17 @@ class NativeNetwork:
         embedded = self._embed(tokens).to(self._dtype)[None]
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
         kernels: Any = self._kernels
-        projected = self._project(
-            self._qkv, torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
-        )
+        joined = kernels.reads_joined
+        both = torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
+        projected = project(self._qkv, both, joined)
         heads = kernels.rotate_and_store(
             projected, (rotary[0][None], rotary[1][None]), None, 0.0, ragged, lines
         )
         hidden = self._o(kernels.attend(heads, lines, ragged, self._rule), hidden)
-        gated = kernels.silu_gate(self._project(self._gate_up, mlp_norm(hidden)))
+        gated = kernels.silu_gate(project(self._gate_up, mlp_norm(hidden), joined))
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
         return out[0], self._head(head_norm(out))[0]
-
-    def _project(self, layers: PackedLinear | JoinedLinear, x: torch.Tensor) -> Any:
-        """Returns the outputs of linear layers: side by side, or a tuple where the kernels read it."""
-        if self._kernels.reads_joined:
-            return layers(x)
-        assert isinstance(layers, JoinedLinear)
-        return layers.separate(x)
 
 
 def draft_shape(config: LlamaConfig, dtype: torch.dtype) -> ModelShape:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable, project
 from paceline.rollout.native import AnyKernels, AttentionRule
 from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
@@ -233,25 +233,19 @@ class FusedLayer(nn.Module):
         if rotary is None:
             raise TypeError("the model passes no rotary embedding (cos, sin) to a fused layer")
         qkv, o, gate_up, down = self._projections
-        attended = self._attend(self._project(qkv, self._attention_in(hidden_states)), rotary, cache, batch)
+        joined = self._kernels is None or self._kernels.reads_joined
+        attended = self._attend(project(qkv, self._attention_in(hidden_states), joined), rotary, cache, batch)
         if self._attention_out is None:
             hidden_states = o(attended, hidden_states)
         else:
             hidden_states = hidden_states + self._attention_out(o(attended))
-        gated = self._gate(self._project(gate_up, self._mlp_in(hidden_states)))
+        gated = self._gate(project(gate_up, self._mlp_in(hidden_states), joined))
         if self._mlp_out is None:
             return down(gated, hidden_states)
         return hidden_states + self._mlp_out(down(gated))
 
-    def _project(self, layers: Projection, x: torch.Tensor) -> Any:
-        """Returns the outputs of linear layers: side by side, or a tuple where the kernels read it."""
-        if self._kernels is None or self._kernels.reads_joined:
-            return layers(x)
-        assert isinstance(layers, JoinedLinear)
-        return layers.separate(x)
-
     def _gate(self, projected: Any) -> torch.Tensor:
-        """Returns activation(gate) · up of what `_project` returned for these two."""
+        """Returns activation(gate) · up of what `project` returned for these two."""
         if self._native_gate:
             assert self._kernels is not None
             return self._kernels.silu_gate(projected)

@@ -82,6 +82,25 @@ def cache_tokens(shape: CacheShape, device: torch.device, limit_bytes: int | Non
     return min(shape.slots * shape.capacity, limit // shape.token_bytes)
 
 
+def path_moves(starts: Sequence[int], paths: Sequence[Sequence[int]]) -> np.ndarray:
+    """Returns the moves within slots that make the accepted nodes of draft trees consecutive.
+
+    Args:
+        starts: Place of node 0 of the tree, for each of the first B slots.
+        paths: Indices of the accepted nodes of each tree, root first.
+
+    Returns:
+        Slot, source and target place of each move, int64 [M, 3].
+    """
+    moves = [
+        (slot, start + node, start + order)
+        for slot, (start, path) in enumerate(zip(starts, paths, strict=True))
+        for order, node in enumerate(path)
+        if node != order
+    ]
+    return np.array(moves, dtype=np.int64).reshape(-1, 3)
+
+
 class SlotCache(Cache):
     """Stores the keys and values of all slots, behind transformers' cache interface.
 
@@ -243,15 +262,10 @@ class SlotCache(Cache):
             starts: Place of node 0 of the tree, for each of the first B slots.
             paths: Indices of the accepted nodes of each tree, root first.
         """
-        moves = [
-            (slot, start + node, start + order)
-            for slot, (start, path) in enumerate(zip(starts, paths, strict=True))
-            for order, node in enumerate(path)
-            if node != order
-        ]
-        if not moves:
+        moves = path_moves(starts, paths)
+        if not len(moves):
             return
-        slots, sources, targets = np.array(moves, dtype=np.int64).T
+        slots, sources, targets = moves.T
         kernels = load_cpu_kernels(self.device.type, self.shape.dtype)
         if kernels is not None:
             kernels.move_lines(self._views, slots, sources, targets)

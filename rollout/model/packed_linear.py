@@ -6,7 +6,7 @@ Layers that read one input are joined, and packed where there are kernels for it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -105,6 +105,23 @@ class JoinedLinear:
     def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Maps ``x`` [B, Q, in] to the output of each layer, [B, Q, out]."""
         return tuple(nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources)
+
+
+def project(layers: Projection, x: torch.Tensor, joined: bool) -> Any:
+    """Applies linear layers of one input.
+
+    Args:
+        layers: Layers to apply; `JoinedLinear` if not ``joined``.
+        x: Input, [B, Q, in].
+        joined: Whether the outputs come side by side, as CPU kernels read them; otherwise as a tuple.
+
+    Returns:
+        [B, Q, sum of out], or a tuple of the layers' outputs [B, Q, out].
+    """
+    if joined:
+        return layers(x)
+    assert isinstance(layers, JoinedLinear)
+    return layers.separate(x)
 
 
 def joinable(layers: Sequence[nn.Module]) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from paceline.rollout.model.attention import ForwardBatch
-from paceline.rollout.model.kv_cache import CacheShape, cache_tokens
+from paceline.rollout.model.kv_cache import CacheShape, cache_tokens, path_moves
 from paceline.rollout.native import PagedLines, upload
 from paceline.rollout.transformers_api import Cache
 
@@ -147,15 +147,10 @@ class PagedCache(Cache):
 
     def keep_paths(self, starts: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Makes the accepted nodes of draft trees consecutive, see `SlotCache.keep_paths`."""
-        moves = [
-            (slot, start + node, start + order)
-            for slot, (start, path) in enumerate(zip(starts, paths, strict=True))
-            for order, node in enumerate(path)
-            if node != order
-        ]
-        if not moves:
+        moves = path_moves(starts, paths)
+        if not len(moves):
             return
-        slots, sources, targets = np.array(moves, dtype=np.int64).T
+        slots, sources, targets = moves.T
         pages = [self._table[slots, places // PAGE] for places in (sources, targets)]
         rows = np.stack([pages[0], sources % PAGE, pages[1], targets % PAGE]).astype(np.int64)
         page, line, to_page, to_line = upload(rows, self.device)

@@ -7,22 +7,20 @@
 
 #include <omp.h>
 
+#include "product_rows.h"
 #include "tiles.h"
 
 #ifdef PACELINE_TILES
 
 namespace {
 
-constexpr int64_t kPanel = 32;          // outputs computed together: two tiles
-constexpr int64_t kStep = 32;           // inputs that one tile holds
-constexpr int64_t kPanelStep = kPanel * kStep;
 constexpr int64_t kStepsAhead = 16;      // prefetch distance in steps of 2 KB
 
 struct alignas(64) TileLine {
   bfloat16 values[kStep];
 };
 
-// Reorders a weight [outputs, inputs] as [outputs / 32][inputs / 32][2 tiles][16 pairs of inputs][16 outputs][2].
+// Does what pack_weight_rows does, a tile at a time.
 inline void pack_weight(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
 #pragma omp parallel for
   for (int64_t n = 0; n < outputs; n += kTileRows)

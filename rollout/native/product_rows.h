@@ -14,9 +14,9 @@
 
 namespace {
 
-constexpr int64_t kRowPanel = 32;      // outputs computed together: two vectors
-constexpr int64_t kRowStep = 32;       // inputs of a packed block
-constexpr int64_t kRowPanelStep = kRowPanel * kRowStep;
+constexpr int64_t kPanel = 32;         // outputs computed together: two vectors, or two tiles
+constexpr int64_t kStep = 32;          // inputs of a packed block, or of a tile
+constexpr int64_t kPanelStep = kPanel * kStep;
 constexpr int kMostRows = 12;          // rows whose sums fit into the registers
 constexpr int64_t kRowStepsAhead = 8;  // prefetch distance in blocks of 2 KB
 
@@ -24,9 +24,9 @@ constexpr int64_t kRowStepsAhead = 8;  // prefetch distance in blocks of 2 KB
 inline void pack_weight_rows(const bfloat16* weight, int64_t outputs, int64_t inputs, bfloat16* packed) {
 #pragma omp parallel for
   for (int64_t n = 0; n < outputs; n += kLanes)
-    for (int64_t k = 0; k < inputs; k += kRowStep) {
-      bfloat16* block = packed + n / kRowPanel * kRowPanel * inputs + k / kRowStep * kRowPanelStep + n % kRowPanel * kRowStep;
-      for (int64_t pair = 0; pair < kRowStep / 2; ++pair)
+    for (int64_t k = 0; k < inputs; k += kStep) {
+      bfloat16* block = packed + n / kPanel * kPanel * inputs + k / kStep * kPanelStep + n % kPanel * kStep;
+      for (int64_t pair = 0; pair < kStep / 2; ++pair)
         for (int64_t lane = 0; lane < kLanes; ++lane)
           std::memcpy(block + (pair * kLanes + lane) * 2, weight + (n + lane) * inputs + k + 2 * pair, 2 * sizeof(bfloat16));
     }
@@ -52,20 +52,20 @@ inline Floats add_pair(Floats sums, const bfloat16* weights, uint32_t inputs) {
 template <int kRows>
 void panel_of_rows(const bfloat16* x, int64_t inputs, const bfloat16* panel, bool first, float* out) {
   Floats sums[kRows][2] = {};
-  for (int64_t k = 0; k < inputs / kRowStep; ++k) {
-    const bfloat16* block = panel + k * kRowPanelStep;
+  for (int64_t k = 0; k < inputs / kStep; ++k) {
+    const bfloat16* block = panel + k * kPanelStep;
     if (first)
-      for (int64_t line = 0; line < kRowPanelStep; line += 32) __builtin_prefetch(block + kRowStepsAhead * kRowPanelStep + line, 0, 2);
+      for (int64_t line = 0; line < kPanelStep; line += 32) __builtin_prefetch(block + kRowStepsAhead * kPanelStep + line, 0, 2);
 #pragma GCC unroll 4
-    for (int64_t pair = 0; pair < kRowStep / 2; ++pair)
+    for (int64_t pair = 0; pair < kStep / 2; ++pair)
       for (int r = 0; r < kRows; ++r) {
         uint32_t two;
-        std::memcpy(&two, x + r * inputs + k * kRowStep + 2 * pair, sizeof two);
+        std::memcpy(&two, x + r * inputs + k * kStep + 2 * pair, sizeof two);
         sums[r][0] = add_pair(sums[r][0], block + pair * 32, two);
-        sums[r][1] = add_pair(sums[r][1], block + kRowPanelStep / 2 + pair * 32, two);
+        sums[r][1] = add_pair(sums[r][1], block + kPanelStep / 2 + pair * 32, two);
       }
   }
-  for (int r = 0; r < kRows; ++r) store(out + r * kRowPanel, sums[r][0]), store(out + r * kRowPanel + kLanes, sums[r][1]);
+  for (int r = 0; r < kRows; ++r) store(out + r * kPanel, sums[r][0]), store(out + r * kPanel + kLanes, sums[r][1]);
 }
 
 // Calls `panel_of_rows` for 1 to kMostRows rows.
@@ -78,7 +78,7 @@ void panel_of(const bfloat16* x, int64_t rows, int64_t inputs, const bfloat16* p
 
 // Adds bias and residual to a panel's outputs of one row and rounds them to bfloat16.
 inline void write_row(const float* sums, int64_t at, int64_t n, const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
-  for (int64_t half = 0; half < kRowPanel; half += kLanes) {
+  for (int64_t half = 0; half < kPanel; half += kLanes) {
     Floats value = load(sums + half);
     if (bias != nullptr) value += load(bias + n + half);
     if (residual != nullptr) value += load(residual + at + half);
@@ -90,15 +90,15 @@ inline void write_row(const float* sums, int64_t at, int64_t n, const bfloat16* 
 inline void multiply_rows(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs, const bfloat16* bias,
                           const bfloat16* residual, bfloat16* out) {
 #pragma omp parallel for
-  for (int64_t n = 0; n < outputs; n += kRowPanel) {
-    alignas(64) float sums[kMostRows * kRowPanel];
+  for (int64_t n = 0; n < outputs; n += kPanel) {
+    alignas(64) float sums[kMostRows * kPanel];
     const bfloat16* panel = packed + n * inputs;
     // blocks of nearly equal size, because a block of one or two rows waits for its own sums
     const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
     for (int64_t b = 0, row = 0; b < blocks; ++b) {
       const int64_t count = (rows - row + blocks - b - 1) / (blocks - b);
       panel_of(x + row * inputs, count, inputs, panel, b == 0, sums);
-      for (int64_t r = 0; r < count; ++r, ++row) write_row(sums + r * kRowPanel, row * outputs + n, n, bias, residual, out);
+      for (int64_t r = 0; r < count; ++r, ++row) write_row(sums + r * kPanel, row * outputs + n, n, bias, residual, out);
     }
   }
 }

@@ -64,12 +64,6 @@ class PackedProducts:
         return out
 
 
-def on_matrix_units() -> bool:
-    """Returns whether the products run on matrix units."""
-    products = load_products()
-    return products is not None and products.on_matrix_units
-
-
 @functools.cache
 def load_products() -> PackedProducts | None:
     """Returns the products, built on the first call; None without a compiler."""

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 
 
-def upload(
-    values: np.ndarray | torch.Tensor | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def upload(values: np.ndarray | torch.Tensor | Sequence[Any], device: torch.device) -> torch.Tensor:
     """Returns values of the host as a tensor on ``device``.
 
     A copy from pageable memory makes the host wait until the GPU has reached it; one from pinned memory does
@@ -20,9 +18,8 @@ def upload(
     Args:
         values: Array, CPU tensor or (nested) sequence of numbers.
         device: Device of the result.
-        dtype: Dtype of the result; None keeps that of the values.
     """
-    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = torch.as_tensor(values)
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -6,7 +6,7 @@ import torch
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import SuffixDrafter
 from paceline.rollout.model.packed_linear import PackedLinear
-from paceline.rollout.native.products import load_products, on_matrix_units
+from paceline.rollout.native.products import load_products
 from tests.engines import tiny_llama
 
 pytestmark = pytest.mark.skipif(load_products() is None, reason="no C++ compiler")
@@ -85,7 +85,7 @@ def test_speculation_in_bfloat16_says_what_plain_decoding_says():
         spoken[strategy] = [(r.token_ids, r.logprobs) for r in rollouts]
         assert strategy == "plain" or sum(r.stats.accepted for r in rollouts) > 0
     assert spoken["suffix:3"] == spoken["plain"]
-    if not on_matrix_units():
+    if not load_products().on_matrix_units:
         assert spoken["suffix:5x3/11"] == spoken["plain"]
     for (tree, tree_logprobs), (plain, plain_logprobs) in zip(
         spoken["suffix:5x3/11"], spoken["plain"], strict=True
