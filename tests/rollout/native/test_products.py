@@ -48,6 +48,22 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 @torch.no_grad()
+def test_a_row_is_summed_in_one_order():
+    """Sums whose terms cancel are nothing but the rounding of their order, which bfloat16 otherwise hides."""
+    source = layer(96, 576, bias=False)
+    source.weight[:, 288:] = source.weight[:, :288]
+    packed = PackedLinear(source)
+    half = torch.randn(1, 70, 288).bfloat16()
+    x = torch.cat([half, -half], dim=-1)
+    together = packed(x)
+    assert together.any()
+    for row in range(70):
+        assert torch.equal(packed(x[:, row : row + 1])[0, 0], together[0, row])
+    for rows in (2, 5, 13, 16, 33):
+        assert torch.equal(packed(x[:, :rows]), together[:, :rows])
+
+
+@torch.no_grad()
 def test_other_libraries_keep_their_tiles():
     """torch's own bfloat16 products use the same registers and may believe them set up from the call
     before."""
