@@ -80,6 +80,11 @@ class RolloutConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of the engine's weights and KV cache."""
 
+    match_trainer: bool = False
+    """Refuse to start unless the trainer computes exactly the log-probs that rollouts are sampled with, so
+    that importance ratios are 1 until the first optimizer step. On a CPU in bfloat16 a Llama-like policy does
+    so with either value, see docs/exactness.md."""
+
     kv_memory_gb: float | None = None
     """Limit of a rank's KV cache, in GB (10⁹ bytes); above 0. Null takes the free memory (of a GPU four
     fifths of it), up to what ``max_slots`` sequences of ``max_context`` tokens need."""

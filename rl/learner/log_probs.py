@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from paceline.rl.errors import UserError
+from paceline.rl.learner.fused.fused_policy import FusedPolicy, UnsupportedPolicy
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import check_head, check_packing, decoder_of, turn_off_dropout
 from paceline.rollout.model.attention import check_attention, check_window, grouped_attention
@@ -133,18 +134,24 @@ register_attention(PACKED_ATTENTION, packed_attention)
 class PolicyLogProbs(nn.Module):
     """Maps packed sequences to the policy's log-probs. This module is what is wrapped for training.
 
+    On a CPU under bfloat16 autocast, a Llama-like policy runs on the engine's own kernels (`FusedPolicy`):
+    its log-probs are those of rollouts, bit for bit. Otherwise transformers' modules run.
+
     Args:
         policy: A causal LM whose logits are its output head applied to its decoder's output. Its dropout is
             turned off, so that the trained distribution is the one that was sampled from.
+        fuse: Whether it may run on the engine's kernels; not where its parameters will be partitioned.
 
     Raises:
         UserError: when the logits are soft-capped or scaled, or when packing changes log-probs: training
             would then optimize another model.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, fuse: bool = True) -> None:
         super().__init__()
         self.policy = policy
+        self._fuse = fuse
+        self._fused: FusedPolicy | UnsupportedPolicy | None = None
         try:
             check_family(policy)
         except ValueError as error:
@@ -177,6 +184,10 @@ class PolicyLogProbs(nn.Module):
                 f"{name} {self._limit.reason} past {self._limit.tokens} tokens: write rollout.max_context of "
                 "at most that"
             )
+        fused = self.fused
+        if isinstance(fused, FusedPolicy):
+            logprob, entropy = fused.scores(batch, temperature)
+            return logprob, entropy if entropy_gradient else entropy.detach()
         hidden = decoder_of(self.policy)(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]
@@ -194,6 +205,23 @@ class PolicyLogProbs(nn.Module):
             logprobs.append(logprob)
             entropies.append(entropy if entropy_gradient else entropy.detach())
         return torch.cat(logprobs), torch.cat(entropies)
+
+    @property
+    def fused(self) -> FusedPolicy | UnsupportedPolicy:
+        """The policy on the engine's kernels if these would run now, or why they do not."""
+        if not self._fuse:
+            return UnsupportedPolicy("its weights or activations are not whole on this rank")
+        if self.policy.device.type != "cpu":
+            return UnsupportedPolicy("it is not on a CPU")
+        if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return UnsupportedPolicy("it is not trained in bfloat16: write policy.mixed_precision: bf16")
+        if self._fused is None:
+            try:
+                with torch.autocast("cpu", enabled=False):  # its layers are compared in float32
+                    self._fused = FusedPolicy(self.policy)
+            except UnsupportedPolicy as reason:
+                self._fused = reason
+        return self._fused
 
 
 def _score(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -35,6 +35,7 @@ class PackedBatch:
 
     Attributes:
         members: The index of each sample, in order.
+        lengths: For each prompt, its number of tokens and those of its samples.
         tokens: Token ids, int64 [T].
         positions: The position of each token in its own text, int64 [T]; a sample continues its prompt.
         pad_index: The index in the packed sequence of each row's tokens, int64 [n, L]; 0 is padding.
@@ -48,6 +49,7 @@ class PackedBatch:
     """
 
     members: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     tokens: torch.Tensor
     positions: torch.Tensor
     pad_index: torch.Tensor
@@ -60,8 +62,9 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """Returns the batch with its tensors on ``device``."""
-        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if name != "members"}
-        return PackedBatch(members=self.members, **moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: x.to(device) for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return PackedBatch(**values | moved)
 
 
 def plan(rows: Sequence[PromptRow], budget: int) -> list[list[PromptRow]]:
@@ -130,6 +133,7 @@ def pack(rows: Sequence[PromptRow]) -> PackedBatch:
     pad_positions = line_positions[pad_index]
     return PackedBatch(
         members=tuple(members),
+        lengths=tuple((len(row.prompt), *(len(s.tokens) for s in row.samples)) for row in rows),
         tokens=torch.tensor(tokens),
         positions=line_positions,
         pad_index=pad_index,

@@ -19,8 +19,10 @@ from paceline.rl.algorithms.advantages import (
 )
 from paceline.rl.algorithms.kl import KlCoefficient
 from paceline.rl.config.run import RunConfig
+from paceline.rl.errors import UserError
 from paceline.rl.learner.balance import compute_cost, redistribute
 from paceline.rl.learner.critic import Critic, CriticReport, ValueModel
+from paceline.rl.learner.fused.fused_policy import UnsupportedPolicy
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.reference import Reference
@@ -72,7 +74,9 @@ class PolicyLearner:
             recompute_activations(policy)
         text = policy.config.get_text_config()
         self._attention = text.hidden_size * text.num_hidden_layers / policy.num_parameters()
-        module = PolicyLogProbs(policy)
+        module = PolicyLogProbs(policy, fuse=not config.scale.sharded)
+        if config.rollout.match_trainer:
+            _check_match(module, accelerator)
         self._adapted = None if config.scale.lora is None else adapted_layers(module)
         settings = AdamWSettings(
             update.lr, update.weight_decay, update.grad_clip, config.policy.mixed_precision
@@ -229,3 +233,18 @@ class PolicyLearner:
         """Returns the sum over ranks, on the CPU. Collective."""
         summed: Any = self._accelerator.reduce(part.to(self._accelerator.device), "sum")
         return summed.cpu()
+
+
+def _check_match(module: PolicyLogProbs, accelerator: Accelerator) -> None:
+    """Checks that the policy is trained with the engine's arithmetic.
+
+    Raises:
+        UserError: It cannot be.
+    """
+    with accelerator.autocast():
+        fused = module.fused
+    if isinstance(fused, UnsupportedPolicy):
+        raise UserError(
+            f"rollout.match_trainer: {type(module.policy).__name__} cannot be trained with the engine's "
+            f"arithmetic, because {fused}; write rollout.match_trainer: false"
+        )

@@ -83,7 +83,7 @@ def fine_tune(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=False)  # kept gradients are added to in place
         losses.append(total)
         if on_step is not None:
             on_step(step + 1, steps, total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paceline.rl.config.run import RunConfig
 from paceline.rl.validation.drafter import drafter_rules
 from paceline.rl.validation.length import length_rules
-from paceline.rl.validation.rollout import group_rules, sampling_rules, tree_rules, vllm_rules
+from paceline.rl.validation.rollout import group_rules, match_rules, sampling_rules, tree_rules, vllm_rules
 from paceline.rl.validation.rules import require
 from paceline.rl.validation.run import evaluation_rules, run_rules, scale_rules
 from paceline.rl.validation.speculation import check_strategies, speculation_rules
@@ -22,6 +22,7 @@ def check(config: RunConfig) -> None:
     require(
         [
             *group_rules(config),
+            *match_rules(config),
             *tree_rules(config),
             *length_rules(config),
             *run_rules(config),

@@ -28,6 +28,29 @@ def sampling_rules(config: RunConfig) -> list[Rule]:
     ]
 
 
+def match_rules(config: RunConfig) -> list[Rule]:
+    """Returns rules for what `rollout.match_trainer` needs."""
+    r, scale = config.rollout, config.scale
+    needs = (
+        (r.dtype == "bfloat16", "the engine computes in float32", "rollout.dtype: bfloat16"),
+        (
+            config.policy.mixed_precision == "bf16",
+            "the trainer computes in float32",
+            "policy.mixed_precision: bf16",
+        ),
+        (r.vllm is None, "vLLM computes the rollouts", "rollout.vllm: null"),
+        (not scale.sharded, "the policy is sharded", "scale.deepspeed: null and scale.fsdp2: false"),
+        (scale.lora is None, "adapters are trained beside the policy", "scale.lora: null"),
+    )
+    return [
+        (
+            not r.match_trainer or met,
+            f"rollout.match_trainer asks for the engine's arithmetic in training, but {reason}: write {fix}",
+        )
+        for met, reason, fix in needs
+    ]
+
+
 def group_rules(config: RunConfig) -> list[Rule]:
     """Returns rules for groups, resampling and segments."""
     r, u = config.rollout, config.update

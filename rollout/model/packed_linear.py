@@ -11,13 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from paceline.rollout.native.products import load_products
+from paceline.rollout.native.products import PANEL, load_products
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Returns whether `PackedLinear` has a kernel for this device and dtype."""
     on_cpu = device.type == "cpu" and dtype == torch.bfloat16
     return on_cpu and (load_products() is not None or _onednn_packs())
+
+
+def padding_of(outputs: int) -> int:
+    """Returns how many outputs are missing to whole panels."""
+    return -outputs % PANEL
 
 
 def _onednn_packs() -> bool:
@@ -40,9 +45,9 @@ class Projection(Protocol):
 class PackedLinear(nn.Module):
     """Holds an inference-only copy of `nn.Linear` layers of one input, packed in bfloat16 as one matrix.
 
-    It uses `PackedProducts`, which make a row's result independent of the number of rows. Without a compiler,
-    and for shapes that are not whole panels, it uses oneDNN or torch, which choose their kernel, and with it
-    the rounding, by the number of rows.
+    It uses `PackedProducts`, which make a row's result independent of the number of rows; outputs that are
+    not whole panels are padded. Without a compiler, and for inputs that are not whole blocks, it uses oneDNN
+    or torch, which choose their kernel, and with it the rounding, by the number of rows.
 
     The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an
     update.
@@ -60,22 +65,40 @@ class PackedLinear(nn.Module):
     def refresh(self) -> None:
         """Packs the sources' current weights."""
         weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
-        products = load_products()
-        self._products = products if products is not None and products.serves(*weight.shape) else None
+        biases = [layer.bias for layer in self._sources if layer.bias is not None]
+        self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
+        products, (outputs, inputs) = load_products(), weight.shape
+        self._outputs, padding = outputs, padding_of(outputs)
+        self._products = (
+            products if products is not None and products.serves(outputs + padding, inputs) else None
+        )
         if self._products is not None:
-            self._packed = self._products.pack(weight)
+            if padding:
+                bias = weight.new_zeros(outputs) if self._bias is None else self._bias
+                self._bias = nn.functional.pad(bias, (0, padding), value=-torch.inf)
+            self._packed = self._products.pack(nn.functional.pad(weight, (0, 0, 0, padding)))
         else:
             self._reordered = _onednn_packs()
             self._packed = (
                 torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight.contiguous()
             )
-        biases = [layer.bias for layer in self._sources if layer.bias is not None]
-        self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
+
+    def padded(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps bfloat16 ``x`` [..., in] to bfloat16 outputs, padded with −inf to whole panels.
+
+        There must be native products; ``residual`` has as many columns.
+        """
+        assert self._products is not None
+        return self._products.multiply(x, self._packed, self._bias, residual)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps bfloat16 ``x`` [..., in] to bfloat16 [..., out], plus ``residual`` if given."""
         if self._products is not None:
-            return self._products.multiply(x, self._packed, self._bias, residual)
+            padding = padding_of(self._outputs)
+            if padding and residual is not None:
+                residual = nn.functional.pad(residual, (0, padding))
+            out = self.padded(x, residual)
+            return out[..., : self._outputs] if padding else out
         if not self._reordered:
             out = nn.functional.linear(x, self._packed, self._bias)
             return out if residual is None else out + residual

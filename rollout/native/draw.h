@@ -7,69 +7,74 @@ namespace {
 
 constexpr int64_t kBlock = 256;  // tokens whose weights are summed together
 
+// One row of logits with its softmax at a temperature (1 where it is 0). `total` sums the weights e^((logit − largest) /
+// temperature) in blocks, whose ends are kept.
+template <typename T>
+class LogitRow {
+ public:
+  float largest = -std::numeric_limits<float>::infinity();
+  const float inverse;
+  double total = 0;
+
+  LogitRow(const T* logits, int64_t vocab, float temperature, std::vector<double>* ends)
+      : inverse(temperature > 0 ? 1.0f / temperature : 1.0f), logits_(logits), vocab_(vocab), whole_(vocab / kLanes * kLanes) {
+    alignas(64) float lanes[kLanes];
+    Floats most = splat(largest);
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+      const Floats x = at(i);
+      most = select(x > most, x, most);
+    }
+    store(lanes, most);
+    largest = *std::max_element(lanes, lanes + kLanes);
+    ends->clear();
+    for (int64_t block = 0; block < vocab; block += kBlock) {
+      Floats sums = {};
+      for (int64_t i = block; i < std::min(block + kBlock, vocab); i += kLanes) sums += weights(i);
+      total += sum(sums);
+      ends->push_back(total);
+    }
+  }
+
+  bool finite() const { return std::isfinite(total) && std::isfinite(largest) && total > 0; }
+
+  // Returns the logits of the tokens from i on; −inf past the vocabulary.
+  Floats at(int64_t i) const { return i < whole_ ? load(logits_ + i) : tail(i); }
+
+  Floats weights(int64_t i) const { return exponential((at(i) - largest) * inverse); }
+
+  float logprob(int64_t token) const { return (to_float(logits_[token]) - largest) * inverse - static_cast<float>(std::log(total)); }
+
+ private:
+  const T* logits_;
+  const int64_t vocab_, whole_;
+
+  Floats tail(int64_t i) const {
+    alignas(64) float lanes[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] = i + k < vocab_ ? to_float(logits_[i + k]) : -std::numeric_limits<float>::infinity();
+    return load(lanes);
+  }
+};
+
 // Samples one token per row from softmax(logits / temperature) by inverting its cumulative sum in vocabulary order, or
 // takes the first largest logit at temperature 0. The log-prob is that of the sampled token (at temperature 1 where the
 // temperature is 0); it is NaN if the row has a logit that is NaN or +inf, or none that is finite.
 template <typename T>
 void draw_row(const T* logits, int64_t vocab, float temperature, double uniform, int64_t* token, float* logprob) {
   alignas(64) float lanes[kLanes];
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const int64_t whole = vocab / kLanes * kLanes;
-  Floats largest_lanes = splat(-std::numeric_limits<float>::infinity());
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Floats x = load(logits + i);
-    largest_lanes = select(x > largest_lanes, x, largest_lanes);
-  }
-  store(lanes, largest_lanes);
-  float largest = *std::max_element(lanes, lanes + kLanes);
-  const auto tail = [&](int64_t i) {  // the last lanes, if the vocabulary is not a multiple of kLanes
-    alignas(64) T rest[kLanes];
-    Floats x = splat(-std::numeric_limits<float>::infinity());
-    for (int64_t k = 0; k < kLanes; ++k) rest[k] = logits[std::min(i + k, vocab - 1)];
-    store(lanes, load(rest));
-    for (int64_t k = vocab - i; k < kLanes; ++k) lanes[k] = -std::numeric_limits<float>::infinity();
-    x = load(lanes);
-    return x;
-  };
-  const auto at = [&](int64_t i) { return i < whole ? load(logits + i) : tail(i); };
-  if (whole < vocab) {
-    store(lanes, tail(whole));
-    largest = std::max(largest, *std::max_element(lanes, lanes + kLanes));
-  }
-  const float inverse = temperature > 0 ? 1.0f / temperature : 1.0f;
-  const auto weights = [&](int64_t i) { return exponential((at(i) - largest) * inverse); };
   static thread_local std::vector<double> ends;
-  ends.clear();
-  double total = 0;
-  for (int64_t block = 0; block < vocab; block += kBlock) {
-    Floats sums = {};
-    for (int64_t i = block; i < std::min(block + kBlock, vocab); i += kLanes) sums += weights(i);
-    total += sum(sums);
-    ends.push_back(total);
-  }
+  const LogitRow<T> row(logits, vocab, temperature, &ends);
   *token = 0;
-  *logprob = nan;
-  if (!std::isfinite(total) || !std::isfinite(largest) || total <= 0) return;
-  const auto score = [&](int64_t i) {
-    store(lanes, at(i / kLanes * kLanes));
-    return lanes[i % kLanes];
-  };
+  *logprob = std::numeric_limits<float>::quiet_NaN();
+  if (!row.finite()) return;
   if (temperature <= 0) {
-    for (int64_t i = 0; i < vocab; i += kLanes) {
-      store(lanes, at(i));
-      const float* found = std::find(lanes, lanes + kLanes, largest);
-      if (found != lanes + kLanes) {
-        *token = i + (found - lanes);
-        break;
-      }
-    }
+    while (to_float(logits[*token]) != row.largest) ++*token;
   } else {
-    const double goal = uniform * total;
+    const double goal = uniform * row.total;
     const int64_t block = std::min<int64_t>(std::upper_bound(ends.begin(), ends.end(), goal) - ends.begin(), ends.size() - 1);
     double reached = block > 0 ? ends[block - 1] : 0;
     int64_t chosen = -1;
     for (int64_t i = block * kBlock; i < std::min((block + 1) * kBlock, vocab); i += kLanes) {
-      store(lanes, weights(i));
+      store(lanes, row.weights(i));
       for (int64_t k = 0; k < kLanes && reached <= goal; ++k) {
         reached += lanes[k];
         if (lanes[k] > 0) chosen = i + k;  // if rounding puts the goal just past the block's end, its last token
@@ -77,10 +82,10 @@ void draw_row(const T* logits, int64_t vocab, float temperature, double uniform,
       if (reached > goal) break;
     }
     if (chosen < 0)  // only rounding leads to a block of weight zero: take the most likely token
-      for (chosen = 0; score(chosen) != largest;) ++chosen;
+      for (chosen = 0; to_float(logits[chosen]) != row.largest;) ++chosen;
     *token = chosen;
   }
-  *logprob = (score(*token) - largest) * inverse - static_cast<float>(std::log(total));
+  *logprob = row.logprob(*token);
 }
 
 template <typename T>

@@ -9,7 +9,7 @@ import torch
 
 from paceline.rollout.native.build import NativeUnavailable, build_library
 
-_PANEL, _STEP = 32, 32  # kPanel and kStep in product.h: outputs and inputs of one block
+PANEL, _STEP = 32, 32  # kPanel and kStep in product.h: outputs and inputs of one block
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -30,7 +30,7 @@ class PackedProducts:
     @staticmethod
     def serves(outputs: int, inputs: int) -> bool:
         """Returns whether a weight of this shape consists of whole panels."""
-        return outputs % _PANEL == 0 and inputs % _STEP == 0
+        return outputs % PANEL == 0 and inputs % _STEP == 0
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns a bfloat16 weight [outputs, inputs] with its numbers reordered for the matrix units."""

@@ -1,4 +1,4 @@
-"""Measures the update's forward and backward pass: padded, packed, and packed with shared prompts."""
+"""Measures the update: padded, packed, with shared prompts, on the engine's kernels."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from paceline.benchmarks.common.results import Results, machine
 from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.devices import product_speed
+from paceline.rl.learner.fused.fused_policy import UnsupportedPolicy
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PromptRow, Sample, pack, plan
 from paceline.rl.models.initial import starting_policy
+from paceline.rl.models.loading import load_policy
 from paceline.rl.process.console import console
+from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
+from paceline.rollout.native.build import instruction_set, runnable_instruction_sets
 
 _PROMPT_TOKENS = 60
 _LENGTHS = (8, 10, 12, 14, 20, 28, 60, 200)  # a long-tailed group of eight, as in the quickstart
@@ -28,21 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this benchmark."""
     parser.add_argument("--config", required=True, help="recipe of the policy and the micro-batch size")
     parser.add_argument("--untuned", action="store_true", help="keep glibc's default allocator settings")
+    parser.add_argument("--ranks", type=int, default=1, help="ranks that would share this machine's cores")
+    parser.add_argument("--groups", type=int, default=4, help="groups of eight samples")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of passes; the fastest counts")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/update"), help="JSON file of the results"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures every method and prints its tokens per second."""
+    """Measures every method, prints the table and writes the results."""
     if not args.untuned:
-        fit_process(local_world_size=1)
-    results = measure_update(load_config(args.config))
+        fit_process(local_world_size=args.ranks)
+    sets = {"kernels": instruction_set(), "runnable": runnable_instruction_sets()}
     table = Table("method", "tokens/s", "÷ padded", "share of the machine's operations per second")
-    for m in results:
-        table.add_row(
-            m.method,
-            f"{m.tokens / m.seconds:.0f}",
-            f"{results[0].seconds / m.seconds:.2f}",
-            f"{m.bound / m.seconds:.0%}",
-        )
+    with Results(args.out, command_line(), machine=machine(), instruction_sets=sets) as results:
+        measured = measure_update(load_config(args.config), args.groups, args.repeats)
+        for m in measured:
+            results.add("updates", m)
+            speed, padded = m.tokens / m.seconds, measured[0].seconds / m.seconds
+            table.add_row(m.method, f"{speed:.0f}", f"{padded:.2f}", f"{m.bound / m.seconds:.0%}")
     console().print(table)
 
 
@@ -67,40 +78,51 @@ class UpdateMeasurement:
 def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list[UpdateMeasurement]:
     """Times forward and backward over groups of eight samples of random tokens, by method.
 
+    The methods take turns, so that a machine that slows down slows all of them down.
+
     Args:
         config: Recipe of the policy and the micro-batch size.
         groups: Number of groups.
-        repeats: Number of timed passes; the fastest counts.
+        repeats: Number of timed passes of each method; the fastest counts.
     """
     path = starting_policy(config)
-    vocab = 1000
+    rows = _random_rows(groups)
+    alone = [PromptRow(row.prompt, (sample,)) for row in rows for sample in row.samples]
+    padded, budget = load_policy(path), config.update.tokens_per_microbatch
+    packed, fused = PolicyLogProbs(load_policy(path), fuse=False), PolicyLogProbs(load_policy(path))
+    methods: dict[str, tuple[Callable[[], None], list[PromptRow]]] = {
+        "padded (transformers, SDPA)": (lambda: _padded_pass(padded, alone), alone),
+        "packed": (lambda: _packed_pass(packed, alone, budget), alone),
+        "packed, prompts shared": (lambda: _packed_pass(packed, rows, budget), rows),
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        supported = not isinstance(fused.fused, UnsupportedPolicy)
+    if supported:
+        methods["the same on the engine's kernels"] = (lambda: _packed_pass(fused, rows, budget), rows)
+    fastest = dict.fromkeys(methods, torch.inf)
+    for number in range(repeats + 1):
+        for name, (method, _) in methods.items():
+            seconds = _timed(method)
+            if number > 0:  # the first pass warms up
+                fastest[name] = min(fastest[name], seconds)
+    parameters, speed = padded.num_parameters(), product_speed(torch.bfloat16)
+    tokens = sum(row.length for row in alone)
+    return [
+        UpdateMeasurement(name, tokens, fastest[name], 6 * parameters * sum(r.length for r in used) / speed)
+        for name, (_, used) in methods.items()
+    ]
+
+
+def _random_rows(groups: int) -> list[PromptRow]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(3, vocab, (count,), generator=generator).tolist()
+        return torch.randint(3, 1000, (count,), generator=generator).tolist()
 
-    rows = [
+    return [
         PromptRow(tokens(_PROMPT_TOKENS), tuple(Sample(i, tokens(n)) for i, n in enumerate(_LENGTHS)))
         for _ in range(groups)
     ]
-    alone = [PromptRow(row.prompt, (sample,)) for row in rows for sample in row.samples]
-    total = sum(row.length for row in alone)
-    padded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    packed = PolicyLogProbs(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-    budget = config.update.tokens_per_microbatch
-    methods: dict[str, Callable[[], None]] = {
-        "padded (transformers, SDPA)": lambda: _padded_pass(padded, alone),
-        "packed": lambda: _packed_pass(packed, alone, budget),
-        "packed, prompts shared": lambda: _packed_pass(packed, rows, budget),
-    }
-    parameters, flops = padded.num_parameters(), product_speed(torch.bfloat16)
-    results = []
-    for name, run in methods.items():
-        run()
-        best = min(_timed(run) for _ in range(repeats))
-        needed = sum(row.length for row in (rows if name.endswith("shared") else alone))
-        results.append(UpdateMeasurement(name, total, best, 6 * parameters * needed / flops))
-    return results
 
 
 def _timed(run: Callable[[], None]) -> float:

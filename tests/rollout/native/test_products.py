@@ -18,7 +18,10 @@ def layer(outputs: int, inputs: int, bias: bool) -> torch.nn.Linear:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("outputs", "inputs", "bias"), [(64, 32, False), (96, 576, True), (4128, 64, False)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "bias"),
+    [(64, 32, False), (96, 576, True), (4128, 64, False), (99, 64, False), (70, 64, True)],
+)
 def test_products_match_float64(outputs, inputs, bias):
     source = layer(outputs, inputs, bias)
     packed = PackedLinear(source)

@@ -1,0 +1,123 @@
+// Products of an update's backward pass, with the blocks of `pack_weight_rows`.
+//
+// The gradient of a layer's input multiplies by the transposed weight, which is packed like any other weight. The
+// gradient of its weight is a product of two activations over the tokens: both are packed in pairs of tokens, so that
+// neither is transposed in memory.
+#pragma once
+
+#include <omp.h>
+
+#include "product.h"
+#include "product_rows.h"
+
+namespace {
+
+constexpr int kGradientRows = 8;         // rows of a weight's gradient whose sums fit into the registers
+constexpr int64_t kPanelsTogether = 16;  // panels of rows in one work item
+
+// Returns 16 pairs of numbers from two rows; a row past the end is null and counts as zeros.
+inline Words pair_of_rows(const bfloat16* low, const bfloat16* high) {
+  Halves halves = {};
+  Words pairs = {};
+  if (low != nullptr) std::memcpy(&halves, low, sizeof halves), pairs = __builtin_convertvector(halves, Words);
+  if (high != nullptr) std::memcpy(&halves, high, sizeof halves), pairs |= __builtin_convertvector(halves, Words) << 16;
+  return pairs;
+}
+
+// Packs the transpose of a matrix [rows, columns] as `pack_weight_rows` packs a weight [columns, padded rows]. The rows
+// are padded with zeros to whole blocks.
+inline void pack_transposed(const bfloat16* matrix, int64_t rows, int64_t columns, bfloat16* packed) {
+  const int64_t steps = (rows + kStep - 1) / kStep;
+#pragma omp parallel for
+  for (int64_t n = 0; n < columns; n += kPanel)
+    for (int64_t step = 0; step < steps; ++step) {
+      bfloat16* block = packed + (n / kPanel * steps + step) * kPanelStep;
+      for (int64_t pair = 0; pair < kStep / 2; ++pair) {
+        const int64_t row = step * kStep + 2 * pair;
+        const bfloat16* low = row < rows ? matrix + row * columns + n : nullptr;
+        const bfloat16* high = row + 1 < rows ? low + columns : nullptr;
+        for (int64_t half = 0; half < 2; ++half) {
+          const Words pairs = pair_of_rows(low == nullptr ? low : low + half * kLanes, high == nullptr ? high : high + half * kLanes);
+          std::memcpy(block + (half * kStep / 2 + pair) * kStep, &pairs, sizeof pairs);
+        }
+      }
+    }
+}
+
+// Adds sums over `steps` blocks of pairs to kGradientRows rows of one panel. `rows` points at the pairs of the first row
+// in the first block.
+inline void gradient_rows(const bfloat16* rows, const bfloat16* panel, int64_t steps, int64_t columns, float* out) {
+  Floats sums[kGradientRows][2] = {};
+  for (int64_t step = 0; step < steps; ++step) {
+    const bfloat16 *pairs = rows + step * kPanelStep, *block = panel + step * kPanelStep;
+#pragma GCC unroll 4
+    for (int64_t pair = 0; pair < kStep / 2; ++pair)
+      for (int r = 0; r < kGradientRows; ++r) {
+        uint32_t two;
+        std::memcpy(&two, pairs + pair * kStep + 2 * r, sizeof two);
+        sums[r][0] = add_pair(sums[r][0], block + pair * kStep, two);
+        sums[r][1] = add_pair(sums[r][1], block + kPanelStep / 2 + pair * kStep, two);
+      }
+  }
+  for (int r = 0; r < kGradientRows; ++r) {
+    float* target = out + r * columns;
+    store(target, load(target) + sums[r][0]), store(target + kLanes, load(target + kLanes) + sums[r][1]);
+  }
+}
+
+// Adds Σ_t left[t, i] right[t, j] to out[i, j], in float32, from the packed transposes of left and right.
+inline void gradient_on_vectors(const bfloat16* left, int64_t rows, const bfloat16* right, int64_t columns, int64_t steps, float* out) {
+  const int64_t groups = (rows / kPanel + kPanelsTogether - 1) / kPanelsTogether, panels = columns / kPanel;
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t item = 0; item < groups * panels; ++item) {
+    const int64_t n = item % panels * kPanel, end = std::min(rows, (item / panels + 1) * kPanelsTogether * kPanel);
+    for (int64_t row = item / panels * kPanelsTogether * kPanel; row < end; row += kGradientRows) {
+      for (int r = 0; r < kGradientRows; ++r) __builtin_prefetch(out + (row + kGradientRows + r) * columns + n, 1, 2), __builtin_prefetch(out + (row + kGradientRows + r) * columns + n + kLanes, 1, 2);
+      const int64_t in_panel = row % kPanel;
+      const bfloat16* pairs = left + row / kPanel * steps * kPanelStep + in_panel / kLanes * kPanelStep / 2 + in_panel % kLanes * 2;
+      gradient_rows(pairs, right + n * steps * kStep, steps, columns, out + row * columns + n);
+    }
+  }
+}
+
+#ifdef PACELINE_TILES
+
+// Does what gradient_on_vectors does, on matrix units.
+inline void gradient_on_tiles(const bfloat16* left, int64_t rows, const bfloat16* right, int64_t columns, int64_t steps, float* out) {
+#pragma omp parallel
+  {
+    const TileShapes shapes;
+    alignas(64) float sums[4 * 256];
+    std::vector<TileLine> lines(2 * steps * kTileRows);
+#pragma omp for schedule(dynamic)
+    for (int64_t row = 0; row < rows; row += kPanel) {
+      for (int64_t half = 0; half < 2; ++half)
+        for (int64_t step = 0; step < steps; ++step) {
+          __m512i pairs[kTileRows];
+          const bfloat16* block = left + (row / kPanel * steps + step) * kPanelStep + half * kPanelStep / 2;
+          for (int64_t pair = 0; pair < kTileRows; ++pair) pairs[pair] = _mm512_loadu_si512(block + pair * kStep);
+          transpose(pairs);
+          for (int64_t r = 0; r < kTileRows; ++r) _mm512_store_si512(lines[(half * steps + step) * kTileRows + r].values, pairs[r]);
+        }
+      for (int64_t n = 0; n < columns; n += kPanel) {
+        panel_product<2>(lines.data(), steps, right + n * steps * kStep, false, sums);
+        for (int64_t r = 0; r < kPanel; ++r) {
+          const float* low = sums + r / kTileRows * 512 + r % kTileRows * kLanes;
+          float* target = out + (row + r) * columns + n;
+          store(target, load(target) + load(low)), store(target + kLanes, load(target + kLanes) + load(low + 256));
+        }
+      }
+    }
+  }
+}
+
+#endif
+
+inline void weight_gradient(const bfloat16* left, int64_t rows, const bfloat16* right, int64_t columns, int64_t steps, float* out) {
+#ifdef PACELINE_TILES
+  if (tiles_granted()) return gradient_on_tiles(left, rows, right, columns, steps, out);
+#endif
+  gradient_on_vectors(left, rows, right, columns, steps, out);
+}
+
+}  // namespace
