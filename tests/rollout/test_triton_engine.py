@@ -50,7 +50,7 @@ def engines(monkeypatch):
     [
         "plain",
         Strategy("suffix", 3),
-        Strategy("eagle3", 2),
+        pytest.param(Strategy("eagle3", 2), marks=pytest.mark.ci),
         pytest.param("eagle3:3x2/5", marks=pytest.mark.ci),
         pytest.param(Strategy("adversarial", 2), marks=pytest.mark.ci),
     ],
