@@ -72,7 +72,9 @@ inline void gradient_on_vectors(const bfloat16* left, int64_t rows, const bfloat
   for (int64_t item = 0; item < groups * panels; ++item) {
     const int64_t n = item % panels * kPanel, end = std::min(rows, (item / panels + 1) * kPanelsTogether * kPanel);
     for (int64_t row = item / panels * kPanelsTogether * kPanel; row < end; row += kGradientRows) {
-      for (int r = 0; r < kGradientRows; ++r) __builtin_prefetch(out + (row + kGradientRows + r) * columns + n, 1, 2), __builtin_prefetch(out + (row + kGradientRows + r) * columns + n + kLanes, 1, 2);
+      const float* next = out + (row + kGradientRows) * columns + n;
+      for (int r = 0; r < kGradientRows; ++r)
+        __builtin_prefetch(next + r * columns, 1, 2), __builtin_prefetch(next + r * columns + kLanes, 1, 2);
       const int64_t in_panel = row % kPanel;
       const bfloat16* pairs = left + row / kPanel * steps * kPanelStep + in_panel / kLanes * kPanelStep / 2 + in_panel % kLanes * 2;
       gradient_rows(pairs, right + n * steps * kStep, steps, columns, out + row * columns + n);
@@ -113,6 +115,7 @@ inline void gradient_on_tiles(const bfloat16* left, int64_t rows, const bfloat16
 
 #endif
 
+// Adds to out [rows, columns] what gradient_on_vectors does, on the machine's fastest units.
 inline void weight_gradient(const bfloat16* left, int64_t rows, const bfloat16* right, int64_t columns, int64_t steps, float* out) {
 #ifdef PACELINE_TILES
   if (tiles_granted()) return gradient_on_tiles(left, rows, right, columns, steps, out);

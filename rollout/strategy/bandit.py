@@ -15,7 +15,6 @@ from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 _PRIOR_STEPS = 64  # weight of the cost model's estimate, in measured steps
 _EXPLORATION_RATE = 0.1  # share of steps that look for an arm to explore
 _MAX_EXPLORATION_LOSS = 1.0  # most that one exploration may be expected to lose, in steps of the best arm
-_UNTIMED_MARGIN = 0.1  # an unmeasured strategy may be this much faster than its calculated time
 _BURST_STEPS = 3  # length of an exploration; its first step also pays for tokens the drafter has not read yet
 
 
@@ -178,12 +177,11 @@ class BanditSelector:
     def _optimistic_rate(self, arm: Strategy, bucket: Bucket, best: Strategy) -> float:
         """Returns the tokens per sequence and second that the arm may reach at best.
 
-        An arm with the best arm's drafter has a well-known number of tokens, but its time may only have been
-        calculated: that time is then reduced by a margin.
+        The number of tokens of plain decoding, or with the best arm's drafter, is well known, but the time
+        may only have been calculated, or measured long ago.
         """
-        seconds = self.cost.seconds(arm, bucket)
-        if arm.drafter == best.drafter and not self.cost.has_timed(arm, bucket):
-            seconds *= 1 - _UNTIMED_MARGIN
+        known = arm.drafter in (None, best.drafter)
+        seconds = (self.cost.optimistic_seconds if known else self.cost.seconds)(arm, bucket)
         return self.cost.optimistic_tokens(arm) / seconds
 
     def strategies(self) -> Sequence[Strategy]:

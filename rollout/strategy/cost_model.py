@@ -17,6 +17,8 @@ _RECENT_DECAY = 0.9  # factor on the recent acceptance counts: about 10 drafts a
 _MIN_RECENT_DRAFTS = 6.0  # fewer recent drafts are no evidence of a change
 _SURPRISE = 3.0  # standard errors between recent and long-term acceptance that are taken for a change
 _AGING = 0.99  # factor on the weight of acceptance counts for each step without the drafter
+_UNTIMED_MARGIN = 0.1  # share by which a strategy may be faster than its calculated time
+_TIME_AGE = 1000  # steps after which a measured time is no better than a calculated one
 _TYPICAL_CONTEXT = 0.75  # the typical context of a bucket, as a share of its upper end
 _DOUBT = 1.5  # standard errors that an optimistic estimate adds
 _EXTRA_VARIANCE = 0.25  # added to a rate's variance, since a rate that never varied may still do so
@@ -120,8 +122,8 @@ class CostModel:
     """Estimates seconds and tokens of every strategy in every bucket.
 
     - Forward: the measured time of (bucket, strategy); if there is none, the calibrated time of that many
-      tokens at that context, scaled by the ratio of plain decoding's measured time in the bucket to its
-      calibrated one.
+      tokens at that context, scaled by the ratio of measured to calibrated time in the bucket: that of plain
+      decoding, or else the smallest. The machine may have been busy when it was calibrated.
     - Drafting: the measured time of (bucket, strategy); if there is none, that of a level of the same
       drafter, and at first a guess.
     - Tokens: acceptance by level of the drafter's chains or trees, over all buckets.
@@ -139,6 +141,8 @@ class CostModel:
     ) -> None:
         self._forward_guess, self._draft_guess = forward_seconds, draft_seconds
         self._forward: dict[tuple[Bucket, Strategy], float] = {}
+        self._timed_at: dict[tuple[Bucket, Strategy], int] = {}
+        self._scales: dict[Bucket, float] = {}
         self._draft: dict[tuple[Bucket, Strategy], float] = {}
         self._level: dict[tuple[int, str], float] = {}
         self._overhead: dict[int, float] = {}
@@ -182,17 +186,33 @@ class CostModel:
             + self._overhead.get(bucket.batch, 0.0)
         )
 
-    def has_timed(self, strategy: Strategy, bucket: Bucket) -> bool:
-        """Whether the strategy's forward was measured in the bucket."""
-        return (bucket, strategy) in self._forward
+    def optimistic_seconds(self, strategy: Strategy, bucket: Bucket) -> float:
+        """Returns an optimistic estimate of `seconds`.
+
+        A time that was calculated may be a tenth shorter; one that was measured ages to that within 1,000
+        steps, because other work on the machine may have ended.
+        """
+        timed = self._timed_at.get((bucket, strategy), -_TIME_AGE)
+        age = min((self._steps - timed) / _TIME_AGE, 1.0)
+        return self.seconds(strategy, bucket) * (1 - _UNTIMED_MARGIN * age)
 
     def _forward_seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         measured = self._forward.get((bucket, strategy))
         if measured is not None:
             return measured
+        return self._guess(strategy, bucket) * self._scales.get(bucket, 1.0)
+
+    def _measured_scale(self, bucket: Bucket) -> float:
+        """Returns the ratio of measured to calibrated time in a bucket where something was measured.
+
+        Without plain decoding it is the smallest, and at most 1: what is then expected too fast is tried and
+        measured, what is expected too slow would never be.
+        """
         plain = self._forward.get((bucket, PLAIN))
-        scale = 1.0 if plain is None else plain / self._guess(PLAIN, bucket)
-        return self._guess(strategy, bucket) * scale
+        if plain is not None:
+            return plain / self._guess(PLAIN, bucket)
+        timed = [strategy for known, strategy in self._forward if known == bucket]
+        return min(1.0, *(self._forward[bucket, s] / self._guess(s, bucket) for s in timed))
 
     def _guess(self, strategy: Strategy, bucket: Bucket) -> float:
         return self._forward_guess(bucket.batch, strategy.nodes + 1, int(_TYPICAL_CONTEXT * bucket.context))
@@ -221,6 +241,8 @@ class CostModel:
         self.surprised_by = None
         ran = strategy if any(feedback.drafted) else PLAIN  # with an empty draft, the forward is a plain one
         _mix(self._forward, (bucket, ran), feedback.forward_seconds)
+        self._timed_at[bucket, ran] = self._steps
+        self._scales[bucket] = self._measured_scale(bucket)
         _mix(
             self._overhead,
             bucket.batch,
@@ -264,6 +286,8 @@ class CostModel:
             known = acceptance[name, tree] = Acceptance(_TREE_PRIOR if tree else _CHAIN_PRIOR)
             known.restore(kept, tried)
         self._forward, self._draft, self._level, self._overhead = forward, draft, level, rest
+        self._timed_at = dict.fromkeys(forward, self._steps)
+        self._scales = {bucket: self._measured_scale(bucket) for bucket, _ in forward}
         self.acceptance.update(acceptance)
 
 
