@@ -1,7 +1,7 @@
-"""Compiles ``kernels.cpp`` and its headers once for each machine type, into the user's cache.
+"""Compiles ``kernels.cpp`` and ``gradients.cpp`` once for each machine type, into the user's cache.
 
-The library has plain C symbols that are called through ctypes: it builds in two seconds, without torch
-headers or an ABI to match.
+The libraries have plain C symbols that are called through ctypes, without torch headers or an ABI to match.
+Each builds in ten to thirty seconds, when it is first needed: only training needs the gradients.
 
 A library runs with the rights of whoever loads it. One from the cache is therefore loaded only if the file
 and its directory belong to this user, nobody else can write to them, and the file still has the digest in its
@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+GRADIENTS_SOURCE = Path(__file__).with_name("gradients.cpp")
 # PACELINE_ISA → flags of the compiler, and what the processor must have for them
 _BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 _ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -42,7 +43,7 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_TIMEOUT_SECONDS = 120  # a build takes about two; only a hung compiler takes this long
+_TIMEOUT_SECONDS = 300  # only a hung compiler takes this long
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _log = logging.getLogger(__name__)
 _privately_built: dict[str, Path] = {}
@@ -75,10 +76,13 @@ class NativeUnavailable(RuntimeError):
     """Signals that the kernels cannot be built here; torch operators are used instead."""
 
 
-def build_library() -> Path:
-    """Returns the shared library for this machine, and builds it if the cache does not have it.
+def build_library(source: Path = SOURCE) -> Path:
+    """Returns the shared library of a source for this machine, and builds it if the cache does not have it.
 
     Without a usable cache it is built for this process alone.
+
+    Args:
+        source: ``SOURCE`` or ``GRADIENTS_SOURCE``.
 
     Raises:
         NativeUnavailable: There is no compiler, or it fails; the message is one line.
@@ -96,26 +100,27 @@ def build_library() -> Path:
             "no C++ compiler was found: install g++ (or set CXX) for the native decode kernels"
         )
     runtime = _openmp_runtime()
-    key = _key(compiler, runtime)
+    name = f"{source.stem}-{_key(source, compiler, runtime)}"
     try:
         directory = _cache_directory()
-        return _cached(directory, key) or _compile(compiler, runtime, directory, key)
+        return _cached(directory, name) or _compile(source, compiler, runtime, directory, name)
     except OSError as error:
-        return _build_privately(compiler, runtime, key, str(error))
+        return _build_privately(source, compiler, runtime, name, str(error))
 
 
-def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str) -> Path:
+def _build_privately(source: Path, compiler: str, runtime: Path | None, name: str, reason: str) -> Path:
     """Returns a library in a temporary directory that is removed when the process exits.
 
     It is built once per process, with one logged warning.
 
     Args:
+        source: Source of the library.
         compiler: Path of the compiler.
         runtime: OpenMP library to link, or None.
-        key: Cache key of the library.
+        name: Name of the library in the cache.
         reason: Reason why the cache cannot be used, for the warning.
     """
-    if key not in _privately_built:
+    if name not in _privately_built:
         _log.warning(
             "the native decode kernels are built for this process alone: their cache cannot be used (%s)",
             reason,
@@ -123,15 +128,15 @@ def _build_privately(compiler: str, runtime: Path | None, key: str, reason: str)
         try:
             folder = tempfile.mkdtemp(prefix="paceline-native-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            _privately_built[key] = _compile(compiler, runtime, Path(folder), key)
+            _privately_built[name] = _compile(source, compiler, runtime, Path(folder), name)
         except OSError as error:
             raise NativeUnavailable(f"the native decode kernels could not be built: {error}") from None
-    return _privately_built[key]
+    return _privately_built[name]
 
 
-def _key(compiler: str, runtime: Path | None) -> str:
+def _key(source: Path, compiler: str, runtime: Path | None) -> str:
     """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP, instruction set."""
-    sources = [path.read_text() for path in [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]]
+    sources = [path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))]]
     text = "\0".join((*sources, *_flags(), compiler, str(runtime), _instruction_sets()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -168,13 +173,13 @@ def _ownership_problem(path: Path) -> str | None:
     return None
 
 
-def _cached(directory: Path, key: str) -> Path | None:
-    """Returns an intact library with this key, or None; removes broken ones.
+def _cached(directory: Path, name: str) -> Path | None:
+    """Returns an intact library of this name, or None; removes broken ones.
 
     Raises:
         PermissionError: A library does not belong to this user, or others can write to it.
     """
-    for path in sorted(directory.glob(f"kernels-{key}-*.so")):
+    for path in sorted(directory.glob(f"{name}-*.so")):
         problem = _ownership_problem(path)
         if problem is not None:
             raise PermissionError(problem)
@@ -189,14 +194,14 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> Path:
+def _compile(source: Path, compiler: str, runtime: Path | None, directory: Path, name: str) -> Path:
     """Compiles the library into a temporary file and renames it.
 
     Two ranks may therefore build at once, and a killed one leaves no partial file behind.
     """
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         library = Path(folder) / "kernels.so"
-        command = [compiler, *_flags(), str(SOURCE), *([str(runtime)] if runtime else []), "-o", str(library)]
+        command = [compiler, *_flags(), str(source), *([str(runtime)] if runtime else []), "-o", str(library)]
         try:
             result = subprocess.run(
                 command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
@@ -209,7 +214,7 @@ def _compile(compiler: str, runtime: Path | None, directory: Path, key: str) -> 
             )
             raise NativeUnavailable(f"{compiler} could not build the native decode kernels: {reason.strip()}")
         library.chmod(0o700)
-        return library.rename(directory / f"kernels-{key}-{_digest(library)}.so")
+        return library.rename(directory / f"{name}-{_digest(library)}.so")
 
 
 def _openmp_runtime() -> Path | None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from paceline.rl.errors import one_line
 from paceline.rl.learner.fused.changes import ParameterChanges
 from paceline.rl.learner.fused.head_scores import score_targets
 from paceline.rl.learner.fused.layer_stack import embed, run_layers
@@ -43,6 +44,17 @@ class FusedPolicy:
     """
 
     def __init__(self, policy: PreTrainedModel) -> None:
+        try:
+            self._build(policy)
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # of a model that nobody foresaw
+            raise UnsupportedPolicy(f"its layers cannot be compared ({one_line(error)})") from None
+
+    def _build(self, policy: PreTrainedModel) -> None:
         self._kernels, self._gradients, products = _native()
         decoder: Any = decoder_of(policy)
         if any(p.dtype != torch.float32 for p in policy.parameters()):
