@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from statistics import median
+from typing import Any, Generic, TypeVar
 
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
+K = TypeVar("K", bound=Hashable)
+
 _DECAY = 0.99  # factor on acceptance counts for each sequence and step: about 100 drafts are remembered
 _MAX_DECAYS_PER_STEP = 8  # a large batch must not erase the past in one step
-_TIME_DECAY = 0.85  # weight of the past when a new time is averaged in
+_RECENT_TIMES = 21  # times of which the median counts
 _PRIOR_WEIGHT = 4.0  # drafts that the prior counts for
 _CHAIN_PRIOR, _TREE_PRIOR = 0.6, 0.7  # acceptance of the first level before anything was measured
 _RECENT_DECAY = 0.9  # factor on the recent acceptance counts: about 10 drafts are remembered
@@ -19,6 +23,7 @@ _SURPRISE = 3.0  # standard errors between recent and long-term acceptance that 
 _AGING = 0.99  # factor on the weight of acceptance counts for each step without the drafter
 _UNTIMED_MARGIN = 0.1  # share by which a strategy may be faster than its calculated time
 _TIME_AGE = 1000  # steps after which a measured time is no better than a calculated one
+_OLD_TIME = 250  # steps after which the next measured time replaces those before it
 _TYPICAL_CONTEXT = 0.75  # the typical context of a bucket, as a share of its upper end
 _DOUBT = 1.5  # standard errors that an optimistic estimate adds
 _EXTRA_VARIANCE = 0.25  # added to a rate's variance, since a rate that never varied may still do so
@@ -140,12 +145,12 @@ class CostModel:
         self, forward_seconds: Callable[[int, int, int], float], draft_seconds: Callable[[str, int], float]
     ) -> None:
         self._forward_guess, self._draft_guess = forward_seconds, draft_seconds
-        self._forward: dict[tuple[Bucket, Strategy], float] = {}
+        self._forward = _Times[tuple[Bucket, Strategy]]()
         self._timed_at: dict[tuple[Bucket, Strategy], int] = {}
         self._scales: dict[Bucket, float] = {}
-        self._draft: dict[tuple[Bucket, Strategy], float] = {}
-        self._level: dict[tuple[int, str], float] = {}
-        self._overhead: dict[int, float] = {}
+        self._draft = _Times[tuple[Bucket, Strategy]]()
+        self._level = _Times[tuple[int, str]]()
+        self._overhead = _Times[int]()
         self.acceptance: dict[tuple[str, bool], Acceptance] = {}
         self._last_drafter: str | None = None
         self._steps = 0
@@ -211,8 +216,8 @@ class CostModel:
         plain = self._forward.get((bucket, PLAIN))
         if plain is not None:
             return plain / self._guess(PLAIN, bucket)
-        timed = [strategy for known, strategy in self._forward if known == bucket]
-        return min(1.0, *(self._forward[bucket, s] / self._guess(s, bucket) for s in timed))
+        timed = [strategy for known, strategy in self._forward.medians if known == bucket]
+        return min(1.0, *(self._forward.medians[bucket, s] / self._guess(s, bucket) for s in timed))
 
     def _guess(self, strategy: Strategy, bucket: Bucket) -> float:
         return self._forward_guess(bucket.batch, strategy.nodes + 1, int(_TYPICAL_CONTEXT * bucket.context))
@@ -240,19 +245,19 @@ class CostModel:
         self._steps += 1
         self.surprised_by = None
         ran = strategy if any(feedback.drafted) else PLAIN  # with an empty draft, the forward is a plain one
-        _mix(self._forward, (bucket, ran), feedback.forward_seconds)
+        if self._steps - self._timed_at.get((bucket, ran), self._steps) > _OLD_TIME:
+            self._forward.forget((bucket, ran))
+        self._forward.add((bucket, ran), feedback.forward_seconds)
         self._timed_at[bucket, ran] = self._steps
         self._scales[bucket] = self._measured_scale(bucket)
-        _mix(
-            self._overhead,
-            bucket.batch,
-            feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds,
-        )
+        rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
+        self._overhead.add(bucket.batch, rest)
         steady = strategy.drafter is None or strategy.drafter == self._last_drafter
         if strategy.drafter is not None:
             if steady:
-                _mix(self._draft, (bucket, strategy), feedback.draft_seconds)
-                _mix(self._level, (bucket.batch, strategy.drafter), feedback.draft_seconds / strategy.depth)
+                self._draft.add((bucket, strategy), feedback.draft_seconds)
+                level = feedback.draft_seconds / strategy.depth
+                self._level.add((bucket.batch, strategy.drafter), level)
             self._last_seen[strategy.drafter, strategy.width > 1] = self._steps
             if self.accepted(strategy).add(feedback.accepted, strategy.depth):
                 self.surprised_by = strategy.drafter
@@ -268,10 +273,10 @@ class CostModel:
     def state(self) -> dict[str, Any]:
         """Returns everything learned, as JSON."""
         return {
-            "forward": [[*bucket, str(s), v] for (bucket, s), v in self._forward.items()],
-            "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.items()],
-            "level": [[batch, name, v] for (batch, name), v in self._level.items()],
-            "rest": [[batch, v] for batch, v in self._overhead.items()],
+            "forward": [[*bucket, str(s), v] for (bucket, s), v in self._forward.medians.items()],
+            "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.medians.items()],
+            "level": [[batch, name, v] for (batch, name), v in self._level.medians.items()],
+            "rest": [[batch, v] for batch, v in self._overhead.medians.items()],
             "acceptance": [[name, tree, a.kept, a.tried] for (name, tree), a in self.acceptance.items()],
         }
 
@@ -285,12 +290,41 @@ class CostModel:
         for name, tree, kept, tried in state["acceptance"]:
             known = acceptance[name, tree] = Acceptance(_TREE_PRIOR if tree else _CHAIN_PRIOR)
             known.restore(kept, tried)
-        self._forward, self._draft, self._level, self._overhead = forward, draft, level, rest
+        self._forward, self._draft, self._level = _Times(forward), _Times(draft), _Times(level)
+        self._overhead = _Times(rest)
         self._timed_at = dict.fromkeys(forward, self._steps)
         self._scales = {bucket: self._measured_scale(bucket) for bucket, _ in forward}
         self.acceptance.update(acceptance)
 
 
-def _mix(means: dict[Any, float], key: Any, value: float) -> None:
-    """Updates the exponentially weighted mean of ``key``, which starts from the first value."""
-    means[key] = _TIME_DECAY * means[key] + (1 - _TIME_DECAY) * value if key in means else value
+class _Times(Generic[K]):
+    """Keeps the median of the latest times of each key.
+
+    A mean would follow outliers, which come from other work on the machine: a strategy that met one in its
+    few steps would then look slow, and never run again to show otherwise.
+
+    Args:
+        medians: Saved medians, which count as one time each.
+
+    Attributes:
+        medians: The median of each key.
+    """
+
+    def __init__(self, medians: Mapping[K, float] | None = None) -> None:
+        self.medians: dict[K, float] = dict(medians or {})
+        self._recent = {key: deque([value], _RECENT_TIMES) for key, value in self.medians.items()}
+
+    def add(self, key: K, seconds: float) -> None:
+        """Adds a time."""
+        recent = self._recent.setdefault(key, deque(maxlen=_RECENT_TIMES))
+        recent.append(seconds)
+        self.medians[key] = median(recent)
+
+    def forget(self, key: K) -> None:
+        """Drops the times of ``key``."""
+        self._recent.pop(key, None)
+        self.medians.pop(key, None)
+
+    def get(self, key: K, default: float | None = None) -> Any:
+        """Returns the median of ``key``, or ``default`` if there is no time."""
+        return self.medians.get(key, default)
