@@ -96,6 +96,6 @@ def test_thousands_of_requests(model, alone, count):
         if steady is None and served >= count // 4:
             steady = resident_bytes()
     assert broken > 3
-    assert cancelled > 50
-    assert preempted > 50
+    assert cancelled > count / 200
+    assert preempted > count / 200
     assert resident_bytes() <= 1.02 * steady
