@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -29,7 +30,7 @@ class PromptRow:
         return len(self.prompt) + sum(len(s.tokens) for s in self.samples)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedBatch:
     """Rows of prompts and samples, concatenated to one sequence of T tokens.
 
@@ -42,7 +43,8 @@ class PackedBatch:
         flat_index: The index of each token in the padded [n * L] layout, int64 [T]: the inverse of
             ``pad_index``.
         pad_positions: ``positions`` in the padded layout, int64 [n, L].
-        visible: Which keys each query may attend to, bool [n, L, L].
+        pad_labels: Whose tokens the padded layout holds, int64 [n, L]: 0 for the prompt, from 1 on for its
+            samples, −1 for padding.
         predict: The index in the packed sequence of the token before each target, int64 [M].
         targets: The samples' token ids, int64 [M].
         owner: The index into ``members`` of the sample that each target belongs to, int64 [M].
@@ -55,10 +57,15 @@ class PackedBatch:
     pad_index: torch.Tensor
     flat_index: torch.Tensor
     pad_positions: torch.Tensor
-    visible: torch.Tensor
+    pad_labels: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
     owner: torch.Tensor
+
+    @functools.cached_property
+    def visible(self) -> torch.Tensor:
+        """Which keys each query may attend to, bool [n, L, L]; for attention on the padded layout."""
+        return _visible(self.pad_labels, self.pad_positions)
 
     def to(self, device: torch.device) -> PackedBatch:
         """Returns the batch with its tensors on ``device``."""
@@ -139,9 +146,7 @@ def pack(rows: Sequence[PromptRow]) -> PackedBatch:
         pad_index=pad_index,
         flat_index=inside.flatten().nonzero()[:, 0],
         pad_positions=pad_positions,
-        visible=_visible(
-            torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1), pad_positions
-        ),
+        pad_labels=torch.nn.utils.rnn.pad_sequence(segments, batch_first=True, padding_value=-1),
         predict=torch.tensor(predict),
         targets=torch.tensor(targets),
         owner=torch.tensor(owner),
@@ -164,4 +169,6 @@ def _visible(segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     queries, keys = segments[:, :, None], segments[:, None, :]
     same = (keys == queries) | ((keys == 0) & (queries > 0))
     causal = positions[:, None, :] <= positions[:, :, None]
-    return (same & causal & (keys >= 0)) | torch.eye(segments.shape[1], dtype=torch.bool)
+    return (same & causal & (keys >= 0)) | torch.eye(
+        segments.shape[1], dtype=torch.bool, device=segments.device
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +164,18 @@ def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
     return actual.shape == expected.shape and bool((actual - expected).norm() <= _TOLERANCE * expected.norm())
 
 
+def which_fuse(layers: nn.ModuleList, calls: Sequence[LayerCall]) -> list[bool]:
+    """Returns for each layer what `can_fuse` says of its kind, which is compared once."""
+    verdicts: dict[str, bool] = {}
+    fusible = []
+    for layer, call in zip(layers, calls, strict=True):
+        kind = f"{type(layer)} {call.attention} {call.rotary[0].shape}"
+        if kind not in verdicts:
+            verdicts[kind] = can_fuse(layer, call)
+        fusible.append(verdicts[kind])
+    return fusible
+
+
 def in_two_forwards(
     cache: SlotCache,
     tokens: int,
@@ -226,15 +238,11 @@ def fuse_layers(
     calls = observe_calls(view, layers, dtype)
     if calls is None:
         return []
-    verdicts: dict[str, bool] = {}
+    verdicts = which_fuse(layers, calls)
     fused: list[FusedLayer] = []
-    for index, call in enumerate(calls):
-        layer = layers[index]
-        kind = f"{type(layer)} {call.attention} {call.rotary[0].shape}"
-        if kind not in verdicts:
-            verdicts[kind] = can_fuse(layer, call)
-        parts = LayerParts.of(sources[index] if packed else layer)
-        if verdicts[kind] and parts is not None:
+    for index, (call, fusible) in enumerate(zip(calls, verdicts, strict=True)):
+        parts = LayerParts.of(sources[index] if packed else layers[index])
+        if fusible and parts is not None:
             fused.append(
                 FusedLayer(parts, index, call.attention, dtype, packed, kernels_for(parts, call, dtype))
             )

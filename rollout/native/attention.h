@@ -112,9 +112,7 @@ inline void weigh_scores(float* row, const Layout& s, int64_t n, int64_t start, 
     const Floats x = load(row + j);
     most = select(x > most, x, most);
   }
-  float lanes[kLanes];
-  store(lanes, most);
-  *largest = *std::max_element(lanes, lanes + kLanes);
+  *largest = largest_of(most);
   const float shift = std::isinf(*largest) ? 0.0f : *largest;
   Floats sums = {};
   for (int64_t j = 0; j < padded; j += kLanes) {
@@ -282,17 +280,23 @@ void attend(const T* query, const T* cache, T* out, const Layout& s, const Atten
   attend_by<VectorUnits<T, kVectors>, T, kVectors>(query, cache, out, s, rule);
 }
 
+// Calls `run` with the number of vectors of a head of `dim` numbers, as a constant.
+template <typename Run>
+void with_vectors(int64_t dim, Run run) {
+  switch (dim / kLanes) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 4: return run(std::integral_constant<int, 4>{});
+    case 5: return run(std::integral_constant<int, 5>{});
+    case 6: return run(std::integral_constant<int, 6>{});
+    case 8: return run(std::integral_constant<int, 8>{});
+    case 16: return run(std::integral_constant<int, 16>{});
+  }
+}
+
 template <typename T>
 void attend_any(const T* query, const T* cache, T* out, const Layout& s, const AttentionRule& rule) {
-  switch (s.dim / kLanes) {
-    case 1: return attend<T, 1>(query, cache, out, s, rule);
-    case 2: return attend<T, 2>(query, cache, out, s, rule);
-    case 4: return attend<T, 4>(query, cache, out, s, rule);
-    case 5: return attend<T, 5>(query, cache, out, s, rule);
-    case 6: return attend<T, 6>(query, cache, out, s, rule);
-    case 8: return attend<T, 8>(query, cache, out, s, rule);
-    case 16: return attend<T, 16>(query, cache, out, s, rule);
-  }
+  with_vectors(s.dim, [&](auto vectors) { attend<T, vectors.value>(query, cache, out, s, rule); });
 }
 
 }  // namespace

@@ -18,14 +18,12 @@ class LogitRow {
 
   LogitRow(const T* logits, int64_t vocab, float temperature, std::vector<double>* ends)
       : inverse(temperature > 0 ? 1.0f / temperature : 1.0f), logits_(logits), vocab_(vocab), whole_(vocab / kLanes * kLanes) {
-    alignas(64) float lanes[kLanes];
     Floats most = splat(largest);
     for (int64_t i = 0; i < vocab; i += kLanes) {
       const Floats x = at(i);
       most = select(x > most, x, most);
     }
-    store(lanes, most);
-    largest = *std::max_element(lanes, lanes + kLanes);
+    largest = largest_of(most);
     ends->clear();
     for (int64_t block = 0; block < vocab; block += kBlock) {
       Floats sums = {};

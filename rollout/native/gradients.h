@@ -10,10 +10,26 @@
 
 namespace {
 
+// What a row's backward pass through a norm needs: with r = 1 / sqrt(mean(x²) + ε) and y = x r gain, the gradient of x is
+// r gain dy − x r³ mean(gain dy x), and that of the gain x r dy.
+struct NormSlope {
+  float scale, back;  // r, and r³ mean(gain dy x)
+
+  template <typename T>
+  NormSlope(const bfloat16* x, const bfloat16* gain, const T* of_output, int64_t width, float eps) {
+    Floats squares = {}, products = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Floats v = load(x + i);
+      squares += v * v;
+      products += v * load(gain + i) * load(of_output + i);
+    }
+    scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    back = scale * scale * scale * sum(products) / static_cast<float>(width);
+  }
+};
+
 // Adds to `grad` [rows, width] the gradient of a norm's input, given that of its output. Writes the sum also as bfloat16,
 // for the product that follows, and the gradient of the gain [width].
-//
-// With r = 1 / sqrt(mean(x²) + ε) and y = x r gain: dx = r gain dy − x r³ mean(gain dy x).
 inline void norm_backward(const bfloat16* x, const bfloat16* gain, const bfloat16* of_output, int64_t rows, int64_t width, float eps,
                           float* grad, bfloat16* rounded, float* of_gain) {
   std::vector<float> partials(static_cast<size_t>(omp_get_max_threads()) * width, 0.0f);
@@ -23,20 +39,13 @@ inline void norm_backward(const bfloat16* x, const bfloat16* gain, const bfloat1
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const bfloat16 *in = x + row * width, *dy = of_output + row * width;
-      Floats squares = {}, products = {};
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const Floats v = load(in + i);
-        squares += v * v;
-        products += v * load(gain + i) * load(dy + i);
-      }
-      const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
-      const float back = scale * scale * scale * sum(products) / static_cast<float>(width);
+      const NormSlope slope(in, gain, dy, width, eps);
       for (int64_t i = 0; i < width; i += kLanes) {
         const Floats v = load(in + i), d = load(dy + i);
-        const Floats total = load(grad + row * width + i) + d * load(gain + i) * scale - v * back;
+        const Floats total = load(grad + row * width + i) + d * load(gain + i) * slope.scale - v * slope.back;
         store(grad + row * width + i, total);
         store(rounded + row * width + i, total);
-        store(own + i, load(own + i) + d * v * scale);
+        store(own + i, load(own + i) + d * v * slope.scale);
       }
     }
   }
@@ -216,9 +225,7 @@ class AttentionGradient {
     std::fill(row + end, row + padded, none);
     Floats most = splat(none);
     for (int64_t j = 0; j < padded; j += kLanes) most = select(load(row + j) > most, load(row + j), most);
-    alignas(64) float lanes[kLanes];
-    store(lanes, most);
-    const float largest = *std::max_element(lanes, lanes + kLanes);
+    const float largest = largest_of(most);
     Floats totals = {}, means = {};
     for (int64_t j = 0; j < padded; j += kLanes) {
       const Floats weight = exponential(load(row + j) - largest);
@@ -304,17 +311,11 @@ class AttentionGradient {
     }
     if (gain != nullptr) {
       const bfloat16* x = head(token, index);
-      Floats squares = {}, products = {};
-      for (int64_t d = 0; d < kDim; d += kLanes) {
-        const Floats v = load(x + d);
-        squares += v * v, products += v * load(gain + d) * load(grad + d);
-      }
-      const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(kDim) + h_.eps);
-      const float back = scale * scale * scale * sum(products) / static_cast<float>(kDim);
+      const NormSlope slope(x, gain, grad, kDim, h_.eps);
       for (int64_t d = 0; d < kDim; d += kLanes) {
         const Floats v = load(x + d), g = load(grad + d);
-        store(of_gain + d, load(of_gain + d) + g * v * scale);
-        store(grad + d, g * load(gain + d) * scale - v * back);
+        store(of_gain + d, load(of_gain + d) + g * v * slope.scale);
+        store(grad + d, g * load(gain + d) * slope.scale - v * slope.back);
       }
     }
     round(grad, token, index);
@@ -342,15 +343,7 @@ void attention_backward(const Heads& heads, const Pieces& pieces, const Attentio
 
 inline void attention_backward_any(int64_t dim, const Heads& heads, const Pieces& pieces, const AttentionRule& rule,
                                    const bfloat16* of_output, bfloat16* out, float* of_gains) {
-  switch (dim / kLanes) {
-    case 1: return attention_backward<1>(heads, pieces, rule, of_output, out, of_gains);
-    case 2: return attention_backward<2>(heads, pieces, rule, of_output, out, of_gains);
-    case 4: return attention_backward<4>(heads, pieces, rule, of_output, out, of_gains);
-    case 5: return attention_backward<5>(heads, pieces, rule, of_output, out, of_gains);
-    case 6: return attention_backward<6>(heads, pieces, rule, of_output, out, of_gains);
-    case 8: return attention_backward<8>(heads, pieces, rule, of_output, out, of_gains);
-    case 16: return attention_backward<16>(heads, pieces, rule, of_output, out, of_gains);
-  }
+  with_vectors(dim, [&](auto vectors) { attention_backward<vectors.value>(heads, pieces, rule, of_output, out, of_gains); });
 }
 
 }  // namespace

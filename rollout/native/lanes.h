@@ -98,6 +98,13 @@ inline float sum(Floats x) {
   return four[0];
 }
 
+// Returns the largest of the lanes.
+inline float largest_of(Floats x) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
 // Returns e^x to float32 rounding, as 2^n times a polynomial in the remainder (Cephes' coefficients). NaN stays NaN,
 // −inf gives 0.
 inline Floats exponential(Floats x) {

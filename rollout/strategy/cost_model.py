@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median
-from typing import Any, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
@@ -216,8 +217,8 @@ class CostModel:
         plain = self._forward.get((bucket, PLAIN))
         if plain is not None:
             return plain / self._guess(PLAIN, bucket)
-        timed = [strategy for known, strategy in self._forward.medians if known == bucket]
-        return min(1.0, *(self._forward.medians[bucket, s] / self._guess(s, bucket) for s in timed))
+        timed = [strategy for known, strategy in self._forward if known == bucket]
+        return min(1.0, *(self._forward[bucket, s] / self._guess(s, bucket) for s in timed))
 
     def _guess(self, strategy: Strategy, bucket: Bucket) -> float:
         return self._forward_guess(bucket.batch, strategy.nodes + 1, int(_TYPICAL_CONTEXT * bucket.context))
@@ -245,9 +246,8 @@ class CostModel:
         self._steps += 1
         self.surprised_by = None
         ran = strategy if any(feedback.drafted) else PLAIN  # with an empty draft, the forward is a plain one
-        if self._steps - self._timed_at.get((bucket, ran), self._steps) > _OLD_TIME:
-            self._forward.forget((bucket, ran))
-        self._forward.add((bucket, ran), feedback.forward_seconds)
+        old = self._steps - self._timed_at.get((bucket, ran), self._steps) > _OLD_TIME
+        (self._forward.replace if old else self._forward.add)((bucket, ran), feedback.forward_seconds)
         self._timed_at[bucket, ran] = self._steps
         self._scales[bucket] = self._measured_scale(bucket)
         rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
@@ -273,10 +273,10 @@ class CostModel:
     def state(self) -> dict[str, Any]:
         """Returns everything learned, as JSON."""
         return {
-            "forward": [[*bucket, str(s), v] for (bucket, s), v in self._forward.medians.items()],
-            "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.medians.items()],
-            "level": [[batch, name, v] for (batch, name), v in self._level.medians.items()],
-            "rest": [[batch, v] for batch, v in self._overhead.medians.items()],
+            "forward": [[*bucket, str(s), v] for (bucket, s), v in self._forward.items()],
+            "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.items()],
+            "level": [[batch, name, v] for (batch, name), v in self._level.items()],
+            "rest": [[batch, v] for batch, v in self._overhead.items()],
             "acceptance": [[name, tree, a.kept, a.tried] for (name, tree), a in self.acceptance.items()],
         }
 
@@ -293,38 +293,31 @@ class CostModel:
         self._forward, self._draft, self._level = _Times(forward), _Times(draft), _Times(level)
         self._overhead = _Times(rest)
         self._timed_at = dict.fromkeys(forward, self._steps)
-        self._scales = {bucket: self._measured_scale(bucket) for bucket, _ in forward}
+        self._scales = {bucket: self._measured_scale(bucket) for bucket in {bucket for bucket, _ in forward}}
         self.acceptance.update(acceptance)
 
 
-class _Times(Generic[K]):
-    """Keeps the median of the latest times of each key.
+class _Times(dict[K, float]):
+    """Maps each key to the median of its latest times.
 
     A mean would follow outliers, which come from other work on the machine: a strategy that met one in its
     few steps would then look slow, and never run again to show otherwise.
 
     Args:
         medians: Saved medians, which count as one time each.
-
-    Attributes:
-        medians: The median of each key.
     """
 
-    def __init__(self, medians: Mapping[K, float] | None = None) -> None:
-        self.medians: dict[K, float] = dict(medians or {})
-        self._recent = {key: deque([value], _RECENT_TIMES) for key, value in self.medians.items()}
+    def __init__(self, medians: Mapping[K, float] = MappingProxyType({})) -> None:
+        super().__init__(medians)
+        self._recent = {key: deque([seconds], _RECENT_TIMES) for key, seconds in medians.items()}
 
     def add(self, key: K, seconds: float) -> None:
         """Adds a time."""
         recent = self._recent.setdefault(key, deque(maxlen=_RECENT_TIMES))
         recent.append(seconds)
-        self.medians[key] = median(recent)
+        self[key] = median(recent)
 
-    def forget(self, key: K) -> None:
-        """Drops the times of ``key``."""
+    def replace(self, key: K, seconds: float) -> None:
+        """Adds a time and drops those before it."""
         self._recent.pop(key, None)
-        self.medians.pop(key, None)
-
-    def get(self, key: K, default: float | None = None) -> Any:
-        """Returns the median of ``key``, or ``default`` if there is no time."""
-        return self.medians.get(key, default)
+        self.add(key, seconds)

@@ -29,7 +29,7 @@ class ParameterChanges:
         self._stepped = False
         _watching.add(self)
 
-    def any(self) -> bool:
+    def since_last_call(self) -> bool:
         """Returns whether parameters may have changed since the last call; True at the first."""
         now = [number for p in self._parameters for number in (p._version, p.data_ptr())]
         changed, self._seen, self._stepped = self._stepped or now != self._seen, now, False

@@ -18,7 +18,7 @@ from paceline.rl.learner.fused.trained_linear import TrainedLinear, can_train
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of
 from paceline.rollout.model.fused_layer import LayerParts, attention_rule
-from paceline.rollout.model.fusion_check import LayerCall, can_fuse, decoder_layers, observe_calls
+from paceline.rollout.model.fusion_check import LayerCall, decoder_layers, observe_calls, which_fuse
 from paceline.rollout.model.inference_view import copy_sharing
 from paceline.rollout.native import Kernels, RaggedTokens, load_cpu_kernels
 from paceline.rollout.native.gradients import GradientKernels, Pieces, load_gradient_kernels
@@ -51,7 +51,7 @@ class FusedPolicy:
             ValueError,
             AttributeError,
             RuntimeError,
-        ) as error:  # of a model that nobody foresaw
+        ) as error:  # a model of an unforeseen form
             raise UnsupportedPolicy(f"its layers cannot be compared ({one_line(error)})") from None
 
     def _build(self, policy: PreTrainedModel) -> None:
@@ -92,7 +92,7 @@ class FusedPolicy:
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
         """Returns the hidden states after the final norm, bfloat16 [T, hidden], differentiably."""
-        if self._changes.any():
+        if self._changes.since_last_call():
             for layer in self._layers:
                 layer.refresh()
             self._head.refresh()
@@ -183,11 +183,6 @@ def _observed(policy: PreTrainedModel, view: PreTrainedModel) -> list[LayerCall]
         raise UnsupportedPolicy("its hidden states are scaled outside of its layers")
     if any(not torch.equal(call.rotary[0], calls[0].rotary[0]) for call in calls):
         raise UnsupportedPolicy("its layers have different rotary embeddings")
-    verdicts: dict[str, bool] = {}
-    for layer, call in zip(layers, calls, strict=True):
-        kind = f"{type(layer)} {call.attention}"
-        if kind not in verdicts:
-            verdicts[kind] = can_fuse(layer, call)
-        if not verdicts[kind]:
-            raise UnsupportedPolicy(f"{type(layer).__name__} computes something else than a Llama-like layer")
+    if not all(which_fuse(layers, calls)):
+        raise UnsupportedPolicy("some of its layers compute something else than Llama's")
     return calls

@@ -62,6 +62,9 @@ class TrainedLayer:
         kernels: The engine's kernels for bfloat16.
         gradients: Kernels of the backward pass.
         products: Products with packed weights, which serve the layer's shapes.
+
+    Attributes:
+        kv_width: Width of a token's keys, over all heads.
     """
 
     def __init__(
@@ -86,12 +89,7 @@ class TrainedLayer:
         self._modules: list[Any] = [
             n for n in (parts.attention_in, parts.mlp_in, parts.query, parts.key) if n is not None
         ]
-        self._kv_width = parts.qkv[1].out_features
-
-    @property
-    def kv_width(self) -> int:
-        """The width of a token's keys over all heads."""
-        return self._kv_width
+        self.kv_width = parts.qkv[1].out_features
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -150,20 +148,22 @@ class TrainedLayer:
         linears = (*of_qkv, *of_o, *of_projections, *of_down)
         return rounded, [of_attention_in, of_mlp_in, *head_gains, *linears]
 
-    def _gains(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
+    def _gains_of_heads(self) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, float]:
+        """Returns the gains of the query and key norms with their epsilon; None and 0 if there are none."""
+        if not self._head_norms:
+            return None, 0.0
+        query, key = self._head_norms
+        return (query.gain, key.gain), query.eps
 
     def _heads(self, saved: LayerInputs, tokens: PackedTokens) -> HeadsInput:
         cos, sin = tokens.rotary
-        eps = self._head_norms[0].eps if self._head_norms else 0.0
         heads = saved.attended.shape[-1] // cos.shape[-1]
-        return HeadsInput(saved.joined, (cos[0], sin[0]), self._gains(), eps, heads)
+        return HeadsInput(saved.joined, (cos[0], sin[0]), *self._gains_of_heads(), heads)
 
     def _attend(self, joined: torch.Tensor, tokens: PackedTokens) -> torch.Tensor:
         """Returns the attention's output [T, H · d]."""
-        eps = self._head_norms[0].eps if self._head_norms else 0.0
         queries = self._kernels.rotate_and_store(
-            joined[None], tokens.rotary, self._gains(), eps, tokens.ragged, tokens.cache
+            joined[None], tokens.rotary, *self._gains_of_heads(), tokens.ragged, tokens.cache
         )
         for slot, others, length in tokens.prompts:
             tokens.cache[:, others, :, :length] = tokens.cache[:, slot : slot + 1, :, :length]
