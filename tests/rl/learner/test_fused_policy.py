@@ -197,6 +197,14 @@ def test_importance_ratios_are_one_until_weights_change(tmp_path, monkeypatch, n
             assert metrics["engine/logprob_gap_max"] == 0.0
 
 
+def test_a_run_that_cannot_match_the_trainer_does_not_start(tmp_path, monkeypatch, no_accelerator):
+    monkeypatch.setattr("paceline.rl.learner.fused.fused_policy.load_products", lambda: None)
+    options = ["rollout.match_trainer=true", *IN_BFLOAT16]
+    says = "match_trainer: LlamaForCausalLM .* could not be built: install g"
+    with pytest.raises(UserError, match=says), tiny_trainer(tmp_path, monkeypatch, "[0.0]", *options):
+        pass
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
