@@ -195,8 +195,8 @@ class CostModel:
     def optimistic_seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         """Returns an optimistic estimate of `seconds`.
 
-        A time that was calculated may be a tenth shorter; one that was measured ages to that within 1,000
-        steps, because other work on the machine may have ended.
+        It takes off up to a tenth: the whole tenth from a time that was only calculated, and from one that
+        was measured a part that grows over 1,000 steps, because other work on the machine may have ended.
         """
         timed = self._timed_at.get((bucket, strategy), -_TIME_AGE)
         age = min((self._steps - timed) / _TIME_AGE, 1.0)

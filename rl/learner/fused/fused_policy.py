@@ -140,7 +140,7 @@ class FusedPolicy:
 
 
 class UnsupportedPolicy(Exception):
-    """Says, in a clause, why a policy's update does not run on the engine's kernels."""
+    """A policy's update does not run on the engine's kernels; the message is the reason, as a clause."""
 
 
 def _native() -> tuple[Kernels, GradientKernels, PackedProducts]:

@@ -48,7 +48,7 @@ class TrainedLinear:
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps bfloat16 ``x`` [T, in] to the layers' outputs side by side, plus ``residual`` if given.
 
-        A lone layer's outputs are padded with −inf to whole panels; so are their gradients, with zeros.
+        The outputs of a lone layer are padded with −inf to whole panels, and their gradients with zeros.
         """
         return self._packed.padded(x, residual)
 
