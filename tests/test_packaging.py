@@ -1,5 +1,6 @@
 """What is built is whole: a wheel and an sdist that install elsewhere."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -100,6 +101,7 @@ def test_the_wheel_runs_without_the_extras(built):
         if not entry.name.startswith(left_out) and not (site / entry.name).exists():
             (site / entry.name).symlink_to(entry)
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(built), "PACELINE_CACHE": str(built / "cache")}
+    environment["XDG_CACHE_HOME"] = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 
     def run(*command):
         done = subprocess.run(

@@ -29,6 +29,11 @@ def test_oldest_and_newest_are_of_the_packages_that_we_reach_into():
     assert not [w for w in newest if w.startswith("paceline")]
 
 
+def test_the_tests_that_other_versions_run_are_there():
+    """A path that is not there would end pytest before the first test."""
+    assert [path for path in (*versions.TESTS, *versions.QUICK) if not (ROOT / path).exists()] == []
+
+
 def test_the_locked_torch_is_the_makefiles(tmp_path):
     """The peers' and pipelines' environments take it from there."""
     script = tmp_path / "print.mk"

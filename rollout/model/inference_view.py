@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from paceline.rollout.model.attention import SLOT_ATTENTION
 from paceline.rollout.model.fusion_check import fuse_layers
-from paceline.rollout.model.packed_linear import can_pack, pack_linears
+from paceline.rollout.model.packed_linear import can_pack, replace_linears
 from paceline.rollout.native import AnyKernels
 from paceline.rollout.text_limits import fix_rotary
 from paceline.rollout.transformers_api import use_attention
@@ -47,7 +47,7 @@ class InferenceView:
         fix_rotary(self.module)
         use_attention(self.module, SLOT_ATTENTION)
         self.fused = fuse_layers(self.module, model, dtype, pack) if fuse else []
-        self._packed = pack_linears(self.module, model) if pack else []
+        self._linears = replace_linears(self.module, model, pack) if device.type == "cpu" else []
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
         """Returns the parameter itself where it can be shared, else a cast that `refresh` renews."""
@@ -78,7 +78,7 @@ class InferenceView:
             cast.copy_(source)
         for fused in self.fused:
             fused.refresh()
-        for linear in self._packed:
+        for linear in self._linears:
             linear.refresh()
 
 

@@ -1,6 +1,7 @@
 """Linear layers for decoding.
 
-Layers that read one input are joined, and packed where there are kernels for it (CPU, bfloat16).
+Layers that read one input are joined, and packed where there are kernels for it (CPU, bfloat16). On a CPU
+with a compiler, no row of their outputs depends on another row.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from paceline.rollout.native.products import PANEL, load_products
+from paceline.rollout.native.products import PANEL, load_dot_products, load_products
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -45,9 +46,9 @@ class Projection(Protocol):
 class PackedLinear(nn.Module):
     """Holds an inference-only copy of `nn.Linear` layers of one input, packed in bfloat16 as one matrix.
 
-    It uses `PackedProducts`, which make a row's result independent of the number of rows; outputs that are
-    not whole panels are padded. Without a compiler, and for inputs that are not whole blocks, it uses oneDNN
-    or torch, which choose their kernel, and with it the rounding, by the number of rows.
+    It uses `PackedProducts`; outputs that are not whole panels are padded, and inputs that are not whole
+    blocks go to `DotProducts`. Both make a row's result independent of the number of rows. Without a compiler
+    it uses oneDNN or torch, which choose their kernel, and with it the rounding, by the number of rows.
 
     The source layers keep the (trainable, possibly float32) weights; `refresh` reads them again after an
     update.
@@ -78,7 +79,8 @@ class PackedLinear(nn.Module):
                 self._bias = nn.functional.pad(bias, (0, padding), value=-torch.inf)
             self._packed = self._products.pack(nn.functional.pad(weight, (0, 0, 0, padding)))
         else:
-            self._reordered = _onednn_packs()
+            self._dots = load_dot_products("cpu", torch.bfloat16)
+            self._reordered = self._dots is None and _onednn_packs()
             self._packed = (
                 torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight.contiguous()
             )
@@ -99,6 +101,8 @@ class PackedLinear(nn.Module):
                 residual = nn.functional.pad(residual, (0, padding))
             out = self.padded(x, residual)
             return out[..., : self._outputs] if padding else out
+        if self._dots is not None:
+            return self._dots.multiply(x, [(self._packed, self._bias)], residual)
         if not self._reordered:
             out = nn.functional.linear(x, self._packed, self._bias)
             return out if residual is None else out + residual
@@ -107,20 +111,29 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self._bias, "add")
 
 
-class JoinedLinear:
-    """Applies the source layers to one input with their own weights, for dtypes and devices without packing.
+class JoinedLinear(nn.Module):
+    """Applies the source layers to one input with their own weights, where nothing packs them.
 
-    Nothing is copied, so there is nothing to refresh.
+    On a CPU it uses `DotProducts`, which make a row's result independent of the number of rows. Nothing is
+    copied, so there is nothing to refresh.
+
+    Args:
+        *sources: Layers to apply. They are referenced, not registered.
     """
 
     def __init__(self, *sources: nn.Linear) -> None:
+        super().__init__()
         self._sources = sources
 
     def refresh(self) -> None:
         """Does nothing: the weights are the sources' own."""
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps ``x`` [B, Q, in] to [B, Q, sum of out], plus ``residual`` of that shape if given."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps ``x`` [..., in] to [..., sum of out], plus ``residual`` of that shape if given."""
+        layers = [(layer.weight, layer.bias) for layer in self._sources]
+        dots = load_dot_products(x.device.type, x.dtype)
+        if dots is not None and all(w.dtype == x.dtype and w.is_contiguous() for w, _ in layers):
+            return dots.multiply(x, layers, residual)
         parts = self.separate(x)
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if residual is None else out + residual
@@ -155,20 +168,28 @@ def joinable(layers: Sequence[nn.Module]) -> bool:
     )
 
 
-def pack_linears(view: nn.Module, source: nn.Module) -> list[PackedLinear]:
-    """Replaces every `nn.Linear` left in ``view`` by a packed copy of the layer of that name in ``source``.
+def replace_linears(
+    view: nn.Module, source: nn.Module, packed: bool
+) -> list[PackedLinear] | list[JoinedLinear]:
+    """Replaces every `nn.Linear` left in ``view`` by one for decoding.
+
+    Args:
+        view: The engine's own copy of the model; changed in place.
+        source: The trainer's model.
+        packed: Whether to pack copies of the source's layers of the same names; otherwise the view's own
+            weights are used.
 
     Returns:
-        The packed layers.
+        The new layers.
     """
-    packed = []
+    replaced: list[Any] = []
     sources = dict(source.named_modules())
     for name, layer in list(view.named_modules()):
         if type(layer) is nn.Linear:
             parent_name, _, attribute = name.rpartition(".")
             layer_source = sources[name]
             assert isinstance(layer_source, nn.Linear)
-            replacement = PackedLinear(layer_source)
+            replacement = PackedLinear(layer_source) if packed else JoinedLinear(layer)
             setattr(view.get_submodule(parent_name), attribute, replacement)
-            packed.append(replacement)
-    return packed
+            replaced.append(replacement)
+    return replaced

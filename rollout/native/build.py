@@ -1,4 +1,4 @@
-"""Compiles ``kernels.cpp`` and ``gradients.cpp`` once for each machine type, into the user's cache.
+"""Compiles ``kernels.cpp`` and ``gradients.cpp`` once for each instruction set, into the user's cache.
 
 The libraries have plain C symbols that are called through ctypes, without torch headers or an ABI to match.
 Each builds in ten to thirty seconds, when it is first needed: only training needs the gradients.
@@ -24,11 +24,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 GRADIENTS_SOURCE = Path(__file__).with_name("gradients.cpp")
-# PACELINE_ISA → flags of the compiler, and what the processor must have for them
+# PACELINE_ISA → flags of the compiler, and what the processor must have for them; the best comes last
 _BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 _ISAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "native": (("-march=native",), ()),
-    "generic": ((), ()),
+    "generic": (("-O2",), ()),  # -O3 takes three times as long, for processors that are slow in any case
     "avx2": (("-march=x86-64-v3",), ("avx2", "fma", "bmi2")),
     "avx512": (("-march=x86-64-v4",), ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd")),
     "avx512_bf16": (_BF16, ("avx512_bf16", "avx512_vnni")),
@@ -50,26 +49,39 @@ _privately_built: dict[str, Path] = {}
 
 
 def instruction_set() -> str:
-    """Returns the instruction set that ``PACELINE_ISA`` asks for; ``native`` by default.
+    """Returns the instruction set that the kernels are built for.
+
+    It is the one that ``PACELINE_ISA`` names, or the best that the processor has; on processors other than
+    x86-64 it is ``native``, whatever the compiler finds there.
 
     Raises:
         ValueError: The name is unknown, or this processor lacks something that the set needs.
     """
+    runnable = runnable_instruction_sets()
     name = os.environ.get("PACELINE_ISA", "native")
+    if name == "native":
+        return runnable[-1] if platform.machine() == "x86_64" else "native"
     if name not in _ISAS:
-        raise ValueError(f"PACELINE_ISA is {name!r}: write one of {', '.join(_ISAS)}")
-    missing = [feature for feature in _ISAS[name][1] if feature not in _instruction_sets().split()]
-    if missing:
+        raise ValueError(f"PACELINE_ISA is {name!r}: write one of native, {', '.join(_ISAS)}")
+    if name not in runnable:
+        features = _processor_features().split()
+        missing = next(feature for feature in _needs(name) if feature not in features)
         raise ValueError(
-            f"PACELINE_ISA is {name}, but this processor has no {missing[0]}: write another, or unset it"
+            f"PACELINE_ISA is {name}, but this processor has no {missing}: write another, or unset it"
         )
     return name
 
 
 def runnable_instruction_sets() -> list[str]:
-    """Returns the instruction sets that ``PACELINE_ISA`` may name on this processor."""
-    features = _instruction_sets().split()
-    return [name for name, (_, needs) in _ISAS.items() if all(feature in features for feature in needs)]
+    """Returns the instruction sets that ``PACELINE_ISA`` may name on this processor; the best is the last."""
+    features = _processor_features().split()
+    return [name for name in _ISAS if all(feature in features for feature in _needs(name))]
+
+
+def _needs(name: str) -> list[str]:
+    """Returns what a processor must have for an instruction set and for those before it."""
+    names = list(_ISAS)
+    return [feature for earlier in names[: names.index(name) + 1] for feature in _ISAS[earlier][1]]
 
 
 class NativeUnavailable(RuntimeError):
@@ -77,7 +89,7 @@ class NativeUnavailable(RuntimeError):
 
 
 def build_library(source: Path = SOURCE) -> Path:
-    """Returns the shared library of a source for this machine, and builds it if the cache does not have it.
+    """Returns the shared library of a source for this processor, and builds it if the cache has none.
 
     Without a usable cache it is built for this process alone.
 
@@ -135,14 +147,19 @@ def _build_privately(source: Path, compiler: str, runtime: Path | None, name: st
 
 
 def _key(source: Path, compiler: str, runtime: Path | None) -> str:
-    """Returns a hash of what a library is built from: sources, flags, compiler, OpenMP, instruction set."""
+    """Returns a hash of what a library is built from.
+
+    A cache may be shared between machines: one library serves all those with its instruction set.
+    """
     sources = [path.read_text() for path in [source, *sorted(source.parent.glob("*.h"))]]
-    text = "\0".join((*sources, *_flags(), compiler, str(runtime), _instruction_sets()))
+    machine = _processor_features() if instruction_set() == "native" else instruction_set()
+    text = "\0".join((*sources, *_flags(), compiler, str(runtime), machine))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _flags() -> tuple[str, ...]:
-    return *_FLAGS, *_ISAS[instruction_set()][0]
+    name = instruction_set()
+    return *_FLAGS, *(("-march=native",) if name == "native" else _ISAS[name][0])
 
 
 def _cache_directory() -> Path:
@@ -232,11 +249,8 @@ def _openmp_runtime() -> Path | None:
     return None
 
 
-def _instruction_sets() -> str:
-    """Returns what distinguishes machines for which -march=native differs.
-
-    A home directory, and with it the cache, may be shared between such machines.
-    """
+def _processor_features() -> str:
+    """Returns what Linux says that this processor has, or its name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -9,6 +9,7 @@
 #include "drafting.h"
 #include "lanes.h"
 #include "product.h"
+#include "product_dots.h"
 #include "product_rows.h"
 
 #define PACELINE_KERNELS(T, SUFFIX)                                                                                              \
@@ -39,6 +40,10 @@
                                 const int64_t* nodes, const int64_t* tokens, const int64_t* parents, const float* temperatures,    \
                                 const double* uniforms, int64_t* path, int64_t* drawn, float* logprobs, int64_t* lengths) {        \
     follow(logits, vocab, sequences, width, rows, nodes, tokens, parents, temperatures, uniforms, path, drawn, logprobs, lengths); \
+  }                                                                                                                              \
+  void paceline_multiply_dots_##SUFFIX(const T* x, int64_t rows, const T* weight, int64_t outputs, int64_t inputs, const T* bias,  \
+                                       const T* residual, T* out, int64_t stride) {                                                \
+    multiply_dots(DotOperands<T>{x, weight, bias, residual, out, inputs, stride}, rows, outputs);                                  \
   }                                                                                                                              \
   void paceline_draw_##SUFFIX(const T* logits, int64_t rows, int64_t vocab, const float* temperatures, const double* uniforms,   \
                               int64_t* tokens, float* logprobs) {                                                                \

@@ -1,9 +1,10 @@
-"""Matrix products with packed weights, on the CPU's matrix units (AMX) or its vector units."""
+"""Matrix products on the CPU whose rows do not depend on each other: with packed weights, or as they lie."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -72,3 +73,67 @@ def load_products() -> PackedProducts | None:
     except (NativeUnavailable, OSError):
         return None
     return PackedProducts(library)
+
+
+class DotProducts:
+    """Multiplies by weights as they lie in memory.
+
+    It serves float32, and the shapes that `PackedProducts` do not serve. A row's result depends on that row
+    alone, bit for bit.
+
+    Args:
+        library: The compiled kernels.
+        dtype: Dtype of inputs, weights and outputs, float32 or bfloat16; sums are float32.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        suffix = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
+        self._multiply = getattr(library, f"paceline_multiply_dots_{suffix}")
+        self._multiply.argtypes = [_pointer, _int, _pointer, _int, _int, _pointer, _pointer, _pointer, _int]
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Multiplies by the weights of one or more layers and adds bias and residual; rounds once.
+
+        Args:
+            x: Inputs [..., inputs].
+            layers: Weight [outputs, inputs], contiguous, and bias [outputs] or None of each layer.
+            residual: Residual [..., sum of outputs], or None.
+
+        Returns:
+            The layers' outputs side by side, [..., sum of outputs].
+        """
+        x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        inputs, stride = x.shape[-1], sum(len(weight) for weight, _ in layers)
+        out = x.new_empty((*x.shape[:-1], stride))
+        first = 0
+        for weight, bias in layers:
+            skipped = first * x.element_size()
+            self._multiply(
+                x.data_ptr(),
+                x.numel() // inputs,
+                weight.data_ptr(),
+                *weight.shape,
+                None if bias is None else bias.data_ptr(),
+                None if residual is None else residual.data_ptr() + skipped,
+                out.data_ptr() + skipped,
+                stride,
+            )
+            first += len(weight)
+        return out
+
+
+@functools.cache
+def load_dot_products(device_type: str, dtype: torch.dtype) -> DotProducts | None:
+    """Returns the dot products for a device and dtype, built on the first call; None where there are none."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    try:
+        return DotProducts(ctypes.CDLL(str(build_library())), dtype)
+    except (NativeUnavailable, OSError):
+        return None

@@ -1,6 +1,7 @@
 """Decodes the same requests in many ways and counts what differs from plain decoding one by one, bit for bit.
 
-``python -m tests.rollout.bit_identity COUNT`` prints a line for each way; PACELINE_ISA chooses the kernels.
+``python -m tests.rollout.bit_identity COUNT [float32]`` prints a line for each way; PACELINE_ISA chooses the
+kernels.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def in_pieces(engine: RolloutEngine, wanted: Sequence[Request]) -> list[Rollout]
     return [done[i] for i in range(len(wanted))]
 
 
-def differing(count: int) -> Iterator[tuple[str, int, int]]:
+def differing(count: int, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
     """Yields a way of decoding, how many completions differ in a bit, and how often it did what it is for."""
-    model = tiny_llama(vocab_size=128, layers=3, sharpness=30.0, hidden=128).bfloat16()
+    model = tiny_llama(vocab_size=128, layers=3, sharpness=30.0, hidden=128).to(dtype)
     wanted = requests(count)
     expected = bits(engine_of(model, 1, "plain").generate(wanted))
 
@@ -95,7 +96,8 @@ def differing(count: int) -> Iterator[tuple[str, int, int]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     failed = 0
-    for way, different, tried in differing(int(sys.argv[1])):
+    wanted_dtype = torch.float32 if "float32" in sys.argv[2:] else torch.bfloat16
+    for way, different, tried in differing(int(sys.argv[1]), wanted_dtype):
         print(f"{way}: {different} differ, tried {tried} times", flush=True)
         failed += different > 0 or tried == 0
     sys.exit(failed > 0)

@@ -316,10 +316,14 @@ def _interrupted(tmp_path, ranks, number):
     return job.communicate(timeout=120)[0], job.returncode
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
     ("ranks", "number", "left_with"),
-    [(1, signal.SIGINT, 0), (2, signal.SIGINT, 0), (1, signal.SIGTERM, 143), (2, signal.SIGTERM, 143)],
+    [
+        pytest.param(1, signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, 0, marks=pytest.mark.ci),
+        pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.ci),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_leaves_a_run_to_go_on_from(tmp_path, monkeypatch, ranks, number, left_with):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))

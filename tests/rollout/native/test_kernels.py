@@ -213,14 +213,6 @@ def test_a_failing_compiler_is_named(monkeypatch, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_the_library_is_built_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = build.build_library()
-    stamp = first.stat().st_mtime_ns
-    assert build.build_library() == first
-    assert first.stat().st_mtime_ns == stamp
-
-
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -243,6 +235,25 @@ def compiler(monkeypatch, tmp_path):
 
 def loaded() -> bool:
     return native.load_kernels.__wrapped__("cpu", torch.float32) is not None
+
+
+def test_the_library_is_built_once(compiler, cache):
+    first = build.build_library()
+    stamp = first.stat().st_mtime_ns
+    assert build.build_library() == first
+    assert first.stat().st_mtime_ns == stamp
+    assert compiler() == 1
+
+
+def test_machines_with_one_instruction_set_share_a_library(compiler, cache, monkeypatch):
+    """A home directory may be shared: another processor's other features do not matter, another set does."""
+    features = build._processor_features()
+    first = build.build_library()
+    monkeypatch.setattr(build, "_processor_features", lambda: f"{features} one_more")
+    assert build.build_library() == first
+    monkeypatch.setenv("PACELINE_ISA", "generic")
+    assert build.build_library() != first
+    assert compiler() == 2
 
 
 def others_write_to_the_directory(folder, path):

@@ -1,12 +1,12 @@
-"""Products on matrix units against float64, and beside other users of the same registers."""
+"""Products of the engine against float64, row by row, and beside other users of the same registers."""
 
 import pytest
 import torch
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import SuffixDrafter
-from paceline.rollout.model.packed_linear import PackedLinear
-from paceline.rollout.native.products import load_products
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear
+from paceline.rollout.native.products import load_dot_products, load_products
 from tests.engines import tiny_llama
 
 pytestmark = pytest.mark.skipif(load_products() is None, reason="no C++ compiler")
@@ -79,11 +79,46 @@ def test_other_libraries_keep_their_tiles():
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-3)
 
 
+# float32 has its products as weights lie, and so has bfloat16 where inputs are not whole blocks
+DOTS = [(torch.float32, 2**-20), (torch.bfloat16, 2**-8)]
+
+
 @torch.no_grad()
-def test_shapes_that_are_not_whole_panels_go_another_way():
-    source = layer(40, 24, bias=True)
-    x = torch.randn(1, 3, 24).bfloat16()
-    torch.testing.assert_close(PackedLinear(source)(x), source(x), rtol=2**-7, atol=1e-2)
+@pytest.mark.parametrize(("dtype", "rounding"), DOTS)
+@pytest.mark.parametrize("inputs", [16, 24, 37, 200])
+def test_dot_products_match_float64(dtype, rounding, inputs):
+    """Also of inputs that are not whole vectors, and of layers whose outputs come side by side."""
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(inputs, outputs, bias=biased).to(dtype)
+        for outputs, biased in ((40, True), (7, False))
+    ]
+    products = load_dot_products("cpu", dtype)
+    for rows in (1, 2, 3, 5, 17):
+        x, residual = torch.randn(1, rows, inputs).to(dtype), torch.randn(1, rows, 47).to(dtype)
+        exact = torch.cat([layer.double()(x.double()) for layer in layers], dim=-1)
+        weights = [(layer.to(dtype).weight, layer.bias) for layer in layers]
+        got = products.multiply(x, weights), products.multiply(x, weights, residual)
+        torch.testing.assert_close(got[0].double(), exact, rtol=rounding, atol=1e-5)
+        torch.testing.assert_close(got[1].double(), exact + residual.double(), rtol=rounding, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("linear", "dtype"),
+    [(JoinedLinear, torch.float32), (JoinedLinear, torch.bfloat16), (PackedLinear, torch.bfloat16)],
+)
+def test_rows_of_dot_products_do_not_depend_on_the_others(linear, dtype):
+    """Sums whose terms cancel are nothing but the rounding of their order."""
+    source = layer(45, 200, bias=False).to(dtype)
+    source.weight[:, 100:] = source.weight[:, :100]
+    half = torch.randn(1, 23, 100).to(dtype)
+    product, x = linear(source), torch.cat([half, -half], dim=-1)
+    together = product(x)
+    assert together.any()
+    for rows in (1, 2, 3, 8, 22):
+        assert torch.equal(product(x[:, :rows]), together[:, :rows])
+        assert torch.equal(product(x[:, 23 - rows :]), together[:, 23 - rows :])
 
 
 def test_speculation_in_bfloat16_says_what_plain_decoding_says():
