@@ -28,7 +28,7 @@ class LearnerReport:
         tokens: Number of anchors trained on.
         loss: Mean loss.
         acceptance: Expected acceptance Σ min(p, q) at each draft position, mean over updates.
-        seconds: Wall time.
+        seconds: Wall time, pauses included.
         skipped: Number of micro-batches skipped because their loss was not finite.
         approved: Number of updates in the approved weights, which beat the serving ones on held-out sequences
             and wait to be served; 0 if there are none.
@@ -37,6 +37,10 @@ class LearnerReport:
         snapshot_seconds: Time of the step that a snapshot of the drafter took.
         ensemble: Weight of each drafter of the ensemble, see `tracking_weights`; a single one without an
             ensemble.
+        slowdown: Share by which training slows decode steps on the same machine; None if it is not known.
+        slowdown_error: Its standard error.
+        held_back_seconds: Time in which training paused, or had ended because of the slowdown while other
+            ranks still decoded.
     """
 
     updates: int = 0
@@ -50,6 +54,9 @@ class LearnerReport:
     candidate_length: float = 0.0
     snapshot_seconds: float = 0.0
     ensemble: list[float] = field(default_factory=list)
+    slowdown: float | None = None
+    slowdown_error: float = 0.0
+    held_back_seconds: float = 0.0
 
     def note(self, outcome: Unrolled, anchors: int) -> None:
         """Adds one update over ``anchors`` anchors to the means."""

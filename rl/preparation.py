@@ -60,7 +60,7 @@ def first_drafter_path(config: RunConfig) -> Path:
     drafter = {
         k: v
         for k, v in asdict(config.drafter).items()
-        if k not in ("start", "schedule", "snapshots", "least_idle_ranks")
+        if k not in ("start", "schedule", "snapshots", "least_idle_ranks", "max_slowdown")
     }
     parts = [asdict(config.policy), asdict(config.task), asdict(config.rollout), drafter, config.seed]
     directory = Path(config.policy.model)

@@ -145,7 +145,7 @@ class Trainer:
             self.tokenizer,
             accelerator,
             log,
-            lambda: self.drafter.beat(),  # looked up at each call, because benchmarks replace the drafter
+            lambda record: self.drafter.beat(record),  # looked up at each call: benchmarks replace it
         )
 
     def _evaluation(self) -> RunEvaluation:
@@ -284,7 +284,7 @@ class Trainer:
         with clock.phase("drafter"):
             distilled = self.drafter.train(batch, scored.rewards, step)
         with clock.phase("wait"):
-            self.accelerator.wait_for_everyone()
+            self.drafter.wait(distilled)
         self.generator.report_failures(step)
         self._measure_plain(batch, step, clock)
         with clock.phase("update") as shown:

@@ -40,6 +40,12 @@ class DrafterConfig:
     least_idle_ranks: int = 1
     """Number of ranks that must be idle before those train, with ``schedule: idle``; at least 1."""
 
+    max_slowdown: float = 0.15
+    """Largest share, at least 0, by which training on idle ranks may slow the decode steps of ranks on the
+    same machine, with ``schedule: idle``. Short pauses of training measure it. Where it is higher by more
+    than two standard errors, no more is trained in this step and in those after it, until the measurements
+    are eight steps old and are made anew. 0 stops training once any slowdown is certain."""
+
     lr: float = 1e-4
     """AdamW's learning rate; above 0. A warm-up before the run starts at three times this rate and ends at
     0.3 times."""

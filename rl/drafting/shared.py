@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from paceline.rl.drafting.rank_drafter import RankDrafter
 from paceline.rl.errors import UserError
 from paceline.rl.models.initial import starting_drafter
 from paceline.rl.types import RankRollouts
+from paceline.rollout import StepRecord
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
@@ -55,7 +58,13 @@ class SharedDrafter:
         self._run_config, self._config, self._steps = config, config.drafter, config.steps
         self.local, self._accelerator, self._log = local, accelerator, log
         ranks = accelerator.num_processes
-        self.coordinator = Coordinator(connect_store(ranks), ranks, self._config.least_idle_ranks)
+        self.coordinator = Coordinator(
+            connect_store(ranks),
+            ranks,
+            self._config.least_idle_ranks,
+            max_slowdown=self._config.max_slowdown,
+            machine=platform.node(),
+        )
         self._snapshots = DrafterSnapshots(run / "drafters", self._config.snapshots)
 
     def served(self) -> tuple[Eagle3Model, torch.optim.Optimizer] | tuple[None, None]:
@@ -66,9 +75,14 @@ class SharedDrafter:
         """Tells the other ranks that this rank is decoding."""
         self.coordinator.begin(step)
 
-    def beat(self) -> None:
-        """Tells the other ranks that this rank is alive; called after each decode step."""
+    def beat(self, record: StepRecord) -> None:
+        """Tells the other ranks that this rank is alive, and measures what their training costs it.
+
+        Args:
+            record: The decode step that has just ended.
+        """
         self.coordinator.beat()
+        self.coordinator.decoded(record.feedback)
 
     def start(self) -> None:
         """Starts from ``drafter.start``, and its optimizer's state if there is one.
@@ -177,9 +191,26 @@ class SharedDrafter:
         if self._config.schedule == "always":
             return self.local.train(lambda: False)
         self.coordinator.wait_until_training()
-        report = self.local.train(lambda: not self.coordinator.may_train())
+        with self.coordinator.training():
+            report = self.local.train(self.coordinator.must_stop)
         self._report(self.coordinator.take_problem())
         return report
+
+    def wait(self, report: LearnerReport) -> None:
+        """Waits until all ranks have finished their rollouts. Collective.
+
+        Args:
+            report: This rank's training in this step; what it cost others, and for how long it was held back
+                for that reason, are added to it.
+        """
+        begin = time.perf_counter()
+        self._accelerator.wait_for_everyone()
+        waited = time.perf_counter() - begin if self.coordinator.held_back else 0.0
+        report.held_back_seconds = self.coordinator.paused_seconds + waited
+        self.coordinator.update_price()
+        price = self.coordinator.price
+        if price.slowdown is not None:
+            report.slowdown, report.slowdown_error = price.slowdown, price.std_error
 
     def share(self, batch: RankRollouts, report: LearnerReport, step: int) -> None:
         """Averages the weights that ranks have approved and lets every rank draft with them. Collective.

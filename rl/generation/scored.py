@@ -60,7 +60,7 @@ class ScoredGenerator:
         tokenizer: The policy's tokenizer.
         accelerator: The run's accelerator.
         log: Receives lines for the user.
-        heartbeat: Called after each decode step.
+        heartbeat: Called with the record of each decode step.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ScoredGenerator:
         tokenizer: Any,
         accelerator: Accelerator,
         log: Callable[[str], None],
-        heartbeat: Callable[[], None],
+        heartbeat: Callable[[StepRecord], None],
     ) -> None:
         self._config, self._worker, self._pool, self._sampler = config, worker, pool, sampler
         self._tokenizer, self._accelerator, self._log, self._heartbeat = (
@@ -148,7 +148,7 @@ class ScoredGenerator:
             progress = RolloutProgress(shown, len(problems) * self._config.rollout.group_size)
 
             def on_step(record: StepRecord) -> None:
-                self._heartbeat()
+                self._heartbeat(record)
                 progress.on_step(record)
 
             def on_finish(index: int, problem: Problem, rollout: Rollout) -> None:

@@ -30,7 +30,7 @@ from paceline.rl.integrations.policy import HostPolicy
 from paceline.rl.process.files import read_object, write_atomically
 from paceline.rl.types import RankRollouts
 from paceline.rl.validation.recipe import check_decoding
-from paceline.rollout import FinishReason, Request, StepRecord, mean_acceptance_length
+from paceline.rollout import FinishReason, Request, mean_acceptance_length
 
 _SECTIONS = {"speculation", "drafter", "rollout", "measure"}
 _ROLLOUT = {"max_context", "max_slots", "dtype", "kv_memory_gb", "stop_strings"}
@@ -133,11 +133,7 @@ class HostedRollouts:
             UserError: when a request failed, with the first reason.
         """
         begin = time.perf_counter()
-
-        def on_step(record: StepRecord) -> None:
-            self.drafter.coordinator.beat()
-
-        rollouts = self.engine.generate(requests, on_step)
+        rollouts = self.engine.generate(requests, self.drafter.beat)
         failed = next((r for r in rollouts if r.finish_reason is FinishReason.FAILED), None)
         if failed is not None:
             raise UserError(f"paceline: a rollout failed: {failed.error}")
@@ -158,7 +154,7 @@ class HostedRollouts:
         self.drafter.coordinator.begin(self._calls)
         batch = self.rollouts(requests)
         report = self.drafter.train(batch, [0.0] * len(batch.rollouts), self._calls)
-        self._accelerator.wait_for_everyone()
+        self.drafter.wait(report)
         if self.config.measure.plain_every and (self._calls + 1) % self.config.measure.plain_every == 0:
             self.worker.measure_plain(batch)
             self._accelerator.wait_for_everyone()
@@ -269,7 +265,10 @@ def step_report(batch: RankRollouts, report: LearnerReport) -> dict[str, float]:
         / max(len(batch.records), 1),
         "paceline/drafter_seconds": report.seconds,
         "paceline/drafter_updates": float(report.updates),
+        "paceline/drafter_held_back_seconds": report.held_back_seconds,
     }
+    if report.slowdown is not None:
+        metrics["paceline/drafter_slowdown"] = report.slowdown
     if batch.plain_seconds is not None:
         metrics["paceline/speedup_over_plain"] = batch.plain_seconds / batch.seconds
     return metrics

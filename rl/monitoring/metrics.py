@@ -235,6 +235,12 @@ def _drafter_metrics(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 metrics[f"drafter/{name}"] = float(np.mean([t[name] for t in judged]))
     if trained and len(trained[0]["ensemble"]) > 1:
         metrics["drafter/ensemble"] = np.mean([t["ensemble"] for t in trained], axis=0).tolist()
+    priced = [r["drafter"] for r in ranks if r["drafter"]["slowdown"] is not None]
+    if priced:
+        worst = max(priced, key=lambda report: report["slowdown"])  # each machine has its own
+        metrics["drafter/slowdown"] = worst["slowdown"]
+        metrics["drafter/slowdown_error"] = worst["slowdown_error"]
+    metrics["drafter/held_back_seconds"] = sum(r["drafter"]["held_back_seconds"] for r in ranks)
     metrics["drafter/snapshot_seconds"] = max(r["drafter"]["snapshot_seconds"] for r in ranks)
     metrics["drafter/skipped"] = sum(r["drafter"]["skipped"] for r in ranks)
     return metrics

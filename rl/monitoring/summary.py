@@ -67,8 +67,15 @@ def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": {p: float(np.mean([m.get(f"time/{p}", 0.0) for m in metrics])) for p in PHASES},
         "drafter_seconds_off_path": sum(m["drafter/seconds_off_path"] for m in metrics),
         "drafter_seconds_on_path": sum(m["drafter/seconds_on_path"] for m in metrics),
+        # runs of earlier versions have not measured it
+        "drafter_seconds_held_back": sum(m.get("drafter/held_back_seconds", 0.0) for m in metrics),
         "peak_memory_gb": max(m["memory/peak_gb"] for m in metrics),
     }
+    priced = [m for m in metrics if "drafter/slowdown" in m]
+    if priced:
+        summary["drafter_slowdown"] = float(np.mean([m["drafter/slowdown"] for m in priced]))
+        # steps share measurements, so their mean is no surer than one of them
+        summary["drafter_slowdown_error"] = float(np.mean([m["drafter/slowdown_error"] for m in priced]))
     if measured:
         plain = sum(m["measure/plain_seconds"] for m in measured)
         adaptive = sum(m["measure/adaptive_seconds"] for m in measured)
@@ -152,7 +159,13 @@ def table(summary: dict[str, Any]) -> Table:
     t.add_row(
         "drafter training",
         f"{summary['drafter_seconds_off_path']:.1f} s while another rank was decoding, "
-        f"{summary['drafter_seconds_on_path']:.1f} s on the critical path",
+        f"{summary['drafter_seconds_on_path']:.1f} s on the critical path, "
+        f"{summary['drafter_seconds_held_back']:.1f} s held back",
     )
+    if "drafter_slowdown" in summary:
+        t.add_row(
+            "training beside decoding slows it by",
+            f"{summary['drafter_slowdown']:.1%} ± {summary['drafter_slowdown_error']:.1%}",
+        )
     t.add_row("peak memory, all ranks", f"{summary['peak_memory_gb']:.1f} GB")
     return t

@@ -49,6 +49,11 @@ TINY = "configs/tiny.yaml"
         ("task.duplicates=some", "write one of keep, drop"),
         ("task.datasets=[{nam: chain_sum}]", "did you mean task.datasets[0].name"),
         ("policy=3", "write a section"),
+        (
+            "drafter.max_slowdown=-0.1",
+            "drafter.max_slowdown is -0.1: write a share of at least 0, such as 0.15",
+        ),
+        ("drafter.max_slowdown=.nan", "drafter.max_slowdown is nan"),
         ("steps", "write key=value"),
         ("steps.deep=1", "steps is a value, not a section; write steps=VALUE"),
         ("length.rewards=[{", "the value is not valid YAML"),

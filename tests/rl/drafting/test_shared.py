@@ -1,12 +1,21 @@
-"""A run's drafter: the start directory as it is, and a broken one that costs acceptance, never the run."""
+"""A run's drafter: the start directory as it is, a broken one that costs acceptance, never the run, and
+training that stops where it costs other ranks too much.
+"""
 
 import json
+import math
+import platform
 import shutil
+import time
 
 import pytest
 import torch
+from torch.distributed import HashStore
 from transformers import LlamaConfig
 
+from paceline.drafter_trainer.coordinator import Coordinator
+from paceline.drafter_trainer.slowdown.neighbours import Neighbours
+from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer
 from paceline.rl.checkpointing.checkpoint import Checkpoint
@@ -133,3 +142,53 @@ def test_a_run_reads_the_layers_that_its_recipe_names(tmp_path, monkeypatch):
     saved = tmp_path / "run" / "checkpoint" / "drafter"
     assert json.loads((saved / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     load_drafter(saved, 99, 64, tap_layers=(0, 1, 2))
+
+
+def test_every_decode_step_is_measured_and_the_price_is_among_the_metrics(tmp_path, monkeypatch):
+    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS) as trainer:
+        coordinator, measured = trainer.drafter.coordinator, []
+        monkeypatch.setattr(coordinator, "decoded", measured.append)
+        metrics, (rank,) = trainer.step(0)
+        assert [feedback.active for feedback in measured] == [active for _, active, _ in rank["tail"]]
+        assert "drafter/slowdown" not in metrics and metrics["drafter/held_back_seconds"] == 0
+        for ratio in (1.0, math.exp(0.2)):
+            coordinator.price.add(math.log(ratio))
+        metrics, _ = trainer.step(1)
+        assert metrics["drafter/slowdown"] == pytest.approx(math.exp(0.1) - 1)
+        assert metrics["drafter/slowdown_error"] == pytest.approx(0.1 * math.exp(0.1))
+
+
+def test_training_stops_at_the_recipes_price_and_says_how_long_it_was_held_back(tmp_path, monkeypatch):
+    """Another rank decodes on this machine; the price is far above the limit."""
+    store = HashStore()
+    monkeypatch.setattr("paceline.rl.drafting.shared.connect_store", lambda ranks: store)
+    options = (*DRAFTS, "drafter.schedule=idle", "drafter.max_slowdown=0.5")
+    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *options) as trainer:
+        shared, mine = trainer.drafter, trainer.drafter.coordinator
+        other = Coordinator(store, 2, machine=platform.node())
+        monkeypatch.setattr(mine, "_world", 2)
+        monkeypatch.setattr(shared.local, "learn_from", lambda batch, rewards: None)
+        monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: time.sleep(0.1))
+
+        def train(stop) -> LearnerReport:
+            assert neighbours() == (1, 1, 0)
+            return LearnerReport(updates=0 if stop() else 1)
+
+        def neighbours():
+            return Neighbours.unpack(store.add(f"0/{platform.node()}/neighbours", 0))[:3]
+
+        monkeypatch.setattr(shared.local, "train", train)
+        found = []
+        for ratio in (1.3, 1.7):
+            store.delete_key("0/idle")
+            store.delete_key(f"0/{platform.node()}/neighbours")
+            mine.price.begin(100)  # which forgets
+            other.begin(0)
+            shared.begin_step(0)
+            for _ in range(8):
+                mine.price.add(math.log(ratio))
+            report = shared.train(None, [], 0)
+            assert neighbours() == (1, 0, 0)
+            shared.wait(report)
+            found.append((report.updates, report.held_back_seconds >= 0.1, round(report.slowdown, 6)))
+        assert found == [(1, False, 0.3), (0, True, 0.7)]

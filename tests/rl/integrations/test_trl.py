@@ -113,6 +113,7 @@ def test_grpo_draws_from_the_present_policy(tiny, tmp_path, adapters):
     assert len(logged) == 3
     assert all(entry["paceline/acceptance_length"] >= 1 for entry in logged)
     assert logged[-1]["paceline/drafter_updates"] > 0
+    assert all(entry["paceline/drafter_held_back_seconds"] == 0 for entry in logged)
     assert all(not math.isnan(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     drafter = load_drafter(tmp_path / "trl" / "paceline" / "drafter", trainer.model.config.vocab_size, 64)
     assert drafter.config.draft_vocab_size == 48

@@ -1,10 +1,12 @@
 """Aggregation, summary and report, from hand-made records."""
 
+import io
 import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.errors import UserError
@@ -12,7 +14,7 @@ from paceline.rl.learner.critic import CriticReport
 from paceline.rl.learner.updater import UpdateReport
 from paceline.rl.monitoring.metrics import step_metrics
 from paceline.rl.monitoring.report import write_picture, write_report
-from paceline.rl.monitoring.summary import rise_std_error, summarise
+from paceline.rl.monitoring.summary import rise_std_error, summarise, table
 
 
 def rank(step: int, number: int, plain: float | None = None) -> dict:
@@ -53,6 +55,9 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
                 acceptance=[0.5, 0.25],
                 approved=2 * number,
                 snapshot_seconds=0.1 * number,
+                slowdown=(None, 0.04)[number] if step < 3 else 0.08 - 0.02 * number,
+                slowdown_error=0.01 + 0.01 * number,
+                held_back_seconds=1.0 + number,
             )
         ),
         "update": asdict(
@@ -102,6 +107,38 @@ def test_step_metrics_by_hand():
     assert m["drafter/acceptance"] == [0.5, 0.25]
     assert m["drafter/approved"] == 2 and m["drafter/snapshot_seconds"] == 0.1
     assert m["time/step"] == pytest.approx(6.6)
+
+
+def test_what_training_costs_ranks_that_decode():
+    """Each machine has its own price, of which the highest counts, with its error."""
+    first, last = (step_metrics([rank(step, number) for number in range(2)], 4) for step in (0, 3))
+    assert (first["drafter/slowdown"], first["drafter/slowdown_error"]) == (0.04, 0.02)
+    assert (last["drafter/slowdown"], last["drafter/slowdown_error"]) == (0.08, 0.01)
+    assert first["drafter/held_back_seconds"] == 3.0
+    summary = summarise([first, last])
+    assert summary["drafter_slowdown"] == pytest.approx(0.06)
+    assert summary["drafter_slowdown_error"] == pytest.approx(0.015)
+    assert summary["drafter_seconds_held_back"] == 6.0
+    printed = table_text(summary)
+    assert "6.0 s held back" in printed
+    assert "training beside decoding slows it by" in printed and "6.0% ± 1.5%" in printed
+
+
+def test_a_run_in_which_it_was_not_measured_says_nothing_of_it():
+    """So it is where one rank trains, and in runs of earlier versions."""
+    metrics = step_metrics([rank(0, 0)], 4)
+    assert "drafter/slowdown" not in metrics
+    del metrics["drafter/held_back_seconds"]
+    summary = summarise([metrics])
+    assert "drafter_slowdown" not in summary and summary["drafter_seconds_held_back"] == 0
+    assert "slows it by" not in table_text(summary)
+
+
+def table_text(summary: dict) -> str:
+    """What is printed at the end of a run."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table(summary))
+    return console.file.getvalue()
 
 
 def test_drafter_time_on_and_off_the_critical_path():
