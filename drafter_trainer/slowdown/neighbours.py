@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_BITS = (
-    12  # of each field, for 4,095 ranks on a machine; 27 bits of a signed 64-bit counter remain for changes
-)
+# bits of each field, for 4,095 ranks on a machine; 27 bits of a signed 64-bit counter remain for changes
+_BITS = 12
 _FIELD = (1 << _BITS) - 1
 
 
