@@ -49,7 +49,7 @@ class DrafterLearner:
     ) -> None:
         self.model, self.objective = model, objective
         optimizer = OptimisticAdamW if optimistic else torch.optim.AdamW
-        self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self._lr = lr
         self._embed, self._head = embed_tokens, head
         self._temperature = temperature
