@@ -49,6 +49,7 @@ from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
 from paceline.rl.monitoring.tracker import Tracker
+from paceline.rl.process.process_tuning import release_freed_memory
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.rewards.shaping import Shaped, Shaping
 from paceline.rl.sharding import is_shared
@@ -292,6 +293,7 @@ class Trainer:
             update, critic, advantages = self.learner.learn(batch, samples, shaped, step, shown)
         self._send_weights(clock)
         with clock.phase("sync"):
+            release_freed_memory()
             self.worker.refresh_weights()
             self.drafter.share(batch, distilled, step)
             length_errors = self._learn_lengths(batch)

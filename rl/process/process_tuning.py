@@ -41,6 +41,17 @@ def fit_process(local_world_size: int) -> None:
         libc.mallopt(_M_TOP_PAD, 64 << 20)
 
 
+def release_freed_memory() -> None:
+    """Returns freed memory to the system.
+
+    The heap is not trimmed by itself (`fit_process`), and what one update leaves in it fits the next one's
+    blocks badly: without this, a rank of the quickstart grows by a gigabyte in 20 steps.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def threads_of_rank(local_world_size: int) -> int:
     """Returns the number of threads that a rank computes with.
 

@@ -185,7 +185,7 @@ class FusedLayer(nn.Module):
         def norm(module: nn.Module, heads: bool = False) -> RootMeanSquareNorm:
             return RootMeanSquareNorm(module, dtype, None if heads else kernels)
 
-        join: type[PackedLinear] | type[JoinedLinear] = PackedLinear if packed else JoinedLinear
+        join: Callable[..., Projection] = PackedLinear.shared if packed else JoinedLinear
         self.index = index
         self._attention = attention
         self._attention_in, self._mlp_in = norm(parts.attention_in), norm(parts.mlp_in)

@@ -7,7 +7,8 @@ with a compiler, no row of their outputs depends on another row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -58,10 +59,24 @@ class PackedLinear(nn.Module):
             so they do not appear in this module's parameters.
     """
 
+    _shared: ClassVar[WeakValueDictionary[tuple[int, ...], PackedLinear]] = WeakValueDictionary()
+
     def __init__(self, *sources: nn.Linear) -> None:
         super().__init__()
         self._sources = sources
+        self._packed: torch.Tensor | None = None
         self.refresh()
+
+    def share(self) -> None:
+        """Lets what is built later on the same layers use this copy, which then has two that refresh it."""
+        self._shared[tuple(map(id, self._sources))] = self
+
+    @classmethod
+    def shared(cls, *sources: nn.Linear) -> PackedLinear:
+        """Returns the copy of these layers that is shared, or a new one."""
+        # a shared copy keeps its layers alive, so none of theirs is another layer's id
+        found = cls._shared.get(tuple(map(id, sources)))
+        return cls(*sources) if found is None else found
 
     def refresh(self) -> None:
         """Packs the sources' current weights."""
@@ -77,7 +92,7 @@ class PackedLinear(nn.Module):
             if padding:
                 bias = weight.new_zeros(outputs) if self._bias is None else self._bias
                 self._bias = nn.functional.pad(bias, (0, padding), value=-torch.inf)
-            self._packed = self._products.pack(nn.functional.pad(weight, (0, 0, 0, padding)))
+            self._packed = self._products.pack(nn.functional.pad(weight, (0, 0, 0, padding)), self._packed)
         else:
             self._dots = load_dot_products("cpu", torch.bfloat16)
             self._reordered = self._dots is None and _onednn_packs()
@@ -91,6 +106,7 @@ class PackedLinear(nn.Module):
         There must be native products; ``residual`` has as many columns.
         """
         assert self._products is not None
+        assert self._packed is not None
         return self._products.multiply(x, self._packed, self._bias, residual)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -101,6 +117,7 @@ class PackedLinear(nn.Module):
                 residual = nn.functional.pad(residual, (0, padding))
             out = self.padded(x, residual)
             return out[..., : self._outputs] if padding else out
+        assert self._packed is not None
         if self._dots is not None:
             return self._dots.multiply(x, [(self._packed, self._bias)], residual)
         if not self._reordered:
@@ -189,7 +206,7 @@ def replace_linears(
             parent_name, _, attribute = name.rpartition(".")
             layer_source = sources[name]
             assert isinstance(layer_source, nn.Linear)
-            replacement = PackedLinear(layer_source) if packed else JoinedLinear(layer)
+            replacement = PackedLinear.shared(layer_source) if packed else JoinedLinear(layer)
             setattr(view.get_submodule(parent_name), attribute, replacement)
             replaced.append(replacement)
     return replaced

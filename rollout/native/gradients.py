@@ -92,15 +92,20 @@ class GradientKernels:
         self._score_backward = library.paceline_score_backward
         self._score_backward.argtypes = [_pointer, _int, _int, _pointer, _float, *[_pointer] * 4]
 
-    def pack_transposed(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Packs the transpose of a bfloat16 matrix [rows, columns], for products that sum over its rows.
+    def pack_transposed(self, matrix: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
+        """Packs the transpose of a matrix, for products that sum over its rows.
+
+        Args:
+            matrix: bfloat16 [rows, columns].
+            packed: Where to write it, what an earlier call with such a matrix returned; None allocates it.
 
         Returns:
             bfloat16 [columns, rows rounded up to whole blocks], its numbers in the order of
             `PackedProducts.pack`; columns must be whole panels.
         """
         rows, columns = matrix.shape
-        packed = matrix.new_empty(columns, -(-rows // _BLOCK) * _BLOCK)
+        if packed is None:
+            packed = matrix.new_empty(columns, -(-rows // _BLOCK) * _BLOCK)
         self._pack_transposed(matrix.data_ptr(), rows, columns, packed.data_ptr())
         return packed
 

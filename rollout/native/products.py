@@ -33,10 +33,18 @@ class PackedProducts:
         """Returns whether a weight of this shape consists of whole panels."""
         return outputs % PANEL == 0 and inputs % _STEP == 0
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns a bfloat16 weight [outputs, inputs] with its numbers reordered for the matrix units."""
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor | None = None) -> torch.Tensor:
+        """Reorders a weight's numbers for the matrix units.
+
+        Args:
+            weight: bfloat16 [outputs, inputs].
+            packed: Where to write them, of the weight's shape; None allocates it.
+
+        Returns:
+            The reordered weight.
+        """
         weight = weight.contiguous()
-        packed = torch.empty_like(weight)
+        packed = torch.empty_like(weight) if packed is None else packed
         self._pack(weight.data_ptr(), *weight.shape, packed.data_ptr())
         return packed
 

@@ -30,7 +30,9 @@ class TrainedLinear:
     def __init__(self, kernels: GradientKernels, products: PackedProducts, *sources: nn.Linear) -> None:
         self._kernels, self._products, self._sources = kernels, products, sources
         self._packed = PackedLinear(*sources)
+        self._packed.share()  # the engine does not decode during an update
         self._transposed: torch.Tensor | None = None
+        self._transposed_is_old = True
         self._widths = [layer.out_features for layer in sources]
         self._padding = padding_of(self._widths[0]) if len(sources) == 1 else 0
 
@@ -43,7 +45,7 @@ class TrainedLinear:
     def refresh(self) -> None:
         """Packs the layers' current weights."""
         self._packed.refresh()
-        self._transposed = None
+        self._transposed_is_old = True
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps bfloat16 ``x`` [T, in] to the layers' outputs side by side, plus ``residual`` if given.
@@ -54,11 +56,12 @@ class TrainedLinear:
 
     def input_gradient(self, of_output: torch.Tensor) -> torch.Tensor:
         """Maps the gradient of the outputs, bfloat16 [T, sum of out], to that of the input [T, in]."""
-        if self._transposed is None:
+        if self._transposed is None or self._transposed_is_old:
             weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
             self._transposed = self._kernels.pack_transposed(
-                nn.functional.pad(weight, (0, 0, 0, self._padding))
+                nn.functional.pad(weight, (0, 0, 0, self._padding)), self._transposed
             )
+            self._transposed_is_old = False
         return self._products.multiply(of_output, self._transposed, None, None)
 
     def parameter_gradients(self, of_output: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | None]:

@@ -1,5 +1,7 @@
 """Products of the engine against float64, row by row, and beside other users of the same registers."""
 
+import gc
+
 import pytest
 import torch
 
@@ -146,3 +148,22 @@ def test_speculation_in_bfloat16_says_what_plain_decoding_says():
     ):
         assert tree == plain
         assert tree_logprobs == pytest.approx(plain_logprobs, abs=1e-3)
+
+
+@torch.no_grad()
+def test_a_shared_copy_serves_what_is_built_later_on_its_layers():
+    """And what is built on other layers, or after the copy is gone, has one of its own."""
+    first, second = layer(64, 32, bias=False), layer(64, 32, bias=True)
+    trained = PackedLinear(first)
+    assert PackedLinear.shared(first) is not trained
+    trained.share()
+    assert PackedLinear.shared(first) is trained
+    assert PackedLinear.shared(second) is not trained
+    x = torch.randn(1, 3, 32).bfloat16()
+    before = trained(x)
+    first.weight.mul_(2)
+    PackedLinear.shared(first).refresh()
+    torch.testing.assert_close(trained(x), 2 * before)
+    del trained
+    gc.collect()
+    assert PackedLinear.shared(first) is not PackedLinear.shared(first)
