@@ -1,14 +1,16 @@
-"""Measures products with packed bfloat16 weights on a CPU, beside oneDNN, from 1 to 96 rows.
+"""Measures the engine's products on a CPU, beside torch's, from 1 to 96 rows, in bfloat16 and in float32.
 
-All weights of a SmolLM2-135M shape are multiplied in turn, so that they come from memory as in a decode step.
-Each row's result is compared bit for bit with the same row computed alone.
+In bfloat16 weights are packed, and torch's side is oneDNN with weights that it has packed; in float32 both
+multiply by the trainer's weights as they lie. All weights of a SmolLM2-135M shape are multiplied in turn, so
+that they come from memory as in a decode step. Each row's result is compared bit for bit with the same row
+computed alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,12 @@ from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rollout.native.build import instruction_set, runnable_instruction_sets
-from paceline.rollout.native.products import PackedProducts, load_products
+from paceline.rollout.native.products import (
+    DotProducts,
+    PackedProducts,
+    load_dot_products,
+    load_products,
+)
 
 _LAYERS = 30
 _LAYER = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # outputs, inputs
@@ -35,20 +42,22 @@ class ProductRow:
     """Holds the fastest of the passes over all weights with one number of rows.
 
     Attributes:
+        dtype: Dtype of weights and inputs.
         rows: Number of rows.
         own_ms: Milliseconds of the project's products.
-        onednn_ms: Milliseconds of oneDNN's.
+        torch_ms: Milliseconds of torch's.
         gigaflops: Operations per second of the project's products, in 10⁹.
         differing: Rows that are not, bit for bit, what they are alone.
-        onednn_differing: Of oneDNN's rows, likewise.
+        torch_differing: Of torch's rows, likewise.
     """
 
+    dtype: str
     rows: int
     own_ms: float
-    onednn_ms: float
+    torch_ms: float
     gigaflops: float
     differing: int
-    onednn_differing: int
+    torch_differing: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,50 +75,72 @@ def run(args: argparse.Namespace) -> None:
         UserError: There is no compiler, or oneDNN has no bfloat16 products here.
     """
     fit_process(local_world_size=1)
-    products = load_products()
-    if products is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    products, dots = load_products(), load_dot_products("cpu", torch.float32)
+    if products is None or dots is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise UserError("bench products: needs a C++ compiler, and a CPU for which oneDNN packs bfloat16")
     terminal = console()
     sets = {"kernels": instruction_set(), "runnable": runnable_instruction_sets()}
+    pairs = {torch.bfloat16: _packed_pair(products), torch.float32: _plain_pair(dots)}
     with Results(args.out, command_line(), machine=machine(), instruction_sets=sets) as results:
-        for row in measure_products(products, args.repeats):
+        for row in measure_products(pairs, args.repeats):
             results.add("products", row)
             terminal.print(
-                f"{row.rows:3d} rows: {row.own_ms:6.2f} ms, oneDNN {row.onednn_ms:6.2f} ms "
-                f"({row.onednn_ms / row.own_ms:.2f}), {row.gigaflops:.0f} GFLOP/s; rows that differ from "
-                f"themselves alone: {row.differing}, of oneDNN's {row.onednn_differing}"
+                f"{row.dtype} {row.rows:3d} rows: {row.own_ms:6.2f} ms, torch {row.torch_ms:6.2f} ms "
+                f"({row.torch_ms / row.own_ms:.2f}), {row.gigaflops:.0f} GFLOP/s; rows that differ from "
+                f"themselves alone: {row.differing}, of torch's {row.torch_differing}"
             )
 
 
-def measure_products(products: PackedProducts, repeats: int) -> list[ProductRow]:
-    """Measures both products, one after the other at each number of rows."""
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of a comparison: how it lays weights out, and how it multiplies by them."""
+
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    multiply: Product
+
+
+def _packed_pair(products: PackedProducts) -> tuple[_Side, _Side]:
+    """Returns the bfloat16 products of the project and of oneDNN."""
+    own = _Side(products.pack, lambda x, packed: products.multiply(x, packed, None, None))
+    theirs = _Side(
+        lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, 1),
+        lambda x, packed: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+    )
+    return own, theirs
+
+
+def _plain_pair(dots: DotProducts) -> tuple[_Side, _Side]:
+    """Returns the products with weights as they lie of the project and of torch."""
+    own = _Side(lambda weight: weight, lambda x, weight: dots.multiply(x, [(weight, None)]))
+    return own, _Side(lambda weight: weight, torch.nn.functional.linear)
+
+
+def measure_products(pairs: Mapping[torch.dtype, tuple[_Side, _Side]], repeats: int) -> Iterator[ProductRow]:
+    """Yields each number of rows, with both sides measured one after the other.
+
+    Args:
+        pairs: The project's products and torch's, by dtype.
+        repeats: Passes over all weights; the fastest counts.
+    """
     torch.manual_seed(0)
     shapes = [*_LAYER * _LAYERS, _HEAD]
-    weights = [torch.randn(shape).mul_(0.05).bfloat16() for shape in shapes]
-    own = [products.pack(weight) for weight in weights]
-    onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in weights]
-    parameters = sum(weight.numel() for weight in weights)
-
-    def multiply(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-        return products.multiply(x, packed, None, None)
-
-    def multiply_onednn(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-    rows = []
-    for count in _ROWS:
-        inputs = {width: torch.randn(1, count, width).bfloat16() for width in (576, 1536)}
-        seconds = [
-            _fastest(product, packed, shapes, inputs, repeats)
-            for product, packed in ((multiply, own), (multiply_onednn, onednn))
-        ]
-        differing = [
-            _differing(product, packed[: len(_LAYER)], shapes, inputs, count)
-            for product, packed in ((multiply, own), (multiply_onednn, onednn))
-        ]
-        speed = 2 * parameters * count / seconds[0] / 1e9
-        rows.append(ProductRow(count, seconds[0] * 1e3, seconds[1] * 1e3, speed, *differing))
-    return rows
+    for dtype, sides in pairs.items():
+        weights = [torch.randn(shape).mul_(0.05).to(dtype) for shape in shapes]
+        parameters = sum(weight.numel() for weight in weights)
+        packed = [[side.pack(weight) for weight in weights] for side in sides]
+        for count in _ROWS:
+            inputs = {width: torch.randn(1, count, width).to(dtype) for width in (576, 1536)}
+            seconds = [
+                _fastest(side.multiply, w, shapes, inputs, repeats)
+                for side, w in zip(sides, packed, strict=True)
+            ]
+            differing = [
+                _differing(side.multiply, w[: len(_LAYER)], shapes, inputs, count)
+                for side, w in zip(sides, packed, strict=True)
+            ]
+            speed = 2 * parameters * count / seconds[0] / 1e9
+            name = str(dtype).removeprefix("torch.")
+            yield ProductRow(name, count, seconds[0] * 1e3, seconds[1] * 1e3, speed, *differing)
 
 
 def _fastest(
