@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
@@ -14,8 +14,9 @@ from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _PRIOR_STEPS = 64  # weight of the cost model's estimate, in measured steps
 _EXPLORATION_RATE = 0.1  # share of steps that look for an arm to explore
-_MAX_EXPLORATION_LOSS = 1.0  # most that one exploration may be expected to lose, in steps of the best arm
+_MAX_EXPLORATION_LOSS = 1 / 3  # most that one exploration may be expected to lose, as a share of its time
 _BURST_STEPS = 3  # length of an exploration; its first step also pays for tokens the drafter has not read yet
+_MAX_TRIALS = 3  # bursts after which an arm is no longer waited for; none of its steps could be timed
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class _Bucket:
         lost: Seconds that explorations were expected to lose against the best arm.
         exploring: Arm that is being explored, if any.
         left: Steps left of that exploration.
+        trials: Number of bursts that were to give an arm its first times.
     """
 
     steps: int = 0
@@ -63,6 +65,7 @@ class _Bucket:
     lost: float = 0.0
     exploring: Strategy | None = None
     left: int = 0
+    trials: dict[Strategy, int] = field(default_factory=dict)
 
 
 class BanditSelector:
@@ -96,6 +99,11 @@ class BanditSelector:
         window: Number of steps of a bucket that count.
         thompson: Whether to use Thompson sampling instead of ε-greedy.
         seed: Seed of the explorations.
+        burst_steps: Number of steps that an exploration lasts.
+        calibrated: Whether the cost model's times come from a calibration. Without one, an arm that was never
+            timed in a bucket is expected to be as fast as plain decoding there. So each bucket begins with a
+            burst of plain decoding, and the first choice of an arm is a whole burst, too: the arms that look
+            best are timed one after the other until a timed one is the best.
     """
 
     def __init__(
@@ -108,12 +116,15 @@ class BanditSelector:
         window: int = 128,
         thompson: bool = False,
         seed: int = 0,
+        burst_steps: int = _BURST_STEPS,
+        calibrated: bool = True,
     ) -> None:
         self._arms_of = arms_of
         self.arms: dict[str | None, Sequence[Strategy]] = {None: (PLAIN,)} | {
             name: arms_of(name) for name in drafters
         }
         self.cost, self.epsilon, self.window, self.thompson = cost, epsilon, window, thompson
+        self._burst_steps, self._calibrated = burst_steps, calibrated
         self._random = random.Random(seed)
         self._measured: dict[tuple[Bucket, Strategy], _Arm] = {}
         self._buckets: dict[Bucket, _Bucket] = {}
@@ -129,25 +140,32 @@ class BanditSelector:
         if self.thompson:
             return max(rates, key=lambda arm: self._random.gauss(rates[arm], self._spread(arm, bucket)))
         best = max(rates, key=rates.__getitem__)
+        for arm in () if self._calibrated else (PLAIN, best):
+            if not self.cost.timed(arm, bucket) and known.trials.get(arm, 0) < _MAX_TRIALS:
+                known.trials[arm] = known.trials.get(arm, 0) + 1
+                return self._begin(known, arm)
         if self.epsilon > 0 and self._random.random() < _EXPLORATION_RATE:
             explored = self._affordable(bucket, known, rates, best)
             if explored is not None:
-                known.exploring, known.left = explored, _BURST_STEPS - 1
-                return explored
+                return self._begin(known, explored)
         return best
+
+    def _begin(self, known: _Bucket, arm: Strategy) -> Strategy:
+        """Begins a burst of the arm and returns the arm."""
+        known.exploring, known.left = arm, self._burst_steps - 1
+        return arm
 
     def _affordable(
         self, bucket: Bucket, known: _Bucket, rates: dict[Strategy, float], best: Strategy
     ) -> Strategy | None:
         """Returns a random arm that may beat the best one and whose trial fits the allowance, or None."""
-        allowance = min(
-            self.epsilon * known.seconds - known.lost, _MAX_EXPLORATION_LOSS * self.cost.seconds(best, bucket)
-        )
+        most = _MAX_EXPLORATION_LOSS * self._burst_steps * self.cost.seconds(best, bucket)
+        allowance = min(self.epsilon * known.seconds - known.lost, most)
         candidates = []
         for arm in rates:
             if arm == best or self._optimistic_rate(arm, bucket, best) <= rates[best]:
                 continue
-            loss = _BURST_STEPS * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
+            loss = self._burst_steps * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
             if loss <= allowance:
                 candidates.append((arm, loss))
         if not candidates:
@@ -187,6 +205,14 @@ class BanditSelector:
     def strategies(self) -> Sequence[Strategy]:
         """Returns all arms."""
         return [arm for arms in self.arms.values() for arm in arms]
+
+    def best_arms(self) -> dict[Bucket, tuple[Strategy, int]]:
+        """Returns the arm of largest estimated rate, and the number of steps, of each bucket with steps."""
+        return {
+            bucket: (max(self.strategies(), key=lambda arm: self.rate(arm, bucket)), known.steps)
+            for bucket, known in self._buckets.items()
+            if known.steps
+        }
 
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""

@@ -22,6 +22,7 @@ _RECENT_DECAY = 0.9  # factor on the recent acceptance counts: about 10 drafts a
 _MIN_RECENT_DRAFTS = 6.0  # fewer recent drafts are no evidence of a change
 _SURPRISE = 3.0  # standard errors between recent and long-term acceptance that are taken for a change
 _AGING = 0.99  # factor on the weight of acceptance counts for each step without the drafter
+_OLDEST = 1000  # steps after which acceptance counts age no further; their weight would underflow at last
 _UNTIMED_MARGIN = 0.1  # share by which a strategy may be faster than its calculated time
 _TIME_AGE = 1000  # steps after which a measured time is no better than a calculated one
 _OLD_TIME = 250  # steps after which the next measured time replaces those before it
@@ -107,7 +108,7 @@ class Acceptance:
         rates = []
         for kept, tried in zip(self.kept[:depth], self.tried, strict=False):
             rate = kept / tried
-            spread = (rate * (1 - rate) + _EXTRA_VARIANCE) / (tried * _AGING**idle)
+            spread = (rate * (1 - rate) + _EXTRA_VARIANCE) / (tried * _AGING ** min(idle, _OLDEST))
             rates.append(min(rate + doubt * spread**0.5, 0.95) if doubt else rate)
         return rates
 
@@ -183,6 +184,10 @@ class CostModel:
             return 1.0
         idle = self._steps - self._last_seen.get((strategy.drafter, strategy.width > 1), 0)
         return expected_tokens(self.accepted(strategy).rates(strategy.depth, _DOUBT, idle))
+
+    def timed(self, strategy: Strategy, bucket: Bucket) -> bool:
+        """Returns whether a step of the strategy was timed in the bucket."""
+        return (bucket, strategy) in self._forward
 
     def seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         """Returns the expected seconds of a step."""
