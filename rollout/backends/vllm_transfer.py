@@ -1,4 +1,4 @@
-"""A plugin for vLLM: weight updates from safetensors files, and a fix for sampling with drafts on CPUs.
+"""A plugin for vLLM: weight updates from safetensors files, a fix for CPUs, and the environment's options.
 
 The weight transfer engine is registered under the name ``paceline_files``.
 
@@ -19,15 +19,16 @@ import torch
 from safetensors import safe_open
 
 from paceline.rollout.backends.exchange import confined
+from paceline.rollout.backends.vllm_environment import install
 
 NAME = "paceline_files"
 
 
 def register() -> None:
-    """Registers the weight transfer engine with vLLM, and fixes drafting on CPUs.
+    """Registers the weight transfer engine, fixes drafting on CPUs, and applies the environment's options.
 
-    The engine is then available as ``weight_transfer_config={"backend": "paceline_files"}``. A second call
-    does nothing.
+    The engine is then available as ``weight_transfer_config={"backend": "paceline_files"}``; for the options
+    see `paceline.rollout.backends.vllm_environment`. A second call does nothing.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
@@ -38,6 +39,7 @@ def register() -> None:
         from vllm.utils import cpu_triton_utils
 
         cpu_triton_utils._expand_kernel_impl = expand
+    install()
 
 
 def expand(

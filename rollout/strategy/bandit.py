@@ -207,12 +207,13 @@ class BanditSelector:
         return [arm for arms in self.arms.values() for arm in arms]
 
     def best_arms(self) -> dict[Bucket, tuple[Strategy, int]]:
-        """Returns the arm of largest estimated rate, and the number of steps, of each bucket with steps."""
-        return {
-            bucket: (max(self.strategies(), key=lambda arm: self.rate(arm, bucket)), known.steps)
-            for bucket, known in self._buckets.items()
-            if known.steps
-        }
+        """Returns the best of the timed arms, and the number of steps, of each bucket with steps."""
+        best = {}
+        for bucket, known in self._buckets.items():
+            timed = [arm for arm in self.strategies() if self.cost.timed(arm, bucket)]
+            if timed:
+                best[bucket] = max(timed, key=lambda arm: self.rate(arm, bucket)), known.steps
+        return best
 
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""

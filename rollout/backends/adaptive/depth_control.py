@@ -93,7 +93,7 @@ class DepthControl:
     ) -> None:
         self.method, self.depths = method, sorted({0, *depths})
         self._varies = varies
-        self._say = say or logging.getLogger(__name__).warning
+        self.say = say or logging.getLogger(__name__).warning
         self._arms = {depth: Strategy(method, depth) for depth in self.depths if depth} | {0: PLAIN}
         # Parts of a step are not timed, so every depth is expected to cost what plain decoding does until it
         # was timed; the unit of the guess cancels out.
@@ -106,7 +106,7 @@ class DepthControl:
             burst_steps=_BURST_STEPS,
             calibrated=False,
         )
-        self.watchdog = DraftWatchdog(self._say, probe_seconds)
+        self.watchdog = DraftWatchdog(self.say, probe_seconds)
         self.last: StepFeedback | None = None
         self.depth = 0
         self.broken = False
@@ -130,7 +130,7 @@ class DepthControl:
             return work()
         except Exception as error:
             self.broken = True
-            self._say(
+            self.say(
                 f"the choice of draft depths failed ({type(error).__name__}: {error}); until a restart, all "
                 "steps draft as many tokens"
             )
