@@ -11,8 +11,9 @@ from paceline.rollout.backends.adaptive.depth_control import DepthControl
 
 STATE, STATUS = "depths.json", "status.json"
 
-_STATUS_SECONDS = 1.0  # between two writes of the status, which takes a tenth of a millisecond
-_IDLE_SECONDS = 10.0  # between two writes of the state while nothing is decoded
+# vLLM kills its engine core without letting it finish, so files are written as soon as nothing is decoded.
+_STATUS_SECONDS = 1.0  # between two writes of the status while decoding; each takes a tenth of a millisecond
+_IDLE_SECONDS = 2.0  # between two writes of the state while nothing is decoded
 _BUSY_SECONDS = 300.0  # the same between decode steps, which wait for it
 
 
@@ -58,7 +59,7 @@ class ControlFiles:
             now: Seconds on the clock of all calls.
             busy: Whether sequences are waiting for the next step.
         """
-        if now - self._status_at >= _STATUS_SECONDS:
+        if not busy or now - self._status_at >= _STATUS_SECONDS:
             self._status_at = now
             self._write_status()
         if now - self._state_at >= (_BUSY_SECONDS if busy else _IDLE_SECONDS):

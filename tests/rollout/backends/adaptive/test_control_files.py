@@ -50,6 +50,9 @@ def test_files_are_written_when_due(tmp_path):
     assert not status.exists()
     files.update(1.5, busy=True)
     assert status.exists()
+    status.unlink()
+    files.update(1.6, busy=False)  # it may be the last chance
+    assert status.exists()
     files.update(11.0, busy=True)  # decode steps would wait for it
     assert not state.exists()
     files.update(12.0, busy=False)
