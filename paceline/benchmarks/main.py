@@ -25,6 +25,7 @@ STUDIES = {
     "selection": "decoding.selection",
     "products": "decoding.products",
     "served": "decoding.served",
+    "vllm-depths": "decoding.vllm_depths",
     "gpu-check": "decoding.gpu_check",
     "plan": "decoding.plan",
     "update": "training.update",

@@ -29,7 +29,7 @@ class PeerProcess:
     script: str
     target: str
 
-    def run(self, python: Path | None, model: Path, workload: dict[str, Any]) -> dict[str, Any]:
+    def run(self, python: Path | None, model: Path, workload: dict[str, Any]) -> Any:
         """Runs the script on a workload and returns the result that it writes.
 
         Args:

@@ -121,34 +121,34 @@ class Peers:
         if self._python is None:
             return
         for method, speculative in VLLM_METHODS.items():
-            for name, (slots, timed, warm) in workloads.items():
-                record = self.run_vllm(slots, timed, warm, repeats, speculative)
+            records = self.run_vllm(list(workloads.values()), repeats, speculative)
+            for name, record in zip(workloads, records, strict=True):
                 yield name, method, record["tokens"], record["seconds"]
 
     def run_vllm(
         self,
-        slots: int,
-        timed: Sequence[Request],
-        warm: Sequence[Request],
+        workloads: Sequence[tuple[int, Sequence[Request], Sequence[Request]]],
         repeats: int,
         speculative: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """Runs one workload with vLLM in a process of its own, which returns the memory that vLLM reserves.
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Runs workloads with vLLM, one after the other, in a process that gives its memory back at its end.
 
         Args:
-            slots: Number of sequences decoded concurrently.
-            timed: Requests that are timed.
-            warm: Requests of the warm-up pass.
+            workloads: Slots, timed requests and warm-up requests of each.
             repeats: Number of timed passes; the fastest counts.
             speculative: vLLM's ``speculative_config``; None decodes plainly.
+            **options: Further arguments of vLLM's ``LLM``.
 
         Returns:
-            The result that `paceline.benchmarks.common.vllm_peer` writes.
+            The results that `paceline.benchmarks.common.vllm_peer` writes.
 
         Raises:
             UserError: vLLM failed; the message has its last line.
         """
-        job = _as_json(slots, timed, warm, repeats) | {"speculative": speculative}
+        jobs = [_as_json(*workload) for workload in workloads]
+        shared = _sampling(workloads[0][1]) | {"repeats": repeats}
+        job = {"workloads": jobs, **shared, "speculative": speculative, "options": options}
         return _VLLM.run(self._python, self._path, job)
 
     def llama_build(self) -> str | None:
@@ -202,31 +202,27 @@ class Peers:
         Raises:
             UserError: llama.cpp failed; the message has its last line.
         """
-        job = _as_json(1, timed, warm, repeats) | {"threads": torch.get_num_threads()}
+        job = _as_json(1, timed, warm) | _sampling(timed) | {"repeats": repeats}
+        job["threads"] = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "policy.gguf"
             write_gguf(self._policy, file, weights)
             return _LLAMA.run(self._llama, file, job)
 
 
-def _as_json(
-    slots: int,
-    timed: Sequence[Request],
-    warm: Sequence[Request],
-    repeats: int,
-) -> dict[str, Any]:
+def _as_json(slots: int, timed: Sequence[Request], warm: Sequence[Request]) -> dict[str, Any]:
+    """Returns a workload as `paceline.benchmarks.common.vllm_peer` reads it."""
+
     def as_dicts(requests: Sequence[Request]) -> list[dict[str, Any]]:
         return [
             {"prompt": list(r.prompt_ids), "tokens": r.params.max_tokens, "seed": r.seed & 0xFFFFFFFF}
             for r in requests
         ]
 
-    p = timed[0].params
-    sampling = {"temperature": p.temperature, "top_k": p.top_k, "top_p": p.top_p}
-    return {
-        "slots": slots,
-        "repeats": repeats,
-        "warm": as_dicts(warm),
-        "timed": as_dicts(timed),
-        "sampling": sampling,
-    }
+    return {"slots": slots, "warm": as_dicts(warm), "timed": as_dicts(timed)}
+
+
+def _sampling(requests: Sequence[Request]) -> dict[str, Any]:
+    """Returns the sampling parameters that all requests share."""
+    p = requests[0].params
+    return {"sampling": {"temperature": p.temperature, "top_k": p.top_k, "top_p": p.top_p}}

@@ -1,19 +1,20 @@
-"""Decodes a JSON file of requests with vLLM and times it.
+"""Decodes workloads from a JSON file with vLLM and times them.
 
 The peers' own interpreter runs this script; Paceline need not be installed there:
-``.venv-peers/bin/python paceline/benchmarks/common/vllm_peer.py MODEL WORKLOAD.json OUT.json``, after
-``make peers``. The workload is an object with
+``.venv-peers/bin/python paceline/benchmarks/common/vllm_peer.py MODEL WORK.json OUT.json``, after
+``make peers``. The work is an object with
 
-- ``slots``: number of requests decoded concurrently;
-- ``repeats``: number of timed passes, of which the fastest counts;
-- ``warm``, ``timed``: lists of ``{"prompt": [ids], "tokens": n, "seed": s}``; every completion has exactly
+- ``workloads``: list of ``{"slots": number of requests decoded concurrently, "warm": requests, "timed":
+  requests}``; a request is ``{"prompt": [ids], "tokens": n, "seed": s}``, and every completion has exactly
   its number of tokens;
+- ``repeats``: number of timed passes of each workload, of which the fastest counts;
 - ``sampling``: temperature, top_k and top_p;
-- ``speculative``: vLLM's ``speculative_config``, or null for plain decoding.
+- ``speculative``: vLLM's ``speculative_config``, or null for plain decoding;
+- ``options``: further arguments of vLLM's ``LLM``.
 
-The result is ``{"seconds": s, "tokens": n}`` of the fastest pass. With a ``speculative_config`` it also has
-``drafts`` and ``accepted``: vLLM's own counts of drafts and accepted tokens over all passes, the warm-up
-included.
+The result is a list with ``{"seconds": s, "tokens": n}`` of each workload's fastest pass. With a
+``speculative_config`` it also has ``drafts`` and ``accepted``: vLLM's own counts of drafts and accepted
+tokens over all passes of the workload, the warm-up included.
 """
 
 import json
@@ -51,13 +52,28 @@ def decode(llm: LLM, requests: list[dict[str, Any]], sampling: dict[str, float |
 
 
 def counters(llm: LLM) -> dict[str, float]:
-    """Returns vLLM's counts of drafts and accepted draft tokens since the engine started."""
+    """Returns vLLM's counts of drafts and accepted draft tokens since the engine started, if it counts."""
+    if not llm.llm_engine.log_stats:
+        return {}
     names = {"vllm:spec_decode_num_drafts": "drafts", "vllm:spec_decode_num_accepted_tokens": "accepted"}
     return {names[m.name]: m.value for m in llm.get_metrics() if m.name in names}
 
 
+def run(
+    llm: LLM, workload: dict[str, Any], sampling: dict[str, float | int], repeats: int
+) -> dict[str, float]:
+    """Runs a workload's warm-up and timed passes and returns its result, see the module's docstring."""
+    # the engine runs in this process, so its scheduler can be told how many requests run at a time
+    llm.llm_engine.engine_core.engine_core.scheduler.max_num_running_reqs = workload["slots"]
+    before = counters(llm)
+    decode(llm, workload["warm"], sampling)
+    seconds, tokens = min(decode(llm, workload["timed"], sampling) for _ in range(repeats))
+    counted = {name: value - before.get(name, 0) for name, value in counters(llm).items()}
+    return {"seconds": seconds, "tokens": tokens, **counted}
+
+
 def main() -> None:
-    """Loads the model, runs the warm-up and the timed passes, and writes the result."""
+    """Loads the model, runs the workloads and writes the results."""
     model, source, target = sys.argv[1:4]
     work = json.loads(Path(source).read_text())
     llm = LLM(
@@ -65,16 +81,13 @@ def main() -> None:
         dtype="bfloat16",
         enforce_eager=True,  # compilation takes minutes on a CPU
         max_model_len=4096,
-        max_num_seqs=work["slots"],
+        max_num_seqs=max(w["slots"] for w in work["workloads"]),
         speculative_config=work["speculative"],
         disable_log_stats=work["speculative"] is None,
+        **work["options"],
     )
-    decode(llm, work["warm"], work["sampling"])
-    seconds, tokens = min(decode(llm, work["timed"], work["sampling"]) for _ in range(work["repeats"]))
-    result = {"seconds": seconds, "tokens": tokens}
-    Path(target).write_text(
-        json.dumps(result if work["speculative"] is None else {**result, **counters(llm)})
-    )
+    results = [run(llm, w, work["sampling"], work["repeats"]) for w in work["workloads"]]
+    Path(target).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

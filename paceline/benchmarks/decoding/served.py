@@ -98,7 +98,7 @@ def compare_served(bench: RolloutBench, python: Path, prompts: int, depth: int) 
         exported = Path(folder) / "drafter"
         save_drafter(bench.drafter, exported, torch.bfloat16)
         speculative = {"method": "eagle3", "model": str(exported), "num_speculative_tokens": depth}
-        record = Peers(bench.policy, bench.path, python).run_vllm(
-            _SLOTS, requests, requests[:1], 1, speculative
+        (record,) = Peers(bench.policy, bench.path, python).run_vllm(
+            [(_SLOTS, requests, requests[:1])], 1, speculative
         )
     return ServedRow(prompts, depth, in_engine, 1 + record["accepted"] / record["drafts"])
