@@ -13,6 +13,7 @@ constexpr int64_t kAhead = 12;  // prefetch distance in keys
 // Returns the sums of 16 vectors, in order. Folding two vectors into one at a time takes a third of the work of 16
 // separate sums.
 inline Floats sum_each(const Floats* v) {
+#ifdef __AVX512F__
   Floats eight[8], four[4], two[2];
   for (int i = 0; i < 8; ++i)
     eight[i] = __builtin_shuffle(v[i], v[i + 8], Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
@@ -25,6 +26,11 @@ inline Floats sum_each(const Floats* v) {
              __builtin_shuffle(four[i], four[i + 2], Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
   return __builtin_shuffle(two[0], two[1], Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
          __builtin_shuffle(two[0], two[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+#else
+  alignas(64) float sums[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) sums[i] = sum(v[i]);
+  return load(sums);
+#endif
 }
 
 // Computes the scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.

@@ -2,7 +2,7 @@
 // half the bytes take half the time. Drafts are verified, so rounding can only cost acceptance.
 #pragma once
 
-#ifdef __AVX512VNNI__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -12,10 +12,6 @@ namespace {
 
 constexpr int64_t kGroup = 64;  // inputs that share a scale, and bytes in a vector
 
-typedef int8_t Bytes __attribute__((vector_size(16)));
-typedef int8_t Signed __attribute__((vector_size(64)));
-typedef uint8_t Unsigned __attribute__((vector_size(64)));
-
 // A matrix [outputs, inputs] with one scale per row; 128 is added to every weight to make it unsigned.
 struct Quantized {
   const uint8_t* weights;
@@ -23,14 +19,28 @@ struct Quantized {
   int64_t outputs, inputs;
 };
 
-// Returns the dot products of each four adjacent bytes.
-inline Ints dot_fours(Unsigned w, Signed x) {
-  Ints sums = {};
-#ifdef __AVX512VNNI__
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)w, (__m512i)x);
+// Returns 16 sums of four products each, of a group's 64 bytes of weights and inputs.
+inline Ints dot_group(const uint8_t* w, const int8_t* x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(w), _mm512_loadu_si512(x));
+#elif defined(__AVX2__)
+  __m256i halves[2];
+  for (int64_t i = 0; i < 2; ++i) {
+    halves[i] = _mm256_setzero_si256();
+    for (int64_t at = 32 * i; at < 32 * (i + 1); at += 16) {
+      const __m256i weights = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + at)));
+      const __m256i inputs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + at)));
+      halves[i] = _mm256_add_epi32(halves[i], _mm256_madd_epi16(weights, inputs));
+    }
+  }
+  Ints sums;
+  std::memcpy(&sums, halves, sizeof sums);
+  return sums;
 #else
-  for (int lane = 0; lane < kLanes; ++lane)
-    for (int i = 4 * lane; i < 4 * lane + 4; ++i) sums[lane] += static_cast<int32_t>(w[i]) * x[i];
+  int32_t lanes[kLanes] = {};
+  for (int64_t i = 0; i < kGroup; ++i) lanes[i / 4] += static_cast<int32_t>(w[i]) * x[i];
+  Ints sums;
+  std::memcpy(&sums, lanes, sizeof sums);
   return sums;
 #endif
 }
@@ -59,10 +69,9 @@ struct Activations {
       Ints totals = {};
       for (int64_t i = 0; i < kGroup; i += kLanes) {
         const Floats v = load(group + i) * inverse;
-        const Ints q = __builtin_convertvector(v + select(v < splat(0.0f), splat(-0.5f), splat(0.5f)), Ints);
+        const Ints q = to_ints(v + select(v < splat(0.0f), splat(-0.5f), splat(0.5f)));
         totals += q;
-        const Bytes bytes = __builtin_convertvector(q, Bytes);
-        std::memcpy(values.data() + g * kGroup + i, &bytes, sizeof bytes);
+        store_bytes(values.data() + g * kGroup + i, q);
       }
       int32_t total = 0;
       for (int64_t i = 0; i < kLanes; ++i) total += totals[i];
@@ -78,19 +87,18 @@ void dot_block(const Activations& x, int64_t row, const Quantized& w, int64_t fi
   const int64_t groups = w.inputs / kGroup;
   Floats sums[kRows][kOutputs] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Signed rows[kRows];
+    const int8_t* rows[kRows];
     Floats scales[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      std::memcpy(&rows[r], x.values.data() + (row + r) * w.inputs + g * kGroup, kGroup);
+      rows[r] = x.values.data() + (row + r) * w.inputs + g * kGroup;
       scales[r] = splat(x.scales[(row + r) * groups + g]);
     }
 #pragma GCC unroll 4
     for (int o = 0; o < kOutputs; ++o) {
-      Unsigned weight;
-      std::memcpy(&weight, w.weights + (first + o) * w.inputs + g * kGroup, kGroup);
+      const uint8_t* weight = w.weights + (first + o) * w.inputs + g * kGroup;
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sums[r][o] += __builtin_convertvector(dot_fours(weight, rows[r]), Floats) * scales[r];
+      for (int r = 0; r < kRows; ++r) sums[r][o] += to_floats(dot_group(weight, rows[r])) * scales[r];
     }
   }
   for (int r = 0; r < kRows; ++r)

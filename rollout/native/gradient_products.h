@@ -12,16 +12,18 @@
 
 namespace {
 
-constexpr int kGradientRows = 8;         // rows of a weight's gradient whose sums fit into the registers
+// rows of a weight's gradient whose sums fit into the registers
+#ifdef __AVX512F__
+constexpr int kGradientRows = 8;
+#else
+constexpr int kGradientRows = 2;
+#endif
 constexpr int64_t kPanelsTogether = 16;  // panels of rows in one work item
 
 // Returns 16 pairs of numbers from two rows; a row past the end is null and counts as zeros.
 inline Words pair_of_rows(const bfloat16* low, const bfloat16* high) {
-  Halves halves = {};
-  Words pairs = {};
-  if (low != nullptr) std::memcpy(&halves, low, sizeof halves), pairs = __builtin_convertvector(halves, Words);
-  if (high != nullptr) std::memcpy(&halves, high, sizeof halves), pairs |= __builtin_convertvector(halves, Words) << 16;
-  return pairs;
+  const Words pairs = low == nullptr ? Words{} : load_halves(low);
+  return high == nullptr ? pairs : pairs | load_halves(high) << 16;
 }
 
 // Packs the transpose of a matrix [rows, columns] as `pack_weight_rows` packs a weight [columns, padded rows]. The rows
@@ -47,7 +49,7 @@ inline void pack_transposed(const bfloat16* matrix, int64_t rows, int64_t column
 // Adds sums over `steps` blocks of pairs to kGradientRows rows of one panel. `rows` points at the pairs of the first row
 // in the first block.
 inline void gradient_rows(const bfloat16* rows, const bfloat16* panel, int64_t steps, int64_t columns, float* out) {
-  Floats sums[kGradientRows][2] = {};
+  FloatPart sums[kGradientRows][2][kParts] = {};
   for (int64_t step = 0; step < steps; ++step) {
     const bfloat16 *pairs = rows + step * kPanelStep, *block = panel + step * kPanelStep;
 #pragma GCC unroll 4
@@ -55,13 +57,12 @@ inline void gradient_rows(const bfloat16* rows, const bfloat16* panel, int64_t s
       for (int r = 0; r < kGradientRows; ++r) {
         uint32_t two;
         std::memcpy(&two, pairs + pair * kStep + 2 * r, sizeof two);
-        sums[r][0] = add_pair(sums[r][0], block + pair * kStep, two);
-        sums[r][1] = add_pair(sums[r][1], block + kPanelStep / 2 + pair * kStep, two);
+        add_pairs(sums[r], block + pair * kStep, two);
       }
   }
   for (int r = 0; r < kGradientRows; ++r) {
     float* target = out + r * columns;
-    store(target, load(target) + sums[r][0]), store(target + kLanes, load(target + kLanes) + sums[r][1]);
+    store(target, load(target) + joined(sums[r][0])), store(target + kLanes, load(target + kLanes) + joined(sums[r][1]));
   }
 }
 

@@ -19,7 +19,7 @@ constexpr int kDotRows = 2, kDotOutputs = 3;
 
 // Loads the first `count` of 16 values; the others are 0.
 template <typename T>
-Floats load_part(const T* p, int64_t count) {
+Floats load_first(const T* p, int64_t count) {
   T values[kLanes] = {};
   std::memcpy(values, p, count * sizeof(T));
   return load(values);
@@ -28,22 +28,25 @@ Floats load_part(const T* p, int64_t count) {
 // Computes the dot products of kRows rows of x and kOutputs rows of a weight.
 template <typename T, int kRows, int kOutputs>
 void dot_products(const T* x, const T* weight, int64_t inputs, float out[kRows][kOutputs]) {
-  Floats sums[kRows][kOutputs] = {};
+  FloatPart sums[kRows][kOutputs][kParts] = {};
   const int64_t whole = inputs / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    Floats weights[kOutputs];
-    for (int o = 0; o < kOutputs; ++o) weights[o] = load(weight + o * inputs + k);
-    for (int r = 0; r < kRows; ++r) {
-      const Floats values = load(x + r * inputs + k);
-      for (int o = 0; o < kOutputs; ++o) sums[r][o] += values * weights[o];
+  for (int64_t k = 0; k < whole; k += kLanes)
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = k + p * kPartLanes;
+      FloatPart weights[kOutputs];
+      for (int o = 0; o < kOutputs; ++o) weights[o] = load_part(weight + o * inputs + at);
+      for (int r = 0; r < kRows; ++r) {
+        const FloatPart values = load_part(x + r * inputs + at);
+        for (int o = 0; o < kOutputs; ++o) sums[r][o][p] += values * weights[o];
+      }
     }
-  }
-  if (whole < inputs)
-    for (int r = 0; r < kRows; ++r)
-      for (int o = 0; o < kOutputs; ++o)
-        sums[r][o] += load_part(x + r * inputs + whole, inputs - whole) * load_part(weight + o * inputs + whole, inputs - whole);
   for (int r = 0; r < kRows; ++r)
-    for (int o = 0; o < kOutputs; ++o) out[r][o] = sum(sums[r][o]);
+    for (int o = 0; o < kOutputs; ++o) {
+      Floats total = joined(sums[r][o]);
+      if (whole < inputs)
+        total += load_first(x + r * inputs + whole, inputs - whole) * load_first(weight + o * inputs + whole, inputs - whole);
+      out[r][o] = sum(total);
+    }
 }
 
 // The operands of a product: out = x weight^T, plus a bias [outputs] and a residual if they are not null. Rows of the

@@ -21,7 +21,7 @@ constexpr int64_t kPanelStep = kPanel * kStep;
 #ifdef __AVX512F__
 constexpr int kMostRows = 12;
 #else
-constexpr int kMostRows = 3;
+constexpr int kMostRows = 2;
 #endif
 constexpr int64_t kRowStepsAhead = 8;  // prefetch distance in blocks of 2 KB
 
@@ -37,26 +37,29 @@ inline void pack_weight_rows(const bfloat16* weight, int64_t outputs, int64_t in
     }
 }
 
-// Adds the products of a pair of inputs and 16 pairs of weights to 16 sums.
-inline Floats add_pair(Floats sums, const bfloat16* weights, uint32_t inputs) {
+// Adds the products of a pair of inputs and of a pair of weights for each lane.
+inline FloatPart add_pair(FloatPart sums, const bfloat16* weights, uint32_t inputs) {
 #ifdef __AVX512BF16__
   return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(inputs));
 #else
-  Words w;
+  WordPart w;
   std::memcpy(&w, weights, sizeof w);
-  const Words low = w << 16, high = w & 0xffff0000u;
-  Floats even, odd;
-  std::memcpy(&even, &low, sizeof even);
-  std::memcpy(&odd, &high, sizeof odd);
-  sums += even * to_float(bfloat16{static_cast<uint16_t>(inputs)});
-  return sums + odd * to_float(bfloat16{static_cast<uint16_t>(inputs >> 16)});
+  sums += (FloatPart)(w << 16) * to_float(bfloat16{static_cast<uint16_t>(inputs)});
+  return sums + (FloatPart)(w & 0xffff0000u) * to_float(bfloat16{static_cast<uint16_t>(inputs >> 16)});
 #endif
+}
+
+// Adds the products of a pair of inputs and of 32 pairs of weights, the first of which are at `block`, to 32 sums.
+inline void add_pairs(FloatPart (*sums)[kParts], const bfloat16* block, uint32_t inputs) {
+  for (int half = 0; half < 2; ++half)
+    for (int p = 0; p < kParts; ++p)
+      sums[half][p] = add_pair(sums[half][p], block + half * kPanelStep / 2 + 2 * p * kPartLanes, inputs);
 }
 
 // Computes one panel's outputs of kRows rows as float32 [kRows][32].
 template <int kRows>
 void panel_of_rows(const bfloat16* x, int64_t inputs, const bfloat16* panel, bool first, float* out) {
-  Floats sums[kRows][2] = {};
+  FloatPart sums[kRows][2][kParts] = {};
   for (int64_t k = 0; k < inputs / kStep; ++k) {
     const bfloat16* block = panel + k * kPanelStep;
     if (first)
@@ -66,11 +69,10 @@ void panel_of_rows(const bfloat16* x, int64_t inputs, const bfloat16* panel, boo
       for (int r = 0; r < kRows; ++r) {
         uint32_t two;
         std::memcpy(&two, x + r * inputs + k * kStep + 2 * pair, sizeof two);
-        sums[r][0] = add_pair(sums[r][0], block + pair * 32, two);
-        sums[r][1] = add_pair(sums[r][1], block + kPanelStep / 2 + pair * 32, two);
+        add_pairs(sums[r], block + pair * 32, two);
       }
   }
-  for (int r = 0; r < kRows; ++r) store(out + r * kPanel, sums[r][0]), store(out + r * kPanel + kLanes, sums[r][1]);
+  std::memcpy(out, sums, sizeof sums);
 }
 
 // Calls `panel_of_rows` for 1 to kMostRows rows.

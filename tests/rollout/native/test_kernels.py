@@ -251,9 +251,11 @@ def test_machines_with_one_instruction_set_share_a_library(compiler, cache, monk
     first = build.build_library()
     monkeypatch.setattr(build, "_processor_features", lambda: f"{features} one_more")
     assert build.build_library() == first
-    monkeypatch.setenv("PACELINE_ISA", "generic")
-    assert build.build_library() != first
-    assert compiler() == 2
+    others = [name for name in build.runnable_instruction_sets() if name != build.instruction_set()]
+    for name in others[:1]:
+        monkeypatch.setenv("PACELINE_ISA", name)
+        assert build.build_library() != first
+    assert compiler() == 1 + len(others[:1])
 
 
 def others_write_to_the_directory(folder, path):
