@@ -52,6 +52,7 @@ def train(home, *options):
     ]
     drafter = [
         f"drafter.start={home / 'drafter'}",
+        "drafter.draft_vocab_size=50",  # every second token of the policy's
         "drafter.schedule=always",
         "speculation.drafters=[eagle3]",
     ]
