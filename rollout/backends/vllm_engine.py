@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
-from paceline.rollout.backends.depth_bandit import DepthBandit
+from paceline.rollout.backends.adaptive.depth_control import DepthControl
+from paceline.rollout.backends.adaptive.draft_schedule import draft_depths, listing_schedule
+from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
 from paceline.rollout.backends.exchange import DIRECTORY
 from paceline.rollout.backends.vllm_conversion import finished, rejected, sampling
 from paceline.rollout.backends.vllm_transfer import NAME, register
@@ -50,9 +52,13 @@ class VllmEngine:
         depth: Maximum draft tokens of a step.
         adaptive: Whether the depth of each step, possibly 0, is chosen from measured times; otherwise it is
             always ``depth``.
-        seed: Seed of the bandit.
+        seed: Seed of vLLM, and of the bandit.
         options: Further arguments for ``vllm.LLM``, such as ``tensor_parallel_size`` or
             ``gpu_memory_utilization``.
+
+    Attributes:
+        control: Chooses the depth of each step; None if it is fixed.
+        records: Decode steps of the last call.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -71,17 +77,20 @@ class VllmEngine:
         seed: int = 0,
         options: dict[str, Any] | None = None,
     ) -> None:
-        # The engine core runs in this process, because its scheduler sets the depth of drafts.
+        # The engine core runs in this process, so that records can name the depth of each step.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         register()
         os.environ[DIRECTORY] = "/"  # only this process sends updates, and it may read any file
-        self._drafter = drafter
+        self._depth = 0 if drafter is None else depth
         speculative = None
         if drafter is not None:
-            schedule = [[1, max_slots, depth]]  # without a schedule vLLM pads drafts to one depth
+            # without a schedule vLLM pads drafts to one depth
+            schedule = (
+                listing_schedule(draft_depths("eagle3", depth)) if adaptive else [[1, max_slots, depth]]
+            )
             speculative = {
                 "method": "eagle3",
                 "model": str(drafter),
@@ -94,6 +103,7 @@ class VllmEngine:
             max_model_len=max_context,
             max_num_seqs=max_slots,
             speculative_config=speculative,
+            scheduler_cls=ADAPTIVE_SCHEDULER if drafter is not None and adaptive else None,
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             logprobs_mode="processed_logprobs",
             # the policy's own generation config may add penalties, which would change the distribution
@@ -103,8 +113,9 @@ class VllmEngine:
             **(options or {}),
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
-        self.depths = (
-            DepthBandit(range(depth + 1) if adaptive else [depth], seed=seed) if drafter is not None else None
+        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
+        self.control: DepthControl | None = (
+            scheduler.control if speculative is not None and adaptive else None
         )
         self._numbers = itertools.count()
         self._version = 0
@@ -127,15 +138,13 @@ class VllmEngine:
 
         in_flight: dict[str, _InFlight] = {}
         self.records = []
-        started, drafted = time.perf_counter(), 0
+        started = time.perf_counter()
         try:
             self._submit(requests, in_flight, finish)
             while in_flight:
-                depth = self._set_depth(len(in_flight))
                 begin = time.perf_counter()
                 outputs = self._llm.llm_engine.step()
-                record = self._note(outputs, in_flight, drafted, time.perf_counter() - begin, started)
-                drafted = depth
+                record = self._note(outputs, in_flight, time.perf_counter() - begin, started)
                 for output in outputs:
                     if output.finished:
                         job = in_flight.pop(output.request_id)
@@ -182,26 +191,23 @@ class VllmEngine:
                 continue
             in_flight[name] = _InFlight(index, request)
 
-    def _set_depth(self, active: int) -> int:
-        """Sets and returns the depth of the drafts of the next step, which the step after it verifies."""
-        if self.depths is None:
-            return 0
-        scheduler = self._llm.llm_engine.engine_core.engine_core.scheduler
-        depth = self.depths.choose(min(active, scheduler.max_num_running_reqs))
-        scheduler.dynamic_sd_lookup = [depth] * len(scheduler.dynamic_sd_lookup)
-        return depth
+    def _drafted(self) -> int:
+        """Returns the depth that the last step verified in the requests that decoded."""
+        if self.control is None:
+            return self._depth
+        last = self.control.last
+        return max(last.drafted) if last is not None else 0
 
     def _note(
         self,
         outputs: Sequence[Any],
         in_flight: dict[str, _InFlight],
-        drafted: int,
         seconds: float,
         started: float,
     ) -> StepRecord | None:
         """Adds a step's tokens to their requests; returns None for a step that read prompts."""
         committed = active = context = 0
-        reads_prompts, accepted = False, list[int]()
+        reads_prompts, accepted, drafted = False, list[int](), self._drafted()
         for output in outputs:
             new, job = output.outputs[0], in_flight[output.request_id]
             if not new.token_ids:
@@ -221,8 +227,6 @@ class VllmEngine:
             context = max(context, len(job.request.prompt_ids) + len(job.tokens))
         if active == 0 or reads_prompts:  # the time of reading prompts tells nothing about the cost of drafts
             return None
-        if self.depths is not None:
-            self.depths.record(active, drafted, committed, seconds)
         strategy = Strategy("eagle3", drafted) if drafted else PLAIN
         feedback = StepFeedback(
             strategy, active, context, [drafted] * active, accepted, committed, 0.0, seconds, seconds
@@ -244,7 +248,7 @@ class VllmEngine:
         Raises:
             RuntimeError: vLLM was started without a drafter.
         """
-        if self._drafter is None or self.depths is None:
+        if not self._depth:
             raise RuntimeError(
                 "vLLM was started without a drafter and accepts none later: pass drafter to VllmEngine"
             )
@@ -252,7 +256,8 @@ class VllmEngine:
         self._llm.update_weights({"update_info": {"path": str(directory / "model.safetensors")}})
         self._llm.finish_weight_update()
         self._llm.reset_prefix_cache()  # it has the draft model's keys and values, too
-        self.depths.drafter_changed()
+        if self.control is not None:
+            self.control.drafter_changed()
 
     def close(self) -> None:
         """Shuts vLLM's engine core down."""

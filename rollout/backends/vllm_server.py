@@ -185,7 +185,7 @@ def serve_command(
         model: Directory or hub id of the policy.
         drafter: Directory in the export format; None serves without drafts.
         depth: Maximum draft tokens of a step.
-        schedule: (from, to, draft tokens) by batch size, such as `DepthBandit.schedule` learns; empty always
+        schedule: (from, to, draft tokens) by batch size, such as `DepthControl.schedule` learns; empty always
             drafts ``depth`` tokens.
         host: Address that the server listens on.
         port: Port that the server listens on.

@@ -11,7 +11,10 @@ pytest.importorskip("vllm")
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
+from paceline.rollout.backends.adaptive.draft_watchdog import Mode
 from paceline.rollout.backends.vllm_engine import VllmEngine
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
+from paceline.rollout.strategy import PLAIN, Strategy
 from tests.engines import tiny_eagle3, tiny_llama, worst_gap
 
 pytestmark = pytest.mark.vllm
@@ -65,40 +68,81 @@ def test_logprobs_are_the_policys(policy, served):
     assert sum(r.committed for r in engine.records) <= 8 * 24
 
 
-def test_drafts_change_no_greedy_token(policy, served):
+def always_draft(engine, depth, monkeypatch):
+    """Fixes the depth: neither the bandit nor the watchdog has a say."""
+    arm = Strategy("eagle3", depth) if depth else PLAIN
+    monkeypatch.setattr(engine.control.selector, "choose", lambda active, context: arm)
+    monkeypatch.setattr(engine.control.watchdog, "mode", lambda now: Mode.ON)
+
+
+def silent_drafter(policy, vocabulary):
+    """A drafter with a head of zeros, which always drafts the first token of its vocabulary."""
+    drafter = tiny_eagle3(policy)
+    drafter = Eagle3Model(drafter.config, torch.tensor(vocabulary))
+    with torch.no_grad():
+        drafter.lm_head.weight.zero_()
+    return drafter
+
+
+def test_drafts_change_no_greedy_token(policy, served, monkeypatch):
     """A good drafter, a useless one, and none."""
     engine, folder = served
     asked = requests(6, 32, temperature=0.0)
+    always_draft(engine, 3, monkeypatch)
     found = [[r.token_ids for r in engine.generate(asked)]]
-    lengths = [mean_acceptance_length(engine.generate(asked))]
-    silent = tiny_eagle3(policy)
-    with torch.no_grad():
-        silent.lm_head.weight.zero_()
-    save_drafter(silent, folder / "silent", torch.float32)
+    save_drafter(silent_drafter(policy, range(0, VOCAB, 2)), folder / "silent", torch.float32)
     engine.update_drafter(folder / "silent")
     found.append([r.token_ids for r in engine.generate(asked)])
+    assert {r.strategy for r in engine.records} == {"eagle3:3"}
     save_drafter(tiny_eagle3(policy), folder / "drafter", torch.float32)
     engine.update_drafter(folder / "drafter")
-    kept, engine.depths.depths = engine.depths.depths, (0,)
-    found.append([r.token_ids for r in engine.generate(asked)])
-    lengths.append(mean_acceptance_length(engine.generate(asked)))
-    engine.depths.depths = kept
+    always_draft(engine, 0, monkeypatch)
+    rollouts = engine.generate(asked)
+    found.append([r.token_ids for r in rollouts])
+    assert mean_acceptance_length(rollouts) == 1.0
     with torch.no_grad():
         wanted = policy.generate(
             torch.tensor([asked[0].prompt_ids]), max_new_tokens=32, do_sample=False, eos_token_id=None
         )
     assert found[0][0] == wanted[0, 4:].tolist()
     assert found[0] == found[1] == found[2]
-    assert lengths[1] == 1.0
 
 
-def test_the_law_of_two_tokens_is_exact_with_drafts(policy, served):
+def test_a_zeroed_drafter_is_switched_off_and_a_good_one_is_used(policy, served, caplog):
+    """The policy repeats one token after this prompt, so that a constant draft is either right or wrong."""
+    engine, folder = served
+    params = SamplingParams(max_tokens=60, temperature=0.0)
+    asked = [Request([4, 5, 6, 7], params, seed=i) for i in range(8)]
+    (token,) = {t for r in engine.generate(asked[:1]) for t in r.token_ids}
+    assert 0 < token <= VOCAB // 2
+    for name, vocabulary in (("zeroed", range(VOCAB // 2)), ("good", range(token, token + VOCAB // 2))):
+        save_drafter(silent_drafter(policy, vocabulary), folder / name, torch.float32)
+    engine.update_drafter(folder / "good")  # the one before may be switched off already
+    engine.generate(asked)
+    assert engine.control.status()["speculation_on"]
+    caplog.clear()
+    engine.update_drafter(folder / "zeroed")
+    trips = engine.control.watchdog.trips["dead"]
+    engine.generate(asked * 3)
+    assert engine.control.watchdog.trips["dead"] == trips + 1
+    assert not engine.control.status()["speculation_on"]
+    assert engine.records[-1].strategy == "plain"
+    engine.update_drafter(folder / "good")
+    rollouts = engine.generate(asked)
+    assert engine.control.status()["speculation_on"]
+    assert engine.control.watchdog.acceptance_length > 1.9
+    assert {t for r in rollouts for t in r.token_ids} == {token}
+    assert caplog.text.count("speculation is off") == caplog.text.count("speculation is on again") == 1
+    engine.update_drafter(folder / "drafter")
+
+
+def test_the_law_of_two_tokens_is_exact_with_drafts(policy, served, monkeypatch):
     """χ² of the pair's distribution, drafts verified among them."""
     engine, _ = served
-    kept, engine.depths.depths = engine.depths.depths, (3,)
+    always_draft(engine, 3, monkeypatch)
     asked = [Request([3, 5, 6, 7], SamplingParams(max_tokens=3), seed=1000 + i) for i in range(4000)]
     pairs = [tuple(r.token_ids[1:3]) for r in engine.generate(asked)]
-    engine.depths.depths = kept
+    assert "eagle3:3" in {r.strategy for r in engine.records}
     with torch.no_grad():
         first = policy(torch.tensor([[3, 5, 6, 7]])).logits[0, -1].softmax(-1)
         firsts = torch.tensor([[3, 5, 6, 7, t] for t in range(VOCAB)])
@@ -163,4 +207,4 @@ def test_a_callback_that_fails_leaves_nothing_behind(served):
     with pytest.raises(RuntimeError, match="no more"):
         engine.generate(requests(4, 32), fail)
     assert len(engine.generate(requests(3, 8))) == 3
-    assert engine.depths.schedule()
+    assert engine.control.schedule()
