@@ -108,7 +108,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             # the policy's own generation config may add penalties, which would change the distribution
             generation_config="vllm",
-            async_scheduling=False,  # otherwise a measured time would not belong to the step and its depth
+            async_scheduling=False,  # otherwise the records of steps would not have their own times
             seed=seed % 2**31,
             **(options or {}),
         )

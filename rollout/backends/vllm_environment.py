@@ -61,7 +61,8 @@ def configure(arguments: Any) -> None:
         _fill_in(arguments, options)
     if arguments.scheduler_cls == ADAPTIVE_SCHEDULER:
         _name_depths(arguments)
-        _publish_status(options or VllmOptions())
+        os.environ[STATUS_VARIABLE] = _status_directory()  # the engine core's process inherits it
+        _register_collector()
 
 
 def _fill_in(arguments: Any, options: VllmOptions) -> None:
@@ -103,15 +104,12 @@ def _name_depths(arguments: Any) -> None:
         arguments.speculative_config = {**(arguments.speculative_config or {}), _SCHEDULE: schedule}
 
 
-def _publish_status(options: VllmOptions) -> None:
-    """Names the directory of the status for the engine core, and adds the metrics that are read from it."""
-    if options.state is not None:
-        os.environ[STATUS_VARIABLE] = str(options.state)
-    elif STATUS_VARIABLE not in os.environ:
-        directory = tempfile.mkdtemp(prefix="paceline-vllm-")
-        os.environ[STATUS_VARIABLE] = directory
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    _register_collector()
+@functools.cache
+def _status_directory() -> str:
+    """Returns a new directory for the status; once in a process, so that no two servers share it."""
+    directory = tempfile.mkdtemp(prefix="paceline-vllm-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 @functools.cache

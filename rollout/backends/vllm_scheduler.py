@@ -28,6 +28,7 @@ from paceline.rollout.backends.adaptive.vllm_options import (
     VllmOptions,
     options_from_environment,
 )
+from paceline.rollout.trees.draft_tree import MAX_NODES
 
 logger = init_logger("vllm.paceline")
 
@@ -89,7 +90,7 @@ class AdaptiveScheduler(Scheduler):
             return None
         return DepthControl(
             speculative.method,
-            depths,
+            [min(depth, MAX_NODES) for depth in depths],
             varies=speculative.method in _VARYING_METHODS,
             seed=self.vllm_config.model_config.seed or 0,
             say=lambda line: logger.warning("paceline: %s", line),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median
 from types import MappingProxyType
@@ -53,8 +53,9 @@ class Acceptance:
         """
         self._extend_to(depth)
         changed = False
+        ended, kept = Counter(accepted), len(accepted)
         for i in range(depth):
-            reached, kept = sum(a >= i for a in accepted), sum(a > i for a in accepted)
+            reached, kept = kept, kept - ended[i]
             if not reached:
                 break
             fade = _DECAY ** min(reached, _MAX_DECAYS_PER_STEP)

@@ -136,10 +136,10 @@ def test_a_request_near_the_longest_context_stops_all_drafts_and_new_ones_join(f
     scheduler = scheduler_for(config_for(folder, asynchronous))
     script(scheduler, [3] * 200)
     add(scheduler, ["a"], tokens=LONGEST)
-    fits, scheduled = [], scheduler.control.scheduled
+    shapes, scheduled = [], scheduler.control.scheduled
 
     def watched(key, shape, now):
-        fits.append(shape.fits)
+        shapes.append(shape)
         return scheduled(key, shape, now)
 
     scheduler.control.scheduled = watched
@@ -147,20 +147,23 @@ def test_a_request_near_the_longest_context_stops_all_drafts_and_new_ones_join(f
     assert not scheduler.control.broken
     assert {"a": 3} in widths
     assert widths[-1] == {}  # it is finished
-    assert fits.count(False) >= 1
-    for fit, after in zip(fits, widths[1:], strict=False):
-        assert fit or after.get("a", 0) == 0
+    assert (shapes[0].prompt_tokens, list(shapes[0].drafted)) == (PROMPT, [])
+    assert (shapes[1].prompt_tokens, list(shapes[1].drafted)) == (0, [3])
+    assert not all(shape.fits for shape in shapes)
+    for shape, after in zip(shapes, widths[1:], strict=False):
+        assert shape.fits or after.get("a", 0) == 0
     add(scheduler, ["b"])
     assert run(scheduler, 4, in_flight=1)[1:] == [{"b": 3}] * 3
 
 
 def test_where_depths_cannot_be_chosen_the_depth_stays(folder):
-    config = config_for(folder, False)
+    """Also where the schedule that names depths was put in because the method was not known yet."""
+    config = config_for(folder, True)
     config.speculative_config.method = "medusa"
     scheduler = scheduler_for(config)
     assert scheduler.control is None
     add(scheduler, ["a", "b"])
-    assert run(scheduler, 4, in_flight=1)[1:] == [{"a": 3, "b": 3}] * 3
+    assert run(scheduler, 4, in_flight=2)[1:] == [{"a": 3, "b": 3}] * 3
 
 
 def test_a_users_schedule_names_the_depths_and_counts_when_the_control_breaks(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class ControlFiles:
 
     Args:
         control: The control.
-        state: Directory of ``depths.json``; None saves no state.
+        state: Directory of ``depths.json``, which also has the learned schedule; None saves no state.
         status: Directory of ``status.json``; None writes no status.
         identity: What the times were measured with, such as model and version; a state with another identity
             is not restored.
@@ -78,13 +79,18 @@ class ControlFiles:
             self._status = None
 
     def _write_state(self) -> None:
-        content = {"identity": self._identity, "control": self._control.state()}
+        control = self._control
+        content = {
+            "schedule": control.schedule(),
+            "identity": self._identity,
+            "control": control.state(),
+        }
         if self._state is not None and not self._written(self._state, content):
             self._state = None
 
     def _written(self, path: Path, content: dict[str, Any]) -> bool:
         """Replaces a file at once, so that no reader finds half of it, and returns whether it could."""
-        beside = path.with_suffix(".new")
+        beside = path.with_suffix(f".{os.getpid()}")  # several servers may share the directory
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(content), encoding="utf-8")

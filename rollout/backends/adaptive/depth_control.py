@@ -20,6 +20,7 @@ _SETTLE_STEPS = 3  # steps outside a bucket after which its choice is left
 _MOST_PROMPT_SHARE = 0.1  # of a step's tokens that may be a prompt's in a step whose time counts
 _LEAST_UNIFORM_SHARE = 0.9  # of sequences that must verify the chosen depth in a step whose time counts
 _MOST_STRETCH = 4.0  # a step that takes longer than this multiple of the usual counts as this multiple
+_LONGEST_GAP = 0.1  # seconds from a result to the next step; after more, nothing was to be decoded meanwhile
 _MOST_IN_FLIGHT = 64  # steps of which no result came; more are forgotten
 _COMPARISON_STEPS = 16  # steps between two comparisons with plain decoding
 
@@ -202,7 +203,9 @@ class DepthControl:
         drafts = [kept for kept, width in zip(accepted, drafted, strict=True) if width]
         self.watchdog.observe(len(drafts), sum(drafts), now)
         self._steps_by_depth[max(drafted)] += 1
-        seconds = now - (step.at if since is None else since)
+        if since is None or step.at - since > _LONGEST_GAP:  # all requests may have been aborted
+            since = step.at
+        seconds = now - since
         self.last = self._feedback(step, accepted, sum(committed), seconds)
         if self._counts(step):
             self._record(self.last)

@@ -5,6 +5,7 @@ namespace.
 import json
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ LISTING = [[1, 1, 0], [2, 2, 1], [3, 3, 2], [4, 100_000, 3]]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv(STATUS_VARIABLE, "kept")
+    monkeypatch.setenv(STATUS_VARIABLE, "inherited")
     monkeypatch.setattr(vllm_environment, "_register_collector", lambda: None)
 
 
@@ -84,9 +85,10 @@ def test_nothing_changes_without_the_variable_without_drafts_or_for_other_method
     assert explicit.speculative_config["num_speculative_tokens_per_batch_size"] == LISTING
 
 
-def test_the_status_is_beside_the_state(monkeypatch, tmp_path):
-    configured(monkeypatch, {"speculative": NGRAM, "state": str(tmp_path)})
-    assert os.environ[STATUS_VARIABLE] == str(tmp_path)
+def test_every_process_that_starts_a_server_has_a_status_of_its_own(monkeypatch):
+    configured(monkeypatch, {"speculative": NGRAM})  # the variable was inherited
+    assert os.environ[STATUS_VARIABLE] != "inherited"
+    assert not list(Path(os.environ[STATUS_VARIABLE]).iterdir())
 
 
 def test_arguments_are_changed_where_they_become_a_configuration_and_errors_stop_it(monkeypatch):

@@ -236,6 +236,15 @@ def test_an_unmeasured_bucket_starts_from_the_cost_model():
     assert selector.choose(2, 100).drafter == "eagle3"
 
 
+def test_a_drafter_that_never_runs_is_doubted_without_end():
+    """Its age is a power, which would be 0 after 74,000 steps."""
+    world = World({"suffix": 0.3, "eagle3": 0.7})
+    selector = selector_for(world, names=("eagle3",))
+    play(selector, world, 1, 50)
+    accepted = selector.cost.accepted(Strategy("eagle3", 2))
+    assert accepted.rates(2, doubt=1.5, idle=10**6) == accepted.rates(2, doubt=1.5, idle=10**4)
+
+
 def test_fixed_and_strategy_names():
     assert FixedSelector(PLAIN).choose(3, 10) == PLAIN
     for text in ("plain", "suffix:4", "eagle3:5x4/12"):

@@ -23,7 +23,8 @@ def test_a_restart_goes_on_with_what_was_learned(tmp_path):
     ControlFiles(control, tmp_path / "new", None, IDENTITY).close()
     fresh = DepthControl("eagle3", [0, 2], say=said.append)
     ControlFiles(fresh, tmp_path / "new", None, IDENTITY).restore()
-    assert fresh.schedule() == control.schedule()
+    assert fresh.schedule() == control.schedule() == [(1, 1, 0)]
+    assert json.loads((tmp_path / "new" / "depths.json").read_text())["schedule"] == [[1, 1, 0]]
     assert len(said) == 1 and "restored" in said[0]
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from paceline.rollout.backends.adaptive.depth_control import DepthControl, StepShape
 from paceline.rollout.backends.adaptive.draft_schedule import draft_depths, listing_schedule
-from paceline.rollout.strategy import PLAIN, FixedSelector
+from paceline.rollout.backends.adaptive.draft_watchdog import DraftWatchdog
+from paceline.rollout.strategy import Strategy
 
 DEPTHS = (0, 1, 2, 4)
 
@@ -54,6 +55,8 @@ class Decoder:
         self.now += self.seconds(size, verified, drafts) * self.random.uniform(0.95, 1.05)
         committed = [1 + self.levels(verified) for _ in range(size)]
         self.control.finished(number, committed, self.now, busy=True)
+        last = self.control.last
+        assert (last.strategy.depth, list(last.drafted)) == (verified, [verified] * size)
 
 
 def seconds(batch, verified, drafted):
@@ -81,6 +84,25 @@ def test_the_tail_speculates_and_the_bulk_does_not(in_flight):
 
 
 @pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_step_takes_the_time_between_two_results(in_flight):
+    """The next one was scheduled before the last result, or just after it."""
+    chooses = control()
+    decoder = Decoder(chooses, seconds=lambda *shape: 0.01, accept=0.5, in_flight=in_flight)
+    decoder.run(4, 50)
+    assert 0.0095 <= chooses.last.total_seconds <= 0.0105
+    decoder.now += 3600  # nothing to decode for an hour
+    chooses.finished(-1, [], decoder.now - 3600, busy=False)
+    while decoder.queue:
+        decoder.finish()
+    decoder.run(4, in_flight)
+    assert chooses.last.total_seconds <= 0.0105
+    decoder.queue.clear()  # aborted, which nobody tells
+    decoder.now += 3600
+    decoder.run(4, in_flight)
+    assert chooses.last.total_seconds <= 0.0105
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
 def test_the_time_of_a_step_belongs_to_the_depth_that_it_verified(in_flight):
     """With a delay, times would be learned for the wrong depth: here only one depth is fast."""
     chooses = control()
@@ -103,12 +125,19 @@ def test_contexts_are_learned_apart():
 
 
 def test_batch_sizes_that_alternate_still_teach():
-    """33 and 32 sequences in turn are in two buckets, whose choices could differ in every step."""
+    """32 and 33 sequences are in two buckets; if each had its way, all steps would verify another depth than
+    they draft.
+    """
     chooses = control()
-    decoder = Decoder(chooses, seconds=lambda b, verified, d: 0.01, accept=0.8)
+
+    def dear_above_32(batch, verified, drafted):
+        return 0.01 * (1 + (verified if batch > 32 else 0))
+
+    decoder = Decoder(chooses, seconds=dear_above_32, accept=0.8)
+    decoder.run(32, 200)
+    decoder.run(33, 200)
     sizes = iter(range(10**6))
     depths = decoder.run(lambda: 32 + next(sizes) % 2, 400)
-    assert depths[200:].count(4) > 0.8 * 200
     assert sum(a != b for a, b in itertools.pairwise(depths[200:])) < 40
 
 
@@ -136,7 +165,8 @@ def test_a_pause_and_a_hiccup_are_no_times_of_a_step():
     decoder.run(1, 300)
     chooses.interrupted()
     decoder.now += 3600
-    decoder.run(1, 20)
+    decoder.run(1, 1)
+    assert chooses.last.total_seconds < 0.02
     decoder.seconds = lambda *shape: 100.0  # one step's
     decoder.run(1, 1)
     decoder.seconds = seconds
@@ -219,8 +249,17 @@ def test_a_broken_control_never_raises_and_says_so_once():
 
 def test_nothing_is_drafted_where_the_drafter_cannot_draft():
     chooses = control()
-    chooses.selector = FixedSelector(PLAIN)
-    assert chooses.scheduled(1, StepShape(2, [0, 0], 100, fits=False), 0.0) == 0
+    chooses.selector.choose = lambda active, context: Strategy("eagle3", 4)
+    assert chooses.scheduled(1, StepShape(2, [0, 0], 100), 0.0) == 4
+    assert chooses.scheduled(2, StepShape(2, [4, 4], 100, fits=False), 0.0) == 0
+
+
+def test_steps_in_flight_at_a_verdict_bring_no_second_one():
+    said = []
+    watchdog = DraftWatchdog(said.append)
+    for now in (1.0, 2.0, 3.0):
+        watchdog.observe(256, 0, now)
+    assert watchdog.trips["dead"] == len(said) == 1
 
 
 def test_results_that_never_come_are_forgotten():
