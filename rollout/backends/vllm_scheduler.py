@@ -184,7 +184,7 @@ class AdaptiveScheduler(Scheduler):
 
 
 class AdaptiveAsyncScheduler(AdaptiveScheduler, AsyncScheduler):
-    """The same with asynchronous scheduling: a step is scheduled before the tokens of the last are known."""
+    """Schedules asynchronously: a step is scheduled before the tokens of the step before it are known."""
 
 
 def _decoding(step: SchedulerOutput) -> list[str]:
