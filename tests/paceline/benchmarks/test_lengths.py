@@ -110,6 +110,7 @@ def test_predictors_are_compared_on_prompts_they_have_not_seen():
     assert rows["quantile of all prompts"].at_median == pytest.approx(np.abs(lengths - middle).mean() / 2)
 
 
+@pytest.mark.ci
 def test_the_oracle_needs_no_more_steps_than_arrival_order():
     class Bench:
         params = SamplingParams(max_tokens=40)

@@ -206,6 +206,7 @@ def test_doctor_imports_what_the_main_job_needs(monkeypatch):
     assert "import math_verify fails (ImportError: libfoo.so" in said["math-verify"].found
 
 
+@pytest.mark.ci
 def test_doctor_says_no_where_the_run_ends(monkeypatch):
     monkeypatch.setattr(doctor, "_required", lambda: iter(()))
     monkeypatch.setattr(trial, "_OVERRIDES", (*trial._OVERRIDES, "policy.model=nowhere/nothing"))
