@@ -64,7 +64,7 @@ def run(
 ) -> dict[str, float]:
     """Runs a workload's warm-up and timed passes and returns its result, see the module's docstring."""
     # the engine runs in this process, so its scheduler can be told how many requests run at a time
-    llm.llm_engine.engine_core.engine_core.scheduler.max_num_running_reqs = workload["slots"]
+    llm.llm_engine.engine_core.engine_core.scheduler.max_num_active_reqs = workload["slots"]
     before = counters(llm)
     decode(llm, workload["warm"], sampling)
     seconds, tokens = min(decode(llm, workload["timed"], sampling) for _ in range(repeats))
