@@ -92,12 +92,10 @@ void weigh_rows(const float* weights, const T* values, int64_t count, float* out
 template <int kVectors, typename Block>
 void for_row_blocks(int64_t rows, Block block) {
   int64_t r = 0;
-#ifdef __AVX512F__
-  if constexpr (kVectors <= 4)
+  if constexpr (kWide && kVectors <= 4)
     for (; r + 4 <= rows; r += 4) block(r, std::integral_constant<int, 4>{});
-  if constexpr (kVectors <= 4)
+  if constexpr (kWide && kVectors <= 4)
     for (; r + 3 <= rows; r += 3) block(r, std::integral_constant<int, 3>{});
-#endif
   if constexpr (kVectors <= 8)
     for (; r + 2 <= rows; r += 2) block(r, std::integral_constant<int, 2>{});
   for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});

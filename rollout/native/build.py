@@ -12,6 +12,7 @@ this user's.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import logging
 import os
@@ -86,6 +87,18 @@ def _needs(name: str) -> list[str]:
 
 class NativeUnavailable(RuntimeError):
     """Signals that the kernels cannot be built here; torch operators are used instead."""
+
+
+def open_library(source: Path = SOURCE) -> ctypes.CDLL:
+    """Returns the loaded library of a source, see `build_library`.
+
+    Raises:
+        NativeUnavailable: It cannot be built or loaded; the message is one line.
+    """
+    try:
+        return ctypes.CDLL(str(build_library(source)))
+    except OSError as error:
+        raise NativeUnavailable(f"the native decode kernels could not be loaded: {error}") from None
 
 
 def build_library(source: Path = SOURCE) -> Path:

@@ -12,12 +12,7 @@
 
 namespace {
 
-// rows of a weight's gradient whose sums fit into the registers
-#ifdef __AVX512F__
-constexpr int kGradientRows = 8;
-#else
-constexpr int kGradientRows = 2;
-#endif
+constexpr int kGradientRows = kWide ? 8 : 2;  // rows of a weight's gradient whose sums fit into the registers
 constexpr int64_t kPanelsTogether = 16;  // panels of rows in one work item
 
 // Returns 16 pairs of numbers from two rows; a row past the end is null and counts as zeros.

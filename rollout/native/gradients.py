@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.rollout.native.build import GRADIENTS_SOURCE, NativeUnavailable, build_library
+from paceline.rollout.native.build import GRADIENTS_SOURCE, NativeUnavailable, open_library
 from paceline.rollout.native.kernels import AttentionRule
 
 _BLOCK = 32  # kPanel and kStep in product_rows.h
@@ -247,6 +247,6 @@ class GradientKernels:
 def load_gradient_kernels() -> GradientKernels | None:
     """Returns the kernels, built on the first call; None without a compiler."""
     try:
-        return GradientKernels(ctypes.CDLL(str(build_library(GRADIENTS_SOURCE))))
-    except (NativeUnavailable, OSError):
+        return GradientKernels(open_library(GRADIENTS_SOURCE))
+    except NativeUnavailable:
         return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from paceline.rollout.native.build import NativeUnavailable, build_library
+from paceline.rollout.native.build import NativeUnavailable, open_library
 from paceline.rollout.native.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ def load_kernels(device_type: str, dtype: torch.dtype) -> AnyKernels | None:
             from paceline.rollout.native.triton_kernels import TritonKernels
 
             return TritonKernels()
-        return Kernels(ctypes.CDLL(str(build_library())), dtype) if device_type == "cpu" else None
-    except (NativeUnavailable, ImportError, OSError) as error:
+        return Kernels(open_library(), dtype) if device_type == "cpu" else None
+    except (NativeUnavailable, ImportError) as error:
         _log.warning("decoding with torch's operators, which are slower: %s", error)
         return None
 

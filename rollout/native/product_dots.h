@@ -10,12 +10,7 @@
 
 namespace {
 
-// the sums of kDotRows × kDotOutputs dot products fit into the registers
-#ifdef __AVX512F__
-constexpr int kDotRows = 3, kDotOutputs = 8;
-#else
-constexpr int kDotRows = 2, kDotOutputs = 3;
-#endif
+constexpr int kDotRows = kWide ? 3 : 2, kDotOutputs = kWide ? 8 : 3;  // their dot products fit into the registers
 
 // Loads the first `count` of 16 values; the others are 0.
 template <typename T>
@@ -81,6 +76,7 @@ void dot_rows(const DotOperands<T>& p, int64_t rows, int64_t n) {
   for (; row < rows; ++row) dot_block<T, 1, kOutputs>(p, row, n);
 }
 
+// Computes all outputs of all rows.
 template <typename T>
 void multiply_dots(const DotOperands<T>& p, int64_t rows, int64_t outputs) {
   const int64_t blocks = (outputs + kDotOutputs - 1) / kDotOutputs;

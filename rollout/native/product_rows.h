@@ -17,12 +17,7 @@ namespace {
 constexpr int64_t kPanel = 32;         // outputs computed together: two vectors, or two tiles
 constexpr int64_t kStep = 32;          // inputs of a packed block, or of a tile
 constexpr int64_t kPanelStep = kPanel * kStep;
-// rows whose sums fit into the registers
-#ifdef __AVX512F__
-constexpr int kMostRows = 12;
-#else
-constexpr int kMostRows = 2;
-#endif
+constexpr int kMostRows = kWide ? 12 : 2;  // rows whose sums fit into the registers
 constexpr int64_t kRowStepsAhead = 8;  // prefetch distance in blocks of 2 KB
 
 // Reorders a weight [outputs, inputs] as [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2].

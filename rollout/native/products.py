@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.rollout.native.build import NativeUnavailable, build_library
+from paceline.rollout.native.build import NativeUnavailable, open_library
 
 PANEL, _STEP = 32, 32  # kPanel and kStep in product.h: outputs and inputs of one block
 _pointer, _int = ctypes.c_void_p, ctypes.c_int64
@@ -77,10 +77,9 @@ class PackedProducts:
 def load_products() -> PackedProducts | None:
     """Returns the products, built on the first call; None without a compiler."""
     try:
-        library = ctypes.CDLL(str(build_library()))
-    except (NativeUnavailable, OSError):
+        return PackedProducts(open_library())
+    except NativeUnavailable:
         return None
-    return PackedProducts(library)
 
 
 class DotProducts:
@@ -142,6 +141,6 @@ def load_dot_products(device_type: str, dtype: torch.dtype) -> DotProducts | Non
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     try:
-        return DotProducts(ctypes.CDLL(str(build_library())), dtype)
-    except (NativeUnavailable, OSError):
+        return DotProducts(open_library(), dtype)
+    except NativeUnavailable:
         return None

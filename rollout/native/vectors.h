@@ -11,27 +11,37 @@
 namespace {
 
 constexpr int64_t kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+constexpr int kParts = 64 / kRegister, kPartLanes = kLanes / kParts;
+constexpr bool kWide = kParts == 1;  // with AVX-512 there are 32 registers of 16 lanes, else 16 narrower ones
+
+typedef float FloatPart __attribute__((vector_size(kRegister)));
+typedef uint32_t WordPart __attribute__((vector_size(kRegister)));
+
+// Returns 16-bit numbers, as many as fit into a register as words.
+inline WordPart load_half_part(const void* p) {
+  uint16_t __attribute__((vector_size(kRegister / 2))) halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return __builtin_convertvector(halves, WordPart);
+}
 
 #ifdef __AVX512F__
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+typedef FloatPart Floats;
+typedef WordPart Words;
 typedef int32_t Ints __attribute__((vector_size(64)));
-typedef Floats FloatPart;
-typedef Words WordPart;
-constexpr int kParts = 1, kPartLanes = 16;
 
 inline Floats joined(const FloatPart* parts) { return *parts; }
 
 inline Ints to_ints(Floats x) { return __builtin_convertvector(x, Ints); }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 inline Floats select(Ints mask, Floats yes, Floats no) { return mask ? yes : no; }
-
-inline WordPart load_half_part(const void* p) {
-  uint16_t __attribute__((vector_size(32))) halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return __builtin_convertvector(halves, Words);
-}
 
 inline Words load_halves(const void* p) { return load_half_part(p); }
 
@@ -48,13 +58,6 @@ inline void store_bytes(int8_t* p, Ints x) {
 }
 
 #else
-
-#ifdef __AVX__
-constexpr int kRegister = 32;  // bytes
-#else
-constexpr int kRegister = 16;
-#endif
-constexpr int kParts = 64 / kRegister, kPartLanes = kLanes / kParts;
 
 template <typename T>
 struct Lanes {
@@ -117,8 +120,6 @@ struct Lanes {
 typedef Lanes<float> Floats;
 typedef Lanes<uint32_t> Words;
 typedef Lanes<int32_t> Ints;
-typedef Floats::Part FloatPart;
-typedef Words::Part WordPart;
 
 inline Floats joined(const FloatPart* parts) {
   return Floats::each([&](int i) { return parts[i]; });
@@ -134,12 +135,6 @@ inline Floats to_floats(const Ints& x) {
 
 inline Floats select(const Ints& mask, const Floats& yes, const Floats& no) {
   return Floats::each([&](int i) { return mask.parts[i] ? yes.parts[i] : no.parts[i]; });
-}
-
-inline WordPart load_half_part(const void* p) {
-  uint16_t __attribute__((vector_size(kRegister / 2))) halves;
-  std::memcpy(&halves, p, sizeof halves);
-  return __builtin_convertvector(halves, WordPart);
 }
 
 inline Words load_halves(const void* p) {

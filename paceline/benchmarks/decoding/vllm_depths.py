@@ -26,6 +26,7 @@ from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
+from paceline.rollout import Request
 from paceline.rollout.backends.adaptive.draft_schedule import listing_schedule
 from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
 
@@ -99,7 +100,7 @@ def measure_depths(
         only: Numbers of sequences.
     """
     assert bench.drafter is not None
-    workloads = [_learned(w) for w in bench.workloads(only)]
+    workloads = [_with_learning(w) for w in bench.workloads(only)]
     peers = Peers(bench.policy, bench.path, python)
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "drafter"
@@ -126,8 +127,8 @@ def measure_depths(
                 yield DepthRow(name, setting, record["tokens"] / record["seconds"], length)
 
 
-def _learned(w: Workload) -> tuple[int, list[Any], list[Any]]:
-    """Returns slots, timed requests and warm-up requests, the timed ones with other seeds."""
+def _with_learning(w: Workload) -> tuple[int, list[Request], list[Request]]:
+    """Returns slots, timed requests, and warm-up requests: the timed ones with other seeds."""
     return w.slots, w.timed, [replace(r, seed=r.seed + _OTHER_SEEDS) for r in w.timed]
 
 

@@ -26,6 +26,7 @@ from paceline.rl.recipe import load_config
 from paceline.rl.sharding import AdamWSettings, shard
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import SuffixDrafter
+from paceline.rollout.model.packed_linear import PackedLinear
 from paceline.rollout.native.products import load_products
 from tests.engines import tiny_llama
 from tests.support import ROOT, tiny_trainer
@@ -186,6 +187,16 @@ def no_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_rollouts_and_updates_hold_one_copy_of_the_packed_weights():
+    model = policy_of(FAMILIES["llama"])
+    fused = FusedPolicy(model)
+    attention = model.model.layers[0].self_attn
+    engine = RolloutEngine(model, dtype=torch.bfloat16, max_slots=1, max_context=32)
+    shared = PackedLinear.shared(attention.q_proj, attention.k_proj, attention.v_proj)
+    assert shared in engine.runner.view.fused[0]._projections
+    assert shared is fused._layers[0]._qkv._packed
 
 
 def test_importance_ratios_are_one_until_weights_change(tmp_path, monkeypatch, no_accelerator):

@@ -68,3 +68,31 @@ def test_torchruns_default_is_not_the_users_word(tmp_path, asked, threads):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["threads", str(threads)] * 2
+
+
+RELEASE = """
+from pathlib import Path
+import torch
+from paceline.rl.process.process_tuning import fit_process, release_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+fit_process(1)
+blocks = [torch.ones(2_500_000) for _ in range(40)]  # 10 MB each
+kept, full = blocks[-1], resident()
+del blocks
+held = resident()
+release_freed_memory()
+print(full - held, held - resident(), float(kept.sum()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept_until_it_is_released():
+    """Below a block that is still in use, too."""
+    ran = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True)
+    without, with_release, kept = map(float, ran.stdout.split())
+    assert without < 50e6
+    assert with_release > 300e6
+    assert kept == 2_500_000
