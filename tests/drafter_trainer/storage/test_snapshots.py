@@ -91,7 +91,9 @@ for step in range(10**6):
 """
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(4, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_killed_at_any_point_what_loads_is_right(tmp_path, kills):
     """kill -9 while snapshots are written as fast as they can be: each that loads is of one step only."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
