@@ -2,10 +2,11 @@
 
 A transformers decoder layer of a Llama-like model runs about 160 operators per token. At small batches on a
 CPU, half of the time goes into their dispatch rather than their arithmetic. `FusedLayer` runs the same
-mathematics in four matrix products and five kernels (`paceline.rollout.native`), or in about 60 operators
-where those cannot be built. It is not written for a particular model: it is assembled from the parts that a
-layer *has* (`LayerParts`), and used only if it gives the original layer's results on random weights
-(`paceline.rollout.model.fusion_check`). A layer with other parts or other mathematics is left unchanged.
+mathematics in one call of a native kernel; a layer with a part that this one lacks, in four matrix products
+and five kernels (`paceline.rollout.native`); and where these cannot be built, in about 60 operators. It is
+not written for a particular model: it is assembled from the parts that a layer *has* (`LayerParts`), and used
+only if it gives the original layer's results on random weights (`paceline.rollout.model.fusion_check`). A
+layer with other parts or other mathematics is left unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.activations import SiLUActivation
 
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable, project
-from paceline.rollout.native import AnyKernels, AttentionRule
+from paceline.rollout.native import AnyKernels, AttentionRule, Kernels, NativeLayer
 from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
 _LAYER_PARTS = {
@@ -207,12 +208,31 @@ class FusedLayer(nn.Module):
         self._kernels = kernels
         self._native_gate = kernels is not None and isinstance(parts.activation, nn.SiLU | SiLUActivation)
         self._rule = attention_rule(attention)
+        self._packed = packed
+        self._native = self._describe()
+
+    def in_one_call(self) -> NativeLayer | None:
+        """Returns what the kernel of a whole layer reads, or None if it does not serve one of the parts."""
+        # weights that are not copied may have moved
+        return self._native if self._packed else self._describe()
+
+    def _describe(self) -> NativeLayer | None:
+        if not isinstance(self._kernels, Kernels) or not self._native_gate or self._rule is None:
+            return None
+        if self._attention_out is not None or self._mlp_out is not None:
+            return None
+        operands = [projection.operands() for projection in self._projections]
+        served = [part for part in operands if part is not None]
+        if len(served) < len(operands):
+            return None
+        return NativeLayer(served, (self._attention_in, self._mlp_in), self._head_norms, self._rule)
 
     def refresh(self) -> None:
         """Reads the trainer's weights again."""
         norms = (self._attention_in, self._attention_out, self._mlp_in, self._mlp_out, *self._head_norms)
         for part in (*self._projections, *(n for n in norms if n is not None)):
             part.refresh()
+        self._native = self._describe()
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the layer on what a transformers model passes to its layers, whatever the names are.
@@ -232,6 +252,21 @@ class FusedLayer(nn.Module):
         cache, batch = first_instance(Cache, args, kwargs), first_instance(ForwardBatch, args, kwargs)
         if rotary is None:
             raise TypeError("the model passes no rotary embedding (cos, sin) to a fused layer")
+        native = None if batch.ragged is None else self.in_one_call()
+        if native is not None:
+            kernels: Any = self._kernels
+            lines = kernels.cached(cache, self.index)
+            return kernels.decoder_layer(native, hidden_states, rotary, batch.ragged, lines)
+        return self._in_parts(hidden_states, rotary, cache, batch)
+
+    def _in_parts(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Runs the layer's products and kernels one after the other."""
         qkv, o, gate_up, down = self._projections
         joined = self._kernels is None or self._kernels.reads_joined
         attended = self._attend(project(qkv, self._attention_in(hidden_states), joined), rotary, cache, batch)

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
+from paceline.rollout.native import Operands
 from paceline.rollout.native.products import PANEL, load_dot_products, load_products
 
 
@@ -32,11 +33,20 @@ def _onednn_packs() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _renewed(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Returns the new values, in the old ones' memory if there are any."""
+    return new if old is None else old.copy_(new)
+
+
 class Projection(Protocol):
     """Applies one or more linear layers to one input and returns their outputs side by side."""
 
     def refresh(self) -> None:
         """Reads the sources' weights again."""
+        ...
+
+    def operands(self) -> Operands | None:
+        """Returns the weights for the kernel of a whole layer, or None if it does not serve them."""
         ...
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,6 +75,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._sources = sources
         self._packed: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
         self.refresh()
 
     def share(self) -> None:
@@ -79,10 +90,10 @@ class PackedLinear(nn.Module):
         return cls(*sources) if found is None else found
 
     def refresh(self) -> None:
-        """Packs the sources' current weights."""
+        """Packs the sources' current weights, in place because layers hold their addresses."""
         weight = torch.cat([layer.weight.detach().to(torch.bfloat16) for layer in self._sources])
         biases = [layer.bias for layer in self._sources if layer.bias is not None]
-        self._bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
+        bias = torch.cat([b.detach().to(torch.bfloat16) for b in biases]) if biases else None
         products, (outputs, inputs) = load_products(), weight.shape
         self._outputs, padding = outputs, padding_of(outputs)
         self._products = (
@@ -90,15 +101,27 @@ class PackedLinear(nn.Module):
         )
         if self._products is not None:
             if padding:
-                bias = weight.new_zeros(outputs) if self._bias is None else self._bias
-                self._bias = nn.functional.pad(bias, (0, padding), value=-torch.inf)
+                bias = weight.new_zeros(outputs) if bias is None else bias
+                bias = nn.functional.pad(bias, (0, padding), value=-torch.inf)
             self._packed = self._products.pack(nn.functional.pad(weight, (0, 0, 0, padding)), self._packed)
         else:
             self._dots = load_dot_products("cpu", torch.bfloat16)
             self._reordered = self._dots is None and _onednn_packs()
             self._packed = (
-                torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self._reordered else weight.contiguous()
+                torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+                if self._reordered
+                else _renewed(self._packed, weight.contiguous())
             )
+        self._bias = None if bias is None else _renewed(self._bias, bias)
+
+    def operands(self) -> Operands | None:
+        """Returns the weights for the kernel of a whole layer, see `Projection.operands`."""
+        assert self._packed is not None
+        if self._products is not None:
+            # a padded output is no longer as wide as what the next kernel reads
+            whole = len(self._packed) == self._outputs
+            return Operands(((self._packed, self._bias),), packed=True) if whole else None
+        return None if self._dots is None else Operands(((self._packed, self._bias),), packed=False)
 
     def padded(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps bfloat16 ``x`` [..., in] to bfloat16 outputs, padded with −inf to whole panels.
@@ -145,12 +168,20 @@ class JoinedLinear(nn.Module):
     def refresh(self) -> None:
         """Does nothing: the weights are the sources' own."""
 
+    def operands(self) -> Operands | None:
+        """Returns the weights for the kernel of a whole layer, see `Projection.operands`."""
+        layers = tuple((layer.weight, layer.bias) for layer in self._sources)
+        first = layers[0][0]
+        served = load_dot_products(first.device.type, first.dtype) is not None
+        if not served or not all(w.dtype == first.dtype and w.is_contiguous() for w, _ in layers):
+            return None
+        return Operands(layers, packed=False)
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps ``x`` [..., in] to [..., sum of out], plus ``residual`` of that shape if given."""
-        layers = [(layer.weight, layer.bias) for layer in self._sources]
-        dots = load_dot_products(x.device.type, x.dtype)
-        if dots is not None and all(w.dtype == x.dtype and w.is_contiguous() for w, _ in layers):
-            return dots.multiply(x, layers, residual)
+        operands, dots = self.operands(), load_dot_products(x.device.type, x.dtype)
+        if operands is not None and dots is not None and operands.layers[0][0].dtype == x.dtype:
+            return dots.multiply(x, operands.layers, residual)
         parts = self.separate(x)
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if residual is None else out + residual

@@ -5,9 +5,9 @@ written in Triton.
 """
 
 from paceline.rollout.native.build import NativeUnavailable
+from paceline.rollout.native.decoder_layer import AttentionRule, NativeLayer, Operands
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
 from paceline.rollout.native.kernels import (
-    AttentionRule,
     DraftLayer,
     Int8Rows,
     Kernels,
@@ -23,7 +23,9 @@ __all__ = [
     "DraftLayer",
     "Int8Rows",
     "Kernels",
+    "NativeLayer",
     "NativeUnavailable",
+    "Operands",
     "PagedLines",
     "RaggedTokens",
     "load_cpu_kernels",

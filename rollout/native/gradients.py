@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.rollout.native.build import GRADIENTS_SOURCE, NativeUnavailable, open_library
-from paceline.rollout.native.kernels import AttentionRule
+from paceline.rollout.native.decoder_layer import AttentionRule
 
 _BLOCK = 32  # kPanel and kStep in product_rows.h
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

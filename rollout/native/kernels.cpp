@@ -5,6 +5,7 @@
 // lock released and forks the OpenMP team that torch uses.
 
 #include "attention.h"
+#include "decoder_layer.h"
 #include "draw.h"
 #include "drafting.h"
 #include "lanes.h"
@@ -28,6 +29,10 @@
   void paceline_move_lines_##SUFFIX(T* const* layers, int64_t count, const int64_t* slots, const int64_t* sources,                \
                                     const int64_t* targets, int64_t moves, const Layout* layout) {                                 \
     move_lines(layers, count, slots, sources, targets, moves, *layout);                                                            \
+  }                                                                                                                              \
+  void paceline_decoder_layer_##SUFFIX(const DecoderLayer<T>* layer, const T* hidden, const T* cosines, const T* sines, T* cache,    \
+                                       const Layout* layout, T* out) {                                                                \
+    decoder_layer(*layer, hidden, cosines, sines, cache, *layout, out);                                                              \
   }                                                                                                                              \
   void paceline_draft_step_##SUFFIX(const DraftLayer<T>* layer, const int64_t* tokens, const int64_t* positions, const T* hidden,  \
                                     T* cache, const Layout* layout, T* out, T* logits) {                                           \
@@ -70,9 +75,6 @@ void paceline_pack_weight(const bfloat16* weight, int64_t outputs, int64_t input
 }
 void paceline_multiply_packed(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
                               const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
-#ifdef PACELINE_TILES
-  if (tiles_granted()) return multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
-#endif
-  multiply_rows(x, rows, packed, outputs, inputs, bias, residual, out);
+  multiply_packed_any(x, rows, packed, outputs, inputs, bias, residual, out);
 }
 }

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from paceline.rollout.native.decoder_layer import AttentionRule, NativeLayer
+
 _LANES = 16  # floats per vector, kLanes in lanes.h
 _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # those that attend_any in attention.h is instantiated for
 
@@ -210,21 +212,6 @@ class RaggedTokens:
         return self._layouts[key]
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionRule:
-    """States how attention scores become weights.
-
-    Attributes:
-        scale: Factor on the scores.
-        softcap: Soft cap, ``softcap * tanh(scores / softcap)``; 0 for none.
-        window: Number of keys that a query sees, itself included; 0 for all keys before it.
-    """
-
-    scale: float
-    softcap: float = 0.0
-    window: int = 0
-
-
 class Kernels:
     """Calls the kernels of one dtype on CPU tensors of that dtype.
 
@@ -241,6 +228,8 @@ class Kernels:
         self._rotate_and_store.argtypes = [_pointer] * 5 + [_float] + [_pointer] * 3
         self._attend = getattr(library, f"paceline_attend_{suffix}")
         self._attend.argtypes = [_pointer] * 4 + [_float, _float, _int]
+        self._decoder_layer = getattr(library, f"paceline_decoder_layer_{suffix}")
+        self._decoder_layer.argtypes = [_pointer] * 7
         self._draft_step = getattr(library, f"paceline_draft_step_{suffix}")
         self._draft_step.argtypes = [_pointer] * 8
         self._multiply = getattr(library, f"paceline_multiply_{suffix}")
@@ -353,6 +342,40 @@ class Kernels:
         layout = ctypes.addressof(tokens.layout(heads, cache.shape))
         self._attend(
             query.data_ptr(), cache.data_ptr(), out.data_ptr(), layout, rule.scale, rule.softcap, rule.window
+        )
+        return out
+
+    def decoder_layer(
+        self,
+        layer: NativeLayer,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        tokens: RaggedTokens,
+        cache: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs a whole decoder layer over N tokens; computes the bits that its kernels give one by one.
+
+        Args:
+            layer: The layer's weights.
+            hidden: Hidden states, [1, N, hidden].
+            rotary: cos and sin, [1, N, d] each.
+            tokens: Description of the N tokens.
+            cache: Cache of the layer, [2, slots, KV, span, d]; keys and values are written to it.
+
+        Returns:
+            Hidden states [1, N, hidden].
+        """
+        hidden = hidden.contiguous()
+        out = torch.empty_like(hidden)
+        cos, sin = rotary
+        self._decoder_layer(
+            layer.address,
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cache.data_ptr(),
+            ctypes.addressof(tokens.layout(layer.inner // cache.shape[4], cache.shape)),
+            out.data_ptr(),
         )
         return out
 

@@ -119,3 +119,16 @@ inline void multiply_packed(const bfloat16* x, int64_t rows, const bfloat16* pac
 }  // namespace
 
 #endif
+
+namespace {
+
+// Multiplies on matrix units where there are any, else on vector units.
+inline void multiply_packed_any(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
+                                const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
+#ifdef PACELINE_TILES
+  if (tiles_granted()) return multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
+#endif
+  multiply_rows(x, rows, packed, outputs, inputs, bias, residual, out);
+}
+
+}  // namespace

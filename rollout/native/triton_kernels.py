@@ -9,8 +9,9 @@ import torch
 import triton
 
 from paceline.rollout.native import triton_programs as programs
+from paceline.rollout.native.decoder_layer import AttentionRule
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
-from paceline.rollout.native.kernels import AttentionRule, RaggedTokens
+from paceline.rollout.native.kernels import RaggedTokens
 from paceline.rollout.native.transfer import upload
 
 _MOST_PARTS = 16  # parts that the keys of one query are split into
