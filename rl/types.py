@@ -20,7 +20,8 @@ class RankRollouts:
         seconds: Wall time of decoding.
         records: The records of the engine's decode steps.
         plain_seconds: Wall time of the same requests without speculation, where it was measured.
-        plain_identical: The share of completions that were equal without speculation, where it was measured.
+        plain_identical: The share of completions that were equal without speculation, where it was measured;
+            None for vLLM, which draws other tokens, as many as before.
         budgets: The token budget that each rollout was told, where the recipe has budgets.
         places: The index under which each rollout was passed to ``on_finish``.
         paths: The numbers of each rollout's segments, where samples share prefixes.

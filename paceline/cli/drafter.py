@@ -69,12 +69,12 @@ def serve(
             "rollout.vllm.exchange."
         ),
     ] = None,
-    depth: Annotated[int, Option(help="Number of draft tokens per step.")] = 4,
+    depth: Annotated[int, Option(help="Largest number of draft tokens per step.")] = 4,
     schedule: Annotated[
         str,
         Option(
             help="Draft tokens by batch size: [[1,8,4],[9,64,0]] drafts 4 for 1 to 8 sequences and none for "
-            "9 to 64. By default --depth at every size."
+            "9 to 64. By default each step's number is chosen from measured times."
         ),
     ] = "[]",
     vllm: Annotated[str, Option(help="Path of vLLM's command if it is not on PATH.")] = "vllm",

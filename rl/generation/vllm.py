@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +16,20 @@ from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
 from paceline.rl.sharding.gathering import in_buckets
+from paceline.rollout import Request, Rollout
 from paceline.rollout.backends import ServedBackend
 from paceline.rollout.backends.exchange import TOKEN, read_token
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _SHARD_BYTES = 2 << 30  # bounds the memory that a shard takes while it is written
+
+
+def as_long_as(rollout: Rollout) -> Request:
+    """Returns the rollout's request, changed so that any completion has as many tokens as this one."""
+    endless = replace(
+        rollout.request.params, max_tokens=len(rollout.token_ids), stop_token_ids=(), stop_strings=()
+    )
+    return replace(rollout.request, params=endless)
 
 
 class VllmRollouts:
@@ -57,9 +67,17 @@ class VllmRollouts:
                 f"servers were started with (paceline serve RUN --exchange {self._exchange}), or set {TOKEN}"
             ) from None
         try:
-            return VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=main, token=token)
+            servers = VllmServers(self._vllm.servers, self._config.rollout.max_slots, sends=main, token=token)
+            comparable = self._config.measure.plain_every == 0 or servers.adaptive
         except ConnectionError as error:
             raise UserError(f"rollout.vllm.servers: {error}") from None
+        if not comparable:
+            raise UserError(
+                "measure.plain_every needs the adaptive scheduler in all of rollout.vllm.servers: start them "
+                "with paceline serve RUN, without --schedule and --api-server-count, or write "
+                "measure.plain_every: 0"
+            )
+        return servers
 
     def _in_process(self, source: Path) -> ServedBackend:
         if self._accelerator.num_processes > 1:

@@ -16,7 +16,7 @@ from paceline.rl.errors import UserError
 from paceline.rl.generation.groups import Groups, OnFinish, OnStep
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.generation.progress import RolloutProgress
-from paceline.rl.generation.vllm import VllmRollouts
+from paceline.rl.generation.vllm import VllmRollouts, as_long_as
 from paceline.rl.lengths.estimate import PredictedLengths
 from paceline.rl.models.initial import tap_layers
 from paceline.rl.models.loading import load_policy
@@ -164,10 +164,16 @@ class RolloutWorker:
     def measure_plain(self, batch: RankRollouts, progress: RolloutProgress | None = None) -> None:
         """Decodes the requests of a batch again without speculation, for a paired ratio.
 
+        vLLM draws other tokens then: each request gets as many as before, whatever they are.
+
         Args:
-            batch: Rollouts of this rank, to which the time and the share of equal completions are added.
+            batch: Rollouts of this rank, to which the time is added, and by the engine also the share of
+                equal completions.
             progress: Shows the progress to the user.
         """
+        if self._vllm is not None:
+            self._measure_plain_by_vllm(batch, progress)
+            return
         engine = self.engine
         before = engine.speculation.selector, engine.collect_traces, engine.kept
         engine.use_strategy(PLAIN)
@@ -187,6 +193,16 @@ class RolloutWorker:
         batch.plain_seconds = time.perf_counter() - begin
         same = [a.token_ids == b.token_ids for a, b in zip(again, batch.rollouts, strict=True)]
         batch.plain_identical = sum(same) / len(same)
+
+    def _measure_plain_by_vllm(self, batch: RankRollouts, progress: RolloutProgress | None) -> None:
+        assert self._vllm is not None
+        requests = [as_long_as(r) for r in batch.rollouts if r.token_ids]
+        begin = time.perf_counter()
+        if progress is None:
+            self._vllm.backend.generate_plain(requests)
+        else:
+            self._vllm.backend.generate_plain(requests, progress.on_step, on_finish=progress.on_finish)
+        batch.plain_seconds = time.perf_counter() - begin
 
     @property
     def selector(self) -> Selector:

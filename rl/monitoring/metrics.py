@@ -173,7 +173,8 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         metrics["measure/plain_seconds"] = plain
         metrics["measure/adaptive_seconds"] = rollout
         metrics["measure/rollout_speedup"] = plain / rollout
-        metrics["measure/identical"] = float(np.mean([r["plain_identical"] for r in ranks]))
+        if ranks[0]["plain_identical"] is not None:
+            metrics["measure/identical"] = float(np.mean([r["plain_identical"] for r in ranks]))
     return metrics
 
 

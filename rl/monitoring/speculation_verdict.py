@@ -140,6 +140,8 @@ def _batch(measured: Sequence[dict[str, Any]]) -> list[str]:
 
 def _different_lengths(measured: Sequence[dict[str, Any]]) -> list[str]:
     """Checks whether both sides decoded different completions, so that lengths affect the ratio as well."""
+    if not any("measure/identical" in m for m in measured):  # vLLM decodes as many tokens on both sides
+        return []
     identical = _mean(measured, "measure/identical")
     if identical >= _MIN_IDENTICAL_SHARE:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,10 @@ def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         plain = sum(m["measure/plain_seconds"] for m in measured)
         adaptive = sum(m["measure/adaptive_seconds"] for m in measured)
         summary["rollout_speedup"] = plain / adaptive
-        summary["identical_to_plain"] = float(np.mean([m["measure/identical"] for m in measured]))
+        if "measure/identical" in measured[0]:
+            summary["identical_to_plain"] = float(np.mean([m["measure/identical"] for m in measured]))
+        if len(measured) > 1:
+            summary["rollout_speedup_error"] = _ratio_std_error(measured)
         saved = sum(m["measure/plain_seconds"] - m["measure/adaptive_seconds"] for m in measured)
         seconds = sum(m["time/step"] for m in measured)
         summary["step_speedup"] = (seconds + saved) / seconds
@@ -95,6 +99,18 @@ def _plain_share(measured: list[dict[str, Any]]) -> float:
     plain = sum(m["measure/plain_seconds"] for m in measured)
     rest = sum(m["time/step"] - m["measure/adaptive_seconds"] for m in measured)
     return plain / (plain + rest)
+
+
+def _ratio_std_error(measured: Sequence[dict[str, Any]]) -> float:
+    """Returns the standard error of the ratio of plain to adaptive seconds, summed over two or more steps.
+
+    It is that of a ratio estimator (Cochran, Sampling Techniques, 1977, equation 6.13): steps are paired, so
+    that longer completions on both sides do not count as noise.
+    """
+    plain = np.array([m["measure/plain_seconds"] for m in measured])
+    adaptive = np.array([m["measure/adaptive_seconds"] for m in measured])
+    residuals = plain - plain.sum() / adaptive.sum() * adaptive
+    return float(np.sqrt((residuals**2).sum() / (len(plain) - 1) / len(plain)) / adaptive.mean())
 
 
 def rise_std_error(first: list[dict[str, Any]], last: list[dict[str, Any]]) -> float:
@@ -128,6 +144,17 @@ def _variance_of_mean(x: np.ndarray) -> float:
     return float(x.var(ddof=1) / len(x)) if len(x) > 1 else 0.0
 
 
+def _speedup(summary: dict[str, Any]) -> str:
+    """Returns the measured ratio, its error, and how the two sides' tokens compare."""
+    error = f" ± {summary['rollout_speedup_error']:.2f}" if "rollout_speedup_error" in summary else ""
+    tokens = (
+        f"{summary['identical_to_plain']:.1%} of completions token-identical"
+        if "identical_to_plain" in summary
+        else "other tokens, as many"
+    )
+    return f"{summary['rollout_speedup']:.2f}x{error} over {summary['measured_steps']} steps; {tokens}"
+
+
 def table(summary: dict[str, Any]) -> Table:
     """Formats the summary as the table that is printed at the end of a run."""
     t = Table(title="Paceline", show_header=False)
@@ -142,8 +169,7 @@ def table(summary: dict[str, Any]) -> Table:
     if "rollout_speedup" in summary:
         t.add_row(
             "rollout speedup over plain decoding of the same requests",
-            f"{summary['rollout_speedup']:.2f}x over {summary['measured_steps']} steps; "
-            f"{summary['identical_to_plain']:.1%} of completions token-identical",
+            _speedup(summary),
         )
         t.add_row(
             "step speedup over plain decoding",

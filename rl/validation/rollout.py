@@ -130,6 +130,7 @@ def vllm_rules(config: RunConfig) -> list[Rule]:
 def _vllm_features(config: RunConfig) -> list[Rule]:
     """Returns rules against features that only the engine has."""
     r, length = config.rollout, config.length
+    adapts = config.speculation.strategy == "adaptive"
     unsupported = [f"rollout.{name}" for name in ("segment_tokens", "tree") if getattr(r, name) is not None]
     return [
         (
@@ -153,9 +154,9 @@ def _vllm_features(config: RunConfig) -> list[Rule]:
             "length.anytime: null or rollout.vllm: null",
         ),
         (
-            config.measure.plain_every == 0,
-            "measure.plain_every decodes again with the engine, which rollout.vllm replaces: write "
-            "measure.plain_every: 0",
+            config.measure.plain_every == 0 or (adapts and bool(config.speculation.drafters)),
+            "measure.plain_every compares vLLM's adaptive drafts with none: write speculation.strategy: "
+            "adaptive and speculation.drafters: [eagle3], or measure.plain_every: 0",
         ),
     ]
 

@@ -39,6 +39,16 @@ class Decoder(Protocol):
 class ServedBackend(Decoder, Protocol):
     """A decoder with its own copy of the weights, which it receives as files."""
 
+    def generate_plain(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None = None,
+        *,
+        on_finish: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """Decodes requests without drafts, for a comparison, and otherwise as `generate` does."""
+        ...
+
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
         """Replaces the policy's weights; later tokens are decoded with the new ones.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from paceline.rollout.api import FinishReason, Request, Rollout, RolloutStats
+from paceline.rollout.backends.vllm_plain import MARK
 
 _NUM_SEEDS = 2**32  # seeds are sent modulo this
 # A server fills parameters that a request leaves out from the policy's generation_config.json, which has
@@ -42,6 +43,17 @@ def sampling(request: Request) -> dict[str, Any]:
     if requested.stop_strings:  # they may be special tokens, and vLLM searches for them in its output text
         params |= {"stop": list(requested.stop_strings), "skip_special_tokens": False}
     return params
+
+
+def marked_plain(number: int) -> dict[str, Any]:
+    """Returns fields of the completion endpoint that ask for decoding without drafts.
+
+    The cache salt keeps prompts of this comparison, and their keys and values, apart from all others.
+
+    Args:
+        number: Number of the comparison.
+    """
+    return {"vllm_xargs": {MARK: 1}, "cache_salt": f"paceline-plain-{number}"}
 
 
 def finished(

@@ -15,7 +15,7 @@ from paceline.rollout.backends.adaptive.depth_control import DepthControl
 from paceline.rollout.backends.adaptive.draft_schedule import draft_depths, listing_schedule
 from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
 from paceline.rollout.backends.exchange import DIRECTORY
-from paceline.rollout.backends.vllm_conversion import finished, rejected, sampling
+from paceline.rollout.backends.vllm_conversion import finished, marked_plain, rejected, sampling
 from paceline.rollout.backends.vllm_transfer import NAME, register
 from paceline.rollout.engine.engine import StepRecord
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
@@ -129,6 +129,31 @@ class VllmEngine:
         on_finish: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
         """Decodes the requests, see `Decoder.generate`."""
+        return self._generate(requests, on_step, on_finish, plain=False)
+
+    def generate_plain(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None = None,
+        *,
+        on_finish: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """Decodes without drafts, see `ServedBackend.generate_plain`.
+
+        Raises:
+            RuntimeError: The depth of drafts is fixed.
+        """
+        if self._depth and self.control is None:
+            raise RuntimeError("VllmEngine was made with adaptive=False, which drafts in every step")
+        return self._generate(requests, on_step, on_finish, plain=True)
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None,
+        on_finish: Callable[[int, Rollout], None] | None,
+        plain: bool,
+    ) -> list[Rollout]:
         done: dict[int, Rollout] = {}
 
         def finish(index: int, rollout: Rollout) -> None:
@@ -140,7 +165,7 @@ class VllmEngine:
         self.records = []
         started = time.perf_counter()
         try:
-            self._submit(requests, in_flight, finish)
+            self._submit(requests, in_flight, finish, marked_plain(next(self._numbers)) if plain else {})
             while in_flight:
                 begin = time.perf_counter()
                 outputs = self._llm.llm_engine.step()
@@ -175,17 +200,32 @@ class VllmEngine:
         requests: Sequence[Request],
         in_flight: dict[str, _InFlight],
         finish: Callable[[int, Rollout], None],
+        marks: dict[str, Any],
     ) -> None:
-        """Submits the requests; those that vLLM rejects are finished as failed."""
+        """Submits the requests; those that vLLM rejects are finished as failed.
+
+        Args:
+            requests: Requests to submit.
+            in_flight: Receives them by their names.
+            finish: Called for those that are rejected.
+            marks: From `marked_plain`, or empty.
+        """
         from vllm import SamplingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
         for index, request in enumerate(requests):
             name = str(next(self._numbers))
-            params = SamplingParams(**sampling(request), output_kind=RequestOutputKind.DELTA)
+            params = SamplingParams(
+                **sampling(request),
+                extra_args=marks.get("vllm_xargs"),
+                output_kind=RequestOutputKind.DELTA,
+            )
+            prompt = {"prompt_token_ids": list(request.prompt_ids)}
+            if marks:
+                prompt["cache_salt"] = marks["cache_salt"]
             try:
-                self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
+                self._llm.llm_engine.add_request(name, prompt, params)
             except (ValueError, VLLMValidationError) as error:
                 finish(index, rejected(request, error, self._version))
                 continue

@@ -28,6 +28,7 @@ from paceline.rollout.backends.adaptive.vllm_options import (
     VllmOptions,
     options_from_environment,
 )
+from paceline.rollout.backends.vllm_plain import is_plain
 from paceline.rollout.trees.draft_tree import MAX_NODES
 
 logger = init_logger("vllm.paceline")
@@ -37,6 +38,8 @@ _VARYING_METHODS = ("ngram", "custom_class")  # may draft fewer tokens than aske
 
 class AdaptiveScheduler(Scheduler):
     """Chooses how many tokens each step drafts; everything else is vLLM's scheduler.
+
+    Steps with a request that asks for plain decoding (`paceline.rollout.backends.vllm_plain`) draft nothing.
 
     The depths to choose from are those of the speculative config's ``num_speculative_tokens_per_batch_size``,
     and 0. Without such a schedule, or with a method that cannot draft less than its maximum, a warning says
@@ -109,7 +112,10 @@ class AdaptiveScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Sets the depth of the step's drafts before vLLM makes room for them."""
         control = self.control
-        if control is not None:
+        if control is not None and self._any_plain(scheduler_output):
+            control.interrupted()
+            scheduler_output.num_spec_tokens_to_schedule = self._drafting = 0
+        elif control is not None:
             scheduler_output.num_spec_tokens_to_schedule = self._drafting = control.guard(
                 lambda: control.scheduled(
                     id(scheduler_output), self._shape(scheduler_output), time.perf_counter()
@@ -117,6 +123,10 @@ class AdaptiveScheduler(Scheduler):
                 otherwise=scheduler_output.num_spec_tokens_to_schedule,
             )
         super()._update_after_schedule(scheduler_output)
+
+    def _any_plain(self, step: SchedulerOutput) -> bool:
+        """Returns whether a request of the step is to be decoded without drafts; nothing is learned then."""
+        return any(is_plain(self.requests[name].sampling_params) for name in step.num_scheduled_tokens)
 
     def _shape(self, step: SchedulerOutput) -> StepShape:
         context = max(

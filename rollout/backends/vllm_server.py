@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
+from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
 from paceline.rollout.backends.exchange import DIRECTORY, TOKEN, make_token
-from paceline.rollout.backends.vllm_conversion import finished, rejected, sampling
+from paceline.rollout.backends.vllm_conversion import finished, marked_plain, rejected, sampling
 from paceline.rollout.engine.engine import StepRecord
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -75,6 +76,29 @@ class VllmServers:
 
         Requests fail if their server cannot be reached.
         """
+        return self._generate(requests, on_finish, {})
+
+    def generate_plain(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[StepRecord], None] | None = None,
+        *,
+        on_finish: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:
+        """Decodes without drafts, see `ServedBackend.generate_plain`; servers must be `adaptive`."""
+        return self._generate(requests, on_finish, marked_plain(time.time_ns()))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether every server has the adaptive scheduler, according to its metrics."""
+        return all("paceline:draft_depth" in self._call(c, "GET", "/metrics").text for c in self._clients)
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        on_finish: Callable[[int, Rollout], None] | None,
+        marks: dict[str, Any],
+    ) -> list[Rollout]:
         groups = [number if r.group is None else ("group", r.group) for number, r in enumerate(requests)]
         server_of = {group: order % len(self._clients) for order, group in enumerate(dict.fromkeys(groups))}
         servers = [server_of[group] for group in groups]
@@ -82,7 +106,7 @@ class VllmServers:
         stop = threading.Event()
         with ThreadPoolExecutor(self._max_slots * len(self._clients)) as pool:
             futures = {
-                pool.submit(self._complete, r, server, stop): i
+                pool.submit(self._complete, r, server, stop, marks): i
                 for i, (r, server) in enumerate(zip(requests, servers, strict=True))
             }
             try:
@@ -97,7 +121,9 @@ class VllmServers:
                 raise
         return [r for r in done if r is not None]
 
-    def _complete(self, request: Request, server: int, stop: threading.Event) -> Rollout:
+    def _complete(
+        self, request: Request, server: int, stop: threading.Event, marks: dict[str, Any]
+    ) -> Rollout:
         if stop.is_set():
             return rejected(request, InterruptedError("cancelled"), self._version)
         begin = time.perf_counter()
@@ -106,6 +132,7 @@ class VllmServers:
             "prompt": list(request.prompt_ids),
             "return_token_ids": True,
             **sampling(request),
+            **marks,
         }
         try:
             choice = self._call(self._clients[server], "POST", "/v1/completions", body).json()["choices"][0]
@@ -185,8 +212,8 @@ def serve_command(
         model: Directory or hub id of the policy.
         drafter: Directory in the export format; None serves without drafts.
         depth: Maximum draft tokens of a step.
-        schedule: (from, to, draft tokens) by batch size, such as `DepthControl.schedule` learns; empty always
-            drafts ``depth`` tokens.
+        schedule: (from, to, draft tokens) by batch size, such as `DepthControl.schedule` learns; empty lets
+            the adaptive scheduler choose from 0 to ``depth`` in each step.
         host: Address that the server listens on.
         port: Port that the server listens on.
         max_slots: Maximum number of sequences decoded together.
@@ -225,6 +252,8 @@ def serve_command(
         }
         if schedule:
             speculative["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
+        else:
+            command += ["--scheduler-cls", ADAPTIVE_SCHEDULER]
         command += ["--speculative-config", json.dumps(speculative)]
     return [*command, *more]
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from paceline.rollout.backends.exchange import confined
 from paceline.rollout.backends.vllm_environment import install
+from paceline.rollout.backends.vllm_plain import skip_drafter
 
 NAME = "paceline_files"
 
@@ -99,7 +100,7 @@ def engine_class() -> type[Any]:
         update_info_cls = UpdateInfo
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
-            pass
+            skip_drafter()  # here because every process that runs the model comes by
 
         def start_weight_update(self) -> None:
             initialize_layerwise_reload(self.model)

@@ -186,6 +186,35 @@ def test_new_weights_are_drawn_from(policy, served):
         engine.update_policy([folder / "back.safetensors"], version=6)
 
 
+def test_plain_requests_draft_nothing_and_spare_the_drafter(policy, served, monkeypatch):
+    """Not even the drafter's layer runs; what comes after has its keys and values from itself."""
+    from vllm.v1.spec_decode.eagle import EagleProposer
+
+    engine, _ = served
+    always_draft(engine, 3, monkeypatch)
+    forwards = []
+    monkeypatch.setattr(
+        EagleProposer,
+        "set_inputs_first_pass",
+        lambda *args, kept=EagleProposer.set_inputs_first_pass, **options: (
+            forwards.append(1) or kept(*args, **options)
+        ),
+    )
+    asked = requests(6, 40, temperature=0.0)
+    drafted = engine.generate(asked)
+    assert forwards
+    forwards.clear()
+    learned = engine.control.status()["steps_by_depth"]
+    plain = engine.generate_plain(asked)
+    assert not forwards
+    assert [r.token_ids for r in plain] == [r.token_ids for r in drafted]
+    assert {r.strategy for r in engine.records} == {"plain"}
+    assert engine.control.status()["steps_by_depth"] == learned
+    again = engine.generate(asked)
+    assert mean_acceptance_length(again) == mean_acceptance_length(drafted)
+    assert forwards
+
+
 def test_stops_and_refusals(served):
     engine, _ = served
     stopping = requests(4, 64, stop_token_ids=tuple(range(0, VOCAB, 3)))

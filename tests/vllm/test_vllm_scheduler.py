@@ -19,6 +19,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
+from paceline.rollout.backends.vllm_plain import MARK
 from paceline.rollout.backends.vllm_scheduler import AdaptiveAsyncScheduler, AdaptiveScheduler
 from paceline.rollout.strategy import PLAIN, Strategy
 from tests.engines import tiny_eagle3, tiny_llama
@@ -79,9 +80,10 @@ def script(scheduler, depths):
     return told
 
 
-def add(scheduler, names, tokens=64):
+def add(scheduler, names, tokens=64, plain=False):
     for name in names:
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        marks = {MARK: 1} if plain else None
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, extra_args=marks)
         params.update_from_generation_config({}, eos_token_id=None)
         scheduler.add_request(Request(name, list(range(1, PROMPT + 1)), params, None))
 
@@ -183,3 +185,18 @@ def test_pauses_and_weight_updates_are_told_to_the_control(folder):
     scheduler.set_pause_state(PauseState.UNPAUSED)
     scheduler.reset_prefix_cache()
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_is_drafted_beside_a_plain_request(folder, asynchronous):
+    scheduler = scheduler_for(config_for(folder, asynchronous))
+    told = script(scheduler, [3] * 20)
+    in_flight = 2 if asynchronous else 1
+    add(scheduler, ["a", "b"])
+    assert run(scheduler, 4, in_flight)[-1] == {"a": 3, "b": 3}
+    add(scheduler, ["c"], plain=True)
+    before = len(told)
+    widths = run(scheduler, 6, in_flight)
+    assert widths[-1] == dict.fromkeys("abc", 0)
+    assert len(told) <= before + 1  # a step that was under way
+    assert not scheduler.control.broken

@@ -45,7 +45,7 @@ def train(home, *options):
     environment = {**os.environ, "VLLM_PLUGINS": "paceline", "PYTHONPATH": f"{ROOT}:{home}"}
     recipe = [
         "policy.model=small-llama",
-        "measure.plain_every=0",
+        "measure.plain_every=3",
         "task.reward=digits:score",
         "save_every=1",
         "update.kl_coef=0",
@@ -76,6 +76,7 @@ def check(run):
     ]
     assert rewards(run)[-1] > rewards(run)[0] + 0.05, rewards(run)
     assert metrics[-1]["drafter/updates"] > 0
+    assert [m["step"] for m in metrics if m.get("measure/rollout_speedup", 0) > 0] == [2, 5]
     assert (run / "drafter" / "model.safetensors").is_file()
 
 

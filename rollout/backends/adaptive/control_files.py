@@ -40,7 +40,11 @@ class ControlFiles:
         self._state_at = self._status_at = float("-inf")
 
     def restore(self) -> None:
-        """Restores the state of an earlier start, if there is one of the same identity."""
+        """Restores the state of an earlier start, if there is one of the same identity.
+
+        A first status is written too: it says that this scheduler runs.
+        """
+        self._write_status()
         if self._state is None or not self._state.is_file():
             return
         try:

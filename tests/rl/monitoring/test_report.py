@@ -181,3 +181,24 @@ def test_report_holds_every_plot_and_summary_the_bound(tmp_path):
     # a step lasts from 0 to 6.6; plainly 3.1 more, of which rollouts take 6
     assert summary["step_speedup"] == pytest.approx(9.7 / 6.6)
     assert summary["step_speedup_bound"] == pytest.approx(9.7 / 3.7)
+
+
+def test_the_error_of_the_speedup_is_that_of_paired_steps():
+    """Cochran's estimator by hand: ratio 1.5, residuals 4 − 3, 6 − 6 and 8 − 9, mean adaptive time 4."""
+    steps = [step_metrics([rank(i, 0, plain=4.0), rank(i, 1, plain=5.8)], group_size=4) for i in range(3)]
+    for m, plain, adaptive in zip(steps, (4.0, 6.0, 8.0), (2.0, 4.0, 6.0), strict=True):
+        m |= {"step": 5, "measure/plain_seconds": plain, "measure/adaptive_seconds": adaptive}
+    summary = summarise(steps)
+    assert summary["rollout_speedup"] == pytest.approx(1.5)
+    assert summary["rollout_speedup_error"] == pytest.approx(((1 + 0 + 1) / 2 / 3) ** 0.5 / 4)
+    assert "rollout_speedup_error" not in summarise(steps[:1])
+
+
+def test_vllm_is_compared_by_as_many_other_tokens():
+    unlike = {"plain_identical": None}
+    m = step_metrics([rank(0, 0, plain=4.0) | unlike, rank(0, 1, plain=5.8) | unlike], group_size=4)
+    assert m["measure/rollout_speedup"] == pytest.approx(5.8 / 2.9)
+    assert "measure/identical" not in m
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(summarise([m])))
+    assert "2.00x over 1 steps; other tokens, as many" in console.export_text()

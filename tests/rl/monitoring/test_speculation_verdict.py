@@ -83,3 +83,10 @@ def test_several_reasons_come_together():
     """A large batch whose drafts are rejected and expensive."""
     both = {"rollout__acceptance_length": 1.1, "rollout__drafting_share": 0.3, "rollout__active_mean": 32.0}
     assert len(verdict([step(7, 0.7, **both)])) == 4
+
+
+def test_lengths_are_no_reason_where_both_sides_decode_as_many_tokens():
+    """vLLM draws other tokens, so that there is no share of identical completions."""
+    measured = step(4, 0.8)
+    del measured["measure/identical"]
+    assert "neither acceptance nor drafting time" in " ".join(verdict([measured]))

@@ -6,12 +6,17 @@ from paceline.rl.errors import UserError
 from paceline.rl.recipe import load_config
 
 TINY = "configs/tiny.yaml"
+DRAFTING = ["speculation.drafters=[eagle3]", "drafter.start=drafter"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["measure.plain_every=5"], "measure.plain_every decodes again"),
+        (["measure.plain_every=5"], "measure.plain_every compares vLLM's adaptive drafts with none"),
+        (
+            ["measure.plain_every=5", "speculation.strategy=eagle3:3", *DRAFTING],
+            "measure.plain_every compares vLLM's adaptive drafts with none",
+        ),
         (["speculation.drafters=[suffix]"], "drafts with EAGLE-3 or not at all"),
         (["speculation.drafters=[eagle3]"], "name one in drafter.start"),
         (["rollout.segment_tokens=16"], "leave rollout.segment_tokens out"),
@@ -26,5 +31,6 @@ TINY = "configs/tiny.yaml"
 def test_what_vllm_does_not_do_is_said(overrides, says):
     base = ["rollout.vllm={}", "speculation.drafters=[]", "measure.plain_every=0"]
     load_config(TINY, base)
+    load_config(TINY, [*base, *DRAFTING, "measure.plain_every=5"])
     with pytest.raises(UserError, match=says):
         load_config(TINY, [*base, *overrides])

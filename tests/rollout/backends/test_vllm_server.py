@@ -23,7 +23,7 @@ from paceline.rollout.backends.vllm_server import (
 
 
 @contextmanager
-def server(answer):
+def server(answer, metrics=""):
     """A server whose completions are ``answer(body)`` → (tokens, log-probs, finish reason), or a status."""
     calls = []
 
@@ -41,7 +41,7 @@ def server(answer):
             self.wfile.write(body)
 
         def do_GET(self):
-            self.reply(200, {"data": [{"id": "policy"}]})
+            self.reply(200, metrics if self.path == "/metrics" else {"data": [{"id": "policy"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
@@ -311,3 +311,35 @@ def test_the_client_shows_its_token():
     httpd.shutdown()
     httpd.server_close()
     assert headers == ["Bearer abc"]
+
+
+def test_plain_requests_say_so_and_share_no_prefix_with_others():
+    with server(echo) as (url, calls):
+        servers = VllmServers([url], max_slots=2)
+        asked = [Request([1, 2, i], SamplingParams(max_tokens=3), group=0) for i in range(2)]
+        servers.generate(asked)
+        rollouts = servers.generate_plain(asked)
+        servers.generate_plain(asked)
+        servers.close()
+    assert [r.token_ids for r in rollouts] == [[0, 2, 1], [1, 2, 1]]
+    bodies = [body for path, body in calls if path == "/v1/completions"]
+    assert ["vllm_xargs" in body for body in bodies] == [False] * 2 + [True] * 4
+    assert bodies[2]["vllm_xargs"] == {"paceline_plain": 1}
+    salts = [body.get("cache_salt") for body in bodies]
+    assert salts[:2] == [None, None] and salts[2] == salts[3] != salts[4] == salts[5]
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_server_without_the_adaptive_scheduler_is_recognised(adaptive):
+    metrics = "paceline:draft_depth 0.0" if adaptive else "vllm:num_requests_running 0.0"
+    with server(echo, metrics) as (first, _), server(echo, "paceline:draft_depth 3.0") as (second, _):
+        servers = VllmServers([first, second], max_slots=2)
+        assert servers.adaptive is adaptive
+        servers.close()
+
+
+def test_a_server_chooses_its_depths_unless_it_gets_a_schedule():
+    command = serve_command("policy", drafter=Path("drafter"))
+    assert command[command.index("--scheduler-cls") + 1].endswith("vllm_scheduler.AdaptiveScheduler")
+    assert "--scheduler-cls" not in serve_command("policy", drafter=Path("drafter"), schedule=[(1, 8, 4)])
+    assert "--scheduler-cls" not in serve_command("policy")
