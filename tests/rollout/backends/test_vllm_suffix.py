@@ -65,8 +65,8 @@ def test_siblings_share_their_tokens_in_the_step_in_which_they_come():
     assert runner.step() == {"a": [], "b": [12, 13, 14]}
     runner.admit(c=[11, 12, 13, 14, 15, 16], d=[11, 12, 13, 14, 15, 16])
     assert runner.step(b=[12])["b"] == [13, 14, 15, 16]
-    runner.admit(e=[20])
-    assert runner.step(a=[20, 21, 22], b=[30, 11])["e"][:1] == [21]
+    runner.step(b=[60, 61])
+    assert runner.step(a=[60, 61], b=[62])["a"] == [62], "though its row comes first"
 
 
 def test_only_the_samples_of_a_prompt_share():
@@ -134,9 +134,9 @@ def test_the_scheduler_says_how_much_is_drafted_and_the_context_ends_it():
     assert len(runner.step(depth=500, e=[16])["e"]) > 7
     longest = [*PROMPT, *text, 1, 2]
     runner.finish(*"abcde")
-    runner.admit(prompt=longest, f=[10, 11, 12, 13, 14, 15, 16, 17, 18, 19], g=text[:22])
-    room = LONGEST - len(longest) - 22 - 1
-    assert len(runner.step(depth=10)["g"]) <= room
+    runner.admit(prompt=longest, **dict.fromkeys("fgh", text[:29]))
+    runner.admit(prompt=longest, i=text[:25])
+    assert runner.step(depth=10)["i"] == text[25:28], "one place is left for the token that vLLM samples"
 
 
 def test_drafts_end_where_they_become_unlikely():
@@ -153,15 +153,18 @@ def test_requests_that_wait_for_memory_or_read_their_prompts_add_nothing_twice()
     runner.admit(a=[11, 12], b=[])
     runner.step(reading=["b"])
     assert list(drafter._sequences) == ["a"]
+    known = drafter._sequences["a"]
     runner.waiting.add("a")
     runner.step(b=[11])
     runner.waiting.clear()
     runner.step(a=[13], b=[12])
     (group,) = drafter._texts._groups.values()
     assert len(group.live) == 2
-    runner.requests["a"] = ([9, 9], [1])  # another request with a finished one's id
-    assert runner.step(b=[13])["a"] == []
-    assert drafter._sequences["a"].tokens == [9, 9, 1]
+    assert drafter._sequences["a"] is known
+    for other in ([9, 9], [8] * 9):  # another request with a finished one's id
+        runner.requests["a"] = (other, [1])
+        assert runner.step(b=[13])["a"] == []
+        assert drafter._sequences["a"].tokens == [*other, 1]
 
 
 def test_an_error_costs_the_drafts_only(caplog):
@@ -169,7 +172,10 @@ def test_an_error_costs_the_drafts_only(caplog):
     runner = Runner(drafter)
     runner.admit(a=[11, 12, 11])
     assert runner.step()["a"] == [12, 11, 12]
-    assert drafter.propose([[1]], None, None) == [[]], "vLLM's runner has not said which step it is"
+    untold = np.array([[*PROMPT, 11, 12, 11]])
+    assert drafter.propose([[1]], np.array([6]), untold) == [[]], (
+        "vLLM's runner has not said which step it is"
+    )
     assert runner.step(a=[12, 11]) == {"a": []}
     assert caplog.text.count("nothing is drafted any more") == 1
 
