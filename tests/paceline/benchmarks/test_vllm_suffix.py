@@ -55,15 +55,15 @@ def test_all_settings_warm_up_and_then_decode_two_epochs_of_the_same_prompts(mon
     assert by_method["suffix"][1]["PYTHONPATH"].startswith(str(Path("arctic").resolve()))
 
 
-def test_ratios_are_of_all_rounds():
+def test_ratios_are_of_the_fastest_rounds():
     rows = [
         SuffixRow(number, "epoch 1", setting, 100, seconds, 20, 30 if setting == "group" else 0)
-        for setting, times in (("plain", (1.0, 3.0)), ("ngram", (4.0, 4.0)), ("group", (1.0, 1.0)))
+        for setting, times in (("plain", (1.0, 3.0)), ("ngram", (5.0, 2.0)), ("group", (1.0, 0.5)))
         for number, seconds in enumerate(times, 1)
     ]
     table = suffix_table(rows)
     cells = [list(column.cells) for column in table.columns]
-    assert cells[2] == ["50.0", "25.0", "100.0"]
+    assert cells[2] == ["100.0", "50.0", "200.0"]
     assert cells[3] == ["1.00", "0.50", "2.00"]
     assert cells[4] == ["", "1.00", "4.00"]
     assert cells[5][2] == "2.50" and cells[6][2] == "0.30"
