@@ -26,6 +26,7 @@ STUDIES = {
     "products": "decoding.products",
     "served": "decoding.served",
     "vllm-depths": "decoding.vllm_depths",
+    "vllm-suffix": "decoding.vllm_suffix",
     "gpu-check": "decoding.gpu_check",
     "plan": "decoding.plan",
     "update": "training.update",

@@ -77,6 +77,7 @@ class SuffixDrafter(StatelessSlots):
         self.max_states, self.decay, self.shared = max_states, decay, shared
         self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
         self._states = 0
+        self._observed: set[SequenceState] = set()  # samples that were observed and not forgotten
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
@@ -103,8 +104,40 @@ class SuffixDrafter(StatelessSlots):
         live = None if group is None else group.live.get(sequence)
         return 0 if live is None else live.matched
 
+    def continuation(self, sequence: SequenceState, depth: int, least: float) -> list[int]:
+        """Returns the likeliest continuation of the sequence's longest match.
+
+        The probability of a token is estimated as its share of the weight of all that followed, with one more
+        occurrence, in the group's latest sample, of something else (Laplace's rule): a text that was seen
+        once is trusted less than one that was seen in all samples.
+
+        Args:
+            sequence: Sequence that was observed.
+            depth: Maximum number of tokens.
+            least: The continuation ends before the product of its tokens' probabilities falls below this.
+        """
+        group = self._groups.get(self._key(sequence))
+        live = None if group is None else group.live.get(sequence)
+        tokens: list[int] = []
+        if group is None or live is None or live.matched == 0:
+            return tokens
+        at, probability = (live.match, live.matched), 1.0
+        while len(tokens) < depth:
+            after, matched = _seen_after(group.automaton, at)
+            weight, token, state = max(after, default=(0.0, 0, 0))
+            probability *= weight / (sum(other for other, _, _ in after) + group.weight)
+            if not after or probability < least:
+                break
+            tokens.append(token)
+            at = state, matched + 1
+        return tokens
+
     def observe(self, sequence: SequenceState, count: int) -> None:
-        """Adds the sequence's new tokens to its group's automaton."""
+        """Adds the sequence's new tokens to its group's automaton.
+
+        If the group was dropped meanwhile, only these are added: reading all the text again, which is dropped
+        again, would take longer with every token.
+        """
         key = self._key(sequence)
         group = self._groups.get(key)
         if group is None:
@@ -114,7 +147,10 @@ class SuffixDrafter(StatelessSlots):
         before = len(group.automaton)
         live = group.live.get(sequence)
         if live is None:
-            live = group.live[sequence] = self._start(group, sequence)
+            dropped = sequence in self._observed
+            live = _Live(tokens=len(sequence.tokens) - count) if dropped else self._start(group, sequence)
+            group.live[sequence] = live
+            self._observed.add(sequence)
         for token in sequence.tokens[live.tokens :]:
             live.match, live.matched = group.automaton.step(live.match, live.matched, token)
             live.last = group.automaton.extend(live.last, token, group.weight)
@@ -151,6 +187,7 @@ class SuffixDrafter(StatelessSlots):
 
         The text of a sample that shares nothing is dropped.
         """
+        self._observed.discard(sequence)
         key = self._key(sequence)
         group = self._groups.get(key)
         if group is None:
@@ -169,14 +206,24 @@ def _following(
         automaton: Automaton of the group.
         at: State and matched tokens.
     """
+    after, matched = _seen_after(automaton, at)
+    if not after:
+        return
+    after.sort(reverse=True)
+    total = sum(weight for weight, _, _ in after) + _UNSEEN_WEIGHT * after[0][0]
+    for weight, token, to in after:
+        yield weight / total, token, (to, matched + 1)
+
+
+def _seen_after(automaton: SuffixAutomaton, at: tuple[int, int]) -> tuple[list[tuple[float, int, int]], int]:
+    """Returns the weight, token and state of all that followed, and the length of the suffix they followed.
+
+    That suffix is the longest one of ``at`` that anything followed; nothing is returned for the empty one.
+    """
     state, matched = automaton.settle(*at), at[1]
     while state and not automaton.following[state]:
         state = automaton.link[state]
         matched = automaton.length[state]
     if state == 0:
-        return
-    after = [(automaton.weight[to], token, to) for token, to in automaton.following[state].items()]
-    after.sort(reverse=True)
-    total = sum(weight for weight, _, _ in after) + _UNSEEN_WEIGHT * after[0][0]
-    for weight, token, to in after:
-        yield weight / total, token, (to, matched + 1)
+        return [], 0
+    return [(automaton.weight[to], token, to) for token, to in automaton.following[state].items()], matched

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,20 @@ class PeerProcess:
     script: str
     target: str
 
-    def run(self, python: Path | None, model: Path, workload: dict[str, Any]) -> Any:
+    def run(
+        self,
+        python: Path | None,
+        model: Path,
+        workload: dict[str, Any],
+        environment: Mapping[str, str] | None = None,
+    ) -> Any:
         """Runs the script on a workload and returns the result that it writes.
 
         Args:
             python: Interpreter of the peer's environment.
             model: The policy, as the peer reads it.
             workload: See `paceline.benchmarks.common.vllm_peer`.
+            environment: Variables to add to those of this process; None adds none.
 
         Raises:
             UserError: The peer failed; the message has its last line.
@@ -44,21 +52,32 @@ class PeerProcess:
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "workload.json", Path(folder) / "result.json"
             source.write_text(json.dumps(workload))
-            self.output(python, [str(script), str(model), str(source), str(target)])
+            self.output(python, [str(script), str(model), str(source), str(target)], environment)
             return json.loads(target.read_text())
 
-    def output(self, python: Path | None, arguments: Sequence[str]) -> str:
+    def output(
+        self,
+        python: Path | None,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Returns what the peer's interpreter prints.
 
         Args:
             python: Interpreter of the peer's environment.
             arguments: Its arguments.
+            environment: Variables to add to those of this process; None adds none.
 
         Raises:
             UserError: The peer failed; the message has its last line.
         """
         result = subprocess.run(
-            [str(python), *arguments], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False
+            [str(python), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+            env={**os.environ, **(environment or {})},
         )
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or ["no message"]

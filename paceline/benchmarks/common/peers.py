@@ -130,6 +130,8 @@ class Peers:
         workloads: Sequence[tuple[int, Sequence[Request], Sequence[Request]]],
         repeats: int,
         speculative: dict[str, Any] | None,
+        *,
+        environment: Mapping[str, str] | None = None,
         **options: Any,
     ) -> list[dict[str, Any]]:
         """Runs workloads with vLLM, one after the other, in a process that gives its memory back at its end.
@@ -138,6 +140,7 @@ class Peers:
             workloads: Slots, timed requests and warm-up requests of each.
             repeats: Number of timed passes; the fastest counts.
             speculative: vLLM's ``speculative_config``; None decodes plainly.
+            environment: Variables to add to those of this process; None adds none.
             **options: Further arguments of vLLM's ``LLM``.
 
         Returns:
@@ -149,7 +152,7 @@ class Peers:
         jobs = [_as_json(*workload) for workload in workloads]
         shared = _sampling(workloads[0][1]) | {"repeats": repeats}
         job = {"workloads": jobs, **shared, "speculative": speculative, "options": options}
-        return _VLLM.run(self._python, self._path, job)
+        return _VLLM.run(self._python, self._path, job, environment)
 
     def llama_build(self) -> str | None:
         """Returns llama.cpp's version and instruction sets; None where it is left out.

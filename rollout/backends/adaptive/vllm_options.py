@@ -29,12 +29,15 @@ class VllmOptions:
             program gives a scheduler class.
         state: Directory in which what was learned is kept for the next start; None keeps nothing.
         probe_seconds: Seconds between the watchdog's verdict that a drafter is dead and the first probe.
+        suffix_tokens: Number of tokens of prompts and completions that `GroupSuffixProposer` keeps at least,
+            up to 650 bytes each in every worker; beyond it, the least recently used prompts are dropped.
     """
 
     speculative: dict[str, Any] | None = None
     adaptive: bool = True
     state: Path | None = None
     probe_seconds: float = 30.0
+    suffix_tokens: int = 500_000
 
     @classmethod
     def parse(cls, text: str) -> VllmOptions:
@@ -70,6 +73,10 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "probe_seconds": (
         lambda v: isinstance(v, int | float) and not isinstance(v, bool) and v > 0,
         "a number of seconds above 0",
+    ),
+    "suffix_tokens": (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
+        "a number of tokens above 0",
     ),
 }
 

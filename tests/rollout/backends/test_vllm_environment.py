@@ -55,6 +55,17 @@ def test_a_program_without_options_gets_drafts_their_depths_and_the_scheduler(mo
     assert changed.sleep_preserve_parameter_names == ["draft.*"]
 
 
+def test_a_proposers_class_is_enough(monkeypatch):
+    """vLLM sees by its path that it is one."""
+    proposer = {
+        "model": "paceline.rollout.backends.vllm_suffix.GroupSuffixProposer",
+        "num_speculative_tokens": 3,
+    }
+    changed = configured(monkeypatch, {"speculative": proposer})
+    assert changed.speculative_config == {**proposer, "num_speculative_tokens_per_batch_size": LISTING}
+    assert changed.scheduler_cls == ADAPTIVE_SCHEDULER
+
+
 def test_what_the_program_says_stays(monkeypatch):
     own = {"method": "eagle3", "num-speculative-tokens": 2}
     given = {"scheduler_cls": "theirs.Scheduler", "sleep_preserve_parameter_names": ["x"]}

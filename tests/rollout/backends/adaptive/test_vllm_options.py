@@ -12,9 +12,10 @@ def test_every_key_is_read(monkeypatch):
     assert options_from_environment() is None
     monkeypatch.setenv(
         VARIABLE,
-        '{"speculative": {"method": "ngram"}, "adaptive": false, "state": "/var/x", "probe_seconds": 5}',
+        '{"speculative": {"method": "ngram"}, "adaptive": false, "state": "/var/x", "probe_seconds": 5, '
+        '"suffix_tokens": 9}',
     )
-    assert options_from_environment() == VllmOptions({"method": "ngram"}, False, Path("/var/x"), 5)
+    assert options_from_environment() == VllmOptions({"method": "ngram"}, False, Path("/var/x"), 5, 9)
     monkeypatch.setenv(VARIABLE, "{}")
     assert options_from_environment() == VllmOptions()
 
@@ -30,6 +31,8 @@ def test_every_key_is_read(monkeypatch):
         ('{"state": ""}', 'state is "": write'),
         ('{"probe_seconds": true}', "probe_seconds is true: write"),
         ('{"probe_seconds": 0}', "probe_seconds is 0: write"),
+        ('{"suffix_tokens": 0}', "suffix_tokens is 0: write"),
+        ('{"suffix_tokens": 1e6}', "suffix_tokens is 1000000.0: write"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_key(text, named):
