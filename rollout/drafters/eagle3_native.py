@@ -5,6 +5,7 @@ On a CPU, steps of few tokens are a single call; on a GPU they replay captured g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,10 +148,7 @@ class NativeNetwork:
         counts, device = reading.counts, self._cache.device
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
         described = self._kernels.describe(ragged, device)
-        tokens = upload(
-            [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]],
-            device,
-        )
+        tokens = upload(list(itertools.chain.from_iterable(reading.tokens)), device)
         features = reading.taps(described.token_slots, described.positions)
         features = features[:, : self._weights.fc.in_features]
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:

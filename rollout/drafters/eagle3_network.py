@@ -15,7 +15,7 @@ from paceline.rollout.graphs.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.paged_cache import PagedCache
-from paceline.rollout.native import load_kernels
+from paceline.rollout.native import load_kernels, upload
 
 # Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
 # shape costs the kernel library a compilation, so that distinct shapes must be few.
@@ -77,19 +77,16 @@ class PaddedNetwork:
         if count > _EXACT_WIDTH:
             count = -(-count // _WIDTH_STEP) * _WIDTH_STEP
         device, taps = self._cache.device, reading.taps
-        padded = [
-            s.tokens[at + 1 : at + 1 + count] for s, at in zip(reading.sequences, reading.seen, strict=True)
-        ]
-        tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
-        place = torch.tensor(places, device=device)[:, None] + torch.arange(count, device=device)
+        tokens = upload([t + [0] * (count - len(t)) for t in reading.tokens], device)
+        place = upload(places, device)[:, None] + torch.arange(count, device=device)
         place = place.clamp(max=self._cache.span - 1)  # padding past a slot's end is overwritten later
-        shift = torch.tensor(reading.shift, device=device)[:, None]
+        shift = upload(reading.shift, device)[:, None]
         rows = torch.arange(len(tokens), device=device)
         slots = rows[:, None].expand_as(place).flatten()
         features = taps(slots, (place + shift).flatten()).view(*place.shape, -1)
         features = features[..., : self._model.fc.in_features]
         out = self._run(tokens, self._model.fc(features), chain_seats(place), shift)
-        newest = out[rows, torch.tensor(counts, device=device) - 1]
+        newest = out[rows, upload(counts, device) - 1]
         return newest, self._model.logits(newest)
 
     def step(
@@ -101,7 +98,7 @@ class PaddedNetwork:
             replayed = self.graphs.run(tokens, seats, cache.span, cache.slots, hidden)
             if replayed is not None:
                 return replayed[1].clone(), replayed[0]
-        out = self._run(tokens, hidden, seats, torch.tensor(shift, device=cache.device)[:, None])
+        out = self._run(tokens, hidden, seats, upload(shift, cache.device)[:, None])
         return out, self._model.logits(out)
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:

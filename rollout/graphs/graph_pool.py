@@ -132,15 +132,15 @@ class GraphPool:
         for key in self.plan.keys:
             self._get(key)
 
-    def key_for(self, batch: int, tokens: int, span: int) -> GraphKey | None:
-        """Returns the bucket of a shape, or None if it fits none."""
+    def key_for(self, batch: int, tokens: int, span: int, slots: int) -> GraphKey | None:
+        """Returns the bucket of a shape, no wider than the cache has slots; None if it fits none."""
         batch_bucket, token_bucket = (
             smallest_bucket(batch, self._batches),
             smallest_bucket(tokens, self._tokens),
         )
         if batch_bucket is None or token_bucket is None:
             return None
-        return GraphKey(self._phase, batch_bucket, token_bucket, span)
+        return GraphKey(self._phase, min(batch_bucket, max(slots, batch)), token_bucket, span)
 
     def run(
         self,
@@ -165,12 +165,9 @@ class GraphPool:
             the caller must run the forward itself.
         """
         batch, width = tokens.shape
-        key = self.key_for(batch, width, span)
+        key = self.key_for(batch, width, span, slots)
         if key is None or key.rows > len(self._logits):
             self.fallbacks["more sequences or tokens than any captured shape"] += 1
-            return None
-        if key.batch > slots:
-            self.fallbacks["the bucket is wider than the cache has slots"] += 1
             return None
         captured = self._get(key)
         if captured is None:

@@ -189,7 +189,7 @@ class ModelRunner:
             rows = token_buckets(max(MOST_ROWS, self.cache.shape.slots))
             return plan_graphs(self.shape, plan_keys("target", (1,), rows, (self.cache.span,), rows[-1]))
         batches = powers_of_two(self.cache.slots_at(self.cache.span))
-        widths = powers_of_two(1 << (max_tokens - 1).bit_length())
+        widths = powers_of_two(max_tokens)
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
     def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
@@ -247,8 +247,8 @@ class ModelRunner:
         positions = torch.arange(chunk.start, end, device=device)[None]
         rows = slice(chunk.slot, chunk.slot + 1)
         batch = ForwardBatch(rows, chain_seats(positions), span=end, from_start=chunk.start == 0)
-        keep = torch.tensor(list(chunk.heads), device=device)
-        return self._forward(torch.tensor([list(chunk.tokens)], device=device), batch, keep)[0, -1:]
+        keep = torch.arange(chunk.heads.start, chunk.heads.stop, device=device)
+        return self._forward(upload([list(chunk.tokens)], device), batch, keep)[0, -1:]
 
     @torch.no_grad()
     def decode(
@@ -272,21 +272,23 @@ class ModelRunner:
         """
         width = tokens.shape[1]
         real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
-        shape = None if parents is None else tree_shape(parents if self.kernels is None else parents.cpu())
+        shape = None if parents is None else tree_shape(parents.cpu())
         device, span = self.cache.device, self.cache.span
         if self.kernels is not None:
             flat = tokens.flatten()
             if real is not None:
                 flat = flat.index_select(0, upload(real.flatten().nonzero()[:, 0], flat.device))
             return self._decode_ragged(flat, _ragged_tokens(counts, starts, shape, real))
-        first = torch.tensor(starts).to(device, non_blocking=True)
+        first = upload(starts, device)
         chain = first[:, None] + torch.arange(width, device=device)
-        seats = chain_seats(chain) if shape is None else tree_seats(first, *shape)
+        seats = (
+            chain_seats(chain) if shape is None else tree_seats(first, *upload(torch.stack(shape), device))
+        )
         replayed = None if self.graphs is None else self.graphs.run(tokens, seats, span, self.cache.slots)
         logits = self.decode_rectangle(tokens, seats, span) if replayed is None else replayed[0]
         if real is None:
             return logits.flatten(0, 1)
-        rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        rows = upload(real.flatten().nonzero()[:, 0], device)
         return logits.flatten(0, 1).index_select(0, rows)
 
     def _decode_ragged(self, tokens: torch.Tensor, ragged: RaggedTokens) -> torch.Tensor:

@@ -14,7 +14,7 @@ from paceline.rollout.native.kernels import (
     RaggedTokens,
 )
 from paceline.rollout.native.loading import AnyKernels, load_cpu_kernels, load_kernels
-from paceline.rollout.native.transfer import upload
+from paceline.rollout.native.transfer import download, upload
 
 __all__ = [
     "AnyKernels",
@@ -26,6 +26,7 @@ __all__ = [
     "NativeUnavailable",
     "PagedLines",
     "RaggedTokens",
+    "download",
     "load_cpu_kernels",
     "load_kernels",
     "upload",
