@@ -47,8 +47,8 @@ class CacheShape:
 def available_bytes(device: torch.device) -> int:
     """Returns the memory of ``device`` that a cache may take.
 
-    That is what this process may still allocate on a CPU, and four fifths of the free memory on a GPU, where
-    activations, captured graphs and the update need some, too.
+    That is what this process may still allocate on a CPU, and four fifths of the free memory on a GPU. The
+    engine's own cache on a GPU is planned instead (`paceline.rollout.model.memory_plan`).
 
     Raises:
         RuntimeError: The free memory of the CPU cannot be read.

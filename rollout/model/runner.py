@@ -13,29 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rollout.api import DistillationTrace
-from paceline.rollout.graphs.graph_plan import (
-    GraphPlan,
-    ModelShape,
-    plan_graphs,
-    plan_keys,
-    powers_of_two,
-    token_buckets,
-)
+from paceline.rollout.graphs.graph_plan import MOST_ROWS, GraphPlan, plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool, seat_padding
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
 from paceline.rollout.model.fusion_check import decoder_layers
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache, cache_tokens
+from paceline.rollout.model.memory_plan import MemoryPlan, engine_plan, model_shape, ragged_graphs
 from paceline.rollout.model.paged_cache import PagedCache
-from paceline.rollout.model.shape import intermediate_size, observed_keys
+from paceline.rollout.model.shape import observed_keys
 from paceline.rollout.model.view_check import checked_view
 from paceline.rollout.native import DeviceTokens, RaggedTokens, upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.text_limits import has_position_table, text_limit
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
-
-# largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
-MOST_ROWS = 256
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
@@ -79,10 +70,13 @@ class ModelRunner:
         slots: Maximum number of sequences decoded together.
         capacity: Number of tokens that a slot holds.
         tap_layers: Layers whose *inputs* are kept for every token; empty keeps nothing.
-        limit_bytes: Memory limit of the cache; None for the free memory.
+        limit_bytes: Memory limit of the cache; None for the free memory, of a GPU what its plan leaves.
+        prefill_tokens: Maximum number of prompt tokens that one forward reads.
+        others: Bytes that the trainer and drafters take of a GPU, see `engine_plan`.
 
     Attributes:
         limit: Longest text that the model computes exactly, or None.
+        memory: Plan of the GPU's memory; None on a CPU.
 
     Raises:
         ValueError: The engine cannot run the model.
@@ -98,6 +92,8 @@ class ModelRunner:
         capacity: int,
         tap_layers: Sequence[int] = (),
         limit_bytes: int | None = None,
+        prefill_tokens: int = 512,
+        others: Mapping[str, int] | None = None,
     ) -> None:
         keys = observed_keys(model)
         config = model.config.get_text_config()
@@ -117,7 +113,12 @@ class ModelRunner:
             taps=self.hidden_size * (len(self.tap_layers) + 1) if self.tap_layers else 0,
             dtype=dtype,
         )
+        self.shape = model_shape(config, shape)
         # too little memory is reported before anything is built
+        self.memory: MemoryPlan | None = None
+        if model.device.type == "cuda":
+            self.memory = engine_plan(model, shape, self.shape, prefill_tokens, others, limit_bytes)
+            limit_bytes = self.memory.cache if limit_bytes is None else limit_bytes
         cache_tokens(shape, model.device, limit_bytes)
         self.view = checked_view(model, dtype, shape)
         self.kernels = self.view.kernels
@@ -126,16 +127,6 @@ class ModelRunner:
             shape, model.device, limit_bytes
         )
         self.graphs: GraphPool | None = None
-        self.shape = ModelShape(
-            layers=shape.layers,
-            hidden=config.hidden_size,
-            intermediate=intermediate_size(config),
-            heads=config.num_attention_heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            vocab=config.vocab_size,
-            bytes_per_value=dtype.itemsize,
-        )
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -181,13 +172,10 @@ class ModelRunner:
         return self.graphs
 
     def plan_graphs(self, max_tokens: int) -> GraphPlan:
-        """Returns the graphs to capture for decoding at the cache's current span, with their bytes.
-
-        Without padding, a forward's shape is its number of tokens alone, whatever the batch and the drafts.
-        """
+        """Returns the graphs to capture for decoding at the cache's current span, with their bytes."""
         if self.kernels is not None:
-            rows = token_buckets(max(MOST_ROWS, self.cache.shape.slots))
-            return plan_graphs(self.shape, plan_keys("target", (1,), rows, (self.cache.span,), rows[-1]))
+            rows = max(MOST_ROWS, self.cache.shape.slots)
+            return ragged_graphs(self.shape, "target", rows, self.cache.span)
         batches = powers_of_two(self.cache.slots_at(self.cache.span))
         widths = powers_of_two(max_tokens)
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))

@@ -75,7 +75,7 @@ class Cuda:
 
     def __init__(self, mode: FakeDevice, memory: int, count: int) -> None:
         self.mode, self.memory, self.count = mode, memory, count
-        self.taken = 0  # bytes that others hold
+        self.held = 0  # bytes that this process holds
 
     def replacements(self) -> dict[str, Any]:
         """Returns the attributes of torch.cuda to replace."""
@@ -90,8 +90,8 @@ class Cuda:
             "device": self._on_device,
             "synchronize": lambda *device: mode.wait("synchronize"),
             "empty_cache": lambda: None,
-            "mem_get_info": lambda *device: (self.memory - self.taken, self.memory),
-            "memory_allocated": lambda *device: 0,
+            "mem_get_info": lambda *device: (self.memory - self.held, self.memory),
+            "memory_reserved": lambda *device: self.held,
             "is_bf16_supported": lambda *a, **k: True,
             "Event": Event,
             "Stream": Stream,
