@@ -9,7 +9,7 @@ from torch import nn
 
 from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape
+from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape, embedding_address
 from paceline.rollout.graphs.graph_plan import plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.graphs.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
@@ -47,7 +47,7 @@ def network_for(
         cache = SlotCache(shape, device)
         network = PaddedNetwork(weights, embed_tokens, cache)
     if device.type == "cuda":
-        network.capture_graphs(CudaCapturer(), precapture=True)
+        network.capture_graphs(CudaCapturer(device), precapture=True)
     return network, cache
 
 
@@ -95,6 +95,7 @@ class PaddedNetwork:
         """Runs more tokens of each sequence, by a CUDA graph where one fits; see `Network.step`."""
         cache = self._cache
         if self.graphs is not None and not any(shift):
+            self.graphs.follow(embedding_address(self._embed))
             replayed = self.graphs.run(tokens, seats, cache.span, cache.slots, hidden)
             if replayed is not None:
                 return replayed[1].clone(), replayed[0]
@@ -118,6 +119,7 @@ class PaddedNetwork:
             device=cache.device,
             capturer=capturer,
         )
+        self.graphs.follow(embedding_address(self._embed))
         if precapture:
             self.graphs.capture_planned()
 

@@ -156,7 +156,7 @@ class RolloutEngine:
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
         if model.device.type == "cuda" if graphs is None else graphs:
-            capturer = CudaCapturer() if model.device.type == "cuda" else PlainCapturer()
+            capturer = CudaCapturer(model.device) if model.device.type == "cuda" else PlainCapturer()
             self.runner.capture_graphs(max_nodes + 1, capturer, precapture=model.device.type == "cuda")
         self.speculation = Speculation(self.runner, max_slots, max_nodes, budgets)
         self.records: list[StepRecord] = []

@@ -167,6 +167,7 @@ class ModelRunner:
             capturer=capturer,
             padding=seat_padding if isinstance(self.cache, SlotCache) else self.cache.padding,
         )
+        self.graphs.follow(self.view.addresses())
         if precapture:
             self.graphs.capture_planned()
         return self.graphs
@@ -388,6 +389,8 @@ class ModelRunner:
     def refresh_weights(self) -> None:
         """Makes the next forward use the trainer's current parameters."""
         self.view.refresh()
+        if self.graphs is not None:
+            self.graphs.follow(self.view.addresses())
 
 
 def _ragged_tokens(

@@ -23,6 +23,7 @@ _WAITING = {
     _aten.masked_select.default, _aten.unique_dim.default, _aten._unique2.default,
     _aten.unique_consecutive.default,
 }  # fmt: skip
+_PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default}
 _INDEXING = {
     _aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default,
     _aten._unsafe_index.Tensor,
@@ -196,6 +197,8 @@ class FakeDevice(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, ours: list[CudaTensor], device: torch.device) -> Any:
         """Runs an operator on CPU tensors and wraps its results."""
+        if func in _PRODUCTS and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            args = tuple(map(_tf32, args))
         out = func(*args, **kwargs)
         given = {id(x.host): x for x in ours}
         if not func.is_view:
@@ -307,6 +310,13 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
             yield x
         elif isinstance(x, (list, tuple)):
             yield from tensors_in(x)
+
+
+def _tf32(x: Any) -> Any:
+    """Rounds float32 to the ten bits of TF32, as a GPU does in products where a trainer allows it."""
+    if isinstance(x, torch.Tensor) and x.dtype == torch.float32:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return x
 
 
 def to_host(x: Any) -> Any:

@@ -82,6 +82,19 @@ def on_cpu(
     return [tokens_of(engine, strategy) for strategy in strategies]
 
 
+def tokens_and_drafts(engine: RolloutEngine, monkeypatch) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """What eagle3:3 decodes, and the tokens of every draft."""
+    drafts, drafter = [], engine.drafters["eagle3"]
+
+    def propose(*args, original=drafter.propose):
+        drafts.append(original(*args))
+        return drafts[-1]
+
+    monkeypatch.setattr(drafter, "propose", propose)
+    tokens = tokens_of(engine, "eagle3:3")
+    return tokens, [draft.tokens.tolist() for draft in drafts]
+
+
 def pools(engine: RolloutEngine) -> list[GraphPool]:
     return [engine.runner.graphs, engine.drafters["eagle3"]._network.graphs]
 
@@ -152,6 +165,53 @@ def test_an_update_reaches_the_graphs(cuda, path):
     assert tokens_of(engine, "plain") == on_cpu(["plain"], seed=5)[0] != before
     assert engine.runner.graphs.captured == captured
     check_graphs(engine)
+
+
+@pytest.mark.parametrize("moved", ["every weight", "the embedding"])
+def test_weights_that_have_moved_are_captured_anew(cuda, path, moved, monkeypatch):
+    """A trainer that wraps or offloads its module gives parameters other memory."""
+    policy, other = to_cuda(model()), to_cuda(model(seed=5))
+    engine = engine_for(policy, slots=4, context=60)
+    tokens_of(engine, "eagle3:3")
+    replaced = zip(policy.parameters(), other.parameters(), strict=True)
+    for parameter, new in list(replaced)[: 1 if moved == "the embedding" else None]:
+        assert parameter is policy.model.embed_tokens.weight or moved == "every weight"
+        parameter.data = new.data.clone()
+    engine.refresh_weights()
+    on_host = model()
+    on_host.load_state_dict({name: x.cpu() for name, x in policy.state_dict().items()})
+    reference = engine_for(on_host, slots=4, context=60)
+    tokens_of(reference, "eagle3:3")  # both have seen how long the requests get, which orders them
+    assert tokens_and_drafts(engine, monkeypatch) == tokens_and_drafts(reference, monkeypatch)
+    check_graphs(engine)
+
+
+def test_the_engine_runs_on_a_device_that_is_not_the_current_one(path, monkeypatch):
+    monkeypatch.setattr(runner, "MOST_ROWS", 64)
+    with fake_cuda(count=2) as cuda:
+        engine = engine_for(to_cuda(model(), "cuda:1"), slots=4, context=60)
+        assert cuda.mode.device == torch.device("cuda:0")
+        assert tokens_of(engine, "eagle3:3") == on_cpu(["plain"])[0]
+        check_graphs(engine)
+        assert cuda.mode.device == torch.device("cuda:0")
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_layers_are_fused_where_a_trainer_allows_tf32(cuda, tf32):
+    """With TF32 the original layer's attention scores are off by more than the check's tolerance."""
+    x = torch.full((1, 1), 1 + 2**-12, device="cuda")
+    assert (x @ x).item() == 1
+    wide = to_cuda(tiny_llama(layers=1, hidden=512))
+    engine = RolloutEngine(wide, dtype=torch.float32, max_slots=2, max_context=40, graphs=False)
+    assert engine.fusion == "1 of 1 decoder layers fused, 1 with native kernels"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @pytest.mark.parametrize(

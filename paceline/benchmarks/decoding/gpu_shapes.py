@@ -110,7 +110,7 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine,
     }
     engine = RolloutEngine(model, graphs=False, **options)
     before = _used()
-    pool = engine.runner.capture_graphs(engine.max_nodes + 1, CudaCapturer(), precapture=True)
+    pool = engine.runner.capture_graphs(engine.max_nodes + 1, CudaCapturer(model.device), precapture=True)
     report.graphs = {
         "planned": len(pool.plan.keys),
         "captured": len(pool.captured),
