@@ -43,8 +43,10 @@ from paceline.rl.generation.scored import ScoredGenerator, ScoredRollouts, Scori
 from paceline.rl.generation.vllm import VllmRollouts
 from paceline.rl.generation.worker import RolloutWorker
 from paceline.rl.learner.policy import PolicyLearner
+from paceline.rl.memory.gpu import check_memory, trainer_memory
 from paceline.rl.models.initial import copy_weights, decoding_copy, starting_policy, trained_policy
 from paceline.rl.models.loading import load_tokenizer
+from paceline.rl.models.policy_files import read_config
 from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from paceline.rl.monitoring.metrics import RankStep, rank_record, step_metrics
 from paceline.rl.monitoring.timeline import Clock
@@ -57,6 +59,7 @@ from paceline.rl.tasks.prompt_check import check_prompts
 from paceline.rl.tasks.sampler import create_prompt_sampler
 from paceline.rl.tasks.task import load_task
 from paceline.rl.types import RankRollouts
+from paceline.rollout.model.memory_plan import process_room
 
 
 class Trainer:
@@ -90,6 +93,7 @@ class Trainer:
             )
         self._group_size, self._plain_every = config.rollout.group_size, config.measure.plain_every
         self._load_task()
+        self._check_memory()
         self._load_policy(None if checkpoint is None else checkpoint.path)
         self._build_generation()
         self.guard = CollapseGuard(config.length.guard)
@@ -115,6 +119,14 @@ class Trainer:
         self.choice = create_prompt_sampler(self.task, config.seed, config.task.curriculum)
         self.scoring = ScoringPool(config.task, config.seed, config.rollout.group_size)
 
+    def _check_memory(self) -> None:
+        """Refuses, before weights are loaded, what does not fit a rank's GPU."""
+        self._on_gpu = self.accelerator.device.type == "cuda"
+        if self._on_gpu and self.config.rollout.vllm is None:
+            room, ranks = process_room(self.accelerator.device), self.accelerator.num_processes
+            plan = check_memory(self.config, read_config(self.source), ranks, room)
+            self.tracker.say(f"memory of a rank: {plan}")
+
     def _load_policy(self, checkpoint: Path | None) -> None:
         config, accelerator = self.config, self.accelerator
         self.policy = trained_policy(config, self.source, accelerator.device, checkpoint)
@@ -130,7 +142,9 @@ class Trainer:
     def _build_generation(self) -> None:
         config, accelerator, log = self.config, self.accelerator, self.tracker.say
         self.vllm = None if config.rollout.vllm is None else VllmRollouts(config, self.source, accelerator)
-        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, self.vllm)
+        ranks = accelerator.num_processes
+        others = trainer_memory(config, self.decoded.config, ranks) if self._on_gpu else None
+        self.worker = RolloutWorker(config, self.decoded, self.tokenizer, self.vllm, others)
         if self.vllm is None:
             log(f"{type(self.decoded).__name__}: {self.worker.fusion}")
         self.anytime = (

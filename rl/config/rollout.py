@@ -86,8 +86,9 @@ class RolloutConfig:
     so with either value, see docs/exactness.md."""
 
     kv_memory_gb: float | None = None
-    """Limit of a rank's KV cache, in GB (10⁹ bytes); above 0. Null takes the free memory (of a GPU four
-    fifths of it), up to what ``max_slots`` sequences of ``max_context`` tokens need."""
+    """Limit of a rank's KV cache, in GB (10⁹ bytes); above 0. Null takes the free memory (of a GPU what the
+    plan of its memory leaves, see docs/gpu.md), up to what ``max_slots`` sequences of ``max_context`` tokens
+    need."""
 
     resample: int = 0
     """Largest number of rounds of further prompts, in each of which a rank asks one for every group with

@@ -8,8 +8,9 @@ import torch
 
 from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.devices import DeviceSpec, published_gpu, this_machine
-from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, Estimate, cache_shape, estimate, policy_config
+from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, Estimate, estimate, policy_config
 from paceline.rl.dry_run.tiny_policy import check_policy
+from paceline.rl.memory.parts import cache_shape
 from paceline.rl.models.initial import starting_drafter
 from paceline.rl.sharding import zero_stage
 
@@ -99,12 +100,18 @@ def _advice(config: RunConfig, needs: Estimate, device: DeviceSpec) -> list[str]
             "update.tokens_per_microbatch or rollout.max_context"
         ]
     keys = next(part for part in needs.parts if part.what == KEYS_AND_VALUES)
-    if keys.size < keys.whole and config.rollout.kv_memory_gb is None:
+    if device.device == "cpu" and keys.size < keys.whole and config.rollout.kv_memory_gb is None:
         return [
-            f"write rollout.kv_memory_gb={keys.size / 1e9:.3g}: without it the engine takes all memory that "
-            "is free when it starts, before the first update has allocated gradients and moments"
+            f"write rollout.kv_memory_gb={_rounded_down(keys.size) / 1e9:g}: without it the engine takes all "
+            "memory that is free when it starts, before the first update has allocated gradients and moments"
         ]
     return []
+
+
+def _rounded_down(size: int) -> int:
+    """Returns the largest number of three digits and zeros that is no larger."""
+    step = 10 ** max(len(str(size)) - 3, 0)
+    return size // step * step
 
 
 def _time(config: RunConfig, needs: Estimate, device: DeviceSpec) -> list[str]:

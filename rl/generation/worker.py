@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class RolloutWorker:
         tokenizer: The policy's tokenizer.
         vllm: The backend that decodes in the engine's place, or None; the engine then only reads the finished
             completions, for the drafter.
+        other_memory: What the trainer takes of a GPU, see `trainer_memory`; None if it is not known.
 
     Attributes:
         engine: The rank's engine.
@@ -61,6 +62,7 @@ class RolloutWorker:
         policy: PreTrainedModel,
         tokenizer: Any,
         vllm: VllmRollouts | None = None,
+        other_memory: Mapping[str, int] | None = None,
     ) -> None:
         self.config, self._vllm = config, vllm
         self._policy, self._tokenizer = policy, tokenizer
@@ -68,7 +70,7 @@ class RolloutWorker:
         r = config.rollout
         self.tap_layers = tap_layers(config.drafter, policy.config)
         self.dtype = getattr(torch, r.dtype)
-        self.engine = self._build_engine()
+        self.engine = self._build_engine(other_memory)
         self._parts = self._drafter_parts()
         self._add_drafters(name for name in config.speculation.drafters if name not in _WITH_WEIGHTS)
         self.params = SamplingParams(
@@ -85,7 +87,7 @@ class RolloutWorker:
         )
         self._use_strategy()
 
-    def _build_engine(self) -> RolloutEngine:
+    def _build_engine(self, other_memory: Mapping[str, int] | None) -> RolloutEngine:
         r = self.config.rollout
         return policy_engine(
             self._policy,
@@ -99,6 +101,7 @@ class RolloutWorker:
             # a stop string may be one
             decode_text=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
             kv_memory_bytes=None if r.kv_memory_gb is None else int(r.kv_memory_gb * 1e9),
+            other_memory=other_memory,
             budgets=self.config.speculation.budgets,
         )
 

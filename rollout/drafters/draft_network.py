@@ -14,25 +14,30 @@ from paceline.rollout.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Committed tokens that a drafter has not read yet; sequence i sits in slot i.
+    """Committed tokens for a drafter to read; sequence i sits in slot i.
 
     Attributes:
         sequences: Sequences in slot order.
         seen: Number of positions of each sequence that were read: token ``seen + 1`` is the next one,
             together with the target's features at position ``seen``.
+        counts: Number of tokens of each sequence to read, at least 1.
         shift: Position in the text of place 0 of each slot of the draft cache.
         taps: Reads the target's hidden states, as in `DraftContext`.
     """
 
     sequences: Sequence[SequenceState]
     seen: Sequence[int]
+    counts: Sequence[int]
     shift: Sequence[int]
     taps: TapReader
 
     @property
-    def counts(self) -> list[int]:
-        """The number of tokens to read of each sequence."""
-        return [len(s.tokens) - 1 - at for s, at in zip(self.sequences, self.seen, strict=True)]
+    def tokens(self) -> list[list[int]]:
+        """The tokens to read of each sequence."""
+        return [
+            s.tokens[at + 1 : at + 1 + count]
+            for s, at, count in zip(self.sequences, self.seen, self.counts, strict=True)
+        ]
 
     @property
     def places(self) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.base import DraftContext, TapReader, VerifiedStep
 from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_network import network_for
@@ -18,6 +18,9 @@ from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
+
+# tokens of all sequences that are read at once
+_READ_TOKENS = 1024
 
 
 class Eagle3Drafter:
@@ -119,14 +122,31 @@ class Eagle3Drafter:
         sequences = context.sequences
         self._make_room(sequences)
         batch = len(sequences)
-        reading = Reading(sequences, self._seen[:batch], self._shift[:batch], context.taps)
-        newest = self._network.read(reading)
-        self._seen[:batch] = [len(s.tokens) - 1 for s in sequences]
+        newest = self._read(sequences, context.taps)
         return self.rules.grow(
             _Eagle3Expander(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
             strategy,
             sequences,
         )
+
+    def _read(self, sequences: Sequence[SequenceState], taps: TapReader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads all new tokens, in pieces where they are many; returns what `Network.read` does.
+
+        Memory is then bounded by the piece, however long a batch has decoded without drafts.
+        """
+        batch = len(sequences)
+        piece = max(_READ_TOKENS // batch, 1)
+        while True:
+            unread = [len(s.tokens) - 1 - at for s, at in zip(sequences, self._seen, strict=False)]
+            last = max(unread) <= piece
+            # until the last piece each sequence keeps a token to read then; it may be read twice
+            read = unread if last else [min(n - 1, piece) for n in unread]
+            counts = [max(n, 1) for n in read]
+            reading = Reading(sequences, self._seen[:batch], counts, self._shift[:batch], taps)
+            newest = self._network.read(reading)
+            self._seen[:batch] = [at + n for at, n in zip(self._seen, read, strict=False)]
+            if last:
+                return newest
 
     def _make_room(self, sequences: Sequence[SequenceState]) -> None:
         """Moves the window of full slots, then reserves cache for the tokens to read and to draft."""

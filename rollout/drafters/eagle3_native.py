@@ -5,6 +5,7 @@ On a CPU, steps of few tokens are a single call; on a GPU they replay captured g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +107,7 @@ class NativeNetwork:
             capturer=capturer,
             padding=cache.padding,
         )
+        self.graphs.follow(embedding_address(self._embed))
         if precapture:
             self.graphs.capture_planned()
 
@@ -147,10 +149,7 @@ class NativeNetwork:
         counts, device = reading.counts, self._cache.device
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
         described = self._kernels.describe(ragged, device)
-        tokens = upload(
-            [t for s, at in zip(reading.sequences, reading.seen, strict=True) for t in s.tokens[at + 1 :]],
-            device,
-        )
+        tokens = upload(list(itertools.chain.from_iterable(reading.tokens)), device)
         features = reading.taps(described.token_slots, described.positions)
         features = features[:, : self._weights.fc.in_features]
         if self._layer is not None and len(tokens) <= _FEW_TOKENS:
@@ -176,6 +175,7 @@ class NativeNetwork:
         """Runs a step by a captured graph; None where none fits."""
         if self.graphs is None or not isinstance(described, DeviceTokens):
             return None
+        self.graphs.follow(embedding_address(self._embed))
         span, slots = self._cache.span, self._cache.slots
         replayed = self.graphs.run(tokens[None], described.table[:, None], span, slots, hidden[None])
         return None if replayed is None else (replayed[1][0].clone(), replayed[0][0])
@@ -231,6 +231,11 @@ def draft_shape(config: LlamaConfig, dtype: torch.dtype) -> ModelShape:
         vocab=config.draft_vocab_size,
         bytes_per_value=dtype.itemsize,
     )
+
+
+def embedding_address(embed_tokens: nn.Module) -> tuple[int, ...]:
+    """Returns the addresses of the target's embedding, which graphs of draft steps read, too."""
+    return tuple(p.data_ptr() for p in embed_tokens.parameters())
 
 
 def _is_plain(embed_tokens: nn.Module) -> bool:

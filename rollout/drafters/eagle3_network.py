@@ -9,13 +9,13 @@ from torch import nn
 
 from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
-from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape
+from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape, embedding_address
 from paceline.rollout.graphs.graph_plan import plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.graphs.graph_pool import Capturer, CudaCapturer, GraphPool
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.paged_cache import PagedCache
-from paceline.rollout.native import load_kernels
+from paceline.rollout.native import load_kernels, upload
 
 # Rows are padded to the longest one; if that exceeds _EXACT_WIDTH tokens, to a multiple of _WIDTH_STEP. A new
 # shape costs the kernel library a compilation, so that distinct shapes must be few.
@@ -47,7 +47,7 @@ def network_for(
         cache = SlotCache(shape, device)
         network = PaddedNetwork(weights, embed_tokens, cache)
     if device.type == "cuda":
-        network.capture_graphs(CudaCapturer(), precapture=True)
+        network.capture_graphs(CudaCapturer(device), precapture=True)
     return network, cache
 
 
@@ -77,19 +77,16 @@ class PaddedNetwork:
         if count > _EXACT_WIDTH:
             count = -(-count // _WIDTH_STEP) * _WIDTH_STEP
         device, taps = self._cache.device, reading.taps
-        padded = [
-            s.tokens[at + 1 : at + 1 + count] for s, at in zip(reading.sequences, reading.seen, strict=True)
-        ]
-        tokens = torch.tensor([t + [0] * (count - len(t)) for t in padded], device=device)
-        place = torch.tensor(places, device=device)[:, None] + torch.arange(count, device=device)
+        tokens = upload([t + [0] * (count - len(t)) for t in reading.tokens], device)
+        place = upload(places, device)[:, None] + torch.arange(count, device=device)
         place = place.clamp(max=self._cache.span - 1)  # padding past a slot's end is overwritten later
-        shift = torch.tensor(reading.shift, device=device)[:, None]
+        shift = upload(reading.shift, device)[:, None]
         rows = torch.arange(len(tokens), device=device)
         slots = rows[:, None].expand_as(place).flatten()
         features = taps(slots, (place + shift).flatten()).view(*place.shape, -1)
         features = features[..., : self._model.fc.in_features]
         out = self._run(tokens, self._model.fc(features), chain_seats(place), shift)
-        newest = out[rows, torch.tensor(counts, device=device) - 1]
+        newest = out[rows, upload(counts, device) - 1]
         return newest, self._model.logits(newest)
 
     def step(
@@ -98,10 +95,11 @@ class PaddedNetwork:
         """Runs more tokens of each sequence, by a CUDA graph where one fits; see `Network.step`."""
         cache = self._cache
         if self.graphs is not None and not any(shift):
+            self.graphs.follow(embedding_address(self._embed))
             replayed = self.graphs.run(tokens, seats, cache.span, cache.slots, hidden)
             if replayed is not None:
                 return replayed[1].clone(), replayed[0]
-        out = self._run(tokens, hidden, seats, torch.tensor(shift, device=cache.device)[:, None])
+        out = self._run(tokens, hidden, seats, upload(shift, cache.device)[:, None])
         return out, self._model.logits(out)
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
@@ -121,6 +119,7 @@ class PaddedNetwork:
             device=cache.device,
             capturer=capturer,
         )
+        self.graphs.follow(embedding_address(self._embed))
         if precapture:
             self.graphs.capture_planned()
 

@@ -10,6 +10,7 @@ import torch
 from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
 from paceline.rollout.drafters.model_drafts import DraftRules
+from paceline.rollout.native import download
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
@@ -113,11 +114,11 @@ class StandDrafter(StatelessSlots):
     def verified(self, step: VerifiedStep) -> None:
         """Stores the target's likeliest tokens at the committed text and along the accepted path."""
         values, ids = step.logits.topk(min(_CANDIDATES, step.logits.shape[-1]), dim=-1)
-        ids, order = ids.cpu().sort(dim=-1)  # `DraftTree.vocabulary` is in increasing order
-        logits = values.float().cpu().gather(-1, order).numpy()
-        tokens = ids.numpy()
+        values, ids, draft_tokens = download(values, ids, step.draft.tokens)
+        ids, order = ids.long().sort(dim=-1)  # `DraftTree.vocabulary` is in increasing order
+        logits = values.float().gather(-1, order).numpy()
+        tokens, drafted = ids.numpy(), draft_tokens.long().tolist()
         start = 0
-        drafted = step.draft.tokens.cpu().tolist()
         for row, (sequence, path) in enumerate(zip(step.sequences, step.paths, strict=True)):
             text = tuple(sequence.tokens[-_MAX_CONTEXT:])
             self._store(text, tokens[start], logits[start])

@@ -10,7 +10,7 @@ from paceline.rollout.drafters.base import DraftContext, StatelessSlots, Verifie
 from paceline.rollout.drafters.best_first import best_first, pack
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
-from paceline.rollout.native import upload
+from paceline.rollout.native import download
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftKind, DraftTree
 
@@ -66,13 +66,14 @@ class TokenRecyclingDrafter(StatelessSlots):
 
     def verified(self, step: VerifiedStep) -> None:
         """Overwrites the successors of every verified token, and counts which ranks were accepted."""
-        last = upload([s.tokens[-1] for s in step.sequences], step.draft.tokens.device)
-        fed = torch.cat([last[:, None], step.draft.tokens], 1).cpu()
+        kept = min(_CANDIDATES, step.logits.shape[-1])
+        drafted, likeliest = download(step.draft.tokens, step.logits.topk(kept, dim=-1).indices)
+        last = torch.tensor([s.tokens[-1] for s in step.sequences])
+        fed = torch.cat([last[:, None], drafted.long()], 1)
         if step.strategy.drafter == self.name:
             self._count(step, fed)
         real = torch.arange(fed.shape[1]) <= step.draft.lengths[:, None]
-        kept = min(_CANDIDATES, step.logits.shape[-1])
-        self._successors[fed[real], :kept] = step.logits.topk(kept, dim=-1).indices.cpu()
+        self._successors[fed[real], :kept] = likeliest.long()
 
     def _count(self, step: VerifiedStep, fed: torch.Tensor) -> None:
         """Counts the successor ranks of the accepted tokens."""

@@ -11,7 +11,7 @@ import torch
 
 from paceline.rollout.api import SamplingParams
 from paceline.rollout.counter_rng import Stream, step_uniforms, uniforms
-from paceline.rollout.native import Kernels, load_cpu_kernels, upload
+from paceline.rollout.native import Kernels, download, load_cpu_kernels, upload
 from paceline.rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
@@ -111,7 +111,7 @@ def _verify_fixed(
     parents = draft.parents
     positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
-    drawn, drawn_logprobs, drafted = _to_host(tokens, logprobs, draft.tokens)
+    drawn, drawn_logprobs, drafted = download(tokens, logprobs, draft.tokens)
     rows = (torch.from_numpy(starts)[:, None] + torch.arange(draft.nodes + 1)).clamp_(max=len(drawn) - 1)
     outcome = verify_deterministic(drawn.long()[rows], DraftTree(drafted.long(), draft.lengths, parents))
     finite = torch.isfinite(drawn_logprobs)
@@ -138,21 +138,6 @@ def _depths(parents: torch.Tensor | None, counts: np.ndarray, starts: np.ndarray
         return np.arange(counts.sum()) - np.repeat(starts, counts)
     depth = torch.nn.functional.pad(tree_shape(parents)[0], (1, 0)).numpy()
     return depth[np.arange(depth.shape[1]) < counts[:, None]]
-
-
-def _to_host(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the tensors on the CPU, fetched from a GPU in a single transfer.
-
-    The transfer goes through float64, which is exact for token ids and float32.
-    """
-    if all(t.device.type == "cpu" for t in tensors):
-        return list(tensors)
-    device = next(t.device for t in tensors if t.device.type != "cpu")
-    joined = torch.cat([t.to(device, torch.float64).flatten() for t in tensors]).cpu()
-    return [
-        part.view(t.shape)
-        for part, t in zip(joined.split([t.numel() for t in tensors]), tensors, strict=True)
-    ]
 
 
 def _verify_sampled(
@@ -185,7 +170,7 @@ def _verify_sampled(
     sampled_from = torch.nn.functional.pad(path[:, :-1] + 1, (1, 0))
     logprobs = _logprobs(probs, padded, params, sampled_from, chosen)
     finite = torch.isfinite(padded.amax(-1)).all(-1)
-    accepted, kept, tokens, values, usable, drafted = _to_host(
+    accepted, kept, tokens, values, usable, drafted = download(
         outcome.accepted, path, chosen, logprobs, finite, draft.tokens
     )
     sizes = [int(a) for a in accepted.tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,15 +86,17 @@ class RolloutEngine:
         decode_text: Function from token ids to text, needed only for stop strings. It should keep special
             tokens, or a stop string that is one never matches: ``lambda ids: tokenizer.decode(ids,
             skip_special_tokens=False)``.
-        kv_memory_bytes: Memory limit of the KV cache; None for the free memory. If it is less than
-            ``max_slots`` × ``max_context`` needs, fewer sequences are admitted, and sequences are preempted
-            when they outgrow it.
+        kv_memory_bytes: Memory limit of the KV cache; None for the free memory, of a GPU what the plan of its
+            memory leaves. If it is less than ``max_slots`` × ``max_context`` needs, fewer sequences are
+            admitted, and sequences are preempted when they outgrow it.
         prefill_tokens: Maximum number of prompt tokens that one forward reads; longer prompts are read in
             pieces.
         lengths: Predictor of completion lengths for the order of admission; None learns from observed
             lengths.
         graphs: Whether to decode through captured graphs (`paceline.rollout.graphs.graph_pool`); None does so
             on CUDA. Without CUDA, True pads to the same buckets but runs them uncaptured, for tests.
+        other_memory: Bytes that the trainer and drafters take of a GPU at their peak, by what takes them;
+            None leaves them a fifth of it (`paceline.rollout.model.memory_plan`).
         budgets: Rule that distributes a strategy's draft tokens over the batch: ``uniform``, or
             ``length_aware`` to give more to sequences with more left to decode.
 
@@ -107,7 +109,8 @@ class RolloutEngine:
             them.
 
     Raises:
-        MemoryError: The cache cannot hold one sequence of ``max_context``; the message has the numbers.
+        MemoryError: The cache cannot hold one sequence of ``max_context``, or a GPU what is planned on it;
+            the message has the numbers.
         ValueError: The model cannot run in the engine, or an argument is out of range.
     """
 
@@ -127,6 +130,7 @@ class RolloutEngine:
         prefill_tokens: int = 512,
         lengths: LengthEstimate | None = None,
         graphs: bool | None = None,
+        other_memory: Mapping[str, int] | None = None,
         budgets: str = "uniform",
     ) -> None:
         if collect_traces and not tap_layers:
@@ -144,13 +148,15 @@ class RolloutEngine:
             capacity=self.capacity_for(max_context, max_nodes),
             tap_layers=tap_layers,
             limit_bytes=kv_memory_bytes,
+            prefill_tokens=prefill_tokens,
+            others=other_memory,
         )
         self.max_context = _supported_context(max_context, type(model).__name__, self.runner.limit)
         self.scheduler = Scheduler(max_slots, lengths)
         self.prefill_tokens = prefill_tokens
         self.policy_version = 0
         if model.device.type == "cuda" if graphs is None else graphs:
-            capturer = CudaCapturer() if model.device.type == "cuda" else PlainCapturer()
+            capturer = CudaCapturer(model.device) if model.device.type == "cuda" else PlainCapturer()
             self.runner.capture_graphs(max_nodes + 1, capturer, precapture=model.device.type == "cuda")
         self.speculation = Speculation(self.runner, max_slots, max_nodes, budgets)
         self.records: list[StepRecord] = []

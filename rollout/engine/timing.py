@@ -19,7 +19,7 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
         self.mark()
@@ -28,7 +28,7 @@ class StepClock:
         """Ends one part and begins the next."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._events.append(event)
         self._times.append(time.perf_counter())
 

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
+MOST_ROWS = 256
 # memory of one kernel in an instantiated CUDA graph; `paceline gpu-check` compares plan and measurement
 NODE_BYTES = 16 * 1024
 

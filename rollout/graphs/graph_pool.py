@@ -32,24 +32,29 @@ class CudaCapturer:
     """Captures CUDA graphs that share one memory pool.
 
     Sharing is safe because only one graph replays at a time and outputs are copied out inside the graph.
+
+    Args:
+        device: Device of the graphs; it need not be the current one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # one stream for all warm-ups, because cuBLAS keeps a workspace of 32 MiB for each that it has seen
-        self._stream = torch.cuda.Stream()
+        # one stream for everything, because cuBLAS keeps a workspace of 32 MiB for each that it has seen
+        self._stream = torch.cuda.Stream(device)
 
     def capture(self, forward: Callable[[], None]) -> Callable[[], None]:
         """Captures ``forward`` after two warm-up runs; returns the graph's replay."""
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # lets libraries choose kernels and allocate workspaces before the capture
+        stream, graph = self._stream, torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # lets libraries choose kernels and allocate workspaces before the capture
+                    forward()
+            # other threads (NCCL's watchdog, a drafter in training) may use the GPU meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            forward()
+            torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
 
 
@@ -83,7 +88,8 @@ class GraphPool:
     the output buffer. If a shape fits no bucket or its capture failed, the caller runs the forward itself,
     and `fallbacks` counts the reasons. A failed capture is not tried again.
 
-    Graphs read weights in place, so an in-place update needs no new capture.
+    Graphs read weights in place, so an in-place update needs no new capture; weights that have moved do
+    (`follow`).
 
     Args:
         forward: Function (tokens [B, Q], seats [S, B, Q], carried [B, Q, carry] or None, span) → logits [B,
@@ -121,6 +127,21 @@ class GraphPool:
         self._carried = torch.zeros(rows, carry, dtype=dtype, device=device)
         self._captured: dict[GraphKey, _Captured] = {}
         self._failed: dict[GraphKey, str] = {}
+        self._addresses: tuple[int, ...] | None = None
+
+    def follow(self, addresses: tuple[int, ...]) -> None:
+        """Captures anew if the weights that the forward reads have moved, as when a trainer wraps its module.
+
+        Args:
+            addresses: Addresses of the weights. The first call says where captures find them.
+        """
+        if addresses != self._addresses and self._addresses is not None:
+            planned = set(self.plan.keys) <= self._captured.keys()
+            self._captured.clear()
+            self._failed.clear()
+            if planned:
+                self.capture_planned()
+        self._addresses = addresses
 
     @property
     def captured(self) -> tuple[GraphKey, ...]:
@@ -132,15 +153,15 @@ class GraphPool:
         for key in self.plan.keys:
             self._get(key)
 
-    def key_for(self, batch: int, tokens: int, span: int) -> GraphKey | None:
-        """Returns the bucket of a shape, or None if it fits none."""
+    def key_for(self, batch: int, tokens: int, span: int, slots: int) -> GraphKey | None:
+        """Returns the bucket of a shape, no wider than the cache has slots; None if it fits none."""
         batch_bucket, token_bucket = (
             smallest_bucket(batch, self._batches),
             smallest_bucket(tokens, self._tokens),
         )
         if batch_bucket is None or token_bucket is None:
             return None
-        return GraphKey(self._phase, batch_bucket, token_bucket, span)
+        return GraphKey(self._phase, min(batch_bucket, max(slots, batch)), token_bucket, span)
 
     def run(
         self,
@@ -165,12 +186,9 @@ class GraphPool:
             the caller must run the forward itself.
         """
         batch, width = tokens.shape
-        key = self.key_for(batch, width, span)
+        key = self.key_for(batch, width, span, slots)
         if key is None or key.rows > len(self._logits):
             self.fallbacks["more sequences or tokens than any captured shape"] += 1
-            return None
-        if key.batch > slots:
-            self.fallbacks["the bucket is wider than the cache has slots"] += 1
             return None
         captured = self._get(key)
         if captured is None:

@@ -87,7 +87,7 @@ def _time_forward(runner: ModelRunner, batch: int, width: int, context: int) -> 
         begin = time.perf_counter()
         runner.decode(tokens, [width] * batch, [context] * batch)
         if runner.cache.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(runner.cache.device)
         best = min(best, time.perf_counter() - begin)
     return best
 

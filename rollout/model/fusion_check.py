@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,23 @@ def observe_calls(view: PreTrainedModel, layers: nn.ModuleList, dtype: torch.dty
     return layer_calls
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Computes float32 products on a GPU in float32, within a context.
+
+    Many trainers allow TF32, whose rounding is larger than the tolerances of the engine's checks.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 @torch.no_grad()
+@exact_products()
 def can_fuse(layer: nn.Module, call: LayerCall) -> bool:
     """Returns whether a `FusedLayer` made of the layer's parts computes what the layer computes.
 

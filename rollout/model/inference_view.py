@@ -38,6 +38,7 @@ class InferenceView:
         self.dtype = dtype
         device = model.device
         self._casts: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._shared: list[torch.Tensor] = list(model.buffers())
         pack = can_pack(device, dtype)
         linear_only = _weights_read_by_linears_only(model) if pack else set()
         memo: dict[int, object] = {}
@@ -52,6 +53,7 @@ class InferenceView:
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
         """Returns the parameter itself where it can be shared, else a cast that `refresh` renews."""
         if keep_source or parameter.dtype == self.dtype or not parameter.is_floating_point():
+            self._shared.append(parameter)
             return parameter
         cast = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
         self._casts.append((cast, parameter))
@@ -70,6 +72,10 @@ class InferenceView:
         layers = self.module.config.get_text_config().num_hidden_layers
         every = len(self.fused) == layers and all(layer.takes_ragged for layer in self.fused)
         return self.fused[0].kernels if every else None
+
+    def addresses(self) -> tuple[int, ...]:
+        """Returns where the tensors are that are shared with the trainer, who may move them."""
+        return tuple(x.data_ptr() for x in self._shared)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -47,8 +47,8 @@ class CacheShape:
 def available_bytes(device: torch.device) -> int:
     """Returns the memory of ``device`` that a cache may take.
 
-    That is what this process may still allocate on a CPU, and four fifths of the free memory on a GPU, where
-    activations, captured graphs and the update need some, too.
+    That is what this process may still allocate on a CPU, and four fifths of the free memory on a GPU. The
+    engine's own cache on a GPU is planned instead (`paceline.rollout.model.memory_plan`).
 
     Raises:
         RuntimeError: The free memory of the CPU cannot be read.
@@ -185,15 +185,24 @@ class SlotCache(Cache):
         enough_slots = self.slots >= len(lengths)
         if new_span == self.span or (new_span < self.span and active and enough_slots):
             return
-        old_views, old_taps = self._views, self.taps
+        old_views, old_taps, common = self._views, self.taps, min(self.span, new_span)
         self.span = new_span
         self._layout()
-        for old, new in zip([*old_views, old_taps], [*self._views, self.taps], strict=True):
-            where = (slice(None), slice(0, active)) if old.ndim == 5 else (slice(0, active),)
-            common = min(old.shape[-2], new_span)
-            kept = old[where][..., :common, :].clone()
+        for old, new in zip(old_views, self._views, strict=True):
+            kept = old[:, :active, :, :common].clone()
             new.zero_()
-            new[where][..., :common, :] = kept
+            new[:, :active, :, :common] = kept
+        self._move_taps(old_taps, active, common)
+
+    def _move_taps(self, old: torch.Tensor, active: int, common: int) -> None:
+        """Moves the taps of the active slots to the new layout, slot by slot.
+
+        Taps are as large as several layers, so that a copy of all would take much memory. Both layouts view
+        one buffer, so the slot that moves furthest goes first. What stays behind is finite.
+        """
+        order = range(active)
+        for slot in order if self.span < old.shape[1] else reversed(order):
+            self.taps[slot, :common] = old[slot, :common].clone()
 
     def begin(self, batch: ForwardBatch) -> None:
         """Declares where the next forward's tokens go; called once per forward, before the model."""

@@ -13,29 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rollout.api import DistillationTrace
-from paceline.rollout.graphs.graph_plan import (
-    GraphPlan,
-    ModelShape,
-    plan_graphs,
-    plan_keys,
-    powers_of_two,
-    token_buckets,
-)
+from paceline.rollout.graphs.graph_plan import MOST_ROWS, GraphPlan, plan_graphs, plan_keys, powers_of_two
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool, seat_padding
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, tree_seats
 from paceline.rollout.model.fusion_check import decoder_layers
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache, cache_tokens
+from paceline.rollout.model.memory_plan import MemoryPlan, engine_plan, model_shape, ragged_graphs
 from paceline.rollout.model.paged_cache import PagedCache
-from paceline.rollout.model.shape import intermediate_size, observed_keys
+from paceline.rollout.model.shape import observed_keys
 from paceline.rollout.model.view_check import checked_view
 from paceline.rollout.native import DeviceTokens, RaggedTokens, upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.text_limits import has_position_table, text_limit
 from paceline.rollout.transformers_api import hidden_states_in, run_causal_lm
 from paceline.rollout.trees import tree_shape
-
-# largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
-MOST_ROWS = 256
 
 
 def default_tap_layers(num_layers: int) -> tuple[int, int, int]:
@@ -79,10 +70,13 @@ class ModelRunner:
         slots: Maximum number of sequences decoded together.
         capacity: Number of tokens that a slot holds.
         tap_layers: Layers whose *inputs* are kept for every token; empty keeps nothing.
-        limit_bytes: Memory limit of the cache; None for the free memory.
+        limit_bytes: Memory limit of the cache; None for the free memory, of a GPU what its plan leaves.
+        prefill_tokens: Maximum number of prompt tokens that one forward reads.
+        others: Bytes that the trainer and drafters take of a GPU, see `engine_plan`.
 
     Attributes:
         limit: Longest text that the model computes exactly, or None.
+        memory: Plan of the GPU's memory; None on a CPU.
 
     Raises:
         ValueError: The engine cannot run the model.
@@ -98,6 +92,8 @@ class ModelRunner:
         capacity: int,
         tap_layers: Sequence[int] = (),
         limit_bytes: int | None = None,
+        prefill_tokens: int = 512,
+        others: Mapping[str, int] | None = None,
     ) -> None:
         keys = observed_keys(model)
         config = model.config.get_text_config()
@@ -117,7 +113,12 @@ class ModelRunner:
             taps=self.hidden_size * (len(self.tap_layers) + 1) if self.tap_layers else 0,
             dtype=dtype,
         )
+        self.shape = model_shape(config, shape)
         # too little memory is reported before anything is built
+        self.memory: MemoryPlan | None = None
+        if model.device.type == "cuda":
+            self.memory = engine_plan(model, shape, self.shape, prefill_tokens, others, limit_bytes)
+            limit_bytes = self.memory.cache if limit_bytes is None else limit_bytes
         cache_tokens(shape, model.device, limit_bytes)
         self.view = checked_view(model, dtype, shape)
         self.kernels = self.view.kernels
@@ -126,16 +127,6 @@ class ModelRunner:
             shape, model.device, limit_bytes
         )
         self.graphs: GraphPool | None = None
-        self.shape = ModelShape(
-            layers=shape.layers,
-            hidden=config.hidden_size,
-            intermediate=intermediate_size(config),
-            heads=config.num_attention_heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            vocab=config.vocab_size,
-            bytes_per_value=dtype.itemsize,
-        )
         self._captured: dict[int, torch.Tensor] = {}
         self._install_taps()
 
@@ -176,20 +167,18 @@ class ModelRunner:
             capturer=capturer,
             padding=seat_padding if isinstance(self.cache, SlotCache) else self.cache.padding,
         )
+        self.graphs.follow(self.view.addresses())
         if precapture:
             self.graphs.capture_planned()
         return self.graphs
 
     def plan_graphs(self, max_tokens: int) -> GraphPlan:
-        """Returns the graphs to capture for decoding at the cache's current span, with their bytes.
-
-        Without padding, a forward's shape is its number of tokens alone, whatever the batch and the drafts.
-        """
+        """Returns the graphs to capture for decoding at the cache's current span, with their bytes."""
         if self.kernels is not None:
-            rows = token_buckets(max(MOST_ROWS, self.cache.shape.slots))
-            return plan_graphs(self.shape, plan_keys("target", (1,), rows, (self.cache.span,), rows[-1]))
+            rows = max(MOST_ROWS, self.cache.shape.slots)
+            return ragged_graphs(self.shape, "target", rows, self.cache.span)
         batches = powers_of_two(self.cache.slots_at(self.cache.span))
-        widths = powers_of_two(1 << (max_tokens - 1).bit_length())
+        widths = powers_of_two(max_tokens)
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
     def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
@@ -247,8 +236,8 @@ class ModelRunner:
         positions = torch.arange(chunk.start, end, device=device)[None]
         rows = slice(chunk.slot, chunk.slot + 1)
         batch = ForwardBatch(rows, chain_seats(positions), span=end, from_start=chunk.start == 0)
-        keep = torch.tensor(list(chunk.heads), device=device)
-        return self._forward(torch.tensor([list(chunk.tokens)], device=device), batch, keep)[0, -1:]
+        keep = torch.arange(chunk.heads.start, chunk.heads.stop, device=device)
+        return self._forward(upload([list(chunk.tokens)], device), batch, keep)[0, -1:]
 
     @torch.no_grad()
     def decode(
@@ -272,21 +261,23 @@ class ModelRunner:
         """
         width = tokens.shape[1]
         real = None if min(counts) == width else torch.arange(width) < torch.tensor(counts)[:, None]
-        shape = None if parents is None else tree_shape(parents if self.kernels is None else parents.cpu())
+        shape = None if parents is None else tree_shape(parents.cpu())
         device, span = self.cache.device, self.cache.span
         if self.kernels is not None:
             flat = tokens.flatten()
             if real is not None:
                 flat = flat.index_select(0, upload(real.flatten().nonzero()[:, 0], flat.device))
             return self._decode_ragged(flat, _ragged_tokens(counts, starts, shape, real))
-        first = torch.tensor(starts).to(device, non_blocking=True)
+        first = upload(starts, device)
         chain = first[:, None] + torch.arange(width, device=device)
-        seats = chain_seats(chain) if shape is None else tree_seats(first, *shape)
+        seats = (
+            chain_seats(chain) if shape is None else tree_seats(first, *upload(torch.stack(shape), device))
+        )
         replayed = None if self.graphs is None else self.graphs.run(tokens, seats, span, self.cache.slots)
         logits = self.decode_rectangle(tokens, seats, span) if replayed is None else replayed[0]
         if real is None:
             return logits.flatten(0, 1)
-        rows = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        rows = upload(real.flatten().nonzero()[:, 0], device)
         return logits.flatten(0, 1).index_select(0, rows)
 
     def _decode_ragged(self, tokens: torch.Tensor, ragged: RaggedTokens) -> torch.Tensor:
@@ -398,6 +389,8 @@ class ModelRunner:
     def refresh_weights(self) -> None:
         """Makes the next forward use the trainer's current parameters."""
         self.view.refresh()
+        if self.graphs is not None:
+            self.graphs.follow(self.view.addresses())
 
 
 def _ragged_tokens(

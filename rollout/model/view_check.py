@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.rollout.model.attention import ForwardBatch
-from paceline.rollout.model.fusion_check import in_two_forwards
+from paceline.rollout.model.fusion_check import exact_products, in_two_forwards
 from paceline.rollout.model.inference_view import InferenceView, copy_sharing
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.transformers_api import TESTED_RELEASES, run_causal_lm, use_attention, version
@@ -95,6 +95,7 @@ def _attempt(
 
 
 @torch.no_grad()
+@exact_products()
 def logit_gap(view: InferenceView, model: PreTrainedModel, shape: CacheShape) -> float:
     """Returns how far a view's logits are from those of the policy's own forward, on a few tokens.
 

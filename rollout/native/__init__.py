@@ -14,7 +14,7 @@ from paceline.rollout.native.kernels import (
     RaggedTokens,
 )
 from paceline.rollout.native.loading import AnyKernels, load_cpu_kernels, load_kernels
-from paceline.rollout.native.transfer import upload
+from paceline.rollout.native.transfer import download, upload
 
 __all__ = [
     "AnyKernels",
@@ -28,6 +28,7 @@ __all__ = [
     "Operands",
     "PagedLines",
     "RaggedTokens",
+    "download",
     "load_cpu_kernels",
     "load_kernels",
     "upload",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ _MOST_PARTS = 16  # parts that the keys of one query are split into
 _PROGRAMS = 264  # programs that keep a large GPU busy: two for each multiprocessor of an H100
 _KEYS = 32  # keys that attention reads at a time
 _DRAWN_BLOCK = 4096  # logits that sampling reads at a time
+
+
+def _device_of(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Makes a tensor's device the current one: Triton launches there, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 class TritonKernels:
@@ -58,14 +64,16 @@ class TritonKernels:
         out, width = torch.empty_like(x), x.shape[-1]
         block = triton.next_power_of_2(width)
         warps = min(max(block // 512, 1), 16)
-        programs.rms_norm[(x.numel() // width,)](x, gain, out, width, eps, BLOCK=block, num_warps=warps)
+        with _device_of(x):
+            programs.rms_norm[(x.numel() // width,)](x, gain, out, width, eps, BLOCK=block, num_warps=warps)
         return out
 
     def silu_gate(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Maps gate and up, each [..., width], to silu(gate) · up."""
         gate, up = (x.contiguous() for x in parts)
         out, block = torch.empty_like(gate), 1024
-        programs.silu_gate[(triton.cdiv(gate.numel(), block),)](gate, up, out, gate.numel(), BLOCK=block)
+        with _device_of(gate):
+            programs.silu_gate[(triton.cdiv(gate.numel(), block),)](gate, up, out, gate.numel(), BLOCK=block)
         return out
 
     def rotate_and_store(
@@ -96,12 +104,13 @@ class TritonKernels:
         heads, count = query.shape[-1] // dim, query.shape[1]
         out = query.new_empty((1, count, heads, dim))
         query_gain, key_gain = (out, out) if gains is None else gains
-        programs.rotate_and_store[(count, heads + 2 * kv_heads)](
-            query, key, value, cos, sin, query_gain, key_gain, out, cache.lines, cache.table, tokens.table,
-            count, *_layout(cache), eps,
-            HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-            NORM=gains is not None, num_warps=1,
-        )  # fmt: skip
+        with _device_of(query):
+            programs.rotate_and_store[(count, heads + 2 * kv_heads)](
+                query, key, value, cos, sin, query_gain, key_gain, out, cache.lines, cache.table,
+                tokens.table, count, *_layout(cache), eps,
+                HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim),
+                NORM=gains is not None, num_warps=1,
+            )  # fmt: skip
         return out
 
     def attend(
@@ -124,17 +133,18 @@ class TritonKernels:
         out = query.new_empty((1, count, heads * dim))
         partial = out if parts == 1 else out.new_empty((parts, count, heads, dim + 2), dtype=torch.float32)
         block = triton.next_power_of_2(dim)
-        programs.attend[(count, kv_heads, parts)](
-            query, cache.lines, out, partial, cache.table, tokens.table, count, *_layout(cache),
-            rule.scale, rule.softcap,
-            HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
-            ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
-            WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
-        )  # fmt: skip
-        if parts > 1:
-            programs.combine[(count * heads,)](
-                partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=2
-            )
+        with _device_of(query):
+            programs.attend[(count, kv_heads, parts)](
+                query, cache.lines, out, partial, cache.table, tokens.table, count, *_layout(cache),
+                rule.scale, rule.softcap,
+                HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
+                ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
+                WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
+            )  # fmt: skip
+            if parts > 1:
+                programs.combine[(count * heads,)](
+                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=2
+                )
         return out
 
     def draw(
@@ -159,7 +169,8 @@ class TritonKernels:
         tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
         logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
         block = min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)
-        programs.draw[(rows,)](logits, numbers, tokens, logprobs, vocab, rows, BLOCK=block, num_warps=8)
+        with _device_of(logits):
+            programs.draw[(rows,)](logits, numbers, tokens, logprobs, vocab, rows, BLOCK=block, num_warps=8)
         return tokens, logprobs
 
 

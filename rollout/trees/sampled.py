@@ -138,7 +138,9 @@ class _Drawn:
         return upload(self._uniform(self._used - count, count), self._level.device)
 
     def _expand(self, nodes: list[int]) -> None:
-        tokens = target_ids(torch.cat(self._columns, 1)[:, nodes], self._expander.vocabulary)
+        columns = torch.cat(self._columns, 1)
+        columns = columns.index_select(1, upload(nodes, columns.device))
+        tokens = target_ids(columns, self._expander.vocabulary)
         place = {node: order for order, node in enumerate(self._expanded)}
         above = upload([place.get(self._parents[n], -1) for n in nodes], tokens.device)
         logits = self._expander.expand(tokens, above.expand(len(tokens), -1))
@@ -172,14 +174,15 @@ class _Drawn:
             return DraftTree(
                 target_ids(columns, vocabulary), lengths, parents.contiguous(), probs, vocabulary, self._kind
             )
-        real = torch.cat([self._kept[first] for first in sorted(self._kept)], 1).to(columns.device)
+        real = torch.cat([self._kept[first] for first in sorted(self._kept)], 1)
+        lengths = real.sum(-1)
+        real = upload(real, columns.device)
         order = (~real).long().sort(dim=-1, stable=True).indices
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(nodes, device=order.device).expand_as(order)
         )
         above = parents.gather(1, order)
         parents = torch.where(above >= 0, rank.gather(1, above.clamp(min=0)), -1)
-        lengths = real.sum(-1).cpu()
         longest = int(lengths.max())
         picked = order[:, :longest]
         picked_probs = probs.gather(1, picked[..., None].expand(-1, -1, probs.shape[-1]))

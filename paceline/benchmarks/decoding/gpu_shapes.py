@@ -18,10 +18,11 @@ from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_mo
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.graphs.graph_plan import MOST_ROWS
 from paceline.rollout.graphs.graph_pool import CudaCapturer
 from paceline.rollout.model.attention import chain_seats
 from paceline.rollout.model.kv_cache import CacheShape
-from paceline.rollout.model.runner import MOST_ROWS, ModelRunner
+from paceline.rollout.model.runner import ModelRunner
 
 _CONTEXT, _CAPACITY = 512, 1024
 _WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens per sequence of the forwards that are timed
@@ -109,7 +110,7 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine,
     }
     engine = RolloutEngine(model, graphs=False, **options)
     before = _used()
-    pool = engine.runner.capture_graphs(engine.max_nodes + 1, CudaCapturer(), precapture=True)
+    pool = engine.runner.capture_graphs(engine.max_nodes + 1, CudaCapturer(model.device), precapture=True)
     report.graphs = {
         "planned": len(pool.plan.keys),
         "captured": len(pool.captured),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, STRATEGIES
-from paceline.rollout.graphs.graph_plan import ModelShape, naive_bytes, plan_graphs, plan_keys
-from paceline.rollout.model.runner import MOST_ROWS
+from paceline.rollout.graphs.graph_plan import MOST_ROWS, ModelShape, naive_bytes, plan_graphs, plan_keys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

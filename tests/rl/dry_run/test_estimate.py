@@ -7,7 +7,8 @@ import pytest
 from paceline.rl.dry_run import description
 from paceline.rl.dry_run.description import describe, size
 from paceline.rl.dry_run.devices import DeviceSpec, published_gpu, this_machine
-from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, cache_shape, estimate, policy_config
+from paceline.rl.dry_run.estimate import KEYS_AND_VALUES, estimate, policy_config
+from paceline.rl.memory.parts import cache_shape
 from paceline.rl.recipe import load_config
 from paceline.rollout.drafters.eagle3_model import parameter_count
 from tests.engines import tiny_eagle3, tiny_llama
@@ -70,13 +71,25 @@ def test_what_does_not_fit_is_said_and_what_to_write():
     said = describe(load_config(SEVEN), SEVEN, ranks=1, gpu=80)
     assert any(line.startswith("does not fit, by") and "more ranks" in line for line in said)
     said = describe(load_config(SEVEN), SEVEN, ranks=8, gpu=80)
-    (advice,) = [line for line in said if line.startswith("write rollout.kv_memory_gb=")]
-    taken = load_config(SEVEN, [advice.split()[1].rstrip(":")])
-    assert not [
-        line for line in describe(taken, SEVEN, ranks=8, gpu=80) if line.startswith(("write", "does not fit"))
-    ]
+    assert not [line for line in said if line.startswith(("write", "does not fit"))], (
+        "the engine plans itself"
+    )
     assert "not a multiple of 7 ranks" in " ".join(describe(load_config(SEVEN), SEVEN, ranks=7, gpu=80))
     assert "is not known" in describe(load_config(TINY), TINY, ranks=1, gpu=33)[-1]
+
+
+def test_on_a_cpu_the_limit_to_write_is_said(monkeypatch):
+    """There the engine takes what is free when it starts."""
+    monkeypatch.setattr(
+        description, "this_machine", lambda *_: dataclasses.replace(FAST, device="cpu", memory=80 * 10**9)
+    )
+    (advice,) = [
+        line for line in describe(load_config(SEVEN), SEVEN, ranks=8) if line.startswith("write rollout.kv")
+    ]
+    taken = load_config(SEVEN, [advice.split()[1].rstrip(":")])
+    assert not [
+        line for line in describe(taken, SEVEN, ranks=8) if line.startswith(("write", "does not fit"))
+    ]
 
 
 def test_vllm_in_the_process_has_weights_and_a_cache_of_its_own(monkeypatch):
