@@ -20,11 +20,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from paceline.rollout.backends.adaptive.control_files import ControlFiles
-from paceline.rollout.backends.adaptive.deferred_drafting import defer_drafting
 from paceline.rollout.backends.adaptive.depth_control import DepthControl, StepShape
 from paceline.rollout.backends.adaptive.draft_schedule import listing_schedule
+from paceline.rollout.backends.adaptive.undrafted_steps import defer_drafting, sample_plainly
 from paceline.rollout.backends.adaptive.vllm_options import (
     ADAPTIVE_METHODS,
     STATUS_VARIABLE,
@@ -69,6 +70,7 @@ class AdaptiveScheduler(Scheduler):
         if self.control is not None:
             if current_platform.is_cpu():  # the worker is in this process unless there are several
                 defer_drafting(SpecDecodeBaseProposer, lambda line: logger.warning("paceline: %s", line))
+                sample_plainly(GPUModelRunner)
             self._files = self._make_files(self.control, options)
             self._files.restore()
 

@@ -1,8 +1,8 @@
-"""Spares a drafter its forward in steps that draft nothing, by reading their tokens later, all at once.
+"""Spares steps that draft nothing what vLLM 0.32 does for drafts in all steps alike.
 
-With a draft depth of 0 vLLM 0.32 runs an EAGLE drafter all the same, to keep its keys and values. Here its
-inputs are kept instead, and read in one forward with those of the next step that drafts or reads a prompt.
-Nothing here imports vLLM.
+With a draft depth of 0 vLLM still samples with its rejection sampler, and runs an EAGLE drafter to keep its
+keys and values. Here such steps are sampled as without a drafter; the drafter's inputs are kept, and read in
+one forward with those of the next step that drafts or reads a prompt. Nothing here imports vLLM.
 """
 
 from __future__ import annotations
@@ -195,3 +195,27 @@ def _keep(inputs: DrafterInputs, kept: KeptInputs, most: float) -> bool:
         inputs.target_hidden_states[:count],
     )
     return True
+
+
+def sample_plainly(runner_class: Any) -> None:
+    """Makes model runners of a class sample steps that verify nothing as without a drafter.
+
+    A second call does nothing.
+
+    Args:
+        runner_class: vLLM's ``GPUModelRunner``, whose subclass runs on CPUs.
+    """
+    original = runner_class._prepare_inputs
+    if hasattr(original, "samples_plainly"):
+        return
+
+    @functools.wraps(original)
+    def _prepare_inputs(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = original(self, scheduler_output, *args, **kwargs)
+        if any(scheduler_output.scheduled_spec_decode_tokens.values()):
+            return prepared
+        logits_indices, _, most_sampled = prepared  # the metadata of drafts in between is that of none
+        return logits_indices, None, most_sampled
+
+    _prepare_inputs.samples_plainly = True  # type: ignore[attr-defined]
+    runner_class._prepare_inputs = _prepare_inputs

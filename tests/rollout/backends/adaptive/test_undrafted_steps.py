@@ -1,12 +1,16 @@
-"""A drafter that reads tokens later has the same cache as one that reads them at once."""
+"""A drafter that reads tokens later has the same cache as one that reads them at once.
+
+Steps without drafts are sampled as without a drafter.
+"""
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from paceline.rollout.backends.adaptive.deferred_drafting import defer_drafting
+from paceline.rollout.backends.adaptive.undrafted_steps import defer_drafting, sample_plainly
 
 BLOCK = 4
 
@@ -219,3 +223,19 @@ def test_an_error_ends_it_with_a_line():
     assert proposer.forwards == 4
     assert len(said) == 1
     assert "\n" not in said[0]
+
+
+def test_only_steps_with_drafts_are_sampled_for_drafts():
+    class Runner:
+        def _prepare_inputs(self, scheduler_output, scheduled):
+            return "indices", "metadata of drafts", scheduled
+
+    sample_plainly(Runner)
+    sample_plainly(Runner)
+    for drafts, expected in (
+        ({}, None),
+        ({"a": [], "b": []}, None),
+        ({"a": [], "b": [7]}, "metadata of drafts"),
+    ):
+        step = SimpleNamespace(scheduled_spec_decode_tokens=drafts)
+        assert Runner()._prepare_inputs(step, 1) == ("indices", expected, 1)
