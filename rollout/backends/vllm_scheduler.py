@@ -13,15 +13,19 @@ from typing import Any
 
 from vllm import __version__ as vllm_version
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from paceline.rollout.backends.adaptive.control_files import ControlFiles
 from paceline.rollout.backends.adaptive.depth_control import DepthControl, StepShape
 from paceline.rollout.backends.adaptive.draft_schedule import listing_schedule
+from paceline.rollout.backends.adaptive.undrafted_steps import defer_drafting, sample_plainly
 from paceline.rollout.backends.adaptive.vllm_options import (
     ADAPTIVE_METHODS,
     STATUS_VARIABLE,
@@ -67,6 +71,9 @@ class AdaptiveScheduler(Scheduler):
         self.control = self._make_control(options)
         self._files: ControlFiles | None = None
         if self.control is not None:
+            if current_platform.is_cpu():  # the worker is in this process unless there are several
+                defer_drafting(SpecDecodeBaseProposer, lambda line: logger.warning("paceline: %s", line))
+                sample_plainly(GPUModelRunner)
             self._files = self._make_files(self.control, options)
             self._files.restore()
 

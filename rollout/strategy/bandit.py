@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.cost_model import CostModel
+from paceline.rollout.strategy.exploration import Allowance, Trials
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _PRIOR_STEPS = 64  # weight of the cost model's estimate, in measured steps
 _EXPLORATION_RATE = 0.1  # share of steps that look for an arm to explore
-_MAX_EXPLORATION_LOSS = 1 / 3  # most that one exploration may be expected to lose, as a share of its time
 _BURST_STEPS = 3  # length of an exploration; its first step also pays for tokens the drafter has not read yet
+_CERTAIN = 2.0  # standard errors of either rate after which a trial needs no further step
+_TIME_SPREAD = 0.1  # standard deviation of a step's time, as a share of it
 _MAX_TRIALS = 3  # bursts after which an arm is no longer waited for; none of its steps could be timed
 
 
@@ -47,27 +49,6 @@ class _Arm:
             self.seconds -= seconds
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """The allowance of explorations in one bucket.
-
-    Attributes:
-        steps: Number of steps in the bucket.
-        seconds: Time spent in the bucket.
-        lost: Seconds that explorations were expected to lose against the best arm.
-        exploring: Arm that is being explored, if any.
-        left: Steps left of that exploration.
-        trials: Number of bursts that were to give an arm its first times.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    lost: float = 0.0
-    exploring: Strategy | None = None
-    left: int = 0
-    trials: dict[Strategy, int] = field(default_factory=dict)
-
-
 class BanditSelector:
     """Selects strategies by BEG-MAB, a bucketed ε-greedy bandit over a sliding window.
 
@@ -76,10 +57,14 @@ class BanditSelector:
     is (batch, context), plain decoding is one of the arms, and the reward is tokens committed per sequence
     and second of measured time, drafting included, as the ratio of the window's sums.
 
-    Two rules keep exploration cheap. First, an arm starts from the estimate of `CostModel`, which counts as
-    64 steps, and only arms that could be the best, given what is known of their drafter, are explored; the
-    longer a drafter has not run, the less is known of it. Second, explorations draw on an allowance, the
-    share ε of the time spent in the bucket, which is charged with the loss expected of each.
+    Four rules keep exploration cheap. First, an arm starts from the estimate of `CostModel`, which counts as
+    64 steps and knows what other buckets have taught; of arms that could be the best, given what is known of
+    their drafter, one is tried at random. Second, trials draw on an allowance (`Allowance`): the share ε of
+    the time of all steps, which is charged with the loss expected of each. Third, an arm that did not become
+    the best is left alone, each time for twice as long, until the best arm's time or the drafter's acceptance
+    changes. When that time is over, the best arm of each drafter, and plain decoding, are tried again even if
+    nothing speaks for them, since the load of the machine may have changed. Fourth, a trial ends as soon as
+    its times lie two standard errors apart from those of the best arm.
 
     With ``thompson`` the arm is drawn from the posterior of its rate instead (Thompson sampling, as EESD does
     for the draft length, arXiv 2406.03853): a normal distribution with the estimate's mean and the standard
@@ -100,10 +85,9 @@ class BanditSelector:
         thompson: Whether to use Thompson sampling instead of ε-greedy.
         seed: Seed of the explorations.
         burst_steps: Number of steps that an exploration lasts.
-        calibrated: Whether the cost model's times come from a calibration. Without one, an arm that was never
-            timed in a bucket is expected to be as fast as plain decoding there. So each bucket begins with a
-            burst of plain decoding, and the first choice of an arm is a whole burst, too: the arms that look
-            best are timed one after the other until a timed one is the best.
+        calibrated: Whether the cost model's times come from a calibration. Without one, the first bucket, and
+            one whose times other buckets do not explain, begins with a burst of plain decoding. Then drafts
+            are timed from the shallowest to deeper ones, as long as the next one could be the best.
     """
 
     def __init__(
@@ -127,52 +111,79 @@ class BanditSelector:
         self._burst_steps, self._calibrated = burst_steps, calibrated
         self._random = random.Random(seed)
         self._measured: dict[tuple[Bucket, Strategy], _Arm] = {}
-        self._buckets: dict[Bucket, _Bucket] = {}
+        self._buckets: dict[Bucket, Trials] = {}
+        self._allowance = Allowance(epsilon)
 
-    def choose(self, active: int, context: int) -> Strategy:
-        """Returns an exploration or the arm of largest estimated rate; see `Selector.choose`."""
+    def choose(self, active: int, context: int, explore: bool = True) -> Strategy:
+        """Returns an arm on trial or the arm of largest estimated rate; see `Selector.choose`.
+
+        Args:
+            active: Number of sequences.
+            context: Tokens of the longest one.
+            explore: Whether a trial may begin.
+        """
         bucket = bucket_of(active, context)
-        known = self._buckets.setdefault(bucket, _Bucket())
-        if known.left > 0 and known.exploring is not None:
-            known.left -= 1
-            return known.exploring
-        rates = {arm: self.rate(arm, bucket) for arms in self.arms.values() for arm in arms}
+        trials = self._buckets.setdefault(bucket, Trials())
+        if trials.left > 0 and trials.arm is not None:
+            trials.left -= 1
+            return trials.arm
+        rates = {arm: self.rate(arm, bucket) for arm in self._within_reach(bucket)}
         if self.thompson:
             return max(rates, key=lambda arm: self._random.gauss(rates[arm], self._spread(arm, bucket)))
         best = max(rates, key=rates.__getitem__)
-        for arm in () if self._calibrated else (PLAIN, best):
-            if not self.cost.timed(arm, bucket) and known.trials.get(arm, 0) < _MAX_TRIALS:
-                known.trials[arm] = known.trials.get(arm, 0) + 1
-                return self._begin(known, arm)
-        if self.epsilon > 0 and self._random.random() < _EXPLORATION_RATE:
-            explored = self._affordable(bucket, known, rates, best)
-            if explored is not None:
-                return self._begin(known, explored)
-        return best
+        return (self._trial(bucket, trials, rates, best) if explore else None) or best
 
-    def _begin(self, known: _Bucket, arm: Strategy) -> Strategy:
-        """Begins a burst of the arm and returns the arm."""
-        known.exploring, known.left = arm, self._burst_steps - 1
-        return arm
+    def _within_reach(self, bucket: Bucket) -> list[Strategy]:
+        """Returns the arms that may be chosen in a bucket.
 
-    def _affordable(
-        self, bucket: Bucket, known: _Bucket, rates: dict[Strategy, float], best: Strategy
+        Without a calibration nothing is known of a deeper draft before the next shallower one was timed.
+        """
+        if self._calibrated:
+            return [arm for arms in self.arms.values() for arm in arms]
+        reached = []
+        for arms in self.arms.values():
+            for arm in sorted(arms, key=lambda arm: arm.nodes):
+                reached.append(arm)
+                if not self.cost.informed(arm, bucket):
+                    break
+        return reached
+
+    def _trial(
+        self, bucket: Bucket, trials: Trials, rates: dict[Strategy, float], best: Strategy
     ) -> Strategy | None:
-        """Returns a random arm that may beat the best one and whose trial fits the allowance, or None."""
-        most = _MAX_EXPLORATION_LOSS * self._burst_steps * self.cost.seconds(best, bucket)
-        allowance = min(self.epsilon * known.seconds - known.lost, most)
-        candidates = []
-        for arm in rates:
-            if arm == best or self._optimistic_rate(arm, bucket, best) <= rates[best]:
-                continue
-            loss = self._burst_steps * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
-            if loss <= allowance:
-                candidates.append((arm, loss))
+        """Begins a trial if there is reason for one, and returns its arm."""
+        for arm in () if self._calibrated else (PLAIN, best):
+            if not self.cost.informed(arm, bucket) and trials.first.get(arm, 0) < _MAX_TRIALS:
+                trials.first[arm] = trials.first.get(arm, 0) + 1
+                return trials.begin(arm, self._burst_steps)
+        if self.epsilon <= 0 or self._random.random() >= _EXPLORATION_RATE:
+            return None
+        factor = self._allowance.changed(trials, best, self.cost.seconds(best, bucket))
+        if factor != 1.0:
+            self.cost.rescale(bucket, factor)
+            rates = {arm: self.rate(arm, bucket) for arm in rates}
+        seconds = self._burst_steps * self.cost.seconds(best, bucket)
+        hopeful = {
+            arm for arm in rates if arm != best and self._optimistic_rate(arm, bucket, best) > rates[best]
+        }
+        losses = {
+            arm: self._burst_steps * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
+            for arm in hopeful | self._leaders(rates, best)
+        }
+        candidates = self._allowance.candidates(trials, best, seconds, losses, hopeful)
         if not candidates:
             return None
-        arm, loss = self._random.choice(candidates)
-        known.lost += loss
+        arm = self._random.choice(sorted(candidates, key=str))
+        trials.begin(arm, self._burst_steps)
+        self._allowance.charge(trials, arm, losses[arm], self._burst_steps)
         return arm
+
+    def _leaders(self, rates: dict[Strategy, float], best: Strategy) -> set[Strategy]:
+        """Returns the best arm of each drafter, and plain decoding, but for the best arm's drafter."""
+        leaders: dict[str | None, Strategy] = {}
+        for arm in sorted(rates, key=rates.__getitem__):
+            leaders[arm.drafter] = arm
+        return {arm for drafter, arm in leaders.items() if drafter != best.drafter}
 
     def rate(self, arm: Strategy, bucket: Bucket) -> float:
         """Estimates the arm's tokens per sequence and second from the window and the cost model."""
@@ -198,7 +209,7 @@ class BanditSelector:
         The number of tokens of plain decoding, or with the best arm's drafter, is well known, but the time
         may only have been calculated, or measured long ago.
         """
-        known = arm.drafter in (None, best.drafter)
+        known = arm.drafter in (None, best.drafter) or not self._calibrated
         seconds = (self.cost.optimistic_seconds if known else self.cost.seconds)(arm, bucket)
         return self.cost.optimistic_tokens(arm) / seconds
 
@@ -221,15 +232,36 @@ class BanditSelector:
         if self.cost.surprised_by is not None:
             self._forget(self.cost.surprised_by)
         bucket = bucket_of(feedback.active, feedback.context)
-        known = self._buckets.setdefault(bucket, _Bucket())
+        known = self._buckets.setdefault(bucket, Trials())
         known.steps += 1
         known.seconds += feedback.total_seconds
+        self._allowance.seconds += feedback.total_seconds
         if not steady:
             return
         arm = self._measured.get((bucket, feedback.strategy))
         if arm is None:
             arm = self._measured[bucket, feedback.strategy] = _Arm(deque())
         arm.add(known.steps, feedback.committed / feedback.active, feedback.total_seconds)
+        if known.left > 0 and feedback.strategy == known.arm and self._separated(known.arm, bucket):
+            self._allowance.stop(known)
+
+    def _separated(self, arm: Strategy, bucket: Bucket) -> bool:
+        """Whether what was measured in the bucket shows that another arm is better."""
+        others = [a for a in self.strategies() if a != arm and self.cost.timed(a, bucket)]
+        if not others:
+            return False
+        best = max(others, key=lambda a: self.rate(a, bucket))
+        highest = self.rate(arm, bucket) * (1 + _CERTAIN * self._relative_error(arm, bucket))
+        return highest < self.rate(best, bucket) * (1 - _CERTAIN * self._relative_error(best, bucket))
+
+    def _relative_error(self, arm: Strategy, bucket: Bucket) -> float:
+        """Returns the standard error of an arm's rate, as a share of the rate."""
+        times = _TIME_SPREAD / max(self.cost.times(arm, bucket), 1) ** 0.5
+        if arm.drafter is None:
+            return times
+        tokens = self.cost.tokens(arm)
+        drafts = self.cost.accepted(arm).tried[0]
+        return (times**2 + ((tokens - 1) / tokens) ** 2 / drafts) ** 0.5
 
     def drafter_changed(self, name: str) -> None:
         """Adds a drafter's arms, or drops what was measured with its old weights.
@@ -248,6 +280,8 @@ class BanditSelector:
             known.left = 0
 
     def _forget(self, drafter: str) -> None:
+        for trials in self._buckets.values():
+            trials.forget(drafter)
         for key in [key for key in self._measured if key[1].drafter == drafter]:
             del self._measured[key]
 
@@ -257,7 +291,8 @@ class BanditSelector:
         return {
             "cost": self.cost.state(),
             "windows": windows,
-            "spent": [[*bucket, b.steps, b.seconds, b.lost] for bucket, b in self._buckets.items()],
+            "spent": [[*bucket, b.steps, b.seconds] for bucket, b in self._buckets.items()],
+            "lost": self._allowance.lost,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -272,36 +307,14 @@ class BanditSelector:
                 arm = measured[Bucket(batch, context), Strategy.parse(name)] = _Arm(deque())
                 for at, tokens, seconds in steps:
                     arm.add(int(at), float(tokens), float(seconds))
-            buckets = {
-                Bucket(b, c): _Bucket(steps, seconds, lost) for b, c, steps, seconds, lost in state["spent"]
-            }
+            buckets = {Bucket(b, c): Trials(steps, seconds) for b, c, steps, seconds, *_ in state["spent"]}
+            lost = float(state.get("lost", 0.0))  # states of version 0.1 had it for each bucket
             self.cost.load_state(state["cost"])
             self._measured.update(measured)  # last, so that nothing of a broken state is taken over
             self._buckets = buckets
+            self._allowance.seconds = sum(trials.seconds for trials in buckets.values())
+            self._allowance.lost = lost
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"not a selector's state ({type(error).__name__}: {error}): delete it to start afresh"
             ) from None
-
-
-# A forward reads one token more than there are nodes. 8, 16 or 32 rows fill the tiles of matrix units, and
-# one more row would start another tile.
-_CHAIN_DEPTHS = (1, 2, 3, 4, 7)
-# depth, width and nodes of each tree
-_TREE_SHAPES = ((3, 3, 6), (4, 4, 7), (5, 4, 11), (6, 4, 15), (8, 4, 23), (10, 4, 31))
-
-
-def default_arms(name: str, max_nodes: int, chains_only: bool = False) -> list[Strategy]:
-    """Returns the default chains and trees of a drafter, of at most ``max_nodes`` draft tokens.
-
-    Args:
-        name: Name of the drafter.
-        max_nodes: Maximum number of draft tokens per sequence.
-        chains_only: Whether the drafter drafts nothing but chains.
-    """
-    chains = [Strategy(name, d) for d in _CHAIN_DEPTHS if d <= max_nodes]
-    return (
-        chains
-        if chains_only
-        else chains + [Strategy(name, d, w, n) for d, w, n in _TREE_SHAPES if n <= max_nodes]
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from typing import NamedTuple
 
 _BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -19,6 +20,14 @@ class Bucket(NamedTuple):
 def bucket_of(active: int, context: int) -> Bucket:
     """Returns the bucket of a batch of ``active`` sequences whose longest has ``context`` tokens."""
     return Bucket(_round_up(active, _BATCHES), _round_up(context, _CONTEXTS))
+
+
+def distance(a: Bucket, b: Bucket) -> float:
+    """Returns how different two buckets are: doublings of the batch, and of the context as far as it matters.
+
+    The context counts a quarter, because most of a step's time does not depend on it.
+    """
+    return abs(math.log2(a.batch / b.batch)) + 0.25 * abs(math.log2(a.context / b.context))
 
 
 def _round_up(value: int, scale: tuple[int, ...]) -> int:

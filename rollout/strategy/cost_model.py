@@ -2,128 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from statistics import median
-from types import MappingProxyType
 from typing import Any, TypeVar
 
-from paceline.rollout.strategy.buckets import Bucket, bucket_of
+from paceline.rollout.strategy.acceptance import Acceptance, expected_tokens
+from paceline.rollout.strategy.buckets import Bucket, bucket_of, distance
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
+from paceline.rollout.strategy.times import RECENT_TIMES, Times
 
 K = TypeVar("K", bound=Hashable)
 
-_DECAY = 0.99  # factor on acceptance counts for each sequence and step: about 100 drafts are remembered
-_MAX_DECAYS_PER_STEP = 8  # a large batch must not erase the past in one step
-_RECENT_TIMES = 21  # times of which the median counts
-_PRIOR_WEIGHT = 4.0  # drafts that the prior counts for
 _CHAIN_PRIOR, _TREE_PRIOR = 0.6, 0.7  # acceptance of the first level before anything was measured
-_RECENT_DECAY = 0.9  # factor on the recent acceptance counts: about 10 drafts are remembered
-_MIN_RECENT_DRAFTS = 6.0  # fewer recent drafts are no evidence of a change
-_SURPRISE = 3.0  # standard errors between recent and long-term acceptance that are taken for a change
-_AGING = 0.99  # factor on the weight of acceptance counts for each step without the drafter
-_OLDEST = 1000  # steps after which acceptance counts age no further; their weight would underflow at last
 _UNTIMED_MARGIN = 0.1  # share by which a strategy may be faster than its calculated time
+_ALIKE = 1.3  # factor between a time and what another bucket suggests that noise explains
 _TIME_AGE = 1000  # steps after which a measured time is no better than a calculated one
+_CHECKED_TIMES = 3  # new times that are compared with the old one
 _OLD_TIME = 250  # steps after which the next measured time replaces those before it
 _TYPICAL_CONTEXT = 0.75  # the typical context of a bucket, as a share of its upper end
 _DOUBT = 1.5  # standard errors that an optimistic estimate adds
-_EXTRA_VARIANCE = 0.25  # added to a rate's variance, since a rate that never varied may still do so
-
-
-class Acceptance:
-    """Estimates P(level i of a draft is accepted | the levels above were), with a prior that fades.
-
-    A sequence that was offered fewer levels than asked counts as a rejection at the first missing level: an
-    empty proposal costs the same forward as a wrong one. Beside the counts, which remember about 100 drafts,
-    a second set remembers about 10; if the two differ by more than chance allows, the long memory is dropped.
-    """
-
-    def __init__(self, prior: float) -> None:
-        self._prior = prior
-        self.kept: list[float] = []
-        self.tried: list[float] = []
-        self._recent: list[tuple[float, float]] = []
-
-    def add(self, accepted: Sequence[int], depth: int) -> bool:
-        """Adds one step's accepted levels of each sequence.
-
-        Returns:
-            Whether they contradict what was known, so that the long memory was dropped.
-        """
-        self._extend_to(depth)
-        changed = False
-        ended, kept = Counter(accepted), len(accepted)
-        for i in range(depth):
-            reached, kept = kept, kept - ended[i]
-            if not reached:
-                break
-            fade = _DECAY ** min(reached, _MAX_DECAYS_PER_STEP)
-            recent = _RECENT_DECAY ** min(reached, _MAX_DECAYS_PER_STEP)
-            self._recent[i] = recent * self._recent[i][0] + kept, recent * self._recent[i][1] + reached
-            self.kept[i] = fade * self.kept[i] + kept
-            self.tried[i] = fade * self.tried[i] + reached
-            changed |= self._differs(i)
-        if changed:
-            for i, (kept_lately, tried_lately) in enumerate(self._recent):
-                if tried_lately >= 1:  # at the prior's weight, so that the next steps soon outweigh these
-                    self.kept[i] = _PRIOR_WEIGHT * kept_lately / tried_lately
-                    self.tried[i] = _PRIOR_WEIGHT
-        return changed
-
-    def _differs(self, level: int) -> bool:
-        kept, tried = self._recent[level]
-        if tried < _MIN_RECENT_DRAFTS:
-            return False
-        usual = min(max(self.kept[level] / self.tried[level], 0.05), 0.95)
-        return abs(kept / tried - usual) > _SURPRISE * (usual * (1 - usual) / tried) ** 0.5
-
-    def _extend_to(self, depth: int) -> None:
-        while len(self.kept) < depth:
-            # a level without observations starts from the rate of the level above
-            last = self.kept[-1] / self.tried[-1] if self.kept else self._prior
-            self.kept.append(_PRIOR_WEIGHT * last)
-            self.tried.append(_PRIOR_WEIGHT)
-            self._recent.append((0.0, 0.0))
-
-    def soften(self) -> None:
-        """Reduces the weight of past counts to that of the prior, because they may be out of date."""
-        for i, tried in enumerate(self.tried):
-            self.kept[i] *= min(_PRIOR_WEIGHT / tried, 1.0)
-            self.tried[i] = min(tried, _PRIOR_WEIGHT)
-
-    def restore(self, kept: Sequence[float], tried: Sequence[float]) -> None:
-        """Sets the counts to saved ones."""
-        self.kept, self.tried = [float(k) for k in kept], [float(t) for t in tried]
-        self._recent = [(0.0, 0.0)] * len(self.kept)
-
-    def rates(self, depth: int, doubt: float = 0.0, idle: int = 0) -> list[float]:
-        """Returns P(level i is accepted | those above were) for each level.
-
-        Args:
-            depth: Number of levels.
-            doubt: Number of standard errors to add, for an optimistic estimate.
-            idle: Steps since the last observation: knowledge about a changing policy ages.
-        """
-        self._extend_to(depth)
-        rates = []
-        for kept, tried in zip(self.kept[:depth], self.tried, strict=False):
-            rate = kept / tried
-            spread = (rate * (1 - rate) + _EXTRA_VARIANCE) / (tried * _AGING ** min(idle, _OLDEST))
-            rates.append(min(rate + doubt * spread**0.5, 0.95) if doubt else rate)
-        return rates
-
-
-def expected_tokens(rates: Sequence[float]) -> float:
-    """Returns the expected tokens that one step commits for each sequence, 1 + Σ_i Π_{j≤i} P(level j).
-
-    Leviathan et al., arXiv 2211.17192, eq. 1, with a separate probability for each level.
-    """
-    total, running = 1.0, 1.0
-    for rate in rates:
-        running *= rate
-        total += running
-    return total
 
 
 class CostModel:
@@ -131,7 +28,10 @@ class CostModel:
 
     - Forward: the measured time of (bucket, strategy); if there is none, the calibrated time of that many
       tokens at that context, scaled by the ratio of measured to calibrated time in the bucket: that of plain
-      decoding, or else the smallest. The machine may have been busy when it was calibrated.
+      decoding, or else the smallest. The machine may have been busy when it was calibrated. What the strategy
+      took longer than calculated in the nearest bucket is expected here, too, and a chain is expected to take
+      no less than shallower ones of its drafter. If a strategy that is timed again after a pause has become
+      faster or slower, old times of its drafter in that bucket are dropped.
     - Drafting: the measured time of (bucket, strategy); if there is none, that of a level of the same
       drafter, and at first a guess.
     - Tokens: acceptance by level of the drafter's chains or trees, over all buckets.
@@ -148,12 +48,17 @@ class CostModel:
         self, forward_seconds: Callable[[int, int, int], float], draft_seconds: Callable[[str, int], float]
     ) -> None:
         self._forward_guess, self._draft_guess = forward_seconds, draft_seconds
-        self._forward = _Times[tuple[Bucket, Strategy]]()
+        self._forward = Times[tuple[Bucket, Strategy]]()
         self._timed_at: dict[tuple[Bucket, Strategy], int] = {}
         self._scales: dict[Bucket, float] = {}
-        self._draft = _Times[tuple[Bucket, Strategy]]()
-        self._level = _Times[tuple[int, str]]()
-        self._overhead = _Times[int]()
+        self._chains: dict[str, list[int]] = {}  # depths of the chains that were timed
+        # strategies that are measured again after a pause: the time of before and the new ones
+        self._again: dict[tuple[Bucket, Strategy], tuple[float, list[float]]] = {}
+        self._unlike: set[Bucket] = set()
+        self._near: dict[tuple[Bucket, Strategy], Bucket | None] = {}
+        self._draft = Times[tuple[Bucket, Strategy]]()
+        self._level = Times[tuple[int, str]]()
+        self._overhead = Times[int]()
         self.acceptance: dict[tuple[str, bool], Acceptance] = {}
         self._last_drafter: str | None = None
         self._steps = 0
@@ -198,6 +103,14 @@ class CostModel:
             + self._overhead.get(bucket.batch, 0.0)
         )
 
+    def times(self, strategy: Strategy, bucket: Bucket) -> int:
+        """Returns how many recent steps of the strategy were timed in the bucket."""
+        return self._forward.count((bucket, strategy))
+
+    def informed(self, strategy: Strategy, bucket: Bucket) -> bool:
+        """Returns whether the strategy was timed in the bucket, or in others that it resembles."""
+        return self.timed(strategy, bucket) or self._nearest(strategy, bucket) is not None
+
     def optimistic_seconds(self, strategy: Strategy, bucket: Bucket) -> float:
         """Returns an optimistic estimate of `seconds`.
 
@@ -212,7 +125,63 @@ class CostModel:
         measured = self._forward.get((bucket, strategy))
         if measured is not None:
             return measured
-        return self._guess(strategy, bucket) * self._scales.get(bucket, 1.0)
+        return max(
+            self._expected(strategy, bucket) * self._scale(bucket), self._extrapolated(strategy, bucket)
+        )
+
+    def _extrapolated(self, strategy: Strategy, bucket: Bucket) -> float:
+        """Returns the time of a chain that the two next shallower ones of its drafter suggest.
+
+        Without the shallower of them it is the time of the other: a deeper chain is never faster. Without
+        either, and for trees, it is 0.
+        """
+        if strategy.drafter is None or strategy.width > 1:
+            return 0.0
+        known = [depth for depth in self._chains.get(strategy.drafter, ()) if depth < strategy.depth]
+        if not known:
+            return 0.0
+        *_, shallower, deepest = [0, *known]
+        seconds = self._forward_seconds(Strategy(strategy.drafter, deepest), bucket)
+        if not shallower:
+            return seconds
+        level = seconds - self._forward_seconds(Strategy(strategy.drafter, shallower), bucket)
+        return seconds + max(level, 0.0) / (deepest - shallower) * (strategy.depth - deepest)
+
+    def _expected(self, strategy: Strategy, bucket: Bucket) -> float:
+        """Returns the calibrated time, corrected by what the strategy took in the nearest bucket.
+
+        What it took longer there than calibrated is proportional to the time for larger batches, and to the
+        number of sequences for smaller ones: both are the least that it may be, so that it will be tried
+        where it may be the best.
+        """
+        guess = self._guess(strategy, bucket)
+        near = self._nearest(strategy, bucket)
+        if near is None:
+            return guess
+        there = self._guess(strategy, near) * self._scales[near]
+        longer = self._forward[near, strategy] / there - 1
+        if near.batch > bucket.batch:
+            longer *= min(bucket.batch / near.batch * there / (guess * self._scale(bucket)), 1.0)
+        return guess * (1 + longer)
+
+    def _nearest(self, strategy: Strategy, bucket: Bucket) -> Bucket | None:
+        """Returns the nearest other bucket in which the strategy was timed.
+
+        Returns None if there is none, and for a bucket that is unlike the others.
+        """
+        if bucket in self._unlike:
+            return None
+        key = bucket, strategy
+        if key not in self._near:
+            others = [known for known, timed in self._forward if timed == strategy and known != bucket]
+            self._near[key] = min(others, key=lambda other: distance(other, bucket), default=None)
+        return self._near[key]
+
+    def _scale(self, bucket: Bucket) -> float:
+        """Returns the ratio of measured to calibrated time in the bucket, or else in the nearest one."""
+        if bucket in self._scales or not self._scales:
+            return self._scales.get(bucket, 1.0)
+        return self._scales[min(self._scales, key=lambda other: distance(other, bucket))]
 
     def _measured_scale(self, bucket: Bucket) -> float:
         """Returns the ratio of measured to calibrated time in a bucket where something was measured.
@@ -224,7 +193,7 @@ class CostModel:
         if plain is not None:
             return plain / self._guess(PLAIN, bucket)
         timed = [strategy for known, strategy in self._forward if known == bucket]
-        return min(1.0, *(self._forward[bucket, s] / self._guess(s, bucket) for s in timed))
+        return min(1.0, *(self._forward[bucket, s] / self._expected(s, bucket) for s in timed))
 
     def _guess(self, strategy: Strategy, bucket: Bucket) -> float:
         return self._forward_guess(bucket.batch, strategy.nodes + 1, int(_TYPICAL_CONTEXT * bucket.context))
@@ -252,9 +221,11 @@ class CostModel:
         self._steps += 1
         self.surprised_by = None
         ran = strategy if any(feedback.drafted) else PLAIN  # with an empty draft, the forward is a plain one
-        old = self._steps - self._timed_at.get((bucket, ran), self._steps) > _OLD_TIME
-        (self._forward.replace if old else self._forward.add)((bucket, ran), feedback.forward_seconds)
-        self._timed_at[bucket, ran] = self._steps
+        if (bucket, ran) not in self._forward:
+            if bucket not in self._scales:
+                self._compare(bucket, ran, feedback.forward_seconds)
+            self._note(ran)
+        self._add_forward((bucket, ran), feedback.forward_seconds)
         self._scales[bucket] = self._measured_scale(bucket)
         rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
         self._overhead.add(bucket.batch, rest)
@@ -269,6 +240,65 @@ class CostModel:
                 self.surprised_by = strategy.drafter
         self._last_drafter = strategy.drafter
         return steady
+
+    def _compare(self, bucket: Bucket, strategy: Strategy, seconds: float) -> None:
+        """Notes whether the first time in a bucket is what the nearest bucket suggests.
+
+        Where it is not, the ratios of times there may differ, too. A step may take as long as one of the
+        nearest bucket, or as much longer as the batch is larger.
+        """
+        near = self._nearest(strategy, bucket)
+        if near is None:
+            return
+        ratio = seconds / self._forward_seconds(strategy, bucket)
+        # a calibration knows what a larger batch costs, and without one, a guess is the same for all
+        larger = bucket.batch / near.batch * self._guess(strategy, near) / self._guess(strategy, bucket)
+        if not min(larger, 1.0) / _ALIKE < ratio < max(larger, 1.0) * _ALIKE:
+            self._unlike.add(bucket)
+
+    def _add_forward(self, key: tuple[Bucket, Strategy], seconds: float) -> None:
+        """Adds a time of a strategy in a bucket; after a pause, checks whether it has changed meanwhile."""
+        pause = self._steps - self._timed_at.get(key, self._steps)
+        self._timed_at[key] = self._steps
+        if pause > RECENT_TIMES:
+            self._again[key] = self._forward[key], []
+        if pause > _OLD_TIME:
+            self._forward.drop(key)
+        self._forward.add(key, seconds)
+        if key not in self._again:
+            return
+        before, times = self._again[key]
+        times.append(seconds)
+        if len(times) == _CHECKED_TIMES:
+            del self._again[key]
+            if not 1 / _ALIKE < median(times) / before < _ALIKE:
+                self._drop_old_times(*key, times)
+
+    def _drop_old_times(self, bucket: Bucket, strategy: Strategy, times: Sequence[float]) -> None:
+        """Drops what was measured in a bucket with a drafter before its times have changed."""
+        self._forward.drop((bucket, strategy))
+        for seconds in times:
+            self._forward.add((bucket, strategy), seconds)
+        if strategy.drafter is None:
+            return
+        self._unlike.add(bucket)
+        for other in [s for b, s in self._forward if b == bucket and s.drafter == strategy.drafter]:
+            if self._steps - self._timed_at[bucket, other] > RECENT_TIMES:
+                self._forward.drop((bucket, other))
+                del self._timed_at[bucket, other]
+
+    def rescale(self, bucket: Bucket, factor: float) -> None:
+        """Multiplies the times of strategies that did not run lately in a bucket."""
+        for key in [key for key in self._forward if key[0] == bucket]:
+            if self._steps - self._timed_at[key] > RECENT_TIMES:
+                self._forward.rescale(key, factor)
+
+    def _note(self, strategy: Strategy) -> None:
+        """Notes that the strategy was timed in another bucket."""
+        self._near.clear()
+        if strategy.drafter is not None and strategy.width == 1:
+            chains = self._chains.get(strategy.drafter, [])
+            self._chains[strategy.drafter] = sorted({*chains, strategy.depth})
 
     def soften(self, drafter: str) -> None:
         """Reduces the weight of the drafter's acceptance counts, because it has new weights."""
@@ -296,34 +326,10 @@ class CostModel:
         for name, tree, kept, tried in state["acceptance"]:
             known = acceptance[name, tree] = Acceptance(_TREE_PRIOR if tree else _CHAIN_PRIOR)
             known.restore(kept, tried)
-        self._forward, self._draft, self._level = _Times(forward), _Times(draft), _Times(level)
-        self._overhead = _Times(rest)
+        self._forward, self._draft, self._level = Times(forward), Times(draft), Times(level)
+        for _, strategy in forward:
+            self._note(strategy)
+        self._overhead = Times(rest)
         self._timed_at = dict.fromkeys(forward, self._steps)
         self._scales = {bucket: self._measured_scale(bucket) for bucket in {bucket for bucket, _ in forward}}
         self.acceptance.update(acceptance)
-
-
-class _Times(dict[K, float]):
-    """Maps each key to the median of its latest times.
-
-    A mean would follow outliers, which come from other work on the machine: a strategy that met one in its
-    few steps would then look slow, and never run again to show otherwise.
-
-    Args:
-        medians: Saved medians, which count as one time each.
-    """
-
-    def __init__(self, medians: Mapping[K, float] = MappingProxyType({})) -> None:
-        super().__init__(medians)
-        self._recent = {key: deque([seconds], _RECENT_TIMES) for key, seconds in medians.items()}
-
-    def add(self, key: K, seconds: float) -> None:
-        """Adds a time."""
-        recent = self._recent.setdefault(key, deque(maxlen=_RECENT_TIMES))
-        recent.append(seconds)
-        self[key] = median(recent)
-
-    def replace(self, key: K, seconds: float) -> None:
-        """Adds a time and drops those before it."""
-        self._recent.pop(key, None)
-        self.add(key, seconds)

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from paceline.rl.errors import UserError
 
 _TIMEOUT_SECONDS = 1800
+
+Turns = Callable[[Any], Any]  # takes what to run, returns the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,49 @@ class PeerProcess:
             self.output(python, [str(script), str(model), str(source), str(target)], environment)
             return json.loads(target.read_text())
 
+    @contextmanager
+    def turns(self, python: Path | None, model: Path, workload: dict[str, Any]) -> Iterator[Turns]:
+        """Runs the script so that it waits for requests; it ends with the context.
+
+        Yields:
+            A function that takes what to run and returns the result.
+
+        Raises:
+            UserError: The peer failed; the message has its last line.
+        """
+        script = Path(__file__).with_name(self.script)
+        with tempfile.TemporaryDirectory() as folder:
+            source, log = Path(folder) / "workload.json", Path(folder) / "log"
+            source.write_text(json.dumps(workload))
+            arguments = [str(python), str(script), str(model), str(source), str(Path(folder) / "-"), "turns"]
+            with (
+                log.open("w") as errors,
+                subprocess.Popen(
+                    arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                ) as process,
+            ):
+                assert process.stdin is not None
+                assert process.stdout is not None
+                requests, answers = process.stdin, process.stdout
+
+                def ask(request: Any) -> Any:
+                    print(json.dumps(request), file=requests, flush=True)
+                    for line in answers:
+                        if line.startswith("PASS "):
+                            return json.loads(line.removeprefix("PASS "))
+                    raise self._failed(python, log.read_text())
+
+                try:
+                    yield ask
+                finally:
+                    process.terminate()
+
+    def _failed(self, python: Path | None, errors: str) -> UserError:
+        lines = errors.strip().splitlines() or ["no message"]
+        return UserError(
+            f"{self.name} failed in {python}: {lines[-1]}; reinstall its environment with: make {self.target}"
+        )
+
     def output(
         self,
         python: Path | None,
@@ -80,9 +126,5 @@ class PeerProcess:
             env={**os.environ, **(environment or {})},
         )
         if result.returncode != 0:
-            lines = result.stderr.strip().splitlines() or ["no message"]
-            raise UserError(
-                f"{self.name} failed in {python}: {lines[-1]}; reinstall its environment with: "
-                f"make {self.target}"
-            )
+            raise self._failed(python, result.stderr)
         return result.stdout

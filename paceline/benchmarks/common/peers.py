@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from paceline.benchmarks.common.gguf_export import is_plain_llama, write_gguf
-from paceline.benchmarks.common.peer_process import PeerProcess
+from paceline.benchmarks.common.peer_process import PeerProcess, Turns
 from paceline.rollout import Request
 
 VLLM_METHODS: dict[str, dict[str, Any] | None] = {
@@ -153,6 +154,27 @@ class Peers:
         shared = _sampling(workloads[0][1]) | {"repeats": repeats}
         job = {"workloads": jobs, **shared, "speculative": speculative, "options": options}
         return _VLLM.run(self._python, self._path, job, environment)
+
+    def vllm_turns(
+        self,
+        workloads: Sequence[tuple[int, Sequence[Request], Sequence[Request]]],
+        speculative: dict[str, Any] | None,
+        **options: Any,
+    ) -> AbstractContextManager[Turns]:
+        """Starts vLLM in a process that waits, so that several settings can decode in turn.
+
+        Args:
+            workloads: Slots, timed requests and warm-up requests of each.
+            speculative: vLLM's ``speculative_config``; None decodes plainly.
+            **options: Further arguments of vLLM's ``LLM``.
+
+        Returns:
+            A context whose value takes the number of a workload and ``warm`` or ``timed``, and returns the
+            result of the pass, see `paceline.benchmarks.common.vllm_peer`.
+        """
+        job = {"workloads": [_as_json(*workload) for workload in workloads], **_sampling(workloads[0][1])}
+        job |= {"speculative": speculative, "options": options}
+        return _VLLM.turns(self._python, self._path, job)
 
     def llama_build(self) -> str | None:
         """Returns llama.cpp's version and instruction sets; None where it is left out.

@@ -15,6 +15,11 @@ The peers' own interpreter runs this script; Paceline need not be installed ther
 The result is a list with ``{"seconds": s, "tokens": n}`` of each workload's fastest pass. With a
 ``speculative_config`` it also has ``drafts`` and ``accepted``: vLLM's own counts of drafts and accepted
 tokens over all passes of the workload, the warm-up included.
+
+With a fourth argument, ``turns``, passes are run on request, so that several processes can take turns. Each
+line of standard input, ``[workload, "warm" or "timed"]``, is answered by a line of standard output that
+begins with ``PASS`` and has the result of that pass; if Paceline's scheduler chooses draft depths, it has
+``depths``, the number of steps by depth. The end of the input ends the process.
 """
 
 import json
@@ -59,12 +64,16 @@ def counters(llm: LLM) -> dict[str, float]:
     return {names[m.name]: m.value for m in llm.get_metrics() if m.name in names}
 
 
+def set_slots(llm: LLM, slots: int) -> None:
+    """Sets how many requests are decoded concurrently; the engine runs in this process."""
+    llm.llm_engine.engine_core.engine_core.scheduler.max_num_active_reqs = slots
+
+
 def run(
     llm: LLM, workload: dict[str, Any], sampling: dict[str, float | int], repeats: int
 ) -> dict[str, float]:
     """Runs a workload's warm-up and timed passes and returns its result, see the module's docstring."""
-    # the engine runs in this process, so its scheduler can be told how many requests run at a time
-    llm.llm_engine.engine_core.engine_core.scheduler.max_num_active_reqs = workload["slots"]
+    set_slots(llm, workload["slots"])
     before = counters(llm)
     decode(llm, workload["warm"], sampling)
     seconds, tokens = min(decode(llm, workload["timed"], sampling) for _ in range(repeats))
@@ -72,9 +81,29 @@ def run(
     return {"seconds": seconds, "tokens": tokens, **counted}
 
 
+def steps_by_depth(llm: LLM) -> dict[str, int] | None:
+    """Returns the number of steps by draft depth; None if Paceline's scheduler does not choose it."""
+    control = getattr(llm.llm_engine.engine_core.engine_core.scheduler, "control", None)
+    return None if control is None else control.status()["steps_by_depth"]
+
+
+def run_on_request(llm: LLM, work: dict[str, Any]) -> None:
+    """Runs the passes that standard input asks for, see the module's docstring."""
+    for line in sys.stdin:
+        index, kind = json.loads(line)
+        workload, before, depths = work["workloads"][index], counters(llm), steps_by_depth(llm)
+        set_slots(llm, workload["slots"])
+        seconds, tokens = decode(llm, workload[kind], work["sampling"])
+        result: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
+        result |= {name: value - before.get(name, 0) for name, value in counters(llm).items()}
+        if depths is not None:
+            result["depths"] = {k: n - depths.get(k, 0) for k, n in (steps_by_depth(llm) or {}).items()}
+        print("PASS", json.dumps(result), flush=True)
+
+
 def main() -> None:
     """Loads the model, runs the workloads and writes the results."""
-    model, source, target = sys.argv[1:4]
+    model, source, target, *turns = sys.argv[1:]
     work = json.loads(Path(source).read_text())
     llm = LLM(
         model,
@@ -86,6 +115,9 @@ def main() -> None:
         disable_log_stats=work["speculative"] is None,
         **work["options"],
     )
+    if turns:
+        run_on_request(llm, work)
+        return
     results = [run(llm, w, work["sampling"], work["repeats"]) for w in work["workloads"]]
     Path(target).write_text(json.dumps(results))
 

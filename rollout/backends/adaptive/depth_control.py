@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 from paceline.rollout.backends.adaptive.draft_schedule import learned_schedule
 from paceline.rollout.backends.adaptive.draft_watchdog import DraftWatchdog, Mode
 from paceline.rollout.strategy import PLAIN, BanditSelector, CostModel, StepFeedback, Strategy
-from paceline.rollout.strategy.buckets import Bucket, bucket_of
+from paceline.rollout.strategy.buckets import Bucket, bucket_of, distance
 
 T = TypeVar("T")
 
 _BURST_STEPS = 5  # of a new choice: the first verifies drafts of the choice before it, the second may compile
 _SETTLE_STEPS = 3  # steps outside a bucket after which its choice is left
+_SIMILAR = 1.0  # distance of a bucket to which the batch is likely to come back
 _MOST_PROMPT_SHARE = 0.1  # of a step's tokens that may be a prompt's in a step whose time counts
 _LEAST_UNIFORM_SHARE = 0.9  # of sequences that must verify the chosen depth in a step whose time counts
 _MOST_STRETCH = 4.0  # a step that takes longer than this multiple of the usual counts as this multiple
@@ -171,16 +172,21 @@ class DepthControl:
         if mode is Mode.PROBE:
             return self.depths[1]
         bucket = self._settled(bucket_of(shape.sequences, shape.context))
-        return self.selector.choose(bucket.batch, bucket.context).depth
+        clean = shape.prompt_tokens <= _MOST_PROMPT_SHARE * _decoded(shape)
+        return self.selector.choose(bucket.batch, bucket.context, explore=clean).depth
 
     def _settled(self, bucket: Bucket) -> Bucket:
-        """Returns the bucket whose choice counts; it follows that of the steps with a delay.
+        """Returns the bucket whose choice counts; into a similar one it follows the steps with a delay.
 
         If the batch size alternated between two buckets with different choices, no step would ever verify
         the depth that it drafts.
         """
         self._outside = self._outside + 1 if bucket != self._bucket else 0
-        if self._bucket is None or self._outside >= _SETTLE_STEPS:
+        if (
+            self._bucket is None
+            or self._outside >= _SETTLE_STEPS
+            or distance(bucket, self._bucket) > _SIMILAR
+        ):
             self._bucket, self._outside = bucket, 0
         return self._bucket
 
@@ -224,8 +230,8 @@ class DepthControl:
 
     def _counts(self, step: _Scheduled) -> bool:
         """Whether the step's time tells what its depth costs."""
-        decoded = len(step.shape.drafted) + sum(step.shape.drafted)
-        if step.verified != step.chosen or step.shape.prompt_tokens > _MOST_PROMPT_SHARE * decoded:
+        prompts = step.shape.prompt_tokens > _MOST_PROMPT_SHARE * _decoded(step.shape)
+        if step.verified != step.chosen or prompts:
             return False
         kind = bucket_of(len(step.shape.drafted), step.shape.context), step.verified
         if kind not in self._warm:  # kernels may be compiled for this depth
@@ -289,3 +295,8 @@ class DepthControl:
                 f"{self.method} and {self.depths}"
             )
         self.selector.load_state(state.get("selector", {}))
+
+
+def _decoded(shape: StepShape) -> int:
+    """Returns the number of tokens that a step computes for sequences that decode."""
+    return len(shape.drafted) + sum(shape.drafted)

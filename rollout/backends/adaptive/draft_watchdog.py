@@ -9,7 +9,8 @@ from enum import Enum
 from paceline.rollout.strategy.buckets import Bucket
 
 _EVIDENCE_DRAFTS = 200  # drafts of a verdict: a drafter of length 1.1 is mistaken for dead once in 200 times
-_PROBE_DRAFTS = 64  # drafts of a probe, and of a suspicion: then drafting goes on until there is a verdict
+_PROBE_DRAFTS = 64  # drafts of a probe
+_SUSPECT_DRAFTS = 32  # drafts of a suspicion: drafting goes on until there is a verdict
 _DEAD_LENGTH = 1.05  # acceptance length below which no drafter saves the time of its own forward
 _ALIVE_LENGTH = 1.1  # a probe must reach more than `_DEAD_LENGTH`, so that the verdict does not alternate
 _MAX_PAUSE_FACTOR = 16  # pauses between probes double up to this multiple of the first
@@ -68,8 +69,8 @@ class DraftWatchdog:
         """
         if self._mode is Mode.OFF and now >= self._probe_at:
             self._enter(Mode.PROBE)
-        drafts, length = self._latest(_PROBE_DRAFTS)
-        return Mode.PROBE if drafts >= _PROBE_DRAFTS and length < _DEAD_LENGTH else self._mode
+        drafts, length = self._latest(_SUSPECT_DRAFTS)
+        return Mode.PROBE if drafts >= _SUSPECT_DRAFTS and length < _DEAD_LENGTH else self._mode
 
     def _latest(self, count: int) -> tuple[int, float]:
         """Returns the number and the length of the last ``count`` drafts, or of all if there are fewer."""

@@ -249,7 +249,7 @@ def test_a_broken_control_never_raises_and_says_so_once():
 
 def test_nothing_is_drafted_where_the_drafter_cannot_draft():
     chooses = control()
-    chooses.selector.choose = lambda active, context: Strategy("eagle3", 4)
+    chooses.selector.choose = lambda active, context, explore: Strategy("eagle3", 4)
     assert chooses.scheduled(1, StepShape(2, [0, 0], 100), 0.0) == 4
     assert chooses.scheduled(2, StepShape(2, [4, 4], 100, fits=False), 0.0) == 0
 
