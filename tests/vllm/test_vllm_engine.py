@@ -2,12 +2,16 @@
 (``make test-vllm``).
 """
 
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import chisquare
 
 pytest.importorskip("vllm")
+
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rollout import FinishReason, Request, SamplingParams, mean_acceptance_length
@@ -71,7 +75,7 @@ def test_logprobs_are_the_policys(policy, served):
 def always_draft(engine, depth, monkeypatch):
     """Fixes the depth: neither the bandit nor the watchdog has a say."""
     arm = Strategy("eagle3", depth) if depth else PLAIN
-    monkeypatch.setattr(engine.control.selector, "choose", lambda active, context: arm)
+    monkeypatch.setattr(engine.control.selector, "choose", lambda active, context, explore: arm)
     monkeypatch.setattr(engine.control.watchdog, "mode", lambda now: Mode.ON)
 
 
@@ -106,6 +110,47 @@ def test_drafts_change_no_greedy_token(policy, served, monkeypatch):
         )
     assert found[0][0] == wanted[0, 4:].tolist()
     assert found[0] == found[1] == found[2]
+
+
+def drafts_after_plain_steps(engine, asked, monkeypatch):
+    """Decodes plainly and with drafts in turn; returns what is drafted and the number of drafter forwards."""
+    order, found, forwards = itertools.count(), [], []
+    always_draft(engine, 3, monkeypatch)
+    arms = [PLAIN] * 9 + [Strategy("eagle3", 3)] * 2
+    monkeypatch.setattr(
+        engine.control.selector, "choose", lambda active, context, explore: arms[next(order) % len(arms)]
+    )
+    scheduler = engine_core(engine).scheduler
+    update = scheduler.update_draft_token_ids
+
+    def spy(drafts):
+        found.append([list(tokens) for tokens in drafts.draft_token_ids])
+        update(drafts)
+
+    monkeypatch.setattr(scheduler, "update_draft_token_ids", spy)
+    model = engine_core(engine).model_executor.driver_worker.worker.model_runner.drafter.model
+    hook = model.register_forward_hook(lambda *call: forwards.append(1))
+    engine.generate(asked)
+    hook.remove()
+    return found, len(forwards)
+
+
+def engine_core(engine):
+    return engine._llm.llm_engine.engine_core.engine_core
+
+
+def test_steps_without_drafts_spare_the_drafter_and_cost_it_nothing(served, monkeypatch):
+    """What it drafts afterwards is what it drafts if it has read every token at once."""
+    engine, _ = served
+    asked = requests(5, 60, temperature=0.0)
+    with monkeypatch.context() as patch:
+        spared, few = drafts_after_plain_steps(engine, asked, patch)
+    with monkeypatch.context() as patch:
+        patch.setattr(SpecDecodeBaseProposer, "propose", SpecDecodeBaseProposer.propose.__wrapped__)
+        usual, many = drafts_after_plain_steps(engine, asked, patch)
+    assert any(any(tokens) for tokens in spared)
+    assert spared == usual
+    assert few < 0.6 * many
 
 
 def test_a_zeroed_drafter_is_switched_off_and_a_good_one_is_used(policy, served, caplog):

@@ -72,7 +72,7 @@ def script(scheduler, depths):
     """Lets the bandit choose these depths in turn; returns the list of what it is told."""
     selector, order, told = scheduler.control.selector, iter(depths), []
 
-    def choose(active, context):
+    def choose(active, context, explore):
         depth = next(order)
         return Strategy("eagle3", depth) if depth else PLAIN
 

@@ -78,7 +78,7 @@ def script(llm, monkeypatch, depths):
     """Lets the bandit choose these depths in turn; returns the list of chosen ones."""
     control, order, chosen = scheduler_of(llm).control, iter(depths), []
 
-    def choose(active, context):
+    def choose(active, context, explore):
         chosen.append(next(order))
         return Strategy("custom_class", chosen[-1]) if chosen[-1] else PLAIN
 
