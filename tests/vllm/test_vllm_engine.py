@@ -153,9 +153,12 @@ def test_steps_without_drafts_spare_the_drafter_and_cost_it_nothing(served, monk
     assert few < 0.6 * many
 
 
-def test_a_zeroed_drafter_is_switched_off_and_a_good_one_is_used(policy, served, caplog):
+def test_a_zeroed_drafter_is_switched_off_and_a_good_one_is_used(policy, served, caplog, monkeypatch):
     """The policy repeats one token after this prompt, so that a constant draft is either right or wrong."""
     engine, folder = served
+    # the bandit would leave a bad drafter alone before the watchdog has seen enough of it
+    arm = Strategy("eagle3", 3)
+    monkeypatch.setattr(engine.control.selector, "choose", lambda active, context, explore: arm)
     params = SamplingParams(max_tokens=60, temperature=0.0)
     asked = [Request([4, 5, 6, 7], params, seed=i) for i in range(8)]
     (token,) = {t for r in engine.generate(asked[:1]) for t in r.token_ids}
