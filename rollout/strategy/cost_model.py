@@ -172,7 +172,8 @@ class CostModel:
         if bucket in self._unlike:
             return None
         key = bucket, strategy
-        if key not in self._near:
+        near = self._near.get(key)
+        if key not in self._near or (near is not None and (near, strategy) not in self._forward):
             others = [known for known, timed in self._forward if timed == strategy and known != bucket]
             self._near[key] = min(others, key=lambda other: distance(other, bucket), default=None)
         return self._near[key]
@@ -286,6 +287,7 @@ class CostModel:
             if self._steps - self._timed_at[bucket, other] > RECENT_TIMES:
                 self._forward.drop((bucket, other))
                 del self._timed_at[bucket, other]
+                self._near.clear()
 
     def rescale(self, bucket: Bucket, factor: float) -> None:
         """Multiplies the times of strategies that did not run lately in a bucket."""
@@ -331,5 +333,9 @@ class CostModel:
             self._note(strategy)
         self._overhead = Times(rest)
         self._timed_at = dict.fromkeys(forward, self._steps)
-        self._scales = {bucket: self._measured_scale(bucket) for bucket in {bucket for bucket, _ in forward}}
+        # buckets without plain decoding are compared with others
+        buckets = sorted({bucket for bucket, _ in forward}, key=lambda b: (b, PLAIN) not in forward)
+        self._scales = dict.fromkeys(buckets, 1.0)
+        for bucket in buckets:
+            self._scales[bucket] = self._measured_scale(bucket)
         self.acceptance.update(acceptance)
