@@ -51,7 +51,8 @@ class TritonKernels:
     @staticmethod
     def describe_seats(seats: torch.Tensor, shift: Sequence[int] | None = None) -> DeviceTokens:
         """Returns the description of E tokens of each of the first B slots, see `RaggedTokens.from_seats`."""
-        return DeviceTokens.from_seats(seats, shift)
+        moved = shift is not None and any(shift)
+        return DeviceTokens.from_seats(seats, upload(list(shift or ()), seats.device) if moved else None)
 
     @staticmethod
     def serve(head_dim: int, *widths: int) -> bool:
