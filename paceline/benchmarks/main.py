@@ -27,7 +27,7 @@ STUDIES = {
     "served": "decoding.served",
     "vllm-depths": "decoding.vllm_depths",
     "vllm-suffix": "decoding.vllm_suffix",
-    "gpu-check": "decoding.gpu_check",
+    "gpu-check": "gpu.check",
     "plan": "decoding.plan",
     "update": "training.update",
     "seeds": "training.seeds",

@@ -15,11 +15,11 @@ from paceline.rl.learner.fused.fused_policy import FusedPolicy, UnsupportedPolic
 from paceline.rl.learner.packed_attention import PACKED_ATTENTION
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import check_head, check_packing, decoder_of, turn_off_dropout
+from paceline.rl.memory.activations import head_rows
 from paceline.rollout.model.shape import check_family
 from paceline.rollout.text_limits import text_limit
 from paceline.rollout.transformers_api import use_attention
 
-_LOGITS_PER_CHUNK = 1 << 23  # bounds the peak memory of the output head
 _CPU_BLOCK = 1 << 18  # logits; about what stays in a core's cache between passes
 
 
@@ -84,7 +84,7 @@ class PolicyLogProbs(nn.Module):
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]
         head = self.policy.get_output_embeddings()
-        rows = max(_LOGITS_PER_CHUNK // head.weight.shape[0], 1)
+        rows = head_rows(head.weight.shape[0], head.weight.device)
         logprobs, entropies = [], []
         for start in range(0, len(hidden), rows):
             piece = slice(start, start + rows)

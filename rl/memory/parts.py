@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from paceline.rl.config.run import RunConfig
 from paceline.rl.config.scale import LoraConfig
+from paceline.rl.memory.activations import drafter_activations, update_activations
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
@@ -104,7 +105,7 @@ def other_parts(config: RunConfig, policy: PreTrainedConfig, parameters: int, ra
     parts = []
     if dtype != torch.float32 or not is_shared(config.scale):
         parts.append(unsharded(ENGINE_COPY, parameters * dtype.itemsize))
-    parts.append(unsharded("activations of a micro-batch", _activations(config, policy)))
+    parts.append(unsharded("activations of a micro-batch", update_activations(config, policy)))
     if config.update.kl_coef > 0 and (config.scale.lora is None or config.scale.sharded):
         parts.append(unsharded("reference policy", 4 * parameters))
     if "eagle3" in config.speculation.drafters:
@@ -134,7 +135,7 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
         (drafter.previous_steps + 1) * int(step_sequences(config, ranks) * assumed_length(config)),
     )
     # an update and the drafter's training never run at once on a rank
-    beyond = max(drafter_activations(config, shape) - _activations(config, policy), 0)
+    beyond = max(drafter_activations(config, shape) - update_activations(config, policy), 0)
     return [
         *parts,
         unsharded("drafter in training", size * (8 + _MOMENT_BYTES) * len(drafter.ensemble)),
@@ -151,21 +152,6 @@ def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
     steps = ragged_graphs(sizes, "draft", 4 * slots, 0).total_bytes
     drafts = draft_graph_bytes((arm for arm in arms if arm.drafter in ("eagle3", "composite")), slots)
     return steps + drafts + WORKSPACE_BYTES
-
-
-def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:
-    """Returns the bytes of a micro-batch's activations while the drafter trains, in float32.
-
-    Each draft position keeps its attention weights over all tokens, and its probabilities of the draft
-    vocabulary in three forms for the loss, beside one layer's activations (see `_activations`). Three more
-    matrices of attention scores exist while one is computed. The batch itself holds taps and the teacher's
-    probabilities.
-    """
-    d, tokens = config.drafter, config.drafter.tokens_per_microbatch
-    heads, _, _ = attention_shape(shape)
-    hidden, taps = shape.hidden_size, len(shape.eagle_aux_hidden_state_layer_ids)
-    of_token = d.unroll * (3 * shape.draft_vocab_size + 17 * hidden) + shape.draft_vocab_size + taps * hidden
-    return 4 * (tokens * of_token + (d.unroll + 3) * heads * tokens**2)
 
 
 def unsharded(what: str, size: int) -> Part:
@@ -211,20 +197,3 @@ def _largest_layer(policy: PreTrainedConfig) -> int:
     embedding = model.get_input_embeddings().weight.numel()
     layers = policy.get_text_config().num_hidden_layers
     return max(embedding, (model.num_parameters() - embedding) // layers)
-
-
-def _activations(config: RunConfig, policy: PreTrainedConfig) -> int:
-    """Returns the bytes of a micro-batch's activations.
-
-    In 16 bits this is 34 bytes per token, layer and hidden unit (Korthikanti et al., arXiv 2205.05198,
-    equation 1, without the attention scores, which are recomputed). With activation checkpointing it is one
-    layer's 34 bytes, and 2 bytes for each layer.
-    """
-    text = policy.get_text_config()
-    width = 2 if config.policy.mixed_precision == "bf16" else 4
-    layer = 17 * width * text.hidden_size
-    layers = text.num_hidden_layers
-    per_token = (
-        layer + layers * width * text.hidden_size if config.policy.gradient_checkpointing else layer * layers
-    )
-    return config.update.tokens_per_microbatch * per_token

@@ -51,7 +51,7 @@ def test_an_update_reaches_the_graphs():
 @pytest.mark.parametrize("count", [3, 12])
 @pytest.mark.parametrize(("strategy", "most"), [("plain", 1), ("eagle3:3", 2), ("eagle3:4x3/8", 3)])
 def test_a_step_waits_a_few_times_at_any_batch(strategy, most, count):
-    from paceline.benchmarks.decoding.gpu_shapes import syncs_of_step
+    from paceline.benchmarks.gpu.shapes import syncs_of_step
 
     engine = engine_for(tiny_llama().cuda(), slots=12, collect_traces=True)
     engine.use_strategy(strategy)

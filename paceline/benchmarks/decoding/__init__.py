@@ -1,1 +1,1 @@
-"""Benchmarks of decoding: speed, drafters, verifiers, strategy selection, vLLM as a peer, and one GPU."""
+"""Benchmarks of decoding: speed, drafters, verifiers, strategy selection, and vLLM as a peer."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paceline.benchmarks.decoding import gpu_reasoner
-from paceline.benchmarks.decoding.gpu_check import shape_checks, update_checks
-from paceline.benchmarks.decoding.gpu_shapes import ShapeReport, bytes_read
-from paceline.benchmarks.training.gpu_update import UpdateReport
+from paceline.benchmarks.gpu import reasoner
+from paceline.benchmarks.gpu.check import shape_checks, update_checks
+from paceline.benchmarks.gpu.shapes import ShapeReport, bytes_read
+from paceline.benchmarks.gpu.update import UpdateReport
 from paceline.rollout import FinishReason, Request, Rollout
 from paceline.rollout.api import RolloutStats
 from paceline.rollout.model.kv_cache import CacheShape
@@ -63,19 +63,19 @@ def test_the_least_that_a_forward_reads():
 
 
 def test_the_reasoner_is_asked_for_partial_sums():
-    asked, said = gpu_reasoner.problem(random.Random(0), 5)
+    asked, said = reasoner.problem(random.Random(0), 5)
     digits = [int(d) for d in asked.rstrip("=").split("+")]
     assert [int(s) for s in said.split(";")] == [sum(digits[: i + 1]) for i in range(5)]
     request = Request([1])
-    ids = gpu_reasoner._ids(said)
+    ids = reasoner._ids(said)
     right = Rollout(request, ids, [0.0] * len(ids), FinishReason.STOP, RolloutStats())
-    assert gpu_reasoner._is_right(right, said.split(";")[-1])
-    assert not gpu_reasoner._is_right(right, said.split(";")[0])
+    assert reasoner._is_right(right, said.split(";")[-1])
+    assert not reasoner._is_right(right, said.split(";")[0])
 
 
 def test_training_labels_cover_completions_only():
-    texts, labels = gpu_reasoner._training_batch(random.Random(0))
-    equals = gpu_reasoner._TEXT.index("=")
+    texts, labels = reasoner._training_batch(random.Random(0))
+    equals = reasoner._TEXT.index("=")
     for text, label in zip(texts, labels, strict=True):
         start = text.tolist().index(equals) + 1
         assert (label[:start] == -100).all()

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from paceline.benchmarks.common.results import Log
-from paceline.benchmarks.decoding.gpu_shapes import tokens_per_second
+from paceline.benchmarks.gpu.shapes import tokens_per_second
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
 from paceline.drafter_trainer.spot_trainer import SpotTrainer

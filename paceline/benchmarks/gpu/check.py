@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from paceline.benchmarks.common.results import Results
-from paceline.benchmarks.decoding.gpu_reasoner import ReasonerReport, measure_reasoner
-from paceline.benchmarks.decoding.gpu_shapes import ShapeReport, measure_shape, seconds_of
 from paceline.benchmarks.decoding.model_shapes import SHAPES
-from paceline.benchmarks.training.gpu_update import UpdateReport, measure_update
+from paceline.benchmarks.gpu.reasoner import ReasonerReport, measure_reasoner
+from paceline.benchmarks.gpu.shapes import ShapeReport, measure_shape, seconds_of
+from paceline.benchmarks.gpu.update import UpdateReport, measure_update
 from paceline.rl.errors import UserError
 from paceline.rl.process.invocation import command_line
 
