@@ -48,13 +48,13 @@ class DraftBatch:
     rejected_drafts: torch.Tensor
     rejected_teacher: torch.Tensor
 
-    def attends(self) -> torch.Tensor:
-        """Returns bool [N, N], whether each anchor (row) attends to each other one (column).
+    def attends(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns bool [M, N], whether each of anchors ``rows``, int64 [M], attends to each anchor.
 
         Anchors attend to those of their own piece that do not come after them.
         """
-        same = self.pieces[:, None] == self.pieces[None]
-        return same & (self.positions[:, None] >= self.positions[None])
+        same = self.pieces[rows, None] == self.pieces[None]
+        return same & (self.positions[rows, None] >= self.positions[None])
 
 
 @torch.no_grad()

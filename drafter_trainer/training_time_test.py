@@ -10,7 +10,8 @@ from torch import nn
 
 from paceline.drafter_trainer.losses import LENGTH_LOSS, LOSSES
 from paceline.drafter_trainer.packing import DraftBatch
-from paceline.rollout.drafters.eagle3_model import Attend, Eagle3Model, attention_shape
+from paceline.drafter_trainer.unrolled_attention import UnrolledAttention
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class _Unroll:
     def __init__(self, model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch) -> None:
         self._model, self._embed_tokens, self._batch = model, embed_tokens, batch
         self._hidden = model.fc(batch.taps)[None]
-        self._attention = _UnrolledAttention(batch.attends(), attention_shape(model.config)[2] ** -0.5)
+        self._attention = UnrolledAttention(batch, attention_shape(model.config)[2] ** -0.5)
         self._step = 0
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -242,50 +243,3 @@ def _still_trained(
     remaining = torch.zeros_like(alive)
     remaining[rows] = alive[rows] & reachable
     return remaining
-
-
-class _UnrolledAttention:
-    """Attention of the anchors over real features and over their own earlier draft positions.
-
-    It keeps the keys of position 0 (the real features, attended to causally within their piece) and, for each
-    later position, one key per anchor.
-    """
-
-    def __init__(self, attends: torch.Tensor, scaling: float) -> None:
-        self._keys: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
-        self._scaling = scaling
-        self._masked = ~attends
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self._keys.append(_repeated(key, query))
-        self._values.append(_repeated(value, query))
-        return self._attend(query, self._masked, self._keys, self._values)
-
-    def branch(self, rows: torch.Tensor) -> Attend:
-        """Returns attention for anchors ``rows`` whose newest key and value are used once and not kept."""
-
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), _repeated(key, query)]
-            values = [self._values[0], *(v[:, :, rows] for v in self._values[1:]), _repeated(value, query)]
-            return self._attend(query, self._masked[rows], keys, values)
-
-        return attend
-
-    def _attend(
-        self, query: torch.Tensor, masked: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
-    ) -> torch.Tensor:
-        query = query * self._scaling
-        scores = (query @ keys[0].transpose(-1, -2)).masked_fill(masked, float("-inf"))
-        own = [(query * k).sum(-1, keepdim=True) for k in keys[1:]]
-        weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1)
-        anchors = scores.shape[-1]
-        out = weights[..., :anchors] @ values[0]
-        for step, v in enumerate(values[1:]):
-            out = out + weights[..., anchors + step, None] * v
-        return out.transpose(1, 2)
-
-
-def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """Repeats keys or values [B, KV, L, d] for each of the query's heads."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)

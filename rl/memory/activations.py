@@ -47,15 +47,20 @@ def update_activations(config: RunConfig, policy: PreTrainedConfig) -> int:
 
 
 def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:
-    """Returns the bytes of a micro-batch's activations while the drafter trains, in float32.
+    """Returns the bytes of a micro-batch's activations on a GPU while the drafter trains, in float32.
 
-    Each draft position keeps its attention weights over all tokens, and its probabilities of the draft
-    vocabulary in three forms for the loss, beside one layer's activations (see `_activations`). Three more
-    matrices of attention scores exist while one is computed. The batch itself holds taps and the teacher's
-    probabilities.
+    Each draft position keeps its probabilities of the draft vocabulary in three forms for the loss, beside
+    one layer's activations of 17 values for each hidden unit. The batch itself holds taps and the teacher's
+    probabilities. In 16 bits, flash attention keeps no scores; in float32, each position keeps its attention
+    weights over all tokens, and three more matrices of scores exist while one is computed.
+
+    Args:
+        config: The recipe.
+        shape: The drafter's configuration.
     """
     d, tokens = config.drafter, config.drafter.tokens_per_microbatch
     heads, _, _ = attention_shape(shape)
     hidden, taps = shape.hidden_size, len(shape.eagle_aux_hidden_state_layer_ids)
     of_token = d.unroll * (3 * shape.draft_vocab_size + 17 * hidden) + shape.draft_vocab_size + taps * hidden
-    return 4 * (tokens * of_token + (d.unroll + 3) * heads * tokens**2)
+    scores = 0 if config.policy.mixed_precision == "bf16" else (d.unroll + 3) * heads * tokens**2
+    return 4 * (tokens * of_token + scores)
