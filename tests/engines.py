@@ -11,6 +11,7 @@ from paceline.rollout import Rollout, RolloutEngine, default_tap_layers
 from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DRAFTERS, DraftRules, Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots
+from paceline.rollout.drafters.eagle3 import fixed_taps
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 from paceline.rollout.strategy import Strategy
 from paceline.rollout.trees import DraftTree
@@ -94,6 +95,7 @@ def engine_for(
             capacity=engine.capacity_for(context, engine.max_nodes),
             dtype=torch.float32,
             rules=rules,
+            taps=fixed_taps(engine.runner),
         )
     )
     engine.add_drafter(AdversarialDrafter(model.config.vocab_size, sampled=True))

@@ -100,8 +100,10 @@ class PackedBatch:
                 lengths.append(count + (prompt if before else 0))
                 at += count
         device = self.tokens.device
-        ends = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (queries, lengths))
-        return Segments(torch.cat(keys).to(device), *ends, max(queries), max(lengths))
+        query_ends, key_ends = (
+            torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (queries, lengths)
+        )
+        return Segments(torch.cat(keys).to(device), query_ends, key_ends, max(queries), max(lengths))
 
     def to(self, device: torch.device) -> PackedBatch:
         """Returns the batch with its tensors on ``device``."""

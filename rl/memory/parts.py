@@ -145,13 +145,13 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
 
 
 def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
-    """Returns the bytes of the drafter's captured graphs: whole drafts, and steps of known tokens."""
+    """Returns the bytes of the drafter's captured graphs: whole drafts, single steps, and reading."""
     speculation, slots = config.speculation, config.rollout.max_slots
     names = speculation.arms or (() if speculation.strategy == "adaptive" else (speculation.strategy,))
     arms = [Strategy.parse(name) for name in names] or default_arms("eagle3", speculation.max_nodes)
     steps = ragged_graphs(sizes, "draft", 4 * slots, 0).total_bytes
     drafts = draft_graph_bytes((arm for arm in arms if arm.drafter in ("eagle3", "composite")), slots)
-    return steps + drafts + WORKSPACE_BYTES
+    return 2 * steps + drafts + WORKSPACE_BYTES
 
 
 def unsharded(what: str, size: int) -> Part:

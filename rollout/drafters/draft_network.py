@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from paceline.rollout.drafters.base import TapReader
+from paceline.rollout.graphs.graph_pool import Capturer
 from paceline.rollout.sequence import SequenceState
 
 
@@ -50,6 +51,15 @@ class Network(Protocol):
 
     def refresh(self) -> None:
         """Adopts weights that were changed in place."""
+        ...
+
+    def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
+        """Makes steps run through captured graphs.
+
+        Args:
+            capturer: Capturer to use.
+            precapture: Whether to capture them now; otherwise each is captured when first needed.
+        """
         ...
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,8 @@ from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
 from paceline.rollout.graphs.graph_pool import CudaCapturer
 from paceline.rollout.model.kv_cache import CacheShape
+from paceline.rollout.model.paged_cache import PagedCache
+from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
@@ -45,6 +47,8 @@ class Eagle3Drafter:
             window, the cache keeps its size however long sequences grow, and reading a long prompt starts
             that many tokens before its end (LongSpec, arXiv 2502.17421, bounds the drafter's memory in the
             same way with a sliding window).
+        taps: Reader of the engine's taps, with which a GPU captures reading in graphs; None reads outside
+            them.
     """
 
     name = "eagle3"
@@ -60,6 +64,7 @@ class Eagle3Drafter:
         dtype: torch.dtype,
         rules: DraftRules | None = None,
         window: int | None = None,
+        taps: TapReader | None = None,
     ) -> None:
         device = next(embed_tokens.parameters()).device
         self.config = config = model.config
@@ -84,6 +89,8 @@ class Eagle3Drafter:
             capturer = CudaCapturer(device)
             self._network.capture_graphs(capturer, precapture=True)
             if isinstance(self._network, NativeNetwork):
+                if taps is not None:
+                    self._network.capture_reads(capturer, taps)
                 self.graphs = DraftGraphs(self._network, self.rules, self.vocabulary, slots, capturer)
 
     @classmethod
@@ -103,6 +110,7 @@ class Eagle3Drafter:
             dtype=host.dtype,
             rules=parts.rules,
             window=parts.eagle3_window,
+            taps=fixed_taps(host.runner),
         )
 
     @torch.no_grad()
@@ -209,3 +217,8 @@ class Eagle3Drafter:
 
     def forget(self, sequence: SequenceState) -> None:
         """Does nothing: state is kept by slot, not by sequence."""
+
+
+def fixed_taps(runner: ModelRunner) -> TapReader | None:
+    """Returns the reader of a runner's taps if they never move, which pages do not and rectangles do."""
+    return runner.cache.taps_at if runner.tap_layers and isinstance(runner.cache, PagedCache) else None

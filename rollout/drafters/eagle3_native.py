@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from paceline.rollout.drafters.base import TapReader
 from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
-from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
+from paceline.rollout.graphs.graph_pool import Capturer, Forward, GraphPool
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project
@@ -84,20 +85,40 @@ class NativeNetwork:
         self._table: torch.Tensor = next(embed_tokens.parameters())
         self._layer: DraftLayer | None = None
         self.graphs: GraphPool | None = None
+        self._reads: GraphPool | None = None
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
-        """Makes steps of up to four tokens for each slot run through captured graphs.
+        """Makes steps of up to four tokens for each slot run through captured graphs, see `Network`."""
+        self.graphs = self._pool(self._step_described, capturer)
+        if precapture:
+            self.graphs.capture_planned()
+
+    def capture_reads(self, capturer: Capturer, taps: TapReader) -> None:
+        """Makes reading up to four tokens for each slot run through captured graphs, from the taps on.
 
         Args:
             capturer: Capturer to use.
-            precapture: Whether to capture them now; otherwise each is captured when first needed.
+            taps: Reads the target's hidden states, from memory that stays in place.
         """
+
+        def read(
+            tokens: torch.Tensor, table: torch.Tensor, carried: torch.Tensor | None, span: int
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            described = DeviceTokens(table[:, 0])
+            hidden, logits = self._run(tokens[0], self._projected(taps, described), described, None)
+            return logits[None], hidden[None]
+
+        self._reads = self._pool(read, capturer)
+        self._reads.capture_planned()
+
+    def _pool(self, forward: Forward, capturer: Capturer) -> GraphPool:
+        """Returns a pool of graphs of forwards without padding, of up to four tokens for each slot."""
         config, cache = self._weights.config, self._cache
         assert isinstance(cache, PagedCache)
         rows = token_buckets(4 * cache.shape.slots)
         assert config.hidden_size is not None
-        self.graphs = GraphPool(
-            self._step_described,
+        pool = GraphPool(
+            forward,
             plan_graphs(
                 draft_shape(config, self._dtype), plan_keys("draft", (1,), rows, (cache.span,), rows[-1])
             ),
@@ -108,9 +129,8 @@ class NativeNetwork:
             capturer=capturer,
             padding=cache.padding,
         )
-        self.graphs.follow(embedding_address(self._embed))
-        if precapture:
-            self.graphs.capture_planned()
+        pool.follow(embedding_address(self._embed))
+        return pool
 
     def _step_described(
         self, tokens: torch.Tensor, table: torch.Tensor, carried: torch.Tensor | None, span: int
@@ -151,19 +171,20 @@ class NativeNetwork:
         ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
         described = self._kernels.describe(ragged, device)
         tokens = upload(list(itertools.chain.from_iterable(reading.tokens)), device)
-        features = reading.taps(described.token_slots, described.positions)
-        features = features[:, : self._weights.fc.in_features]
-        if self._layer is not None and len(tokens) <= _FEW_TOKENS:
-            assert isinstance(self._kernels, Kernels)
-            hidden = self._kernels.multiply(features, self._int8_fc)
-        else:
-            hidden = self._fc(features[None])[0]
         last = upload(ragged.offsets[1:] - 1, device)
-        if self.graphs is not None and len(tokens) <= self.graphs.rows:
-            replayed = self._replayed(tokens, hidden, described)
+        if self._reads is not None and len(tokens) <= self._reads.rows:
+            replayed = self._replayed(self._reads, tokens, None, described)
             if replayed is not None:
                 return replayed[0][last], replayed[1][last]
-        return self._run(tokens, hidden, described, last)
+        return self._run(tokens, self._projected(reading.taps, described), described, last)
+
+    def _projected(self, taps: TapReader, described: RaggedTokens | DeviceTokens) -> torch.Tensor:
+        """Returns the hidden states [N, hidden] that the network reads, from the target's features."""
+        features = taps(described.token_slots, described.positions)[:, : self._weights.fc.in_features]
+        if self._layer is not None and len(features) <= _FEW_TOKENS:
+            assert isinstance(self._kernels, Kernels)
+            return self._kernels.multiply(features, self._int8_fc)
+        return self._fc(features[None])[0]
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
@@ -172,7 +193,7 @@ class NativeNetwork:
         batch, count = tokens.shape
         described = self._kernels.describe_seats(seats, shift)
         flat, states = tokens.flatten(), hidden.flatten(0, 1)
-        replayed = self._replayed(flat, states, described)
+        replayed = None if self.graphs is None else self._replayed(self.graphs, flat, states, described)
         out, logits = self._run(flat, states, described, None) if replayed is None else replayed
         # a captured step writes its outputs to the same memory each time
         out = out if replayed is None else out.clone()
@@ -205,6 +226,7 @@ class NativeNetwork:
     @property
     def padding_slot(self) -> int:
         """The slot of a paged cache that padding is written to."""
+        assert isinstance(self._cache, PagedCache)
         return self._cache.padding(self._cache.span)[0]
 
     @property
@@ -213,14 +235,18 @@ class NativeNetwork:
         return embedding_address(self._embed)
 
     def _replayed(
-        self, tokens: torch.Tensor, hidden: torch.Tensor, described: RaggedTokens | DeviceTokens
+        self,
+        pool: GraphPool,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor | None,
+        described: RaggedTokens | DeviceTokens,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Runs a step by a captured graph, whose outputs the next one overwrites; None where none fits."""
-        if self.graphs is None or not isinstance(described, DeviceTokens):
-            return None
-        self.graphs.follow(embedding_address(self._embed))
+        """Runs tokens by a captured graph, whose outputs the next one overwrites; None where none fits."""
+        assert isinstance(described, DeviceTokens)
+        pool.follow(embedding_address(self._embed))
         span, slots = self._cache.span, self._cache.slots
-        replayed = self.graphs.run(tokens[None], described.table[:, None], span, slots, hidden[None])
+        carried = None if hidden is None else hidden[None]
+        replayed = pool.run(tokens[None], described.table[:, None], span, slots, carried)
         return None if replayed is None else (replayed[1][0], replayed[0][0])
 
     def _run(

@@ -29,6 +29,7 @@ from paceline.rollout import (
     mean_acceptance_length,
 )
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
+from paceline.rollout.drafters.eagle3 import fixed_taps
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
 
 _TEXT = "0123456789+=;"
@@ -193,6 +194,7 @@ def _drafting(engine: RolloutEngine, model: Eagle3Model, slots: int) -> Eagle3Dr
         slots=slots,
         capacity=engine.capacity_for(512, engine.max_nodes),
         dtype=torch.bfloat16,
+        taps=fixed_taps(engine.runner),
     )
 
 

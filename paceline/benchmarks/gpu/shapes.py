@@ -19,6 +19,7 @@ from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_mo
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
+from paceline.rollout.drafters.eagle3 import fixed_taps
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config, parameter_count
 from paceline.rollout.drafters.eagle3_native import draft_shape
 from paceline.rollout.graphs.graph_plan import MOST_ROWS
@@ -143,6 +144,7 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> RolloutEngine:
         slots=BATCHES[-1],
         capacity=engine.capacity_for(_CAPACITY, engine.max_nodes),
         dtype=torch.bfloat16,
+        taps=fixed_taps(engine.runner),
     )
     engine.add_drafter(SuffixDrafter())
     engine.add_drafter(drafter)
@@ -177,7 +179,8 @@ def _drafter_bytes(drafter: Eagle3Drafter) -> int:
     steps = ragged_graphs(draft_shape(config, cache.dtype), "draft", 4 * cache.slots, 0)
     drafts = draft_graph_bytes([Strategy.parse(name) for name in STEP_STRATEGIES[1:]], cache.slots)
     lines = cache.slots * cache.capacity * cache.token_bytes
-    return parameter_count(config) * 2 + lines + steps.total_bytes + drafts + WORKSPACE_BYTES
+    # steps of known tokens, and of tokens that are read with their features
+    return parameter_count(config) * 2 + lines + 2 * steps.total_bytes + drafts + WORKSPACE_BYTES
 
 
 def _used() -> int:
