@@ -28,7 +28,13 @@ from paceline.benchmarks.gpu.update import UpdateReport, measure_update
 from paceline.rl.errors import UserError
 from paceline.rl.process.invocation import command_line
 
-_TESTS = Path(__file__).parents[3] / "tests" / "rollout"
+_ROOT = Path(__file__).parents[3]
+_TESTS = (
+    "tests/rollout/test_gpu.py",
+    "tests/rollout/native/test_triton_kernels.py",
+    "tests/rl/learner/test_packed_attention.py",
+    "tests/drafter_trainer/test_unrolled_attention.py",
+)
 _COPIED = 1 << 30  # values of the copy that measures the bandwidth
 _MATRIX = 8192
 _MOST_SYNCS = {"plain": 1.0, "eagle3:3": 2.0, "eagle3:4x4/7": 3.0}
@@ -150,7 +156,7 @@ def measure_card() -> Card:
 
 def run_tests() -> list[Check]:
     """Runs the GPU tests and those of the kernels; nothing where the source tree or pytest is missing."""
-    files = [_TESTS / "test_gpu.py", _TESTS / "native" / "test_triton_kernels.py"]
+    files = [_ROOT / name for name in _TESTS]
     if not all(file.is_file() for file in files):
         return []
     ended = subprocess.run(
@@ -158,7 +164,7 @@ def run_tests() -> list[Check]:
         capture_output=True,
         text=True,
         check=False,
-        cwd=_TESTS.parents[1],
+        cwd=_ROOT,
     )
     lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines() or [""]
     failed = [line for line in lines if line.startswith("FAILED")]
