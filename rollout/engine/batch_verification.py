@@ -111,6 +111,8 @@ def _verify_fixed(
     parents = draft.parents
     positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
+    if draft.nodes == 0:
+        return _undrafted(tokens, logprobs)
     drawn, drawn_logprobs, drafted = download(tokens, logprobs, draft.tokens)
     rows = (torch.from_numpy(starts)[:, None] + torch.arange(draft.nodes + 1)).clamp_(max=len(drawn) - 1)
     outcome = verify_deterministic(drawn.long()[rows], DraftTree(drafted.long(), draft.lengths, parents))
@@ -129,6 +131,18 @@ def _verify_fixed(
         [part.tolist() for part in drawn_logprobs[flat].split(sizes)],
         [bool(part.all()) for part in finite.split(counts.tolist())],
         drafted.long(),
+    )
+
+
+def _undrafted(tokens: torch.Tensor, logprobs: torch.Tensor) -> BatchOutcome:
+    """Returns the outcome of plain decoding: each sequence's token, int64 [B], and its log-prob."""
+    drawn, values = (x.tolist() for x in download(tokens, logprobs))
+    return BatchOutcome(
+        [[] for _ in drawn],
+        [[int(token)] for token in drawn],
+        [[value] for value in values],
+        [math.isfinite(value) for value in values],
+        torch.zeros(len(drawn), 0, dtype=torch.long),
     )
 
 
