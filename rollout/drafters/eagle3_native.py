@@ -17,9 +17,9 @@ from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
-from paceline.rollout.model.fused_layer import RootMeanSquareNorm
+from paceline.rollout.model.fused_layer import RootMeanSquareNorm, project_norm
 from paceline.rollout.model.kv_cache import SlotCache
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project, project_gate
 from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import (
     AnyKernels,
@@ -60,7 +60,10 @@ class NativeNetwork:
         self._weights, self._embed, self._cache, self._kernels = weights, embed_tokens, cache, kernels
         self._dtype = cache.shape.dtype
         packs = can_pack(cache.device, self._dtype)
-        join = PackedLinear if packs else JoinedLinear
+
+        def join(*layers: nn.Linear) -> PackedLinear | JoinedLinear:
+            return PackedLinear(*layers) if packs else JoinedLinear(*layers, kernels=kernels)
+
         layer, attention = weights.midlayer, weights.midlayer.self_attn
         self._fc, self._head = join(weights.fc), join(weights.lm_head)
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -204,14 +207,18 @@ class NativeNetwork:
         embedded = self._embed(tokens).to(self._dtype)[None]
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
         kernels: Any = self._kernels
-        joined = kernels.reads_joined
         both = torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
-        projected = project(self._qkv, both, joined)
         heads = kernels.rotate_and_store(
-            projected, (rotary[0][None], rotary[1][None]), None, 0.0, ragged, lines
+            project(self._qkv, both, kernels),
+            (rotary[0][None], rotary[1][None]),
+            None,
+            0.0,
+            ragged,
+            lines,
         )
-        hidden = self._o(kernels.attend(heads, lines, ragged, self._rule), hidden)
-        gated = kernels.silu_gate(project(self._gate_up, mlp_norm(hidden), joined))
+        attended = kernels.attend(heads, lines, ragged, self._rule)
+        hidden, normed = project_norm(self._o, attended, hidden, mlp_norm, kernels)
+        gated = project_gate(self._gate_up, normed, kernels)
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
         return out[0], self._head(head_norm(out))[0]

@@ -20,7 +20,14 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable, project
+from paceline.rollout.model.packed_linear import (
+    JoinedLinear,
+    PackedLinear,
+    Projection,
+    joinable,
+    project,
+    project_gate,
+)
 from paceline.rollout.native import AnyKernels, AttentionRule, Kernels, NativeLayer
 from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
@@ -186,7 +193,9 @@ class FusedLayer(nn.Module):
         def norm(module: nn.Module, heads: bool = False) -> RootMeanSquareNorm:
             return RootMeanSquareNorm(module, dtype, None if heads else kernels)
 
-        join: Callable[..., Projection] = PackedLinear.shared if packed else JoinedLinear
+        def join(*layers: nn.Linear) -> Projection:
+            return PackedLinear.shared(*layers) if packed else JoinedLinear(*layers, kernels=kernels)
+
         self.index = index
         self._attention = attention
         self._attention_in, self._mlp_in = norm(parts.attention_in), norm(parts.mlp_in)
@@ -267,39 +276,41 @@ class FusedLayer(nn.Module):
         batch: ForwardBatch,
     ) -> torch.Tensor:
         """Runs the layer's products and kernels one after the other."""
-        qkv, o, gate_up, down = self._projections
-        joined = self._kernels is None or self._kernels.reads_joined
-        attended = self._attend(project(qkv, self._attention_in(hidden_states), joined), rotary, cache, batch)
+        _, o, gate_up, down = self._projections
+        attended = self._attend(self._attention_in(hidden_states), rotary, cache, batch)
         if self._attention_out is None:
-            hidden_states = o(attended, hidden_states)
+            hidden_states, normed = project_norm(o, attended, hidden_states, self._mlp_in, self._kernels)
         else:
             hidden_states = hidden_states + self._attention_out(o(attended))
-        gated = self._gate(project(gate_up, self._mlp_in(hidden_states), joined))
+            normed = self._mlp_in(hidden_states)
+        if self._native_gate:
+            assert self._kernels is not None
+            gated = project_gate(gate_up, normed, self._kernels)
+        else:
+            gate, up = gate_up(normed).chunk(2, dim=-1)
+            gated = self._activation(gate).mul_(up)
         if self._mlp_out is None:
             return down(gated, hidden_states)
         return hidden_states + self._mlp_out(down(gated))
 
-    def _gate(self, projected: Any) -> torch.Tensor:
-        """Returns activation(gate) · up of what `project` returned for these two."""
-        if self._native_gate:
-            assert self._kernels is not None
-            return self._kernels.silu_gate(projected)
-        gate, up = projected.chunk(2, dim=-1) if isinstance(projected, torch.Tensor) else projected
-        return self._activation(gate).mul_(up)
-
     def _attend(
-        self, projected: Any, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
+        self,
+        normed: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+        batch: ForwardBatch,
     ) -> torch.Tensor:
         """Stores keys and values; returns the attention output [B, Q, H · d]."""
+        qkv = self._projections[0]
         if batch.ragged is not None and self._kernels is not None and self._rule is not None:
             lines: Any = self._kernels.cached(cache, self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
             kernels: Any = self._kernels
+            projected = project(qkv, normed, kernels)
             heads = kernels.rotate_and_store(projected, rotary, gains, eps, batch.ragged, lines)
             return kernels.attend(heads, lines, batch.ragged, self._rule)
-        joined = projected if isinstance(projected, torch.Tensor) else torch.cat(projected, dim=-1)
-        query, key, value = self._rotated_heads(joined, batch.rotation(*rotary))
+        query, key, value = self._rotated_heads(qkv(normed), batch.rotation(*rotary))
         key, value = cache.update(key, value, self.index)
         out, _ = slot_attention(self, query, key, value, None, forward_batch=batch, **self._attention)
         return out.flatten(2)
@@ -333,6 +344,20 @@ class FusedLayer(nn.Module):
         both = torch.addcmul(both * cos, both.roll(dim // 2, dims=-1), sin)
         split = both[:, :, :queries], both[:, :, queries:], heads[:, :, queries + keys :]
         return split[0].transpose(1, 2), split[1].transpose(1, 2), split[2].transpose(1, 2)
+
+
+def project_norm(
+    layers: Projection,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: RootMeanSquareNorm,
+    kernels: AnyKernels | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Applies linear layers to ``x`` [B, Q, in] and adds ``residual``; returns the sum and its norm."""
+    if kernels is None or kernels.reads_joined:
+        out = layers(x, residual)
+        return out, norm(out)
+    return kernels.add_norm(project(layers, x, kernels), residual, norm.gain, norm.eps)
 
 
 def attention_rule(arguments: dict[str, Any]) -> AttentionRule | None:

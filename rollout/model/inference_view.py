@@ -48,7 +48,9 @@ class InferenceView:
         fix_rotary(self.module)
         use_attention(self.module, SLOT_ATTENTION)
         self.fused = fuse_layers(self.module, model, dtype, pack) if fuse else []
-        self._linears = replace_linears(self.module, model, pack) if device.type == "cpu" else []
+        kernels = self.kernels
+        replaced = device.type == "cpu" or kernels is not None
+        self._linears = replace_linears(self.module, model, pack, kernels) if replaced else []
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
         """Returns the parameter itself where it can be shared, else a cast that `refresh` renews."""
