@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's increment, the odd integer nearest to 2^64 / φ
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 class Stream(enum.IntEnum):
@@ -36,8 +37,8 @@ def reduced_seed(seed: int) -> int:
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * _FACTORS[0]
+    x = (x ^ (x >> np.uint64(27))) * _FACTORS[1]
     return x ^ (x >> np.uint64(31))
 
 
@@ -77,3 +78,43 @@ def step_uniforms(
         float64 [B, count] on the CPU.
     """
     return uniforms(seeds, roots[:, None] * _NUMBERS_PER_STEP + np.arange(first, first + count), stream)
+
+
+def step_uniforms_on_device(
+    seeds: torch.Tensor, roots: torch.Tensor, first: int, count: int, stream: Stream
+) -> torch.Tensor:
+    """Returns what `step_uniforms` does, bit for bit, without the host: its operators can be captured.
+
+    Args:
+        seeds: Seed of each request as the int64 of the same bits, [B].
+        roots: Number of tokens committed before the step, int64 [B].
+        first: Index within the step of the first number.
+        count: How many numbers to return.
+        stream: Stream to read.
+
+    Returns:
+        float64 [B, count] on the device of the arguments.
+    """
+    if seeds.device.type == "cpu":
+        return step_uniforms(seeds.numpy(), roots.numpy(), first, count, stream)
+    index = torch.arange(first, first + count, device=seeds.device)
+    keys = _mix_signed(_mix_signed(seeds) + int(stream))[:, None]
+    bits = _mix_signed(keys ^ _mix_signed(roots[:, None] * _NUMBERS_PER_STEP + index))
+    return _shifted(bits, 11).double() * 2.0**-53
+
+
+def _mix_signed(x: torch.Tensor) -> torch.Tensor:
+    """Mixes int64, whose sums and products wrap as those of uint64 do."""
+    x = x + _signed(_GAMMA)
+    x = (x ^ _shifted(x, 30)) * _signed(_FACTORS[0])
+    x = (x ^ _shifted(x, 27)) * _signed(_FACTORS[1])
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, places: int) -> torch.Tensor:
+    """Shifts int64 to the right as if it were unsigned."""
+    return (x >> places) & ((1 << (64 - places)) - 1)
+
+
+def _signed(number: np.uint64) -> int:
+    return int(number.astype(np.int64))

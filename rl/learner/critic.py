@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from paceline.rl.algorithms.ppo import value_loss
 from paceline.rl.config.run import RunConfig
 from paceline.rl.errors import UserError
-from paceline.rl.learner.log_probs import PACKED_ATTENTION
 from paceline.rl.learner.microbatches import Completion, packed_microbatches, packed_step, token_outputs
 from paceline.rl.learner.moments import restore_moments
+from paceline.rl.learner.packed_attention import PACKED_ATTENTION
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
 from paceline.rl.sharding import AdamWSettings, FullState, gather_full_state, shard

@@ -12,123 +12,15 @@ from transformers import PreTrainedModel
 
 from paceline.rl.errors import UserError
 from paceline.rl.learner.fused.fused_policy import FusedPolicy, UnsupportedPolicy
+from paceline.rl.learner.packed_attention import PACKED_ATTENTION
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import check_head, check_packing, decoder_of, turn_off_dropout
-from paceline.rollout.model.attention import check_attention, check_window, grouped_attention
 from paceline.rollout.model.shape import check_family
 from paceline.rollout.text_limits import text_limit
-from paceline.rollout.transformers_api import register_attention, use_attention
+from paceline.rollout.transformers_api import use_attention
 
-PACKED_ATTENTION = "paceline_packed"
 _LOGITS_PER_CHUNK = 1 << 23  # bounds the peak memory of the output head
 _CPU_BLOCK = 1 << 18  # logits; about what stays in a core's cache between passes
-
-
-class _ToRows(torch.autograd.Function):
-    """Maps the packed layout [T, …] to the padded one [n, L, …].
-
-    The gradient is a gather. Indexing would use an accumulating scatter, which is slow and not needed: only
-    padding is read twice, and it never receives a gradient.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, line: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """Returns the padded layout."""
-        ctx.packed = packed
-        return line[packed.pad_index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Returns the gradient in the packed layout."""
-        return grad.flatten(0, 1)[ctx.packed.flat_index], None
-
-
-class _ToLine(torch.autograd.Function):
-    """Maps the padded layout [n, L, …] to the packed one [T, …]: the inverse of `_ToRows`."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        """Returns the packed layout."""
-        ctx.packed, ctx.shape = packed, rows.shape
-        return rows.flatten(0, 1)[packed.flat_index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Returns the gradient in the padded layout."""
-        rows = grad.new_zeros(ctx.shape)
-        rows.view(-1, *ctx.shape[2:]).index_copy_(0, ctx.packed.flat_index, grad.contiguous())
-        return rows, None
-
-
-def packed_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    packed: PackedBatch | None = None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attends within packed sequences, through transformers' attention interface.
-
-    A token attends to its prompt and to its own sample only. Attention works on a padded layout; linear
-    layers see the T real tokens. On a CPU it consists of two batched products, because the backward of SDPA
-    is slower there at the lengths of a micro-batch.
-
-    Args:
-        module: The attention layer.
-        query: Queries, [1, H, T, d].
-        key: Keys, [1, KV, T, d].
-        value: Values, [1, KV, T, d].
-        attention_mask: Must be None; ``packed`` says what is visible.
-        packed: The layout, which the model passes on from its caller.
-        scaling: Factor of the products; None is d ** -0.5.
-        sliding_window: Tokens that a query reaches back; None is all of them.
-        softcap: Soft cap of the products, or None.
-        **others: Further arguments of the interface.
-
-    Returns:
-        The outputs, [1, T, H, d], and None for the weights.
-
-    Raises:
-        NotImplementedError: for attention that computes something else, see
-            `paceline.rollout.model.attention.check_attention`.
-        TypeError: when the model does not pass its caller's keyword arguments on.
-    """
-    if packed is None:
-        raise TypeError("its attention functions get no keyword arguments of the model's caller")
-    check_attention(module, attention_mask, others)
-    check_window(module, sliding_window)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = packed.visible
-    if sliding_window is not None:
-        near = packed.pad_positions[:, None, :] > packed.pad_positions[:, :, None] - sliding_window
-        visible = visible & near
-    # Under autocast, rotary embeddings return float32, and so would softmax. Keeping the values' precision
-    # takes a quarter less memory.
-    q, k, v = (
-        _ToRows.apply(x[0].transpose(0, 1).to(value.dtype), packed).transpose(1, 2)
-        for x in (query, key, value)
-    )
-    with torch.autocast(query.device.type, enabled=False):
-        if query.device.type == "cpu" or softcap is not None:
-            bias = (
-                torch.zeros((), dtype=q.dtype, device=q.device)
-                .expand(visible.shape)
-                .masked_fill(~visible, float("-inf"))
-            )
-            out = grouped_attention(q, k.contiguous(), v.contiguous(), bias[:, None, None], scaling, softcap)
-        else:
-            attend = nn.functional.scaled_dot_product_attention
-            out = attend(q, k, v, attn_mask=visible[:, None], scale=scaling, enable_gqa=True).transpose(1, 2)
-    return _ToLine.apply(out, packed)[None], None
-
-
-register_attention(PACKED_ATTENTION, packed_attention)
 
 
 class PolicyLogProbs(nn.Module):

@@ -30,6 +30,26 @@ class PromptRow:
         return len(self.prompt) + sum(len(s.tokens) for s in self.samples)
 
 
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Each prompt and each sample as a sequence of queries of its own, in the order of the packed sequence.
+
+    Attributes:
+        keys: The index in the packed sequence of each key, int64 [K]: a prompt's own tokens, and for a sample
+            those of its prompt and its own.
+        query_ends: The end of each sequence's queries, int32 [S + 1], from 0 on.
+        key_ends: The end of each sequence's keys, int32 [S + 1], from 0 on.
+        most_queries: The number of queries of the longest sequence.
+        most_keys: The number of keys of the longest sequence.
+    """
+
+    keys: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    most_queries: int
+    most_keys: int
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Rows of prompts and samples, concatenated to one sequence of T tokens.
@@ -66,6 +86,22 @@ class PackedBatch:
     def visible(self) -> torch.Tensor:
         """Which keys each query may attend to, bool [n, L, L]; for attention on the padded layout."""
         return _visible(self.pad_labels, self.pad_positions)
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        """The prompts and samples as sequences of their own; for attention without padding."""
+        keys, queries, lengths, at = [], [], [], 0
+        for prompt, *samples in self.lengths:
+            start = at
+            for count in (prompt, *samples):
+                before = [torch.arange(start, start + prompt)] if at > start else []
+                keys += [*before, torch.arange(at, at + count)]
+                queries.append(count)
+                lengths.append(count + (prompt if before else 0))
+                at += count
+        device = self.tokens.device
+        ends = (torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (queries, lengths))
+        return Segments(torch.cat(keys).to(device), *ends, max(queries), max(lengths))
 
     def to(self, device: torch.device) -> PackedBatch:
         """Returns the batch with its tensors on ``device``."""

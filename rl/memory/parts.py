@@ -12,9 +12,14 @@ from paceline.rl.config.scale import LoraConfig
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
+from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
 from paceline.rollout.drafters.eagle3_model import attention_shape, eagle3_config, parameter_count
+from paceline.rollout.drafters.eagle3_native import draft_shape
+from paceline.rollout.graphs.graph_plan import ModelShape
 from paceline.rollout.model.kv_cache import CacheShape
+from paceline.rollout.model.memory_plan import WORKSPACE_BYTES, ragged_graphs
 from paceline.rollout.model.shape import key_shape
+from paceline.rollout.strategy import Strategy, default_arms
 from paceline.rollout.trees import MAX_NODES
 
 ENGINE_COPY = "engine's copy of the weights"
@@ -120,6 +125,7 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
     parts = [
         unsharded("drafter, served and approved", size * (8 + dtype.itemsize)),
         unsharded("drafter's keys and values", cache.slots * cache.capacity * cache.token_bytes),
+        unsharded("drafter's captured graphs", _draft_graphs(config, draft_shape(shape, dtype))),
     ]
     if drafter.schedule == "never":
         return parts
@@ -135,6 +141,16 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
         unsharded("drafter's activations, beyond an update's", beyond),
         unsharded("drafter's traces", tokens * (len(taps) + 1) * text.hidden_size * dtype.itemsize),
     ]
+
+
+def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
+    """Returns the bytes of the drafter's captured graphs: whole drafts, and steps of known tokens."""
+    speculation, slots = config.speculation, config.rollout.max_slots
+    names = speculation.arms or (() if speculation.strategy == "adaptive" else (speculation.strategy,))
+    arms = [Strategy.parse(name) for name in names] or default_arms("eagle3", speculation.max_nodes)
+    steps = ragged_graphs(sizes, "draft", 4 * slots, 0).total_bytes
+    drafts = draft_graph_bytes((arm for arm in arms if arm.drafter in ("eagle3", "composite")), slots)
+    return steps + drafts + WORKSPACE_BYTES
 
 
 def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.rl.algorithms.importance import effective_share
@@ -106,6 +107,7 @@ def rank_record(step: RankStep) -> dict[str, Any]:
         "plain_identical": batch.plain_identical,
         "tail": [(round(r.at, 4), r.active, r.strategy) for r in batch.records],
         "peak_bytes": peak_memory_bytes(),
+        "gpu_peak_bytes": gpu_peak_bytes(),
         "spans": [(s.phase, s.begin, s.end) for s in step.spans],
         "scoring": step.scoring,
         "drafter": asdict(step.distilled),
@@ -117,6 +119,11 @@ def rank_record(step: RankStep) -> dict[str, Any]:
 def peak_memory_bytes() -> int:
     """Returns the largest resident set size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_peak_bytes() -> int:
+    """Returns the most bytes of this rank's GPU that torch has held so far; 0 without a GPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, Any]:
@@ -153,6 +160,7 @@ def step_metrics(ranks: Sequence[dict[str, Any]], group_size: int) -> dict[str, 
         "rollout/tokens_per_second": float(lengths.sum() / rollout),
         "rollout/acceptance_length": float((lengths - 1).clip(min=0).sum() / steps) if steps else 1.0,
         "memory/peak_gb": sum(r["peak_bytes"] for r in ranks) / 1e9,
+        "memory/gpu_peak_gb": max(r["gpu_peak_bytes"] for r in ranks) / 1e9,
         **_speculation_metrics(ranks),
         "rollout/drafted": sum(r["drafted"] for r in ranks),
         "rollout/accepted": sum(r["accepted"] for r in ranks),

@@ -71,6 +71,7 @@ def _summarise(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         # runs of earlier versions have not measured it
         "drafter_seconds_held_back": sum(m.get("drafter/held_back_seconds", 0.0) for m in metrics),
         "peak_memory_gb": max(m["memory/peak_gb"] for m in metrics),
+        "gpu_peak_memory_gb": max(m.get("memory/gpu_peak_gb", 0.0) for m in metrics),
     }
     priced = [m for m in metrics if "drafter/slowdown" in m]
     if priced:
@@ -194,4 +195,6 @@ def table(summary: dict[str, Any]) -> Table:
             f"{summary['drafter_slowdown']:.1%} ± {summary['drafter_slowdown_error']:.1%}",
         )
     t.add_row("peak memory, all ranks", f"{summary['peak_memory_gb']:.1f} GB")
+    if summary["gpu_peak_memory_gb"] > 0:
+        t.add_row("peak memory of a GPU", f"{summary['gpu_peak_memory_gb']:.1f} GB")
     return t

@@ -65,7 +65,8 @@ class Drafter(Protocol):
     A drafter may have a static method ``drafts(strategy, rules) -> DraftKind``, which states in advance the
     kind of the drafts for a `Strategy` (``rules`` are the `DraftRules` of model-based drafters). A verifier
     that does not cover them is then rejected when it is chosen, not at the first draft. A class attribute
-    ``chains_only = True`` states that the drafter drafts nothing but chains.
+    ``chains_only = True`` states that the drafter drafts nothing but chains. A method ``prepare(strategy)``
+    is called for each strategy that may be chosen, before anything is timed.
     """
 
     name: str

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paceline.rollout.drafters.base import DraftContext, StatelessSlots, VerifiedStep
+from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
@@ -83,15 +84,10 @@ class ClaspDrafter(StatelessSlots):
         if self._drafts % self.every == 0 and fits:
             self.skipped_layers = self._choose(sequences)
         self._drafts += 1
+        rows = DraftRows.of(sequences, self.runner.cache.device)
         with self.runner.layers_replaced(dict.fromkeys(self.skipped_layers, _Identity)):
-            expander = LMExpander(
-                self.runner.branch,
-                None,
-                sequences,
-                [len(s.tokens) - 1 for s in sequences],
-                self.runner.cache.device,
-            )
-            return self.rules.grow(expander, Strategy(self.name, strategy.depth), sequences)
+            expander = LMExpander(self.runner.branch, None, sequences, rows, rows.trunks)
+            return self.rules.grow(expander, Strategy(self.name, strategy.depth), rows)
 
     def _choose(self, sequences: Sequence[SequenceState]) -> tuple[int, ...]:
         """Returns the layers to skip, from the hidden state of the first sequence's last token."""

@@ -56,6 +56,12 @@ class CompositeDrafter(StatelessSlots):
         """Returns FIXED: both drafters draft a function of the committed tokens."""
         return DraftKind.FIXED
 
+    def prepare(self, strategy: Strategy) -> None:
+        """Prepares the model's drafts, see `Drafter`."""
+        prepare = getattr(self._model, "prepare", None)
+        if prepare is not None:
+            prepare(strategy)
+
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         """Returns the suffix drafter's rows where the match is long enough, the model's elsewhere."""
         matches = [self._suffix.matched(s) >= self.threshold for s in context.sequences]

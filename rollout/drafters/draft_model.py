@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
@@ -88,10 +89,9 @@ class DraftModelDrafter:
         active = len(sequences) if any(self._seen) else 0
         self.runner.cache.reserve([len(s.tokens) + MAX_NODES for s in sequences], active=active)
         root = self._read(sequences)
-        expander = LMExpander(
-            self.runner.branch, root, sequences, [len(s.tokens) for s in sequences], self.runner.cache.device
-        )
-        return self.rules.grow(expander, strategy, sequences)
+        rows = DraftRows.of(sequences, self.runner.cache.device)
+        expander = LMExpander(self.runner.branch, root, sequences, rows, rows.committed)
+        return self.rules.grow(expander, strategy, rows)
 
     def _read(self, sequences: Sequence[SequenceState]) -> torch.Tensor:
         """Reads the tokens committed since the last draft; returns logits [B, V] after the last token."""

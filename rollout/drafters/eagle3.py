@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from paceline.rollout.drafters.base import DraftContext, TapReader, VerifiedStep
-from paceline.rollout.drafters.draft_network import Network, Reading
+from paceline.rollout.drafters.draft_graphs import DraftGraphs
+from paceline.rollout.drafters.draft_network import Reading
+from paceline.rollout.drafters.draft_rows import DraftRows
+from paceline.rollout.drafters.eagle3_expander import Eagle3Expander
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.rollout.drafters.eagle3_native import NativeNetwork
 from paceline.rollout.drafters.eagle3_network import network_for
-from paceline.rollout.drafters.model_drafts import DraftRules, request_temperatures
+from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.parts import DrafterHost, DrafterParts
+from paceline.rollout.graphs.graph_pool import CudaCapturer
 from paceline.rollout.model.kv_cache import CacheShape
-from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import MAX_NODES, DraftKind, DraftTree
@@ -57,7 +62,7 @@ class Eagle3Drafter:
         window: int | None = None,
     ) -> None:
         device = next(embed_tokens.parameters()).device
-        config = model.config
+        self.config = config = model.config
         _, kv_heads, head_dim = attention_shape(config)
         self.rules = DraftRules() if rules is None else rules
         with torch.device(device):
@@ -72,7 +77,14 @@ class Eagle3Drafter:
             self._weights, embed_tokens, shape, device, capacity + MAX_NODES
         )
         self._seen, self._shift = [0] * slots, [0] * slots
+        self.vocabulary = self._weights.vocabulary
         self.load_weights(model)
+        self.graphs: DraftGraphs | None = None
+        if device.type == "cuda":
+            capturer = CudaCapturer(device)
+            self._network.capture_graphs(capturer, precapture=True)
+            if isinstance(self._network, NativeNetwork):
+                self.graphs = DraftGraphs(self._network, self.rules, self.vocabulary, slots, capturer)
 
     @classmethod
     def build(cls, host: DrafterHost, parts: DrafterParts) -> Eagle3Drafter:
@@ -108,7 +120,7 @@ class Eagle3Drafter:
             )
         self._weights.load_state_dict(source.state_dict())
         self._network.refresh()
-        self.vocabulary = self._weights.vocabulary.clone()
+        self.vocabulary.copy_(self._weights.vocabulary)  # in place: captured graphs read it
 
     @staticmethod
     def drafts(strategy: Strategy, rules: DraftRules) -> DraftKind:
@@ -123,11 +135,19 @@ class Eagle3Drafter:
         self._make_room(sequences)
         batch = len(sequences)
         newest = self._read(sequences, context.taps)
-        return self.rules.grow(
-            _Eagle3Expander(self._network, newest, sequences, self._shift[:batch], self.vocabulary),
-            strategy,
-            sequences,
-        )
+        shift = self._shift[:batch]
+        if self.graphs is not None and self.rules.has_fixed_work(strategy):
+            drafted = self.graphs.draft(strategy, newest, sequences, shift)
+            if drafted is not None:
+                return drafted
+        rows = DraftRows.of(sequences, self.cache.device, shift)
+        step = functools.partial(self._network.step, shift=shift)
+        return self.rules.grow(Eagle3Expander(step, newest, rows, self.vocabulary), strategy, rows)
+
+    def prepare(self, strategy: Strategy) -> None:
+        """Captures the graphs of a strategy's drafts for every batch, see `Drafter`."""
+        if self.graphs is not None and self.rules.has_fixed_work(strategy):
+            self.graphs.capture(strategy)
 
     def _read(self, sequences: Sequence[SequenceState], taps: TapReader) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads all new tokens, in pieces where they are many; returns what `Network.read` does.
@@ -189,50 +209,3 @@ class Eagle3Drafter:
 
     def forget(self, sequence: SequenceState) -> None:
         """Does nothing: state is kept by slot, not by sequence."""
-
-
-class _Eagle3Expander:
-    """Expands nodes of a draft tree with the network; the draft cache keeps them side by side."""
-
-    def __init__(
-        self,
-        network: Network,
-        newest: tuple[torch.Tensor, torch.Tensor],
-        sequences: Sequence[SequenceState],
-        shift: Sequence[int],
-        vocabulary: torch.Tensor,
-    ) -> None:
-        hidden, self._logits = newest
-        device = hidden.device
-        self._network, self._shift = network, shift
-        self._hidden = hidden[:, None]  # outputs of the root and every expanded node
-        self._trunks = upload(
-            [[len(s.tokens) - 1 - at] for s, at in zip(sequences, shift, strict=True)], device
-        )
-        self._ancestors = torch.zeros(len(sequences), 1, dtype=torch.long, device=device)
-        self._depth = torch.zeros_like(self._ancestors)
-        self.vocabulary: torch.Tensor | None = vocabulary
-        self.temperatures = request_temperatures(sequences, device)
-
-    def root(self) -> torch.Tensor:
-        """Returns the logits after the last committed token, see `Expander.root`."""
-        return self._logits
-
-    def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        """Runs the nodes on top of their parents' outputs, see `Expander.expand`."""
-        above = parents + 1
-        index = torch.arange(
-            self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device
-        )
-        depth = self._depth.gather(1, above) + 1
-        ancestors = self._ancestors.gather(1, above) | (1 << index)
-        trunks = self._trunks.expand_as(depth)
-        seats = torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors])
-        parent_hidden = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
-        hidden, logits = self._network.step(tokens, parent_hidden, seats, self._shift)
-        self._hidden = torch.cat([self._hidden, hidden], dim=1)
-        self._ancestors, self._depth = (
-            torch.cat([self._ancestors, ancestors], 1),
-            torch.cat([self._depth, depth], 1),
-        )
-        return logits

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from paceline.rollout.drafters.draft_network import Reading
+from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
@@ -160,7 +161,12 @@ class NativeNetwork:
             hidden = self._kernels.multiply(features, self._int8_fc)
         else:
             hidden = self._fc(features[None])[0]
-        return self._run(tokens, hidden, described, upload(ragged.offsets[1:] - 1, device))
+        last = upload(ragged.offsets[1:] - 1, device)
+        if self.graphs is not None and len(tokens) <= self.graphs.rows:
+            replayed = self._replayed(tokens, hidden, described)
+            if replayed is not None:
+                return replayed[0][last], replayed[1][last]
+        return self._run(tokens, hidden, described, last)
 
     def step(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, shift: Sequence[int]
@@ -169,19 +175,56 @@ class NativeNetwork:
         batch, count = tokens.shape
         described = self._kernels.describe_seats(seats, shift)
         flat, states = tokens.flatten(), hidden.flatten(0, 1)
-        out, logits = self._replayed(flat, states, described) or self._run(flat, states, described, None)
+        replayed = self._replayed(flat, states, described)
+        out, logits = self._run(flat, states, described, None) if replayed is None else replayed
+        # a captured step writes its outputs to the same memory each time
+        out = out if replayed is None else out.clone()
         return out.view(batch, count, -1), logits.view(batch, count, -1)
+
+    def step_in_graph(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, rows: DraftRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what `step` does within a capture: the description of the rows, too, is read on the device."""
+        batch, count = tokens.shape
+        described = DeviceTokens.from_seats(seats, rows.shift, rows.slots)
+        out, logits = self._run(tokens.flatten(), hidden.flatten(0, 1), described, None)
+        return out.view(batch, count, -1), logits.view(batch, count, -1)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self._cache.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of outputs and logits."""
+        return self._dtype
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of an output."""
+        return self._weights.lm_head.in_features
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot of a paged cache that padding is written to."""
+        return self._cache.padding(self._cache.span)[0]
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """The addresses of what captured steps read and a trainer may move: the target's embedding."""
+        return embedding_address(self._embed)
 
     def _replayed(
         self, tokens: torch.Tensor, hidden: torch.Tensor, described: RaggedTokens | DeviceTokens
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Runs a step by a captured graph; None where none fits."""
+        """Runs a step by a captured graph, whose outputs the next one overwrites; None where none fits."""
         if self.graphs is None or not isinstance(described, DeviceTokens):
             return None
         self.graphs.follow(embedding_address(self._embed))
         span, slots = self._cache.span, self._cache.slots
         replayed = self.graphs.run(tokens[None], described.table[:, None], span, slots, hidden[None])
-        return None if replayed is None else (replayed[1][0].clone(), replayed[0][0])
+        return None if replayed is None else (replayed[1][0], replayed[0][0])
 
     def _run(
         self,

@@ -11,7 +11,7 @@ from paceline.rollout.drafters.draft_network import Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape, embedding_address
 from paceline.rollout.graphs.graph_plan import plan_graphs, plan_keys, powers_of_two
-from paceline.rollout.graphs.graph_pool import Capturer, CudaCapturer, GraphPool
+from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
 from paceline.rollout.model.attention import ForwardBatch, chain_seats, grouped_attention
 from paceline.rollout.model.kv_cache import CacheShape, SlotCache
 from paceline.rollout.model.paged_cache import PagedCache
@@ -46,8 +46,6 @@ def network_for(
     else:
         cache = SlotCache(shape, device)
         network = PaddedNetwork(weights, embed_tokens, cache)
-    if device.type == "cuda":
-        network.capture_graphs(CudaCapturer(device), precapture=True)
     return network, cache
 
 

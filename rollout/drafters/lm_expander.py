@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from paceline.rollout.drafters.model_drafts import request_temperatures
+from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 
@@ -22,8 +22,8 @@ class LMExpander:
         root: Logits [B, V] after the last committed token; None computes them from that token, which is then
             the first node.
         sequences: Active sequences; sequence i sits in slot i.
-        trunks: Number of tokens of each sequence that the cache holds.
-        device: Device of the model.
+        rows: Description of the sequences, on the device of the model.
+        trunks: Number of tokens of each sequence that the cache holds, int64 [B, 1].
     """
 
     def __init__(
@@ -31,22 +31,22 @@ class LMExpander:
         forward: Forward,
         root: torch.Tensor | None,
         sequences: Sequence[SequenceState],
-        trunks: Sequence[int],
-        device: torch.device,
+        rows: DraftRows,
+        trunks: torch.Tensor,
     ) -> None:
         self._forward = forward
         self.vocabulary: torch.Tensor | None = None
-        last = upload([[s.tokens[-1]] for s in sequences], device)
-        self._trunks = upload(list(trunks), device)[:, None]
+        self._trunks = trunks
         self._ancestors = torch.zeros_like(self._trunks)
         self._depth = torch.zeros_like(self._trunks)
         self._used = 0
         if root is None:
+            last = upload([[s.tokens[-1]] for s in sequences], trunks.device)
             root = self.expand(last, torch.full_like(last, -1))[:, 0]
             # children of the root become children of that node
             self._ancestors, self._depth = self._ancestors[:, 1:], self._depth[:, 1:]
         self._root = root
-        self.temperatures = request_temperatures(sequences, root.device)
+        self.temperatures = rows.temperatures
 
     def root(self) -> torch.Tensor:
         """Returns the logits after the last committed token, see `Expander.root`."""

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
-from paceline.rollout.counter_rng import Stream, step_uniforms
 from paceline.rollout.drafters.base import VerifiedStep
-from paceline.rollout.native import upload
-from paceline.rollout.sequence import SequenceState, seeds_of
+from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.strategy.stop_policy import STOP_POLICIES, LearnedThreshold
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import TREES, DraftKind, DraftTree, TreeOptions
@@ -73,31 +67,20 @@ class DraftRules:
             else DraftKind.WITHOUT_REPLACEMENT
         )
 
-    def grow(self, expander: Expander, strategy: Strategy, sequences: Sequence[SequenceState]) -> DraftTree:
+    def grow(self, expander: Expander, strategy: Strategy, rows: DraftRows) -> DraftTree:
         """Builds the draft that the strategy asks for."""
-        seeds = seeds_of(sequences)
-        roots = np.array([len(s.tokens) for s in sequences])
-
-        def numbers(first: int, count: int) -> torch.Tensor:
-            return step_uniforms(seeds, roots, first, count, Stream.DRAFT)
-
         if strategy.width == 1:
-            uniform = None if self.draw == "likeliest" else numbers
-            greedy = upload([s.request.params.greedy for s in sequences], expander.temperatures.device)
-            return grow_chain(expander, strategy.depth, uniform, greedy, self.policy)
+            uniform = None if self.draw == "likeliest" else rows.uniforms
+            return grow_chain(expander, strategy.depth, uniform, rows.greedy, self.policy)
         limits = TreeLimits(strategy.depth, strategy.width, strategy.nodes)
-        options = TreeOptions(numbers, self.draw == "replacement", self.gain)
+        options = TreeOptions(rows.uniforms, self.draw == "replacement", self.gain)
         return TREES[self.tree].grow(expander, limits, options)
+
+    def has_fixed_work(self, strategy: Strategy) -> bool:
+        """Returns whether a draft takes the same operators whatever it drafts, so that graphs can hold it."""
+        return self.policy is None if strategy.width == 1 else TREES[self.tree].fixed_work
 
     def learn(self, step: VerifiedStep) -> None:
         """Feeds a verified chain of this drafter to a stop policy that learns."""
         if isinstance(self.policy, LearnedThreshold) and step.draft.parents is None:
             self.policy.learn(step.draft.lengths.tolist(), [len(path) for path in step.paths])
-
-
-def request_temperatures(sequences: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
-    """Returns the temperatures of the requests: float32 [B].
-
-    A greedy request has temperature 1: its drafts are ranked by the drafter's unscaled probabilities.
-    """
-    return upload([s.request.params.divisor for s in sequences], device)

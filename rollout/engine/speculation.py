@@ -84,6 +84,7 @@ class Speculation:
             else:
                 self.drafters[drafter.name] = replaced
             raise
+        self._prepare()
 
     def use_strategy(self, strategy: Strategy | str) -> None:
         """Fixes the strategy of every step.
@@ -100,6 +101,14 @@ class Speculation:
         fixed = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
         self._check(fixed)
         self.selector = FixedSelector(fixed)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Lets drafters prepare the strategies that may be chosen, so that no step is timed with that."""
+        for strategy in self.selector.strategies():
+            prepare = getattr(self.drafters.get(strategy.drafter or ""), "prepare", None)
+            if prepare is not None:
+                prepare(strategy)
 
     def adapt(self, arms: Sequence[Strategy] = (), **options: Any) -> None:
         """Selects each step's strategy from measured times (`BanditSelector`).
@@ -134,6 +143,7 @@ class Speculation:
         forward = calibrate_forward(self._runner, self._slots, self.max_nodes + 1)
         cost = CostModel(forward.seconds, lambda name, batch: forward.seconds(batch, 1, 0) / 20)
         self.selector = BanditSelector(arms_of, tuple(self.drafters), cost, **options)
+        self._prepare()
 
     def _check(self, strategy: Strategy) -> None:
         if strategy.drafter is not None and strategy.drafter not in self.drafters:

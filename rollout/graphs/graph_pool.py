@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from paceline.rollout.graphs.captures import Captures
 from paceline.rollout.graphs.graph_plan import GraphKey, GraphPlan, smallest_bucket
 
 Forward = Callable[
@@ -116,7 +117,6 @@ class GraphPool:
         padding: Callable[[int], Sequence[int]] = seat_padding,
     ) -> None:
         self.plan, self._padding = plan, padding
-        self.fallbacks: Counter[str] = Counter()
         self.replays: Counter[GraphKey] = Counter()
         self._forward, self._capturer, self._device = forward, capturer, device
         self._batches = sorted({k.batch for k in plan.keys})
@@ -125,33 +125,31 @@ class GraphPool:
         self._phase = next((k.phase for k in plan.keys), "")
         self._logits = torch.zeros(rows, vocab, dtype=dtype, device=device)
         self._carried = torch.zeros(rows, carry, dtype=dtype, device=device)
-        self._captured: dict[GraphKey, _Captured] = {}
-        self._failed: dict[GraphKey, str] = {}
-        self._addresses: tuple[int, ...] | None = None
+        self._captures: Captures[GraphKey, _Captured] = Captures(self._capture)
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Reasons why forwards ran outside the graphs, with their counts."""
+        return self._captures.fallbacks
+
+    @property
+    def rows(self) -> int:
+        """The largest number of tokens that a captured forward has."""
+        return len(self._logits)
 
     def follow(self, addresses: tuple[int, ...]) -> None:
-        """Captures anew if the weights that the forward reads have moved, as when a trainer wraps its module.
-
-        Args:
-            addresses: Addresses of the weights. The first call says where captures find them.
-        """
-        if addresses != self._addresses and self._addresses is not None:
-            planned = set(self.plan.keys) <= self._captured.keys()
-            self._captured.clear()
-            self._failed.clear()
-            if planned:
-                self.capture_planned()
-        self._addresses = addresses
+        """Captures anew if the weights that the forward reads have moved, see `Captures.follow`."""
+        self._captures.follow(addresses, self.plan.keys)
 
     @property
     def captured(self) -> tuple[GraphKey, ...]:
         """The buckets that have been captured."""
-        return tuple(self._captured)
+        return self._captures.keys
 
     def capture_planned(self) -> None:
         """Captures the plan, largest graph first."""
         for key in self.plan.keys:
-            self._get(key)
+            self._captures.get(key)
 
     def key_for(self, batch: int, tokens: int, span: int, slots: int) -> GraphKey | None:
         """Returns the bucket of a shape, no wider than the cache has slots; None if it fits none."""
@@ -187,10 +185,10 @@ class GraphPool:
         """
         batch, width = tokens.shape
         key = self.key_for(batch, width, span, slots)
-        if key is None or key.rows > len(self._logits):
+        if key is None or key.rows > self.rows:
             self.fallbacks["more sequences or tokens than any captured shape"] += 1
             return None
-        captured = self._get(key)
+        captured = self._captures.get(key)
         if captured is None:
             return None
         if (batch, width) != (key.batch, key.tokens):
@@ -203,18 +201,6 @@ class GraphPool:
         captured.replay()
         self.replays[key] += 1
         return self._logits[: key.rows].view(key.batch, key.tokens, -1)[:batch, :width], state
-
-    def _get(self, key: GraphKey) -> _Captured | None:
-        """Returns the capture of a bucket, or None if capturing failed."""
-        if key not in self._captured and key not in self._failed:
-            try:
-                self._captured[key] = self._capture(key)
-            except RuntimeError as error:
-                self._failed[key] = str(error).splitlines()[0]
-        if key in self._failed:
-            self.fallbacks[f"capture failed: {self._failed[key]}"] += 1
-            return None
-        return self._captured[key]
 
     @torch.no_grad()
     def _capture(self, key: GraphKey) -> _Captured:

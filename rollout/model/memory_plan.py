@@ -21,8 +21,8 @@ from paceline.rollout.graphs.graph_plan import (
 from paceline.rollout.model.kv_cache import CacheShape
 from paceline.rollout.model.shape import intermediate_size
 
-# cuBLAS keeps 32 MiB for each stream that it has seen: the default one and the one of captures
-WORKSPACE_BYTES = 2 * 32 * 2**20
+# cuBLAS keeps this for each stream that it has seen
+WORKSPACE_BYTES = 32 * 2**20
 _SPARE = 20  # one part in this many is left for what the allocator cannot use
 _UNPLANNED = 5  # one part in this many is left for drafters and an update of which nothing is known
 
@@ -131,7 +131,8 @@ def forward_parts(sizes: ModelShape, slots: int, prefill_tokens: int) -> dict[st
     logits = rows * sizes.vocab * (sizes.bytes_per_value + 3 * 4)
     graphs = ragged_graphs(sizes, "target", rows, 0)
     return {
-        "captured graphs": graphs.total_bytes + WORKSPACE_BYTES,
+        # the workspaces of the default stream and of the one of captures
+        "captured graphs": graphs.total_bytes + 2 * WORKSPACE_BYTES,
         "a forward's activations": widest + logits,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,19 +43,21 @@ class DeviceTokens:
         return cls(upload(torch.stack(rows), device))
 
     @classmethod
-    def from_seats(cls, seats: torch.Tensor, shift: Sequence[int] | None = None) -> DeviceTokens:
-        """Describes E tokens of each of the first B slots on the device of their seats, int64 [4, B, E].
+    def from_seats(
+        cls, seats: torch.Tensor, shift: torch.Tensor | None = None, slots: torch.Tensor | None = None
+    ) -> DeviceTokens:
+        """Describes E tokens of each of B slots on the device of their seats, int64 [4, B, E].
 
         Args:
             seats: Seats counted from place 0, as in `RaggedTokens.from_seats`.
-            shift: Position of place 0 of each sequence; None for 0.
+            shift: Position of place 0 of each sequence, int64 [B]; None for 0.
+            slots: The slots, int64 [B]; None for the first B.
         """
         local = seats[0]
-        slots = torch.arange(len(local), device=seats.device)[:, None].expand_as(local)
-        positions = local
-        if shift is not None and any(shift):
-            positions = local + upload(list(shift), seats.device)[:, None]
-        return cls(torch.stack([slots, local, positions, *seats[1:]]).flatten(1))
+        if slots is None:
+            slots = torch.arange(len(local), device=seats.device)
+        positions = local if shift is None else local + shift[:, None]
+        return cls(torch.stack([slots[:, None].expand_as(local), local, positions, *seats[1:]]).flatten(1))
 
     @property
     def token_slots(self) -> torch.Tensor:

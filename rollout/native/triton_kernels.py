@@ -69,7 +69,8 @@ class TritonKernels:
     @staticmethod
     def describe_seats(seats: torch.Tensor, shift: Sequence[int] | None = None) -> DeviceTokens:
         """Returns the description of E tokens of each of the first B slots, see `RaggedTokens.from_seats`."""
-        return DeviceTokens.from_seats(seats, shift)
+        moved = shift is not None and any(shift)
+        return DeviceTokens.from_seats(seats, upload(list(shift or ()), seats.device) if moved else None)
 
     @staticmethod
     def serve(head_dim: int, *widths: int) -> bool:
@@ -261,9 +262,13 @@ class TritonKernels:
         numbers = upload(torch.stack([temperatures.double(), uniforms]), logits.device)
         tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
         logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        block = min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)
+        sizes = {"BLOCK": min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)}
+        count = triton.cdiv(vocab, sizes["BLOCK"])
+        sizes["COUNT"] = triton.next_power_of_2(count)
+        blocks = torch.empty(rows, 4, sizes["COUNT"], dtype=torch.float32, device=logits.device)
         with _device_of(logits):
-            programs.draw[(rows,)](logits, numbers, tokens, logprobs, vocab, rows, BLOCK=block, num_warps=8)
+            programs.weigh_blocks[(rows, count)](logits, numbers, blocks, vocab, rows, **sizes)
+            programs.draw[(rows,)](logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes)
         return tokens, logprobs
 
 

@@ -186,10 +186,31 @@ def combine(partial, out, lines, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT
 
 
 @triton.jit
-def draw(logits, numbers, tokens, logprobs, vocab, rows, BLOCK: tl.constexpr):
+def weigh_blocks(logits, numbers, blocks, vocab, rows, BLOCK: tl.constexpr, COUNT: tl.constexpr):
+    """Prepares `draw` for block ``program_id(1)`` of row ``program_id(0)``.
+
+    ``numbers`` is float64 [2, R], temperatures and uniforms. ``blocks`` is float32 [R, 4, COUNT]: the largest
+    logit of each block, its index, the sum of the weights relative to it, and how many logits are not finite.
+    """
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    temperature = tl.load(numbers + row).to(tl.float32)
+    scale = 1.0 / tl.where(temperature == 0.0, 1.0, temperature)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < vocab
+    x = tl.load(logits + row * vocab + at, mask=inside, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, 0)
+    target = blocks + row * 4 * COUNT + block
+    tl.store(target, top)
+    tl.store(target + COUNT, tl.min(tl.where(x == top, at, vocab), 0).to(tl.float32))
+    tl.store(target + 2 * COUNT, tl.sum(tl.exp((x - top) * scale), 0))
+    tl.store(target + 3 * COUNT, tl.sum(tl.where(inside & ~(tl.abs(x) < float("inf")), 1.0, 0.0), 0))
+
+
+@triton.jit
+def draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, BLOCK: tl.constexpr, COUNT: tl.constexpr):
     """Samples row ``program_id(0)`` from softmax(logits / temperature) by inverting the cumulative sum.
 
-    ``numbers`` is float64 [2, R], temperatures and uniforms. Sums over blocks are float64, so that small
+    ``numbers`` and ``blocks`` are those of `weigh_blocks`. Sums over blocks are float64, so that small
     probabilities are not lost.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -197,36 +218,30 @@ def draw(logits, numbers, tokens, logprobs, vocab, rows, BLOCK: tl.constexpr):
     uniform = tl.load(numbers + rows + row)
     greedy = temperature == 0.0
     scale = 1.0 / tl.where(greedy, 1.0, temperature)
-    at = tl.arange(0, BLOCK)
-    line = logits + row * vocab
-    top, best, broken = float("-inf"), 0, 0.0
-    for start in range(0, vocab, BLOCK):
-        inside = start + at < vocab
-        x = tl.load(line + start + at, mask=inside, other=float("-inf")).to(tl.float32)
-        broken += tl.sum(tl.where(inside & ~(tl.abs(x) < float("inf")), 1.0, 0.0), 0)
-        high = tl.max(x, 0)
-        where = tl.min(tl.where(x == high, start + at, vocab), 0)
-        best = tl.where(high > top, where, best)
-        top = tl.maximum(top, high)
-    total = tl.zeros([], dtype=tl.float64)
-    for start in range(0, vocab, BLOCK):
-        x = tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
-        total += tl.sum(tl.exp((x - top) * scale), 0).to(tl.float64)
+    block = tl.arange(0, COUNT)
+    real = block * BLOCK < vocab
+    source = blocks + row * 4 * COUNT + block
+    highest = tl.load(source, mask=real, other=float("-inf"))
+    best = tl.load(source + COUNT, mask=real, other=0.0)
+    sums = tl.load(source + 2 * COUNT, mask=real, other=0.0)
+    broken = tl.sum(tl.load(source + 3 * COUNT, mask=real, other=0.0), 0)
+    top = tl.max(highest, 0)
+    likeliest = tl.min(tl.where(real & (highest == top), best, vocab), 0).to(tl.int32)
+    # a block whose logits are all -inf has no sum
+    weights = tl.where(real & (highest > float("-inf")), sums * tl.exp((highest - top) * scale), 0.0)
+    ends = tl.cumsum(weights.to(tl.float64), 0)
+    total = tl.max(ends, 0)
     goal = uniform * total
-    reached, chosen, before = tl.zeros([], dtype=tl.float64), 0, tl.zeros([], dtype=tl.float64)
-    for start in range(0, vocab, BLOCK):
-        x = tl.load(line + start + at, mask=start + at < vocab, other=float("-inf")).to(tl.float32)
-        after = reached + tl.sum(tl.exp((x - top) * scale), 0).to(tl.float64)
-        here = (reached <= goal) & (after > goal)
-        chosen, before = tl.where(here, start, chosen), tl.where(here, reached, before)
-        reached = after
-    x = tl.load(line + chosen + at, mask=chosen + at < vocab, other=float("-inf")).to(tl.float32)
+    chosen = tl.minimum(tl.sum(tl.where(ends <= goal, 1, 0), 0), tl.cdiv(vocab, BLOCK) - 1)
+    before = tl.max(tl.where(block < chosen, ends, 0.0), 0)
+    line, at = logits + row * vocab, chosen * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(line + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
     inside_block = tl.cumsum(tl.exp((x - top) * scale).to(tl.float64), 0)
     index = tl.sum(tl.where(inside_block <= goal - before, 1, 0), 0)
-    token = tl.minimum(chosen + index, vocab - 1)
+    token = tl.minimum(chosen * BLOCK + index, vocab - 1)
     # rounding can carry the search past the last positive weight
     usable = tl.exp((tl.load(line + token).to(tl.float32) - top) * scale) > 0
-    token = tl.where(greedy | ~usable, best, token)
+    token = tl.where(greedy | ~usable, likeliest, token)
     logprob = (tl.load(line + token).to(tl.float32) - top) * scale - tl.log(total.to(tl.float32))
     tl.store(tokens + row, token)
     tl.store(logprobs + row, tl.where(broken > 0, float("nan"), logprob))

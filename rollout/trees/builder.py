@@ -31,7 +31,10 @@ class TreeBuilder:
     Attributes:
         grow: Builds a draft with ``parents``, given the drafter's model, the limits and the options.
         draws: Supported values of `DraftRules.draw`: ``likeliest``, ``replacement``, ``without_replacement``.
+        fixed_work: Whether a draft takes the same operators on the same shapes whatever its tokens are, and
+            none that the host waits for.
     """
 
     grow: Callable[[Expander, TreeLimits, TreeOptions], DraftTree]
     draws: tuple[str, ...]
+    fixed_work: bool = False

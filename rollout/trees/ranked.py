@@ -122,7 +122,9 @@ class _Candidates:
 
 
 # Ranked trees compare tokens by their probabilities, so that their tokens cannot be drawn.
-DYNAMIC = TreeBuilder(lambda expander, limits, options: grow_dynamic(expander, limits), ("likeliest",))
+DYNAMIC = TreeBuilder(
+    lambda expander, limits, options: grow_dynamic(expander, limits), ("likeliest",), fixed_work=True
+)
 OPT_TREE = TreeBuilder(
     lambda expander, limits, options: grow_opt_tree(expander, limits, options.gain), ("likeliest",)
 )

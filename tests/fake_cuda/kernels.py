@@ -131,7 +131,11 @@ def _combine(partial, out, lines, DIM, **sizes):
     out.view(lines, DIM).copy_((parts[..., :DIM] * weight[..., None]).sum(0) / total[:, None])
 
 
-def _draw(logits, numbers, tokens, logprobs, vocab, rows, **sizes):
+def _weigh_blocks(logits, numbers, blocks, vocab, rows, **sizes):
+    blocks.zero_()
+
+
+def _draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes):
     temperature, uniform = numbers[0].float(), numbers[1]
     greedy = temperature == 0
     wide = logits.float()

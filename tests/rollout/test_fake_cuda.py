@@ -105,6 +105,8 @@ def check_graphs(engine: RolloutEngine) -> None:
         assert set(pool.plan.keys) <= set(pool.captured)
         assert not pool.fallbacks
     assert sum(engine.runner.graphs.replays.values()) >= len(engine.records)
+    drafts = engine.drafters["eagle3"].graphs
+    assert drafts is None or not drafts.captures.fallbacks
 
 
 def waits_of_steps(cuda: Cuda, engine: RolloutEngine, wanted: Sequence[Request]) -> list[list[Wait]]:
@@ -231,6 +233,28 @@ def test_a_step_waits_a_few_times_at_any_batch(cuda, path, most, rules):
             wanted = [Request([1 + i, 2, 3], SamplingParams(max_tokens=9), seed=i) for i in range(count)]
             waits = max(waits_of_steps(cuda, engine, wanted), key=len)
             assert len(waits) <= limit, (strategy, count, waits)
+
+
+def test_a_draft_of_any_depth_is_two_graphs(cuda):
+    """One reads what was committed, one drafts; the rest is inputs and outputs of theirs."""
+    engine = engine_for(to_cuda(model()), slots=4, context=60)
+    launches: dict[str, set[int]] = {}
+
+    def propose(*args, original=engine.speculation.propose):
+        before, captured = cuda.mode.launches, engine.drafters["eagle3"].graphs.captures.keys
+        draft = original(*args)
+        if draft.nodes == args[0].nodes:
+            launches.setdefault(str(args[0]), set()).add(cuda.mode.launches - before)
+            assert engine.drafters["eagle3"].graphs.captures.keys == captured
+        return draft
+
+    engine.speculation.propose = propose
+    for strategy in ("eagle3:2", "eagle3:4", "eagle3:3x3/6", "eagle3:4x3/8"):
+        engine.use_strategy(strategy)
+        engine.generate(requests(4))
+    least = {strategy: min(counts) for strategy, counts in launches.items()}
+    assert least == {"eagle3:2": 21, "eagle3:4": 21, "eagle3:3x3/6": 22, "eagle3:4x3/8": 22}
+    assert max(map(max, launches.values())) <= 24  # a new page of the cache is published
 
 
 def test_admissions_wait_once_for_all_and_traces_end_on_the_host(cuda, path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,19 +18,23 @@ from paceline.benchmarks.common.results import Log
 from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_model
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
-from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config
+from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
+from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config, parameter_count
+from paceline.rollout.drafters.eagle3_native import draft_shape
 from paceline.rollout.graphs.graph_plan import MOST_ROWS
 from paceline.rollout.graphs.graph_pool import CudaCapturer
-from paceline.rollout.model.attention import chain_seats
 from paceline.rollout.model.kv_cache import CacheShape
+from paceline.rollout.model.memory_plan import WORKSPACE_BYTES, ragged_graphs
 from paceline.rollout.model.runner import ModelRunner
+from paceline.rollout.strategy import Strategy
 
 _CONTEXT, _CAPACITY = 512, 1024
 _WIDTHS = (1, 2, 4, 8, 16, 32)  # tokens per sequence of the forwards that are timed
 _DRAFT_VOCABULARY = 32000
 _PROMPT, _COMPLETION = 64, 128  # tokens
 _KV_BYTES = 8 << 30
-_STEPS_OF_SYNCS = 24
+_STEPS_OF_SYNCS, _STEPS_OF_PARTS = 24, 48
+STEP_STRATEGIES = ("plain", "eagle3:3", "eagle3:4x4/7")
 
 
 @dataclass(slots=True)
@@ -42,7 +47,9 @@ class ShapeReport:
         fallbacks: Reasons why forwards ran outside the graphs, with their counts.
         steps: Tuples of batch size, tokens per sequence, milliseconds of a forward, and milliseconds that
             reading weights, keys and values once takes.
-        drafter: Tuples of batch size and milliseconds of a draft step.
+        parts: Milliseconds of a decode step by strategy and batch size: drafting, the target's forward,
+            verification, and all of it with what the host does between steps.
+        memory: Bytes planned, and used at the peak, by the engine, its model and its drafter.
         plain: Tuples of batch size, tokens per second of plain decoding, and of transformers' generate with a
             static cache and compilation, or None.
         syncs: Times that a step waits for the GPU, by strategy.
@@ -52,7 +59,8 @@ class ShapeReport:
     graphs: dict[str, float] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     steps: list[tuple[int, int, float, float]] = field(default_factory=list)
-    drafter: list[tuple[int, float]] = field(default_factory=list)
+    parts: list[tuple[str, int, float, float, float, float]] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
     plain: list[tuple[int, float, float | None]] = field(default_factory=list)
     syncs: dict[str, float] = field(default_factory=dict)
 
@@ -67,10 +75,12 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
         log: Receives a line per measurement.
     """
     report = ShapeReport(shape)
+    before = _used()
+    torch.cuda.reset_peak_memory_stats()
     model = random_model(SHAPES[shape], "cuda").requires_grad_(False)
     embedding = model.config.vocab_size * model.config.hidden_size
     weights = sum(p.numel() for p in model.parameters()) - embedding
-    engine, drafter = _engine(model, report)
+    engine = _engine(model, report)
     runner = engine.runner
     for batch in BATCHES:
         for width in _WIDTHS:
@@ -80,16 +90,23 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
                 report.steps.append((batch, width, ms, floor))
         of_batch = [f"{width}: {ms:.2f}" for b, width, ms, _ in report.steps if b == batch]
         log(f"{shape}: batch {batch}, ms of a forward by tokens per sequence: {', '.join(of_batch)}")
-        report.drafter.append((batch, _draft_ms(drafter, batch, model.config.hidden_size)))
-    for strategy in ("plain", "eagle3:3", "eagle3:4x4/7"):
+    for strategy in STEP_STRATEGIES:
         engine.use_strategy(strategy)
         report.syncs[strategy] = syncs_of_step(engine, _requests(8, _STEPS_OF_SYNCS))
+        for batch in (1, 8, 32):
+            parts = _parts_ms(engine, _requests(batch, _STEPS_OF_PARTS))
+            report.parts.append((strategy, batch, *parts))
+            log(
+                f"{shape}: {strategy}, batch {batch}: drafting {parts[0]:.2f} ms, forward {parts[1]:.2f}, "
+                f"verification {parts[2]:.2f}, a step {parts[3]:.2f}"
+            )
     speeds = {
         batch: tokens_per_second(engine, "plain", _requests(batch, _COMPLETION), _requests(batch, 16))
         for batch in (1, 8, 32)
     }
-    report.fallbacks = dict(engine.runner.graphs.fallbacks if engine.runner.graphs is not None else {})
-    del engine, drafter, runner
+    report.fallbacks = _fallbacks(engine)
+    report.memory = _memory(engine, before)
+    del engine, runner
     torch.cuda.empty_cache()
     for batch, speed in speeds.items():
         static = _generate_speed(model, batch) if peer and batch != 8 else None
@@ -99,7 +116,7 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
     return report
 
 
-def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine, Eagle3Drafter]:
+def _engine(model: PreTrainedModel, report: ShapeReport) -> RolloutEngine:
     """Returns an engine with a random EAGLE-3 drafter, and notes what its graphs took."""
     taps = default_tap_layers(model.config.num_hidden_layers)
     options: dict[str, Any] = {
@@ -129,7 +146,38 @@ def _engine(model: PreTrainedModel, report: ShapeReport) -> tuple[RolloutEngine,
     )
     engine.add_drafter(SuffixDrafter())
     engine.add_drafter(drafter)
-    return engine, drafter
+    return engine
+
+
+def _fallbacks(engine: RolloutEngine) -> dict[str, int]:
+    """Returns the reasons why forwards or drafts ran outside captured graphs, with their counts."""
+    found = Counter() if engine.runner.graphs is None else Counter(engine.runner.graphs.fallbacks)
+    drafter = engine.drafters["eagle3"]
+    assert isinstance(drafter, Eagle3Drafter) and drafter.graphs is not None
+    return dict(found + drafter.graphs.captures.fallbacks)
+
+
+def _memory(engine: RolloutEngine, before: int) -> dict[str, int]:
+    """Compares the plan of an engine with what it took.
+
+    Args:
+        engine: The engine, after it has decoded.
+        before: Bytes in use on the device before its model was made.
+    """
+    plan, drafter = engine.runner.memory, engine.drafters["eagle3"]
+    assert plan is not None and isinstance(drafter, Eagle3Drafter)
+    beyond_torch = _used() - before - torch.cuda.memory_allocated()  # what captured graphs take
+    planned = sum(plan.parts.values()) - plan.parts["spare"] + plan.cache + _drafter_bytes(drafter)
+    return {"planned": planned, "used": torch.cuda.max_memory_allocated() + beyond_torch}
+
+
+def _drafter_bytes(drafter: Eagle3Drafter) -> int:
+    """Returns the planned bytes of a drafter: weights, keys and values, captured steps and drafts."""
+    config, cache = drafter.config, drafter.cache.shape
+    steps = ragged_graphs(draft_shape(config, cache.dtype), "draft", 4 * cache.slots, 0)
+    drafts = draft_graph_bytes([Strategy.parse(name) for name in STEP_STRATEGIES[1:]], cache.slots)
+    lines = cache.slots * cache.capacity * cache.token_bytes
+    return parameter_count(config) * 2 + lines + steps.total_bytes + drafts + WORKSPACE_BYTES
 
 
 def _used() -> int:
@@ -178,14 +226,19 @@ def bytes_read(cache: CacheShape, weights: int, batch: int, width: int) -> int:
     return (weights + batch * (_CONTEXT + width) * keys) * cache.dtype.itemsize
 
 
-def _draft_ms(drafter: Eagle3Drafter, batch: int, hidden: int) -> float:
-    """Returns the milliseconds of one more draft token for each sequence."""
-    drafter.cache.reserve([_CONTEXT + 2] * batch, active=0)
-    tokens = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-    states = torch.zeros(batch, 1, hidden, dtype=torch.bfloat16, device="cuda")
-    seats = chain_seats(torch.full_like(tokens, _CONTEXT))
-    network = drafter._network
-    return seconds_of(functools.partial(network.step, tokens, states, seats, [0] * batch)) * 1e3
+def _parts_ms(engine: RolloutEngine, requests: Sequence[Request]) -> tuple[float, float, float, float]:
+    """Returns the milliseconds of a step's parts and of the whole step, as `ShapeReport.parts` has them."""
+    engine.generate(requests)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    engine.generate(requests)
+    seconds = time.perf_counter() - begin - engine.prefill_seconds
+    steps = [record.feedback for record in engine.records]
+    draft, forward, total = (
+        sum(getattr(step, name) for step in steps) / len(steps) * 1e3
+        for name in ("draft_seconds", "forward_seconds", "total_seconds")
+    )
+    return draft, forward, total - draft - forward, seconds / len(steps) * 1e3
 
 
 def _requests(count: int, tokens: int) -> list[Request]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from paceline.benchmarks.decoding import gpu_reasoner
-from paceline.benchmarks.decoding.gpu_check import shape_checks
+from paceline.benchmarks.decoding.gpu_check import shape_checks, update_checks
 from paceline.benchmarks.decoding.gpu_shapes import ShapeReport, bytes_read
+from paceline.benchmarks.training.gpu_update import UpdateReport
 from paceline.rollout import FinishReason, Request, Rollout
 from paceline.rollout.api import RolloutStats
 from paceline.rollout.model.kv_cache import CacheShape
@@ -17,7 +18,8 @@ GOOD = ShapeReport(
     "1.5B",
     graphs={"planned": 15, "captured": 15, "planned bytes": 100, "used bytes": 105},
     steps=[(1, 1, 2.0, 1.0), (1, 8, 2.2, 1.0), (32, 1, 2.5, 1.2), (32, 8, 4.0, 1.2)],
-    drafter=[(1, 0.2), (32, 0.3)],
+    parts=[("plain", 1, 0.0, 2.0, 0.5, 3.0), ("eagle3:3", 1, 0.9, 2.0, 0.5, 4.0)],
+    memory={"planned": 100, "used": 95},
     plain=[(1, 300.0, 250.0), (8, 2000.0, None)],
     syncs={"plain": 1.1, "eagle3:3": 1.0, "eagle3:4x4/7": 2.0},
 )
@@ -35,7 +37,8 @@ def failed(report: ShapeReport) -> list[str]:
         ({"graphs": {**GOOD.graphs, "used bytes": 300}}, "1.5B memory of graphs"),
         ({"steps": [*GOOD.steps, (8, 1, 4.0, 1.0)]}, "1.5B decode step"),
         ({"steps": [*GOOD.steps, (1, 8, 3.5, 1.0)]}, "1.5B verification"),
-        ({"drafter": [(1, 1.2), (32, 0.3)]}, "1.5B drafting"),
+        ({"parts": [*GOOD.parts, ("eagle3:3", 8, 1.2, 2.0, 0.5, 4.0)]}, "1.5B drafting"),
+        ({"memory": {"planned": 100, "used": 120}}, "1.5B memory of the engine"),
         ({"syncs": {**GOOD.syncs, "plain": 2.0}}, "1.5B syncs, plain"),
         ({"plain": [(1, 200.0, 250.0)]}, "1.5B plain, batch 1"),
     ],
@@ -43,6 +46,13 @@ def failed(report: ShapeReport) -> list[str]:
 def test_each_shortfall_fails_its_line(change, name):
     assert failed(GOOD) == []
     assert failed(replace(GOOD, **change)) == [name]
+
+
+def test_a_slow_update_or_one_that_outgrows_its_plan_fails_its_line():
+    good = UpdateReport(tokens=4096, seconds=0.2, share=0.4, planned=100, used=95)
+    changes = ({}, {"share": 0.2}, {"used": 120})
+    found = [[c.name for c in update_checks(replace(good, **change)) if not c.passed] for change in changes]
+    assert found == [[], ["update, speed"], ["update, memory of activations"]]
 
 
 def test_the_least_that_a_forward_reads():

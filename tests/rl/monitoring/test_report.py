@@ -46,6 +46,7 @@ def rank(step: int, number: int, plain: float | None = None) -> dict:
         "plain_identical": None if plain is None else 1.0,
         "tail": [(0.5, 4, "plain"), (1.0, 2, "suffix:3"), (2.0, 1, "suffix:6")],
         "peak_bytes": 10**9,
+        "gpu_peak_bytes": (number + 1) * 10**9,
         "spans": [("rollout", begin, end), ("drafter", end, end + 1.5), ("update", 4.6, 6.6)],
         "drafter": asdict(
             LearnerReport(
@@ -105,6 +106,7 @@ def test_step_metrics_by_hand():
     assert m["critic/loss"] == pytest.approx(0.1) and m["critic/explained_variance"] == pytest.approx(0.8)
     assert m["reward/timeouts"] == 1 and m["reward/errors"] == 4
     assert m["drafter/acceptance"] == [0.5, 0.25]
+    assert m["memory/peak_gb"] == 2.0 and m["memory/gpu_peak_gb"] == 2.0
     assert m["drafter/approved"] == 2 and m["drafter/snapshot_seconds"] == 0.1
     assert m["time/step"] == pytest.approx(6.6)
 
@@ -121,6 +123,8 @@ def test_what_training_costs_ranks_that_decode():
     assert summary["drafter_seconds_held_back"] == 6.0
     printed = table_text(summary)
     assert "6.0 s held back" in printed
+    assert "peak memory of a GPU" in printed
+    assert "peak memory of a GPU" not in table_text({**summary, "gpu_peak_memory_gb": 0.0})
     assert "training beside decoding slows it by" in printed and "6.0% ± 1.5%" in printed
 
 

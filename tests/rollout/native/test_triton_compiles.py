@@ -41,10 +41,9 @@ for dtype in ("*bf16", "*fp32"):
             tokens="i32", scale="fp32", softcap="fp32",
         )
     build(programs.combine, dict(DIM=128, BLOCK_D=128, SPLITS=16), partial="*fp32", out=dtype, lines="i32")
-    build(
-        programs.draw, dict(BLOCK=4096), logits=dtype, numbers="*fp64", tokens="*i64", logprobs="*fp32",
-        vocab="i32", rows="i32",
-    )
+    drawn = dict(logits=dtype, numbers="*fp64", blocks="*fp32", vocab="i32", rows="i32")
+    build(programs.weigh_blocks, dict(BLOCK=4096, COUNT=64), **drawn)
+    build(programs.draw, dict(BLOCK=4096, COUNT=64), **drawn, tokens="*i64", logprobs="*fp32")
 """
 
 
@@ -56,5 +55,5 @@ def test_every_program_compiles_for_hopper(tmp_path):
     )
     assert made.returncode == 0, made.stderr[-2000:]
     built = [line.split() for line in made.stdout.splitlines()]
-    assert len(built) == 14
+    assert len(built) == 16
     assert all(int(size) > 1000 for _, size in built)
