@@ -5,8 +5,9 @@ On a CPU, steps of few tokens are a single call; on a GPU they replay captured g
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
 from paceline.rollout.graphs.graph_pool import Capturer, GraphPool
-from paceline.rollout.model.fused_layer import RootMeanSquareNorm, project_norm
+from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.kv_cache import SlotCache
 from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project, project_gate
 from paceline.rollout.model.paged_cache import PagedCache
@@ -61,10 +62,9 @@ class NativeNetwork:
         self._weights, self._embed, self._cache, self._kernels = weights, embed_tokens, cache, kernels
         self._dtype = cache.shape.dtype
         packs = can_pack(cache.device, self._dtype)
-
-        def join(*layers: nn.Linear) -> PackedLinear | JoinedLinear:
-            return PackedLinear(*layers) if packs else JoinedLinear(*layers, kernels=kernels)
-
+        join: Callable[..., PackedLinear | JoinedLinear] = (
+            PackedLinear if packs else functools.partial(JoinedLinear, kernels=kernels)
+        )
         layer, attention = weights.midlayer, weights.midlayer.self_attn
         self._fc, self._head = join(weights.fc), join(weights.lm_head)
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -251,16 +251,12 @@ class NativeNetwork:
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
         kernels: Any = self._kernels
         both = torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
+        projected = project(self._qkv, both, kernels)
         heads = kernels.rotate_and_store(
-            project(self._qkv, both, kernels),
-            (rotary[0][None], rotary[1][None]),
-            None,
-            0.0,
-            ragged,
-            lines,
+            projected, (rotary[0][None], rotary[1][None]), None, 0.0, ragged, lines
         )
         attended = kernels.attend(heads, lines, ragged, self._rule)
-        hidden, normed = project_norm(self._o, attended, hidden, mlp_norm, kernels)
+        hidden, normed = mlp_norm.after(self._o, attended, hidden)
         gated = project_gate(self._gate_up, normed, kernels)
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]

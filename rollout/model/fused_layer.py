@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -165,6 +166,15 @@ class RootMeanSquareNorm:
             return self._kernels.rms_norm(x, self.gain, self.eps)
         return nn.functional.rms_norm(x, self._shape, self.gain, self.eps)
 
+    def after(
+        self, layers: Projection, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Applies linear layers to ``x`` [B, Q, in] and adds ``residual``; returns the sum and its norm."""
+        if self._kernels is None or self._kernels.reads_joined:
+            out = layers(x, residual)
+            return out, self(out)
+        return self._kernels.add_norm(project(layers, x, self._kernels), residual, self.gain, self.eps)
+
 
 class FusedLayer(nn.Module):
     """Runs one decoder layer in few operators; takes what transformers' decoder models pass to their layers.
@@ -193,9 +203,9 @@ class FusedLayer(nn.Module):
         def norm(module: nn.Module, heads: bool = False) -> RootMeanSquareNorm:
             return RootMeanSquareNorm(module, dtype, None if heads else kernels)
 
-        def join(*layers: nn.Linear) -> Projection:
-            return PackedLinear.shared(*layers) if packed else JoinedLinear(*layers, kernels=kernels)
-
+        join: Callable[..., Projection] = (
+            PackedLinear.shared if packed else partial(JoinedLinear, kernels=kernels)
+        )
         self.index = index
         self._attention = attention
         self._attention_in, self._mlp_in = norm(parts.attention_in), norm(parts.mlp_in)
@@ -216,7 +226,7 @@ class FusedLayer(nn.Module):
         self._activation = parts.activation
         self._kernels = kernels
         self._native_gate = kernels is not None and isinstance(parts.activation, nn.SiLU | SiLUActivation)
-        self._rule = attention_rule(attention)
+        self._rule = AttentionRule.of(attention)
         self._packed = packed
         self._native = self._describe()
 
@@ -279,12 +289,11 @@ class FusedLayer(nn.Module):
         _, o, gate_up, down = self._projections
         attended = self._attend(self._attention_in(hidden_states), rotary, cache, batch)
         if self._attention_out is None:
-            hidden_states, normed = project_norm(o, attended, hidden_states, self._mlp_in, self._kernels)
+            hidden_states, normed = self._mlp_in.after(o, attended, hidden_states)
         else:
             hidden_states = hidden_states + self._attention_out(o(attended))
             normed = self._mlp_in(hidden_states)
-        if self._native_gate:
-            assert self._kernels is not None
+        if self._kernels is not None and self._native_gate:
             gated = project_gate(gate_up, normed, self._kernels)
         else:
             gate, up = gate_up(normed).chunk(2, dim=-1)
@@ -294,19 +303,14 @@ class FusedLayer(nn.Module):
         return hidden_states + self._mlp_out(down(gated))
 
     def _attend(
-        self,
-        normed: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cache: Any,
-        batch: ForwardBatch,
+        self, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
     ) -> torch.Tensor:
         """Stores keys and values; returns the attention output [B, Q, H · d]."""
-        qkv = self._projections[0]
-        if batch.ragged is not None and self._kernels is not None and self._rule is not None:
-            lines: Any = self._kernels.cached(cache, self.index)
+        qkv, kernels = self._projections[0], cast(Any, self._kernels)
+        if batch.ragged is not None and self.takes_ragged:
+            lines = kernels.cached(cache, self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
-            kernels: Any = self._kernels
             projected = project(qkv, normed, kernels)
             heads = kernels.rotate_and_store(projected, rotary, gains, eps, batch.ragged, lines)
             return kernels.attend(heads, lines, batch.ragged, self._rule)
@@ -344,29 +348,3 @@ class FusedLayer(nn.Module):
         both = torch.addcmul(both * cos, both.roll(dim // 2, dims=-1), sin)
         split = both[:, :, :queries], both[:, :, queries:], heads[:, :, queries + keys :]
         return split[0].transpose(1, 2), split[1].transpose(1, 2), split[2].transpose(1, 2)
-
-
-def project_norm(
-    layers: Projection,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    norm: RootMeanSquareNorm,
-    kernels: AnyKernels | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Applies linear layers to ``x`` [B, Q, in] and adds ``residual``; returns the sum and its norm."""
-    if kernels is None or kernels.reads_joined:
-        out = layers(x, residual)
-        return out, norm(out)
-    return kernels.add_norm(project(layers, x, kernels), residual, norm.gain, norm.eps)
-
-
-def attention_rule(arguments: dict[str, Any]) -> AttentionRule | None:
-    """Returns the native kernel's rule for an attention function's arguments, or None if it has none."""
-    known = {"scaling", "sliding_window", "softcap"}
-    if "scaling" not in arguments or not known >= {
-        name for name, value in arguments.items() if value is not None
-    }:
-        return None
-    return AttentionRule(
-        arguments["scaling"], arguments.get("softcap") or 0.0, arguments.get("sliding_window") or 0
-    )

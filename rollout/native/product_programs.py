@@ -1,6 +1,6 @@
 """Triton programs of a decoder layer's matrix products, and of what adds their parts.
 
-`paceline.rollout.native.triton_kernels` launches them with `paceline.rollout.native.product_tiles`. Sums of
+`paceline.rollout.native.triton_kernels` launches them with `paceline.rollout.native.gpu_tiles`. Sums of
 parts are float32 [parts, N, outputs]; whoever reads them adds them in order.
 """
 

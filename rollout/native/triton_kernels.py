@@ -10,16 +10,14 @@ from typing import Any
 import torch
 import triton
 
-from paceline.rollout.native import product_programs
+from paceline.rollout.native import gpu_tiles, product_programs
 from paceline.rollout.native import triton_programs as programs
 from paceline.rollout.native.decoder_layer import AttentionRule
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
+from paceline.rollout.native.gpu_tiles import Tiles, attention_sums, product_tiles
 from paceline.rollout.native.kernels import RaggedTokens
-from paceline.rollout.native.product_tiles import Tiles, product_tiles
 from paceline.rollout.native.transfer import upload
 
-_PARTS = 16  # parts that the keys of one query are split into
-_PROGRAMS = 264  # programs that keep a large GPU busy: two for each multiprocessor of an H100
 _KEYS = 32  # keys that attention reads at a time
 _DRAWN_BLOCK = 4096  # logits that sampling reads at a time
 
@@ -223,21 +221,22 @@ class TritonKernels:
         """
         _, count, heads, dim = query.shape
         kv_heads = cache.lines.shape[2]
-        folded = count * kv_heads >= _PROGRAMS
+        parts, written = gpu_tiles.ATTENTION_PARTS, attention_sums(count, kv_heads)
+        folded = written == 1
         out = query.new_empty((1, count, heads * dim))
-        partial = out if folded else out.new_empty((_PARTS, count, heads, dim + 2), dtype=torch.float32)
+        partial = out if folded else out.new_empty((written, count, heads, dim + 2), dtype=torch.float32)
         block = triton.next_power_of_2(dim)
         with _device_of(query):
-            programs.attend[(count, kv_heads, 1 if folded else _PARTS)](
+            programs.attend[(count, kv_heads, written)](
                 query, cache.lines, out, partial, cache.table, tokens.table, count, *_layout(cache),
                 rule.scale, rule.softcap,
                 HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
-                ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=_PARTS,
+                ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
                 FOLDED=folded, WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
             )  # fmt: skip
             if not folded:
                 programs.combine[(count * heads,)](
-                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=_PARTS, num_warps=1
+                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=1
                 )
         return out
 
