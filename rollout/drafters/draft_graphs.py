@@ -20,7 +20,7 @@ from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftTree
 
 # kernels of a draft with one level, and of each level more, for chains and trees
-_CHAIN_KERNELS, _TREE_KERNELS = (11, 38), (18, 52)
+_CHAIN_KERNELS, _TREE_KERNELS = (11, 33), (18, 47)
 
 
 def draft_graph_bytes(strategies: Iterable[Strategy], slots: int) -> int:

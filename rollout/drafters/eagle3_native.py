@@ -5,8 +5,9 @@ On a CPU, steps of few tokens are a single call; on a GPU they replay captured g
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_key
 from paceline.rollout.graphs.graph_pool import Capturer, Forward, GraphPool
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.kv_cache import SlotCache
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project
+from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, can_pack, project, project_gate
 from paceline.rollout.model.paged_cache import PagedCache
 from paceline.rollout.native import (
     AnyKernels,
@@ -62,7 +63,9 @@ class NativeNetwork:
         self._weights, self._embed, self._cache, self._kernels = weights, embed_tokens, cache, kernels
         self._dtype = cache.shape.dtype
         packs = can_pack(cache.device, self._dtype)
-        join = PackedLinear if packs else JoinedLinear
+        join: Callable[..., PackedLinear | JoinedLinear] = (
+            PackedLinear if packs else functools.partial(JoinedLinear, kernels=kernels)
+        )
         layer, attention = weights.midlayer, weights.midlayer.self_attn
         self._fc, self._head = join(weights.fc), join(weights.lm_head)
         self._qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
@@ -273,14 +276,14 @@ class NativeNetwork:
         embedded = self._embed(tokens).to(self._dtype)[None]
         rotary = self._cos[ragged.positions], self._sin[ragged.positions]
         kernels: Any = self._kernels
-        joined = kernels.reads_joined
         both = torch.cat([embedding_norm(embedded), hidden_norm(hidden)], dim=-1)
-        projected = project(self._qkv, both, joined)
+        projected = project(self._qkv, both, kernels)
         heads = kernels.rotate_and_store(
             projected, (rotary[0][None], rotary[1][None]), None, 0.0, ragged, lines
         )
-        hidden = self._o(kernels.attend(heads, lines, ragged, self._rule), hidden)
-        gated = kernels.silu_gate(project(self._gate_up, mlp_norm(hidden), joined))
+        attended = kernels.attend(heads, lines, ragged, self._rule)
+        hidden, normed = mlp_norm.after(self._o, attended, hidden)
+        gated = project_gate(self._gate_up, normed, kernels)
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
         return out[0], self._head(head_norm(out))[0]

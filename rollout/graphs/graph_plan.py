@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paceline.rollout.native.gpu_tiles import attention_sums, product_tiles
+
 # largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
 MOST_ROWS = 256
 # memory of one kernel in an instantiated CUDA graph; `paceline gpu-check` compares plan and measurement
@@ -69,13 +71,25 @@ class ModelShape:
 
         Within a layer these are the residual stream and the widest of the stages: joined projections and
         attention scores in float32 over the span, or gate and up beside their product. At the end they are
-        the logits.
+        the logits. Beside one of them are float32 sums, of the parts of a product or of attention.
         """
         attention = (self.heads + 2 * self.kv_heads) * self.head_dim * 2
         scores = self.heads * key.span * 3
         mlp = 3 * self.intermediate
         widest = max(attention + scores, mlp, self.vocab)
-        return key.rows * (2 * self.hidden + widest) * self.bytes_per_value
+        values = (2 * self.hidden + widest) * self.bytes_per_value
+        return key.rows * (values + 4 * self._sums(key.rows))
+
+    def _sums(self, rows: int) -> int:
+        """Returns the most float32 values that a kernel of a layer leaves to the next for each row."""
+        queries = self.heads * self.head_dim
+        joined = queries + 2 * self.kv_heads * self.head_dim
+        products = (joined, self.hidden), (self.hidden, queries), (self.hidden, self.intermediate)
+        written = [
+            product_tiles(outputs, inputs, rows, self.bytes_per_value).written * outputs
+            for outputs, inputs in products
+        ]
+        return max(*written, attention_sums(rows, self.kv_heads) * self.heads * (self.head_dim + 2))
 
     def output_bytes(self, rows: int) -> int:
         """Returns the bytes of the logits of ``rows`` tokens, which outlive the forward."""
@@ -83,8 +97,8 @@ class ModelShape:
 
     @property
     def kernels(self) -> int:
-        """The number of kernels in one forward: about sixteen per layer, and a dozen around them."""
-        return 16 * self.layers + 12
+        """The number of kernels in one forward: ten per layer, and about twenty around them."""
+        return 10 * self.layers + 20
 
 
 def powers_of_two(limit: int) -> tuple[int, ...]:

@@ -13,14 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
 from paceline.rollout.model.attention import ForwardBatch, slot_attention
-from paceline.rollout.model.packed_linear import JoinedLinear, PackedLinear, Projection, joinable, project
+from paceline.rollout.model.packed_linear import (
+    JoinedLinear,
+    PackedLinear,
+    Projection,
+    joinable,
+    project,
+    project_gate,
+)
 from paceline.rollout.native import AnyKernels, AttentionRule, Kernels, NativeLayer
 from paceline.rollout.transformers_api import Cache, first_instance, hidden_states_in, rotary_in
 
@@ -158,6 +166,15 @@ class RootMeanSquareNorm:
             return self._kernels.rms_norm(x, self.gain, self.eps)
         return nn.functional.rms_norm(x, self._shape, self.gain, self.eps)
 
+    def after(
+        self, layers: Projection, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Applies linear layers to ``x`` [B, Q, in] and adds ``residual``; returns the sum and its norm."""
+        if self._kernels is None or self._kernels.reads_joined:
+            out = layers(x, residual)
+            return out, self(out)
+        return self._kernels.add_norm(project(layers, x, self._kernels), residual, self.gain, self.eps)
+
 
 class FusedLayer(nn.Module):
     """Runs one decoder layer in few operators; takes what transformers' decoder models pass to their layers.
@@ -186,7 +203,9 @@ class FusedLayer(nn.Module):
         def norm(module: nn.Module, heads: bool = False) -> RootMeanSquareNorm:
             return RootMeanSquareNorm(module, dtype, None if heads else kernels)
 
-        join: Callable[..., Projection] = PackedLinear.shared if packed else JoinedLinear
+        join: Callable[..., Projection] = (
+            PackedLinear.shared if packed else partial(JoinedLinear, kernels=kernels)
+        )
         self.index = index
         self._attention = attention
         self._attention_in, self._mlp_in = norm(parts.attention_in), norm(parts.mlp_in)
@@ -207,7 +226,7 @@ class FusedLayer(nn.Module):
         self._activation = parts.activation
         self._kernels = kernels
         self._native_gate = kernels is not None and isinstance(parts.activation, nn.SiLU | SiLUActivation)
-        self._rule = attention_rule(attention)
+        self._rule = AttentionRule.of(attention)
         self._packed = packed
         self._native = self._describe()
 
@@ -267,39 +286,35 @@ class FusedLayer(nn.Module):
         batch: ForwardBatch,
     ) -> torch.Tensor:
         """Runs the layer's products and kernels one after the other."""
-        qkv, o, gate_up, down = self._projections
-        joined = self._kernels is None or self._kernels.reads_joined
-        attended = self._attend(project(qkv, self._attention_in(hidden_states), joined), rotary, cache, batch)
+        _, o, gate_up, down = self._projections
+        attended = self._attend(self._attention_in(hidden_states), rotary, cache, batch)
         if self._attention_out is None:
-            hidden_states = o(attended, hidden_states)
+            hidden_states, normed = self._mlp_in.after(o, attended, hidden_states)
         else:
             hidden_states = hidden_states + self._attention_out(o(attended))
-        gated = self._gate(project(gate_up, self._mlp_in(hidden_states), joined))
+            normed = self._mlp_in(hidden_states)
+        if self._kernels is not None and self._native_gate:
+            gated = project_gate(gate_up, normed, self._kernels)
+        else:
+            gate, up = gate_up(normed).chunk(2, dim=-1)
+            gated = self._activation(gate).mul_(up)
         if self._mlp_out is None:
             return down(gated, hidden_states)
         return hidden_states + self._mlp_out(down(gated))
 
-    def _gate(self, projected: Any) -> torch.Tensor:
-        """Returns activation(gate) · up of what `project` returned for these two."""
-        if self._native_gate:
-            assert self._kernels is not None
-            return self._kernels.silu_gate(projected)
-        gate, up = projected.chunk(2, dim=-1) if isinstance(projected, torch.Tensor) else projected
-        return self._activation(gate).mul_(up)
-
     def _attend(
-        self, projected: Any, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
+        self, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Any, batch: ForwardBatch
     ) -> torch.Tensor:
         """Stores keys and values; returns the attention output [B, Q, H · d]."""
-        if batch.ragged is not None and self._kernels is not None and self._rule is not None:
-            lines: Any = self._kernels.cached(cache, self.index)
+        qkv, kernels = self._projections[0], cast(Any, self._kernels)
+        if batch.ragged is not None and self.takes_ragged:
+            lines = kernels.cached(cache, self.index)
             gains = (self._head_norms[0].gain, self._head_norms[1].gain) if self._head_norms else None
             eps = self._head_norms[0].eps if self._head_norms else 0.0
-            kernels: Any = self._kernels
+            projected = project(qkv, normed, kernels)
             heads = kernels.rotate_and_store(projected, rotary, gains, eps, batch.ragged, lines)
             return kernels.attend(heads, lines, batch.ragged, self._rule)
-        joined = projected if isinstance(projected, torch.Tensor) else torch.cat(projected, dim=-1)
-        query, key, value = self._rotated_heads(joined, batch.rotation(*rotary))
+        query, key, value = self._rotated_heads(qkv(normed), batch.rotation(*rotary))
         key, value = cache.update(key, value, self.index)
         out, _ = slot_attention(self, query, key, value, None, forward_batch=batch, **self._attention)
         return out.flatten(2)
@@ -333,15 +348,3 @@ class FusedLayer(nn.Module):
         both = torch.addcmul(both * cos, both.roll(dim // 2, dims=-1), sin)
         split = both[:, :, :queries], both[:, :, queries:], heads[:, :, queries + keys :]
         return split[0].transpose(1, 2), split[1].transpose(1, 2), split[2].transpose(1, 2)
-
-
-def attention_rule(arguments: dict[str, Any]) -> AttentionRule | None:
-    """Returns the native kernel's rule for an attention function's arguments, or None if it has none."""
-    known = {"scaling", "sliding_window", "softcap"}
-    if "scaling" not in arguments or not known >= {
-        name for name, value in arguments.items() if value is not None
-    }:
-        return None
-    return AttentionRule(
-        arguments["scaling"], arguments.get("softcap") or 0.0, arguments.get("sliding_window") or 0
-    )

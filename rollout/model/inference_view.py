@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from paceline.rollout.model.attention import SLOT_ATTENTION
+from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.fusion_check import fuse_layers
 from paceline.rollout.model.packed_linear import can_pack, replace_linears
 from paceline.rollout.native import AnyKernels
@@ -48,7 +49,10 @@ class InferenceView:
         fix_rotary(self.module)
         use_attention(self.module, SLOT_ATTENTION)
         self.fused = fuse_layers(self.module, model, dtype, pack) if fuse else []
-        self._linears = replace_linears(self.module, model, pack) if device.type == "cpu" else []
+        kernels = self.kernels
+        replaced = device.type == "cpu" or kernels is not None
+        self._linears = replace_linears(self.module, model, pack, kernels) if replaced else []
+        self._norms = _replace_norms(self.module, dtype, kernels)
 
     def _view_of(self, parameter: nn.Parameter, keep_source: bool) -> nn.Parameter:
         """Returns the parameter itself where it can be shared, else a cast that `refresh` renews."""
@@ -84,8 +88,37 @@ class InferenceView:
             cast.copy_(source)
         for fused in self.fused:
             fused.refresh()
-        for linear in self._linears:
-            linear.refresh()
+        for part in (*self._linears, *self._norms):
+            part.refresh()
+
+
+class _Norm(nn.Module):
+    """Runs a norm in place of the module that it was made of."""
+
+    def __init__(self, norm: RootMeanSquareNorm) -> None:
+        super().__init__()
+        self._norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._norm(x)
+
+
+def _replace_norms(
+    view: nn.Module, dtype: torch.dtype, kernels: AnyKernels | None
+) -> list[RootMeanSquareNorm]:
+    """Replaces the norms outside fused layers on a GPU, where torch's mean rounds by the number of rows."""
+    if kernels is None or kernels.reads_joined:
+        return []
+    replaced: list[RootMeanSquareNorm] = []
+    for name, module in list(view.named_modules()):
+        try:
+            norm = RootMeanSquareNorm(module, dtype, kernels)
+        except ValueError:
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(view.get_submodule(parent_name), attribute, _Norm(norm))
+        replaced.append(norm)
+    return replaced
 
 
 def copy_sharing(model: PreTrainedModel, tensors: dict[int, object] | None = None) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from paceline.rollout.native import Operands
+from paceline.rollout.native import AnyKernels, Operands
 from paceline.rollout.native.products import PANEL, load_dot_products, load_products
 
 
@@ -154,23 +154,26 @@ class PackedLinear(nn.Module):
 class JoinedLinear(nn.Module):
     """Applies the source layers to one input with their own weights, where nothing packs them.
 
-    On a CPU it uses `DotProducts`, which make a row's result independent of the number of rows. Nothing is
-    copied, so there is nothing to refresh.
+    On a CPU it uses `DotProducts`, on a GPU the products of `TritonKernels`; both make a row's result
+    independent of the number of rows. Nothing is copied, so there is nothing to refresh.
 
     Args:
         *sources: Layers to apply. They are referenced, not registered.
+        kernels: Kernels of the sources' device, or None for torch's operators where `DotProducts` do not
+            serve.
     """
 
-    def __init__(self, *sources: nn.Linear) -> None:
+    def __init__(self, *sources: nn.Linear, kernels: AnyKernels | None = None) -> None:
         super().__init__()
         self._sources = sources
+        self._products: Any = None if kernels is None or kernels.reads_joined else kernels
 
     def refresh(self) -> None:
         """Does nothing: the weights are the sources' own."""
 
     def operands(self) -> Operands | None:
         """Returns the weights for the kernel of a whole layer, see `Projection.operands`."""
-        layers = tuple((layer.weight, layer.bias) for layer in self._sources)
+        layers = self.layers
         first = layers[0][0]
         served = load_dot_products(first.device.type, first.dtype) is not None
         if not served or not all(w.dtype == first.dtype and w.is_contiguous() for w, _ in layers):
@@ -179,33 +182,35 @@ class JoinedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Maps ``x`` [..., in] to [..., sum of out], plus ``residual`` of that shape if given."""
+        if self._products is not None and x.dtype == self._sources[0].weight.dtype:
+            return self._products.linear(x, self.layers, residual)
         operands, dots = self.operands(), load_dot_products(x.device.type, x.dtype)
         if operands is not None and dots is not None and operands.layers[0][0].dtype == x.dtype:
             return dots.multiply(x, operands.layers, residual)
-        parts = self.separate(x)
+        parts = [nn.functional.linear(x, weight, bias) for weight, bias in self.layers]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if residual is None else out + residual
 
-    def separate(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Maps ``x`` [B, Q, in] to the output of each layer, [B, Q, out]."""
-        return tuple(nn.functional.linear(x, layer.weight, layer.bias) for layer in self._sources)
+    @property
+    def layers(self) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
+        """The layers' current weights and biases."""
+        return tuple((layer.weight, layer.bias) for layer in self._sources)
 
 
-def project(layers: Projection, x: torch.Tensor, joined: bool) -> Any:
-    """Applies linear layers of one input.
-
-    Args:
-        layers: Layers to apply; `JoinedLinear` if not ``joined``.
-        x: Input, [B, Q, in].
-        joined: Whether the outputs come side by side, as CPU kernels read them; otherwise as a tuple.
-
-    Returns:
-        [B, Q, sum of out], or a tuple of the layers' outputs [B, Q, out].
-    """
-    if joined:
+def project(layers: Projection, x: torch.Tensor, kernels: AnyKernels) -> Any:
+    """Applies linear layers to ``x`` [1, N, in]; returns what the next of the kernels reads."""
+    if kernels.reads_joined:
         return layers(x)
     assert isinstance(layers, JoinedLinear)
-    return layers.separate(x)
+    return kernels.multiply(x, layers.layers)
+
+
+def project_gate(layers: Projection, x: torch.Tensor, kernels: AnyKernels) -> torch.Tensor:
+    """Applies gate and up projections to ``x`` [1, N, in]; returns silu(gate) · up, [1, N, out]."""
+    if kernels.reads_joined:
+        return kernels.silu_gate(layers(x))
+    assert isinstance(layers, JoinedLinear)
+    return kernels.gate(x, layers.layers)
 
 
 def joinable(layers: Sequence[nn.Module]) -> bool:
@@ -217,7 +222,7 @@ def joinable(layers: Sequence[nn.Module]) -> bool:
 
 
 def replace_linears(
-    view: nn.Module, source: nn.Module, packed: bool
+    view: nn.Module, source: nn.Module, packed: bool, kernels: AnyKernels | None
 ) -> list[PackedLinear] | list[JoinedLinear]:
     """Replaces every `nn.Linear` left in ``view`` by one for decoding.
 
@@ -226,6 +231,7 @@ def replace_linears(
         source: The trainer's model.
         packed: Whether to pack copies of the source's layers of the same names; otherwise the view's own
             weights are used.
+        kernels: Kernels of the view's device, if it has any.
 
     Returns:
         The new layers.
@@ -237,7 +243,9 @@ def replace_linears(
             parent_name, _, attribute = name.rpartition(".")
             layer_source = sources[name]
             assert isinstance(layer_source, nn.Linear)
-            replacement = PackedLinear.shared(layer_source) if packed else JoinedLinear(layer)
+            replacement = (
+                PackedLinear.shared(layer_source) if packed else JoinedLinear(layer, kernels=kernels)
+            )
             setattr(view.get_submodule(parent_name), attribute, replacement)
             replaced.append(replacement)
     return replaced

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,18 @@ class AttentionRule:
     scale: float
     softcap: float = 0.0
     window: int = 0
+
+    @staticmethod
+    def of(arguments: dict[str, Any]) -> AttentionRule | None:
+        """Returns the rule that an attention function's arguments state, or None if they state more."""
+        known = {"scaling", "sliding_window", "softcap"}
+        if "scaling" not in arguments or not known >= {
+            name for name, value in arguments.items() if value is not None
+        }:
+            return None
+        return AttentionRule(
+            arguments["scaling"], arguments.get("softcap") or 0.0, arguments.get("sliding_window") or 0
+        )
 
 
 class _Projection(ctypes.Structure):

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 
+from paceline.rollout.native import gpu_tiles, product_programs
 from paceline.rollout.native import triton_programs as programs
 from paceline.rollout.native.decoder_layer import AttentionRule
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
+from paceline.rollout.native.gpu_tiles import Tiles, attention_sums, product_tiles
 from paceline.rollout.native.kernels import RaggedTokens
 from paceline.rollout.native.transfer import upload
 
-_MOST_PARTS = 16  # parts that the keys of one query are split into
-_PROGRAMS = 264  # programs that keep a large GPU busy: two for each multiprocessor of an H100
 _KEYS = 32  # keys that attention reads at a time
 _DRAWN_BLOCK = 4096  # logits that sampling reads at a time
+
+Layers = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Holds the outputs of layers of one input side by side, in parts that the next kernel adds.
+
+    Attributes:
+        parts: Sums over parts of the inputs, float32 [parts, N, sum of out].
+        dtype: Dtype of the layers.
+    """
+
+    parts: torch.Tensor
+    dtype: torch.dtype
 
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager[None]:
@@ -33,7 +49,7 @@ class TritonKernels:
     captured in CUDA graphs.
     """
 
-    # whether the outputs of joined projections come side by side in one tensor
+    # whether the outputs of joined projections come side by side in one tensor, not as `Sums`
     reads_joined = False
     # whether keys and values may lie in pages
     paged = True
@@ -63,23 +79,95 @@ class TritonKernels:
         """Normalizes ``x`` [..., width] by its root mean square and multiplies by ``gain`` [width]."""
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
-        block = triton.next_power_of_2(width)
-        warps = min(max(block // 512, 1), 16)
+        block, warps = _row_block(width)
         with _device_of(x):
             programs.rms_norm[(x.numel() // width,)](x, gain, out, width, eps, BLOCK=block, num_warps=warps)
         return out
 
-    def silu_gate(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Maps gate and up, each [..., width], to silu(gate) · up."""
-        gate, up = (x.contiguous() for x in parts)
-        out, block = torch.empty_like(gate), 1024
-        with _device_of(gate):
-            programs.silu_gate[(triton.cdiv(gate.numel(), block),)](gate, up, out, gate.numel(), BLOCK=block)
+    def multiply(self, x: torch.Tensor, layers: Layers) -> Sums:
+        """Applies up to three layers to ``x`` [1, N, in]; no row of the result depends on another.
+
+        Args:
+            x: Input in the layers' dtype.
+            layers: Weights [out, in] and biases [out], either all with a bias or all without.
+        """
+        tiles, outputs = self._tiles(x, layers), sum(len(weight) for weight, _ in layers)
+        out = x.new_empty((tiles.written, x.shape[-2], outputs), dtype=torch.float32)
+        self._launch(x, layers, tiles, out)
+        return Sums(out, x.dtype)
+
+    def gate(self, x: torch.Tensor, layers: Layers) -> torch.Tensor:
+        """Applies a gate and an up projection to ``x`` [1, N, in]; returns silu(gate) · up, [1, N, out]."""
+        tiles = self._tiles(x, layers)
+        out = x.new_empty((1, x.shape[-2], len(layers[0][0])))
+        # silu needs whole sums
+        self._launch(x, layers, replace(tiles, folded=True), out, gated=True)
         return out
+
+    def linear(self, x: torch.Tensor, layers: Layers, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Applies layers to ``x`` [1, N, in]; returns [1, N, sum of out], plus ``residual`` if given."""
+        tiles = self._tiles(x, layers)
+        if residual is not None or tiles.written > 1:
+            return self.add(self.multiply(x, layers), residual)
+        out = x.new_empty((*x.shape[:-1], sum(len(weight) for weight, _ in layers)))
+        self._launch(x, layers, tiles, out)
+        return out
+
+    @staticmethod
+    def _tiles(x: torch.Tensor, layers: Layers) -> Tiles:
+        outputs, (_, inputs) = sum(len(weight) for weight, _ in layers), layers[0][0].shape
+        return product_tiles(outputs, inputs, x.numel() // inputs, x.dtype.itemsize)
+
+    @staticmethod
+    def _launch(
+        x: torch.Tensor, layers: Layers, tiles: Tiles, out: torch.Tensor, gated: bool = False
+    ) -> None:
+        """Launches a product into ``out`` [written, N, outputs]."""
+        x, inputs = x.contiguous(), x.shape[-1]
+        weights = [weight.contiguous() for weight, _ in layers]
+        biases = [bias for _, bias in layers if bias is not None]
+        sizes = [*map(len, weights), 0, 0][:2]
+        fill = 3 - len(layers)
+        rows, outputs = x.numel() // inputs, out.shape[-1]
+        block = tiles.outputs // 2 if gated else tiles.outputs
+        grid = triton.cdiv(rows, tiles.tokens), triton.cdiv(outputs, block), tiles.written
+        with _device_of(x):
+            product_programs.multiply[grid](
+                x, *weights, *weights[:1] * fill, *(biases or weights), *(biases or weights)[:1] * fill, out,
+                rows, *sizes, outputs, inputs, tiles.length,
+                TOKENS=tiles.tokens, OUTPUTS=tiles.outputs, STEP=tiles.step,
+                PARTS=tiles.parts // tiles.written, GATED=gated, BIAS=bool(biases),
+                RAGGED=inputs % tiles.step != 0, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+
+    def add(self, sums: Sums, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Adds the parts of sums and ``residual`` [1, N, out]; returns [1, N, out]."""
+        parts, count, outputs = sums.parts.shape
+        out, block = sums.parts.new_empty((1, count, outputs), dtype=sums.dtype), 1024
+        other = out if residual is None else residual.contiguous()
+        with _device_of(out):
+            product_programs.add[(triton.cdiv(out.numel(), block),)](
+                sums.parts, other, out, out.numel(), PARTS=parts, RESIDUAL=residual is not None, BLOCK=block
+            )
+        return out
+
+    def add_norm(
+        self, sums: Sums, residual: torch.Tensor, gain: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds as `add` does; returns the result and its norm as by `rms_norm`, [1, N, out] each."""
+        (parts, count, width), residual = sums.parts.shape, residual.contiguous()
+        out, normed = torch.empty_like(residual), torch.empty_like(residual)
+        block, warps = _row_block(width)
+        with _device_of(out):
+            product_programs.add_norm[(count,)](
+                sums.parts, residual, gain, out, normed, count, width, eps,
+                PARTS=parts, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+        return out, normed
 
     def rotate_and_store(
         self,
-        parts: Sequence[torch.Tensor],
+        sums: Sums,
         rotary: tuple[torch.Tensor, torch.Tensor],
         gains: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
@@ -89,7 +177,7 @@ class TritonKernels:
         """Normalizes and rotates the heads of queries and keys; writes keys and values to their places.
 
         Args:
-            parts: Queries [1, N, H · d], keys and values [1, N, KV · d].
+            sums: Queries, keys and values side by side, of N tokens and (H + 2 KV) · d outputs.
             rotary: cos and sin, [1, N, d] each.
             gains: Gains [d] of the query and key norms, or None if there are none.
             eps: Epsilon of those norms.
@@ -99,18 +187,18 @@ class TritonKernels:
         Returns:
             Queries [1, N, H, d].
         """
-        query, key, value = (x.contiguous() for x in parts)
         cos, sin = (x.contiguous() for x in rotary)
         _, _, kv_heads, _, dim = cache.lines.shape
-        heads, count = query.shape[-1] // dim, query.shape[1]
-        out = query.new_empty((1, count, heads, dim))
+        parts, count, outputs = sums.parts.shape
+        heads = outputs // dim - 2 * kv_heads
+        out = cos.new_empty((1, count, heads, dim), dtype=sums.dtype)
         query_gain, key_gain = (out, out) if gains is None else gains
-        with _device_of(query):
+        with _device_of(out):
             programs.rotate_and_store[(count, heads + 2 * kv_heads)](
-                query, key, value, cos, sin, query_gain, key_gain, out, cache.lines, cache.table,
+                sums.parts, cos, sin, query_gain, key_gain, out, cache.lines, cache.table,
                 tokens.table, count, *_layout(cache), eps,
                 HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-                NORM=gains is not None, num_warps=1,
+                NORM=gains is not None, PARTS=parts, num_warps=1,
             )  # fmt: skip
         return out
 
@@ -118,6 +206,9 @@ class TritonKernels:
         self, query: torch.Tensor, cache: PagedLines, tokens: DeviceTokens, rule: AttentionRule
     ) -> torch.Tensor:
         """Computes the attention of each query to the keys of its slot that its description lets it see.
+
+        A token that sees nothing but a trunk gets the same sums in every forward. A tree's node does not: its
+        ancestors' keys lie elsewhere than in a text, and are added last.
 
         Args:
             query: Queries [1, N, H, d].
@@ -130,21 +221,22 @@ class TritonKernels:
         """
         _, count, heads, dim = query.shape
         kv_heads = cache.lines.shape[2]
-        parts = triton.next_power_of_2(min(max(_PROGRAMS // (count * kv_heads), 1), _MOST_PARTS))
+        parts, written = gpu_tiles.ATTENTION_PARTS, attention_sums(count, kv_heads)
+        folded = written == 1
         out = query.new_empty((1, count, heads * dim))
-        partial = out if parts == 1 else out.new_empty((parts, count, heads, dim + 2), dtype=torch.float32)
+        partial = out if folded else out.new_empty((written, count, heads, dim + 2), dtype=torch.float32)
         block = triton.next_power_of_2(dim)
         with _device_of(query):
-            programs.attend[(count, kv_heads, parts)](
+            programs.attend[(count, kv_heads, written)](
                 query, cache.lines, out, partial, cache.table, tokens.table, count, *_layout(cache),
                 rule.scale, rule.softcap,
                 HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
                 ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
-                WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
+                FOLDED=folded, WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
             )  # fmt: skip
-            if parts > 1:
+            if not folded:
                 programs.combine[(count * heads,)](
-                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=2
+                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=1
                 )
         return out
 
@@ -177,6 +269,12 @@ class TritonKernels:
             programs.weigh_blocks[(rows, count)](logits, numbers, blocks, vocab, rows, **sizes)
             programs.draw[(rows,)](logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes)
         return tokens, logprobs
+
+
+def _row_block(width: int) -> tuple[int, int]:
+    """Returns the block that holds a row of ``width`` values, and the warps to read it with."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 512, 1), 16)
 
 
 def _layout(cache: PagedLines) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paceline.rollout.native.product_programs import summed
+
 SLOT = tl.constexpr(0)
 LOCAL_POSITION = tl.constexpr(1)
 PLACE = tl.constexpr(3)
@@ -30,36 +32,26 @@ def rms_norm(x, gain, out, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def silu_gate(gate, up, out, count, BLOCK: tl.constexpr):
-    """Writes silu(gate) · up of ``count`` values."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def rotate_and_store(
-    query, key, value, cosines, sines, query_gain, key_gain, out, cache, pages, table, tokens,
+    sums, cosines, sines, query_gain, key_gain, out, cache, pages, table, tokens,
     page_step, half_step, head_step, parts, page, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Rotates one head of one token: a query goes to ``out``, a key or a value to its place in the cache."""
+    """Rotates one head of one token: a query goes to ``out``, a key or a value to its place in the cache.
+
+    ``sums`` [PARTS, N, (H + 2 KV) · d] are parts of queries, keys and values side by side.
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
     rolled = (at + DIM // 2) % DIM
     is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
-    if is_query:
-        source = query + (token * HEADS + head) * DIM
-    elif is_key:
-        source = key + (token * KV_HEADS + head - HEADS) * DIM
-    else:
-        source = value + (token * KV_HEADS + head - HEADS - KV_HEADS) * DIM
-    x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
+    width: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
+    source, step = token * width + head * DIM, tokens * width
+    x = summed(sums, source + at, step, inside, PARTS)
     if is_query | is_key:
-        other = tl.load(source + rolled, mask=inside, other=0.0).to(tl.float32)
+        other = summed(sums, source + rolled, step, inside, PARTS)
         if NORM:
             if is_query:  # noqa: SIM108  (Triton's compiler wants statements)
                 gain = query_gain
@@ -101,18 +93,31 @@ def _attend_block(query, keys, values, visible, acc, highest, total, scale, soft
 
 
 @triton.jit
+def _merge(acc, highest, total, new_acc, new_highest, new_total):
+    """Adds a part's softmax to those before it (Flash-Decoding), by the same operations everywhere."""
+    top = tl.maximum(highest, new_highest)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    kept, added = tl.exp(highest - base), tl.exp(new_highest - base)
+    acc = tl.fma(acc, kept[:, None], new_acc * added[:, None])
+    return acc, top, tl.fma(total, kept, new_total * added)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def attend(
     query, cache, out, partial, pages, table, tokens, page_step, half_step, head_step, parts, page,
     scale, softcap,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, FOLDED: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Attends with the query heads of one token and key head to one of ``SPLITS`` parts of the keys it sees.
+    """Attends with the query heads of one token and key head to the keys that the token sees.
 
-    With one part the result goes to ``out`` [N, H, d], else the unnormalised sum, the highest score and the
-    sum of weights go to ``partial`` [SPLITS, N, H, d + 2].
+    The keys are split into ``SPLITS`` parts by the token's place alone, so that its result does not depend on
+    the forward that it is in. With ``FOLDED`` a program runs all parts, and the result goes to ``out``
+    [N, H, d]. Otherwise it runs one, and the unnormalised sum, the highest score and the sum of weights go to
+    ``partial`` [SPLITS, N, H, d + 2], for `combine`.
     """
-    token, lane, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     group: tl.constexpr = HEADS // KV_HEADS
     slot = tl.load(table + SLOT * tokens + token)
     trunk = tl.load(table + TRUNK * tokens + token)
@@ -124,41 +129,43 @@ def attend(
     row_mask = (rows < group)[:, None] & (at < DIM)[None, :]
     q = tl.load(query + (token * HEADS + head)[:, None] * DIM + at[None, :], mask=row_mask, other=0.0)
     lines = cache + lane * head_step
+    ancestors = tl.load(table + ANCESTORS * tokens + token)
+    length = tl.cdiv(tl.cdiv(tl.maximum(trunk - first, 0), SPLITS), KEYS) * KEYS
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    length = tl.cdiv(tl.cdiv(tl.maximum(trunk - first, 0), SPLITS), KEYS) * KEYS
-    begin = first + part * length
-    end = tl.minimum(begin + length, trunk)
-    for start in range(begin, end, KEYS):
-        place = start + near
-        visible = place < end
-        mask = visible[:, None] & (at < DIM)[None, :]
-        number = tl.load(pages + slot * parts + place // page, mask=visible, other=0).to(tl.int64)
-        offset = (number * page_step + place % page * DIM)[:, None] + at[None, :]
-        k = tl.load(lines + offset, mask=mask, other=0.0)
-        v = tl.load(lines + half_step + offset, mask=mask, other=0.0)
-        acc, highest, total = _attend_block(q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP)
-    ancestors = tl.load(table + ANCESTORS * tokens + token)
-    if (part == SPLITS - 1) & (ancestors != 0):
-        for first_bit in range(0, 64, KEYS):
-            bit = first_bit + near
-            visible = ((ancestors >> bit.to(tl.int64)) & 1) != 0
+    for each in range(SPLITS if FOLDED else 1):
+        part = tl.program_id(2) + each
+        part_acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
+        part_highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+        part_total = tl.zeros([ROWS], dtype=tl.float32)
+        begin = first + part * length
+        end = tl.minimum(begin + length, trunk)
+        # the last part also reads the ancestors' places, which lie behind the trunk
+        nodes = tl.where((part == SPLITS - 1) & (ancestors != 0), 64, 0)
+        blocks = tl.cdiv(tl.maximum(end - begin, 0), KEYS)
+        for block in range(0, blocks + nodes // KEYS):
+            place = begin + block * KEYS + near
+            visible = place < end
+            if block >= blocks:
+                bit = (block - blocks) * KEYS + near
+                visible = ((ancestors >> bit) & 1) != 0
+                place = trunk + bit
             mask = visible[:, None] & (at < DIM)[None, :]
-            place = trunk + bit
             number = tl.load(pages + slot * parts + place // page, mask=visible, other=0).to(tl.int64)
             offset = (number * page_step + place % page * DIM)[:, None] + at[None, :]
             k = tl.load(lines + offset, mask=mask, other=0.0)
             v = tl.load(lines + half_step + offset, mask=mask, other=0.0)
-            acc, highest, total = _attend_block(
-                q, k, v, visible, acc, highest, total, scale, softcap, SOFTCAP
+            part_acc, part_highest, part_total = _attend_block(
+                q, k, v, visible, part_acc, part_highest, part_total, scale, softcap, SOFTCAP
             )
-    if SPLITS == 1:
+        acc, highest, total = _merge(acc, highest, total, part_acc, part_highest, part_total)
+    if FOLDED:
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         target = out + (token * HEADS + head)[:, None] * DIM + at[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=row_mask)
     else:
-        line = partial + ((part * tokens + token) * HEADS + head) * (DIM + 2)
+        line = partial + ((tl.program_id(2) * tokens + token) * HEADS + head) * (DIM + 2)
         tl.store(line[:, None] + at[None, :], acc, mask=row_mask)
         tl.store(line + DIM, highest, mask=rows < group)
         tl.store(line + DIM + 1, total, mask=rows < group)
@@ -166,18 +173,16 @@ def attend(
 
 @triton.jit
 def combine(partial, out, lines, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
-    """Joins the parts of one query's attention, ``program_id(0)`` of ``lines`` (Flash-Decoding)."""
-    line = tl.program_id(0).to(tl.int64)
-    at, part = tl.arange(0, BLOCK_D), tl.arange(0, SPLITS)
-    base = partial + (part * lines + line) * (DIM + 2)
-    highest, total = tl.load(base + DIM), tl.load(base + DIM + 1)
-    top = tl.max(highest, 0)
-    weight = tl.exp(highest - tl.where(top == float("-inf"), 0.0, top))
-    mask = (at < DIM)[None, :] & (part >= 0)[:, None]
-    sums = tl.load(base[:, None] + at[None, :], mask=mask, other=0.0)
-    whole = tl.sum(total * weight, 0)
-    result = tl.sum(sums * weight[:, None], 0) / tl.where(whole > 0, whole, 1.0)
-    tl.store(out + line * DIM + at, result.to(out.dtype.element_ty), mask=at < DIM)
+    """Joins the parts of one query's attention, ``program_id(0)`` of ``lines``, in order."""
+    line, at, one = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)[None, :], tl.arange(0, 1)
+    acc = tl.zeros([1, BLOCK_D], dtype=tl.float32)
+    highest, total = tl.full([1], float("-inf"), dtype=tl.float32), tl.zeros([1], dtype=tl.float32)
+    for part in tl.static_range(SPLITS):
+        base = partial + (part * lines + line) * (DIM + 2) + one
+        sums = tl.load(base[:, None] + at, mask=at < DIM, other=0.0)
+        acc, highest, total = _merge(acc, highest, total, sums, tl.load(base + DIM), tl.load(base + DIM + 1))
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + line * DIM + at, acc.to(out.dtype.element_ty), mask=at < DIM)
 
 
 @triton.jit

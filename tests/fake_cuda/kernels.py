@@ -43,19 +43,46 @@ def _rms_norm(x, gain, out, width, eps, **sizes):
     out.view(-1, width).copy_(wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * gain.float())
 
 
-def _silu_gate(gate, up, out, count, **sizes):
-    out.copy_(torch.nn.functional.silu(gate.float()) * up.float())
+def _multiply(
+    x, first, second, third, first_bias, second_bias, third_bias, out, rows, first_outputs, second_outputs,
+    outputs, inputs, length,
+    PARTS, GATED, BIAS, **sizes,
+):  # fmt: skip
+    third_outputs = 0 if GATED else outputs - first_outputs - second_outputs
+    numbers = (first_outputs, second_outputs, third_outputs)
+    weights = torch.cat([w[:n] for w, n in zip((first, second, third), numbers, strict=True)]).float()
+    wide = x.view(rows, inputs).float()
+    parts = [wide[:, i : i + length] @ weights[:, i : i + length].T for i in range(0, inputs, length)]
+    if BIAS:
+        biases = zip((first_bias, second_bias, third_bias), numbers, strict=True)
+        parts[0] += torch.cat([b[:n] for b, n in biases]).float()
+    sums = torch.stack(parts).unflatten(0, (-1, PARTS)).sum(1)
+    if GATED:
+        gate, up = sums.chunk(2, -1)
+        sums = torch.nn.functional.silu(gate) * up
+    out.view(sums.shape).copy_(sums)
+
+
+def _add(sums, residual, out, count, RESIDUAL, **sizes):
+    total = sums.sum(0)
+    out.view(total.shape).copy_(total + residual.float().view(total.shape) if RESIDUAL else total)
+
+
+def _add_norm(sums, residual, gain, out, normed, rows, width, eps, **sizes):
+    _add(sums, residual, out, rows * width, RESIDUAL=True)
+    _rms_norm(out, gain, normed, width, eps)
 
 
 def _rotate_and_store(
-    query, key, value, cos, sin, query_gain, key_gain, out, cache, pages, table, tokens, *layout,
+    sums, cos, sin, query_gain, key_gain, out, cache, pages, table, tokens, *layout,
     HEADS, KV_HEADS, DIM, NORM, **sizes,
 ):  # fmt: skip
+    query, key, value = sums.sum(0).split([HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], -1)
     eps, (slot, _, _, place, _, _) = layout[-1], table
     cos, sin = (x.float().view(tokens, 1, DIM) for x in (cos, sin))
 
     def rotated(x, heads, gain):
-        x = x.float().view(tokens, heads, DIM)
+        x = x.reshape(tokens, heads, DIM)
         if NORM:
             x = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain.float()).to(out.dtype).float()
         half = torch.cat([-x[..., DIM // 2 :], x[..., : DIM // 2]], -1)
@@ -65,13 +92,13 @@ def _rotate_and_store(
     page = cache.shape[3]
     number = pages[slot, place // page].long()
     cache[number, 0, :, place % page] = rotated(key, KV_HEADS, key_gain).to(cache.dtype)
-    cache[number, 1, :, place % page] = value.view(tokens, KV_HEADS, DIM).to(cache.dtype)
+    cache[number, 1, :, place % page] = value.reshape(tokens, KV_HEADS, DIM).to(cache.dtype)
 
 
 def _attend(
     query, cache, out, partial, pages, table, tokens, page_step, half_step, head_step, parts, page, scale,
     softcap,
-    HEADS, KV_HEADS, DIM, SPLITS, WINDOW, **sizes,
+    HEADS, KV_HEADS, DIM, FOLDED, WINDOW, **sizes,
 ):  # fmt: skip
     slot, local, _, _, trunk, ancestors = (x[:, None] for x in table)
     place = torch.arange(parts * page)[None]
@@ -88,7 +115,7 @@ def _attend(
     highest = scores.amax(-1, keepdim=True)
     weights = torch.exp(scores - highest.clamp(min=-1e30))
     total, sums = weights.sum(-1, keepdim=True), (weights[:, :, None] @ values)[:, :, 0]
-    if SPLITS == 1:
+    if FOLDED:
         out.view(tokens, HEADS, DIM).copy_(sums / total.clamp(min=1e-30))
         return
     partial.zero_()

@@ -12,7 +12,7 @@ from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafters import eagle3_network
 from paceline.rollout.graphs.graph_pool import PlainCapturer
 from paceline.rollout.model import fusion_check
-from paceline.rollout.native import triton_kernels
+from paceline.rollout.native import gpu_tiles
 from paceline.rollout.native.triton_kernels import TritonKernels
 from tests.engines import engine_for, tiny_llama
 from tests.rollout.model import families
@@ -37,7 +37,7 @@ def engines(monkeypatch):
     """An engine on the CPU's kernels, and one on Triton's."""
     model = tiny_llama(layers=2, sharpness=4.0)
     expected = engine_for(model, slots=3, context=40)
-    monkeypatch.setattr(triton_kernels, "_PROGRAMS", 8)  # fewer parts for the interpreter
+    monkeypatch.setattr(gpu_tiles, "ATTENTION_PARTS", 2)  # few for the interpreter
     for module in (fusion_check, eagle3_network):
         monkeypatch.setattr(module, "load_kernels", lambda device, dtype: TritonKernels())
     engine = engine_for(model, slots=3, context=40, graphs=True)
@@ -92,7 +92,7 @@ def test_other_families_decode_on_them_too(kind, monkeypatch):
     model = families.tiny(families.BY_KIND[kind])
     options = {"dtype": torch.float32, "max_slots": 2, "max_context": 40}
     expected = tokens_of(RolloutEngine(model, **options), "plain")
-    monkeypatch.setattr(triton_kernels, "_PROGRAMS", 8)
+    monkeypatch.setattr(gpu_tiles, "ATTENTION_PARTS", 2)
     monkeypatch.setattr(fusion_check, "load_kernels", lambda device, dtype: TritonKernels())
     engine = RolloutEngine(model, **options, graphs=True)
     assert isinstance(engine.runner.kernels, TritonKernels)

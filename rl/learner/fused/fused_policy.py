@@ -17,10 +17,10 @@ from paceline.rl.learner.fused.trained_layer import PackedTokens, TrainedLayer
 from paceline.rl.learner.fused.trained_linear import TrainedLinear, can_train
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of
-from paceline.rollout.model.fused_layer import LayerParts, attention_rule
+from paceline.rollout.model.fused_layer import LayerParts
 from paceline.rollout.model.fusion_check import LayerCall, decoder_layers, observe_calls, which_fuse
 from paceline.rollout.model.inference_view import copy_sharing
-from paceline.rollout.native import Kernels, RaggedTokens, load_cpu_kernels
+from paceline.rollout.native import AttentionRule, Kernels, RaggedTokens, load_cpu_kernels
 from paceline.rollout.native.gradients import GradientKernels, Pieces, load_gradient_kernels
 from paceline.rollout.native.products import PackedProducts, load_products
 from paceline.rollout.text_limits import fix_rotary
@@ -78,7 +78,7 @@ class FusedPolicy:
         self._kv_heads = self._layers[0].kv_width // self._dim
 
     def _layer(self, layer: nn.Module, call: LayerCall, products: PackedProducts) -> TrainedLayer:
-        parts, rule = LayerParts.of(layer), attention_rule(call.attention)
+        parts, rule = LayerParts.of(layer), AttentionRule.of(call.attention)
         if parts is None or rule is None:
             raise UnsupportedPolicy(f"{type(layer).__name__} is no Llama-like layer")
         joined = parts.qkv, (parts.o,), parts.gate_up, (parts.down,)

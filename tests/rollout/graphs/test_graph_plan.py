@@ -45,12 +45,12 @@ def test_bytes_by_hand():
     shape = ModelShape(layers=2, hidden=8, intermediate=32, heads=4, kv_heads=2, head_dim=4, vocab=50)
     key = GraphKey("target", 2, 3, 10)
     # six rows; residual and its sum 2·8; widest stage: attention (4+2·2)·4·2 = 64, scores 4·10·3 = 120
-    # together 184; bfloat16
-    assert shape.activation_bytes(key) == 6 * (16 + 184) * 2
+    # together 184; bfloat16; float32 sums of attention: sixteen parts of four heads, 4 + 2 values each
+    assert shape.activation_bytes(key) == 6 * ((16 + 184) * 2 + 16 * 4 * 6 * 4)
     plan = plan_graphs(shape, [key, GraphKey("target", 1, 1, 10)])
-    assert plan.pool_bytes == 6 * 200 * 2
+    assert plan.pool_bytes == shape.activation_bytes(key)
     assert plan.output_bytes == 6 * 50 * 2
-    assert plan.node_bytes == 2 * (16 * 2 + 12) * NODE_BYTES
+    assert plan.node_bytes == 2 * (10 * 2 + 20) * NODE_BYTES
     assert plan.total_bytes == plan.pool_bytes + plan.output_bytes + plan.node_bytes
 
 

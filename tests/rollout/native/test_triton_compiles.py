@@ -12,6 +12,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from paceline.rollout.native import product_programs as products
 from paceline.rollout.native import triton_programs as programs
 
 STEPS = dict.fromkeys(("page_step", "half_step", "head_step", "parts", "page"), "i32")
@@ -28,17 +29,25 @@ def build(program, constants, **types):
 
 for dtype in ("*bf16", "*fp32"):
     build(programs.rms_norm, dict(BLOCK=2048), x=dtype, gain=dtype, out=dtype, width="i32", eps="fp32")
-    build(programs.silu_gate, dict(BLOCK=1024), gate=dtype, up=dtype, out=dtype, count="i32")
-    names = "query", "key", "value", "cosines", "sines", "query_gain", "key_gain", "out", "cache"
-    types = dict(dict.fromkeys(names, dtype), **PAGES, tokens="i32", eps="fp32")
-    build(programs.rotate_and_store, dict(SIZES, BLOCK=128, NORM=True), **types)
-    for tokens, splits in ((None, 1), (1, 16)):
-        constants = dict(SIZES, BLOCK_D=128, ROWS=16, KEYS=32, SPLITS=splits, WINDOW=64, SOFTCAP=True)
-        if tokens is not None:
-            constants["tokens"] = tokens
+    names = "x", "first", "second", "third", "first_bias", "second_bias", "third_bias"
+    sizes = "rows", "first_outputs", "second_outputs", "outputs", "inputs", "length"
+    types = dict(dict.fromkeys(names, dtype), **dict.fromkeys(sizes, "i32"))
+    for outputs, tokens, gated in ((64, 16, False), (128, 128, True)):
+        step = 64 if dtype == "*bf16" else 32
+        tile = dict(TOKENS=tokens, OUTPUTS=outputs, STEP=step, PARTS=2, GATED=gated, BIAS=True, RAGGED=True)
+        build(products.multiply, tile, **types, out=dtype if gated else "*fp32")
+    summed = dict(sums="*fp32", residual=dtype, out=dtype)
+    build(products.add, dict(PARTS=4, RESIDUAL=True, BLOCK=1024), **summed, count="i32")
+    row = dict(summed, gain=dtype, normed=dtype, rows="i32", width="i32", eps="fp32")
+    build(products.add_norm, dict(PARTS=4, BLOCK=2048), **row)
+    names = "cosines", "sines", "query_gain", "key_gain", "out", "cache"
+    types = dict(dict.fromkeys(names, dtype), **PAGES, sums="*fp32", tokens="i32", eps="fp32")
+    build(programs.rotate_and_store, dict(SIZES, BLOCK=128, NORM=True, PARTS=4), **types)
+    for folded in (False, True):
+        constants = dict(SIZES, BLOCK_D=128, ROWS=16, KEYS=32, SPLITS=16, WINDOW=64, SOFTCAP=True)
         build(
-            programs.attend, constants, **PAGES, query=dtype, cache=dtype, out=dtype, partial="*fp32",
-            tokens="i32", scale="fp32", softcap="fp32",
+            programs.attend, dict(constants, FOLDED=folded), **PAGES, query=dtype, cache=dtype, out=dtype,
+            partial="*fp32", tokens="i32", scale="fp32", softcap="fp32",
         )
     build(programs.combine, dict(DIM=128, BLOCK_D=128, SPLITS=16), partial="*fp32", out=dtype, lines="i32")
     drawn = dict(logits=dtype, numbers="*fp64", blocks="*fp32", vocab="i32", rows="i32")
@@ -55,5 +64,5 @@ def test_every_program_compiles_for_hopper(tmp_path):
     )
     assert made.returncode == 0, made.stderr[-2000:]
     built = [line.split() for line in made.stdout.splitlines()]
-    assert len(built) == 16
+    assert len(built) == 22
     assert all(int(size) > 1000 for _, size in built)

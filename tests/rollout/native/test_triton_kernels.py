@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 from paceline.rollout.model.attention import seat_bias
-from paceline.rollout.native import AttentionRule, DeviceTokens, PagedLines
-from paceline.rollout.native.triton_kernels import TritonKernels
+from paceline.rollout.native import AttentionRule, DeviceTokens, PagedLines, gpu_tiles
+from paceline.rollout.native.triton_kernels import Sums, TritonKernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = TritonKernels()
@@ -69,11 +69,6 @@ def test_rms_norm(width):
     close(KERNELS.rms_norm(x, gain, 1e-5), expected)
 
 
-def test_silu_gate():
-    gate, up = random(3, 1500), random(3, 1500, seed=1)
-    close(KERNELS.silu_gate((gate, up)), torch.nn.functional.silu(gate.double()) * up.double())
-
-
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dim", [32, 80])
 def test_rotate_and_store(norm, dim):
@@ -85,7 +80,10 @@ def test_rotate_and_store(norm, dim):
     gains = (random(dim, seed=9), random(dim, seed=10)) if norm else None
     described = tokens(TOKENS)
     pages = paged(cache)
-    query = KERNELS.rotate_and_store((q, k, v), (cos, sin), gains, 1e-5, described, pages)
+    joined = torch.cat([q, k, v], dim=-1)
+    first, second = random(*joined.shape, seed=11), random(*joined.shape, seed=12)
+    sums = Sums(torch.cat([joined - first - second, first, second]), joined.dtype)
+    query = KERNELS.rotate_and_store(sums, (cos, sin), gains, 1e-5, described, pages)
 
     def rotated(x: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
         x = x.double().view(count, -1, dim)
@@ -102,14 +100,21 @@ def test_rotate_and_store(norm, dim):
     close(slots_of(pages), expected)
 
 
-@pytest.mark.parametrize("count", [1, len(TOKENS)], ids=["many parts", "few parts"])
+@pytest.fixture(params=[5, 3], ids=["in parts", "in one program"])
+def programs(request, monkeypatch) -> None:
+    """What writes parts of attention, and multiprocessors so few that programs run all parts."""
+    if request.param == 3:
+        monkeypatch.setattr(gpu_tiles, "_PROCESSORS", 1)
+    monkeypatch.setattr(gpu_tiles, "ATTENTION_PARTS", request.param)
+
+
 @pytest.mark.parametrize(
     "rule", [AttentionRule(0.2), AttentionRule(0.2, 3.0, 0), AttentionRule(0.2, 0.0, 30)], ids=str
 )
-def test_attention(count, rule):
+def test_attention(programs, rule):
     heads, kv_heads, dim = 6, 2, 48
     cache = random(2, SLOTS, kv_heads, SPAN, dim, seed=1)
-    rows = TOKENS[1 : 1 + count] if count == 1 else TOKENS
+    rows = TOKENS
     described = tokens(rows)
     query = random(1, len(rows), heads, dim, seed=2)
     actual = KERNELS.attend(query, paged(cache), described, rule)[0].view(len(rows), heads, dim)
@@ -124,6 +129,23 @@ def test_attention(count, rule):
             continue
         weights = torch.softmax(scores + bias[i], -1)
         close(actual[i], (weights[:, None] @ values)[:, 0], 1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_a_token_attends_alone_as_among_others(window, monkeypatch):
+    """A chain's token sees nothing but a trunk, as in plain decoding."""
+    heads, kv_heads, dim = 4, 2, 32
+    rule = AttentionRule(0.2, 0.0, window)
+    cache = paged(random(2, SLOTS, kv_heads, SPAN, dim, seed=1))
+    chain = [(i % SLOTS, 3 * i, 3 * i, 3 * i + 1, 0) for i in range(40)]
+    query = random(1, len(chain), heads, dim, seed=2)
+    monkeypatch.setattr(gpu_tiles, "ATTENTION_PARTS", 4)
+    monkeypatch.setattr(gpu_tiles, "_PROCESSORS", 20)  # so that forty tokens are not in parts
+    assert gpu_tiles.attention_sums(40, kv_heads) == 1 < gpu_tiles.attention_sums(1, kv_heads)
+    together = KERNELS.attend(query, cache, tokens(chain), rule)
+    for i in (0, 17, 39):
+        alone = KERNELS.attend(query[:, i : i + 1], cache, tokens(chain[i : i + 1]), rule)
+        assert torch.equal(alone[0, 0], together[0, i])
 
 
 def test_drawing_inverts_the_cumulative_sum():
