@@ -89,13 +89,13 @@ def add(sums, residual, out, count, PARTS: tl.constexpr, RESIDUAL: tl.constexpr,
 
 @triton.jit
 def add_norm(
-    sums, residual, gain, out, normed, rows, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    sums, residual, gain, out, normed, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Adds parts and residual of row ``program_id(0)``, and normalizes the result as `rms_norm` does."""
     at = tl.arange(0, BLOCK)
     inside = at < width
     offset = tl.program_id(0).to(tl.int64) * width + at
-    step = rows.to(tl.int64) * width
+    step = tl.num_programs(0).to(tl.int64) * width
     total = summed(sums, offset, step, inside, PARTS)
     total += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
     rounded = total.to(out.dtype.element_ty)

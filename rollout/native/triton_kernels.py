@@ -160,7 +160,7 @@ class TritonKernels:
         block, warps = _row_block(width)
         with _device_of(out):
             product_programs.add_norm[(count,)](
-                sums.parts, residual, gain, out, normed, count, width, eps,
+                sums.parts, residual, gain, out, normed, width, eps,
                 PARTS=parts, BLOCK=block, num_warps=warps,
             )  # fmt: skip
         return out, normed

@@ -68,8 +68,8 @@ def _add(sums, residual, out, count, RESIDUAL, **sizes):
     out.view(total.shape).copy_(total + residual.float().view(total.shape) if RESIDUAL else total)
 
 
-def _add_norm(sums, residual, gain, out, normed, rows, width, eps, **sizes):
-    _add(sums, residual, out, rows * width, RESIDUAL=True)
+def _add_norm(sums, residual, gain, out, normed, width, eps, **sizes):
+    _add(sums, residual, out, out.numel(), RESIDUAL=True)
     _rms_norm(out, gain, normed, width, eps)
 
 

@@ -1,11 +1,14 @@
 """The Triton kernels compile for the GPUs that they are meant for, on a machine without one."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 pytest.importorskip("triton")
+
+from tests.support import ROOT
 
 # in a process of its own: here, Triton interprets
 _COMPILE = """
@@ -38,7 +41,7 @@ for dtype in ("*bf16", "*fp32"):
         build(products.multiply, tile, **types, out=dtype if gated else "*fp32")
     summed = dict(sums="*fp32", residual=dtype, out=dtype)
     build(products.add, dict(PARTS=4, RESIDUAL=True, BLOCK=1024), **summed, count="i32")
-    row = dict(summed, gain=dtype, normed=dtype, rows="i32", width="i32", eps="fp32")
+    row = dict(summed, gain=dtype, normed=dtype, width="i32", eps="fp32")
     build(products.add_norm, dict(PARTS=4, BLOCK=2048), **row)
     names = "cosines", "sines", "query_gain", "key_gain", "out", "cache"
     types = dict(dict.fromkeys(names, dtype), **PAGES, sums="*fp32", tokens="i32", eps="fp32")
@@ -66,3 +69,18 @@ def test_every_program_compiles_for_hopper(tmp_path):
     built = [line.split() for line in made.stdout.splitlines()]
     assert len(built) == 22
     assert all(int(size) > 1000 for _, size in built)
+
+
+@pytest.mark.ci
+def test_every_launch_of_an_engine_compiles_for_hopper(tmp_path):
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.rollout.native.hopper_launches"],
+        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-2000:]
+    variants = dict(line.split() for line in made.stdout.splitlines())
+    assert set(variants) == {
+        "add", "add_norm", "attend", "combine", "draw", "multiply", "rms_norm", "rotate_and_store",
+        "weigh_blocks",
+    }  # fmt: skip
