@@ -30,7 +30,8 @@ REACHED_INTO = (
     "peft",
     "accelerate",
 )  # their new releases have broken Paceline, or could
-_QUIET = ("--quiet", "--disable-pip-version-check")
+# Python compiles a module when it is first imported; to compile all of them takes pip a minute
+_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-compile")
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -61,7 +62,7 @@ def make(folder: Path, versions: str = "locked") -> Path:
     """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", *_QUIET]
+    pip = [str(python), "-m", "pip", "install", *_OPTIONS]
     _run([*pip, "-c", str(LOCK), "pip"])
     if versions not in ("oldest", "newest"):
         others = [] if versions == "locked" else versions.split(",")
@@ -109,7 +110,7 @@ def make_over(folder: Path, base: Path) -> Path:
         str(python),
         "install",
         "--upgrade",
-        *_QUIET,
+        *_OPTIONS,
     ]
     if not _install_cpu_torch(pip, "torch"):
         pip.append(f"torch=={installed(python)['torch']}")
