@@ -165,6 +165,7 @@ def test_serve_prints_what_it_would_run(tmp_path):
     assert "config.json" in broken.stderr
 
 
+@pytest.mark.ci
 def test_doctor_says_what_it_saw(monkeypatch):
     """It trains a tiny policy: what it says of rollouts, updates and drafter is that run's."""
     found = list(findings())

@@ -175,7 +175,7 @@ def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatc
     from paceline.rollout.verify import optimal
 
     g = np.random.default_rng(0)
-    p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)
+    p, q = g.dirichlet(np.ones(550) * 0.1), g.dirichlet(np.ones(550) * 0.1)
     narrowed = [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)]
     monkeypatch.setattr(optimal, "_FULL_SCAN_VOCABULARY", 1000)
     assert narrowed == pytest.approx(
