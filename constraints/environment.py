@@ -10,6 +10,7 @@ NVIDIA GPU: from the configured package sources, else from PyTorch's own index, 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ REACHED_INTO = (
     "peft",
     "accelerate",
 )  # their new releases have broken Paceline, or could
+# Python compiles a module when it is first imported; to compile all of them takes pip a minute
+_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-compile")
 _CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -59,7 +62,7 @@ def make(folder: Path, versions: str = "locked") -> Path:
     """
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", *_OPTIONS]
     _run([*pip, "-c", str(LOCK), "pip"])
     if versions not in ("oldest", "newest"):
         others = [] if versions == "locked" else versions.split(",")
@@ -78,24 +81,73 @@ def make(folder: Path, versions: str = "locked") -> Path:
     return python
 
 
+def make_over(folder: Path, base: Path) -> Path:
+    """Makes an environment with the newest transformers, trl, peft and accelerate over another one's rest.
+
+    Beside them, only what they need newer is installed. torch is renewed in its CPU build or stays: other
+    builds are gigabytes.
+
+    Args:
+        folder: Directory of the environment.
+        base: Directory of the environment whose packages it sees.
+
+    Returns:
+        The environment's Python.
+
+    Raises:
+        InstallFailed: with pip's last line.
+    """
+    venv.create(folder, clear=True)
+    python = folder / "bin" / "python"
+    packages = next((base / "lib").glob("python*/site-packages")).resolve()
+    own = next((folder / "lib").glob("python*/site-packages"))
+    (own / "over.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
+    pip = [
+        str(base / "bin" / "python"),
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--upgrade",
+        *_OPTIONS,
+    ]
+    if not _install_cpu_torch(pip, "torch"):
+        pip.append(f"torch=={installed(python)['torch']}")
+    _run([*pip, *(name for name in REACHED_INTO if name != "torch")])
+    return python
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Returns the versions of the packages of `REACHED_INTO` in an environment, given its Python."""
+    script = (
+        f"import importlib.metadata as m, json; "
+        f"print(json.dumps({{n: m.version(n) for n in {REACHED_INTO}}}))"
+    )
+    done = subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
 def _install_torch(pip: Sequence[str], version: str) -> None:
     """torch of a version, or the newest for an empty one."""
     wanted = f"torch=={version}" if version else "torch"
     if shutil.which("nvidia-smi") is None:
         if version and _succeeds([*pip, f"{wanted}+cpu"]):
             return
-        # that index alone: with a second source, pip would take whichever has the newer release
-        alone = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
-        }
-        if _succeeds(
-            [*pip, "--retries", "1", "--index-url", _CPU_INDEX, wanted],
-            {**alone, "PIP_CONFIG_FILE": os.devnull},
-        ):
+        if _install_cpu_torch(pip, wanted):
             return
     _run([*pip, wanted])
+
+
+def _install_cpu_torch(pip: Sequence[str], wanted: str) -> bool:
+    """From PyTorch's index alone: with a second source, pip would take whichever has the newer release."""
+    alone = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
+    }
+    command = [*pip, "--retries", "1", "--timeout", "30", "--index-url", _CPU_INDEX, wanted]
+    return _succeeds(command, {**alone, "PIP_CONFIG_FILE": os.devnull})
 
 
 def _succeeds(command: Sequence[str], environment: dict[str, str] | None = None) -> bool:

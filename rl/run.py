@@ -29,7 +29,6 @@ from paceline.rl.config.run import RunConfig
 from paceline.rl.dry_run.description import describe
 from paceline.rl.dry_run.tiny_step import try_tiny_step
 from paceline.rl.errors import UserError, user_errors
-from paceline.rl.monitoring.report import write_report
 from paceline.rl.monitoring.summary import read_metrics, summarise, table
 from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.preparation import check_same_start, prepare
@@ -181,6 +180,9 @@ def finish(config: RunConfig, run: Path, tracker: Tracker) -> None:
         for line in summary.get("speculation", ()):
             tracker.say(line)
         with tracker.display.phase("report"):
+            # matplotlib takes a second to import, and only the first rank needs it
+            from paceline.rl.monitoring.report import write_report
+
             paths["report"] = str(write_report(run))
     except UserError as error:
         tracker.say(f"report: {error}")

@@ -20,11 +20,12 @@ def workers_of(launcher: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param(1, marks=pytest.mark.ci), pytest.param(20, marks=pytest.mark.slow)]
+    ("kills", "in_parts"),
+    [pytest.param(1, "true", marks=pytest.mark.ci), pytest.param(20, "false", marks=pytest.mark.slow)],
 )
-def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, kills, monkeypatch):
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, kills, in_parts, monkeypatch):
     """Rank 0, which hosts the store, or the other; while decoding, training the drafter, updating, or writing
-    a checkpoint.
+    a checkpoint; of a policy in parts, too.
     """
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     run, chance = tmp_path / "run", random.Random(0)
@@ -33,7 +34,13 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(tmp_path, kills, monkeyp
         arguments = (
             ("--resume", str(run))
             if started
-            else ("configs/tiny.yaml", f"out={run}", "steps=100000", "drafter.snapshots=2")
+            else (
+                "configs/tiny.yaml",
+                f"out={run}",
+                "steps=100000",
+                "drafter.snapshots=2",
+                f"scale.fsdp2={in_parts}",
+            )
         )
         process = train(*arguments)
         before = len(steps_of_unfinished(run)) if started else 0

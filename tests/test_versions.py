@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,39 @@ def test_what_cannot_be_installed_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(versions, "make", make)
     outcome = versions.run("transformers==9", quick=True)
     assert outcome.failures == ["not installed: ERROR: No matching distribution found for transformers==9"]
+
+
+NAMES = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+@pytest.mark.parametrize("newer", [None, "trl", "torch"])
+def test_what_is_not_newer_is_not_tested_again(monkeypatch, capsys, tmp_path, newer):
+    base = dict.fromkeys(NAMES, "1")
+    found = {"over": base | ({newer: "2"} if newer else {}), "base": base}
+    monkeypatch.setattr(versions, "make_over", lambda folder, base: folder / "bin" / "python")
+    monkeypatch.setattr(versions, "installed", lambda python: found[python.parents[1].name])
+    monkeypatch.setattr(
+        versions, "_tested", lambda name, python, *_: Outcome(name, found["over"], 5, 0, 0, [], 1.0)
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["versions.py", "newest", "--over", str(tmp_path / "base"), "--report-only"]
+    )
+    versions.main()
+    said = capsys.readouterr().out
+    assert ("torch stays 1" in said) == (newer != "torch")
+    assert ("5 passed" in said) == (newer is not None)
+    assert ("nothing is newer" in said) == (newer is None)
+
+
+def test_an_environment_over_another_sees_its_packages(monkeypatch, tmp_path):
+    """pip is told to keep the torch that is there, and asked for newer releases of the rest."""
+    asked = []
+    monkeypatch.setattr(environment, "_install_cpu_torch", lambda pip, wanted: False)
+    monkeypatch.setattr(environment, "_run", asked.append)
+    python = environment.make_over(tmp_path / "over", Path(sys.prefix))
+    assert environment.installed(python) == environment.installed(Path(sys.executable))
+    assert "--upgrade" in asked[0]
+    assert asked[0][-5:] == [f"torch=={version('torch')}", "transformers", "trl", "peft", "accelerate"]
 
 
 def test_reports_are_counted(tmp_path):

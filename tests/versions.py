@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "constraints"))
-from environment import REACHED_INTO, InstallFailed, make  # noqa: E402
+from environment import InstallFailed, installed, make, make_over  # noqa: E402
 
 TESTS = (
     "tests/rollout",
@@ -69,7 +69,31 @@ def run(versions: str, quick: bool) -> Outcome:
     try:
         python = make(folder, versions)
     except InstallFailed as error:
-        return Outcome(versions, {}, 0, 0, 0, [f"not installed: {error}"], 0.0)
+        return _failed(versions, f"not installed: {error}")
+    return _tested(versions, python, folder, quick)
+
+
+def run_over(base: Path, quick: bool) -> Outcome:
+    """Runs the tests on what is newer than the packages of an environment, if anything is."""
+    folder = ROOT / ".venv-versions" / "over"
+    try:
+        python = make_over(folder, base)
+    except InstallFailed as error:
+        return _failed("newest", f"not installed: {error}")
+    before, after = installed(base / "bin" / "python"), installed(python)
+    if after["torch"] == before["torch"]:
+        print(f"torch stays {after['torch']}: no newer CPU build was found; `make test-versions` takes any")
+    if after == before:
+        print("nothing is newer: there is nothing to test")
+        return Outcome("newest", after, 0, 0, 0, [], 0.0)
+    return _tested("newest", python, folder, quick)
+
+
+def _failed(versions: str, why: str, packages: dict[str, str] | None = None, seconds: float = 0.0) -> Outcome:
+    return Outcome(versions, packages or {}, 0, 0, 0, [why], seconds)
+
+
+def _tested(versions: str, python: Path, folder: Path, quick: bool) -> Outcome:
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
     marked = "not slow and not vllm and not pipelines" + (" and not ci" if quick else "")
@@ -92,24 +116,12 @@ def run(versions: str, quick: bool) -> Outcome:
         subprocess.run(
             [*command, *(QUICK if quick else TESTS)], cwd=ROOT, env=environment, check=False, timeout=_SECONDS
         )
-    return _read(versions, _packages(python), report, time.monotonic() - begin)
-
-
-def _packages(python: Path) -> dict[str, str]:
-    script = (
-        f"import importlib.metadata as m, json; "
-        f"print(json.dumps({{n: m.version(n) for n in {REACHED_INTO}}}))"
-    )
-    return json.loads(
-        subprocess.run([str(python), "-c", script], capture_output=True, text=True, check=True).stdout
-    )
+    return _read(versions, installed(python), report, time.monotonic() - begin)
 
 
 def _read(versions: str, packages: dict[str, str], report: Path, seconds: float) -> Outcome:
     if not report.is_file():
-        return Outcome(
-            versions, packages, 0, 0, 0, [f"no report of the tests after {seconds:.0f} s"], seconds
-        )
+        return _failed(versions, f"no report of the tests after {seconds:.0f} s", packages, seconds)
     cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(c.find("skipped") is not None for c in cases)
@@ -120,7 +132,8 @@ def _read(versions: str, packages: dict[str, str], report: Path, seconds: float)
 def _say(outcome: Outcome) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in outcome.packages.items())
     counts = f"{outcome.passed} passed, {outcome.failed} failed, {outcome.skipped} skipped"
-    print(f"{outcome.versions} ({packages}): {counts} in {outcome.seconds:.0f} s")
+    result = f"{counts} in {outcome.seconds:.0f} s" if outcome.seconds else "not tested"
+    print(f"{outcome.versions} ({packages}): {result}")
     for name in outcome.failures:
         print(f"  {name}")
 
@@ -136,10 +149,20 @@ def main() -> None:
         action="store_true",
         help="the tests that other versions are likeliest to break, in a quarter of the time",
     )
+    parser.add_argument(
+        "--over",
+        type=Path,
+        metavar="FOLDER",
+        help="newest: only newer releases, over the other packages of this environment; torch only if there "
+        "is a CPU build of it",
+    )
     parser.add_argument("--report-only", action="store_true", help="succeed whatever the tests say")
     parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")
     args = parser.parse_args()
-    outcomes = [run(versions, args.quick) for versions in args.versions]
+    outcomes = [
+        run_over(args.over, args.quick) if versions == "newest" and args.over else run(versions, args.quick)
+        for versions in args.versions
+    ]
     print("\ntests on other versions")
     for outcome in outcomes:
         _say(outcome)

@@ -169,23 +169,23 @@ def test_an_update_reaches_the_graphs(cuda, path):
     check_graphs(engine)
 
 
-@pytest.mark.parametrize("moved", ["every weight", "the embedding"])
-def test_weights_that_have_moved_are_captured_anew(cuda, path, moved, monkeypatch):
-    """A trainer that wraps or offloads its module gives parameters other memory."""
-    policy, other = to_cuda(model()), to_cuda(model(seed=5))
+def test_weights_that_have_moved_are_captured_anew(cuda, path, monkeypatch):
+    """A trainer that wraps or offloads its module gives parameters other memory: the embedding, then all."""
+    policy, other, on_host = to_cuda(model()), to_cuda(model(seed=5)), model()
     engine = engine_for(policy, slots=4, context=60)
-    tokens_of(engine, "eagle3:3")
-    replaced = zip(policy.parameters(), other.parameters(), strict=True)
-    for parameter, new in list(replaced)[: 1 if moved == "the embedding" else None]:
-        assert parameter is policy.model.embed_tokens.weight or moved == "every weight"
-        parameter.data = new.data.clone()
-    engine.refresh_weights()
-    on_host = model()
-    on_host.load_state_dict({name: x.cpu() for name, x in policy.state_dict().items()})
     reference = engine_for(on_host, slots=4, context=60)
-    tokens_of(reference, "eagle3:3")  # both have seen how long the requests get, which orders them
-    assert tokens_and_drafts(engine, monkeypatch) == tokens_and_drafts(reference, monkeypatch)
-    check_graphs(engine)
+    for each in (engine, reference):  # both have seen how long the requests get, which orders them
+        tokens_of(each, "eagle3:3")
+    replaced = list(zip(policy.parameters(), other.parameters(), strict=True))
+    assert replaced[0][0] is policy.model.embed_tokens.weight
+    for moved in (replaced[:1], replaced):
+        for parameter, new in moved:
+            parameter.data = new.data.clone()
+        on_host.load_state_dict({name: x.cpu() for name, x in policy.state_dict().items()})
+        for each in (engine, reference):
+            each.refresh_weights()
+        assert tokens_and_drafts(engine, monkeypatch) == tokens_and_drafts(reference, monkeypatch)
+        check_graphs(engine)
 
 
 def test_the_engine_runs_on_a_device_that_is_not_the_current_one(path, monkeypatch):
@@ -285,16 +285,14 @@ def test_reading_and_reserving_take_memory_of_a_piece(cuda, path, strategy, monk
     assert largest[1][0] <= (1 if path == "triton" else 450 / 100) * largest[0][0], largest
 
 
-@pytest.mark.parametrize(
-    "name", ["ngram", "recycling", "stand", "consensus", "clasp", "draft_model", "composite"]
-)
-def test_every_drafter_keeps_to_one_device(cuda, name, monkeypatch):
+def test_every_drafter_keeps_to_one_device(cuda, monkeypatch):
     on_host = full_engine(model(), slots=4, context=60)
     for build in ("tiny_eagle3", "tiny_llama"):
         original = getattr(engines, build)
         monkeypatch.setattr(engines, build, lambda *a, original=original, **k: to_cuda(original(*a, **k)))
     engine = full_engine(to_cuda(model()), slots=4, context=60)
-    assert tokens_of(engine, f"{name}:3", 3) == tokens_of(on_host, f"{name}:3", 3)
+    for name in ("ngram", "recycling", "stand", "consensus", "clasp", "draft_model", "composite"):
+        assert tokens_of(engine, f"{name}:3", 3) == tokens_of(on_host, f"{name}:3", 3), name
 
 
 def test_a_cpu_tensor_that_meets_a_cuda_one_fails():

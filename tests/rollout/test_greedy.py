@@ -26,7 +26,7 @@ def model():
 def requests_and_references(model):
     generator = torch.Generator().manual_seed(1)
     requests, references = [], []
-    for i in range(64):
+    for i in range(40):
         length = int(torch.randint(1, 48, (1,), generator=generator))
         prompt = torch.randint(0, 97, (length,), generator=generator)
         tokens = int(torch.randint(1, 60, (1,), generator=generator))

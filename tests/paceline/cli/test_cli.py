@@ -165,6 +165,7 @@ def test_serve_prints_what_it_would_run(tmp_path):
     assert "config.json" in broken.stderr
 
 
+@pytest.mark.ci
 def test_doctor_says_what_it_saw(monkeypatch):
     """It trains a tiny policy: what it says of rollouts, updates and drafter is that run's."""
     found = list(findings())
@@ -206,7 +207,7 @@ def test_doctor_imports_what_the_main_job_needs(monkeypatch):
     assert "import math_verify fails (ImportError: libfoo.so" in said["math-verify"].found
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_doctor_says_no_where_the_run_ends(monkeypatch):
     monkeypatch.setattr(doctor, "_required", lambda: iter(()))
     monkeypatch.setattr(trial, "_OVERRIDES", (*trial._OVERRIDES, "policy.model=nowhere/nothing"))
@@ -243,31 +244,37 @@ FusedLayer.forward = broken
 """
 
 
-def doctor_with(folder, patch):
-    """``paceline doctor`` where every process runs ``patch`` at its start."""
-    (folder / "sitecustomize.py").write_text(patch)
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "COLUMNS": "400"}
-    command = [sys.executable, "-m", "paceline.cli.main", "doctor"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def doctor_with(tmp_path, monkeypatch):
+    """``paceline doctor`` whose run's ranks execute a patch at their start; it imports no other packages."""
+    monkeypatch.setattr(doctor, "_required", lambda: iter(()))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def run(patch):
+        (tmp_path / "sitecustomize.py").write_text(patch)
+        return runner.invoke(app, ["doctor"])
+
+    return run
 
 
 @pytest.mark.ci
-def test_doctor_names_the_reason_where_layers_run_unfused(tmp_path):
+def test_doctor_names_the_reason_where_layers_run_unfused(doctor_with):
     """The main job runs, only slower."""
-    done = doctor_with(tmp_path, BROKEN_FUSED_LAYERS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "not used: decoding is slower" in done.stdout
-    assert "this release hands over something else" in done.stdout
+    done = doctor_with(BROKEN_FUSED_LAYERS)
+    assert done.exit_code == 0, done.output
+    assert "not used: decoding is slower" in done.output
+    assert "this release hands over something else" in done.output
 
 
 @pytest.mark.ci
-def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(tmp_path):
+def test_doctor_says_no_under_a_transformers_that_renames_a_keyword(doctor_with):
     """Versions and imports are in order; only a run can tell."""
-    done = doctor_with(tmp_path, RENAMED)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "the main job cannot run here: a tiny run" in done.stdout
-    assert "TypeError" in done.stdout
-    assert "input_ids" in done.stdout
+    done = doctor_with(RENAMED)
+    assert done.exit_code == 1, done.output
+    assert "the main job cannot run here: a tiny run" in done.output
+    assert "TypeError" in done.output
+    assert "input_ids" in done.output
 
 
 def test_bench_has_its_own_help():

@@ -5,6 +5,7 @@ side.
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,10 @@ from paceline.benchmarks.training.idle import idle_row
 from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare_losses
 from paceline.benchmarks.training.online import VARIANTS as ONLINE
 from paceline.benchmarks.training.online import compare_online
+from paceline.cli.drafter import warm_up_drafter
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.drafting.factory import reward_weights
+from paceline.rl.process import process_tuning
 from paceline.rl.recipe import load_config
 from tests.support import ROOT, train_here
 from tests.test_end_to_end import finish, steps_of, train
@@ -28,8 +31,14 @@ def cache(tmp_path_factory):
         yield
 
 
+def warm_up(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """``paceline warmup --drafter`` in this process, whose threads and allocator stay as they are."""
+    monkeypatch.setattr(process_tuning, "fit_process", lambda local_world_size: None)
+    warm_up_drafter(str(ROOT / "configs" / "tiny.yaml"), out, minutes=0.02)
+
+
 @pytest.mark.ci
-def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
+def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache, monkeypatch, capsys):
     """Then the very first step drafts with it, every rank alike; a run that never trains keeps it as it
     is."""
     out = tmp_path / "drafter"
@@ -39,8 +48,9 @@ def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache):
     report = json.loads((out / "warmup.json").read_text())
     assert report["updates"] > 0 and 1 <= report["greedy"] <= 5 and 1 <= report["sampled"] <= 5
     load_drafter(out, 99, 64)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert again.returncode == 2 and "exists already; name a new directory" in again.stderr
+    with pytest.raises(SystemExit) as again:
+        warm_up(monkeypatch, out)
+    assert again.value.code == 2 and "exists already; name a new directory" in capsys.readouterr().err
 
     run = tmp_path / "run"
     options = ("speculation.strategy=eagle3:2", "drafter.schedule=never", f"drafter.start={out}", "steps=2")
@@ -111,18 +121,10 @@ def test_a_corrupted_drafter_costs_acceptance_not_the_run(tmp_path, cache):
 
 
 @pytest.mark.ci
-def test_online_learners_beside_each_other(tmp_path, cache):
+def test_online_learners_beside_each_other(tmp_path, cache, monkeypatch):
     config = load_config(ROOT / "configs/tiny.yaml", ["steps=2", "speculation.strategy=eagle3:2"])
     start = tmp_path / "drafter"
-    command = [
-        sys.executable,
-        "launch/warmup_drafter.py",
-        "configs/tiny.yaml",
-        str(start),
-        "--minutes",
-        "0.02",
-    ]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=200, check=True)
+    warm_up(monkeypatch, start)
     rows = compare_online(config, start, 0.2, tmp_path / "run", lambda line: None, lambda rows: None)
     assert [row.variant for row in rows] == ["frozen", *ONLINE]
     assert all(len(row.lengths) == len(row.regret) == 2 and min(row.lengths) >= 1 for row in rows)

@@ -7,7 +7,7 @@ from paceline.rl.errors import UserError
 from paceline.rl.monitoring.collapse_guard import CollapseGuard
 from tests.support import tiny_trainer
 
-STEPS = 40
+STEPS = 24
 DIGITS = "[float(sum(c.isdigit() for c in text) >= 2) for text in completions]"
 
 

@@ -102,7 +102,19 @@ def test_trees_go_with_the_rest(other, tmp_path, monkeypatch):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("pair", list(combinations([*TERMS, *WAYS], 2)), ids="+".join)
+def test_all_terms_work_together(tmp_path, monkeypatch):
+    """One run in the place of their pairs, which run on demand."""
+    runs(tmp_path, monkeypatch, *TERMS)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, marks=pytest.mark.slow if TERMS.keys() >= set(pair) else pytest.mark.ci)
+        for pair in combinations([*TERMS, *WAYS], 2)
+    ],
+    ids="+".join,
+)
 def test_all_pairs_work_or_are_refused(pair, tmp_path, monkeypatch):
     if accepted(*pair):
         runs(tmp_path, monkeypatch, *pair)

@@ -23,13 +23,15 @@ from tests.rollout.verify.verifier_cases import FITTING, LEVELS, VOCAB, Process,
 ALPHA = 1e-3
 # One candidate's acceptance in SpecTr, the least visible of the dropped factors, has an effect of 0.0039.
 SAMPLES = samples_for(0.0039, VOCAB**LEVELS, alpha=1e-6)
+SAMPLES_OF_LAWS = samples_for(0.0039, VOCAB**LEVELS, ALPHA)
+SAMPLES_OF_RATES = 20_000
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["whole vocabulary", "trimmed vocabulary"])
 @pytest.mark.parametrize(("tree", "verifier"), FITTING, ids=str)
 def test_law_of_three_tokens(tree, verifier, narrow):
     process = Process(narrow=narrow)
-    counts, _ = run(process, tree, verifier, SAMPLES, seed=1)
+    counts, _ = run(process, tree, verifier, SAMPLES_OF_LAWS, seed=1)
     assert p_value(counts, process.joint()) > ALPHA
 
 
@@ -146,8 +148,8 @@ def test_measured_acceptance_is_theory(seed):
         ("dynamic", None): deterministic_acceptance(p, q, 3),
     }
     for (tree, verifier), expected in theory.items():
-        _, accepted = run(process, tree, verifier, SAMPLES, seed=2)
-        assert abs(float((accepted > 0).double().mean()) - expected) < 4 * 0.5 / SAMPLES**0.5 + (
+        _, accepted = run(process, tree, verifier, SAMPLES_OF_RATES, seed=2)
+        assert abs(float((accepted > 0).double().mean()) - expected) < 4 * 0.5 / SAMPLES_OF_RATES**0.5 + (
             2e-3 if tree == "static without" else 0
         )
 
@@ -155,8 +157,8 @@ def test_measured_acceptance_is_theory(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_block_accepts_at_least_as_much_as_chain(seed):
     process = Process(seed)
-    lengths = {v: run(process, "chain", v, SAMPLES, seed=3)[1].double() for v in ("chain", "block")}
-    assert lengths["block"].mean() > lengths["chain"].mean() - 4 / SAMPLES**0.5
+    lengths = {v: run(process, "chain", v, SAMPLES_OF_RATES, seed=3)[1].double() for v in ("chain", "block")}
+    assert lengths["block"].mean() > lengths["chain"].mean() - 4 / SAMPLES_OF_RATES**0.5
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -173,7 +175,7 @@ def test_the_dual_of_a_large_vocabulary_narrows_down_on_the_full_scan(monkeypatc
     from paceline.rollout.verify import optimal
 
     g = np.random.default_rng(0)
-    p, q = g.dirichlet(np.ones(700) * 0.1), g.dirichlet(np.ones(700) * 0.1)
+    p, q = g.dirichlet(np.ones(550) * 0.1), g.dirichlet(np.ones(550) * 0.1)
     narrowed = [optimal_acceptance(p, q, k, r) for k in (2, 4) for r in (True, False)]
     monkeypatch.setattr(optimal, "_FULL_SCAN_VOCABULARY", 1000)
     assert narrowed == pytest.approx(
