@@ -74,12 +74,18 @@ class AdversarialDrafter(StatelessSlots):
 
 
 def engine_for(
-    model: LlamaForCausalLM, *, slots: int = 5, context: int = 200, rules: DraftRules | None = None, **options
+    model: LlamaForCausalLM,
+    *,
+    slots: int = 5,
+    context: int = 200,
+    rules: DraftRules | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options,
 ) -> RolloutEngine:
-    """A float32 engine with every drafter."""
+    """An engine with every drafter."""
     engine = RolloutEngine(
         model,
-        dtype=torch.float32,
+        dtype=dtype,
         max_slots=slots,
         max_context=context,
         tap_layers=default_tap_layers(model.config.num_hidden_layers),
@@ -92,7 +98,7 @@ def engine_for(
             engine.runner.view.module.get_input_embeddings(),
             slots=slots,
             capacity=engine.capacity_for(context, engine.max_nodes),
-            dtype=torch.float32,
+            dtype=dtype,
             rules=rules,
         )
     )
