@@ -1,10 +1,10 @@
 """Checks and measures the engine on one GPU in minutes, with torch, transformers and triton alone.
 
-Runs the GPU tests, compares captured graphs and their memory with the plan, times decode steps against the
-memory's bandwidth and plain decoding against transformers' generate with a static cache, counts how often a
-step waits for the GPU, measures the update, and trains a small reasoner with a drafter to see what
-speculation gains. Each check is a line that says whether it passed; the measurements go to one JSON file.
-Nothing is timed on a CPU.
+Runs the GPU tests, compares captured graphs and their memory with the plan, times products against torch's,
+decode steps against the memory's bandwidth and plain decoding against transformers' generate with a static
+cache, counts how often a step waits for the GPU, measures the update, and trains a small reasoner with a
+drafter to see what speculation gains. Each check is a line that says whether it passed; the measurements go
+to one JSON file. Nothing is timed on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import torch
 
 from paceline.benchmarks.common.results import Results
 from paceline.benchmarks.decoding.model_shapes import SHAPES
+from paceline.benchmarks.gpu.products import ProductReport, measure_products
 from paceline.benchmarks.gpu.reasoner import ReasonerReport, measure_reasoner
-from paceline.benchmarks.gpu.shapes import ShapeReport, measure_shape, seconds_of
+from paceline.benchmarks.gpu.shapes import ShapeReport, measure_shape
+from paceline.benchmarks.gpu.timing import seconds_of
 from paceline.benchmarks.gpu.update import UpdateReport, measure_update
 from paceline.rl.errors import UserError
 from paceline.rl.process.invocation import command_line
@@ -39,7 +42,7 @@ _COPIED = 1 << 30  # values of the copy that measures the bandwidth
 _MATRIX = 8192
 _MOST_SYNCS = {"plain": 1.0, "eagle3:3": 2.0, "eagle3:4x4/7": 3.0}
 _ADMISSION = 0.2  # syncs of admitting sequences, spread over the steps that are counted
-_PARTS = ("tests", "shapes", "update", "reasoner")
+_PARTS = ("tests", "products", "shapes", "update", "reasoner")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,11 @@ def run(args: argparse.Namespace) -> None:
         _print(f"{card.name}: {card.bandwidth / 1e12:.2f} TB/s, {card.arithmetic / 1e12:.0f} TFLOP/s")
         if "tests" in args.parts:
             note(*run_tests())
+        for shape in args.shapes if "products" in args.parts else ():
+            products = measure_products(shape, card.bandwidth, _print)
+            for product in products:
+                results.add("products", product)
+            note(*product_checks(shape, products))
         for shape in args.shapes if "shapes" in args.parts else ():
             report = measure_shape(shape, card.bandwidth, shape == "1.5B", _print)
             results.add("shapes", report)
@@ -222,6 +230,17 @@ def shape_checks(report: ShapeReport) -> list[Check]:
             value = f"{speed:.0f} tokens/s, {speed / static:.2f} times generate with a static cache"
             checks.append(Check(f"{shape} plain, batch {batch}", speed >= static, value))
     return checks
+
+
+def product_checks(shape: str, reports: Sequence[ProductReport]) -> list[Check]:
+    """Returns the checks of one shape's products."""
+    few = [r for r in reports if r.rows <= 32]
+    slowest = max(r.microseconds / r.torch for r in few)
+    differ = sum(r.rows_differ for r in reports)
+    return [
+        Check(f"{shape} products", slowest <= 1.0, f"at most {slowest:.2f} times torch's up to 32 tokens"),
+        Check(f"{shape} rows of products", differ == 0, f"{differ} rows depend on the others"),
+    ]
 
 
 def update_checks(report: UpdateReport) -> list[Check]:

@@ -6,7 +6,7 @@ import functools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from paceline.benchmarks.common.results import Log
 from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_model
+from paceline.benchmarks.gpu.timing import seconds_of
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
 from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
@@ -189,24 +190,6 @@ def _used() -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return total - free
-
-
-def seconds_of(run: Callable[[], Any], least: float = 0.05) -> float:
-    """Returns the mean seconds of a call, by CUDA events, over calls of ``least`` seconds in total."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    count = max(int(least / (time.perf_counter() - begin)), 3)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for _ in range(count):
-        run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / count / 1e3
 
 
 def _step_ms(runner: ModelRunner, batch: int, width: int) -> float:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from paceline.benchmarks.decoding.model_shapes import SHAPES
 from paceline.benchmarks.gpu import reasoner
-from paceline.benchmarks.gpu.check import shape_checks, update_checks
+from paceline.benchmarks.gpu.check import product_checks, shape_checks, update_checks
+from paceline.benchmarks.gpu.products import ProductReport, products_of
 from paceline.benchmarks.gpu.shapes import ShapeReport, bytes_read
 from paceline.benchmarks.gpu.update import UpdateReport
 from paceline.rollout import FinishReason, Request, Rollout
@@ -46,6 +48,17 @@ def failed(report: ShapeReport) -> list[str]:
 def test_each_shortfall_fails_its_line(change, name):
     assert failed(GOOD) == []
     assert failed(replace(GOOD, **change)) == [name]
+
+
+def test_slow_products_or_rows_that_depend_on_others_fail_their_line():
+    good = ProductReport("8B", "qkv", 32, microseconds=20.0, torch=30.0, floor=15.0, rows_differ=0)
+    slow, wide = replace(good, microseconds=31.0), replace(good, rows=256, microseconds=40.0)
+    found = [
+        [c.name for c in product_checks("8B", [good, other]) if not c.passed]
+        for other in (wide, slow, replace(good, rows_differ=1))
+    ]
+    assert found == [[], ["8B products"], ["8B rows of products"]]
+    assert products_of(SHAPES["8B"])["qkv"] == ((4096, 1024, 1024), 4096)
 
 
 def test_a_slow_update_or_one_that_outgrows_its_plan_fails_its_line():
