@@ -61,9 +61,8 @@ def test_a_study_has_its_own_help(capsys):
 
 def test_every_study_is_listed():
     """A module in a folder of studies that has ``run`` has a line in `STUDIES`."""
-    files = [
-        path for folder in ("decoding", "training", "lengths") for path in (BENCHMARKS / folder).glob("*.py")
-    ]
+    folders = "decoding", "gpu", "training", "lengths"
+    files = [path for folder in folders for path in (BENCHMARKS / folder).glob("*.py")]
     studies = {
         f"{path.parent.name}.{path.stem}"
         for path in files
