@@ -170,7 +170,7 @@ class RootMeanSquareNorm:
         self, layers: Projection, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies linear layers to ``x`` [B, Q, in] and adds ``residual``; returns the sum and its norm."""
-        if self._kernels is None or self._kernels.reads_joined:
+        if self._kernels is None or isinstance(self._kernels, Kernels):
             out = layers(x, residual)
             return out, self(out)
         return self._kernels.add_norm(project(layers, x, self._kernels), residual, self.gain, self.eps)

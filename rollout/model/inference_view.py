@@ -12,7 +12,7 @@ from paceline.rollout.model.attention import SLOT_ATTENTION
 from paceline.rollout.model.fused_layer import RootMeanSquareNorm
 from paceline.rollout.model.fusion_check import fuse_layers
 from paceline.rollout.model.packed_linear import can_pack, replace_linears
-from paceline.rollout.native import AnyKernels
+from paceline.rollout.native import AnyKernels, Kernels
 from paceline.rollout.text_limits import fix_rotary
 from paceline.rollout.transformers_api import use_attention
 
@@ -107,7 +107,7 @@ def _replace_norms(
     view: nn.Module, dtype: torch.dtype, kernels: AnyKernels | None
 ) -> list[RootMeanSquareNorm]:
     """Replaces the norms outside fused layers on a GPU, where torch's mean rounds by the number of rows."""
-    if kernels is None or kernels.reads_joined:
+    if kernels is None or isinstance(kernels, Kernels):
         return []
     replaced: list[RootMeanSquareNorm] = []
     for name, module in list(view.named_modules()):

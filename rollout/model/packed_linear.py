@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from paceline.rollout.native import AnyKernels, Operands
+from paceline.rollout.native import AnyKernels, Kernels, Operands
 from paceline.rollout.native.products import PANEL, load_dot_products, load_products
 
 
@@ -166,7 +166,7 @@ class JoinedLinear(nn.Module):
     def __init__(self, *sources: nn.Linear, kernels: AnyKernels | None = None) -> None:
         super().__init__()
         self._sources = sources
-        self._products: Any = None if kernels is None or kernels.reads_joined else kernels
+        self._products = None if isinstance(kernels, Kernels) else kernels
 
     def refresh(self) -> None:
         """Does nothing: the weights are the sources' own."""
@@ -199,7 +199,7 @@ class JoinedLinear(nn.Module):
 
 def project(layers: Projection, x: torch.Tensor, kernels: AnyKernels) -> Any:
     """Applies linear layers to ``x`` [1, N, in]; returns what the next of the kernels reads."""
-    if kernels.reads_joined:
+    if isinstance(kernels, Kernels):
         return layers(x)
     assert isinstance(layers, JoinedLinear)
     return kernels.multiply(x, layers.layers)
@@ -207,7 +207,7 @@ def project(layers: Projection, x: torch.Tensor, kernels: AnyKernels) -> Any:
 
 def project_gate(layers: Projection, x: torch.Tensor, kernels: AnyKernels) -> torch.Tensor:
     """Applies gate and up projections to ``x`` [1, N, in]; returns silu(gate) · up, [1, N, out]."""
-    if kernels.reads_joined:
+    if isinstance(kernels, Kernels):
         return kernels.silu_gate(layers(x))
     assert isinstance(layers, JoinedLinear)
     return kernels.gate(x, layers.layers)

@@ -241,8 +241,6 @@ class Kernels:
         self._draw = getattr(library, f"paceline_draw_{suffix}")
         self._draw.argtypes = [_pointer, _int, _int] + [_pointer] * 4
 
-    # whether the outputs of joined projections come side by side in one tensor
-    reads_joined = True
     # whether keys and values may lie in pages
     paged = False
 

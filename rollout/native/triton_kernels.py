@@ -49,8 +49,6 @@ class TritonKernels:
     captured in CUDA graphs.
     """
 
-    # whether the outputs of joined projections come side by side in one tensor, not as `Sums`
-    reads_joined = False
     # whether keys and values may lie in pages
     paged = True
 

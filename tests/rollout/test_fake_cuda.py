@@ -253,8 +253,8 @@ def test_a_draft_of_any_depth_is_two_graphs(cuda):
         engine.use_strategy(strategy)
         engine.generate(requests(4))
     least = {strategy: min(counts) for strategy, counts in launches.items()}
-    assert least == {"eagle3:2": 21, "eagle3:4": 21, "eagle3:3x3/6": 22, "eagle3:4x3/8": 22}
-    assert max(map(max, launches.values())) <= 24  # a new page of the cache is published
+    assert least == {"eagle3:2": 24, "eagle3:4": 24, "eagle3:3x3/6": 24, "eagle3:4x3/8": 24}
+    assert max(map(max, launches.values())) <= 27  # a new page of the cache is published
 
 
 def test_admissions_wait_once_for_all_and_traces_end_on_the_host(cuda, path):
