@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout
 def requests() -> list[Request]:
     return [
         Request([1 + i, 2, 3], SamplingParams(temperature=i % 2, max_tokens=3 + 2 * i), group=i % 2, seed=i)
-        for i in range(4)
+        for i in range(3)
     ]
 
 
