@@ -62,7 +62,7 @@ def engines(built, monkeypatch):
     "strategy",
     [
         "plain",
-        Strategy("suffix", 3),
+        pytest.param(Strategy("suffix", 3), marks=pytest.mark.ci),
         pytest.param("eagle3:2x2/3", marks=pytest.mark.ci),
         pytest.param(Strategy("adversarial", 2), marks=pytest.mark.ci),
     ],
