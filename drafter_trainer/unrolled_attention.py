@@ -9,8 +9,7 @@ import torch
 
 from paceline.drafter_trainer.packing import DraftBatch
 from paceline.rollout.drafters.eagle3_model import Attend
-
-_MOST_DIM = 256  # of a head, in flash attention
+from paceline.rollout.model.attention import flash_serves
 
 
 class UnrolledAttention:
@@ -93,12 +92,6 @@ class Pieces:
         counts = torch.bincount(batch.pieces)
         ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
         return cls(ends, int(counts.max()))
-
-
-def flash_serves(value: torch.Tensor) -> bool:
-    """Returns whether flash attention serves values [..., d] of this device, dtype and head size."""
-    half = value.dtype in (torch.bfloat16, torch.float16)
-    return value.device.type == "cuda" and half and value.shape[-1] % 8 == 0 and value.shape[-1] <= _MOST_DIM
 
 
 def flash_forward(

@@ -9,11 +9,10 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from paceline.rl.learner.packing import PackedBatch
-from paceline.rollout.model.attention import check_attention, check_window, grouped_attention
+from paceline.rollout.model.attention import check_attention, check_window, flash_serves, grouped_attention
 from paceline.rollout.transformers_api import register_attention
 
 PACKED_ATTENTION = "paceline_packed"
-_MOST_DIM = 256  # of a head, in flash attention
 
 
 class _ToRows(torch.autograd.Function):
@@ -121,12 +120,6 @@ def packed_attention(
         if softcap is None and flash_serves(lines[0]):
             return _without_padding(lines, packed, scaling, sliding_window)[None], None
         return _padded(lines, packed, scaling, sliding_window, softcap)[None], None
-
-
-def flash_serves(line: torch.Tensor) -> bool:
-    """Returns whether flash attention serves heads [T, H, d] of this device, dtype and size."""
-    half = line.dtype in (torch.bfloat16, torch.float16)
-    return line.device.type == "cuda" and half and line.shape[-1] % 8 == 0 and line.shape[-1] <= _MOST_DIM
 
 
 def _without_padding(

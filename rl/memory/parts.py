@@ -13,12 +13,11 @@ from paceline.rl.memory.activations import drafter_activations, update_activatio
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
-from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
+from paceline.rollout.drafters.draft_graphs import drafter_graph_bytes
 from paceline.rollout.drafters.eagle3_model import attention_shape, eagle3_config, parameter_count
 from paceline.rollout.drafters.eagle3_native import draft_shape
 from paceline.rollout.graphs.graph_plan import ModelShape
 from paceline.rollout.model.kv_cache import CacheShape
-from paceline.rollout.model.memory_plan import WORKSPACE_BYTES, ragged_graphs
 from paceline.rollout.model.shape import key_shape
 from paceline.rollout.strategy import Strategy, default_arms
 from paceline.rollout.trees import MAX_NODES
@@ -145,13 +144,12 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
 
 
 def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
-    """Returns the bytes of the drafter's captured graphs: whole drafts, single steps, and reading."""
+    """Returns the bytes of the drafter's captured graphs, for the strategies that the recipe may choose."""
     speculation, slots = config.speculation, config.rollout.max_slots
     names = speculation.arms or (() if speculation.strategy == "adaptive" else (speculation.strategy,))
     arms = [Strategy.parse(name) for name in names] or default_arms("eagle3", speculation.max_nodes)
-    steps = ragged_graphs(sizes, "draft", 4 * slots, 0).total_bytes
-    drafts = draft_graph_bytes((arm for arm in arms if arm.drafter in ("eagle3", "composite")), slots)
-    return 2 * steps + drafts + WORKSPACE_BYTES
+    drafts = (arm for arm in arms if arm.drafter in ("eagle3", "composite"))
+    return drafter_graph_bytes(sizes, drafts, slots)
 
 
 def unsharded(what: str, size: int) -> Part:

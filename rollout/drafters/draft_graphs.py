@@ -13,8 +13,9 @@ from paceline.rollout.drafters.eagle3_expander import Eagle3Expander
 from paceline.rollout.drafters.eagle3_native import NativeNetwork
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.graphs.captures import Captures
-from paceline.rollout.graphs.graph_plan import NODE_BYTES, powers_of_two, smallest_bucket
+from paceline.rollout.graphs.graph_plan import NODE_BYTES, ModelShape, powers_of_two, smallest_bucket
 from paceline.rollout.graphs.graph_pool import Capturer
+from paceline.rollout.model.memory_plan import WORKSPACE_BYTES, ragged_graphs
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.strategy import Strategy
 from paceline.rollout.trees import DraftTree
@@ -23,18 +24,20 @@ from paceline.rollout.trees import DraftTree
 _CHAIN_KERNELS, _TREE_KERNELS = (11, 33), (18, 47)
 
 
-def draft_graph_bytes(strategies: Iterable[Strategy], slots: int) -> int:
-    """Returns the bytes that the captured drafts of some strategies take.
+def drafter_graph_bytes(sizes: ModelShape, strategies: Iterable[Strategy], slots: int) -> int:
+    """Returns the bytes of an EAGLE-3 drafter's captured graphs: whole drafts, single steps, and reading.
 
     Args:
-        strategies: Strategies of the EAGLE-3 drafter; several of one shape share their graphs.
+        sizes: Sizes of the drafter's network.
+        strategies: Strategies of the drafter; several of one shape share their graphs.
         slots: Number of sequences decoded together.
     """
     kernels = 0
     for shape in {_shape(strategy) for strategy in strategies}:
         first, more = _CHAIN_KERNELS if shape.width == 1 else _TREE_KERNELS
         kernels += first + (shape.depth - 1) * more
-    return kernels * len(powers_of_two(slots)) * NODE_BYTES
+    drafts = kernels * len(powers_of_two(slots)) * NODE_BYTES
+    return drafts + 2 * ragged_graphs(sizes, "draft", 4 * slots, 0).total_bytes + WORKSPACE_BYTES
 
 
 def _shape(strategy: Strategy) -> Strategy:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from paceline.rollout.drafters.draft_rows import DraftRows
+from paceline.rollout.drafters.draft_seats import DraftSeats
 
 # (tokens [B, E], hidden states of their parents [B, E, hidden], seats [4, B, E]) → outputs and logits
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -26,10 +27,8 @@ class Eagle3Expander:
         self, step: Step, newest: tuple[torch.Tensor, torch.Tensor], rows: DraftRows, vocabulary: torch.Tensor
     ) -> None:
         hidden, self._logits = newest
-        self._step, self._trunks = step, rows.trunks
+        self._step, self._seats = step, DraftSeats(rows.trunks)
         self._hidden = hidden[:, None]  # outputs of the root and every expanded node
-        self._ancestors = torch.zeros_like(self._trunks)
-        self._depth = torch.zeros_like(self._trunks)
         self.vocabulary: torch.Tensor | None = vocabulary
         self.temperatures = rows.temperatures
 
@@ -39,19 +38,7 @@ class Eagle3Expander:
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Runs the nodes on top of their parents' outputs, see `Expander.expand`."""
-        above = parents + 1
-        index = torch.arange(
-            self._hidden.shape[1] - 1, self._hidden.shape[1] - 1 + tokens.shape[1], device=tokens.device
-        )
-        depth = self._depth.gather(1, above) + 1
-        ancestors = self._ancestors.gather(1, above) | (1 << index)
-        trunks = self._trunks.expand_as(depth)
-        seats = torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors])
-        parent_hidden = self._hidden.gather(1, above[..., None].expand(-1, -1, self._hidden.shape[-1]))
-        hidden, logits = self._step(tokens, parent_hidden, seats)
+        above = (parents + 1)[..., None].expand(-1, -1, self._hidden.shape[-1])
+        hidden, logits = self._step(tokens, self._hidden.gather(1, above), self._seats.add(parents))
         self._hidden = torch.cat([self._hidden, hidden], dim=1)
-        self._ancestors, self._depth = (
-            torch.cat([self._ancestors, ancestors], 1),
-            torch.cat([self._depth, depth], 1),
-        )
         return logits

@@ -132,7 +132,7 @@ class NativeNetwork:
             capturer=capturer,
             padding=cache.padding,
         )
-        pool.follow(embedding_address(self._embed))
+        pool.follow(self.addresses)
         return pool
 
     def _step_described(
@@ -246,7 +246,7 @@ class NativeNetwork:
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Runs tokens by a captured graph, whose outputs the next one overwrites; None where none fits."""
         assert isinstance(described, DeviceTokens)
-        pool.follow(embedding_address(self._embed))
+        pool.follow(self.addresses)
         span, slots = self._cache.span, self._cache.slots
         carried = None if hidden is None else hidden[None]
         replayed = pool.run(tokens[None], described.table[:, None], span, slots, carried)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from paceline.rollout.drafters.draft_rows import DraftRows
+from paceline.rollout.drafters.draft_seats import DraftSeats
 from paceline.rollout.native import upload
 from paceline.rollout.sequence import SequenceState
 
@@ -36,15 +37,11 @@ class LMExpander:
     ) -> None:
         self._forward = forward
         self.vocabulary: torch.Tensor | None = None
-        self._trunks = trunks
-        self._ancestors = torch.zeros_like(self._trunks)
-        self._depth = torch.zeros_like(self._trunks)
-        self._used = 0
+        self._seats = DraftSeats(trunks)
         if root is None:
             last = upload([[s.tokens[-1]] for s in sequences], trunks.device)
             root = self.expand(last, torch.full_like(last, -1))[:, 0]
-            # children of the root become children of that node
-            self._ancestors, self._depth = self._ancestors[:, 1:], self._depth[:, 1:]
+            self._seats.move_root()
         self._root = root
         self.temperatures = rows.temperatures
 
@@ -54,15 +51,4 @@ class LMExpander:
 
     def expand(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
         """Runs the nodes through the model, see `Expander.expand`."""
-        above = parents + 1
-        index = torch.arange(self._used, self._used + tokens.shape[1], device=tokens.device)
-        depth = self._depth.gather(1, above) + 1
-        ancestors = self._ancestors.gather(1, above) | (1 << index)
-        trunks = self._trunks.expand_as(depth)
-        logits = self._forward(tokens, torch.stack([trunks - 1 + depth, trunks + index, trunks, ancestors]))
-        self._used += tokens.shape[1]
-        self._ancestors, self._depth = (
-            torch.cat([self._ancestors, ancestors], 1),
-            torch.cat([self._depth, depth], 1),
-        )
-        return logits
+        return self._forward(tokens, self._seats.add(parents))

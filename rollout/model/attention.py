@@ -257,3 +257,9 @@ def slot_attention(
 
 
 register_attention(SLOT_ATTENTION, slot_attention)
+
+
+def flash_serves(heads: torch.Tensor) -> bool:
+    """Returns whether torch's flash attention serves heads [..., d] of this device, dtype and size."""
+    half = heads.dtype in (torch.bfloat16, torch.float16)
+    return heads.device.type == "cuda" and half and heads.shape[-1] % 8 == 0 and heads.shape[-1] <= 256

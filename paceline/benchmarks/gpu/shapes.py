@@ -19,14 +19,13 @@ from paceline.benchmarks.decoding.model_shapes import BATCHES, SHAPES, random_mo
 from paceline.benchmarks.gpu.timing import seconds_of
 from paceline.rollout import Request, RolloutEngine, SamplingParams, default_tap_layers
 from paceline.rollout.drafters import Eagle3Drafter, SuffixDrafter
-from paceline.rollout.drafters.draft_graphs import draft_graph_bytes
+from paceline.rollout.drafters.draft_graphs import drafter_graph_bytes
 from paceline.rollout.drafters.eagle3 import fixed_taps
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, eagle3_config, parameter_count
 from paceline.rollout.drafters.eagle3_native import draft_shape
 from paceline.rollout.graphs.graph_plan import MOST_ROWS
 from paceline.rollout.graphs.graph_pool import CudaCapturer
 from paceline.rollout.model.kv_cache import CacheShape
-from paceline.rollout.model.memory_plan import WORKSPACE_BYTES, ragged_graphs
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.strategy import Strategy
 
@@ -177,11 +176,10 @@ def _memory(engine: RolloutEngine, before: int) -> dict[str, int]:
 def _drafter_bytes(drafter: Eagle3Drafter) -> int:
     """Returns the planned bytes of a drafter: weights, keys and values, captured steps and drafts."""
     config, cache = drafter.config, drafter.cache.shape
-    steps = ragged_graphs(draft_shape(config, cache.dtype), "draft", 4 * cache.slots, 0)
-    drafts = draft_graph_bytes([Strategy.parse(name) for name in STEP_STRATEGIES[1:]], cache.slots)
+    strategies = [Strategy.parse(name) for name in STEP_STRATEGIES[1:]]
+    graphs = drafter_graph_bytes(draft_shape(config, cache.dtype), strategies, cache.slots)
     lines = cache.slots * cache.capacity * cache.token_bytes
-    # steps of known tokens, and of tokens that are read with their features
-    return parameter_count(config) * 2 + lines + 2 * steps.total_bytes + drafts + WORKSPACE_BYTES
+    return parameter_count(config) * cache.dtype.itemsize + lines + graphs
 
 
 def _used() -> int:
