@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import warnings
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -93,8 +94,11 @@ def _create_dataset(dataset: DatasetConfig, size: int, seed: int) -> Any:
     Raises:
         UserError: If the data set is unknown, or rejects its parameters.
     """
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    with warnings.catch_warnings():
+        # a package below it compares strings by identity, which Python says on a machine's first import
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     name, params = dataset.name, dataset.params
     if name not in DATASETS:

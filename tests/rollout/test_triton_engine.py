@@ -83,7 +83,8 @@ def test_drafts_are_those_of_the_cpu(engines):
         each.use_strategy(Strategy("eagle3", 2))
         made.append([(r.token_ids, r.stats.accepted) for r in each.generate(requests())])
     assert made[0] == made[1]
-    assert sum(engine.drafters["eagle3"]._network.graphs.replays.values()) > 5
+    graphs = engine.drafters["eagle3"]._network.graphs
+    assert graphs.replays and not graphs.fallbacks
 
 
 @pytest.mark.ci

@@ -45,7 +45,8 @@ def test_torchruns_default_is_not_the_users_word(tmp_path, asked, threads):
         "import os, sys\nfrom paceline.rl.process import process_tuning\n"
         "process_tuning.usable_cores = lambda: 16\n"
         f"assert os.environ['OMP_NUM_THREADS'] == {asked or '1'!r}\n"
-        "print('threads', process_tuning.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE'])))\n"
+        "threads = process_tuning.threads_of_rank(int(os.environ['LOCAL_WORLD_SIZE']))\n"
+        "os.write(1, f'threads {threads}\\n'.encode())\n"  # in one piece, beside the other rank's
     )
     environment = {
         **os.environ,

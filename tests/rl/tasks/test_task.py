@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -88,6 +89,20 @@ def test_reasoning_gyms_problems_are_made_when_they_are_wanted():
     for unknown in ("0/750000", "2/0", "x/1", "1"):
         with pytest.raises(KeyError):
             task.find(unknown)
+
+
+def test_the_first_import_of_reasoning_gym_warns_of_nothing(tmp_path, monkeypatch, recwarn):
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text("same = 'a' is 'a'\ncreate_dataset = None\n")
+    (tmp_path / "reasoning_gym" / "factory.py").write_text("DATASETS = {'nothing': None}\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="did you mean nothing"):
+        load_task(TaskConfig(datasets=(DatasetConfig("other"),), size=1), seed=0)
+    assert not [warning for warning in recwarn if warning.category is SyntaxWarning]
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        del sys.modules[name]
 
 
 def test_held_out_problems_are_those_that_are_left_out():
