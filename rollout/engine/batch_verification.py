@@ -11,7 +11,7 @@ import torch
 
 from paceline.rollout.api import SamplingParams
 from paceline.rollout.counter_rng import Stream, step_uniforms, uniforms
-from paceline.rollout.native import Kernels, download, load_cpu_kernels, upload
+from paceline.rollout.native import AnyKernels, download, load_kernels, upload
 from paceline.rollout.sampling import draw_tokens, kernel_temperatures, processed_probs
 from paceline.rollout.sequence import SequenceState, seeds_of
 from paceline.rollout.trees import DraftKind, DraftTree, chain_parents, tree_shape
@@ -60,7 +60,7 @@ def verify_batch(
     counts = draft.lengths.numpy() + 1
     first = np.array([len(s.tokens) for s in sequences])
     if draft.kind is DraftKind.FIXED or draft.nodes == 0:
-        kernels = load_cpu_kernels(logits.device.type, logits.dtype)
+        kernels = load_kernels(logits.device.type, logits.dtype)
         if kernels is not None and not any(s.request.params.truncated for s in sequences):
             return _verify_natively(kernels, sequences, logits, draft, counts, first)
         return _verify_fixed(sequences, logits, draft, counts, first)
@@ -70,7 +70,7 @@ def verify_batch(
 
 
 def _verify_natively(
-    kernels: Kernels,
+    kernels: AnyKernels,
     sequences: Sequence[SequenceState],
     logits: torch.Tensor,
     draft: DraftTree,
@@ -83,16 +83,15 @@ def _verify_natively(
     seeds = seeds_of(sequences)
     numbers = uniforms(seeds, first[:, None] + np.arange(draft.nodes + 1), Stream.TARGET)
     temperatures = kernel_temperatures([s.request.params for s in sequences])
-    path, kept, drawn, logprobs = kernels.follow(
-        logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers)
-    )
-    lengths, values = kept.tolist(), logprobs.tolist()
+    found = kernels.follow(logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers))
+    path, kept, drawn, logprobs, drafted = download(*found, draft.tokens)
+    lengths, values = kept.long().tolist(), logprobs.tolist()
     return BatchOutcome(
-        [row[:n] for row, n in zip(path.tolist(), lengths, strict=True)],
-        [row[: n + 1] for row, n in zip(drawn.tolist(), lengths, strict=True)],
+        [row[:n] for row, n in zip(path.long().tolist(), lengths, strict=True)],
+        [row[: n + 1] for row, n in zip(drawn.long().tolist(), lengths, strict=True)],
         [row[: n + 1] for row, n in zip(values, lengths, strict=True)],
         [all(map(math.isfinite, row[: n + 1])) for row, n in zip(values, lengths, strict=True)],
-        draft.tokens,
+        drafted.long(),
     )
 
 
@@ -111,8 +110,6 @@ def _verify_fixed(
     parents = draft.parents
     positions = np.repeat(first, counts) + _depths(parents, counts, starts)
     tokens, logprobs = draw_tokens(logits, params, uniforms(seeds, positions[:, None], Stream.TARGET)[:, 0])
-    if draft.nodes == 0:
-        return _undrafted(tokens, logprobs)
     drawn, drawn_logprobs, drafted = download(tokens, logprobs, draft.tokens)
     rows = (torch.from_numpy(starts)[:, None] + torch.arange(draft.nodes + 1)).clamp_(max=len(drawn) - 1)
     outcome = verify_deterministic(drawn.long()[rows], DraftTree(drafted.long(), draft.lengths, parents))
@@ -131,18 +128,6 @@ def _verify_fixed(
         [part.tolist() for part in drawn_logprobs[flat].split(sizes)],
         [bool(part.all()) for part in finite.split(counts.tolist())],
         drafted.long(),
-    )
-
-
-def _undrafted(tokens: torch.Tensor, logprobs: torch.Tensor) -> BatchOutcome:
-    """Returns the outcome of plain decoding: each sequence's token, int64 [B], and its log-prob."""
-    drawn, values = (x.tolist() for x in download(tokens, logprobs))
-    return BatchOutcome(
-        [[] for _ in drawn],
-        [[int(token)] for token in drawn],
-        [[value] for value in values],
-        [math.isfinite(value) for value in values],
-        torch.zeros(len(drawn), 0, dtype=torch.long),
     )
 
 
@@ -174,7 +159,6 @@ def _verify_sampled(
         upload(uniforms(seeds, first[:, None] + np.arange(nodes + 1), Stream.TARGET), device),
         upload(step_uniforms(seeds, first, 0, nodes, Stream.ACCEPT), device),
     )
-    draft = draft.to(device)
     outcome = verifier(probs, draft, numbers)
     index = torch.arange(nodes + 1, device=device)
     path = torch.nn.functional.pad(outcome.path.clamp(min=0), (0, 1))

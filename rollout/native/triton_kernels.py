@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import triton
 
-from paceline.rollout.native import gpu_tiles, product_programs
+from paceline.rollout.native import draw_programs, gpu_tiles, product_programs
 from paceline.rollout.native import triton_programs as programs
 from paceline.rollout.native.decoder_layer import AttentionRule
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
 from paceline.rollout.native.gpu_tiles import Tiles, attention_sums, product_tiles
-from paceline.rollout.native.kernels import RaggedTokens
+from paceline.rollout.native.kernels import DrawNumbers, RaggedTokens
 from paceline.rollout.native.transfer import upload
 
 _KEYS = 32  # keys that attention reads at a time
@@ -254,19 +254,56 @@ class TritonKernels:
             Tokens int64 [R] and log-probs float32 [R] (at temperature 1 where the temperature is 0); NaN for
             a row that has a NaN or infinite logit.
         """
-        logits = logits.contiguous()
-        rows, vocab = logits.shape
+        logits, (rows, vocab) = logits.contiguous(), logits.shape
         numbers = upload(torch.stack([temperatures.double(), uniforms]), logits.device)
         tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
         logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        sizes = {"BLOCK": min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)}
-        count = triton.cdiv(vocab, sizes["BLOCK"])
-        sizes["COUNT"] = triton.next_power_of_2(count)
+        blocks, sizes = self._weigh(logits, numbers)
+        with _device_of(logits):
+            draw_programs.draw[(rows,)](logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes)
+        return tokens, logprobs
+
+    def follow(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        nodes: torch.Tensor,
+        tree: tuple[torch.Tensor, torch.Tensor],
+        draw: DrawNumbers,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Descends draft trees along sampled tokens, see `Kernels.follow`.
+
+        Logits and the tree's tokens lie on the GPU, and so do the results; everything else is on the CPU.
+        What lies behind a sequence's path in the results is undefined.
+        """
+        logits, tokens, (temperatures, uniforms) = logits.contiguous(), tree[0].contiguous(), draw
+        count, width = tokens.shape
+        of_rows = temperatures.double().repeat_interleave(nodes + 1)
+        parts = (of_rows, uniforms, rows, nodes, tree[1])
+        numbers = upload(torch.cat([part.double().flatten() for part in parts]), logits.device)
+        path = torch.empty_like(tokens)
+        lengths = torch.empty(count, dtype=torch.long, device=logits.device)
+        drawn = torch.empty(count, width + 1, dtype=torch.long, device=logits.device)
+        logprobs = torch.empty(count, width + 1, dtype=torch.float32, device=logits.device)
+        blocks, sizes = self._weigh(logits, numbers)
+        with _device_of(logits):
+            draw_programs.follow[(count,)](
+                logits, numbers, blocks, tokens, path, lengths, drawn, logprobs, logits.shape[1],
+                len(of_rows), count, width, NODES=triton.next_power_of_2(max(width, 1)), **sizes,
+            )  # fmt: skip
+        return path, lengths, drawn, logprobs
+
+    @staticmethod
+    def _weigh(logits: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+        """Sums the weights of each block of each row; returns them and the sizes of the programs to come."""
+        rows, vocab = logits.shape
+        block = min(triton.next_power_of_2(vocab), _DRAWN_BLOCK)
+        count = triton.cdiv(vocab, block)
+        sizes = {"BLOCK": block, "COUNT": triton.next_power_of_2(count)}
         blocks = torch.empty(rows, 4, sizes["COUNT"], dtype=torch.float32, device=logits.device)
         with _device_of(logits):
-            programs.weigh_blocks[(rows, count)](logits, numbers, blocks, vocab, rows, **sizes)
-            programs.draw[(rows,)](logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes)
-        return tokens, logprobs
+            draw_programs.weigh_blocks[(rows, count)](logits, numbers, blocks, vocab, **sizes)
+        return blocks, sizes
 
 
 def _row_block(width: int) -> tuple[int, int]:

@@ -219,12 +219,14 @@ def draft_mass(draft: DraftTree) -> torch.Tensor:
 def child_table(draft: DraftTree) -> torch.Tensor:
     """Lists the children of each node in their order.
 
+    Nothing waits for a GPU where the parents are on the CPU, as after `DraftTree.for_target`.
+
     Returns:
         int64 [B, N + 1, K] on the device of the tokens: row 0 for the last committed token, row i + 1 for
         node i. Nodes with fewer than K children are padded with ``-1``.
     """
     batch, nodes = draft.tokens.shape
-    device = draft.tokens.device
+    device = draft.tokens.device if draft.parents is None else draft.parents.device
     index = torch.arange(nodes, device=device)
     real = index < upload(draft.lengths, device)[:, None]
     if draft.parents is None:
@@ -238,4 +240,4 @@ def child_table(draft: DraftTree) -> torch.Tensor:
     # nodes that are not real are written to an extra last column, which is then dropped
     at = torch.where(real, (draft.parents + 1) * widest + rank, (nodes + 1) * widest)
     table.scatter_(1, at, index.expand(batch, nodes))
-    return table[:, :-1].view(batch, nodes + 1, widest)
+    return upload(table[:, :-1].view(batch, nodes + 1, widest), draft.tokens.device)

@@ -36,7 +36,7 @@ def fake_cuda(memory: int = 80 << 30, count: int = 1) -> Iterator[Cuda]:
     with contextlib.ExitStack() as stack:
         for name, value in cuda.replacements().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        for module in ("programs", "product_programs"):
+        for module in ("programs", "product_programs", "draw_programs"):
             stack.enter_context(mock.patch.object(triton_kernels, module, Programs(mode)))
         # tensor(…, device=…) copies from the host through the mode
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())

@@ -131,12 +131,11 @@ def _combine(partial, out, lines, DIM, **sizes):
     out.view(lines, DIM).copy_((parts[..., :DIM] * weight[..., None]).sum(0) / total[:, None])
 
 
-def _weigh_blocks(logits, numbers, blocks, vocab, rows, **sizes):
+def _weigh_blocks(logits, numbers, blocks, vocab, **sizes):
     blocks.zero_()
 
 
-def _draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes):
-    temperature, uniform = numbers[0].float(), numbers[1]
+def _sample(logits, temperature, uniform, vocab):
     greedy = temperature == 0
     wide = logits.float()
     shifted = (wide - wide.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
@@ -144,6 +143,38 @@ def _draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes):
     drawn = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).clamp(max=vocab - 1)
     best = wide.argmax(-1, keepdim=True)
     chosen = torch.where(greedy[:, None] | (shifted.gather(1, drawn).exp() == 0), best, drawn)
-    tokens.copy_(chosen[:, 0])
     found = shifted.gather(1, chosen)[:, 0] - ends[:, -1].log().float()
-    logprobs.copy_(torch.where(wide.isfinite().all(-1), found, torch.nan))
+    return chosen[:, 0], torch.where(wide.isfinite().all(-1), found, torch.nan)
+
+
+def _draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes):
+    chosen, found = _sample(logits, numbers[0].float(), numbers[1], vocab)
+    tokens.copy_(chosen)
+    logprobs.copy_(found)
+
+
+def _follow(
+    logits, numbers, blocks, drafted, path, lengths, tokens, logprobs, vocab, rows, sequences, width, **sizes
+):
+    sizes_of_parts = [rows, sequences * (width + 1), sequences, sequences, sequences * width]
+    temperatures, uniforms, first, nodes, parents = numbers.split(sizes_of_parts)
+    uniforms, parents = uniforms.view(sequences, -1), parents.view(sequences, -1)
+    for s in range(sequences):
+        node, depth = -1, 0
+        while True:
+            row = int(first[s]) + 1 + node
+            token, logprob = _sample(
+                logits[row : row + 1],
+                temperatures[row : row + 1].float(),
+                uniforms[s, depth : depth + 1],
+                vocab,
+            )
+            tokens[s, depth], logprobs[s, depth] = token[0], logprob[0]
+            agreeing = [
+                i for i in range(int(nodes[s])) if parents[s, i] == node and drafted[s, i] == token[0]
+            ]
+            if not agreeing:
+                break
+            node = path[s, depth] = agreeing[0]
+            depth += 1
+        lengths[s] = depth

@@ -7,6 +7,7 @@ tests/rollout/test_gpu.py asks a real one. What is left out here: Triton's progr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ pytest.importorskip("triton")
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import DraftRules, eagle3, eagle3_network
-from paceline.rollout.engine import batch_verification
 from paceline.rollout.engine import engine as engine_module
 from paceline.rollout.graphs.graph_pool import GraphPool
 from paceline.rollout.model import fusion_check, runner
+from paceline.rollout.native.triton_kernels import TritonKernels
 from tests import engines
 from tests.engines import engine_for, full_engine, tiny_llama
 from tests.fake_cuda import Cuda, DeviceMixError, IllegalCaptureError, Wait, fake_cuda, to_cuda
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout
 
 DRAWN_CHAIN = DraftRules(tree="static", draw="replacement")
 DRAWN_TREE = DraftRules(tree="static", draw="without_replacement")
-TOKEN_BYTES = (2 * 2 * 2 * 16 + 4 * 64) * 4  # keys and values of two layers, taps
+TOKEN_BYTES = (2 * 2 * 16 + 4 * 64) * 4  # keys and values, taps
 
 
 class TooShort:
@@ -40,8 +41,8 @@ class TooShort:
         pass
 
 
-def model(seed: int = 0):
-    return tiny_llama(seed=seed, layers=2, sharpness=4.0)
+def model(seed: int = 0, layers: int = 1):
+    return tiny_llama(seed=seed, layers=layers, sharpness=4.0)
 
 
 def requests(count: int = 6, tokens: int = 8) -> list[Request]:
@@ -122,14 +123,19 @@ def waits_of_steps(cuda: Cuda, engine: RolloutEngine, wanted: Sequence[Request])
     return steps
 
 
+FIXED = ("plain", "suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8")
+
+
 @pytest.mark.parametrize(
-    ("strategies", "rules"),
+    ("path", "strategies", "rules"),
     [
-        (("plain", "suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8"), None),
-        (("eagle3:3",), DRAWN_CHAIN),
-        (("eagle3:3x2/6",), DRAWN_TREE),
+        ("triton", FIXED, None),
+        ("operators", FIXED, None),
+        ("triton", ("eagle3:3",), DRAWN_CHAIN),
+        ("triton", ("eagle3:3x2/6",), DRAWN_TREE),
     ],
-    ids=["fixed", "drawn chains", "drawn trees"],
+    ids=["fixed", "fixed, operators", "drawn chains", "drawn trees"],
+    indirect=["path"],
 )
 def test_graphs_give_the_tokens_of_the_cpu(cuda, path, strategies, rules):
     engine = engine_for(to_cuda(model()), slots=4, context=60, rules=rules, collect_traces=True)
@@ -188,7 +194,7 @@ def test_weights_that_have_moved_are_captured_anew(cuda, path, monkeypatch):
         check_graphs(engine)
 
 
-def test_the_engine_runs_on_a_device_that_is_not_the_current_one(path, monkeypatch):
+def test_the_engine_runs_on_a_device_that_is_not_the_current_one(monkeypatch):
     monkeypatch.setattr(runner, "MOST_ROWS", 64)
     with fake_cuda(count=2) as cuda:
         engine = engine_for(to_cuda(model(), "cuda:1"), slots=4, context=60)
@@ -216,14 +222,19 @@ def test_layers_are_fused_where_a_trainer_allows_tf32(cuda, tf32):
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+MOST = {"plain": 1, "suffix:4": 1, "eagle3:3": 1, "eagle3:4x3/8": 2}
+
+
 @pytest.mark.parametrize(
-    ("most", "rules"),
+    ("path", "most", "rules"),
     [
-        ({"plain": 1, "suffix:4": 1, "eagle3:3": 1, "eagle3:4x3/8": 2}, None),
-        ({"eagle3:3": 2}, DRAWN_CHAIN),
-        ({"eagle3:3x2/6": 4}, DRAWN_TREE),
+        ("triton", MOST, None),
+        ("operators", MOST, None),
+        ("triton", {"eagle3:3": 2}, DRAWN_CHAIN),
+        ("triton", {"eagle3:3x2/6": 3}, DRAWN_TREE),
     ],
-    ids=["fixed", "drawn chains", "drawn trees"],
+    ids=["fixed", "fixed, operators", "drawn chains", "drawn trees"],
+    indirect=["path"],
 )
 def test_a_step_waits_a_few_times_at_any_batch(cuda, path, most, rules):
     engine = engine_for(to_cuda(model()), slots=12, context=60, rules=rules, collect_traces=True)
@@ -257,7 +268,7 @@ def test_a_draft_of_any_depth_is_two_graphs(cuda):
     assert max(map(max, launches.values())) <= 13  # a new page of the cache is published
 
 
-def test_admissions_wait_once_for_all_and_traces_end_on_the_host(cuda, path):
+def test_admissions_wait_once_for_all_and_traces_end_on_the_host(cuda):
     engine = engine_for(to_cuda(model()), slots=12, context=60, collect_traces=True)
     engine.use_strategy("eagle3:3")
     for count in (3, 12):
@@ -276,9 +287,9 @@ def test_reading_and_reserving_take_memory_of_a_piece(cuda, path, strategy, monk
     """The largest tensor does not grow with the texts; with torch's operators it is their scores."""
     monkeypatch.setattr(eagle3, "_READ_TOKENS", 96)
     largest = []
+    engine = engine_for(to_cuda(model()), slots=3, context=450, prefill_tokens=64)
+    engine.use_strategy(strategy)
     for length in (100, 400):
-        engine = engine_for(to_cuda(model()), slots=3, context=450, prefill_tokens=64)
-        engine.use_strategy(strategy)
         cuda.mode.largest = 0, ""
         engine.generate([Request([1 + i] * length, SamplingParams(max_tokens=4)) for i in range(3)])
         largest.append(cuda.mode.largest)
@@ -286,11 +297,11 @@ def test_reading_and_reserving_take_memory_of_a_piece(cuda, path, strategy, monk
 
 
 def test_every_drafter_keeps_to_one_device(cuda, monkeypatch):
-    on_host = full_engine(model(), slots=4, context=60)
+    on_host = full_engine(model(layers=2), slots=4, context=60)
     for build in ("tiny_eagle3", "tiny_llama"):
         original = getattr(engines, build)
         monkeypatch.setattr(engines, build, lambda *a, original=original, **k: to_cuda(original(*a, **k)))
-    engine = full_engine(to_cuda(model()), slots=4, context=60)
+    engine = full_engine(to_cuda(model(layers=2)), slots=4, context=60)
     for name in ("ngram", "recycling", "stand", "consensus", "clasp", "draft_model", "composite"):
         assert tokens_of(engine, f"{name}:3", 3) == tokens_of(on_host, f"{name}:3", 3), name
 
@@ -312,13 +323,13 @@ def test_a_cpu_tensor_that_meets_a_cuda_one_fails():
 def test_an_added_wait_shows(cuda, monkeypatch):
     engine = engine_for(to_cuda(model()), slots=4, context=60)
     fine = waits_of_steps(cuda, engine, requests(3))
-    draw = batch_verification.draw_tokens
+    follow = TritonKernels.follow
 
-    def impatient(logits: torch.Tensor, *args: object):
+    def impatient(kernels: TritonKernels, logits: torch.Tensor, *args: Any):
         assert float(logits[0, 0]) < 1e9
-        return draw(logits, *args)
+        return follow(kernels, logits, *args)
 
-    monkeypatch.setattr(batch_verification, "draw_tokens", impatient)
+    monkeypatch.setattr(TritonKernels, "follow", impatient)
     worse = waits_of_steps(cuda, engine, requests(3))
     assert max(map(len, fine)) == 1 and max(map(len, worse)) == 2
     assert any("_local_scalar_dense" in w.what for w in worse[0])

@@ -15,6 +15,7 @@ _COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from paceline.rollout.native import draw_programs as draws
 from paceline.rollout.native import product_programs as products
 from paceline.rollout.native import triton_programs as programs
 
@@ -54,8 +55,11 @@ for dtype in ("*bf16", "*fp32"):
         )
     build(programs.combine, dict(DIM=128, BLOCK_D=128, SPLITS=16), partial="*fp32", out=dtype, lines="i32")
     drawn = dict(logits=dtype, numbers="*fp64", blocks="*fp32", vocab="i32", rows="i32")
-    build(programs.weigh_blocks, dict(BLOCK=4096, COUNT=64), **drawn)
-    build(programs.draw, dict(BLOCK=4096, COUNT=64), **drawn, tokens="*i64", logprobs="*fp32")
+    drawn |= dict(tokens="*i64", logprobs="*fp32")
+    build(draws.weigh_blocks, dict(BLOCK=4096, COUNT=64), **drawn)
+    build(draws.draw, dict(BLOCK=4096, COUNT=64), **drawn)
+    trees = dict(drafted="*i64", path="*i64", lengths="*i64", sequences="i32", width="i32")
+    build(draws.follow, dict(BLOCK=4096, COUNT=64, NODES=16), **drawn, **trees)
 """
 
 
@@ -67,7 +71,7 @@ def test_every_program_compiles_for_hopper(tmp_path):
     )
     assert made.returncode == 0, made.stderr[-2000:]
     built = [line.split() for line in made.stdout.splitlines()]
-    assert len(built) == 22
+    assert len(built) == 24
     assert all(int(size) > 1000 for _, size in built)
 
 
@@ -81,6 +85,6 @@ def test_every_launch_of_an_engine_compiles_for_hopper(tmp_path):
     assert made.returncode == 0, made.stderr[-2000:]
     variants = dict(line.split() for line in made.stdout.splitlines())
     assert set(variants) == {
-        "add", "add_norm", "attend", "combine", "draw", "multiply", "rms_norm", "rotate_and_store",
+        "add", "add_norm", "attend", "combine", "draw", "follow", "multiply", "rms_norm", "rotate_and_store",
         "weigh_blocks",
     }  # fmt: skip

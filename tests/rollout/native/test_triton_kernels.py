@@ -173,3 +173,44 @@ def test_tokens_of_weight_zero_are_never_drawn():
     logits[:, 4321] = 0.0
     uniform = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     assert KERNELS.draw(logits, torch.ones(2), uniform)[0].tolist() == [4321, 4321]
+
+
+def test_following_a_draft_samples_along_its_accepted_path():
+    """Each sequence takes the path that drawing its rows one by one takes."""
+    vocab, parents = 5000, [-1, -1, 0, 0, 2, 1, 5]
+    counts, temperatures = [7, 7, 3, 0], [0.0, 1.0, 0.7, 1.0]
+    nodes, width = torch.tensor(counts), len(parents)
+    first = (nodes + 1).cumsum(0) - nodes - 1
+    logits = random(sum(counts) + 4, vocab, seed=9) * 4
+    uniforms = torch.rand(4, width + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def sampled(sequence: int, node: int, depth: int) -> tuple[int, float]:
+        row = int(first[sequence]) + 1 + node
+        token, logprob = KERNELS.draw(
+            logits[row : row + 1],
+            torch.tensor(temperatures[sequence : sequence + 1]),
+            uniforms[sequence, depth : depth + 1],
+        )
+        return int(token), float(logprob)
+
+    # nodes 2 and 4 agree with what is sampled after their parents, and so does a node of another branch, 6
+    drafted = torch.full((4, width), 1)
+    wanted = {0: [0, 2, 4], 1: [1, 5, 6], 2: [0, 2], 3: []}
+    for sequence, path in wanted.items():
+        for depth, node in enumerate(path):
+            drafted[sequence, node] = sampled(sequence, parents[node], depth)[0]
+    drafted[0, 6] = drafted[0, 4]
+    found = KERNELS.follow(
+        logits,
+        first,
+        nodes,
+        (drafted.to(DEVICE), torch.tensor([parents] * 4)),
+        (torch.tensor(temperatures), uniforms),
+    )
+    path, lengths, tokens, logprobs = (x.cpu() for x in found)
+    for sequence, expected in wanted.items():
+        count = len(expected)
+        assert path[sequence, : lengths[sequence]].tolist() == expected
+        steps = [sampled(sequence, node, depth) for depth, node in enumerate([-1, *expected])]
+        assert tokens[sequence, : count + 1].tolist() == [token for token, _ in steps]
+        assert logprobs[sequence, : count + 1].tolist() == [value for _, value in steps]
