@@ -5,6 +5,7 @@ The user sees a failed rank's own message. The agent's page-long report of the f
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,8 +15,9 @@ from paceline.rl.process.parent_death import end_with_launcher
 
 def main() -> int:
     """Starts the ranks, waits for them, and returns the exit status of the first failed rank, or 0."""
-    # torchrun's modules read this when they are imported
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    # some of torchrun's modules read this when they are imported, others have plain loggers
+    level = os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.getLogger("torch.distributed.elastic").setLevel(level)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

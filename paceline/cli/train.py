@@ -60,7 +60,7 @@ def train(
             *(["--resume", str(resume)] if resume is not None else []),
         ]
         announce(f"reading the recipe {config}" if resume is None else f"resuming {resume}")
-        run = _run_directory(config, overrides, resume)  # reports a wrong recipe before any rank starts
+        run = _run_directory(config, overrides, resume)  # reports wrong keys before any rank starts
         if dry_run:
             from paceline.rl.run import run as run_here
 
@@ -73,13 +73,16 @@ def train(
 
 
 def _run_directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
-    """Returns the run's directory: that of ``--resume``, or the ``out`` of a valid recipe."""
-    from paceline.rl.recipe import load_config
+    """Returns the run's directory: that of ``--resume``, or the recipe's ``out``.
+
+    The ranks check the rest of the recipe, as soon as they have loaded what that takes seconds to load.
+    """
+    from paceline.rl.recipe import read_config
 
     if resume is not None:
         return resume
     assert config is not None
-    return Path(load_config(config, overrides or ()).out)
+    return Path(read_config(config, overrides or ()).out)
 
 
 def _launch(ranks: int, arguments: list[str], run: Path) -> int:

@@ -58,14 +58,16 @@ for command in ([], *([name] for name in sys.argv[1:])):
     done = CliRunner().invoke(app, [*command, "--help"])
     assert done.exit_code == 0 and "usage" in done.output.lower(), (command, done.output)
     assert "No such" not in done.output
+wrong = CliRunner().invoke(app, ["train", "tiny", "--ranks", "2", "drafter.los=fkl"])
+assert wrong.exit_code == 2 and "did you mean drafter.loss?" in wrong.stderr, wrong.stderr
 heavy = {"torch", "transformers", "accelerate", "matplotlib", "numpy", "paceline.rollout", "datasets"}
 heavy &= set(sys.modules)
 assert not heavy, heavy
 """
 
 
-def test_help_imports_nothing_that_takes_long():
-    """Every command's; a module that imports torch at its top would make all of them slow."""
+def test_help_and_wrong_keys_import_nothing_that_takes_long():
+    """A module that imports torch at its top would make every command wait for it."""
     names = list(typer.main.get_command(app).commands)
     assert len(names) >= 9
     done = subprocess.run(
@@ -125,6 +127,19 @@ def test_mistakes_are_one_line(arguments, said):
     assert found.exit_code == 2
     assert said in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.ci
+def test_a_wrong_value_is_one_line_whichever_rank_finds_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "paceline.cli.main", "train", "tiny", "--ranks", "2", "drafter.loss=fk"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.splitlines() == [
+        "paceline: drafter.loss is 'fk': write one of fkl, rkl, jsd, tvd, tvd++, log_acceptance, length; "
+        "did you mean fkl?"
+    ]
 
 
 def test_serve_prints_what_it_would_run(tmp_path):
@@ -258,7 +273,7 @@ def doctor_with(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_doctor_names_the_reason_where_layers_run_unfused(doctor_with):
     """The main job runs, only slower."""
     done = doctor_with(BROKEN_FUSED_LAYERS)
