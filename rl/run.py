@@ -34,7 +34,7 @@ from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.preparation import check_same_start, prepare
 from paceline.rl.process.files import disk_errors, write_atomically
 from paceline.rl.process.parent_death import end_with_launcher
-from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.process.process_tuning import fit_process, name_deepspeeds_device
 from paceline.rl.process.progress import Display
 from paceline.rl.recipe import load_config
 from paceline.rl.rewards.example import score_example
@@ -113,6 +113,7 @@ def run(arguments: Sequence[str], description: str | None = None) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Trains from a recipe or from a checkpoint, writes the report, and returns the exit status."""
+    name_deepspeeds_device()
     if args.dry_run:
         dry_run(args)
         return 0

@@ -41,6 +41,15 @@ def fit_process(local_world_size: int) -> None:
         libc.mallopt(_M_TOP_PAD, 64 << 20)
 
 
+def name_deepspeeds_device() -> None:
+    """Tells DeepSpeed that this machine computes on CPUs, if it does.
+
+    transformers and accelerate import DeepSpeed wherever it is installed; it warns where it finds no GPU.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def release_freed_memory() -> None:
     """Returns freed memory to the system.
 

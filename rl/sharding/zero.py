@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,6 +56,8 @@ class ZeroSharded(TrainedModule):
             settings.grad_clip,
             accelerator.is_main_process,
         )
+        # DeepSpeed calls by their old names what torch warns of at every call
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self.in_lockstep = self._stage >= 2  # from stage 2 on, every backward pass scatters gradients
         fixed_settings = {
             "train_micro_batch_size_per_gpu": 1,
