@@ -22,18 +22,20 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout
 
 def requests() -> list[Request]:
     return [
-        Request([1 + i, 2, 3], SamplingParams(temperature=i % 2, max_tokens=3 + 2 * i), group=i % 2, seed=i)
+        Request([1 + i, 2, 3], SamplingParams(temperature=i % 2, max_tokens=3 + i), group=i % 2, seed=i)
         for i in range(3)
     ]
 
 
-def tokens_of(engine: RolloutEngine, strategy: Strategy | str) -> list[list[int]]:
+def decoded(engine: RolloutEngine, strategy: Strategy | str) -> list[tuple[list[int], int]]:
+    """The tokens of each completion, and how many of them were accepted drafts."""
     engine.use_strategy(strategy)
-    return [rollout.token_ids for rollout in engine.generate(requests())]
+    return [(rollout.token_ids, rollout.stats.accepted) for rollout in engine.generate(requests())]
 
 
 def use_triton(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(gpu_tiles, "ATTENTION_PARTS", 2)  # few for the interpreter
+    patch.setattr(gpu_tiles, "_PROCESSORS", 1)  # few programs for the interpreter, which run all parts
+    patch.setattr(gpu_tiles, "ATTENTION_PARTS", 2)
     for module in (fusion_check, eagle3_network):
         patch.setattr(module, "load_kernels", lambda device, dtype: TritonKernels())
 
@@ -64,46 +66,38 @@ def engines(built, monkeypatch):
         "plain",
         pytest.param(Strategy("suffix", 3), marks=pytest.mark.ci),
         pytest.param("eagle3:2x2/3", marks=pytest.mark.ci),
-        pytest.param(Strategy("adversarial", 2), marks=pytest.mark.ci),
+        pytest.param(Strategy("eagle3", 2), marks=pytest.mark.slow),
+        pytest.param(Strategy("adversarial", 2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_the_tokens_are_those_of_the_cpu(engines, strategy):
+def test_what_is_decoded_is_what_the_cpu_decodes(engines, strategy):
     expected, engine = engines
-    assert tokens_of(engine, strategy) == tokens_of(expected, strategy)
+    assert decoded(engine, strategy) == decoded(expected, strategy)
     assert sum(engine.runner.graphs.replays.values()) == len(engine.records)
     assert not engine.runner.graphs.fallbacks
+    drafts = engine.drafters["eagle3"]._network.graphs
+    assert bool(drafts.replays) == ("eagle3" in str(strategy)) and not drafts.fallbacks
 
 
-@pytest.mark.ci
-def test_drafts_are_those_of_the_cpu(engines):
-    expected, engine = engines
-    made = []
-    for each in (expected, engine):
-        each.use_strategy(Strategy("eagle3", 2))
-        made.append([(r.token_ids, r.stats.accepted) for r in each.generate(requests())])
-    assert made[0] == made[1]
-    graphs = engine.drafters["eagle3"]._network.graphs
-    assert graphs.replays and not graphs.fallbacks
-
-
-@pytest.mark.ci
+@pytest.mark.slow
 def test_new_weights_reach_the_buckets(monkeypatch):
-    model, other = tiny_llama(layers=2, sharpness=4.0), tiny_llama(layers=2, seed=5, sharpness=4.0)
-    expected = tokens_of(engine_for(other, slots=3, context=40), "plain")
+    model, other = tiny_llama(layers=1, sharpness=4.0), tiny_llama(layers=1, seed=5, sharpness=4.0)
+    expected = decoded(engine_for(other, slots=3, context=40), "plain")
     use_triton(monkeypatch)
     engine = engine_for(model, slots=3, context=40, graphs=True)
-    before = tokens_of(engine, "plain")
+    before = decoded(engine, "plain")
     model.load_state_dict(other.state_dict())
     engine.refresh_weights()
-    assert tokens_of(engine, "plain") == expected != before
+    assert decoded(engine, "plain") == expected != before
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "qwen2"])
 def test_other_families_decode_on_them_too(kind, monkeypatch):
     """Norms of heads; four norms, a window that the first text outgrows and another activation; biases."""
-    model = families.tiny(families.BY_KIND[kind])
+    kinds = {} if kind != "gemma3_text" else {"layer_types": ["sliding_attention", "full_attention"]}
+    model = families.tiny(families.BY_KIND[kind], num_hidden_layers=2 if kinds else 1, **kinds)
     options = {"dtype": torch.float32, "max_slots": 2, "max_context": 40}
     wanted = [
         Request(list(range(1, 15)), SamplingParams(temperature=0, max_tokens=5)),

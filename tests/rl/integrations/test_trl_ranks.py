@@ -18,23 +18,16 @@ ZERO3 = {
 }
 
 
-def run(folder, policy, deepspeed, port):
+def run(folder, policy, deepspeed):
+    """What each rank saw with whole weights, and what each saw with ZeRO 3."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(port),
-    ]
-    script = ["-m", "tests.rl.integrations.trl_on_ranks", str(folder), str(policy), deepspeed]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["-m", "tests.rl.integrations.trl_on_ranks", str(folder), str(policy), str(deepspeed)]
     done = subprocess.run(
         [*command, *script],
         env=environment,
@@ -45,7 +38,10 @@ def run(folder, policy, deepspeed, port):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    return [
+        [json.loads((folder / kind / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+        for kind in ("whole", "parts")
+    ]
 
 
 @pytest.mark.ci
@@ -58,8 +54,7 @@ def test_zero3_draws_and_learns_as_whole_weights_do(tmp_path, monkeypatch):
     policy = fetch_policy("tiny-llama")
     settings = tmp_path / "zero3.json"
     settings.write_text(json.dumps(ZERO3))
-    whole = run(tmp_path / "whole", policy, "none", 29631)
-    parts = run(tmp_path / "parts", policy, str(settings), 29632)
+    whole, parts = run(tmp_path, policy, settings)
     for ranks in (whole, parts):
         assert max(ranks[0]["errors"] + ranks[1]["errors"]) == 0
         assert ranks[0]["tokens"] != ranks[1]["tokens"]

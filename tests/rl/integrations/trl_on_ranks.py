@@ -1,11 +1,15 @@
-"""A TRL trainer with our rollouts on several ranks, for tests: its arguments are an output directory, a
-policy and a DeepSpeed file (or ``none``). Writes what each rank saw to ``<output>/rank-N.json``."""
+"""TRL trainers with our rollouts on several ranks, for tests: one with whole weights, then one with ZeRO 3.
+
+Its arguments are an output directory, a policy and a DeepSpeed file. What each rank saw is written to
+``<output>/whole/rank-N.json`` and ``<output>/parts/rank-N.json``.
+"""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -17,10 +21,10 @@ from paceline.rl.sharding.gathering import full_parameters
 OUT, POLICY, DEEPSPEED = sys.argv[1:4]
 
 
-def main():
-    torch.set_num_threads(1)
+def train(out: Path, deepspeed: str | None) -> None:
+    AcceleratorState._reset_state()
     args = GRPOConfig(
-        output_dir=OUT,
+        output_dir=str(out),
         per_device_train_batch_size=4,
         num_generations=4,
         max_completion_length=24,
@@ -31,7 +35,7 @@ def main():
         bf16=False,
         logging_steps=1,
         save_steps=2,
-        deepspeed=None if DEEPSPEED == "none" else DEEPSPEED,
+        deepspeed=deepspeed,
     )
     drafter = {
         "draft_vocab_size": 48,
@@ -77,8 +81,10 @@ def main():
         "losses": losses,
         "norms": norms,
     }
-    Path(OUT, f"rank-{rank}.json").write_text(json.dumps(report))
+    (out / f"rank-{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    train(Path(OUT, "whole"), None)
+    train(Path(OUT, "parts"), DEEPSPEED)
