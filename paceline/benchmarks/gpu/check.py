@@ -34,6 +34,7 @@ from paceline.rl.process.invocation import command_line
 _ROOT = Path(__file__).parents[3]
 _TESTS = (
     "tests/rollout/test_gpu.py",
+    "tests/rollout/test_gpu_rows.py",
     "tests/rollout/native/test_triton_kernels.py",
     "tests/rl/learner/test_packed_attention.py",
     "tests/drafter_trainer/test_unrolled_attention.py",
@@ -115,24 +116,22 @@ def run(args: argparse.Namespace) -> None:
         _print(f"{card.name}: {card.bandwidth / 1e12:.2f} TB/s, {card.arithmetic / 1e12:.0f} TFLOP/s")
         if "tests" in args.parts:
             note(*run_tests())
-        for shape in args.shapes if "products" in args.parts else ():
-            products = measure_products(shape, card.bandwidth, _print)
-            for product in products:
-                results.add("products", product)
-            note(*product_checks(shape, products))
-        for shape in args.shapes if "shapes" in args.parts else ():
-            report = measure_shape(shape, card.bandwidth, shape == "1.5B", _print)
-            results.add("shapes", report)
-            note(*shape_checks(report))
-            del report
-            gc.collect()
-            torch.cuda.empty_cache()
+        for shape in args.shapes:
+            if "products" in args.parts:
+                products = measure_products(shape, card.bandwidth, _print)
+                for product in products:
+                    results.add("products", product)
+                note(*product_checks(shape, products))
+            if "shapes" in args.parts:
+                report = measure_shape(shape, card.bandwidth, shape == "1.5B", _print)
+                results.add("shapes", report)
+                note(*shape_checks(report))
+            _release_memory()
         if "update" in args.parts:
             update = measure_update(card.arithmetic, _print)
             results.put("update", [update])
             note(*update_checks(update))
-            gc.collect()
-            torch.cuda.empty_cache()
+            _release_memory()
         if "reasoner" in args.parts:
             reasoner = measure_reasoner(args.seconds, _print)
             results.put("reasoner", [reasoner])
@@ -142,6 +141,11 @@ def run(args: argparse.Namespace) -> None:
     _print(f"{len(checks) - failed} of {len(checks)} checks passed; results: {args.out}")
     if failed:
         raise SystemExit(1)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _print(line: str) -> None:
