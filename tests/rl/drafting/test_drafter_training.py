@@ -74,7 +74,7 @@ def test_a_start_that_does_not_fit_is_one_line(tmp_path, cache, monkeypatch, cap
 def test_losses_side_by_side(cache):
     bench = RolloutBench(load_config(ROOT / "configs/tiny.yaml"), None, 1, 64)
     lines: list[str] = []
-    rows = compare_losses(bench, seconds=0.5, sequences=16, log=lines.append)
+    rows = compare_losses(bench, seconds=1.5, sequences=16, log=lines.append)
     assert [row.variant for row in rows] == list(VARIANTS) and len(lines) == len(rows)
     assert all(row.updates > 0 and 1 <= row.drawn <= 5 and 1 <= row.likeliest <= 5 for row in rows)
 
