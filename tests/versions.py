@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "constraints"))
-from environment import InstallFailed, installed, make, make_over  # noqa: E402
+from environment import InstallFailed, installed, make, make_newest_over  # noqa: E402
 
 TESTS = (
     "tests/rollout",
@@ -77,7 +77,7 @@ def run_over(base: Path, quick: bool) -> Outcome:
     """Runs the tests on what is newer than the packages of an environment, if anything is."""
     folder = ROOT / ".venv-versions" / "over"
     try:
-        python = make_over(folder, base)
+        python = make_newest_over(folder, base)
     except InstallFailed as error:
         return _failed("newest", f"not installed: {error}")
     before, after = installed(base / "bin" / "python"), installed(python)

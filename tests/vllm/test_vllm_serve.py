@@ -15,6 +15,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import torch
+from transformers import LlamaForCausalLM
+
 from tests.engines import tiny_llama
 from tests.support import ROOT
 
@@ -85,6 +88,27 @@ def complete(policy, prompts, tokens=160):
     with urllib.request.urlopen(request, timeout=120) as answer:
         choices = json.loads(answer.read())["choices"]
     return [choice["token_ids"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+
+def greedy(policy, prompts, tokens):
+    """What transformers decodes."""
+    model = LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    found = model.generate(
+        torch.tensor(prompts), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return found[:, len(prompts[0]) :].tolist()
+
+
+@pytest.mark.ci
+def test_a_server_that_drafts_says_what_the_policy_says(policy, tmp_path):
+    """The plugin reaches the engine core's process, chooses depths there, and reports them."""
+    prompts = [[1 + i, 5, 6, 7] for i in range(4)]
+    with server(policy, tmp_path / "log", {"speculative": NGRAM}):
+        for _ in range(3):
+            assert complete(policy, prompts, 64) == greedy(policy, prompts, 64)
+        metrics = get("/metrics")
+    depths = re.findall(r'paceline:steps_total\{draft_depth="(\d)"\}', metrics)
+    assert len(depths) >= 2 and "paceline:speculation_on" in metrics
 
 
 def test_drafts_and_adaptivity_come_from_the_environment_and_survive_a_restart(policy, tmp_path):
