@@ -14,6 +14,7 @@ from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.config.run import RunConfig
+from paceline.rl.process.process_tuning import multiplies_bfloat16
 from paceline.rl.tasks.prompts import stable_seed
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
@@ -40,9 +41,12 @@ def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
 def spot_trainer(
     config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer
 ) -> SpotTrainer:
-    """Returns a trainer that starts from copies of ``model`` and distils ``policy`` into them."""
+    """Returns a trainer that starts from copies of ``model`` and distils ``policy`` into them.
+
+    It computes in the run's mixed precision, but in float32 where torch has no fast bfloat16.
+    """
     d, device = config.drafter, policy.device
-    enabled = config.policy.mixed_precision == "bf16"
+    enabled = config.policy.mixed_precision == "bf16" and multiplies_bfloat16(device)
     learners = [
         DrafterLearner(
             copy.deepcopy(model).to(device),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.decoding.served import ServedRow
@@ -17,9 +18,12 @@ from paceline.benchmarks.training.online import VARIANTS as ONLINE
 from paceline.benchmarks.training.online import compare_online
 from paceline.cli.drafter import warm_up_drafter
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.rl.drafting import factory
 from paceline.rl.drafting.factory import reward_weights
 from paceline.rl.process import process_tuning
 from paceline.rl.recipe import load_config
+from paceline.rollout import Request, SamplingParams
+from tests.engines import engine_for, tiny_eagle3, tiny_llama
 from tests.support import ROOT, train_here
 from tests.test_end_to_end import finish, steps_of, train
 
@@ -35,6 +39,31 @@ def warm_up(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     """``paceline warmup --drafter`` in this process, whose threads and allocator stay as they are."""
     monkeypatch.setattr(process_tuning, "fit_process", lambda local_world_size: None)
     warm_up_drafter(str(ROOT / "configs" / "tiny.yaml"), out, minutes=0.02)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_drafter_is_trained_in_bfloat16_where_the_machine_multiplies_it(monkeypatch, fast):
+    """Its traces are bfloat16 in both cases; an update in float32 is not rounded to it."""
+    target = tiny_llama(sharpness=8.0)
+    engine = engine_for(target, slots=4, context=60, dtype=torch.bfloat16, collect_traces=True)
+    config = load_config(ROOT / "configs/tiny.yaml", ["policy.mixed_precision=bf16"])
+    monkeypatch.setattr(factory, "multiplies_bfloat16", lambda device: fast)
+    trainer = factory.spot_trainer(config, target, tiny_eagle3(target), factory.trace_buffer(config, 0))
+    seen, product = set(), torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        made = product(x, weight, bias)
+        seen.add(made.dtype)
+        return made
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    wanted = [Request([1 + i, 2, 3], SamplingParams(max_tokens=20), seed=i) for i in range(6)]
+    trainer.buffer.begin_step()
+    trainer.buffer.add(engine.generate(wanted))
+    seen.clear()
+    asked = iter(range(40))
+    assert trainer.run(lambda: next(asked, None) is None).updates > 0
+    assert seen == {torch.bfloat16 if fast else torch.float32}
 
 
 @pytest.mark.ci

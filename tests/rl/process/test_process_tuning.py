@@ -1,12 +1,15 @@
-"""Threads of a rank: the user's word, else a share of the cores."""
+"""Threads of a rank: the user's word, else a share of the cores; and what its processor multiplies."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from paceline.rl.process.process_tuning import threads_of_rank
+from paceline.rl.process.process_tuning import multiplies_bfloat16, threads_of_rank
 from paceline.rollout.machine_limits import usable_cores
 from tests.support import ROOT
 
@@ -34,6 +37,14 @@ def test_a_share_of_what_a_cgroup_allows(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("paceline.rl.process.process_tuning.usable_cores", lambda: 24)
     assert [threads_of_rank(ranks) for ranks in (0, 1, 4, 7, 100)] == [24, 24, 6, 3, 1]
+
+
+def test_bfloat16_is_multiplied_where_there_are_instructions_for_it():
+    assert multiplies_bfloat16(torch.device("cuda"))
+    if platform.machine() == "x86_64":
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        expected = {"avx512bw", "avx512vl", "avx512dq"} <= flags or "avx_ne_convert" in flags
+        assert multiplies_bfloat16(torch.device("cpu")) == expected
 
 
 @pytest.mark.ci
