@@ -73,7 +73,7 @@ faults: setup
 test-vllm: peers
 	.venv-peers/bin/python -m pytest -q -m vllm tests/vllm
 
-# Those of them that CI runs: a server and its engine core, configured from outside.
+# The part of test-vllm that CI runs: a server and its engine core, configured by an environment variable.
 test-vllm-ci: peers
 	.venv-peers/bin/python -m pytest -q -m "vllm and ci" tests/vllm
 

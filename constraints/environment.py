@@ -209,6 +209,8 @@ def main() -> None:
     parser.add_argument("--versions", default="locked", help="locked, oldest, newest, or package==version,…")
     parser.add_argument("--over", type=Path, help="environment whose packages this one sees")
     args = parser.parse_intermixed_args()
+    if (args.over is None) == bool(args.wanted):
+        parser.error("requirements and --over go together: write both or neither")
     try:
         if args.over is None:
             make(args.folder, args.versions)

@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: The recipe cannot be read, has an unknown key or a value of a wrong type, or its values
             contradict each other. One line names the file or key and what to write.
     """
-    # imported here because the checks know what drafters and losses there are, and load torch for that
+    # imported here because the registries that it checks against import torch, which takes seconds
     from paceline.rl.validation.recipe import check
 
     config = read_config(path, overrides)

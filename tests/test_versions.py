@@ -37,7 +37,7 @@ def test_the_tests_that_other_versions_run_are_there():
 
 
 def test_the_locked_torch_is_the_makefiles(tmp_path):
-    """The peers' and pipelines' environments take it from there."""
+    """The pipelines' environment takes it from there."""
     script = tmp_path / "print.mk"
     script.write_text(f"include {ROOT / 'Makefile'}\nprint-torch:\n\t@echo $(TORCH)\n")
     said = subprocess.run(

@@ -75,7 +75,8 @@ def train(
 def _run_directory(config: str | None, overrides: list[str] | None, resume: Path | None) -> Path:
     """Returns the run's directory: that of ``--resume``, or the recipe's ``out``.
 
-    The ranks check the rest of the recipe, as soon as they have loaded what that takes seconds to load.
+    The ranks check the recipe's values: the checks need torch, which takes seconds to import, and which the
+    ranks import anyway.
     """
     from paceline.rl.recipe import read_config
 

@@ -48,4 +48,5 @@ class PolicyConfig:
 
     mixed_precision: Literal["bf16", "no"] = "bf16"
     """Precision of training's matrix products: ``bf16`` autocasts them, ``no`` computes in float32.
-    Parameters are float32 with both. The drafter trains in float32 on CPUs that cannot multiply bfloat16."""
+    Parameters are float32 with both. The drafter trains in float32 on CPUs without
+    instructions for bfloat16."""

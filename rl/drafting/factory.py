@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,12 +42,9 @@ def trace_buffer(config: RunConfig, rank: int) -> TraceBuffer:
 def spot_trainer(
     config: RunConfig, policy: PreTrainedModel, model: Eagle3Model, buffer: TraceBuffer
 ) -> SpotTrainer:
-    """Returns a trainer that starts from copies of ``model`` and distils ``policy`` into them.
-
-    It computes in the run's mixed precision, but in float32 where torch has no fast bfloat16.
-    """
+    """Returns a trainer that starts from copies of ``model`` and distils ``policy`` into them."""
     d, device = config.drafter, policy.device
-    enabled = config.policy.mixed_precision == "bf16" and multiplies_bfloat16(device)
+    autocast = drafter_autocast(device, config.policy.mixed_precision == "bf16")
     learners = [
         DrafterLearner(
             copy.deepcopy(model).to(device),
@@ -56,7 +54,7 @@ def spot_trainer(
             lr=d.lr * multiple,
             optimistic=d.optimistic,
             temperature=config.rollout.temperature,
-            autocast=lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled),
+            autocast=autocast,
         )
         for multiple in d.ensemble
     ]
@@ -64,6 +62,18 @@ def spot_trainer(
     return SpotTrainer(
         learners, buffer, budget=d.tokens_per_microbatch, judge_every=d.judge_every, likeliest=likeliest
     )
+
+
+def drafter_autocast(device: torch.device, mixed: bool = True) -> Callable[[], torch.autocast]:
+    """Returns the factory of the autocast in which a drafter trains on a device.
+
+    Args:
+        device: Device of the drafter.
+        mixed: Whether training is in mixed precision. It is in float32 all the same where torch has no
+            instructions for bfloat16.
+    """
+    enabled = mixed and multiplies_bfloat16(device)
+    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def reward_weights(rewards: Sequence[float], strength: float) -> list[float]:

@@ -53,7 +53,8 @@ def name_deepspeeds_device() -> None:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Returns whether torch multiplies bfloat16 matrices on a device with instructions for that.
 
-    On a CPU without AVX-512 (or NEON's bfloat16 instructions) it does so seven times as slowly as float32.
+    On a CPU without AVX-512 (or NEON's bfloat16 instructions) such products take seven times as long
+    as those of float32.
     The engine's own kernels do not depend on this.
     """
     if device.type != "cpu":

@@ -56,7 +56,7 @@ class ZeroSharded(TrainedModule):
             settings.grad_clip,
             accelerator.is_main_process,
         )
-        # DeepSpeed calls by their old names what torch warns of at every call
+        # DeepSpeed calls functions that torch has renamed, and torch warns at every call
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         self.in_lockstep = self._stage >= 2  # from stage 2 on, every backward pass scatters gradients
         fixed_settings = {

@@ -95,7 +95,7 @@ def _create_dataset(dataset: DatasetConfig, size: int, seed: int) -> Any:
         UserError: If the data set is unknown, or rejects its parameters.
     """
     with warnings.catch_warnings():
-        # a package below it compares strings by identity, which Python says on a machine's first import
+        # cellpylib, which it imports, compares strings with `is`: Python warns when it compiles that
         warnings.simplefilter("ignore", SyntaxWarning)
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -19,9 +19,10 @@ from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
+from paceline.rl.drafting.factory import drafter_autocast
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.process.invocation import command_line
-from paceline.rl.process.process_tuning import fit_process, multiplies_bfloat16
+from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
 from paceline.rollout import PLAIN, Rollout, RolloutEngine
 from paceline.rollout.drafters.eagle3_model import eagle3_config
@@ -107,7 +108,7 @@ def compare_losses(
     vocabulary = choose_vocabulary(
         texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
     )
-    rows, fast_bfloat16 = [], multiplies_bfloat16(torch.device("cpu"))
+    rows = []
     for name, (objective, optimistic) in VARIANTS.items():
         config = eagle3_config(bench.policy.config, len(vocabulary), bench.taps)
         learner = DrafterLearner(
@@ -117,7 +118,7 @@ def compare_losses(
             objective,
             lr=bench.config.drafter.lr,
             temperature=bench.config.rollout.temperature,
-            autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=fast_bfloat16),
+            autocast=drafter_autocast(torch.device("cpu")),
             optimistic=optimistic,
         )
         buffer = TraceBuffer(passes=_UNLIMITED, seed=0)

@@ -71,7 +71,7 @@ def test_a_failed_write_is_told_and_costs_nothing_else(tmp_path):
     assert snapshots.wait() is None
 
 
-# writes each folder that it reads of in a process of its own, which says its number and is killed
+# For each folder named on its input, forks a process that prints its number and writes snapshots without end.
 WRITERS = """
 import os, sys
 from pathlib import Path
