@@ -193,13 +193,13 @@ def test_following_a_draft_samples_along_its_accepted_path():
         )
         return int(token), float(logprob)
 
-    # nodes 2 and 4 agree with what is sampled after their parents, and so does a node of another branch, 6
+    # nodes of other branches hold tokens of the paths, too: one before the node on the path, one after it
     drafted = torch.full((4, width), 1)
     wanted = {0: [0, 2, 4], 1: [1, 5, 6], 2: [0, 2], 3: []}
     for sequence, path in wanted.items():
         for depth, node in enumerate(path):
             drafted[sequence, node] = sampled(sequence, parents[node], depth)[0]
-    drafted[0, 6] = drafted[0, 4]
+    drafted[0, 6], drafted[1, 2] = drafted[0, 4], drafted[1, 5]
     found = KERNELS.follow(
         logits,
         first,
