@@ -108,7 +108,7 @@ def follow(
         token, logprob = _sample(logits, blocks, row, temperature, uniform, vocab, BLOCK, COUNT)
         tl.store(tokens + at, token)
         tl.store(logprobs + at, logprob)
-        node = tl.min(tl.where(inside & (parents == node) & (children == token), place, NODES), 0)
+        node = tl.min(tl.where((parents == node) & (children == token), place, NODES), 0)
         descends = node < NODES
         tl.store(path + sequence * width + depth, node, mask=descends)
         depth += descends.to(tl.int32)
