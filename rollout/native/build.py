@@ -115,7 +115,7 @@ def build_library(source: Path = SOURCE) -> Path:
     compiler = next(
         (
             path
-            for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
+            for name in (os.environ.get("CXX"), "g++", "c++")
             if name and (path := shutil.which(name))
         ),
         None,

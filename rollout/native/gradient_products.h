@@ -8,12 +8,12 @@
 #include <omp.h>
 
 #include "product.h"
-#include "product_rows.h"
+#include "product_blocks.h"
 
 namespace {
 
-constexpr int kGradientRows = kWide ? 8 : 2;  // rows of a weight's gradient whose sums fit into the registers
-constexpr int64_t kPanelsTogether = 16;  // panels of rows in one work item
+constexpr int kGradientRows = 8;         // rows of a weight's gradient whose sums fit into the registers of AVX-512
+constexpr int64_t kPanelsTogether = 16;  // panels of rows or columns in one work item
 
 // Returns 16 pairs of numbers from two rows; a row past the end is null and counts as zeros.
 inline Words pair_of_rows(const bfloat16* low, const bfloat16* high) {
@@ -78,6 +78,48 @@ inline void gradient_on_vectors(const bfloat16* left, int64_t rows, const bfloat
   }
 }
 
+// Converts tokens `token` to `token` + depth of rows `begin` and following, which lie as `pack_transposed` left them, to
+// floats [groups, kDepth, kBlockRows].
+inline void unpack_groups(const bfloat16* packed, int64_t begin, const RowGroups& groups, int64_t steps, int64_t token, int64_t depth, float* out) {
+  alignas(64) float values[kDepth * kLanes];
+  for (int64_t first = 0; first < groups.rows; first += kLanes) {
+    const int64_t row = begin + first, end = first + kLanes;
+    unpack_panel(packed + row / kPanel * steps * kPanelStep + row % kPanel * kStep, token, depth, values);
+    for (int64_t group = 0; group < groups.count; ++group)
+      for (int64_t r = std::max(first, groups.first(group)); r < std::min(end, groups.first(group + 1)); ++r)
+        for (int64_t k = 0; k < depth; ++k)
+          out[(group * kDepth + k) * kBlockRows + r - groups.first(group)] = values[k * kLanes + r - first];
+  }
+}
+
+// Does what gradient_on_vectors does, with activations that are converted to float32 a block at a time.
+inline void gradient_in_blocks(const bfloat16* left, int64_t rows, const bfloat16* right, int64_t columns, int64_t steps, float* out) {
+  constexpr int64_t kColumnsTogether = kPanelsTogether * kPanel;
+  const int64_t across = (columns + kColumnsTogether - 1) / kColumnsTogether, down = (rows + kRowsTogether - 1) / kRowsTogether;
+#pragma omp parallel
+  {
+    alignas(64) float values[kDepth * kLanes];
+    std::vector<float> floats((kRowsTogether + kBlockRows) * kDepth);
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < down * across; ++item) {
+      const int64_t begin = item / across * kRowsTogether, column = item % across * kColumnsTogether;
+      const RowGroups groups{std::min(kRowsTogether, rows - begin)};
+      for (int64_t token = 0; token < steps * kStep; token += kDepth) {
+        const int64_t depth = std::min(kDepth, steps * kStep - token);
+        unpack_groups(left, begin, groups, steps, token, depth, floats.data());
+        for (int64_t n = column; n < std::min(columns, column + kColumnsTogether); n += kLanes) {
+          unpack_panel(right + n / kPanel * steps * kPanelStep + n % kPanel * kStep, token, depth, values);
+          for (int64_t group = 0; group < groups.count; ++group) {
+            float* sums = out + (begin + groups.first(group)) * columns + n;
+            for (int64_t r = 0; r < kBlockRows; ++r) __builtin_prefetch(sums + (groups.size(group) + r) * columns, 1, 2);
+            add_rows(groups.size(group), floats.data() + group * kDepth * kBlockRows, values, depth, sums, columns);
+          }
+        }
+      }
+    }
+  }
+}
+
 #ifdef PACELINE_TILES
 
 // Does what gradient_on_vectors does, on matrix units.
@@ -116,6 +158,7 @@ inline void weight_gradient(const bfloat16* left, int64_t rows, const bfloat16* 
 #ifdef PACELINE_TILES
   if (tiles_granted()) return gradient_on_tiles(left, rows, right, columns, steps, out);
 #endif
+  if (!kWide) return gradient_in_blocks(left, rows, right, columns, steps, out);
   gradient_on_vectors(left, rows, right, columns, steps, out);
 }
 

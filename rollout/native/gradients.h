@@ -68,13 +68,18 @@ inline void gate_backward(const bfloat16* x, const bfloat16* of_output, int64_t 
     }
 }
 
-// Keeps a vector that several products read in its register; the compiler would load it again for each.
-inline Floats held(Floats x) {
-#ifdef __AVX512F__
+// Loads a register that several products read; the compiler would load it again for each.
+inline FloatPart held(const float* p) {
+  FloatPart x = load_part(p);
+#if defined(__AVX512F__)
   asm("" : "+v"(x));
+#elif defined(__AVX__)
+  asm("" : "+x"(x));
 #endif
   return x;
 }
+
+inline void store_part(float* p, FloatPart x) { std::memcpy(p, &x, sizeof x); }
 
 // The packed sequences of an update, one prompt after the other, each followed by its samples. A token sees the tokens
 // before it in its piece, and those of a sample see their prompt.
@@ -119,7 +124,8 @@ class AttentionGradient {
 
  private:
   static constexpr int64_t kDim = kVectors * kLanes;
-  static constexpr int64_t kSlack = 2 * kLanes;  // read and written past the last key
+  static constexpr int64_t kKeysTogether = 2 * kPartLanes;  // keys whose scores are computed together
+  static constexpr int64_t kSlack = 2 * kLanes;             // read and written past the last key
 
   // Keys from `source` on; their scores begin at `at` in a row.
   struct Range {
@@ -197,11 +203,11 @@ class AttentionGradient {
   // Computes the scores of kRows rows against `length` keys, and the gradients of their weights.
   template <int kRows>
   void products(int64_t r, int64_t source, int64_t length, int64_t at) {
-    for (int64_t j = 0; j < length; j += kSlack) {
-      Floats scores[kRows][2] = {}, grads[kRows][2] = {};
+    for (int64_t j = 0; j < length; j += kKeysTogether) {
+      FloatPart scores[kRows][2] = {}, grads[kRows][2] = {};
       for (int64_t d = 0; d < kDim; ++d) {
         const float *key = keys_by_dim_ + d * stride_ + source + j, *value = values_by_dim_ + d * stride_ + source + j;
-        const Floats k0 = held(load(key)), k1 = held(load(key + kLanes)), v0 = held(load(value)), v1 = held(load(value + kLanes));
+        const FloatPart k0 = held(key), k1 = held(key + kPartLanes), v0 = held(value), v1 = held(value + kPartLanes);
         for (int i = 0; i < kRows; ++i) {
           const float q = queries_[(r + i) * kDim + d], g = of_heads_[(r + i) * kDim + d];
           scores[i][0] += k0 * q, scores[i][1] += k1 * q, grads[i][0] += v0 * g, grads[i][1] += v1 * g;
@@ -209,7 +215,7 @@ class AttentionGradient {
       }
       for (int i = 0; i < kRows; ++i) {
         float *score = weights_ + (r + i) * stride_ + at + j, *grad = of_scores_ + (r + i) * stride_ + at + j;
-        store(score, scores[i][0]), store(score + kLanes, scores[i][1]), store(grad, grads[i][0]), store(grad + kLanes, grads[i][1]);
+        for (int p = 0; p < 2; ++p) store_part(score + p * kPartLanes, scores[i][p]), store_part(grad + p * kPartLanes, grads[i][p]);
       }
     }
   }
@@ -260,43 +266,44 @@ class AttentionGradient {
 
   template <int kKeys>
   void spread_over(const float* weights, const float* rows_of, int64_t rows, float* target) {
-    for_vectors([&](int64_t d, auto vectors) {
-      Floats sums[kKeys][vectors.value];
+    for_parts<(kWide ? 4 : 2)>([&](int64_t d, auto parts) {
+      FloatPart sums[kKeys][parts.value];
       for (int k = 0; k < kKeys; ++k)
-        for (int v = 0; v < vectors.value; ++v) sums[k][v] = load(target + k * kDim + d + v * kLanes);
+        for (int p = 0; p < parts.value; ++p) sums[k][p] = load_part(target + k * kDim + d + p * kPartLanes);
       for (int64_t r = 0; r < rows; ++r)
-        for (int v = 0; v < vectors.value; ++v) {
-          const Floats x = held(load(rows_of + r * kDim + d + v * kLanes));
-          for (int k = 0; k < kKeys; ++k) sums[k][v] += x * weights[r * stride_ + k];
+        for (int p = 0; p < parts.value; ++p) {
+          const FloatPart x = held(rows_of + r * kDim + d + p * kPartLanes);
+          for (int k = 0; k < kKeys; ++k) sums[k][p] += x * weights[r * stride_ + k];
         }
       for (int k = 0; k < kKeys; ++k)
-        for (int v = 0; v < vectors.value; ++v) store(target + k * kDim + d + v * kLanes, sums[k][v]);
+        for (int p = 0; p < parts.value; ++p) store_part(target + k * kDim + d + p * kPartLanes, sums[k][p]);
     });
   }
 
-  // Calls `part` for the vectors of a head, at most four at a time, with the first dimension and their number.
-  template <int kFrom = 0, typename Part>
-  static void for_vectors(Part part) {
-    if constexpr (kFrom < kVectors) {
-      constexpr int count = std::min(4, kVectors - kFrom);
-      part(kFrom * kLanes, std::integral_constant<int, count>{});
-      for_vectors<kFrom + count>(part);
+  // Calls `body` for the registers of a head, at most kMost at a time, with the first dimension and their number.
+  template <int kMost, int kFrom = 0, typename Body>
+  static void for_parts(Body body) {
+    constexpr int kAll = kVectors * kParts;
+    if constexpr (kFrom < kAll) {
+      constexpr int count = std::min(kMost, kAll - kFrom);
+      body(kFrom * kPartLanes, std::integral_constant<int, count>{});
+      for_parts<kMost, kFrom + count>(body);
     }
   }
 
   // Computes the gradients of kRows queries.
   template <int kRows>
   void gather(int64_t r, int64_t own) {
-    for_vectors([&](int64_t d, auto vectors) {
-      Floats sums[kRows][vectors.value] = {};
+    for_parts<4>([&](int64_t d, auto parts) {
+      FloatPart sums[kRows][parts.value] = {};
       for (const Range& range : {Range{0, prompt_, 0}, Range{own_, own, prompt_}})
         for (int64_t j = 0; j < range.length; ++j)
-          for (int v = 0; v < vectors.value; ++v) {
-            const Floats key = held(load(keys_ + (range.source + j) * kDim + d + v * kLanes));
-            for (int i = 0; i < kRows; ++i) sums[i][v] += key * of_scores_[(r + i) * stride_ + range.at + j];
+          for (int p = 0; p < parts.value; ++p) {
+            const FloatPart key = held(keys_ + (range.source + j) * kDim + d + p * kPartLanes);
+            for (int i = 0; i < kRows; ++i) sums[i][p] += key * of_scores_[(r + i) * stride_ + range.at + j];
           }
       for (int i = 0; i < kRows; ++i)
-        for (int v = 0; v < vectors.value; ++v) store(of_queries_ + (r + i) * kDim + d + v * kLanes, sums[i][v] * rule_.scale);
+        for (int p = 0; p < parts.value; ++p) store_part(of_queries_ + (r + i) * kDim + d + p * kPartLanes, sums[i][p] * rule_.scale);
     });
   }
 

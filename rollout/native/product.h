@@ -7,6 +7,7 @@
 
 #include <omp.h>
 
+#include "product_blocks.h"
 #include "product_rows.h"
 #include "tiles.h"
 
@@ -128,6 +129,7 @@ inline void multiply_packed_any(const bfloat16* x, int64_t rows, const bfloat16*
 #ifdef PACELINE_TILES
   if (tiles_granted()) return multiply_packed(x, rows, packed, outputs, inputs, bias, residual, out);
 #endif
+  if (!kWide && rows >= kBlocksFrom) return multiply_blocks(x, rows, packed, outputs, inputs, bias, residual, out);
   multiply_rows(x, rows, packed, outputs, inputs, bias, residual, out);
 }
 

@@ -1,4 +1,4 @@
-// Vectors of 16 lanes in GCC/Clang extensions: one register with AVX-512, several narrower ones without.
+// Vectors of 16 lanes in GCC's extensions: one register with AVX-512, several narrower ones without.
 //
 // A compiler keeps a vector that is wider than its registers in memory, and loads and stores it in every operation.
 // Without AVX-512 a vector is therefore a struct of vectors that do fit. Arrays of such structs stay in memory all the
@@ -7,6 +7,10 @@
 
 #include <cstdint>
 #include <cstring>
+
+#ifdef __clang__
+#error the kernels need GCC, because clang would start OpenMP threads of its own beside those of torch: install g++
+#endif
 
 namespace {
 

@@ -222,6 +222,17 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "paceline" / "native"
 
 
+def test_clang_is_refused(monkeypatch, tmp_path):
+    """Its OpenMP library and torch's would each answer for the other's threads: work would be done twice."""
+    clang = tmp_path / "clang++"
+    clang.write_text('#!/bin/sh\nexec g++ -D__clang__ "$@"\n')
+    clang.chmod(0o755)
+    monkeypatch.setenv("CXX", str(clang))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build.NativeUnavailable, match="clang.* could not build .* need GCC, .* install g\\+\\+"):
+        build.build_library()
+
+
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
     """Writes the number of its runs; what it makes is a real library, copied."""
