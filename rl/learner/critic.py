@@ -21,6 +21,7 @@ from paceline.rl.learner.moments import restore_moments
 from paceline.rl.learner.packed_attention import PACKED_ATTENTION
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import decoder_of, turn_off_dropout
+from paceline.rl.process.process_tuning import without_slow_bfloat16
 from paceline.rl.sharding import AdamWSettings, FullState, gather_full_state, shard
 from paceline.rl.types import TrainingSample
 from paceline.rollout.transformers_api import use_attention
@@ -44,10 +45,14 @@ class ValueModel(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Returns the value before each target, float32 [M]."""
-        output = self.decoder(
-            input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
-        )
-        return self.head(output.last_hidden_state[0, batch.predict])[:, 0].float()
+        with without_slow_bfloat16(batch.tokens.device):
+            output = self.decoder(
+                input_ids=batch.tokens[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                packed=batch,
+            )
+            return self.head(output.last_hidden_state[0, batch.predict])[:, 0].float()
 
 
 @dataclass(slots=True)

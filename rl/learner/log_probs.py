@@ -16,6 +16,7 @@ from paceline.rl.learner.packed_attention import PACKED_ATTENTION
 from paceline.rl.learner.packing import PackedBatch
 from paceline.rl.learner.packing_check import check_head, check_packing, decoder_of, turn_off_dropout
 from paceline.rl.memory.activations import head_rows
+from paceline.rl.process.process_tuning import without_slow_bfloat16
 from paceline.rollout.model.shape import check_family
 from paceline.rollout.text_limits import text_limit
 from paceline.rollout.transformers_api import use_attention
@@ -80,6 +81,13 @@ class PolicyLogProbs(nn.Module):
         if isinstance(fused, FusedPolicy):
             logprob, entropy = fused.scores(batch, temperature)
             return logprob, entropy if entropy_gradient else entropy.detach()
+        with without_slow_bfloat16(self.policy.device):
+            return self._scores_of_modules(batch, temperature, entropy_gradient)
+
+    def _scores_of_modules(
+        self, batch: PackedBatch, temperature: float, entropy_gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what `forward` does, on transformers' modules."""
         hidden = decoder_of(self.policy)(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -60,6 +61,14 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def without_slow_bfloat16(device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context in which modules compute in float32 where torch is slow in the autocast's bfloat16.
+
+    The parameters that are trained are float32, so that nothing is converted.
+    """
+    return nullcontext() if multiplies_bfloat16(device) else torch.autocast(device.type, enabled=False)
 
 
 def release_freed_memory() -> None:

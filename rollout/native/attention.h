@@ -10,10 +10,11 @@ namespace {
 
 constexpr int64_t kAhead = 12;  // prefetch distance in keys
 
+#ifdef __AVX512F__
+
 // Returns the sums of 16 vectors, in order. Folding two vectors into one at a time takes a third of the work of 16
 // separate sums.
 inline Floats sum_each(const Floats* v) {
-#ifdef __AVX512F__
   Floats eight[8], four[4], two[2];
   for (int i = 0; i < 8; ++i)
     eight[i] = __builtin_shuffle(v[i], v[i + 8], Ints{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
@@ -26,11 +27,6 @@ inline Floats sum_each(const Floats* v) {
              __builtin_shuffle(four[i], four[i + 2], Ints{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
   return __builtin_shuffle(two[0], two[1], Ints{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}) +
          __builtin_shuffle(two[0], two[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
-#else
-  alignas(64) float sums[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) sums[i] = sum(v[i]);
-  return load(sums);
-#endif
 }
 
 // Computes the scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.
@@ -88,15 +84,63 @@ void weigh_rows(const float* weights, const T* values, int64_t count, float* out
     for (int i = 0; i < kVectors; ++i) store(out + r * dim + i * kLanes, sums[r][i]);
 }
 
-// Calls `block` for `rows` rows, in blocks that fit into the registers.
-template <int kVectors, typename Block>
+#else
+
+template <typename T>
+void prefetch_line(const T* line, int64_t dim) {
+  for (size_t at = 0; at < dim * sizeof(T); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(line) + at, 0, 3);
+}
+
+// Computes the scores of kRows query rows against `count` keys. Sums of one key are all that few registers hold.
+template <typename T, int kVectors, int kRows>
+void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
+  constexpr int64_t dim = kVectors * kLanes;
+  for (int64_t j = 0; j < count; ++j) {
+    prefetch_line(keys + (j + kAhead) * dim, dim);
+    prefetch_line(values + j * dim, dim);
+    FloatPart sums[kRows][kParts] = {};
+    for (int64_t d = 0; d < dim; d += kLanes)
+      for (int p = 0; p < kParts; ++p) {
+        const FloatPart key = load_part(keys + j * dim + d + p * kPartLanes);
+        for (int r = 0; r < kRows; ++r) sums[r][p] += key * load_part(query + r * dim + d + p * kPartLanes);
+      }
+    for (int r = 0; r < kRows; ++r) scores[r * kChunk + j] = sum(joined(sums[r]));
+  }
+}
+
+// Computes the sums of `count` values weighted by kRows rows of weights, 16 dimensions at a time.
+template <typename T, int kVectors, int kRows>
+void weigh_rows(const float* weights, const T* values, int64_t count, float* out) {
+  constexpr int64_t dim = kVectors * kLanes;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    FloatPart sums[kRows][kParts] = {};
+    for (int64_t j = 0; j < count; ++j)
+      for (int p = 0; p < kParts; ++p) {
+        const FloatPart value = load_part(values + j * dim + d + p * kPartLanes);
+        for (int r = 0; r < kRows; ++r) sums[r][p] += weights[r * kChunk + j] * value;
+      }
+    for (int r = 0; r < kRows; ++r) store(out + r * dim + d, joined(sums[r]));
+  }
+}
+
+#endif
+
+// Rows of a head of kVectors vectors whose sums fit into the registers.
+template <int kVectors>
+constexpr int rows_together() {
+  if (kWide) return kVectors <= 4 ? 4 : kVectors <= 8 ? 2 : 1;
+  return kRegisters / kParts >= 8 ? 4 : 2;
+}
+
+// Calls `block` for `rows` rows, in blocks of at most kMost, which is 4, 2 or 1.
+template <int kMost, typename Block>
 void for_row_blocks(int64_t rows, Block block) {
   int64_t r = 0;
-  if constexpr (kWide && kVectors <= 4)
+  if constexpr (kMost == 4)
     for (; r + 4 <= rows; r += 4) block(r, std::integral_constant<int, 4>{});
-  if constexpr (kWide && kVectors <= 4)
+  if constexpr (kMost == 4)
     for (; r + 3 <= rows; r += 3) block(r, std::integral_constant<int, 3>{});
-  if constexpr (kVectors <= 8)
+  if constexpr (kMost >= 2)
     for (; r + 2 <= rows; r += 2) block(r, std::integral_constant<int, 2>{});
   for (; r < rows; ++r) block(r, std::integral_constant<int, 1>{});
 }
@@ -152,7 +196,7 @@ class VectorUnits {
       const T* source = query + s.head_of(item, r) * kDim;
       for (int64_t i = 0; i < kDim; i += kLanes) store(scaled_ + r * kDim + i, load(source + i) * rule.scale);
     }
-    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    for_row_blocks<rows_together<kVectors>()>(rows, [&](int64_t r, auto block) {
       score_rows<T, kVectors, block.value>(scaled_ + r * kDim, keys, values, item.count, scores_ + r * kChunk);
     });
     for (int64_t r = 0; r < rows; ++r) {
@@ -212,7 +256,7 @@ class VectorUnits {
   }
 
   void weigh(const T* values, int64_t rows, int64_t count, const Partial& out) {
-    for_row_blocks<kVectors>(rows, [&](int64_t r, auto block) {
+    for_row_blocks<rows_together<kVectors>()>(rows, [&](int64_t r, auto block) {
       weigh_rows<T, kVectors, block.value>(scores_ + r * kChunk, values, count, out.weighted + r * kDim);
     });
   }

@@ -113,11 +113,7 @@ def build_library(source: Path = SOURCE) -> Path:
         NativeUnavailable: There is no compiler, or it fails; the message is one line.
     """
     compiler = next(
-        (
-            path
-            for name in (os.environ.get("CXX"), "g++", "c++")
-            if name and (path := shutil.which(name))
-        ),
+        (path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))),
         None,
     )
     if compiler is None:

@@ -186,7 +186,7 @@ class AttentionGradient {
       rotated(n, index, h_.query_gain, rule_.scale, queries_ + r * kDim);
       for (int64_t d = 0; d < kDim; d += kLanes) store(of_heads_ + r * kDim + d, load(of_output_ + (n * h_.heads + index) * kDim + d));
     }
-    for_row_blocks<4>(rows, [&](int64_t r, auto size) {
+    for_row_blocks<(kWide ? 4 : 2)>(rows, [&](int64_t r, auto size) {
       products<size.value>(r, 0, prompt_, 0);
       products<size.value>(r, own_, own, prompt_);
     });
@@ -195,7 +195,7 @@ class AttentionGradient {
       spread(weights_ + range.at, of_heads_, rows, of_values_ + range.source * kDim, range.length);
       spread(of_scores_ + range.at, queries_, rows, of_keys_ + range.source * kDim, range.length);
     }
-    for_row_blocks<4>(rows, [&](int64_t r, auto size) { gather<size.value>(r, own); });
+    for_row_blocks<(kWide ? 4 : 2)>(rows, [&](int64_t r, auto size) { gather<size.value>(r, own); });
     for (int64_t r = 0; r < rows; ++r)
       rotate_back(of_queries_ + r * kDim, first_ + token + r % count, kv_ * group_ + r / count, h_.query_gain, of_gains_);
   }

@@ -11,11 +11,6 @@
 
 namespace {
 
-#ifdef __aarch64__
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
-#endif
 constexpr int kBlockRows = (kRegisters - 1) / kParts - 1;  // their sums fit into registers, beside weights and an input
 constexpr int64_t kBlocksFrom = 4;                         // fewer rows do not pay for converting the weights
 constexpr int64_t kDepth = 256;                            // inputs of a block of weights: 16 KB, for the first cache
@@ -112,12 +107,15 @@ inline void multiply_block_rows(const bfloat16* x, int64_t rows, const bfloat16*
   }
 }
 
-// Does what multiply_block_rows does for any number of rows.
+// Does what multiply_block_rows does for any number of rows, in pieces of nearly equal size.
 inline void multiply_blocks(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
                             const bfloat16* bias, const bfloat16* residual, bfloat16* out) {
-  for (int64_t row = 0; row < rows; row += kRowsTogether)
-    multiply_block_rows(x + row * inputs, std::min(kRowsTogether, rows - row), packed, outputs, inputs, bias,
+  const int64_t pieces = (rows + kRowsTogether - 1) / kRowsTogether;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t row = rows * piece / pieces, end = rows * (piece + 1) / pieces;
+    multiply_block_rows(x + row * inputs, end - row, packed, outputs, inputs, bias,
                         residual == nullptr ? nullptr : residual + row * outputs, out + row * outputs);
+  }
 }
 
 }  // namespace

@@ -23,7 +23,12 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 constexpr int kParts = 64 / kRegister, kPartLanes = kLanes / kParts;
-constexpr bool kWide = kParts == 1;  // with AVX-512 there are 32 registers of 16 lanes, else 16 narrower ones
+constexpr bool kWide = kParts == 1;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;  // of a core
+#else
+constexpr int kRegisters = 16;
+#endif
 
 typedef float FloatPart __attribute__((vector_size(kRegister)));
 typedef uint32_t WordPart __attribute__((vector_size(kRegister)));

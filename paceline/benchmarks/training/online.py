@@ -22,7 +22,7 @@ from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
 from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.config.run import RunConfig
-from paceline.rl.drafting.factory import spot_trainer, trace_buffer
+from paceline.rl.drafting.factory import drafter_autocast, spot_trainer, trace_buffer
 from paceline.rl.drafting.shared import SharedDrafter
 from paceline.rl.monitoring.tracker import Tracker
 from paceline.rl.process.invocation import command_line
@@ -164,7 +164,6 @@ class _SideBySide(SharedDrafter):
         embed, head = copy.deepcopy(
             (self._policy.get_input_embeddings(), self._policy.get_output_embeddings())
         )
-        autocast = partial(torch.autocast, self._policy.device.type, dtype=torch.bfloat16)
         objective = Objective(unroll=_CHAIN)
         learner = DrafterLearner(
             self._start,
@@ -173,7 +172,7 @@ class _SideBySide(SharedDrafter):
             objective,
             lr=1.0,
             temperature=self._temperature,
-            autocast=autocast,
+            autocast=drafter_autocast(self._policy.device),
         )
         return _Judge(pieces, learner)
 

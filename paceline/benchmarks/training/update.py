@@ -22,7 +22,11 @@ from paceline.rl.models.initial import starting_policy
 from paceline.rl.models.loading import load_policy
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
-from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.process.process_tuning import (
+    fit_process,
+    multiplies_bfloat16,
+    without_slow_bfloat16,
+)
 from paceline.rl.recipe import load_config
 from paceline.rollout.native.build import instruction_set, runnable_instruction_sets
 
@@ -105,7 +109,8 @@ def measure_update(config: RunConfig, groups: int = 2, repeats: int = 3) -> list
             seconds = _timed(method)
             if number > 0:  # the first pass warms up
                 fastest[name] = min(fastest[name], seconds)
-    parameters, speed = padded.num_parameters(), product_speed(torch.bfloat16)
+    fastest_dtype = torch.bfloat16 if multiplies_bfloat16(padded.device) else torch.float32
+    parameters, speed = padded.num_parameters(), product_speed(fastest_dtype)
     tokens = sum(row.length for row in alone)
     return [
         UpdateMeasurement(name, tokens, fastest[name], 6 * parameters * sum(r.length for r in used) / speed)
@@ -145,7 +150,7 @@ def _padded_pass(model: PreTrainedModel, rows: list[PromptRow]) -> None:
         sequences = [[*row.prompt, *row.samples[0].tokens] for row in part]
         ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
         mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16), without_slow_bfloat16(ids.device):
             logits = model(input_ids=ids, attention_mask=mask).logits
         logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         (logprobs * mask[:, 1:]).sum().backward()

@@ -18,10 +18,12 @@ from transformers import (
 
 from paceline.rl.config.scale import ScaleConfig
 from paceline.rl.errors import UserError
+from paceline.rl.learner.critic import ValueModel
 from paceline.rl.learner.fused.fused_policy import FusedPolicy, UnsupportedPolicy
 from paceline.rl.learner.log_probs import PolicyLogProbs
 from paceline.rl.learner.packing import PackedBatch, PromptRow, Sample, pack
 from paceline.rl.models.loading import recompute_activations
+from paceline.rl.process import process_tuning
 from paceline.rl.recipe import load_config
 from paceline.rl.sharding import AdamWSettings, shard
 from paceline.rollout import Request, RolloutEngine, SamplingParams
@@ -96,8 +98,9 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_float32s_up_to_rounding(family):
+def test_gradients_are_float32s_up_to_rounding(family, monkeypatch):
     """As near to them as under autocast, whose residual stream is float32, or less than twice as far."""
+    monkeypatch.setattr(process_tuning, "multiplies_bfloat16", lambda device: True)
     model = policy_of(FAMILIES[family])
     plain, fused = PolicyLogProbs(copy.deepcopy(model), fuse=False), PolicyLogProbs(model)
     exact_outputs = plain(BATCH, 0.8, True)
@@ -108,6 +111,25 @@ def test_gradients_are_float32s_up_to_rounding(family):
     for found, expected in zip(outputs, exact_outputs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
     assert error(gradients(fused, outputs), exact) < 2 * error(cast, exact)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=["with", "without"]
+)
+def test_modules_compute_in_what_torch_multiplies_fast(monkeypatch, instructions, dtype):
+    """Torch has instructions for bfloat16 on few processors; the critic never runs on the kernels."""
+    monkeypatch.setattr(process_tuning, "multiplies_bfloat16", lambda device: instructions)
+    model = policy_of(FAMILIES["tied"])
+    policy, critic = PolicyLogProbs(copy.deepcopy(model), fuse=False), ValueModel(model)
+    seen = set()
+    for module in (policy, critic):
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda _layer, _inputs, out: seen.add(out.dtype))
+    in_bfloat16(policy, BATCH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        critic(BATCH).sum().backward()
+    assert seen == {dtype}
 
 
 def test_gradients_add_up_over_micro_batches():

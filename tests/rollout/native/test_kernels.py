@@ -229,7 +229,9 @@ def test_clang_is_refused(monkeypatch, tmp_path):
     clang.chmod(0o755)
     monkeypatch.setenv("CXX", str(clang))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(build.NativeUnavailable, match="clang.* could not build .* need GCC, .* install g\\+\\+"):
+    with pytest.raises(
+        build.NativeUnavailable, match=r"clang.* could not build .* need GCC, .* install g\+\+"
+    ):
         build.build_library()
 
 

@@ -1,4 +1,4 @@
-"""Builds the kernels for processors that are not this one, and runs them in an emulator where there is one."""
+"""Builds the kernels for processors that are not this one, and runs them in an emulator."""
 
 import shutil
 import subprocess
