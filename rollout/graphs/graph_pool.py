@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,10 +55,29 @@ class CudaCapturer:
                 for _ in range(2):  # lets libraries choose kernels and allocate workspaces before the capture
                     forward()
             # other threads (NCCL's watchdog, a drafter in training) may use the GPU meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                _without_collector(),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 forward()
             torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pauses Python's garbage collector.
+
+    It might find the graphs of an engine that is gone. Destroying a graph while another is captured fails
+    that capture, and leaves the generator of random numbers unusable.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class PlainCapturer:

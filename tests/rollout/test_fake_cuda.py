@@ -6,6 +6,7 @@ tests/rollout/test_gpu.py asks a real one. What is left out here: Triton's progr
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from paceline.rollout import Request, RolloutEngine, SamplingParams
 from paceline.rollout.drafters import DraftRules, eagle3, eagle3_network
 from paceline.rollout.engine import engine as engine_module
-from paceline.rollout.graphs.graph_pool import GraphPool
+from paceline.rollout.graphs.graph_pool import CudaCapturer, GraphPool
 from paceline.rollout.model import fusion_check, runner
 from paceline.rollout.native.triton_kernels import TritonKernels
 from tests import engines
@@ -333,6 +334,15 @@ def test_an_added_wait_shows(cuda, monkeypatch):
     worse = waits_of_steps(cuda, engine, requests(3))
     assert max(map(len, fine)) == 1 and max(map(len, worse)) == 2
     assert any("_local_scalar_dense" in w.what for w in worse[0])
+
+
+def test_nothing_is_collected_during_a_capture():
+    """An engine that is gone may be collected at any allocation: its graphs would fail the capture."""
+    with fake_cuda():
+        collects = []
+        CudaCapturer(torch.device("cuda:0")).capture(lambda: collects.append(gc.isenabled()))
+    assert collects[-1] is False
+    assert gc.isenabled()
 
 
 def test_captures_refuse_to_wait_and_replay_what_they_recorded():

@@ -154,12 +154,13 @@ def _print(line: str) -> None:
 
 def measure_card() -> Card:
     """Measures the bandwidth of the memory and the speed of a matrix product."""
+    left, right = (torch.randn(_MATRIX, _MATRIX, device="cuda").bfloat16() for _ in range(2))
+    product = seconds_of(functools.partial(torch.matmul, left, right))
+    # the product's workspace stays, and within these buffers' memory would keep torch from returning it
     source = torch.empty(_COPIED, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
     copied = seconds_of(functools.partial(target.copy_, source))
     del source, target
-    left, right = (torch.randn(_MATRIX, _MATRIX, device="cuda").bfloat16() for _ in range(2))
-    product = seconds_of(functools.partial(torch.matmul, left, right))
     torch.cuda.empty_cache()
     return Card(
         torch.cuda.get_device_name(), torch.__version__, 4 * _COPIED / copied, 2 * _MATRIX**3 / product

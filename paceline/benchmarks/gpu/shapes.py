@@ -235,14 +235,29 @@ def _requests(count: int, tokens: int) -> list[Request]:
 
 
 def tokens_per_second(
-    engine: RolloutEngine, strategy: str, requests: Sequence[Request], warm: Sequence[Request]
+    engine: RolloutEngine,
+    strategy: str,
+    requests: Sequence[Request],
+    warm: Sequence[Request],
+    warm_seconds: float = 0,
 ) -> float:
     """Returns the speed of an engine, prefill and drafting included, after a warm-up on other requests.
 
     The suffix drafter starts anew, because it may have seen the texts that are about to be decoded.
+
+    Args:
+        engine: The engine.
+        strategy: Strategy of every step, or ``adaptive``.
+        requests: Requests that are timed.
+        warm: Requests of the warm-up, decoded once or more.
+        warm_seconds: Seconds that the warm-up takes at least.
     """
     engine.use_strategy(strategy)
+    begin = time.perf_counter()
     engine.generate(warm)
+    while time.perf_counter() - begin < warm_seconds:
+        engine.drafters["suffix"] = SuffixDrafter()
+        engine.generate(warm)
     engine.drafters["suffix"] = SuffixDrafter()
     begin = time.perf_counter()
     rollouts = engine.generate(requests)

@@ -69,8 +69,8 @@ def test_sequences_without_padding_give_what_rectangles_give(monkeypatch, window
 @pytest.mark.parametrize("flash", [True, False])
 def test_a_gpu_gives_what_float32_gives(monkeypatch, flash):
     """Bfloat16 within its rounding, by flash attention and with a mask."""
-    monkeypatch.setattr(packed_attention, "flash_serves", lambda line: flash)
     expected, gradients = scores_and_gradients(tiny_llama(hidden=128).cuda())
+    monkeypatch.setattr(packed_attention, "flash_serves", lambda line: flash)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         found, others = scores_and_gradients(tiny_llama(hidden=128).cuda())
     assert (found - expected).abs().max() < 0.05
