@@ -87,7 +87,7 @@ class PolicyLogProbs(nn.Module):
     def _scores_of_modules(
         self, batch: PackedBatch, temperature: float, entropy_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Does what `forward` does, on transformers' modules."""
+        """Returns what `forward` returns, computed by transformers' modules."""
         hidden = decoder_of(self.policy)(
             input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False, packed=batch
         ).last_hidden_state[0, batch.predict]

@@ -64,9 +64,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def without_slow_bfloat16(device: torch.device) -> AbstractContextManager[object]:
-    """Returns a context in which modules compute in float32 where torch is slow in the autocast's bfloat16.
+    """Returns a context that turns autocast off where torch multiplies bfloat16 slowly.
 
-    The parameters that are trained are float32, so that nothing is converted.
+    Modules then compute in the dtype of their parameters, which is float32 for those that are trained.
+
+    Args:
+        device: Device of the modules.
     """
     return nullcontext() if multiplies_bfloat16(device) else torch.autocast(device.type, enabled=False)
 

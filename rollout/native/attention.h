@@ -10,6 +10,18 @@ namespace {
 
 constexpr int64_t kAhead = 12;  // prefetch distance in keys
 
+// Prefetches the value of key j, which is read soon after it, and a later key. The hardware prefetcher does not go as far
+// across pages.
+template <typename T>
+void prefetch_lines(const T* keys, const T* values, int64_t j, int64_t dim) {
+  const char* ahead = reinterpret_cast<const char*>(keys + (j + kAhead) * dim);
+  const char* value = reinterpret_cast<const char*>(values + j * dim);
+  for (size_t line = 0; line < dim * sizeof(T); line += 64) {
+    __builtin_prefetch(ahead + line, 0, 3);
+    __builtin_prefetch(value + line, 0, 2);
+  }
+}
+
 #ifdef __AVX512F__
 
 // Returns the sums of 16 vectors, in order. Folding two vectors into one at a time takes a third of the work of 16
@@ -29,10 +41,8 @@ inline Floats sum_each(const Floats* v) {
          __builtin_shuffle(two[0], two[1], Ints{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
 }
 
-// Computes the scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores.
-//
-// Each key is read once, and its value soon after. Both are prefetched, further ahead than the hardware prefetcher
-// goes across pages.
+// Computes the scores of kRows query rows against `count` keys, as many keys at a time as fill a vector of scores. Each
+// key is read once.
 template <typename T, int kVectors, int kRows>
 void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
   constexpr int64_t dim = kVectors * kLanes;
@@ -41,12 +51,7 @@ void score_rows(const float* query, const T* keys, const T* values, int64_t coun
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) rows[r][i] = load(query + r * dim + i * kLanes);
   const auto products = [&](int64_t j, Floats* out, int stride) {
-    const char* ahead = reinterpret_cast<const char*>(keys + (j + kAhead) * dim);
-    const char* value = reinterpret_cast<const char*>(values + j * dim);
-    for (size_t line = 0; line < dim * sizeof(T); line += 64) {
-      __builtin_prefetch(ahead + line, 0, 3);
-      __builtin_prefetch(value + line, 0, 2);
-    }
+    prefetch_lines(keys, values, j, dim);
     for (int r = 0; r < kRows; ++r) out[r * stride] = Floats{};
     for (int i = 0; i < kVectors; ++i) {
       const Floats key = load(keys + j * dim + i * kLanes);
@@ -86,18 +91,12 @@ void weigh_rows(const float* weights, const T* values, int64_t count, float* out
 
 #else
 
-template <typename T>
-void prefetch_line(const T* line, int64_t dim) {
-  for (size_t at = 0; at < dim * sizeof(T); at += 64) __builtin_prefetch(reinterpret_cast<const char*>(line) + at, 0, 3);
-}
-
 // Computes the scores of kRows query rows against `count` keys. Sums of one key are all that few registers hold.
 template <typename T, int kVectors, int kRows>
 void score_rows(const float* query, const T* keys, const T* values, int64_t count, float* scores) {
   constexpr int64_t dim = kVectors * kLanes;
   for (int64_t j = 0; j < count; ++j) {
-    prefetch_line(keys + (j + kAhead) * dim, dim);
-    prefetch_line(values + j * dim, dim);
+    prefetch_lines(keys, values, j, dim);
     FloatPart sums[kRows][kParts] = {};
     for (int64_t d = 0; d < dim; d += kLanes)
       for (int p = 0; p < kParts; ++p) {

@@ -79,8 +79,6 @@ inline FloatPart held(const float* p) {
   return x;
 }
 
-inline void store_part(float* p, FloatPart x) { std::memcpy(p, &x, sizeof x); }
-
 // The packed sequences of an update, one prompt after the other, each followed by its samples. A token sees the tokens
 // before it in its piece, and those of a sample see their prompt.
 struct Pieces {

@@ -36,6 +36,8 @@ inline FloatPart load_part(const float* p) {
 
 inline FloatPart load_part(const bfloat16* p) { return (FloatPart)(load_half_part(p) << 16); }
 
+inline void store_part(float* p, FloatPart x) { std::memcpy(p, &x, sizeof x); }
+
 inline float to_float(float x) { return x; }
 
 inline float to_float(bfloat16 x) {

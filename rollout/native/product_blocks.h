@@ -1,8 +1,8 @@
-// Products of several rows on vector units with few or narrow registers, that is without AVX-512.
+// Products of four rows and more on vector units narrower than AVX-512's.
 //
 // Converting weights from bfloat16 takes as many instructions as multiplying them by two rows. Here a block of weights
-// and the rows are converted once, and then multiplied by what registers hold of the sums. A row's output is the sum that
-// `multiply_rows` computes, in the same order and to the same bits.
+// and all rows are converted to float32 once; the sums of a few rows at a time then stay in registers while the block is
+// multiplied. Each output is summed in the order of `multiply_rows`, so that its bits are the same.
 #pragma once
 
 #include <omp.h>
@@ -49,9 +49,8 @@ inline void unpack_pairs(const bfloat16* packed, int64_t pairs, float* out) {
     for (int p = 0; p < kParts; ++p) {
       WordPart words;
       std::memcpy(&words, packed + (i * kLanes + p * kPartLanes) * 2, sizeof words);
-      const FloatPart low = (FloatPart)(words << 16), high = (FloatPart)(words & 0xffff0000u);
-      std::memcpy(out + 2 * i * kLanes + p * kPartLanes, &low, sizeof low);
-      std::memcpy(out + (2 * i + 1) * kLanes + p * kPartLanes, &high, sizeof high);
+      store_part(out + 2 * i * kLanes + p * kPartLanes, (FloatPart)(words << 16));
+      store_part(out + (2 * i + 1) * kLanes + p * kPartLanes, (FloatPart)(words & 0xffff0000u));
     }
 }
 
@@ -73,6 +72,27 @@ struct RowGroups {
   int64_t size(int64_t group) const { return first(group + 1) - first(group); }
 };
 
+// Converts `count` rows [inputs] to floats [inputs, kBlockRows].
+inline void convert_group(const bfloat16* x, int64_t count, int64_t inputs, float* out) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t k = 0; k < inputs; ++k) out[k * kBlockRows + r] = to_float(x[r * inputs + k]);
+}
+
+// Computes one panel's outputs of all rows as float32 [rows, 32], from the converted groups.
+inline void panel_in_blocks(const float* floats, const RowGroups& groups, int64_t inputs, const bfloat16* panel, float* out) {
+  alignas(64) float weights[kDepth * kLanes];
+  const int64_t most = groups.rows >= kDepthFrom ? kDepth : kStep;
+  std::fill(out, out + groups.rows * kPanel, 0.0f);
+  for (int64_t k = 0; k < inputs; k += most)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t depth = std::min(most, inputs - k);
+      unpack_panel(panel + half * kPanelStep / 2, k, depth, weights);
+      for (int64_t group = 0; group < groups.count; ++group)
+        add_rows(groups.size(group), floats + (group * inputs + k) * kBlockRows, weights, depth,
+                 out + groups.first(group) * kPanel + half * kLanes, kPanel);
+    }
+}
+
 // Computes out = x weight^T, plus a bias [outputs] and a residual [rows, outputs] if they are not null, of at most
 // kRowsTogether rows.
 inline void multiply_block_rows(const bfloat16* x, int64_t rows, const bfloat16* packed, int64_t outputs, int64_t inputs,
@@ -82,26 +102,15 @@ inline void multiply_block_rows(const bfloat16* x, int64_t rows, const bfloat16*
   const size_t size = groups.count * inputs * kBlockRows;
   if (floats_of_thread.size() < size) floats_of_thread.resize(size);
   float* floats = floats_of_thread.data();
-  const int64_t most = rows >= kDepthFrom ? kDepth : kStep;
 #pragma omp parallel
   {
+    alignas(64) float sums[kRowsTogether * kPanel];
 #pragma omp for
     for (int64_t group = 0; group < groups.count; ++group)
-      for (int64_t r = 0; r < groups.size(group); ++r)
-        for (int64_t k = 0; k < inputs; ++k)
-          floats[(group * inputs + k) * kBlockRows + r] = to_float(x[(groups.first(group) + r) * inputs + k]);
-    alignas(64) float weights[kDepth * kLanes], sums[kRowsTogether * kPanel];
+      convert_group(x + groups.first(group) * inputs, groups.size(group), inputs, floats + group * inputs * kBlockRows);
 #pragma omp for
     for (int64_t n = 0; n < outputs; n += kPanel) {
-      std::fill(sums, sums + rows * kPanel, 0.0f);
-      for (int64_t k = 0; k < inputs; k += most)
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t depth = std::min(most, inputs - k);
-          unpack_panel(packed + n * inputs + half * kPanelStep / 2, k, depth, weights);
-          for (int64_t group = 0; group < groups.count; ++group)
-            add_rows(groups.size(group), floats + (group * inputs + k) * kBlockRows, weights, depth,
-                     sums + groups.first(group) * kPanel + half * kLanes, kPanel);
-        }
+      panel_in_blocks(floats, groups, inputs, packed + n * inputs, sums);
       for (int64_t row = 0; row < rows; ++row) write_row(sums + row * kPanel, row * outputs + n, n, bias, residual, out);
     }
   }

@@ -25,7 +25,7 @@ constexpr int kRegister = 16;
 constexpr int kParts = 64 / kRegister, kPartLanes = kLanes / kParts;
 constexpr bool kWide = kParts == 1;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRegisters = 32;  // of a core
+constexpr int kRegisters = 32;  // vector registers that the instruction set names
 #else
 constexpr int kRegisters = 16;
 #endif

@@ -22,11 +22,7 @@ from paceline.rl.models.initial import starting_policy
 from paceline.rl.models.loading import load_policy
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
-from paceline.rl.process.process_tuning import (
-    fit_process,
-    multiplies_bfloat16,
-    without_slow_bfloat16,
-)
+from paceline.rl.process.process_tuning import fit_process, multiplies_bfloat16, without_slow_bfloat16
 from paceline.rl.recipe import load_config
 from paceline.rollout.native.build import instruction_set, runnable_instruction_sets
 

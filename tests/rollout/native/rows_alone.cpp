@@ -29,6 +29,14 @@ bool near(T found, double exact) {
   return std::abs(to_float(found) - exact) <= 1e-3 + std::abs(exact) / (sizeof(T) == 2 ? 128 : 1e5);
 }
 
+// Returns the sum over k of a[k a_stride] b[k b_stride], exactly enough to judge float32 sums by.
+template <typename T>
+double dot(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t count) {
+  double sum = 0;
+  for (int64_t k = 0; k < count; ++k) sum += static_cast<double>(to_float(a[k * a_stride])) * to_float(b[k * b_stride]);
+  return sum;
+}
+
 // Checks out = x weight^T for 1 to `most` rows; `multiply` computes it for the first rows of x.
 template <typename T, typename Multiply>
 void check_product(const char* what, const std::vector<T>& x, const std::vector<T>& weight, int64_t most, Multiply multiply) {
@@ -41,11 +49,8 @@ void check_product(const char* what, const std::vector<T>& x, const std::vector<
   }
   bool right = true;
   for (int64_t row = 0; row < most; ++row)
-    for (int64_t n = 0; n < outputs; ++n) {
-      double exact = 0;
-      for (int64_t k = 0; k < inputs; ++k) exact += static_cast<double>(to_float(x[row * inputs + k])) * to_float(weight[n * inputs + k]);
-      right &= near(alone[row * outputs + n], exact);
-    }
+    for (int64_t n = 0; n < outputs; ++n)
+      right &= near(alone[row * outputs + n], dot(&x[row * inputs], 1, &weight[n * inputs], 1, inputs));
   expect(right, what, 1);
 }
 
@@ -78,11 +83,7 @@ void check_gradient() {
   paceline_weight_gradient(left.data(), rows, right.data(), columns, steps, sums.data());
   bool all = true;
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      double exact = 1;
-      for (int64_t t = 0; t < tokens; ++t) exact += static_cast<double>(to_float(of_output[t * rows + i])) * to_float(x[t * columns + j]);
-      all &= near(sums[i * columns + j], exact);
-    }
+    for (int64_t j = 0; j < columns; ++j) all &= near(sums[i * columns + j], 1 + dot(&of_output[i], rows, &x[j], columns, tokens));
   expect(all, "gradient", tokens);
 }
 
