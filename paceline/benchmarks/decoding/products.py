@@ -1,7 +1,8 @@
 """Measures the engine's products on a CPU, beside torch's, from 1 to 96 rows, in bfloat16 and in float32.
 
-In bfloat16 weights are packed, and torch's side is oneDNN with weights that it has packed; in float32 both
-multiply by the trainer's weights as they lie. All weights of a SmolLM2-135M shape are multiplied in turn, so
+In bfloat16 weights are packed, and torch's side is oneDNN with weights that it has packed, or products in
+float32 on processors where oneDNN has none in bfloat16; in float32 both multiply by the trainer's weights as
+they lie. All weights of a SmolLM2-135M shape are multiplied in turn, so
 that they come from memory as in a decode step. Each row's result is compared bit for bit with the same row
 computed alone.
 """
@@ -20,7 +21,7 @@ from paceline.benchmarks.common.results import Results, machine
 from paceline.rl.errors import UserError
 from paceline.rl.process.console import console
 from paceline.rl.process.invocation import command_line
-from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.process.process_tuning import fit_process, multiplies_bfloat16
 from paceline.rollout.native.build import instruction_set, runnable_instruction_sets
 from paceline.rollout.native.products import (
     DotProducts,
@@ -72,12 +73,12 @@ def run(args: argparse.Namespace) -> None:
     """Measures every number of rows and writes the results.
 
     Raises:
-        UserError: There is no compiler, or oneDNN has no bfloat16 products here.
+        UserError: There is no compiler.
     """
     fit_process(local_world_size=1)
     products, dots = load_products(), load_dot_products("cpu", torch.float32)
-    if products is None or dots is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise UserError("bench products: needs a C++ compiler, and a CPU for which oneDNN packs bfloat16")
+    if products is None or dots is None:
+        raise UserError("bench products: needs a C++ compiler: install g++")
     terminal = console()
     sets = {"kernels": instruction_set(), "runnable": runnable_instruction_sets()}
     pairs = {torch.bfloat16: _packed_pair(products), torch.float32: _plain_pair(dots)}
@@ -100,8 +101,11 @@ class _Side:
 
 
 def _packed_pair(products: PackedProducts) -> tuple[_Side, _Side]:
-    """Returns the bfloat16 products of the project and of oneDNN."""
+    """Returns the bfloat16 products of the project and of torch."""
     own = _Side(products.pack, lambda x, packed: products.multiply(x, packed, None, None))
+    if not multiplies_bfloat16(torch.device("cpu")):
+        linear = torch.nn.functional.linear
+        return own, _Side(torch.Tensor.float, lambda x, weight: linear(x.float(), weight).bfloat16())
     theirs = _Side(
         lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, 1),
         lambda x, packed: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
