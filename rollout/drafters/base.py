@@ -66,7 +66,8 @@ class Drafter(Protocol):
     kind of the drafts for a `Strategy` (``rules`` are the `DraftRules` of model-based drafters). A verifier
     that does not cover them is then rejected when it is chosen, not at the first draft. A class attribute
     ``chains_only = True`` states that the drafter drafts nothing but chains. A method ``prepare(strategy)``
-    is called for each strategy that may be chosen, before anything is timed.
+    is called for each strategy that may be chosen, before anything is timed. An attribute ``caught_up`` says
+    after each draft whether much was read for it that earlier steps had left unread, see `has_caught_up`.
     """
 
     name: str
@@ -95,6 +96,19 @@ class Drafter(Protocol):
     def forget(self, sequence: SequenceState) -> None:
         """Notes that the sequence has left the engine: nothing more of it will be drafted."""
         ...
+
+
+def has_caught_up(read: int, sequences: int, strategy: Strategy) -> bool:
+    """Returns whether a drafter has read more than twice what a step of the strategy commits at most.
+
+    Its time then says little about the strategy's next step.
+
+    Args:
+        read: Number of tokens of all sequences that were read for a draft.
+        sequences: Number of sequences.
+        strategy: Strategy of the draft.
+    """
+    return read > 2 * sequences * (strategy.depth + 1)
 
 
 class StatelessSlots:

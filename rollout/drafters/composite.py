@@ -38,6 +38,7 @@ class CompositeDrafter(StatelessSlots):
                 f"{rules.draw}: write speculation.draw: likeliest"
             )
         self._suffix, self._model, self.threshold = suffix, model, threshold
+        self._read = False
 
     @classmethod
     def build(cls, host: DrafterHost, parts: DrafterParts) -> CompositeDrafter:
@@ -62,10 +63,16 @@ class CompositeDrafter(StatelessSlots):
         if prepare is not None:
             prepare(strategy)
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether the model has caught up in the last draft, see `Drafter`."""
+        return self._read and getattr(self._model, "caught_up", False)
+
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         """Returns the suffix drafter's rows where the match is long enough, the model's elsewhere."""
         matches = [self._suffix.matched(s) >= self.threshold for s in context.sequences]
-        if all(matches):
+        self._read = not all(matches)
+        if not self._read:
             return self._suffix.propose(context, strategy)
         model_draft = self._model.propose(context, strategy)
         if model_draft.kind is not DraftKind.FIXED:

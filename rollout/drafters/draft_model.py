@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from paceline.rollout.drafters.base import DraftContext, VerifiedStep
+from paceline.rollout.drafters.base import DraftContext, VerifiedStep, has_caught_up
 from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.lm_expander import LMExpander
 from paceline.rollout.drafters.model_drafts import DraftRules
@@ -58,6 +58,7 @@ class DraftModelDrafter:
         self.rules = DraftRules() if rules is None else rules
         self.runner = ModelRunner(model, dtype=dtype, slots=slots, capacity=capacity + MAX_NODES)
         self._seen = [0] * slots
+        self.caught_up = False
 
     @classmethod
     def build(cls, host: DrafterHost, parts: DrafterParts) -> DraftModelDrafter:
@@ -88,6 +89,8 @@ class DraftModelDrafter:
         sequences = context.sequences
         active = len(sequences) if any(self._seen) else 0
         self.runner.cache.reserve([len(s.tokens) + MAX_NODES for s in sequences], active=active)
+        unread = sum(len(s.tokens) - seen for s, seen in zip(sequences, self._seen, strict=False))
+        self.caught_up = has_caught_up(unread, len(sequences), strategy)
         root = self._read(sequences)
         rows = DraftRows.of(sequences, self.runner.cache.device)
         expander = LMExpander(self.runner.branch, root, sequences, rows, rows.committed)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from paceline.rollout.drafters.base import DraftContext, TapReader, VerifiedStep
+from paceline.rollout.drafters.base import DraftContext, TapReader, VerifiedStep, has_caught_up
 from paceline.rollout.drafters.draft_graphs import DraftGraphs
 from paceline.rollout.drafters.draft_network import Reading
 from paceline.rollout.drafters.draft_rows import DraftRows
@@ -82,6 +82,7 @@ class Eagle3Drafter:
             self._weights, embed_tokens, shape, device, capacity + MAX_NODES
         )
         self._seen, self._shift = [0] * slots, [0] * slots
+        self.caught_up = False
         self.vocabulary = self._weights.vocabulary
         self.load_weights(model)
         self.graphs: DraftGraphs | None = None
@@ -142,7 +143,8 @@ class Eagle3Drafter:
         sequences = context.sequences
         self._make_room(sequences)
         batch = len(sequences)
-        newest = self._read(sequences, context.taps)
+        newest, read = self._read(sequences, context.taps)
+        self.caught_up = has_caught_up(read, batch, strategy)
         shift = self._shift[:batch]
         if self.graphs is not None and self.rules.has_fixed_work(strategy):
             drafted = self.graphs.draft(strategy, newest, sequences, shift)
@@ -157,24 +159,60 @@ class Eagle3Drafter:
         if self.graphs is not None and self.rules.has_fixed_work(strategy):
             self.graphs.capture(strategy)
 
-    def _read(self, sequences: Sequence[SequenceState], taps: TapReader) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads all new tokens, in pieces where they are many; returns what `Network.read` does.
+    def _read(
+        self, sequences: Sequence[SequenceState], taps: TapReader
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        """Reads all new tokens, in pieces where they are many.
 
-        Memory is then bounded by the piece, however long a batch has decoded without drafts.
+        Memory is then bounded by the piece, however long a batch has decoded without drafts. A prompt is read
+        for one of the sequences that share it, and copied to the others.
+
+        Returns:
+            What `Network.read` returns of the last piece, and the number of tokens read.
         """
         batch = len(sequences)
         piece = max(_READ_TOKENS // batch, 1)
+        total = 0
         while True:
+            waiting = self._copy_prompts(sequences)
             unread = [len(s.tokens) - 1 - at for s, at in zip(sequences, self._seen, strict=False)]
-            last = max(unread) <= piece
+            last = not waiting and max(unread) <= piece
             # until the last piece each sequence keeps a token to read then; it may be read twice
             read = unread if last else [min(n - 1, piece) for n in unread]
+            for slot in waiting:
+                read[slot] = 0
             counts = [max(n, 1) for n in read]
             reading = Reading(sequences, self._seen[:batch], counts, self._shift[:batch], taps)
             newest = self._network.read(reading)
+            total += sum(counts)
             self._seen[:batch] = [at + n for at, n in zip(self._seen, read, strict=False)]
             if last:
-                return newest
+                return newest, total
+
+    def _copy_prompts(self, sequences: Sequence[SequenceState]) -> list[int]:
+        """Copies prompts to slots where nothing was read yet from slots that have read the same prompt.
+
+        Returns:
+            The slots whose prompt will be read in another slot first.
+        """
+        waiting, readers = list[int](), dict[tuple[int, ...], int]()
+        if all(self._seen[: len(sequences)]):
+            return waiting
+        for slot in sorted(range(len(sequences)), key=lambda slot: -self._seen[slot]):
+            if self._shift[slot]:
+                continue
+            prompt = tuple(sequences[slot].tokens[: sequences[slot].num_prompt])
+            reader = readers.setdefault(prompt, slot)
+            # each token is read with the features before it, and the last one that is left in the last piece
+            shared = len(prompt) - 2
+            if reader == slot or self._seen[slot] or shared < 1:
+                continue
+            if self._seen[reader] < shared:
+                waiting.append(slot)
+            else:
+                self.cache.copy_slot(reader, [slot], shared)
+                self._seen[slot] = shared
+        return waiting
 
     def _make_room(self, sequences: Sequence[SequenceState]) -> None:
         """Moves the window of full slots, then reserves cache for the tokens to read and to draft."""

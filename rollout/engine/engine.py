@@ -516,6 +516,7 @@ class RolloutEngine:
             draft_seconds=drafting,
             forward_seconds=forward,
             total_seconds=drafting + forward + rest,
+            caught_up=self.speculation.caught_up(strategy),
         )
         self.speculation.selector.record(feedback)
         return feedback, committed

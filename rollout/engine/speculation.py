@@ -210,6 +210,10 @@ class Speculation:
             torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)])
         )
 
+    def caught_up(self, strategy: Strategy) -> bool:
+        """Returns whether the last draft, of this strategy, read what earlier steps had left unread."""
+        return getattr(self.drafters.get(strategy.drafter or ""), "caught_up", False)
+
     def _checked_draft(self, name: str, active: list[SequenceState], strategy: Strategy) -> DraftTree | None:
         """Returns the drafter's draft, or None if it failed, in which case it is disabled."""
         taps = self._runner.cache.taps_at if self._runner.tap_layers else None

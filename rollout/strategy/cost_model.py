@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from statistics import median
 from typing import Any, TypeVar
@@ -13,7 +14,8 @@ from paceline.rollout.strategy.times import RECENT_TIMES, Times
 
 K = TypeVar("K", bound=Hashable)
 
-_CHAIN_PRIOR, _TREE_PRIOR = 0.6, 0.7  # acceptance of the first level before anything was measured
+_CHAIN_PRIOR = 0.6  # acceptance of the first level of chains before anything was measured
+_TREE_GAIN = 0.25  # share of the first tokens that a chain gets wrong and a tree is expected to have
 _UNTIMED_MARGIN = 0.1  # share by which a strategy may be faster than its calculated time
 _ALIKE = 1.3  # factor between a time and what another bucket suggests that noise explains
 _TIME_AGE = 1000  # steps after which a measured time is no better than a calculated one
@@ -58,6 +60,7 @@ class CostModel:
         self._near: dict[tuple[Bucket, Strategy], Bucket | None] = {}
         self._draft = Times[tuple[Bucket, Strategy]]()
         self._level = Times[tuple[int, str]]()
+        self._catching_up = Times[tuple[int, str]]()
         self._overhead = Times[int]()
         self.acceptance: dict[tuple[str, bool], Acceptance] = {}
         self._last_drafter: str | None = None
@@ -70,8 +73,15 @@ class CostModel:
         assert strategy.drafter is not None
         kind = strategy.drafter, strategy.width > 1
         if kind not in self.acceptance:
-            self.acceptance[kind] = Acceptance(_TREE_PRIOR if kind[1] else _CHAIN_PRIOR)
+            self.acceptance[kind] = Acceptance(functools.partial(self._first_level, *kind))
         return self.acceptance[kind]
+
+    def _first_level(self, drafter: str, tree: bool) -> float:
+        """Returns the acceptance of the first level that the drafter's drafts of the other kind suggest."""
+        other = self.acceptance.get((drafter, not tree))
+        usual = _CHAIN_PRIOR if tree else _CHAIN_PRIOR + _TREE_GAIN * (1 - _CHAIN_PRIOR)
+        rate = usual if other is None else other.first_level(usual)
+        return rate + _TREE_GAIN * (1 - rate) if tree else max((rate - _TREE_GAIN) / (1 - _TREE_GAIN), 0.05)
 
     def tokens(self, strategy: Strategy) -> float:
         """Returns the expected tokens per sequence of a step."""
@@ -214,8 +224,7 @@ class CostModel:
         """Learns from a step.
 
         Returns:
-            Whether the step's time is representative of the strategy. A drafter's first draft after a pause
-            is not, since it also reads the tokens committed meanwhile.
+            Whether the step's time is representative of the strategy: not if its drafter had to catch up.
         """
         bucket = bucket_of(feedback.active, feedback.context)
         strategy = feedback.strategy
@@ -230,17 +239,28 @@ class CostModel:
         self._scales[bucket] = self._measured_scale(bucket)
         rest = feedback.total_seconds - feedback.forward_seconds - feedback.draft_seconds
         self._overhead.add(bucket.batch, rest)
-        steady = strategy.drafter is None or strategy.drafter == self._last_drafter
         if strategy.drafter is not None:
-            if steady:
+            kind = bucket.batch, strategy.drafter
+            if feedback.caught_up:
+                longer = feedback.draft_seconds - self._draft_seconds(strategy, bucket)
+                self._catching_up.add(kind, max(longer, 0.0))
+            else:
                 self._draft.add((bucket, strategy), feedback.draft_seconds)
-                level = feedback.draft_seconds / strategy.depth
-                self._level.add((bucket.batch, strategy.drafter), level)
+                self._level.add(kind, feedback.draft_seconds / strategy.depth)
             self._last_seen[strategy.drafter, strategy.width > 1] = self._steps
             if self.accepted(strategy).add(feedback.accepted, strategy.depth):
                 self.surprised_by = strategy.drafter
         self._last_drafter = strategy.drafter
-        return steady
+        return not feedback.caught_up
+
+    def catching_up(self, strategy: Strategy, bucket: Bucket) -> float:
+        """Returns the expected seconds in which the drafter reads what it has not drafted after.
+
+        It is what that took of late after other strategies had run, and 0 if this drafter ran last.
+        """
+        if strategy.drafter is None or strategy.drafter == self._last_drafter:
+            return 0.0
+        return self._catching_up.get((bucket.batch, strategy.drafter), 0.0)
 
     def _compare(self, bucket: Bucket, strategy: Strategy, seconds: float) -> None:
         """Notes whether the first time in a bucket is what the nearest bucket suggests.
@@ -315,7 +335,7 @@ class CostModel:
             "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.items()],
             "level": [[batch, name, v] for (batch, name), v in self._level.items()],
             "rest": [[batch, v] for batch, v in self._overhead.items()],
-            "acceptance": [[name, tree, a.kept, a.tried] for (name, tree), a in self.acceptance.items()],
+            "acceptance": [[name, tree, *a.counts()] for (name, tree), a in self.acceptance.items()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -326,7 +346,7 @@ class CostModel:
         rest = {batch: float(v) for batch, v in state["rest"]}
         acceptance = {}
         for name, tree, kept, tried in state["acceptance"]:
-            known = acceptance[name, tree] = Acceptance(_TREE_PRIOR if tree else _CHAIN_PRIOR)
+            known = acceptance[name, tree] = Acceptance(functools.partial(self._first_level, name, tree))
             known.restore(kept, tried)
         self._forward, self._draft, self._level = Times(forward), Times(draft), Times(level)
         for _, strategy in forward:

@@ -34,6 +34,8 @@ class Trials:
         arm: Arm that is on trial, or was last.
         left: Steps left of the trial.
         loss_of_step: Seconds that each of its steps was expected to lose against the best arm.
+        unsettled: Steps of the trial whose expected loss was not replaced by the measured one yet.
+        best_rate: Tokens per sequence and second of the best arm when the trial began.
         first: Number of bursts that were to give an arm its first times.
         waits: Until when each arm is left alone.
         best: The best arm, and the seconds of its step when it became that or last changed.
@@ -44,13 +46,15 @@ class Trials:
     arm: Strategy | None = None
     left: int = 0
     loss_of_step: float = 0.0
+    unsettled: int = 0
+    best_rate: float = 0.0
     first: dict[Strategy, int] = field(default_factory=dict)
     waits: dict[Strategy, _Wait] = field(default_factory=dict)
     best: tuple[Strategy, float] | None = None
 
     def begin(self, arm: Strategy, steps: int) -> Strategy:
         """Begins a trial of so many steps, the present one among them, and returns the arm."""
-        self.arm, self.left, self.loss_of_step = arm, steps - 1, 0.0
+        self.arm, self.left, self.unsettled = arm, steps - 1, 0
         return arm
 
     def forget(self, drafter: str) -> None:
@@ -65,12 +69,15 @@ class Allowance:
     loss of the trial, and twice as long each time. So the share of the time that trials take shrinks, while
     nothing changes, and a clearly slower arm is left alone for longer than one that is nearly as fast.
 
+    A trial is charged with its expected loss when it begins, and step by step with the measured one instead:
+    an arm that is expected to be faster than it is must not be tried for free.
+
     Args:
-        share: Share of the time that trials may lose, by the estimates, against the best arms.
+        share: Share of the time that trials may lose against the best arms.
 
     Attributes:
         seconds: Time of all steps.
-        lost: Seconds that all trials were expected to lose.
+        lost: Seconds that all trials have lost, or are expected to lose.
     """
 
     def __init__(self, share: float) -> None:
@@ -100,6 +107,7 @@ class Allowance:
         best: Strategy,
         seconds: float,
         losses: dict[Strategy, float],
+        catching_up: dict[Strategy, float],
         hopeful: set[Strategy],
     ) -> list[Strategy]:
         """Returns the arms that may be tried now.
@@ -108,7 +116,8 @@ class Allowance:
             trials: Trials of the bucket.
             best: Best arm of the bucket.
             seconds: Expected seconds of a trial's steps if they ran the best arm.
-            losses: Arms to consider, with the seconds that a trial of each is expected to lose.
+            losses: Arms to consider, with the seconds that the steps of a trial are expected to lose.
+            catching_up: Seconds that a trial of each loses besides, until its drafter has read all tokens.
             hopeful: Those that may be better than the best arm, by what is known; a trial of them loses at
                 most a third of its time. The others are checked again, in case times have changed.
         """
@@ -116,10 +125,12 @@ class Allowance:
         allowed = self.share * self.seconds - self.lost
         due = []
         for arm, loss in losses.items():
+            whole = loss + catching_up[arm]
             if arm not in hopeful and arm not in trials.waits:
-                self._wait(trials, arm, loss)
-            most = min(allowed, _MAX_LOSS * seconds) if arm in hopeful else allowed
-            if loss <= most and (arm not in trials.waits or trials.waits[arm].until <= trials.seconds):
+                self._wait(trials, arm, whole)
+            waits = arm in trials.waits and trials.waits[arm].until > trials.seconds
+            bearable = arm not in hopeful or loss <= _MAX_LOSS * seconds
+            if bearable and whole <= allowed and not waits:
                 due.append(arm)
         return due
 
@@ -128,20 +139,36 @@ class Allowance:
         wait.until = trials.seconds + loss / self.share * 2**wait.doublings
         wait.doublings = min(wait.doublings + 1, _MAX_DOUBLINGS)
 
-    def charge(self, trials: Trials, arm: Strategy, loss: float, steps: int) -> None:
+    def charge(
+        self, trials: Trials, arm: Strategy, loss: float, catching_up: float, steps: int, best_rate: float
+    ) -> None:
         """Charges a trial that begins, and sets when the next one of the arm may.
 
         Args:
             trials: Trials of the bucket, in which the arm's has begun.
             arm: The arm.
-            loss: Seconds that the trial is expected to lose.
+            loss: Seconds that the steps of the trial are expected to lose.
+            catching_up: Seconds that it loses besides, until the drafter has read all tokens.
             steps: Steps of the trial.
+            best_rate: Tokens per sequence and second of the best arm.
         """
         self.lost += loss
-        trials.loss_of_step = loss / steps
-        self._wait(trials, arm, loss)
+        trials.loss_of_step, trials.unsettled, trials.best_rate = loss / steps, steps, best_rate
+        self._wait(trials, arm, loss + catching_up)
+
+    def settle(self, trials: Trials, tokens: float, seconds: float) -> None:
+        """Replaces the expected loss of a step of the trial by the measured one.
+
+        Args:
+            trials: Trials of the bucket.
+            tokens: Tokens that the step has committed for each sequence.
+            seconds: Seconds of the step, including what the drafter took to catch up.
+        """
+        if trials.unsettled:
+            trials.unsettled -= 1
+            self.lost += seconds - tokens / trials.best_rate - trials.loss_of_step
 
     def stop(self, trials: Trials) -> None:
         """Ends a trial early; what it did not lose is given back."""
-        self.lost -= trials.left * trials.loss_of_step
-        trials.left = 0
+        self.lost -= trials.unsettled * trials.loss_of_step
+        trials.left = trials.unsettled = 0

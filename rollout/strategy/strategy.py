@@ -99,6 +99,7 @@ class StepFeedback:
         draft_seconds: Seconds of drafting.
         forward_seconds: Seconds of the target's forward.
         total_seconds: Seconds of the whole step.
+        caught_up: Whether ``draft_seconds`` includes reading what earlier steps had left unread.
     """
 
     strategy: Strategy
@@ -110,6 +111,7 @@ class StepFeedback:
     draft_seconds: float
     forward_seconds: float
     total_seconds: float
+    caught_up: bool = False
 
 
 class Selector(Protocol):
@@ -129,6 +131,10 @@ class Selector(Protocol):
 
     def record(self, feedback: StepFeedback) -> None:
         """Learns from a finished step."""
+        ...
+
+    def most_saved(self, drafter: str) -> float:
+        """Returns the share of the time so far that good drafts of ``drafter`` would save; 1 if unknown."""
         ...
 
     def drafter_changed(self, name: str) -> None:
@@ -168,6 +174,10 @@ class FixedSelector:
 
     def record(self, feedback: StepFeedback) -> None:
         """Does nothing: a fixed strategy learns nothing."""
+
+    def most_saved(self, drafter: str) -> float:
+        """Returns 1, because nothing is measured."""
+        return 1.0
 
     def drafter_changed(self, name: str) -> None:
         """Does nothing: nothing was learned about the drafter."""

@@ -1,6 +1,7 @@
 """What each drafter proposes, against brute force; what it keeps, and what it forgets."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from paceline.rollout.drafters import (
     SuffixDrafter,
     TokenRecyclingDrafter,
     VerifiedStep,
+    eagle3,
 )
 from paceline.rollout.drafters.clasp import _Search
 from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
@@ -254,6 +256,51 @@ def test_a_window_that_holds_everything_changes_nothing_and_a_small_one_stays_bo
         "the window is no matter of correctness"
     )
     assert drafter.cache.span <= 2 * 16 + 64, "the cache keeps its size however long the sequences"
+
+
+def drafts_of(engine, requests, strategy):
+    """What each request drafted and accepted, and the tokens that the drafter read for each draft."""
+    read, network = [], engine.drafters["eagle3"]._network
+
+    def counted(reading, original=network.read):
+        read.append(sum(reading.counts))
+        return original(reading)
+
+    network.read = counted
+    engine.use_strategy(strategy)
+    rollouts = engine.generate(requests)
+    return [(r.token_ids, r.stats.drafted, r.stats.accepted) for r in rollouts], read
+
+
+@pytest.mark.parametrize("piece", [1024, 48])
+def test_a_prompt_is_read_for_one_of_its_samples(monkeypatch, piece):
+    """Also where it is read in pieces, and where a sample joins later; its drafts are those of it alone."""
+    monkeypatch.setattr(eagle3, "_READ_TOKENS", piece)
+    model = tiny_llama(sharpness=6.0)
+    prompts = [list(range(1, 60)), list(range(30, 80))]
+    requests = [
+        Request(prompts[i % 2], SamplingParams(max_tokens=5 + 3 * (i % 4)), seed=i, group=i % 2)
+        for i in range(10)
+    ]
+    together, read = drafts_of(engine_for(model, slots=6), requests, "eagle3:3")
+    alone = [drafts_of(engine_for(model, slots=1), [request], "eagle3:3")[0][0] for request in requests]
+    assert together == alone
+    committed = sum(len(tokens) for tokens, *_ in together)
+    assert sum(read) < sum(map(len, prompts)) + committed + 6 * len(read)
+
+
+def test_an_engine_says_when_a_drafter_had_to_catch_up():
+    engine = engine_for(tiny_llama(sharpness=6.0), slots=4)
+    engine.add_drafter(CompositeDrafter(engine.drafters["suffix"], engine.drafters["eagle3"]))
+    plan = ["plain"] * 6 + ["eagle3:2"] * 2 + ["plain"] + ["eagle3:2"] + ["plain"] * 20 + ["composite:2"] * 2
+    steps = iter(plan)
+    engine.speculation.selector = SimpleNamespace(
+        choose=lambda active, context: Strategy.parse(next(steps, "plain")), record=lambda feedback: None
+    )
+    seen = []
+    requests = [Request([5, 6, i], SamplingParams(max_tokens=60)) for i in range(4)]
+    engine.generate(requests, on_step=lambda record: seen.append(record.feedback.caught_up))
+    assert [i for i, caught_up in enumerate(seen) if caught_up] == [6, 30]
 
 
 def test_a_draft_model_that_is_the_target_is_always_right_at_temperature_0():

@@ -113,6 +113,41 @@ def test_within_2_percent_of_plain_where_speculation_cannot_pay():
         assert share >= 0.98
 
 
+class Forgetful(World):
+    """A drafter that reads all that was decoded without it, four steps' time, before it drafts again."""
+
+    drafts = False
+
+    def step(self, strategy: Strategy, batch: int, context: int = 100) -> StepFeedback:
+        feedback = super().step(strategy, batch, context)
+        resumes = strategy.drafter == "eagle3" and not self.drafts
+        self.drafts = strategy.drafter == "eagle3"
+        if not resumes:
+            return feedback
+        reading = 4 * self.forward(batch, 1)
+        return replace(
+            feedback,
+            draft_seconds=feedback.draft_seconds + reading,
+            total_seconds=feedback.total_seconds + reading,
+            caught_up=True,
+        )
+
+
+def test_what_a_drafter_reads_after_a_pause_counts_as_lost():
+    lost = []
+    for seed in range(8):
+        world = Forgetful({"eagle3": 0.4}, cheap=0, seed=seed)
+        selector = selector_for(world, ["eagle3"], seed=seed)
+        tokens = seconds = 0.0
+        for _ in range(300):
+            feedback = world.step(selector.choose(64, 100), 64)
+            selector.record(feedback)
+            tokens += feedback.committed / 64
+            seconds += feedback.total_seconds
+        lost.append(1 - tokens / seconds / world.expected_rate(PLAIN, 64))
+    assert np.mean(lost) < 0.021, lost
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_recovers_within_100_steps_of_a_collapse(batch):
     """At one sequence a step says so little that arms within a tenth of the best are still confused: 93 % of
@@ -143,6 +178,44 @@ def test_a_drafter_that_became_better_is_found():
         play(selector, world, 1, 400)
         found += play(selector, world, 1, 200) >= 0.8 * best_fixed(selector, world, 1)
     assert found >= 6
+
+
+def test_what_good_drafts_would_save():
+    """Four in five tokens of each level: a chain of one brings 1.8 tokens."""
+    world = World({"eagle3": 0.3}, cheap=0, level=0.0)
+    cost = CostModel(lambda batch, width, context: world.forward(batch, width), lambda name, batch: 0.0)
+    selector = BanditSelector(lambda name: [Strategy(name, 1)], ["eagle3"], cost, epsilon=0.0)
+    assert selector.most_saved("eagle3") == selector.most_saved("other") == 1.0
+    seconds = {}
+    for batch in (1, 1, 1, 256):
+        feedback = replace(world.step(PLAIN, batch), forward_seconds=world.forward(batch, 1))
+        feedback = replace(feedback, total_seconds=feedback.forward_seconds)
+        selector.record(feedback)
+        seconds[batch] = seconds.get(batch, 0.0) + feedback.total_seconds
+    assert world.forward(256, 2) > 1.8 * world.forward(256, 1)
+    saved = 1 - world.forward(1, 2) / 1.8 / world.forward(1, 1)
+    share = seconds[1] / (seconds[1] + seconds[256])
+    assert 0.01 < selector.most_saved("eagle3") == pytest.approx(saved * share)
+    assert FixedSelector(PLAIN).most_saved("eagle3") == 1.0
+
+
+def test_what_one_kind_of_draft_shows_is_expected_of_deeper_ones_and_of_the_other_kind():
+    world = World({"eagle3": 0.1})
+    cost = CostModel(lambda batch, width, context: 1.0, lambda name, batch: 0.0)
+    chain, deeper, tree = (Strategy.parse(f"eagle3:{shape}") for shape in ("1", "4", "3x3/6"))
+    before = cost.tokens(deeper), cost.tokens(tree)
+    for _ in range(200):
+        cost.add(world.step(chain, 8))
+    assert cost.tokens(chain) == pytest.approx(1.1, abs=0.05)
+    assert cost.tokens(deeper) == pytest.approx(1.11, abs=0.06) and before[0] > 2
+    assert 1.2 < cost.tokens(tree) < 1.7 < before[1]
+    other = CostModel(lambda batch, width, context: 1.0, lambda name, batch: 0.0)
+    for _ in range(200):
+        other.add(world.step(tree, 8))
+    assert other.tokens(chain) < 1.1
+    restored = CostModel(lambda batch, width, context: 1.0, lambda name, batch: 0.0)
+    restored.load_state(json.loads(json.dumps(cost.state())))
+    assert restored.tokens(deeper) == pytest.approx(cost.tokens(deeper))
 
 
 def test_buckets_keep_batch_and_context_apart():

@@ -1,9 +1,11 @@
-"""What the cost model restores and forgets."""
+"""What the cost model learns, restores and forgets."""
+
+from dataclasses import replace
 
 import pytest
 
 from paceline.rollout.strategy import PLAIN, StepFeedback, Strategy
-from paceline.rollout.strategy.buckets import Bucket
+from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.cost_model import CostModel
 
 
@@ -39,3 +41,18 @@ def test_a_bucket_whose_times_were_dropped_is_no_longer_the_nearest():
     steps(deep, 0.2, 12)
     assert not model.timed(shallow, near)
     assert model.seconds(shallow, Bucket(16, 512)) > 0
+
+
+def test_what_a_drafter_reads_after_a_pause_is_no_part_of_its_step():
+    model, arm = CostModel(lambda batch, width, context: 1.0, lambda name, batch: 0.1), Strategy("eagle3", 1)
+    step = StepFeedback(arm, 8, 400, [1] * 8, [0] * 8, 8, 0.1, 1.0, 1.1)
+    plain = StepFeedback(PLAIN, 8, 400, [0] * 8, [0] * 8, 8, 0.0, 1.0, 1.0)
+    resumed = replace(step, draft_seconds=0.9, total_seconds=1.9, caught_up=True)
+    bucket = bucket_of(8, 400)
+    assert model.add(step) and model.add(plain)
+    assert model.catching_up(arm, bucket) == 0, "nothing is known of it"
+    assert not model.add(resumed)
+    assert model.catching_up(arm, bucket) == 0, "it ran last"
+    assert model.add(plain)
+    assert model.catching_up(arm, bucket) == pytest.approx(0.8)
+    assert model.seconds(arm, bucket) == pytest.approx(1.1)

@@ -9,13 +9,15 @@ from tests.rollout.strategy.test_bandit import World, best_fixed, play, selector
 ARM = Strategy("eagle3", 2)
 
 
-def candidates(allowance, trials, loss=0.1, hopeful=True):
-    return allowance.candidates(trials, PLAIN, 1.0, {ARM: loss}, {ARM} if hopeful else set())
+def candidates(allowance, trials, loss=0.1, hopeful=True, catching_up=0.0):
+    return allowance.candidates(
+        trials, PLAIN, 1.0, {ARM: loss}, {ARM: catching_up}, {ARM} if hopeful else set()
+    )
 
 
-def begin(allowance, trials, loss=0.1):
+def begin(allowance, trials, loss=0.1, catching_up=0.0):
     trials.begin(ARM, 4)
-    allowance.charge(trials, ARM, loss, 4)
+    allowance.charge(trials, ARM, loss, catching_up, 4, best_rate=2.0)
 
 
 def spend(allowance, trials, seconds):
@@ -47,12 +49,25 @@ def test_trials_of_all_buckets_share_one_allowance():
     assert candidates(allowance, large) == []
 
 
-def test_what_a_trial_did_not_lose_is_given_back():
+def test_a_trial_is_charged_with_what_it_has_lost():
+    """The best arm would have had 1.5 tokens in 0.75 s."""
+    allowance, trials = Allowance(0.02), Trials()
+    begin(allowance, trials, loss=0.1)
+    assert allowance.lost == pytest.approx(0.1)
+    for seconds, lost in ((0.95, 0.275), (0.95, 0.45), (0.65, 0.325), (0.75, 0.3), (9.0, 0.3)):
+        allowance.settle(trials, 1.5, seconds)
+        assert allowance.lost == pytest.approx(lost)
+
+
+def test_steps_that_a_trial_did_not_run_lose_nothing():
     allowance, trials = Allowance(0.02), Trials()
     begin(allowance, trials)
+    allowance.settle(trials, 1.0, 0.6)
     allowance.stop(trials)
     assert trials.left == 0
-    assert allowance.lost == pytest.approx(0.025)  # one of four steps
+    assert allowance.lost == pytest.approx(0.1)  # the measured loss of the one step that it ran
+    allowance.settle(trials, 1.0, 0.9)
+    assert allowance.lost == pytest.approx(0.1)
 
 
 def test_an_arm_that_nothing_speaks_for_is_checked_later():
@@ -70,6 +85,18 @@ def test_a_hopeful_trial_loses_at_most_a_third():
     assert candidates(allowance, trials, loss=0.34) == []
 
 
+def test_a_drafter_that_has_to_catch_up_waits_for_its_allowance_however_hopeful():
+    allowance, trials = Allowance(0.02), Trials()
+    spend(allowance, trials, 50.0)
+    assert candidates(allowance, trials, catching_up=0.8) == [ARM]
+    assert candidates(allowance, trials, catching_up=1.0) == []
+    begin(allowance, trials, catching_up=0.8)
+    spend(allowance, trials, 44.0)
+    assert candidates(allowance, trials) == []
+    spend(allowance, trials, 2.0)
+    assert candidates(allowance, trials) == [ARM]
+
+
 def test_a_changed_time_of_the_best_arm_ends_all_waits():
     allowance, trials = Allowance(0.02), Trials()
     spend(allowance, trials, 1000.0)
@@ -84,7 +111,7 @@ def test_new_weights_of_a_drafter_end_the_waits_of_its_arms():
     trials, other = Trials(), Strategy("suffix", 2)
     allowance = Allowance(0.02)
     for arm in (ARM, other):
-        allowance.charge(trials, arm, 0.1, 4)
+        allowance.charge(trials, arm, 0.1, 0.0, 4, best_rate=2.0)
     trials.forget("eagle3")
     assert list(trials.waits) == [other]
 
