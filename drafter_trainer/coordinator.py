@@ -90,12 +90,18 @@ class Coordinator:
         self._beside_busy = self.held_back = False
         self.paused_seconds = 0.0
 
-    def begin(self, step: int) -> None:
-        """Marks the rank as busy with the rollouts of RL step ``step``."""
+    def begin(self, step: int, most_saved: float = 1.0) -> None:
+        """Marks the rank as busy with the rollouts of RL step ``step``.
+
+        Args:
+            step: Number of the step.
+            most_saved: Share of the decoding time that good drafts would save, see
+                `paceline.rollout.strategy.Selector.most_saved`.
+        """
         self.update_price()  # with results of the step before
         self._step = step
         self._seen_beats, self._last_heard = -1, self._clock()
-        self.price.begin(step)
+        self.price.begin(step, most_saved)
         self._comparison = PauseComparison(WINDOW_SECONDS)
         self._results_read = 0
         self.held_back, self.paused_seconds = False, 0.0

@@ -11,6 +11,8 @@ _LEAST_PAUSES = 8  # with fewer, two standard errors are no safe distance
 _REMEMBERED_STEPS = 8  # of the RL; then it is measured anew, because neighbours and machines change
 _UNKNOWN_EVERY = 3  # windows from pause to pause: one before it, itself, and one after it
 _UNCERTAIN_EVERY = 8
+_MOST_OF_SAVING = 0.5  # share of the time that drafts may ever save which their training may cost
+_LEAST_SAVING = 0.1  # half of less was less than the price on every machine where it was measured
 _MOST_IN_VAIN = 4  # pauses without a result, as where the rest of a step is too short for one
 
 
@@ -21,6 +23,9 @@ class TrainingPrice:
     exceeds the limit by more than two standard errors, which takes at least `_LEAST_PAUSES` results. Because
     results are forgotten, training then begins again for as many pauses as there are results missing: the
     price is found again, whether it has risen or fallen.
+
+    The limit is also at most half of what good drafts would save: where batches are so large that no draft
+    pays, every slowdown is a loss.
 
     Training pauses in every third window of time while there are too few results, in every eighth while the
     limit lies within two standard errors, and else not at all. Ranks of one machine share a clock, so they
@@ -35,14 +40,22 @@ class TrainingPrice:
     """
 
     def __init__(self, limit: float) -> None:
-        self._limit = limit
+        self._largest_limit = self._limit = limit
+        self._worth_it = True
         self._results: deque[tuple[int, float]] = deque()
         self._step = self._in_vain = 0
         self._update()
 
-    def begin(self, step: int) -> None:
-        """Begins RL step ``step`` and forgets the results of steps long past."""
+    def begin(self, step: int, most_saved: float = 1.0) -> None:
+        """Begins RL step ``step`` and forgets the results of steps long past.
+
+        Args:
+            step: Number of the step.
+            most_saved: Share of the decoding time that good drafts would save.
+        """
         self._step = step
+        self._limit = min(self._largest_limit, _MOST_OF_SAVING * most_saved)
+        self._worth_it = most_saved >= _LEAST_SAVING
         while self._results and self._results[0][0] <= step - _REMEMBERED_STEPS:
             self._results.popleft()
         if step % _REMEMBERED_STEPS == 0:
@@ -61,8 +74,8 @@ class TrainingPrice:
 
     @property
     def too_high(self) -> bool:
-        """Whether the slowdown exceeds the limit beyond doubt."""
-        return self._known and self._low > self._limit
+        """Whether the slowdown exceeds the limit beyond doubt, or drafts can save too little."""
+        return not self._worth_it or (self._known and self._low > self._limit)
 
     def pause_due(self, now: float, since: float) -> bool:
         """Returns whether training should pause now, so that decoding without it is seen.

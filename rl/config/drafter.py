@@ -44,7 +44,9 @@ class DrafterConfig:
     """Largest share, at least 0, by which training on idle ranks may slow the decode steps of ranks on the
     same machine, with ``schedule: idle``. Short pauses of training measure it. Where it is higher by more
     than two standard errors, no more is trained in this step and in those after it, until the measurements
-    are eight steps old and are made anew. 0 stops training once any slowdown is certain."""
+    are eight steps old and are made anew. 0 stops training once any slowdown is certain. It is also at most
+    half of the share of the decoding time that good drafts would save at the batch sizes of the run; where
+    that is less than 10 %, nothing is trained beside decoding ranks."""
 
     lr: float = 1e-4
     """AdamW's learning rate; above 0. A warm-up before the run starts at three times this rate and ends at

@@ -73,7 +73,7 @@ class SharedDrafter:
 
     def begin_step(self, step: int) -> None:
         """Tells the other ranks that this rank is decoding."""
-        self.coordinator.begin(step)
+        self.coordinator.begin(step, self.local.worker.selector.most_saved("eagle3"))
 
     def beat(self, record: StepRecord) -> None:
         """Tells the other ranks that this rank is alive, and measures what their training costs it.

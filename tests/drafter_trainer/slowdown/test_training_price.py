@@ -50,6 +50,26 @@ def test_two_standard_errors_are_needed():
     assert price_of(*[1.0, 1.5] * 40).too_high  # the same, known better
 
 
+def test_training_costs_at_most_half_of_what_good_drafts_would_save():
+    price = price_of(*[1.05, 1.06] * 4)
+    assert not price.too_high
+    price.begin(1, most_saved=0.13)
+    assert not price.too_high
+    price.begin(1, most_saved=0.1)
+    assert price.too_high
+    price.begin(1, most_saved=1.0)
+    assert not price.too_high, "the recipe's limit is higher"
+    assert price_of(*[1.2, 1.21] * 4).too_high
+
+
+def test_where_drafts_save_little_training_stops_before_its_price_is_known():
+    price = price_of()
+    price.begin(1, most_saved=0.09)
+    assert price.too_high
+    price.begin(2, most_saved=0.1)
+    assert not price.too_high
+
+
 def test_it_is_forgotten_after_eight_steps():
     price = price_of(*[1.3] * 8, step=3)
     price.begin(10)

@@ -158,6 +158,24 @@ def test_every_decode_step_is_measured_and_the_price_is_among_the_metrics(tmp_pa
         assert metrics["drafter/slowdown_error"] == pytest.approx(0.1 * math.exp(0.1))
 
 
+@pytest.mark.parametrize(("saved", "trains"), [(0.5, True), (0.01, False)])
+def test_ranks_train_beside_others_only_where_drafts_can_save_something(tmp_path, monkeypatch, saved, trains):
+    store = HashStore()
+    monkeypatch.setattr("paceline.rl.drafting.shared.connect_store", lambda ranks: store)
+    options = (*DRAFTS, "drafter.schedule=idle")
+    with tiny_trainer(tmp_path, monkeypatch, "[0.0 for c in completions]", *options) as trainer:
+        shared, asked = trainer.drafter, []
+        other = Coordinator(store, 2, machine=platform.node())
+        monkeypatch.setattr(shared.coordinator, "_world", 2)
+        monkeypatch.setattr(shared.local, "learn_from", lambda batch, rewards: None)
+        monkeypatch.setattr(trainer.worker.selector, "most_saved", lambda name: asked.append(name) or saved)
+        monkeypatch.setattr(shared.local, "train", lambda stop: LearnerReport(updates=int(not stop())))
+        other.begin(0)
+        shared.begin_step(0)
+        assert shared.train(None, [], 0).updates == trains
+        assert asked == ["eagle3"]
+
+
 def test_training_stops_at_the_recipes_price_and_says_how_long_it_was_held_back(tmp_path, monkeypatch):
     """Another rank decodes on this machine; the price is far above the limit."""
     store = HashStore()
