@@ -81,20 +81,23 @@ def model():
 
 
 DRAWN = DraftRules("static", "without_replacement")
-CASES = [
+# drafts that are a function of the tokens so far: as plain decoding draws, token by token
+FIXED = [
     ("suffix:2", {}),
     ("suffix:2x2/4", {}),
     ("ngram:2", {}),
     ("consensus:2x2/4", {}),
     ("recycling:2x3/5", {}),
+    ("composite:2x2/4", {}),
+    ("eagle3:2x3/6", {}),
+    ("eagle3:2x3/6", {"rules": DraftRules("opt_tree")}),
+]
+CASES = [
     ("stand:2x3/6", {}),
     ("clasp:2", {"rules": DRAWN}),
     ("draft_model:2x3/6", {"rules": DRAWN}),
-    ("composite:2x2/4", {}),
     ("eagle3:2", {"rules": DRAWN}),
     ("eagle3:2", {"rules": DRAWN, "verifier": "block"}),
-    ("eagle3:2x3/6", {}),
-    ("eagle3:2x3/6", {"rules": DraftRules("opt_tree")}),
     ("eagle3:2x3/6", {"rules": DRAWN}),
     ("eagle3:2x3/6", {"rules": DraftRules("static", "replacement"), "verifier": "spectr"}),
     ("eagle3:2x3/6", {"rules": DraftRules("dyspec", "without_replacement")}),
@@ -104,6 +107,7 @@ CASES = [
     ("adversarial:2", {"verifier": "block"}),
 ]
 NAMES = [f"{i} {strategy}" for i, (strategy, _) in enumerate(CASES)]
+FIXED_NAMES = [f"{i} {strategy}" for i, (strategy, _) in enumerate(FIXED)]
 CUTS = [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.6, "top_k": 4, "top_p": 0.9}]
 
 
@@ -123,9 +127,43 @@ def test_engine_joint_distribution(model, case, cut):
     check_case(model, case, cut, SAMPLES // 2 if case[0].startswith("stand") else SAMPLES)
 
 
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_joint_distribution_of_plain_decoding(model, cut):
+    params = SamplingParams(max_tokens=3, **cut)
+    engine = engine_for(model, slots=1000, context=16)
+    engine.drafters.clear()
+    counts = joint_counts(engine, "plain", params, SAMPLES)
+    assert chi_square_p(counts, exact_joint(model, params)) > ALPHA
+
+
+def requests_under_every_setting(count=500):
+    return [
+        Request(PROMPT, SamplingParams(max_tokens=3, **cut), seed=seed, group=seed % 7)
+        for cut in CUTS
+        for seed in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain_tokens(model):
+    engine = engine_for(model, slots=500, context=16)
+    return [r.token_ids for r in engine.generate(requests_under_every_setting())]
+
+
+@pytest.mark.parametrize("case", FIXED, ids=FIXED_NAMES)
+def test_fixed_drafts_give_the_tokens_of_plain_decoding_under_every_setting(model, plain_tokens, case):
+    """So they have its distribution. A fault in one token of a thousand shows with probability 0.99."""
+    strategy, options = case
+    engine = full_engine(model, slots=500, context=16, max_nodes=6, rules=options.get("rules"))
+    engine.use_strategy(strategy)
+    rollouts = engine.generate(requests_under_every_setting())
+    assert [r.token_ids for r in rollouts] == plain_tokens
+    assert sum(r.stats.accepted for r in rollouts) > 100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
+@pytest.mark.parametrize("case", FIXED + CASES, ids=FIXED_NAMES + NAMES)
 def test_engine_joint_distribution_of_every_pair(model, case, cut):
     check_case(model, case, cut, samples=200_000)
 
