@@ -76,6 +76,20 @@ def _cold(metrics: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]])
             f"cold: {np.mean(early):.2f}x in the first steps, {np.mean(late):.2f}x in the later ones: "
             "start from a trained drafter (drafter.start, drafter.warmup_minutes)"
         ]
+    return _untrained(metrics)
+
+
+def _untrained(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Checks whether the drafter was not trained, or held back for longer than it was trained."""
+    held_back, trained = (
+        sum(m.get(f"drafter/{name}", 0.0) for m in metrics) for name in ("held_back_seconds", "seconds")
+    )
+    if held_back > trained:
+        return [
+            f"the drafter's training was held back for {held_back:.0f} s: it would have slowed ranks on the "
+            "same machine by more than drafter.max_slowdown, or by more than half of what good drafts save "
+            "at these batch sizes; write drafter.schedule=always to train it all the same"
+        ]
     if not any(m.get("drafter/updates") for m in metrics) and any(
         "rollout/acceptance_length_eagle3" in m for m in metrics
     ):

@@ -48,6 +48,10 @@ def test_by_how_much_it_won():
         ([step(1, 0.2), step(4, 1.2)], "cold: 0.20x in the first steps, 1.20x in the later ones"),
         ([step(4, 0.8, **{"drafter__updates": 0})], "the drafter was never trained"),
         (
+            [step(4, 0.8, **{"drafter__held_back_seconds": 30.0, "drafter__seconds": 2.0})],
+            "the drafter's training was held back for 30 s",
+        ),
+        (
             [step(4, 0.8, **{"rollout__acceptance_length": 1.1, "rollout__accepted": 90})],
             "90 of 1000 drafted tokens were accepted (eagle3 2.50 tokens per forward pass",
         ),
