@@ -108,19 +108,18 @@ def test_vllm_in_the_process_has_weights_and_a_cache_of_its_own(monkeypatch):
 
 
 def test_seconds_by_hand():
-    """64 sequences of 112 tokens on two ranks. Fast arithmetic: a token takes as long as reading the weights
-    and the keys; slow
-    arithmetic: 2 operations a weight and sequence, and 6 a weight and trained token."""
+    """32 sequences of 112 tokens on two ranks. Fast arithmetic: a token takes as long as reading the weights
+    and the keys; slow arithmetic: 2 operations a weight and sequence, and 6 a weight and trained token."""
     config = load_config(QUICKSTART, ["speculation.drafters=[suffix]"])
     policy = policy_config(config.policy.model)
     parameters = 134_515_008
     reads = dataclasses.replace(FAST, bandwidth=1e9)
     found = estimate(config, policy, 2, reads)
-    keys = 32 * (112 + 160) * 2 * 30 * 3 * 64 * 2
+    keys = 16 * (112 + 160) * 2 * 30 * 3 * 64 * 2
     assert found.rollout == pytest.approx(112 * (2 * parameters + keys) / 1e9)
     slow = estimate(config, policy, 2, dataclasses.replace(FAST, flops=1e9))
-    assert slow.rollout == pytest.approx(112 * 32 * 2 * parameters / 1e9)
-    assert slow.update == pytest.approx(6 * parameters * (32 * 112 + 4 * 160) / 1e9)
+    assert slow.rollout == pytest.approx(112 * 16 * 2 * parameters / 1e9)
+    assert slow.update == pytest.approx(6 * parameters * (16 * 112 + 2 * 160) / 1e9)
     assert estimate(config, policy, 1, dataclasses.replace(FAST, flops=1e9)).update == pytest.approx(
         2 * slow.update
     )
