@@ -12,7 +12,7 @@ _REMEMBERED_STEPS = 8  # of the RL; then it is measured anew, because neighbours
 _UNKNOWN_EVERY = 3  # windows from pause to pause: one before it, itself, and one after it
 _UNCERTAIN_EVERY = 8
 _MOST_OF_SAVING = 0.5  # share of the time that drafts may ever save which their training may cost
-_LEAST_SAVING = 0.1  # half of less was less than the price on every machine where it was measured
+_LEAST_SAVING = 0.1  # half of less would hardly ever pay for training, which was measured to cost 4 to 19 %
 _MOST_IN_VAIN = 4  # pauses without a result, as where the rest of a step is too short for one
 
 
