@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import time
@@ -18,13 +19,15 @@ from paceline.drafter_trainer.storage.checksums import changed_files, write_chec
 from paceline.drafter_trainer.storage.optimizer_state import write_state
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
+_REMOVED = ".removed-"
+
 
 class DrafterSnapshots:
     """Keeps the last drafters of a run in ``folder/step-N``, each with its optimizer's state (``optimizer``).
 
     A step waits only for a copy in memory. A background thread writes it under a temporary name and renames
-    it, so that each snapshot is complete or absent. A snapshot waits until the one before is written, so that
-    at most one copy is held in memory.
+    it, and renames old ones before it removes them, so that each snapshot is complete or absent. A snapshot
+    waits until the one before is written, so that at most one copy is held in memory.
 
     Args:
         folder: Directory of the snapshots; created on first use.
@@ -64,13 +67,15 @@ class DrafterSnapshots:
             save_drafter(model, building, torch.float32)
             write_state(state, building / "optimizer")
             write_checksums(building)
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             building.rename(final)
         except (OSError, SafetensorError):
             shutil.rmtree(building, ignore_errors=True)
             raise
         for old in [path for _, path in self._newest_first()][self._keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
+        for left in self._folder.glob(f"{_REMOVED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
 
     def _newest_first(self) -> list[tuple[int, Path]]:
         snapshots = []
@@ -107,3 +112,12 @@ class DrafterSnapshots:
             except DrafterError as error:
                 problems.append(str(error))
         return None, problems
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, if it exists, so that a process that is killed leaves no part of it in its place."""
+    doomed = path.with_name(_REMOVED + path.name)
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

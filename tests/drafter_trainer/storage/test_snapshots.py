@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +71,27 @@ def test_a_failed_write_is_told_and_costs_nothing_else(tmp_path):
     assert "could not be written" in snapshots.save(2, drafter, optimizer)
     assert "could not be written" in snapshots.wait()
     assert snapshots.wait() is None
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_snapshot(tmp_path, monkeypatch):
+    """As when the process is killed: only the first file of each directory is gone."""
+
+    def cut_short(path, ignore_errors):
+        for file in sorted(Path(path).glob("*"))[:1]:
+            file.unlink()
+
+    drafter, optimizer = trained()
+    snapshots = DrafterSnapshots(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_short)
+        for step in (1, 2, 2):
+            assert snapshots.save(step, drafter, optimizer) is None
+        assert snapshots.wait() is None
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-2"]
+    found, problems = DrafterSnapshots(tmp_path).newest(97, 64)
+    assert found[0] == 2 and not problems
+    assert snapshots.save(3, drafter, optimizer) is None and snapshots.wait() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
 # For each folder named on its input, forks a process that prints its number and writes snapshots without end.
