@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import shutil
 import time
@@ -17,9 +16,8 @@ from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
 from paceline.drafter_trainer.storage.optimizer_state import write_state
+from paceline.drafter_trainer.storage.removal import clear_removed, remove_directory
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
-
-_REMOVED = ".removed-"
 
 
 class DrafterSnapshots:
@@ -67,15 +65,14 @@ class DrafterSnapshots:
             save_drafter(model, building, torch.float32)
             write_state(state, building / "optimizer")
             write_checksums(building)
-            _remove(final)
+            remove_directory(final)
             building.rename(final)
         except (OSError, SafetensorError):
             shutil.rmtree(building, ignore_errors=True)
             raise
         for old in [path for _, path in self._newest_first()][self._keep :]:
-            _remove(old)
-        for left in self._folder.glob(f"{_REMOVED}*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+            remove_directory(old)
+        clear_removed(self._folder)
 
     def _newest_first(self) -> list[tuple[int, Path]]:
         snapshots = []
@@ -112,12 +109,3 @@ class DrafterSnapshots:
             except DrafterError as error:
                 problems.append(str(error))
         return None, problems
-
-
-def _remove(path: Path) -> None:
-    """Removes a directory, if it exists, so that a process that is killed leaves no part of it in its place."""
-    doomed = path.with_name(_REMOVED + path.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+from paceline.drafter_trainer.storage.removal import clear_removed, remove_directory
 from paceline.rl.errors import UserError
 
 _FOLDER = "checkpoints"
@@ -36,7 +37,8 @@ def keep_checkpoint(run: Path, steps_done: int, last: int, best: bool) -> None:
             for _, path in sorted(
                 _steps(folder), key=lambda kept: (kept[0] <= steps_done, kept[0]), reverse=True
             )[last:]:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_directory(path)
+            clear_removed(folder)
         if best:
             _copy(run / "checkpoint", folder / "best")
     except OSError as error:

@@ -4,6 +4,7 @@ keeps.
 
 import contextlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -182,6 +183,17 @@ def test_checkpoints_that_a_run_has_given_up_go_first(tmp_path):
     for step in (8, 10, 9):  # it goes on from 8: 10 is another future
         keep_checkpoint(tmp_path, step, last=2, best=False)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-8", "step-9"]
+
+
+def test_a_kept_checkpoint_that_goes_while_the_run_is_killed_is_whole_or_gone(tmp_path, monkeypatch):
+    checkpoint(tmp_path, "any")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # it did not get that far
+        for step in (1, 2, 3):
+            keep_checkpoint(tmp_path, step, last=2, best=False)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-2", "step-3"]
+    keep_checkpoint(tmp_path, 4, last=2, best=False)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-3", "step-4"]
 
 
 @pytest.mark.ci
