@@ -176,7 +176,6 @@ def test_an_update_reaches_the_graphs(cuda, path):
     check_graphs(engine)
 
 
-@pytest.mark.parametrize("path", ["triton"], indirect=True)
 def test_weights_that_have_moved_are_captured_anew(cuda, path, monkeypatch):
     """A trainer that wraps or offloads its module gives parameters other memory: the embedding, then all."""
     policy, other, on_host = to_cuda(model()), to_cuda(model(seed=5)), model()
