@@ -11,8 +11,9 @@ _LEAST_PAUSES = 8  # with fewer, two standard errors are no safe distance
 _REMEMBERED_STEPS = 8  # of the RL; then it is measured anew, because neighbours and machines change
 _UNKNOWN_EVERY = 3  # windows from pause to pause: one before it, itself, and one after it
 _UNCERTAIN_EVERY = 8
-_MOST_OF_SAVING = 0.5  # share of the time that drafts may ever save which their training may cost
-_LEAST_SAVING = 0.1  # half of less would hardly ever pay for training, which was measured to cost 4 to 19 %
+_MOST_OF_SAVING = 0.5  # training may cost at most this share of what good drafts would save
+# share of the time; training was measured to cost 4 to 19 %, which half of less hardly pays
+_LEAST_SAVING = 0.1
 _MOST_IN_VAIN = 4  # pauses without a result, as where the rest of a step is too short for one
 
 

@@ -38,7 +38,7 @@ class CompositeDrafter(StatelessSlots):
                 f"{rules.draw}: write speculation.draw: likeliest"
             )
         self._suffix, self._model, self.threshold = suffix, model, threshold
-        self._read = False
+        self._asked_model = False
 
     @classmethod
     def build(cls, host: DrafterHost, parts: DrafterParts) -> CompositeDrafter:
@@ -66,13 +66,13 @@ class CompositeDrafter(StatelessSlots):
     @property
     def caught_up(self) -> bool:
         """Whether the model has caught up in the last draft, see `Drafter`."""
-        return self._read and getattr(self._model, "caught_up", False)
+        return self._asked_model and getattr(self._model, "caught_up", False)
 
     def propose(self, context: DraftContext, strategy: Strategy) -> DraftTree:
         """Returns the suffix drafter's rows where the match is long enough, the model's elsewhere."""
         matches = [self._suffix.matched(s) >= self.threshold for s in context.sequences]
-        self._read = not all(matches)
-        if not self._read:
+        self._asked_model = not all(matches)
+        if not self._asked_model:
             return self._suffix.propose(context, strategy)
         model_draft = self._model.propose(context, strategy)
         if model_draft.kind is not DraftKind.FIXED:

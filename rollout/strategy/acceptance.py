@@ -119,9 +119,13 @@ class Acceptance:
         rates, rate = [], self._prior()
         for kept, tried, trust in zip(self._kept[:depth], self._tried, self._trust, strict=False):
             rate = (trust * rate + kept) / (trust + tried)
-            spread = (rate * (1 - rate) + _EXTRA_VARIANCE) / ((trust + tried) * _AGING ** min(idle, _OLDEST))
-            rates.append(min(rate + doubt * spread**0.5, 0.95) if doubt else rate)
-        return rates
+            rates.append(rate)
+        if not doubt:
+            return rates
+        age = _AGING ** min(idle, _OLDEST)
+        weights = (self.weight(i) * age for i in range(depth))
+        spreads = ((r * (1 - r) + _EXTRA_VARIANCE) / n for r, n in zip(rates, weights, strict=True))
+        return [min(r + doubt * spread**0.5, 0.95) for r, spread in zip(rates, spreads, strict=True)]
 
 
 def expected_tokens(rates: Sequence[float]) -> float:

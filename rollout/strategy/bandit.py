@@ -11,7 +11,7 @@ from typing import Any
 from paceline.rollout.strategy.acceptance import expected_tokens
 from paceline.rollout.strategy.buckets import Bucket, bucket_of
 from paceline.rollout.strategy.cost_model import CostModel
-from paceline.rollout.strategy.exploration import Allowance, Trials
+from paceline.rollout.strategy.exploration import Allowance, ExpectedLoss, Trials
 from paceline.rollout.strategy.strategy import PLAIN, StepFeedback, Strategy
 
 _PRIOR_STEPS = 64  # weight of the cost model's estimate, in measured steps
@@ -169,16 +169,18 @@ class BanditSelector:
             arm for arm in rates if arm != best and self._optimistic_rate(arm, bucket, best) > rates[best]
         }
         losses = {
-            arm: self._burst_steps * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best])
+            arm: ExpectedLoss(
+                self._burst_steps * self.cost.seconds(arm, bucket) * (1 - rates[arm] / rates[best]),
+                self.cost.catching_up(arm, bucket),
+            )
             for arm in hopeful | self._leaders(rates, best)
         }
-        catching_up = {arm: self.cost.catching_up(arm, bucket) for arm in losses}
-        candidates = self._allowance.candidates(trials, best, seconds, losses, catching_up, hopeful)
+        candidates = self._allowance.candidates(trials, best, seconds, losses, hopeful)
         if not candidates:
             return None
         arm = self._random.choice(sorted(candidates, key=str))
         trials.begin(arm, self._burst_steps)
-        self._allowance.charge(trials, arm, losses[arm], catching_up[arm], self._burst_steps, rates[best])
+        self._allowance.charge(trials, arm, losses[arm], self._burst_steps, rates[best])
         return arm
 
     def _leaders(self, rates: dict[Strategy, float], best: Strategy) -> set[Strategy]:
@@ -307,7 +309,7 @@ class BanditSelector:
         self.arms.pop(name, None)
         self._forget(name)
         for known in self._buckets.values():
-            known.left = 0
+            self._allowance.stop(known)
 
     def _forget(self, drafter: str) -> None:
         for trials in self._buckets.values():

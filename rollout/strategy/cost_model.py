@@ -63,6 +63,8 @@ class CostModel:
         self._catching_up = Times[tuple[int, str]]()
         self._overhead = Times[int]()
         self.acceptance: dict[tuple[str, bool], Acceptance] = {}
+        # expected tokens by drafter; every step asks for those of all strategies
+        self._tokens: dict[str, dict[Strategy, float]] = {}
         self._last_drafter: str | None = None
         self._steps = 0
         self._last_seen: dict[tuple[str, bool], int] = {}
@@ -85,11 +87,12 @@ class CostModel:
 
     def tokens(self, strategy: Strategy) -> float:
         """Returns the expected tokens per sequence of a step."""
-        return (
-            1.0
-            if strategy.drafter is None
-            else expected_tokens(self.accepted(strategy).rates(strategy.depth))
-        )
+        if strategy.drafter is None:
+            return 1.0
+        known = self._tokens.setdefault(strategy.drafter, {})
+        if strategy not in known:
+            known[strategy] = expected_tokens(self.accepted(strategy).rates(strategy.depth))
+        return known[strategy]
 
     def optimistic_tokens(self, strategy: Strategy) -> float:
         """Returns an optimistic estimate of `tokens`.
@@ -250,13 +253,14 @@ class CostModel:
             self._last_seen[strategy.drafter, strategy.width > 1] = self._steps
             if self.accepted(strategy).add(feedback.accepted, strategy.depth):
                 self.surprised_by = strategy.drafter
+            self._tokens.pop(strategy.drafter, None)
         self._last_drafter = strategy.drafter
         return not feedback.caught_up
 
     def catching_up(self, strategy: Strategy, bucket: Bucket) -> float:
-        """Returns the expected seconds in which the drafter reads what it has not drafted after.
+        """Returns the seconds that the drafter is expected to need for tokens that it has not read.
 
-        It is what that took of late after other strategies had run, and 0 if this drafter ran last.
+        They are those of its latest drafts after other strategies had run; 0 if this drafter ran last.
         """
         if strategy.drafter is None or strategy.drafter == self._last_drafter:
             return 0.0
@@ -327,6 +331,7 @@ class CostModel:
         for (name, _), acceptance in self.acceptance.items():
             if name == drafter:
                 acceptance.soften()
+        self._tokens.pop(drafter, None)
 
     def state(self) -> dict[str, Any]:
         """Returns everything learned, as JSON."""
@@ -334,6 +339,7 @@ class CostModel:
             "forward": [[*bucket, str(s), v] for (bucket, s), v in self._forward.items()],
             "draft": [[*bucket, str(s), v] for (bucket, s), v in self._draft.items()],
             "level": [[batch, name, v] for (batch, name), v in self._level.items()],
+            "catching_up": [[batch, name, v] for (batch, name), v in self._catching_up.items()],
             "rest": [[batch, v] for batch, v in self._overhead.items()],
             "acceptance": [[name, tree, *a.counts()] for (name, tree), a in self.acceptance.items()],
         }
@@ -343,6 +349,8 @@ class CostModel:
         forward = {(Bucket(b, c), Strategy.parse(s)): float(v) for b, c, s, v in state["forward"]}
         draft = {(Bucket(b, c), Strategy.parse(s)): float(v) for b, c, s, v in state["draft"]}
         level = {(batch, name): float(v) for batch, name, v in state["level"]}
+        # states of version 0.2 have no such times
+        catching_up = {(batch, name): float(v) for batch, name, v in state.get("catching_up", ())}
         rest = {batch: float(v) for batch, v in state["rest"]}
         acceptance = {}
         for name, tree, kept, tried in state["acceptance"]:
@@ -351,7 +359,7 @@ class CostModel:
         self._forward, self._draft, self._level = Times(forward), Times(draft), Times(level)
         for _, strategy in forward:
             self._note(strategy)
-        self._overhead = Times(rest)
+        self._catching_up, self._overhead = Times(catching_up), Times(rest)
         self._timed_at = dict.fromkeys(forward, self._steps)
         # buckets without plain decoding are compared with others
         buckets = sorted({bucket for bucket, _ in forward}, key=lambda b: (b, PLAIN) not in forward)
@@ -359,3 +367,4 @@ class CostModel:
         for bucket in buckets:
             self._scales[bucket] = self._measured_scale(bucket)
         self.acceptance.update(acceptance)
+        self._tokens.clear()

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from paceline.rollout.strategy.strategy import Strategy
 
 _MAX_DOUBLINGS = 6  # of the time between two trials of an arm
 _CHANGED_TIME = 1.25  # factor by which the best arm's step must become slower or faster to doubt all others
 _MAX_LOSS = 1 / 3  # most that one trial may be expected to lose, as a share of the best arm's time
+
+
+class ExpectedLoss(NamedTuple):
+    """Seconds that a trial is expected to lose against the best arm.
+
+    Attributes:
+        steps: What its steps lose.
+        catching_up: What it loses besides, until its drafter has read all tokens.
+    """
+
+    steps: float
+    catching_up: float
+
+    @property
+    def whole(self) -> float:
+        """The sum."""
+        return self.steps + self.catching_up
 
 
 @dataclass(slots=True)
@@ -34,7 +52,7 @@ class Trials:
         arm: Arm that is on trial, or was last.
         left: Steps left of the trial.
         loss_of_step: Seconds that each of its steps was expected to lose against the best arm.
-        unsettled: Steps of the trial whose expected loss was not replaced by the measured one yet.
+        unsettled: Steps of the trial that are still charged with their expected loss.
         best_rate: Tokens per sequence and second of the best arm when the trial began.
         first: Number of bursts that were to give an arm its first times.
         waits: Until when each arm is left alone.
@@ -69,8 +87,8 @@ class Allowance:
     loss of the trial, and twice as long each time. So the share of the time that trials take shrinks, while
     nothing changes, and a clearly slower arm is left alone for longer than one that is nearly as fast.
 
-    A trial is charged with its expected loss when it begins, and step by step with the measured one instead:
-    an arm that is expected to be faster than it is must not be tried for free.
+    When a trial begins, its expected loss is charged. After each of its steps, what that step was expected to
+    lose is replaced by what it has lost, so that an arm whose time was underestimated is not tried for free.
 
     Args:
         share: Share of the time that trials may lose against the best arms.
@@ -106,8 +124,7 @@ class Allowance:
         trials: Trials,
         best: Strategy,
         seconds: float,
-        losses: dict[Strategy, float],
-        catching_up: dict[Strategy, float],
+        losses: dict[Strategy, ExpectedLoss],
         hopeful: set[Strategy],
     ) -> list[Strategy]:
         """Returns the arms that may be tried now.
@@ -116,45 +133,40 @@ class Allowance:
             trials: Trials of the bucket.
             best: Best arm of the bucket.
             seconds: Expected seconds of a trial's steps if they ran the best arm.
-            losses: Arms to consider, with the seconds that the steps of a trial are expected to lose.
-            catching_up: Seconds that a trial of each loses besides, until its drafter has read all tokens.
-            hopeful: Those that may be better than the best arm, by what is known; a trial of them loses at
-                most a third of its time. The others are checked again, in case times have changed.
+            losses: Arms to consider, with what a trial of each is expected to lose.
+            hopeful: Those that may be better than the best arm, by what is known; the steps of their trial
+                lose at most a third of its time. The others are checked again, in case times have changed.
         """
         trials.waits.pop(best, None)
         allowed = self.share * self.seconds - self.lost
         due = []
         for arm, loss in losses.items():
-            whole = loss + catching_up[arm]
             if arm not in hopeful and arm not in trials.waits:
-                self._wait(trials, arm, whole)
+                self._wait(trials, arm, loss)
             waits = arm in trials.waits and trials.waits[arm].until > trials.seconds
-            bearable = arm not in hopeful or loss <= _MAX_LOSS * seconds
-            if bearable and whole <= allowed and not waits:
+            bearable = arm not in hopeful or loss.steps <= _MAX_LOSS * seconds
+            if bearable and loss.whole <= allowed and not waits:
                 due.append(arm)
         return due
 
-    def _wait(self, trials: Trials, arm: Strategy, loss: float) -> None:
+    def _wait(self, trials: Trials, arm: Strategy, loss: ExpectedLoss) -> None:
         wait = trials.waits.setdefault(arm, _Wait())
-        wait.until = trials.seconds + loss / self.share * 2**wait.doublings
+        wait.until = trials.seconds + loss.whole / self.share * 2**wait.doublings
         wait.doublings = min(wait.doublings + 1, _MAX_DOUBLINGS)
 
-    def charge(
-        self, trials: Trials, arm: Strategy, loss: float, catching_up: float, steps: int, best_rate: float
-    ) -> None:
-        """Charges a trial that begins, and sets when the next one of the arm may.
+    def charge(self, trials: Trials, arm: Strategy, loss: ExpectedLoss, steps: int, best_rate: float) -> None:
+        """Charges a trial that begins with what its steps may lose, and sets when the arm's next may begin.
 
         Args:
             trials: Trials of the bucket, in which the arm's has begun.
             arm: The arm.
-            loss: Seconds that the steps of the trial are expected to lose.
-            catching_up: Seconds that it loses besides, until the drafter has read all tokens.
+            loss: What the trial is expected to lose.
             steps: Steps of the trial.
             best_rate: Tokens per sequence and second of the best arm.
         """
-        self.lost += loss
-        trials.loss_of_step, trials.unsettled, trials.best_rate = loss / steps, steps, best_rate
-        self._wait(trials, arm, loss + catching_up)
+        self.lost += loss.steps
+        trials.loss_of_step, trials.unsettled, trials.best_rate = loss.steps / steps, steps, best_rate
+        self._wait(trials, arm, loss)
 
     def settle(self, trials: Trials, tokens: float, seconds: float) -> None:
         """Replaces the expected loss of a step of the trial by the measured one.

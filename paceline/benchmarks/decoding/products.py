@@ -2,9 +2,8 @@
 
 In bfloat16 weights are packed, and torch's side is oneDNN with weights that it has packed, or products in
 float32 on processors where oneDNN has none in bfloat16; in float32 both multiply by the trainer's weights as
-they lie. All weights of a SmolLM2-135M shape are multiplied in turn, so
-that they come from memory as in a decode step. Each row's result is compared bit for bit with the same row
-computed alone.
+they lie. All weights of a SmolLM2-135M shape are multiplied in turn, so that they come from memory as in a
+decode step. Each row's result is compared bit for bit with the same row computed alone.
 """
 
 from __future__ import annotations

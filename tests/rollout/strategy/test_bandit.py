@@ -301,6 +301,21 @@ def test_new_weights_weaken_what_was_learned_and_new_drafters_join():
     assert selector.cost.tokens(arm) < 2
 
 
+def test_a_trial_of_a_drafter_that_is_lost_costs_no_more():
+    world = World({"eagle3": 0.5}, cheap=0)
+    selector = selector_for(world, ["eagle3"])
+    for _ in range(2000):
+        before = selector.state()["lost"]
+        strategy = selector.choose(16, 100)
+        if selector.state()["lost"] > before:  # a trial has begun
+            break
+        selector.record(world.step(strategy, 16))
+    assert strategy.drafter == "eagle3"
+    selector.drafter_lost("eagle3")
+    assert selector.state()["lost"] == pytest.approx(before)
+    assert selector.choose(16, 100) == PLAIN
+
+
 def test_an_unmeasured_bucket_starts_from_the_cost_model():
     """What was learned at one batch size is known at another: no exploration is needed to speculate there."""
     world = World({"suffix": 0.1, "eagle3": 0.8})

@@ -56,3 +56,6 @@ def test_what_a_drafter_reads_after_a_pause_is_no_part_of_its_step():
     assert model.add(plain)
     assert model.catching_up(arm, bucket) == pytest.approx(0.8)
     assert model.seconds(arm, bucket) == pytest.approx(1.1)
+    restored = CostModel(lambda batch, width, context: 1.0, lambda name, batch: 0.1)
+    restored.load_state(model.state())
+    assert restored.catching_up(arm, bucket) == pytest.approx(0.8)

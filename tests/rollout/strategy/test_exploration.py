@@ -3,21 +3,20 @@
 import pytest
 
 from paceline.rollout.strategy import PLAIN, Strategy
-from paceline.rollout.strategy.exploration import Allowance, Trials
+from paceline.rollout.strategy.exploration import Allowance, ExpectedLoss, Trials
 from tests.rollout.strategy.test_bandit import World, best_fixed, play, selector_for
 
 ARM = Strategy("eagle3", 2)
 
 
 def candidates(allowance, trials, loss=0.1, hopeful=True, catching_up=0.0):
-    return allowance.candidates(
-        trials, PLAIN, 1.0, {ARM: loss}, {ARM: catching_up}, {ARM} if hopeful else set()
-    )
+    losses = {ARM: ExpectedLoss(loss, catching_up)}
+    return allowance.candidates(trials, PLAIN, 1.0, losses, {ARM} if hopeful else set())
 
 
 def begin(allowance, trials, loss=0.1, catching_up=0.0):
     trials.begin(ARM, 4)
-    allowance.charge(trials, ARM, loss, catching_up, 4, best_rate=2.0)
+    allowance.charge(trials, ARM, ExpectedLoss(loss, catching_up), 4, best_rate=2.0)
 
 
 def spend(allowance, trials, seconds):
@@ -111,7 +110,7 @@ def test_new_weights_of_a_drafter_end_the_waits_of_its_arms():
     trials, other = Trials(), Strategy("suffix", 2)
     allowance = Allowance(0.02)
     for arm in (ARM, other):
-        allowance.charge(trials, arm, 0.1, 0.0, 4, best_rate=2.0)
+        allowance.charge(trials, arm, ExpectedLoss(0.1, 0.0), 4, best_rate=2.0)
     trials.forget("eagle3")
     assert list(trials.waits) == [other]
 
