@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from paceline.drafter_trainer.errors import DrafterError, one_line
 from paceline.drafter_trainer.storage.drafter_config import read_drafter_config
+from paceline.drafter_trainer.storage.removal import remove_directory
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 
@@ -42,8 +43,7 @@ def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch
         tensors |= {"d2t": model.d2t, "t2d": model.t2d}
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         building.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
+        remove_directory(directory)
         building.rename(directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,21 @@ def test_format_is_what_servers_load(saved):
         "midlayer.post_attention_layernorm.weight",
     }
     assert expected | {"norm.weight", "midlayer.mlp.gate_proj.weight"} <= set(tensors)
+
+
+def test_a_replacement_that_is_cut_short_leaves_no_half_drafter(saved, monkeypatch):
+    """As when the process is killed after the first file of the old one."""
+    drafter, path = saved
+
+    def cut_short(folder, ignore_errors=False):
+        for file in sorted(Path(folder).glob("*"))[:1]:
+            file.unlink()
+            raise SystemExit
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(SystemExit):
+        save_drafter(drafter, path, torch.float32)
+    assert not path.exists()
 
 
 def test_replacing_keeps_one_whole_directory(saved):
