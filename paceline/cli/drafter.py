@@ -96,7 +96,7 @@ def serve(
             print(f"paceline: {run / 'drafter'} does not exist: serving without drafts", flush=True)
         announce("starting the server", data=True)
         from paceline.drafter_trainer.storage.checkpoint import load_drafter_of
-        from paceline.rollout.backends.vllm_server import serve_command, sglang_command
+        from paceline.rollout.backends.serve_command import serve_command, sglang_command
 
         if drafter is not None:
             load_drafter_of(
@@ -145,7 +145,7 @@ def _schedule(text: str) -> list[tuple[int, int, int]]:
 def _start(command: list[str], exchange: Path | None, host: str, show: bool) -> None:
     """Prints the server's command and, unless ``show`` is set, replaces this process by the server."""
     from paceline.rollout.backends.exchange import TOKEN, token_file
-    from paceline.rollout.backends.vllm_server import LOOPBACK, serve_environment
+    from paceline.rollout.backends.serve_command import LOOPBACK, serve_environment
 
     environment: dict[str, str] = {}
     if exchange is not None:

@@ -5,7 +5,7 @@ The servers may run on other machines and have parallelism of their own.
 
 from __future__ import annotations
 
-import json
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,18 +16,15 @@ from typing import Any
 import httpx
 
 from paceline.rollout.api import Request, Rollout, RolloutStats
-from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER
-from paceline.rollout.backends.exchange import DIRECTORY, TOKEN, make_token
 from paceline.rollout.backends.vllm_conversion import finished, marked_plain, rejected, sampling
+from paceline.rollout.backends.vllm_update import CONNECT_SECONDS, checked, unreachable, update
 from paceline.rollout.engine.engine import StepRecord
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-_TIMEOUT_SECONDS = 3600.0  # for one completion, which may wait in the server's queue
+_COMPLETION_SECONDS = 3600.0  # a completion may wait in the server's queue
 
 
 class VllmServers:
-    """A `ServedBackend` over servers started with `serve_command`.
+    """A `ServedBackend` over servers started with `paceline.rollout.backends.serve_command.serve_command`.
 
     Groups of samples go to the servers in turn; the samples of a group go to one server, which caches their
     prompt. Each server has its own schedule of draft depths by batch size, which vLLM takes at its start.
@@ -38,6 +35,7 @@ class VllmServers:
         sends: Whether this process sends weights; of several ranks, exactly one does.
         token: Token of the servers' exchange directory, see `paceline.rollout.backends.exchange`; None for
             servers that were started without one.
+        update_seconds: Maximum time of one call of a weight update, in which a server reads one file.
 
     Attributes:
         records: Always empty, because servers do not report what a step took.
@@ -47,23 +45,29 @@ class VllmServers:
     """
 
     def __init__(
-        self, urls: Sequence[str], max_slots: int, *, sends: bool = True, token: str | None = None
+        self,
+        urls: Sequence[str],
+        max_slots: int,
+        *,
+        sends: bool = True,
+        token: str | None = None,
+        update_seconds: float = 600.0,
     ) -> None:
+        self._urls, self._sends, self._update_seconds = list(urls), sends, update_seconds
+        self._headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
         limits = httpx.Limits(max_connections=max_slots, max_keepalive_connections=max_slots)
-        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        timeout = httpx.Timeout(_COMPLETION_SECONDS, connect=CONNECT_SECONDS)
         self._clients = [
-            httpx.Client(base_url=url, timeout=_TIMEOUT_SECONDS, limits=limits, headers=headers)
-            for url in urls
+            httpx.Client(base_url=url, timeout=timeout, limits=limits, headers=self._headers) for url in urls
         ]
-        self._max_slots, self._sends = max_slots, sends
+        self._max_slots = max_slots
         self._version = 0
         self.records: list[StepRecord] = []
         self._models = [
             str(self._call(c, "GET", "/v1/models").json()["data"][0]["id"]) for c in self._clients
         ]
-        if sends:
-            for client in self._clients:
-                self._call(client, "POST", "/init_weight_transfer_engine", {"init_info": {}})
+        for client in self._clients if sends else ():
+            self._call(client, "POST", "/init_weight_transfer_engine", {"init_info": {}})
 
     def generate(
         self,
@@ -143,28 +147,41 @@ class VllmServers:
         return finished(request, choice["token_ids"], logprobs, choice["finish_reason"], stats, self._version)
 
     def update_policy(self, shards: Sequence[Path], version: int) -> None:
-        """Sends new policy weights to all servers, see `ServedBackend.update_policy`."""
+        """Sends new policy weights to all servers, see `ServedBackend.update_policy`.
+
+        Raises:
+            ConnectionError: A server is lost or refused the weights; the others have taken them.
+        """
         self._version = version
         self._send("/start_weight_update", shards, str(version))
 
     def update_drafter(self, directory: Path) -> None:
-        """Sends new drafter weights to all servers, see `ServedBackend.update_drafter`."""
+        """Sends new drafter weights to all servers, see `ServedBackend.update_drafter`.
+
+        Raises:
+            ConnectionError: A server is lost or refused the weights; the others draft with them.
+        """
         self._send("/start_draft_weight_update", [directory / "model.safetensors"], None)
 
     def _send(self, start: str, files: Sequence[Path], version: str | None) -> None:
-        """Sends files to all servers in parallel."""
+        """Sends files to all servers in parallel; a server that fails does not stop the others."""
         if not self._sends:
             return
 
-        def send(client: httpx.Client) -> None:
-            self._call(client, "POST", start)
-            for path in files:
-                self._call(client, "POST", "/update_weights", {"update_info": {"path": str(path.resolve())}})
-            self._call(client, "POST", "/finish_weight_update", {"weight_version": version})
-            self._call(client, "POST", "/reset_prefix_cache")
+        def send(url: str) -> str | None:
+            try:
+                asyncio.run(
+                    update(url, start, files, version, headers=self._headers, seconds=self._update_seconds)
+                )
+            except ConnectionError as error:
+                return str(error)
+            return None
 
-        with ThreadPoolExecutor(len(self._clients)) as pool:
-            list(pool.map(send, self._clients))
+        with ThreadPoolExecutor(len(self._urls)) as pool:
+            failures = [line for line in pool.map(send, self._urls) if line is not None]
+        if failures:
+            taken = f"{len(self._urls) - len(failures)} of {len(self._urls)} servers took the weights"
+            raise ConnectionError(f"{'; '.join(failures)} ({taken})")
 
     @staticmethod
     def _call(
@@ -173,139 +190,10 @@ class VllmServers:
         try:
             response = client.request(method, path, json=body)
         except httpx.HTTPError as error:
-            raise ConnectionError(
-                f"{client.base_url}{path.lstrip('/')}: {type(error).__name__} {error}; is the server up?"
-            ) from None
-        if response.is_error:
-            text = " ".join(response.text.split())[:300]
-            raise ConnectionError(
-                f"{client.base_url}{path.lstrip('/')}: {response.status_code} {text}; start servers with "
-                "paceline serve RUN --exchange DIRECTORY, and set rollout.vllm.exchange to that directory"
-            )
-        return response
+            raise unreachable(error) from None
+        return checked(response)
 
     def close(self) -> None:
         """Closes the connections; the servers keep running."""
         for client in self._clients:
             client.close()
-
-
-def serve_command(
-    model: Path | str,
-    *,
-    drafter: Path | None = None,
-    depth: int = 4,
-    schedule: Sequence[tuple[int, int, int]] = (),
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_slots: int = 64,
-    max_context: int = 4096,
-    updates: bool = False,
-    more: Sequence[str] = (),
-) -> list[str]:
-    """Returns the ``vllm serve`` command line for a policy and its drafter.
-
-    Parameters that a request leaves out take vLLM's neutral defaults, not those of the policy's
-    ``generation_config.json``.
-
-    Args:
-        model: Directory or hub id of the policy.
-        drafter: Directory in the export format; None serves without drafts.
-        depth: Maximum draft tokens of a step.
-        schedule: (from, to, draft tokens) by batch size, such as `DepthControl.schedule` learns; empty lets
-            the adaptive scheduler choose from 0 to ``depth`` in each step.
-        host: Address that the server listens on.
-        port: Port that the server listens on.
-        max_slots: Maximum number of sequences decoded together.
-        max_context: Maximum tokens of prompt and completion together.
-        updates: Whether the server accepts new weights from a trainer. The endpoints are vLLM's development
-            ones: the environment of the server needs the variables of `serve_environment`.
-        more: Further arguments, such as ``--tensor-parallel-size 4``.
-    """
-    command = [
-        "vllm",
-        "serve",
-        str(model),
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--max-num-seqs",
-        str(max_slots),
-    ]
-    command += [
-        "--max-model-len",
-        str(max_context),
-        "--logprobs-mode",
-        "processed_logprobs",
-        "--generation-config",
-        "vllm",
-    ]
-    if updates:
-        command += ["--weight-transfer-config", json.dumps({"backend": "paceline_files"})]
-        command += ["--middleware", "paceline.rollout.backends.vllm_guard.UpdateGuard"]
-    if drafter is not None:
-        speculative: dict[str, Any] = {
-            "method": "eagle3",
-            "model": str(drafter),
-            "num_speculative_tokens": depth,
-        }
-        if schedule:
-            speculative["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
-        else:
-            command += ["--scheduler-cls", ADAPTIVE_SCHEDULER]
-        command += ["--speculative-config", json.dumps(speculative)]
-    return [*command, *more]
-
-
-def serve_environment(exchange: Path, host: str) -> dict[str, str]:
-    """Returns the environment variables of a server that accepts new weights.
-
-    The server reads weights from ``exchange`` alone, and asks for its token. On an address that other
-    machines can reach, completions need the token too.
-
-    Raises:
-        OSError: The directory cannot be written.
-    """
-    token = make_token(exchange)
-    variables = {"VLLM_SERVER_DEV_MODE": "1", DIRECTORY: str(exchange.resolve()), TOKEN: token}
-    return variables if host in LOOPBACK else {**variables, "VLLM_API_KEY": token}
-
-
-def sglang_command(
-    model: Path | str, drafter: Path | None, depth: int, host: str, port: int, more: Sequence[str] = ()
-) -> list[str]:
-    """Returns the command line that starts SGLang with the same policy and drafter.
-
-    It follows SGLang's documentation and was not run here.
-
-    Args:
-        model: Directory or hub id of the policy.
-        drafter: Directory in the export format; None serves without drafts.
-        depth: Draft tokens of a step, which form a chain as in vLLM.
-        host: Address that the server listens on.
-        port: Port that the server listens on.
-        more: Further arguments.
-    """
-    chain = {
-        "--speculative-draft-model-path": drafter,
-        "--speculative-num-steps": depth,
-        "--speculative-eagle-topk": 1,
-        "--speculative-num-draft-tokens": depth + 1,
-    }
-    speculative = [str(part) for entry in chain.items() for part in entry]
-    command = [
-        "python",
-        "-m",
-        "sglang.launch_server",
-        "--model-path",
-        str(model),
-        "--host",
-        host,
-        "--port",
-        str(port),
-    ]
-    command += ["--sampling-defaults", "openai"]  # neutral, unlike the policy's generation_config.json
-    if drafter is not None:
-        command += ["--speculative-algorithm", "EAGLE3", *speculative]
-    return [*command, *more]

@@ -11,7 +11,6 @@ paceline wheel is installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,15 +97,23 @@ def engine_class() -> type[Any]:
 
         init_info_cls = InitInfo
         update_info_cls = UpdateInfo
+        loading = False
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
             skip_drafter()  # here because every process that runs the model comes by
 
         def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
+            self.loading = False
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(_tensors(str(confined(update_info.path))))
+            with safe_open(str(confined(update_info.path)), framework="pt") as file:
+                # Only now: it takes the weights out of the model, and vLLM dies of the next request unless
+                # all are loaded. So a server that cannot read the first file keeps what it has.
+                if not self.loading:
+                    initialize_layerwise_reload(self.model)
+                    self.loading = True
+                names = file.keys()  # safe_open is not a mapping
+                self.model.load_weights((name, file.get_tensor(name)) for name in names)
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
@@ -120,9 +127,3 @@ def engine_class() -> type[Any]:
             pass
 
     return FilesTransfer
-
-
-def _tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  not a mapping
-            yield name, file.get_tensor(name)

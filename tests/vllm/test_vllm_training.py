@@ -20,7 +20,7 @@ from paceline.drafter_trainer.storage.checkpoint import save_drafter
 from paceline.rl.models.loading import load_policy
 from paceline.rl.models.policies import fetch_policy
 from paceline.rl.monitoring.summary import read_metrics
-from paceline.rollout.backends.vllm_server import serve_command, serve_environment
+from paceline.rollout.backends.serve_command import serve_command, serve_environment
 from tests.engines import tiny_eagle3
 from tests.support import ROOT
 

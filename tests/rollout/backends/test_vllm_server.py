@@ -6,25 +6,20 @@ import math
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from paceline.rollout import FinishReason, Request, SamplingParams
-from paceline.rollout.backends.exchange import confined, make_token, read_token
-from paceline.rollout.backends.vllm_conversion import sampling
+from paceline.rollout.backends.exchange import confined
 from paceline.rollout.backends.vllm_guard import UpdateGuard
-from paceline.rollout.backends.vllm_server import (
-    VllmServers,
-    serve_command,
-    serve_environment,
-    sglang_command,
-)
+from paceline.rollout.backends.vllm_server import VllmServers
 
 
 @contextmanager
-def server(answer, metrics=""):
-    """A server whose completions are ``answer(body)`` → (tokens, log-probs, finish reason), or a status."""
+def server(answer, metrics="", update=lambda path: 200):
+    """A server whose completions are ``answer(body)`` → (tokens, log-probs, finish reason), or a status;
+    ``update(path)`` is the status of health checks and of what belongs to weight updates.
+    """
     calls = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,13 +36,14 @@ def server(answer, metrics=""):
             self.wfile.write(body)
 
         def do_GET(self):
-            self.reply(200, metrics if self.path == "/metrics" else {"data": [{"id": "policy"}]})
+            status = update(self.path) if self.path == "/health" else 200
+            self.reply(status, metrics if self.path == "/metrics" else {"data": [{"id": "policy"}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
             calls.append((self.path, body))
             if self.path != "/v1/completions":
-                self.reply(200, {})
+                self.reply(update(self.path), {})
                 return
             found = answer(body)
             if isinstance(found, int):
@@ -151,6 +147,55 @@ def test_a_rank_that_does_not_send_sends_nothing(tmp_path):
     assert not calls
 
 
+def test_a_server_that_stops_answering_during_an_update_is_named(tmp_path):
+    """The others have the weights by then."""
+    over = threading.Event()
+
+    def frozen(path):
+        over.wait(60 if path == "/update_weights" else 0)
+        return 200
+
+    with server(echo) as (first, calls), server(echo, update=frozen) as (second, _):
+        servers = VllmServers([second, first], max_slots=2, update_seconds=0.5)
+        with pytest.raises(ConnectionError) as found:
+            servers.update_drafter(tmp_path)
+        over.set()
+        servers.close()
+    assert str(found.value).startswith(f"{second}/update_weights: ReadTimeout")
+    assert str(found.value).endswith("(1 of 2 servers took the weights)")
+    assert calls[-1][0] == "/reset_prefix_cache"
+
+
+def test_a_server_whose_engine_dies_during_an_update_is_left(tmp_path):
+    """vLLM does not answer the call then."""
+    over = threading.Event()
+
+    def dying(path):
+        over.wait(60 if path == "/update_weights" else 0)
+        return 503 if path == "/health" else 200
+
+    with server(echo, update=dying) as (url, _):
+        servers = VllmServers([url], max_slots=2)
+        with pytest.raises(ConnectionError, match=f"{url}/health: 503"):
+            servers.update_drafter(tmp_path)
+        over.set()
+        servers.close()
+
+
+def test_all_servers_that_refuse_weights_are_named(tmp_path):
+    def refuse(path):
+        return 500 if path == "/finish_weight_update" else 200
+
+    with server(echo, update=refuse) as (first, _), server(echo, update=refuse) as (second, _):
+        servers = VllmServers([first, second], max_slots=2)
+        with pytest.raises(ConnectionError) as found:
+            servers.update_policy([tmp_path / "a.safetensors"], version=1)
+        servers.close()
+    line = str(found.value)
+    assert f"{first}/finish_weight_update: 500" in line and f"{second}/finish_weight_update: 500" in line
+    assert "--exchange" not in line and "(0 of 2 servers took the weights)" in line and "\n" not in line
+
+
 def test_failures_are_rollouts_that_say_so():
     def answer(body):
         if body["prompt"][0] == 1:
@@ -178,54 +223,6 @@ def test_a_server_that_is_not_there_is_named():
     with pytest.raises(ConnectionError, match="is the server up") as found:
         VllmServers([url], max_slots=1)
     assert "\n" not in str(found.value)
-
-
-def test_the_command_that_starts_a_server():
-    command = serve_command(
-        "policy",
-        drafter=Path("drafter"),
-        schedule=[(1, 8, 4), (9, 64, 0)],
-        updates=True,
-        more=["--tensor-parallel-size", "2"],
-    )
-    assert command[:3] == ["vllm", "serve", "policy"]
-    speculative = json.loads(command[command.index("--speculative-config") + 1])
-    assert speculative["num_speculative_tokens_per_batch_size"] == [[1, 8, 4], [9, 64, 0]]
-    assert speculative["method"] == "eagle3"
-    assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": "paceline_files"}
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[-2:] == ["--tensor-parallel-size", "2"]
-    assert "--weight-transfer-config" not in serve_command("policy")
-
-
-def test_a_policys_generation_config_adds_nothing():
-    """Neither on the server nor in a request, and not in SGLang either."""
-    command = serve_command("policy")
-    assert command[command.index("--generation-config") + 1] == "vllm"
-    body = sampling(Request([1], SamplingParams()))
-    assert (
-        body["repetition_penalty"],
-        body["min_p"],
-        body["presence_penalty"],
-        body["frequency_penalty"],
-    ) == (1.0, 0.0, 0.0, 0.0)
-    command = sglang_command("policy", None, 4, "127.0.0.1", 8000)
-    assert command[command.index("--sampling-defaults") + 1] == "openai"
-    assert "--speculative-algorithm" not in command
-
-
-def test_the_token_of_an_exchange_directory(tmp_path, monkeypatch):
-    monkeypatch.delenv("PACELINE_UPDATE_TOKEN", raising=False)
-    environment = serve_environment(tmp_path / "exchange", "127.0.0.1")
-    token = read_token(tmp_path / "exchange")
-    assert environment["PACELINE_UPDATE_TOKEN"] == token == make_token(tmp_path / "exchange")
-    assert environment["PACELINE_EXCHANGE"] == str(tmp_path / "exchange")
-    assert "VLLM_API_KEY" not in environment
-    # completions ask for it there
-    assert serve_environment(tmp_path / "exchange", "0.0.0.0")["VLLM_API_KEY"] == token
-    assert [p.stat().st_mode & 0o077 for p in (tmp_path / "exchange").iterdir()] == [0]
-    with pytest.raises(OSError, match="token"):
-        read_token(tmp_path)
 
 
 def test_updates_are_read_from_the_exchange_directory_alone(tmp_path, monkeypatch):
@@ -336,10 +333,3 @@ def test_a_server_without_the_adaptive_scheduler_is_recognised(adaptive):
         servers = VllmServers([first, second], max_slots=2)
         assert servers.adaptive is adaptive
         servers.close()
-
-
-def test_a_server_chooses_its_depths_unless_it_gets_a_schedule():
-    command = serve_command("policy", drafter=Path("drafter"))
-    assert command[command.index("--scheduler-cls") + 1].endswith("vllm_scheduler.AdaptiveScheduler")
-    assert "--scheduler-cls" not in serve_command("policy", drafter=Path("drafter"), schedule=[(1, 8, 4)])
-    assert "--scheduler-cls" not in serve_command("policy")
