@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from paceline.rollout.backends.adaptive.draft_schedule import draft_depths, listing_schedule
@@ -20,10 +21,13 @@ from paceline.rollout.backends.adaptive.vllm_options import (
     ADAPTIVE_METHODS,
     ADAPTIVE_SCHEDULER,
     STATUS_VARIABLE,
+    VARIABLE,
     VllmOptions,
     options_from_environment,
 )
+from paceline.rollout.backends.vllm_version import require_our_release
 
+_OUR_CLASSES = "paceline."  # how the path of a drafter of ours begins
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
@@ -55,14 +59,30 @@ def configure(arguments: Any) -> None:
 
     Raises:
         ValueError: The variable cannot be read; the message is one line and names the key.
+        RuntimeError: Something of ours is asked for in another release of vLLM; likewise.
     """
     options = options_from_environment()
+    for key in _asking(arguments, options):
+        require_our_release(key)
     if options is not None:
         _fill_in(arguments, options)
-    if arguments.scheduler_cls == ADAPTIVE_SCHEDULER:
+    adaptive = arguments.scheduler_cls == ADAPTIVE_SCHEDULER
+    if adaptive or options is not None:
+        _keep_drafter(arguments)
+    if adaptive:
         _name_depths(arguments)
         os.environ[STATUS_VARIABLE] = _status_directory()  # the engine core's process inherits it
         _register_collector()
+
+
+def _asking(arguments: Any, options: VllmOptions | None) -> Iterator[str]:
+    """Yields the keys by which the environment or the program asks for something of this package."""
+    if options is not None:
+        yield VARIABLE
+    if arguments.scheduler_cls == ADAPTIVE_SCHEDULER:
+        yield "scheduler_cls"
+    if str(_speculative(arguments).get("model")).startswith(_OUR_CLASSES):
+        yield "speculative_config"
 
 
 def _fill_in(arguments: Any, options: VllmOptions) -> None:
@@ -79,8 +99,12 @@ def _fill_in(arguments: Any, options: VllmOptions) -> None:
         and (method is None or method in ADAPTIVE_METHODS)
     ):
         arguments.scheduler_cls = ADAPTIVE_SCHEDULER
-    if arguments.enable_sleep_mode and not arguments.sleep_preserve_parameter_names:
-        # a trainer that wakes vLLM sends the policy's weights only; the drafter's would be lost
+
+
+def _keep_drafter(arguments: Any) -> None:
+    """Keeps the drafter's weights in sleep: a trainer that wakes vLLM sends the policy's only."""
+    sleeps = arguments.enable_sleep_mode and not arguments.sleep_preserve_parameter_names
+    if sleeps and _speculative(arguments):
         arguments.sleep_preserve_parameter_names = ["draft.*"]
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from paceline.rollout.backends.exchange import confined
 from paceline.rollout.backends.vllm_environment import install
 from paceline.rollout.backends.vllm_plain import skip_drafter
+from paceline.rollout.backends.vllm_version import is_our_release
 
 NAME = "paceline_files"
 
@@ -29,7 +30,16 @@ def register() -> None:
 
     The engine is then available as ``weight_transfer_config={"backend": "paceline_files"}``; for the options
     see `paceline.rollout.backends.vllm_environment`. A second call does nothing.
+
+    vLLM calls this wherever the wheel is installed, so another release than ours is left as it is; what asks
+    for something of ours there is refused in one line.
     """
+    if is_our_release():
+        _register_engine()
+    install()
+
+
+def _register_engine() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.platforms import current_platform
 
@@ -39,7 +49,6 @@ def register() -> None:
         from vllm.utils import cpu_triton_utils
 
         cpu_triton_utils._expand_kernel_impl = expand
-    install()
 
 
 def expand(

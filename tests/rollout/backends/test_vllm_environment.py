@@ -13,8 +13,10 @@ import pytest
 from paceline.rollout.backends import vllm_environment
 from paceline.rollout.backends.adaptive.vllm_options import ADAPTIVE_SCHEDULER, STATUS_VARIABLE, VARIABLE
 from paceline.rollout.backends.vllm_environment import configure, install
+from paceline.rollout.backends.vllm_transfer import register
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+PROPOSER = {"model": "paceline.rollout.backends.vllm_suffix.GroupSuffixProposer", "num_speculative_tokens": 3}
 LISTING = [[1, 1, 0], [2, 2, 1], [3, 3, 2], [4, 100_000, 3]]
 
 
@@ -22,6 +24,13 @@ LISTING = [[1, 1, 0], [2, 2, 1], [3, 3, 2], [4, 100_000, 3]]
 def environment(monkeypatch):
     monkeypatch.setenv(STATUS_VARIABLE, "inherited")
     monkeypatch.setattr(vllm_environment, "_register_collector", lambda: None)
+    play_vllm(monkeypatch, "0.32.1+cpu")
+
+
+def play_vllm(monkeypatch, version):
+    module = ModuleType("vllm")
+    module.__version__ = version
+    monkeypatch.setitem(sys.modules, "vllm", module)
 
 
 def arguments(**given):
@@ -57,12 +66,8 @@ def test_a_program_without_options_gets_drafts_their_depths_and_the_scheduler(mo
 
 def test_a_proposers_class_is_enough(monkeypatch):
     """vLLM sees by its path that it is one."""
-    proposer = {
-        "model": "paceline.rollout.backends.vllm_suffix.GroupSuffixProposer",
-        "num_speculative_tokens": 3,
-    }
-    changed = configured(monkeypatch, {"speculative": proposer})
-    assert changed.speculative_config == {**proposer, "num_speculative_tokens_per_batch_size": LISTING}
+    changed = configured(monkeypatch, {"speculative": PROPOSER})
+    assert changed.speculative_config == {**PROPOSER, "num_speculative_tokens_per_batch_size": LISTING}
     assert changed.scheduler_cls == ADAPTIVE_SCHEDULER
 
 
@@ -94,6 +99,45 @@ def test_nothing_changes_without_the_variable_without_drafts_or_for_other_method
     assert configured(monkeypatch, {"speculative": NGRAM, "adaptive": False}).scheduler_cls is None
     explicit = configured(monkeypatch, None, scheduler_cls=ADAPTIVE_SCHEDULER, speculative_config=NGRAM)
     assert explicit.speculative_config["num_speculative_tokens_per_batch_size"] == LISTING
+
+
+def test_the_drafter_survives_sleep_where_the_program_names_the_scheduler(monkeypatch):
+    own = {"scheduler_cls": ADAPTIVE_SCHEDULER, "speculative_config": NGRAM, "enable_sleep_mode": True}
+    assert configured(monkeypatch, None, **own).sleep_preserve_parameter_names == ["draft.*"]
+    chosen = configured(monkeypatch, None, **own, sleep_preserve_parameter_names=["x"])
+    assert chosen.sleep_preserve_parameter_names == ["x"]
+    theirs = configured(monkeypatch, None, speculative_config=NGRAM, enable_sleep_mode=True)
+    assert theirs.sleep_preserve_parameter_names == []
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.33.0rc1", "1.32.0"])
+@pytest.mark.parametrize(
+    ("key", "options", "given"),
+    [
+        ("PACELINE_VLLM", {"speculative": NGRAM}, {}),
+        ("scheduler_cls", None, {"scheduler_cls": ADAPTIVE_SCHEDULER}),
+        ("speculative_config", None, {"speculative_config": PROPOSER}),
+    ],
+)
+def test_another_vllm_is_refused_in_a_line_that_names_the_key(monkeypatch, version, key, options, given):
+    """vLLM 0.27.1 started with the scheduler, and failed in its first undrafted step."""
+    play_vllm(monkeypatch, version)
+    with pytest.raises(RuntimeError) as refused:
+        configured(monkeypatch, options, **given)
+    wanted = f"{key} needs vLLM 0.32, and this is {version}: install vllm>=0.32,<0.33, or drop {key}"
+    assert str(refused.value) == wanted
+
+
+def test_another_vllm_that_asks_for_nothing_of_ours_stays_as_it_is(monkeypatch):
+    """It loads the plug-in all the same; modules that it does not have would be errors here."""
+    play_vllm(monkeypatch, "0.27.1")
+    register()
+    older = arguments(speculative_config=NGRAM, enable_sleep_mode=True)
+    del older.sleep_preserve_parameter_names  # vLLM 0.27 has no such argument
+    before = dict(vars(older))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    configure(older)
+    assert vars(older) == before
 
 
 def test_every_process_that_starts_a_server_has_a_status_of_its_own(monkeypatch):
