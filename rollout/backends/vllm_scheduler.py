@@ -95,6 +95,8 @@ class AdaptiveScheduler(Scheduler):
             reason = "there is no num_speculative_tokens_per_batch_size, or data parallelism has removed it"
         elif not any(depths):
             reason = "the schedule drafts nothing"
+        elif _scheduled_by_each_rank(self.vllm_config.parallel_config):
+            reason = "each rank schedules for itself (external_launcher), and their times differ"
         if reason is not None:
             logger.warning("paceline: the draft depth is not adapted: %s", reason)
             return None
@@ -202,6 +204,11 @@ class AdaptiveScheduler(Scheduler):
 
 class AdaptiveAsyncScheduler(AdaptiveScheduler, AsyncScheduler):
     """Schedules asynchronously: a step is scheduled before the tokens of the step before it are known."""
+
+
+def _scheduled_by_each_rank(parallel: Any) -> bool:
+    """Returns whether ranks that run one model together each have a scheduler: those must choose alike."""
+    return parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
 
 
 def _decoding(step: SchedulerOutput) -> list[str]:

@@ -168,6 +168,18 @@ def test_where_depths_cannot_be_chosen_the_depth_stays(folder):
     assert run(scheduler, 4, in_flight=2)[1:] == [{"a": 3, "b": 3}] * 3
 
 
+def test_ranks_that_schedule_each_for_itself_all_draft_the_most(folder):
+    """TRL's colocate mode with tensor parallelism: depths from each rank's own times would part the ranks."""
+    config = config_for(folder, False)
+    config.parallel_config.distributed_executor_backend = "external_launcher"
+    assert scheduler_for(config).control is not None  # a rank for itself
+    config.parallel_config.world_size = 2
+    scheduler = scheduler_for(config)
+    assert scheduler.control is None
+    add(scheduler, ["a"])
+    assert run(scheduler, 4, in_flight=1)[1:] == [{"a": MOST}] * 3
+
+
 def test_a_users_schedule_names_the_depths_and_counts_when_the_control_breaks(folder):
     config = config_for(folder, False, num_speculative_tokens_per_batch_size=[[1, 1, 2], [2, 8, 1]])
     scheduler = scheduler_for(config)
