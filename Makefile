@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK := constraints/locked.txt
-TORCH := $(shell sed -n 's/^torch==\([0-9.]*\).*/\1/p' $(LOCK))
 VLLM := 0.32.0
 LLAMA := 0.3.36
 VERL := 0.9.0
@@ -77,20 +76,17 @@ test-vllm: peers
 test-vllm-ci: peers
 	.venv-peers/bin/python -m pytest -q -m "vllm and ci" tests/vllm
 
-# verl and OpenRLHF without what they want GPUs for: their pins of transformers and torch contradict each other and ours.
+# verl and OpenRLHF over vLLM's environment, without what they want GPUs for: their pins contradict each other and ours.
 pipelines: .venv-pipelines/installed
 
-.venv-pipelines/installed: pyproject.toml
-	@$(PYTHON) -m venv .venv-pipelines
-	@.venv-pipelines/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
-		|| .venv-pipelines/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"
-	@.venv-pipelines/bin/pip install --quiet -e . "pytest>=9" "pytest-timeout>=2.4" "ray[default]==2.55.0" hydra-core tensordict \
-		torchdata datasets dill codetiming "peft>=0.21,<0.22" pylatexenc pandas pyarrow aiohttp orjson
-	@.venv-pipelines/bin/pip install --quiet --no-deps verl==$(VERL) openrlhf==$(OPENRLHF)
+.venv-pipelines/installed: .venv-peers/installed
+	@$(PYTHON) constraints/environment.py .venv-pipelines --over .venv-peers "ray[default]==2.55.0" hydra-core tensordict torchdata \
+		codetiming pylatexenc orjson
+	@$(BIN)/python -m pip --python .venv-pipelines/bin/python install --quiet --no-deps verl==$(VERL) openrlhf==$(OPENRLHF)
 	@touch $@
 
 test-pipelines: pipelines
-	.venv-pipelines/bin/python -m pytest -q -m pipelines tests/rl/integrations/test_verl.py tests/rl/integrations/test_openrlhf.py
+	.venv-pipelines/bin/python -m pytest -q -m pipelines tests/rl/integrations
 
 # The documentation as a site in build/site; a broken link or reference fails.
 docs: setup

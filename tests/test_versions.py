@@ -1,6 +1,5 @@
 """The commands that try other versions and a new machine."""
 
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -34,20 +33,6 @@ def test_oldest_and_newest_are_of_the_packages_that_we_reach_into():
 def test_the_tests_that_other_versions_run_are_there():
     """A path that is not there would end pytest before the first test."""
     assert [path for path in (*versions.TESTS, *versions.QUICK) if not (ROOT / path).exists()] == []
-
-
-def test_the_locked_torch_is_the_makefiles(tmp_path):
-    """The pipelines' environment takes it from there."""
-    script = tmp_path / "print.mk"
-    script.write_text(f"include {ROOT / 'Makefile'}\nprint-torch:\n\t@echo $(TORCH)\n")
-    said = subprocess.run(
-        ["make", "-s", "--no-print-directory", "-f", str(script), "print-torch"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert said.stdout.strip() == environment._locked("torch")
 
 
 def test_what_cannot_be_installed_is_said_in_a_line(monkeypatch):
