@@ -1,4 +1,4 @@
-"""AdamW that steps on a prediction of the next gradient."""
+"""AdamW that also takes the step that it expects next."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ import torch
 
 
 class OptimisticAdamW(torch.optim.AdamW):
-    """AdamW on 2 g_t − g_{t−1}: the change between the last two gradients predicts the next one.
+    """AdamW whose weights are one predicted step ahead: they move by 2 d_t − d_{t−1}, with AdamW's steps d_t.
 
     This is optimistic online learning as OnlineSpec applies it to drafters (Qian et al., "When Drafts
-    Evolve", arXiv 2603.12617). Where the policy moves slowly, consecutive gradients are similar, and g_t plus
-    its last change is a better prediction of the next gradient than g_t alone. The first step has no previous
-    gradient and is plain AdamW.
+    Evolve", arXiv 2603.12617): weights ŵ_t = ŵ_{t−1} + d_t follow the gradients, and the model that drafts,
+    and at which the next gradient is taken, is ŵ_t + d_t, because the last step is the hint for the next one.
+    The hint enters the weights only, so that Adam's moments are those of the gradients themselves (Optimistic
+    Adam: Daskalakis et al., "Training GANs with Optimism", arXiv 1711.00141, algorithm 1).
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Makes one optimizer step; see `torch.optim.AdamW.step`."""
-        unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient, state = parameter.grad.clone(), self.state[parameter]
-                if "hint" in state:
-                    parameter.grad.mul_(2).sub_(state["hint"])
-                    state["hint"].copy_(gradient)
-                else:
-                    unseen.append((parameter, gradient))
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.clone() for p in parameters]
         result = super().step(closure)
-        # Only now: AdamW initializes its moments only for parameters whose state is empty.
-        for parameter, gradient in unseen:
-            self.state[parameter]["hint"] = gradient
+        for parameter, old in zip(parameters, before, strict=True):
+            taken, state = parameter - old, self.state[parameter]
+            parameter.add_(taken)
+            if "hint" in state:
+                parameter.sub_(state["hint"])
+            state["hint"] = taken
         return result

@@ -61,8 +61,8 @@ class DrafterConfig:
     time, and each takes the memory of a drafter and its optimizer."""
 
     optimistic: bool = False
-    """Take optimizer steps along 2 g_t − g_{t−1} instead of the gradient g_t (optimistic online learning, as
-    in OnlineSpec, arXiv 2603.12617)."""
+    """Keep the weights one step ahead of the optimizer's: they move by 2 d_t − d_{t−1}, where d_t is AdamW's
+    step (optimistic online learning, as in OnlineSpec, arXiv 2603.12617)."""
 
     loss: str = "fkl"
     """Distillation loss between the policy's distribution p and the drafter's q, a name in
