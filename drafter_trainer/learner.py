@@ -32,6 +32,7 @@ class DrafterLearner:
         lr: AdamW's learning rate; it also replaces the one in a restored state.
         temperature: Sampling temperature of the rollouts.
         autocast: Factory of the context manager for mixed precision.
+        context: Number of tokens before a piece that its anchors attend to.
         optimistic: Whether updates use the last gradient as a hint (`OptimisticAdamW`).
     """
 
@@ -45,6 +46,7 @@ class DrafterLearner:
         lr: float,
         temperature: float,
         autocast: Callable[[], torch.autocast],
+        context: int = 512,
         optimistic: bool = False,
     ) -> None:
         self.model, self.objective = model, objective
@@ -52,7 +54,7 @@ class DrafterLearner:
         self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self._lr = lr
         self._embed, self._head = embed_tokens, head
-        self._temperature = temperature
+        self._temperature, self.context = temperature, context
         self._autocast = autocast
 
     def restore(self, stem: Path) -> None:
@@ -86,6 +88,7 @@ class DrafterLearner:
             self.model.vocabulary,
             self._temperature,
             self.objective.unroll,
+            self.context,
             device,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -11,6 +11,24 @@ from torch import nn
 from paceline.drafter_trainer.trace_buffer import Piece
 
 _HEAD_ROWS_PER_CHUNK = 256  # bounds the memory of logits over the target's whole vocabulary
+SINKS = 4  # first tokens of a text, to which drafters attend strongly at every distance (LongSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftContext:
+    """C tokens before the anchors of their pieces, which anchors attend to and nothing is drafted from.
+
+    Attributes:
+        tokens: int64 [C], the token *after* each, which the drafter reads beside its features.
+        positions: int64 [C], position of each in its text; ascending within a piece.
+        pieces: int64 [C], index of its piece; ascending.
+        taps: float32 [C, taps * hidden], the target's hidden states that the drafter reads.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    pieces: torch.Tensor
+    taps: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +43,7 @@ class DraftBatch:
         tokens: int64 [T], token ids of all blocks.
         anchor_index: int64 [N], index into ``tokens`` of the token at each anchor's position.
         positions: int64 [N], position of each anchor in its text.
-        pieces: int64 [N], index of the piece that each anchor belongs to.
+        pieces: int64 [N], index of the piece that each anchor belongs to; ascending.
         taps: float32 [N, taps * hidden], the target's hidden states that the drafter reads.
         weights: float32 [N], loss weight of each anchor.
         teacher: float32 [T, W], the target's probabilities of the draft vocabulary *after* each token.
@@ -34,6 +52,7 @@ class DraftBatch:
         rejected_drafts: int64 [D, 2], for each rejected token the anchor whose first draft token it would be,
             and the token.
         rejected_teacher: float32 [D, W], the target's probabilities after each rejected token.
+        context: What comes before the anchors.
     """
 
     tokens: torch.Tensor
@@ -47,14 +66,7 @@ class DraftBatch:
     rejected: torch.Tensor
     rejected_drafts: torch.Tensor
     rejected_teacher: torch.Tensor
-
-    def attends(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns bool [M, N], whether each of anchors ``rows``, int64 [M], attends to each anchor.
-
-        Anchors attend to those of their own piece that do not come after them.
-        """
-        same = self.pieces[rows, None] == self.pieces[None]
-        return same & (self.positions[rows, None] >= self.positions[None])
+    context: LeftContext
 
 
 @torch.no_grad()
@@ -65,11 +77,16 @@ def pack(
     vocabulary: torch.Tensor,
     temperature: float,
     unroll: int,
+    context: int,
     device: torch.device,
 ) -> DraftBatch:
     """Packs pieces into a batch and computes the teacher's distributions from the stored inputs of its head.
 
     No forward pass of the target is needed.
+
+    A piece brings its left context: the ``context`` tokens before its first anchor, and the first four of the
+    text, which stay visible at every distance. LongSpec (arXiv 2502.17421) keeps such attention sinks in
+    training as well, and draws a random offset between them and the rest; here the distance is the real one.
 
     Args:
         pieces: Pieces of one micro-batch.
@@ -78,14 +95,16 @@ def pack(
         vocabulary: int64 [W], the draft vocabulary.
         temperature: Sampling temperature of the rollouts.
         unroll: Number of draft positions trained on.
+        context: Number of tokens before a piece that its anchors attend to; 0 also leaves out the first four.
         device: The drafter's device.
     """
     blocks: list[dict[str, torch.Tensor]] = []
     base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        blocks.append(_block(piece, number, weight, base, anchors, unroll))
+        blocks.append(_block(piece, number, weight, base, anchors, unroll) | _context(piece, number, context))
         base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["anchor_index"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
+    left = LeftContext(**{f.name: joined.pop(f"context_{f.name}") for f in fields(LeftContext)})
     finals = torch.cat([joined.pop("final"), joined.pop("rejected_final")])
     known = torch.cat(
         [teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_HEAD_ROWS_PER_CHUNK)]
@@ -93,7 +112,21 @@ def pack(
     teacher = torch.zeros(base, len(vocabulary), device=device)
     on_path = len(known) - len(joined["rejected_drafts"])
     teacher[joined["trained"]] = known[:on_path]
-    return DraftBatch(**joined, teacher=teacher, rejected_teacher=known[on_path:])
+    return DraftBatch(**joined, teacher=teacher, rejected_teacher=known[on_path:], context=left)
+
+
+def _context(piece: Piece, number: int, context: int) -> dict[str, torch.Tensor]:
+    """Returns one piece's part of every field of `LeftContext`, each under its name after ``context_``."""
+    trace, first = piece.entry.trace.get(), max(piece.begin - context, 0)
+    positions = torch.arange(first, piece.begin)
+    if context:
+        positions = torch.cat([torch.arange(min(SINKS, first)), positions])
+    return {
+        "context_tokens": trace.token_ids[positions + 1],
+        "context_positions": positions,
+        "context_pieces": torch.full_like(positions, number),
+        "context_taps": trace.taps[positions].float(),
+    }
 
 
 def _block(

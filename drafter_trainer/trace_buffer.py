@@ -13,6 +13,7 @@ from paceline.drafter_trainer.stored_trace import StoredTrace
 from paceline.rollout.api import Rollout
 
 _HELD_OUT_STEPS = 3  # RL steps for which a held-out group evaluates drafters
+LONGEST_PIECE = 512  # so that attention without a fused kernel takes memory linear in a micro-batch
 
 
 @dataclass(slots=True)
@@ -34,7 +35,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The anchors ``begin`` to ``end`` (exclusive) of a trace, short enough for a micro-batch."""
+    """The anchors ``begin`` to ``end`` (exclusive) of a trace, short enough for a micro-batch.
+
+    What comes before them in the text is their left context, see `pack`.
+    """
 
     entry: Entry
     begin: int
@@ -220,16 +224,13 @@ class TraceBuffer:
 
 
 def pieces_of(entry: Entry, budget: int) -> list[Piece]:
-    """Cuts a trace into pieces of at most ``budget`` anchors.
+    """Cuts a trace into pieces of at most ``budget`` anchors, and at most 512.
 
-    Pieces that lie in the prompt alone are left out, because they teach nothing.
+    The first anchor is the last token of the prompt, because no draft starts before it.
     """
-    anchors = entry.trace.length - 1
-    return [
-        Piece(entry, begin, min(begin + budget, anchors))
-        for begin in range(0, anchors, budget)
-        if min(begin + budget, anchors) >= entry.trace.num_prompt
-    ]
+    size = min(budget, LONGEST_PIECE)
+    first, end = max(entry.trace.num_prompt - 1, 0), entry.trace.length - 1
+    return [Piece(entry, begin, min(begin + size, end)) for begin in range(first, end, size)]
 
 
 def _take(queue: list[Piece], budget: int, at_least_one: bool = True) -> list[Piece]:

@@ -80,8 +80,8 @@ def unrolled_loss(
     """Computes the loss over several draft positions, each fed with the output of the one before.
 
     Source: EAGLE-3 (arXiv 2503.01840), section 3.2, figure 6. At position m, an anchor attends to the real
-    features of anchors up to its own and to its own positions 1 … m, as a draft that starts there does. Only
-    anchors from the prompt's last token on count, because drafting can start there.
+    features of the left context and of anchors up to its own, and to its own positions 1 … m, as a draft that
+    starts there does. Only anchors from the prompt's last token on count, because drafting can start there.
 
     Args:
         model: The drafter.
@@ -190,8 +190,18 @@ class _Unroll:
     def __init__(self, model: Eagle3Model, embed_tokens: nn.Module, batch: DraftBatch) -> None:
         self._model, self._embed_tokens, self._batch = model, embed_tokens, batch
         self._hidden = model.fc(batch.taps)[None]
-        self._attention = UnrolledAttention(batch, attention_shape(model.config)[2] ** -0.5)
+        self._attention = UnrolledAttention(
+            batch, attention_shape(model.config)[2] ** -0.5, self._context_keys()
+        )
         self._step = 0
+
+    def _context_keys(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns the keys and values of the left context; None if there is none."""
+        context = self._batch.context
+        if not len(context.tokens):
+            return None
+        hidden = self._model.fc(context.taps)[None]
+        return self._model.keys(self._embed(context.tokens), hidden, context.positions[None])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

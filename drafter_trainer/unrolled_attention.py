@@ -15,20 +15,25 @@ from paceline.rollout.model.attention import flash_serves
 class UnrolledAttention:
     """Attends with the anchors of a batch; each call is the next draft position.
 
-    It keeps the keys of position 0 (the real features, attended to causally within their piece) and, for each
-    later position, one key per anchor.
+    It keeps the keys of position 0 (the real features, attended to causally within their piece, the left
+    context first) and, for each later position, one key per anchor.
 
     Args:
         batch: The batch.
         scaling: Factor of the products.
+        context: Keys and values [1, KV, C, d] of the batch's left context; None if it has none.
     """
 
-    def __init__(self, batch: DraftBatch, scaling: float) -> None:
-        self._batch, self._scaling = batch, scaling
+    def __init__(
+        self,
+        batch: DraftBatch,
+        scaling: float,
+        context: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self._scaling, self._context = scaling, context
+        self._piece_of, self._pieces = batch.pieces, Pieces.of(batch)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
-        self._rows = torch.arange(len(batch.pieces), device=batch.pieces.device)
-        self._pieces: Pieces | None = None
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attends from queries [1, H, N, d] and keeps the keys and values [1, KV, N, d].
@@ -36,18 +41,22 @@ class UnrolledAttention:
         Returns:
             Outputs [1, N, H, d].
         """
+        if not self._keys and self._context is not None:
+            key, value = (
+                torch.cat([before.to(own.dtype), own], 2)[:, :, self._pieces.order]
+                for before, own in zip(self._context, (key, value), strict=True)
+            )
         flash = flash_serves(value)
         self._keys.append(key.to(value.dtype) if flash else key)
         self._values.append(value)
         if flash:
-            if self._pieces is None:
-                self._pieces = Pieces.of(self._batch)
             lines = [x[0].transpose(0, 1) for x in (query.to(value.dtype), *self._keys, *self._values)]
             return _Merged.apply(self._pieces, self._scaling, *lines)[None]
-        return self._dense(query, self._rows, self._keys, self._values)
+        rows = torch.arange(query.shape[2], device=query.device)
+        return self._dense(query, rows, self._keys, self._values)
 
     def branch(self, rows: torch.Tensor) -> Attend:
-        """Returns attention for anchors ``rows`` whose newest key and value are used once and not kept."""
+        """Returns attention for anchors ``rows``, piece by piece, which does not keep the newest key."""
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), key]
@@ -59,50 +68,105 @@ class UnrolledAttention:
     def _dense(
         self, query: torch.Tensor, rows: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
     ) -> torch.Tensor:
-        """Attends from anchors ``rows`` and keeps all scores for the backward pass."""
-        group = query.shape[1] // keys[0].shape[1]
-        keys, values = ([x.repeat_interleave(group, dim=1) for x in line] for line in (keys, values))
-        query = query * self._scaling
-        masked = ~self._batch.attends(rows)
-        scores = (query @ keys[0].transpose(-1, -2)).masked_fill(masked, float("-inf"))
-        own = [(query * k).sum(-1, keepdim=True) for k in keys[1:]]
-        weights = torch.softmax(torch.cat([scores, *own], dim=-1), dim=-1)
-        anchors = scores.shape[-1]
-        out = weights[..., :anchors] @ values[0]
-        for step, v in enumerate(values[1:]):
-            out = out + weights[..., anchors + step, None] * v
-        return out.transpose(1, 2)
+        """Attends from anchors ``rows``, piece by piece, and keeps all scores for the backward pass.
+
+        Scores exist within pieces only, so that they take memory linear in the batch.
+        """
+        anchors, features = self._pieces.anchor_ends, self._pieces.feature_ends
+        counts = torch.bincount(self._piece_of[rows], minlength=len(anchors) - 1).tolist()
+        # an anchor sees the features of its piece that come before it, and its own
+        last = rows - (anchors[:-1] - self._pieces.contexts)[self._piece_of[rows]]
+        lines = [x.split(features.diff().tolist(), 2) for x in (keys[0], values[0])]
+        own = [x.split(counts, 2) for x in (*keys[1:], *values[1:])]
+        outs = [
+            _attend(
+                queries * self._scaling, seen, key, value, later[: len(later) // 2], later[len(later) // 2 :]
+            )
+            for queries, seen, key, value, *later in zip(
+                query.split(counts, 2), last.split(counts), *lines, *own, strict=True
+            )
+        ]
+        return torch.cat(outs, 1)
+
+
+def _attend(
+    query: torch.Tensor,
+    last: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own_keys: list[torch.Tensor],
+    own_values: list[torch.Tensor],
+) -> torch.Tensor:
+    """Attends from M anchors of a piece to its F features and to their own later draft positions.
+
+    Args:
+        query: [1, H, M, d], scaled.
+        last: int64 [M], the last feature that each anchor attends to.
+        key: [1, KV, F, d].
+        value: [1, KV, F, d].
+        own_keys: [1, KV, M, d] of each later draft position.
+        own_values: [1, KV, M, d] of each later draft position.
+
+    Returns:
+        [1, M, H, d].
+    """
+    heads = query[0].unflatten(0, (key.shape[1], -1))  # [KV, H / KV, M, d]
+    shape, features = heads.shape[1:3], key.shape[2]
+    scores = (heads.flatten(1, 2) @ key[0].transpose(-1, -2)).unflatten(1, shape)
+    masked = torch.arange(features, device=last.device) > last[:, None]
+    own = [(heads * k[0][:, None]).sum(-1, keepdim=True) for k in own_keys]
+    weights = torch.softmax(torch.cat([scores.masked_fill(masked, float("-inf")), *own], -1), -1)
+    out = (weights[..., :features].flatten(1, 2) @ value[0]).unflatten(1, shape)
+    for step, v in enumerate(own_values):
+        out = out + weights[..., features + step, None] * v[0][:, None]
+    return out.flatten(0, 1).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Where the anchors of each piece end.
+    """Where the anchors of each piece end, and its features: those of its left context, then its anchors'.
 
     Attributes:
-        ends: int32 [P + 1], from 0 on.
-        longest: Number of anchors of the longest piece.
+        anchor_ends: int32 [P + 1], from 0 on.
+        feature_ends: int32 [P + 1], from 0 on.
+        longest: Number of anchors of the piece with the most.
+        longest_features: Number of features of the piece with the most.
+        order: int64 [F], which of all contexts' and, after them, all anchors' features is next if they are
+            put in the order of their pieces.
     """
 
-    ends: torch.Tensor
+    anchor_ends: torch.Tensor
+    feature_ends: torch.Tensor
     longest: int
+    longest_features: int
+    order: torch.Tensor
 
     @classmethod
     def of(cls, batch: DraftBatch) -> Pieces:
         """Returns those of a batch."""
-        counts = torch.bincount(batch.pieces)
-        ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(ends, int(counts.max()))
+        anchors = torch.bincount(batch.pieces)
+        features = anchors + torch.bincount(batch.context.pieces, minlength=len(anchors))
+        anchor_ends, feature_ends = (
+            torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (anchors, features)
+        )
+        order = torch.cat([batch.context.pieces, batch.pieces]).argsort(stable=True)
+        return cls(anchor_ends, feature_ends, int(anchors.max()), int(features.max()), order)
+
+    @property
+    def contexts(self) -> torch.Tensor:
+        """The number of features before the anchors of each piece, int32 [P]."""
+        return self.feature_ends.diff() - self.anchor_ends.diff()
 
 
 def flash_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pieces: Pieces, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attends causally within pieces.
+    """Attends within pieces: the last anchor to all features, each before it to one less.
 
     Args:
         query: [N, H, d].
-        key: [N, KV, d].
-        value: [N, KV, d].
+        key: [F, KV, d].
+        value: [F, KV, d].
         pieces: The pieces.
         scaling: Factor of the products.
 
@@ -110,9 +174,13 @@ def flash_forward(
         Outputs [N, H, d], log-sum-exps of the scaled scores float32 [H, N], and two tensors for the backward
         pass.
     """
-    ends, longest = pieces.ends, pieces.longest
     attend = torch.ops.aten._flash_attention_forward
-    return attend(query, key, value, ends, ends, longest, longest, 0.0, True, False, scale=scaling)[:4]
+    return attend(query, key, value, *_extents(pieces), 0.0, True, False, scale=scaling)[:4]
+
+
+def _extents(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Returns the ends and longest pieces of queries and keys, as torch's operators take them."""
+    return pieces.anchor_ends, pieces.feature_ends, pieces.longest, pieces.longest_features
 
 
 def flash_backward(
@@ -133,9 +201,8 @@ def flash_backward(
         scaling: Factor of the products.
         state: What `flash_forward` returned for the backward pass.
     """
-    ends, longest = pieces.ends, pieces.longest
     return torch.ops.aten._flash_attention_backward(
-        grad, *lines, *merged, ends, ends, longest, longest, 0.0, True, *state, scale=scaling
+        grad, *lines, *merged, *_extents(pieces), 0.0, True, *state, scale=scaling
     )
 
 

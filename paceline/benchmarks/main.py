@@ -34,6 +34,7 @@ STUDIES = {
     "learning": "training.learning",
     "sharding": "training.sharding",
     "losses": "training.losses",
+    "context": "training.context",
     "idle": "training.idle",
     "online": "training.online",
     "trl": "training.trl",

@@ -94,7 +94,13 @@ class DrafterConfig:
     2310.07177). Not with ``loss: length``."""
 
     tokens_per_microbatch: int = 256
-    """Number of tokens in one optimizer step of the drafter; at least 16."""
+    """Number of completion tokens in one optimizer step of the drafter; at least 16. Longer completions are
+    cut into pieces of at most 512 tokens."""
+
+    context_tokens: int = 512
+    """Number of tokens before a piece of a completion that the drafter attends to while it is trained on the
+    piece, beside the first four of the text; at least 0. They cost little, since only their keys and values
+    are computed."""
 
     passes: int = 2
     """Largest number of passes over a step's rollouts; at least 1."""

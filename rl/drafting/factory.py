@@ -55,6 +55,7 @@ def spot_trainer(
             optimistic=d.optimistic,
             temperature=config.rollout.temperature,
             autocast=autocast,
+            context=d.context_tokens,
         )
         for multiple in d.ensemble
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
+from paceline.drafter_trainer.packing import SINKS
+from paceline.drafter_trainer.trace_buffer import LONGEST_PIECE
 from paceline.rl.config.run import RunConfig
 from paceline.rollout.drafters.eagle3_model import attention_shape
 from paceline.rollout.model.shape import intermediate_size, key_shape
@@ -51,8 +53,9 @@ def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:
 
     Each draft position keeps its probabilities of the draft vocabulary in three forms for the loss, beside
     one layer's activations of 17 values for each hidden unit. The batch itself holds taps and the teacher's
-    probabilities. In 16 bits, flash attention keeps no scores; in float32, each position keeps its attention
-    weights over all tokens, and three more matrices of scores exist while one is computed.
+    probabilities; a token of left context has taps and 7 values for each hidden unit. Completions are assumed
+    to be half as long as they may be. In 16 bits, flash attention keeps no scores; in float32, each position
+    keeps its attention weights within pieces, and three more matrices of scores exist while one is computed.
 
     Args:
         config: The recipe.
@@ -62,5 +65,9 @@ def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:
     heads, _, _ = attention_shape(shape)
     hidden, taps = shape.hidden_size, len(shape.eagle_aux_hidden_state_layer_ids)
     of_token = d.unroll * (3 * shape.draft_vocab_size + 17 * hidden) + shape.draft_vocab_size + taps * hidden
-    scores = 0 if config.policy.mixed_precision == "bf16" else (d.unroll + 3) * heads * tokens**2
-    return 4 * (tokens * of_token + scores)
+    piece = min(tokens, LONGEST_PIECE, -(-config.rollout.max_tokens // 2))
+    context = min(d.context_tokens + SINKS, config.rollout.max_context) if d.context_tokens else 0
+    of_contexts = -(-tokens // piece) * context * (taps + 7) * hidden
+    mixed = config.policy.mixed_precision == "bf16"
+    scores = 0 if mixed else (d.unroll + 3) * heads * tokens * (piece + context)
+    return 4 * (tokens * of_token + of_contexts + scores)

@@ -42,6 +42,7 @@ def _training_rules(d: DrafterConfig) -> list[Rule]:
             f"drafter.warmup_minutes is {d.warmup_minutes}: write minutes above 0, or null",
         ),
         *at_least(16, {"drafter.tokens_per_microbatch": d.tokens_per_microbatch}),
+        *at_least(0, {"drafter.context_tokens": d.context_tokens}),
         (
             d.max_slowdown >= 0,
             f"drafter.max_slowdown is {d.max_slowdown}: write a share of at least 0, such as 0.15",

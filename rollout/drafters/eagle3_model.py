@@ -120,6 +120,16 @@ class _Attention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *rotary)
         return self.o_proj(attend(query, key, value).reshape(batch, length, -1))
 
+    def keys(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the keys and values [B, KV, L, d] of inputs [B, L, 2 hidden]."""
+        key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.k_proj, self.v_proj)
+        )
+        return apply_rotary_pos_emb(key, key, *rotary)[1], value
+
 
 class _Midlayer(nn.Module):
     """The decoder layer: attention over embedding and hidden state, then an MLP, both residual."""
@@ -139,9 +149,12 @@ class _Midlayer(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attend: Attend,
     ) -> torch.Tensor:
-        x = torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(x, rotary, attend)
+        hidden = hidden + self.self_attn(self.attention_input(embeds, hidden), rotary, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def attention_input(self, embeds: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns what attention reads, [B, L, 2 hidden]."""
+        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
 
 
 class Eagle3Model(nn.Module):
@@ -225,6 +238,19 @@ class Eagle3Model(nn.Module):
             position.
         """
         return self.midlayer(embeds, hidden, self.rotary_at(hidden, positions), attend)
+
+    def keys(
+        self, embeds: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the keys and values [B, KV, L, d] that `step` passes to ``attend``, and computes no more.
+
+        Args:
+            embeds: [B, L, hidden], the target's embedding of the tokens.
+            hidden: [B, L, hidden], ``fc`` of the target's features.
+            positions: int64 [B, L], positions of the tokens.
+        """
+        layer = self.midlayer
+        return layer.self_attn.keys(layer.attention_input(embeds, hidden), self.rotary_at(hidden, positions))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns logits [..., draft vocabulary] of outputs [..., hidden]."""

@@ -44,7 +44,7 @@ def test_what_is_put_back_comes_next_but_not_in_another_step():
     assert buffer.next_batch(10) is None
 
 
-def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
+def test_a_pass_sees_every_anchor_of_a_completion_once_and_goes_on_where_it_stopped():
     buffer = TraceBuffer(held_out_every=0, passes=2)
     buffer.begin_step()
     buffer.add([rollout(n) for n in (10, 20, 30, 90)])
@@ -54,7 +54,8 @@ def test_a_pass_sees_every_anchor_once_and_goes_on_where_it_stopped():
         (p.entry.trace.length, a) for batch in batches for p in batch for a in range(p.begin, p.end)
     )
     assert set(seen.values()) == {2}
-    assert len(seen) == 9 + 19 + 29 + 89
+    assert len(seen) == 7 + 17 + 27 + 87  # from the last of three prompt tokens to the last but one
+    assert min(anchor for _, anchor in seen) == 2
     assert all(sum(p.end - p.begin for p in batch) <= 32 for batch in batches)
 
 

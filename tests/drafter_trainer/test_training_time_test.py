@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
@@ -33,11 +35,16 @@ def traces_of(model, count=6, tokens=20, **options):
     return engine, engine.generate(requests)
 
 
-def learner_for(drafter, model, *, lr, unroll=3, **options) -> DrafterLearner:
-    objective = Objective(unroll=unroll, **options)
-    autocast = partial(torch.autocast, "cpu", enabled=False)
+def learner_for(drafter, model, *, lr, unroll=3, context=512) -> DrafterLearner:
     return DrafterLearner(
-        drafter, model.model.embed_tokens, model.lm_head, objective, lr=lr, temperature=1.0, autocast=autocast
+        drafter,
+        model.model.embed_tokens,
+        model.lm_head,
+        Objective(unroll=unroll),
+        lr=lr,
+        temperature=1.0,
+        autocast=partial(torch.autocast, "cpu", enabled=False),
+        context=context,
     )
 
 
@@ -50,9 +57,12 @@ def buffer_of(rollouts, **options) -> TraceBuffer:
 
 def packed(traces, model, vocabulary, temperature=1.0, unroll=2):
     pieces = [Piece(Entry(StoredTrace(t)), 0, len(t.token_ids) - 1) for t in traces]
-    return pack(
-        pieces, [1.0] * len(pieces), model.lm_head, vocabulary, temperature, unroll, torch.device("cpu")
-    )
+    return pack_pieces(pieces, model, vocabulary, temperature, unroll)
+
+
+def pack_pieces(pieces, model, vocabulary, temperature=1.0, unroll=2, context=512):
+    weights, cpu = [1.0] * len(pieces), torch.device("cpu")
+    return pack(pieces, weights, model.lm_head, vocabulary, temperature, unroll, context, cpu)
 
 
 def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):
@@ -168,12 +178,95 @@ def test_a_long_trace_is_cut_at_its_own_positions():
     _, rollouts = traces_of(model, count=1, tokens=40)
     entry = Entry(StoredTrace(rollouts[0].trace))
     pieces = pieces_of(entry, 16)
-    assert [(p.begin, p.end) for p in pieces] == [(0, 16), (16, 32), (32, 43)]
-    whole = pack([Piece(entry, 0, 43)], [1.0], model.lm_head, eagle.vocabulary, 1.0, 2, torch.device("cpu"))
-    middle = pack([pieces[1]], [1.0], model.lm_head, eagle.vocabulary, 1.0, 2, torch.device("cpu"))
-    assert middle.positions.tolist() == list(range(16, 32))
-    assert torch.equal(middle.tokens, whole.tokens[16:35])
-    torch.testing.assert_close(middle.teacher, whole.teacher[16:35])
+    assert [(p.begin, p.end) for p in pieces] == [(3, 19), (19, 35), (35, 43)]
+    whole = pack_pieces([Piece(entry, 0, 43)], model, eagle.vocabulary)
+    middle = pack_pieces([pieces[1]], model, eagle.vocabulary)
+    assert middle.positions.tolist() == list(range(19, 35))
+    assert torch.equal(middle.tokens, whole.tokens[19:38])
+    torch.testing.assert_close(middle.teacher, whole.teacher[19:38])
+    assert middle.context.positions.tolist() == list(range(19))
+
+
+def logits_by_anchor(pieces, model, eagle, monkeypatch, context=512) -> dict[tuple[int, int], torch.Tensor]:
+    """The drafter's logits of each (draft position, position in the text) that counts."""
+    batch, seen = pack_pieces(pieces, model, eagle.vocabulary, context=context), []
+    with monkeypatch.context() as patch, torch.no_grad():
+        original = type(eagle).logits
+        patch.setattr(
+            type(eagle), "logits", lambda self, hidden: seen.append(original(self, hidden)) or seen[-1]
+        )
+        unrolled_loss(eagle, model.model.embed_tokens, batch, Objective(unroll=2))
+    counted = batch.trained[batch.anchor_index]
+    places = {}
+    for step, logits in enumerate(seen):
+        counted = counted & batch.trained[batch.anchor_index + 1 + step]
+        at = batch.positions[counted].tolist()
+        places |= {(step, p): line for p, line in zip(at, logits, strict=True)}
+    return places
+
+
+def test_a_cut_trace_with_its_context_has_the_logits_of_the_whole_one(monkeypatch):
+    model = tiny_llama(sharpness=4.0)
+    eagle = tiny_eagle3(model)
+    _, rollouts = traces_of(model, count=2, tokens=40)
+    entries = [Entry(StoredTrace(r.trace)) for r in rollouts]
+    wholes = [Piece(e, 0, e.trace.length - 1) for e in entries[:1]]
+    whole = logits_by_anchor(wholes, model, eagle, monkeypatch)
+    cut = logits_by_anchor(pieces_of(entries[0], 7), model, eagle, monkeypatch)
+    assert cut.keys() == whole.keys() and len(cut) == 39 + 38
+    for place, logits in cut.items():
+        torch.testing.assert_close(logits, whole[place], rtol=1e-4, atol=1e-5)
+    without = logits_by_anchor(pieces_of(entries[0], 7), model, eagle, monkeypatch, context=0)
+    assert (without[0, 20] - whole[0, 20]).abs().max() > 1e-2
+
+
+def test_a_bounded_context_keeps_the_first_tokens_of_the_text():
+    model = tiny_llama()
+    _, rollouts = traces_of(model, count=1, tokens=40)
+    entry = Entry(StoredTrace(rollouts[0].trace))
+    late, early = Piece(entry, 30, 34), Piece(entry, 6, 8)
+    context = pack_pieces([late, early], model, torch.arange(97), context=5).context
+    assert context.positions.tolist() == [0, 1, 2, 3, 25, 26, 27, 28, 29, 0, 1, 2, 3, 4, 5]
+    assert context.pieces.tolist() == [0] * 9 + [1] * 6
+    trace = rollouts[0].trace
+    assert torch.equal(context.tokens, trace.token_ids[context.positions + 1])
+    assert torch.equal(context.taps, trace.taps[context.positions].float())
+    assert not len(pack_pieces([late], model, torch.arange(97), context=0).context.tokens)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def test_the_largest_tensor_of_an_update_is_linear_in_tokens():
+    """Attention's scores included, which is why pieces have at most 512 anchors."""
+    model = tiny_llama()
+    eagle = tiny_eagle3(model)
+    _, (rollout, *_) = traces_of(model, count=1)
+    generator, largest = torch.Generator().manual_seed(0), []
+    learner = learner_for(eagle, model, lr=1e-3, context=64)
+    for length in (1024, 4096):
+        trace = replace(
+            rollout.trace,
+            token_ids=torch.randint(97, (length + 1,), generator=generator),
+            taps=torch.randn(length, rollout.trace.taps.shape[1], generator=generator),
+            final=torch.randn(length, rollout.trace.final.shape[1], generator=generator),
+        )
+        pieces = pieces_of(Entry(StoredTrace(trace)), length)
+        with LargestTensor() as seen:
+            learner.update(pieces, [1.0] * len(pieces))
+        largest.append(seen.numel)
+    assert largest[1] <= 4 * largest[0]
 
 
 def test_learning_raises_acceptance_length():

@@ -3,16 +3,17 @@
 On a CPU, flash attention has a stand-in that computes what its interface promises, in float64.
 """
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from paceline.drafter_trainer import unrolled_attention
-from paceline.drafter_trainer.packing import DraftBatch
 from paceline.drafter_trainer.unrolled_attention import Pieces, UnrolledAttention
 
 LENGTHS, HEADS, KV, DIM, POSITIONS = (5, 1, 9), 4, 2, 16, 3
+CONTEXTS = (3, 0, 7)  # tokens of left context of each piece
 
 
 def forward(query, key, value, pieces: Pieces, scaling):
@@ -39,42 +40,101 @@ def _repeated(line, query):
     return line.repeat_interleave(query.shape[1] // line.shape[1], 1)
 
 
-def _scores(query, key, pieces, scaling):
+def _scores(query, key, pieces: Pieces, scaling):
     scores = torch.einsum("qhd,khd->hqk", query, _repeated(key, query)) * scaling
-    at = torch.arange(len(query))
-    piece = torch.bucketize(at, pieces.ends[1:].long(), right=True)
-    seen = (piece[:, None] == piece) & (at[:, None] >= at)
-    assert pieces.longest == int(pieces.ends.diff().max())
+    seen = torch.zeros(len(query), len(key), dtype=torch.bool)
+    for (a, b), (c, d) in zip(*(itertools.pairwise(e) for e in ends(pieces)), strict=True):
+        for anchor in range(a, b):  # the last anchor sees every feature of its piece
+            seen[anchor, c : d - (b - 1 - anchor)] = True
+    assert pieces.longest == int(pieces.anchor_ends.diff().max())
+    assert pieces.longest_features == int(pieces.feature_ends.diff().max())
     return scores.masked_fill(~seen, float("-inf"))
 
 
-def outputs_and_gradients(device: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def ends(pieces: Pieces) -> tuple[list[int], list[int]]:
+    return pieces.anchor_ends.tolist(), pieces.feature_ends.tolist()
+
+
+def pieces_of_lengths(lengths, device: str) -> torch.Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+
+
+def outputs_and_gradients(
+    device: str, dtype: torch.dtype, contexts=CONTEXTS
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Of three draft positions in a row, each attending to those before it."""
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.tensor(LENGTHS)
+
+    def made(heads: int, count: int) -> torch.Tensor:
+        drawn = torch.randn(1, heads, count, DIM, generator=generator)
+        inputs.append(drawn.to(device, dtype).requires_grad_())
+        return inputs[-1]
+
     batch = SimpleNamespace(
-        pieces=torch.arange(len(LENGTHS)).repeat_interleave(numbers).to(device),
-        positions=torch.cat([torch.arange(n) for n in LENGTHS]).to(device),
+        pieces=pieces_of_lengths(LENGTHS, device),
+        context=SimpleNamespace(pieces=pieces_of_lengths(contexts, device)),
     )
-    batch.attends = lambda rows: DraftBatch.attends(batch, rows)
-    attention = UnrolledAttention(batch, DIM**-0.5)
-    outs, inputs = [], []
-    for _ in range(POSITIONS):
-        for heads in (HEADS, KV, KV):
-            made = torch.randn(1, heads, sum(LENGTHS), DIM, generator=generator)
-            inputs.append(made.to(device, dtype).requires_grad_())
-        outs.append(attention(*inputs[-3:]))
+    inputs: list[torch.Tensor] = []
+    context = (made(KV, sum(contexts)), made(KV, sum(contexts))) if sum(contexts) else None
+    attention = UnrolledAttention(batch, DIM**-0.5, context)
+    outs = [attention(*(made(heads, sum(LENGTHS)) for heads in (HEADS, KV, KV))) for _ in range(POSITIONS)]
     weights = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
     sum((o * w).sum() for o, w in zip(outs, weights, strict=True)).backward()
     return outs, [x.grad for x in inputs]
 
 
-def test_merged_attention_is_that_of_all_scores(monkeypatch):
-    expected, gradients = outputs_and_gradients("cpu", torch.float64)
+def reference(query, keys, values, context) -> torch.Tensor:
+    """Attention of one draft position written out: an anchor after the other, without any library."""
+    outs, first, before = [], 0, 0
+    for length, left in zip(LENGTHS, CONTEXTS, strict=True):
+        for anchor in range(first, first + length):
+            lines = []
+            for x, c in zip((keys, values), context, strict=True):
+                seen = [c[0, :, before : before + left], x[0][0, :, first : anchor + 1]]
+                lines.append(torch.cat([*seen, *(y[0, :, anchor : anchor + 1] for y in x[1:])], 1))
+            k, v = (x.repeat_interleave(HEADS // KV, 0) for x in lines)
+            weights = ((query[0, :, anchor, None] * k).sum(-1) * DIM**-0.5).softmax(-1)
+            outs.append((weights[..., None] * v).sum(1))
+        first, before = first + length, before + left
+    return torch.stack(outs)[None]
+
+
+def test_anchors_attend_to_their_context_to_earlier_anchors_and_to_their_own_drafts():
+    generator = torch.Generator().manual_seed(1)
+    batch = SimpleNamespace(
+        pieces=pieces_of_lengths(LENGTHS, "cpu"),
+        context=SimpleNamespace(pieces=pieces_of_lengths(CONTEXTS, "cpu")),
+    )
+
+    def made(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(1, heads, count, DIM, dtype=torch.float64, generator=generator)
+
+    context = made(KV, sum(CONTEXTS)), made(KV, sum(CONTEXTS))
+    attention = UnrolledAttention(batch, DIM**-0.5, context)
+    queries, keys, values = [], [], []
+    for _ in range(POSITIONS):
+        for line, heads in ((queries, HEADS), (keys, KV), (values, KV)):
+            line.append(made(heads, sum(LENGTHS)))
+        found = attention(queries[-1], keys[-1], values[-1])
+        torch.testing.assert_close(found, reference(queries[-1], keys, values, context))
+    rows = torch.tensor([1, 4, 4, 5, 8])  # of all pieces, one of them twice
+    query, key, value = made(HEADS, 5), made(KV, 5), made(KV, 5)
+    found = attention.branch(rows)(query, key, value)
+    for number, row in enumerate(rows.tolist()):
+        wide = [torch.zeros(1, n, sum(LENGTHS), DIM, dtype=torch.float64) for n in (HEADS, KV, KV)]
+        for to, x in zip(wide, (query, key, value), strict=True):
+            to[:, :, row] = x[:, :, number]
+        expected = reference(wide[0], [*keys, wide[1]], [*values, wide[2]], context)
+        torch.testing.assert_close(found[0, number], expected[0, row])
+
+
+@pytest.mark.parametrize("contexts", [CONTEXTS, (0, 0, 0)])
+def test_merged_attention_is_that_of_all_scores(monkeypatch, contexts):
+    expected, gradients = outputs_and_gradients("cpu", torch.float64, contexts)
     monkeypatch.setattr(unrolled_attention, "flash_serves", lambda value: True)
     monkeypatch.setattr(unrolled_attention, "flash_forward", forward)
     monkeypatch.setattr(unrolled_attention, "flash_backward", backward)
-    found, others = outputs_and_gradients("cpu", torch.float64)
+    found, others = outputs_and_gradients("cpu", torch.float64, contexts)
     for a, b in zip([*found, *others], [*expected, *gradients], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -218,6 +218,13 @@ class RolloutBench:
             for r in engine.generate(requests)
         ]
 
+    def traced(self, count: int, samples: int) -> list[Rollout]:
+        """Decodes ``count`` requests, ``samples`` for each problem, and collects traces for the drafter."""
+        engine = self.engine(32, self.params.max_tokens, drafters=("eagle3",), collect_traces=True)
+        if "eagle3" in engine.drafters:  # so that some draft tokens are rejected
+            engine.use_strategy("eagle3:3")
+        return engine.generate(self.requests(self.problems, count, samples))
+
     def set_draft_model(self, model: PreTrainedModel) -> None:
         """Sets the model of ``draft_model`` drafters in engines built from now on."""
         self._parts.draft_model = model

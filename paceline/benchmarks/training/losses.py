@@ -24,7 +24,7 @@ from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
-from paceline.rollout import PLAIN, Rollout, RolloutEngine
+from paceline.rollout import PLAIN, RolloutEngine
 from paceline.rollout.drafters.eagle3_model import eagle3_config
 
 _UNLIMITED = 10**6  # passes and updates: only the time limits training
@@ -103,7 +103,7 @@ def compare_losses(
         log: Receives a line per variant.
         on_row: Called with each row once it is measured.
     """
-    rollouts = _traced(bench, sequences)
+    rollouts = bench.traced(sequences, 4)
     texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
     vocabulary = choose_vocabulary(
         texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
@@ -149,13 +149,6 @@ def compare_losses(
             f"{judged.likeliest_length:.3f}"
         )
     return rows
-
-
-def _traced(bench: RolloutBench, sequences: int) -> list[Rollout]:
-    engine = bench.engine(32, bench.params.max_tokens, drafters=("eagle3",), collect_traces=True)
-    if "eagle3" in engine.drafters:  # so that some draft tokens are rejected
-        engine.use_strategy("eagle3:3")
-    return engine.generate(bench.requests(bench.problems, sequences, 4))
 
 
 def _collection_engine(bench: RolloutBench, longest: int, collects: bool) -> RolloutEngine:

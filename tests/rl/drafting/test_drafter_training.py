@@ -12,11 +12,13 @@ import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.decoding.served import ServedRow
+from paceline.benchmarks.training.context import compare_contexts
 from paceline.benchmarks.training.idle import idle_row
 from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare_losses
 from paceline.benchmarks.training.online import VARIANTS as ONLINE
 from paceline.benchmarks.training.online import compare_online
 from paceline.cli.drafter import warm_up_drafter
+from paceline.drafter_trainer import learner
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.rl.drafting import factory
 from paceline.rl.drafting.factory import reward_weights
@@ -66,6 +68,21 @@ def test_a_drafter_is_trained_in_bfloat16_where_the_machine_multiplies_it(monkey
     assert seen == {torch.bfloat16 if fast else torch.float32}
 
 
+@pytest.mark.parametrize("context", [0, 7])
+def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, context):
+    target = tiny_llama()
+    engine = engine_for(target, slots=2, context=60, collect_traces=True)
+    config = load_config(ROOT / "configs/tiny.yaml", [f"drafter.context_tokens={context}"])
+    trainer = factory.spot_trainer(config, target, tiny_eagle3(target), factory.trace_buffer(config, 0))
+    seen, pack = [], learner.pack
+    monkeypatch.setattr(learner, "pack", lambda *args: seen.append(pack(*args)) or seen[-1])
+    trainer.buffer.begin_step()
+    trainer.buffer.add(engine.generate([Request([1, 2, 3] * 5, SamplingParams(max_tokens=8), seed=1)]))
+    trainer.run(lambda: len(seen) == 1)
+    positions = [] if context == 0 else [0, 1, 2, 3, *range(14 - context, 14)]
+    assert seen[0].context.positions.tolist() == positions
+
+
 @pytest.mark.ci
 def test_a_warmed_up_drafter_starts_a_run(tmp_path, cache, monkeypatch, capsys):
     """Then the very first step drafts with it, every rank alike; a run that never trains keeps it as it
@@ -106,6 +123,19 @@ def test_losses_side_by_side(cache):
     rows = compare_losses(bench, seconds=1.5, sequences=16, log=lines.append)
     assert [row.variant for row in rows] == list(VARIANTS) and len(lines) == len(rows)
     assert all(row.updates > 0 and 1 <= row.drawn <= 5 and 1 <= row.likeliest <= 5 for row in rows)
+
+
+def test_contexts_side_by_side(cache):
+    bench = RolloutBench(load_config(ROOT / "configs/tiny.yaml"), None, 1)
+    lines: list[str] = []
+    traced = bench.traced(16, 2)
+    rows = compare_contexts(bench, traced, (0, 64), seeds=2, seconds=0.3, log=lines.append)
+    assert [(row.seed, row.context) for row in rows] == [(0, 0), (0, 64), (1, 0), (1, 64)]
+    assert len(lines) == len(rows)
+    for row in rows:
+        assert row.updates > 0 and row.anchors > 0 and set(row.by_part) == {0}  # at most 24 tokens
+        assert 1 <= row.drawn <= 5
+        assert row.by_part[0] == pytest.approx((row.drawn, row.likeliest))
 
 
 def test_ratios():

@@ -49,14 +49,18 @@ def test_weights_that_the_engine_does_not_share_are_the_trainers():
 def test_drafter_training_by_hand():
     config = load_config(TINY, ["drafter.tokens_per_microbatch=1000", "drafter.unroll=3"])
     shape = eagle3_config(POLICY, 50, default_tap_layers(4))
-    # each of 3 positions: 3 · 50 probabilities and 17 · 64 of a layer; the batch: 50 and 3 taps of 64; the
-    # scores of 4 heads, 3 of the positions and 3 in work
-    values = 1000 * (3 * (3 * 50 + 17 * 64) + 50 + 3 * 64) + (3 + 3) * 4 * 1000**2
-    assert drafter_activations(config, shape) == 4 * values
+    # each of 3 positions: 3 · 50 probabilities and 17 · 64 of a layer; the batch: 50 and 3 taps of 64
+    values = 1000 * (3 * (3 * 50 + 17 * 64) + 50 + 3 * 64)
+    # a completion of at most 24 tokens is assumed to have 12, and the context of each the 160 tokens of the
+    # longest text; the scores of 4 heads, 3 of the positions and 3 in work
+    contexts, scores = 84 * 160 * (3 + 7) * 64, (3 + 3) * 4 * 1000 * (12 + 160)
+    assert drafter_activations(config, shape) == 4 * (values + contexts + scores)
     half = load_config(
         TINY, ["drafter.tokens_per_microbatch=1000", "drafter.unroll=3", "policy.mixed_precision=bf16"]
     )
-    assert drafter_activations(half, shape) == 4 * (values - (3 + 3) * 4 * 1000**2)
+    assert drafter_activations(half, shape) == 4 * (values + contexts)
+    none = load_config(TINY, ["drafter.tokens_per_microbatch=1000", "drafter.context_tokens=0"])
+    assert drafter_activations(none, shape) < drafter_activations(config, shape)
     # its peak counts only beyond the update's, since the two never coincide
     small = load_config(TINY, ["drafter.tokens_per_microbatch=16", "update.tokens_per_microbatch=8192"])
     assert trainer_memory(small, POLICY, 1)["drafter's activations, beyond an update's"] == 0
@@ -71,7 +75,7 @@ def test_the_drafters_cache_by_hand():
 def test_the_plan_gives_keys_and_values_what_the_dry_run_says():
     config, policy = load_config(SEVEN), policy_config(load_config(SEVEN).policy.model)
     dense = load_config(SEVEN, ["drafter.tokens_per_microbatch=8192", "policy.mixed_precision=no"])
-    with pytest.raises(UserError, match=r"drafter's activations, beyond an update's \d\d"):
+    with pytest.raises(UserError, match=r"drafter's activations, beyond an update's 8"):
         check_memory(dense, policy, 8, 80_000_000_000)
     plan = check_memory(config, policy, 8, 80_000_000_000)
     said = estimate(config, policy, 8, published_gpu(80))

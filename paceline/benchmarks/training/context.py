@@ -1,0 +1,177 @@
+"""Trains new drafters with more or less left context for equal time, and judges them by position.
+
+Each starts from the same weights and reads the same traces in the same order. All are judged with the whole
+text as their context, as they draft.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from paceline.benchmarks.common.harness import RolloutBench
+from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
+from paceline.benchmarks.common.runs import deadline_passed
+from paceline.drafter_trainer.initialization import initial_drafter
+from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.spot_trainer import SpotTrainer
+from paceline.drafter_trainer.trace_buffer import Entry, Piece, TraceBuffer
+from paceline.drafter_trainer.training_time_test import Objective
+from paceline.drafter_trainer.vocabulary import choose_vocabulary
+from paceline.rl.drafting.factory import drafter_autocast
+from paceline.rl.process.invocation import command_line
+from paceline.rl.process.process_tuning import fit_process
+from paceline.rl.recipe import load_config
+from paceline.rollout import Rollout
+from paceline.rollout.drafters.eagle3_model import eagle3_config
+
+_UNLIMITED = 10**6  # passes, updates and tokens
+_SAMPLES = 4  # of a prompt
+_DRAFTED = 4  # tokens of the chains whose acceptance length is compared
+# positions in the completion; a part has at most as many anchors as a piece
+PARTS = ((0, 64), (64, 256), (256, 512), (512, 1024), (1024, 1536), (1536, 2048))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this benchmark."""
+    parser.add_argument("--config", required=True, help="recipe, whose first policy makes the traces")
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[0, 128, 512, 2048],
+        help="tokens of left context to compare",
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="seconds of training per drafter")
+    parser.add_argument("--seeds", type=int, default=1, help="number of first weights and orders of traces")
+    parser.add_argument("--sequences", type=int, default=96, help="completions; every fourth prompt judges")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/context"), help="JSON file of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the traces once, then trains a drafter with each context and seed."""
+    fit_process(local_world_size=1)
+    bench = RolloutBench(load_config(args.config), None, 1)
+    with Results(args.out, command_line()) as results:
+        rollouts = bench.traced(args.sequences, _SAMPLES)
+        lengths = sorted(len(r.token_ids) for r in rollouts)
+        results.add("lengths", {"median": statistics.median(lengths), "longest": lengths[-1]})
+        compare_contexts(
+            bench, rollouts, args.contexts, args.seeds, args.seconds, print, results.into("rows")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRow:
+    """Holds a new drafter's acceptance after a fixed training time, on sequences that it has not seen.
+
+    Attributes:
+        context: Tokens before a piece that it attended to in training.
+        seed: Seed of its first weights and of the order of its traces.
+        updates: Number of optimizer steps that fitted into the time.
+        anchors: Number of anchors trained on.
+        drawn: Expected acceptance length of chains of four drawn draft tokens.
+        likeliest: Expected acceptance length of chains of the four likeliest draft tokens.
+        by_part: Both lengths at each of `PARTS` that any judged completion reaches, by its first position.
+    """
+
+    context: int
+    seed: int
+    updates: int
+    anchors: int
+    drawn: float
+    likeliest: float
+    by_part: dict[int, tuple[float, float]]
+
+
+def compare_contexts(
+    bench: RolloutBench,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[int],
+    seeds: int,
+    seconds: float,
+    log: Log,
+    on_row: RowCallback = ignore_row,
+) -> list[ContextRow]:
+    """Trains a drafter for each seed and context, and judges it on every fourth group.
+
+    Args:
+        bench: Policy that made the traces.
+        rollouts: Completions with their traces.
+        contexts: Tokens of left context.
+        seeds: Number of seeds.
+        seconds: Seconds of training per drafter.
+        log: Receives a line per drafter.
+        on_row: Called with each row once it is measured.
+    """
+    rows = []
+    for seed in range(seeds):
+        for context in contexts:
+            learner = _new_learner(bench, rollouts, context, seed)
+            buffer = TraceBuffer(passes=_UNLIMITED, memory_tokens=_UNLIMITED, seed=seed)
+            buffer.begin_step()
+            buffer.add(rollouts)
+            budget = bench.config.drafter.tokens_per_microbatch
+            spot = SpotTrainer([learner], buffer, budget=budget, judge_every=_UNLIMITED)
+            with torch.enable_grad():
+                report = spot.run(partial(deadline_passed, time.perf_counter() + seconds))
+            row = _judged(learner, buffer.held_out, (context, seed, report.updates, report.tokens))
+            rows.append(row)
+            on_row(row)
+            parts = "  ".join(f"from {first} {drawn:.2f}" for first, (drawn, _) in row.by_part.items())
+            log(
+                f"context {context:>5}  seed {seed}  {row.updates:>4} updates  drawn {row.drawn:.3f}  "
+                f"likeliest {row.likeliest:.3f}  {parts}"
+            )
+    return rows
+
+
+def _new_learner(bench: RolloutBench, rollouts: Sequence[Rollout], context: int, seed: int) -> DrafterLearner:
+    texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
+    vocabulary = choose_vocabulary(
+        texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
+    )
+    shape = eagle3_config(bench.policy.config, len(vocabulary), bench.taps)
+    return DrafterLearner(
+        initial_drafter(shape, vocabulary, bench.policy, seed),
+        bench.policy.get_input_embeddings(),
+        bench.policy.get_output_embeddings(),
+        Objective(unroll=_DRAFTED),
+        lr=bench.config.drafter.lr,
+        temperature=bench.config.rollout.temperature,
+        autocast=drafter_autocast(torch.device("cpu")),
+        context=context,
+    )
+
+
+def _judged(learner: DrafterLearner, entries: Sequence[Entry], head: tuple[int, int, int, int]) -> ContextRow:
+    """Judges a drafter with the whole text as context; means are over anchors.
+
+    Args:
+        learner: The drafter's learner.
+        entries: Held-out sequences.
+        head: Context in training, seed, updates and anchors of the row.
+    """
+    learner.context = _UNLIMITED
+    sums: dict[int, torch.Tensor] = {}
+    for entry in entries:
+        begin, end = entry.trace.num_prompt - 1, entry.trace.length - 2  # a token must follow to be drafted
+        for first, last in PARTS:
+            piece = Piece(entry, begin + first, min(begin + last, end))
+            if piece.end > piece.begin:
+                anchors = piece.end - piece.begin
+                lengths = learner.evaluate([piece]).by_piece[:, 0].double() * anchors
+                part = torch.cat([lengths, torch.tensor([float(anchors)])])
+                sums[first] = sums.get(first, torch.zeros(3, dtype=torch.float64)) + part
+    drawn, likeliest, count = torch.stack(list(sums.values())).sum(0).tolist()
+    by_part = {first: (float(s[0] / s[2]), float(s[1] / s[2])) for first, s in sorted(sums.items())}
+    return ContextRow(*head, drawn / count, likeliest / count, by_part)
