@@ -1,12 +1,13 @@
-"""Trains new drafters with more or less left context for equal time, and judges them by position.
+"""Trains new drafters with more or less left context and larger or smaller micro-batches for equal time.
 
 Each starts from the same weights and reads the same traces in the same order. All are judged with the whole
-text as their context, as they draft.
+text as their context, as they draft, at each part of a completion.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[0, 128, 512, 2048],
         help="tokens of left context to compare",
     )
+    parser.add_argument(
+        "--microbatches",
+        type=int,
+        nargs="+",
+        help="tokens of a micro-batch to compare; default: the recipe's",
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="seconds of training per drafter")
     parser.add_argument("--seeds", type=int, default=1, help="number of first weights and orders of traces")
     parser.add_argument("--sequences", type=int, default=96, help="completions; every fourth prompt judges")
@@ -65,9 +72,9 @@ def run(args: argparse.Namespace) -> None:
         rollouts = bench.traced(args.sequences, _SAMPLES)
         lengths = sorted(len(r.token_ids) for r in rollouts)
         results.add("lengths", {"median": statistics.median(lengths), "longest": lengths[-1]})
-        compare_contexts(
-            bench, rollouts, args.contexts, args.seeds, args.seconds, print, results.into("rows")
-        )
+        microbatches = args.microbatches or [bench.config.drafter.tokens_per_microbatch]
+        variants = list(itertools.product(range(args.seeds), args.contexts, microbatches))
+        compare_contexts(bench, rollouts, variants, args.seconds, print, results.into("rows"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,9 @@ class ContextRow:
     """Holds a new drafter's acceptance after a fixed training time, on sequences that it has not seen.
 
     Attributes:
-        context: Tokens before a piece that it attended to in training.
         seed: Seed of its first weights and of the order of its traces.
+        context: Tokens before a piece that it attended to in training.
+        microbatch: Tokens of a micro-batch.
         updates: Number of optimizer steps that fitted into the time.
         anchors: Number of anchors trained on.
         drawn: Expected acceptance length of chains of four drawn draft tokens.
@@ -84,8 +92,9 @@ class ContextRow:
         by_part: Both lengths at each of `PARTS` that any judged completion reaches, by its first position.
     """
 
-    context: int
     seed: int
+    context: int
+    microbatch: int
     updates: int
     anchors: int
     drawn: float
@@ -96,42 +105,39 @@ class ContextRow:
 def compare_contexts(
     bench: RolloutBench,
     rollouts: Sequence[Rollout],
-    contexts: Sequence[int],
-    seeds: int,
+    variants: Sequence[tuple[int, int, int]],
     seconds: float,
     log: Log,
     on_row: RowCallback = ignore_row,
 ) -> list[ContextRow]:
-    """Trains a drafter for each seed and context, and judges it on every fourth group.
+    """Trains a drafter for each variant, and judges it on every fourth group.
 
     Args:
         bench: Policy that made the traces.
         rollouts: Completions with their traces.
-        contexts: Tokens of left context.
-        seeds: Number of seeds.
+        variants: Seed, tokens of left context, and tokens of a micro-batch.
         seconds: Seconds of training per drafter.
         log: Receives a line per drafter.
         on_row: Called with each row once it is measured.
     """
     rows = []
-    for seed in range(seeds):
-        for context in contexts:
-            learner = _new_learner(bench, rollouts, context, seed)
-            buffer = TraceBuffer(passes=_UNLIMITED, memory_tokens=_UNLIMITED, seed=seed)
-            buffer.begin_step()
-            buffer.add(rollouts)
-            budget = bench.config.drafter.tokens_per_microbatch
-            spot = SpotTrainer([learner], buffer, budget=budget, judge_every=_UNLIMITED)
-            with torch.enable_grad():
-                report = spot.run(partial(deadline_passed, time.perf_counter() + seconds))
-            row = _judged(learner, buffer.held_out, (context, seed, report.updates, report.tokens))
-            rows.append(row)
-            on_row(row)
-            parts = "  ".join(f"from {first} {drawn:.2f}" for first, (drawn, _) in row.by_part.items())
-            log(
-                f"context {context:>5}  seed {seed}  {row.updates:>4} updates  drawn {row.drawn:.3f}  "
-                f"likeliest {row.likeliest:.3f}  {parts}"
-            )
+    for seed, context, microbatch in variants:
+        learner = _new_learner(bench, rollouts, context, seed)
+        buffer = TraceBuffer(passes=_UNLIMITED, memory_tokens=_UNLIMITED, seed=seed)
+        buffer.begin_step()
+        buffer.add(rollouts)
+        spot = SpotTrainer([learner], buffer, budget=microbatch, judge_every=_UNLIMITED)
+        with torch.enable_grad():
+            report = spot.run(partial(deadline_passed, time.perf_counter() + seconds))
+        head = (seed, context, microbatch, report.updates, report.tokens)
+        row = _judged(learner, buffer.held_out, head)
+        rows.append(row)
+        on_row(row)
+        parts = "  ".join(f"from {first} {drawn:.2f}" for first, (drawn, _) in row.by_part.items())
+        log(
+            f"seed {seed}  context {context:>5}  micro-batch {microbatch:>4}  {row.updates:>4} updates  "
+            f"drawn {row.drawn:.3f}  likeliest {row.likeliest:.3f}  {parts}"
+        )
     return rows
 
 
@@ -153,13 +159,15 @@ def _new_learner(bench: RolloutBench, rollouts: Sequence[Rollout], context: int,
     )
 
 
-def _judged(learner: DrafterLearner, entries: Sequence[Entry], head: tuple[int, int, int, int]) -> ContextRow:
+def _judged(
+    learner: DrafterLearner, entries: Sequence[Entry], head: tuple[int, int, int, int, int]
+) -> ContextRow:
     """Judges a drafter with the whole text as context; means are over anchors.
 
     Args:
         learner: The drafter's learner.
         entries: Held-out sequences.
-        head: Context in training, seed, updates and anchors of the row.
+        head: Seed, context in training, micro-batch, updates and anchors of the row.
     """
     learner.context = _UNLIMITED
     sums: dict[int, torch.Tensor] = {}

@@ -129,8 +129,9 @@ def test_contexts_side_by_side(cache):
     bench = RolloutBench(load_config(ROOT / "configs/tiny.yaml"), None, 1)
     lines: list[str] = []
     traced = bench.traced(16, 2)
-    rows = compare_contexts(bench, traced, (0, 64), seeds=2, seconds=0.3, log=lines.append)
-    assert [(row.seed, row.context) for row in rows] == [(0, 0), (0, 64), (1, 0), (1, 64)]
+    variants = [(0, 0, 64), (0, 64, 64), (1, 64, 16)]
+    rows = compare_contexts(bench, traced, variants, seconds=0.3, log=lines.append)
+    assert [(row.seed, row.context, row.microbatch) for row in rows] == variants
     assert len(lines) == len(rows)
     for row in rows:
         assert row.updates > 0 and row.anchors > 0 and set(row.by_part) == {0}  # at most 24 tokens
