@@ -46,7 +46,7 @@ class DrafterLearner:
         lr: float,
         temperature: float,
         autocast: Callable[[], torch.autocast],
-        context: int = 512,
+        context: int,
         optimistic: bool = False,
     ) -> None:
         self.model, self.objective = model, objective

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,14 +21,14 @@ class LeftContext:
     Attributes:
         tokens: int64 [C], the token *after* each, which the drafter reads beside its features.
         positions: int64 [C], position of each in its text; ascending within a piece.
-        pieces: int64 [C], index of its piece; ascending.
         taps: float32 [C, taps * hidden], the target's hidden states that the drafter reads.
+        counts: Number of tokens before the anchors of each piece, in the order of the pieces.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    pieces: torch.Tensor
     taps: torch.Tensor
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class DraftBatch:
         rejected_drafts: int64 [D, 2], for each rejected token the anchor whose first draft token it would be,
             and the token.
         rejected_teacher: float32 [D, W], the target's probabilities after each rejected token.
+        counts: Number of anchors of each piece.
         context: What comes before the anchors.
     """
 
@@ -66,6 +67,7 @@ class DraftBatch:
     rejected: torch.Tensor
     rejected_drafts: torch.Tensor
     rejected_teacher: torch.Tensor
+    counts: tuple[int, ...]
     context: LeftContext
 
 
@@ -101,10 +103,15 @@ def pack(
     blocks: list[dict[str, torch.Tensor]] = []
     base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        blocks.append(_block(piece, number, weight, base, anchors, unroll) | _context(piece, number, context))
+        blocks.append(_block(piece, number, weight, base, anchors, unroll) | _context(piece, context))
         base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["anchor_index"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
-    left = LeftContext(**{f.name: joined.pop(f"context_{f.name}") for f in fields(LeftContext)})
+    left = LeftContext(
+        tokens=joined.pop("context_tokens"),
+        positions=joined.pop("context_positions"),
+        taps=joined.pop("context_taps"),
+        counts=tuple(len(block["context_tokens"]) for block in blocks),
+    )
     finals = torch.cat([joined.pop("final"), joined.pop("rejected_final")])
     known = torch.cat(
         [teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_HEAD_ROWS_PER_CHUNK)]
@@ -112,11 +119,17 @@ def pack(
     teacher = torch.zeros(base, len(vocabulary), device=device)
     on_path = len(known) - len(joined["rejected_drafts"])
     teacher[joined["trained"]] = known[:on_path]
-    return DraftBatch(**joined, teacher=teacher, rejected_teacher=known[on_path:], context=left)
+    return DraftBatch(
+        **joined,
+        teacher=teacher,
+        rejected_teacher=known[on_path:],
+        counts=tuple(piece.end - piece.begin for piece in pieces),
+        context=left,
+    )
 
 
-def _context(piece: Piece, number: int, context: int) -> dict[str, torch.Tensor]:
-    """Returns one piece's part of every field of `LeftContext`, each under its name after ``context_``."""
+def _context(piece: Piece, context: int) -> dict[str, torch.Tensor]:
+    """Returns one piece's part of every tensor of `LeftContext`, each under its name after ``context_``."""
     trace, first = piece.entry.trace.get(), max(piece.begin - context, 0)
     positions = torch.arange(first, piece.begin)
     if context:
@@ -124,7 +137,6 @@ def _context(piece: Piece, number: int, context: int) -> dict[str, torch.Tensor]
     return {
         "context_tokens": trace.token_ids[positions + 1],
         "context_positions": positions,
-        "context_pieces": torch.full_like(positions, number),
         "context_taps": trace.taps[positions].float(),
     }
 

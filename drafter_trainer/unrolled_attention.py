@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
 from paceline.drafter_trainer.packing import DraftBatch
 from paceline.rollout.drafters.eagle3_model import Attend
 from paceline.rollout.model.attention import flash_serves
+from paceline.rollout.native import upload
 
 
 class UnrolledAttention:
@@ -31,7 +33,9 @@ class UnrolledAttention:
         context: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self._scaling, self._context = scaling, context
-        self._piece_of, self._pieces = batch.pieces, Pieces.of(batch)
+        self._piece_of, self._anchors, self._contexts = batch.pieces, batch.counts, batch.context.counts
+        self._features = [a + c for a, c in zip(self._anchors, self._contexts, strict=True)]
+        self._pieces = Pieces.of(self._anchors, self._features, batch.pieces.device)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
@@ -42,10 +46,7 @@ class UnrolledAttention:
             Outputs [1, N, H, d].
         """
         if not self._keys and self._context is not None:
-            key, value = (
-                torch.cat([before.to(own.dtype), own], 2)[:, :, self._pieces.order]
-                for before, own in zip(self._context, (key, value), strict=True)
-            )
+            key, value = (self._by_piece(*x) for x in zip(self._context, (key, value), strict=True))
         flash = flash_serves(value)
         self._keys.append(key.to(value.dtype) if flash else key)
         self._values.append(value)
@@ -53,39 +54,53 @@ class UnrolledAttention:
             lines = [x[0].transpose(0, 1) for x in (query.to(value.dtype), *self._keys, *self._values)]
             return _Merged.apply(self._pieces, self._scaling, *lines)[None]
         rows = torch.arange(query.shape[2], device=query.device)
-        return self._dense(query, rows, self._keys, self._values)
+        return self._dense(query, rows, self._anchors, self._keys, self._values)
+
+    def _by_piece(self, context: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+        """Returns the features of each piece after those of the piece before, its context first.
+
+        Args:
+            context: [1, KV, C, d].
+            anchors: [1, KV, N, d].
+        """
+        before = context.to(anchors.dtype).split(self._contexts, 2)
+        pairs = zip(before, anchors.split(self._anchors, 2), strict=True)
+        return torch.cat([x for pair in pairs for x in pair], 2)
 
     def branch(self, rows: torch.Tensor) -> Attend:
         """Returns attention for anchors ``rows``, piece by piece, which does not keep the newest key."""
+        counts = torch.bincount(self._piece_of[rows], minlength=len(self._anchors)).tolist()
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), key]
             values = [self._values[0], *(v[:, :, rows] for v in self._values[1:]), value]
-            return self._dense(query, rows, keys, values)
+            return self._dense(query, rows, counts, keys, values)
 
         return attend
 
     def _dense(
-        self, query: torch.Tensor, rows: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        counts: Sequence[int],
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Attends from anchors ``rows``, piece by piece, and keeps all scores for the backward pass.
+        """Attends from anchors ``rows``, ``counts`` of each piece.
 
-        Scores exist within pieces only, so that they take memory linear in the batch.
+        The backward pass keeps all scores. They exist within pieces only, so that they take memory linear in
+        the batch.
         """
-        anchors, features = self._pieces.anchor_ends, self._pieces.feature_ends
-        counts = torch.bincount(self._piece_of[rows], minlength=len(anchors) - 1).tolist()
-        # an anchor sees the features of its piece that come before it, and its own
-        last = rows - (anchors[:-1] - self._pieces.contexts)[self._piece_of[rows]]
-        lines = [x.split(features.diff().tolist(), 2) for x in (keys[0], values[0])]
-        own = [x.split(counts, 2) for x in (*keys[1:], *values[1:])]
-        outs = [
-            _attend(
-                queries * self._scaling, seen, key, value, later[: len(later) // 2], later[len(later) // 2 :]
-            )
-            for queries, seen, key, value, *later in zip(
-                query.split(counts, 2), last.split(counts), *lines, *own, strict=True
-            )
-        ]
+        firsts = accumulate(self._anchors[:-1], initial=0)
+        lines = (keys[0].split(self._features, 2), values[0].split(self._features, 2))
+        own_keys, own_values = ([x.split(counts, 2) for x in later] for later in (keys[1:], values[1:]))
+        outs = []
+        for piece, (queries, anchors, first, context, key, value) in enumerate(
+            zip(query.split(counts, 2), rows.split(counts), firsts, self._contexts, *lines, strict=True)
+        ):
+            last = context + anchors - first  # its own feature in the piece
+            own = ([x[piece] for x in line] for line in (own_keys, own_values))
+            outs.append(_attend(queries * self._scaling, last, key, value, *own))
         return torch.cat(outs, 1)
 
 
@@ -94,8 +109,8 @@ def _attend(
     last: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    own_keys: list[torch.Tensor],
-    own_values: list[torch.Tensor],
+    own_keys: Sequence[torch.Tensor],
+    own_values: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Attends from M anchors of a piece to its F features and to their own later draft positions.
 
@@ -122,40 +137,29 @@ def _attend(
     return out.flatten(0, 1).transpose(0, 1)[None]
 
 
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Where the anchors of each piece end, and its features: those of its left context, then its anchors'.
+class Pieces(NamedTuple):
+    """Where the anchors and the features of each piece end, as torch's packed attention takes it.
 
     Attributes:
         anchor_ends: int32 [P + 1], from 0 on.
         feature_ends: int32 [P + 1], from 0 on.
         longest: Number of anchors of the piece with the most.
         longest_features: Number of features of the piece with the most.
-        order: int64 [F], which of all contexts' and, after them, all anchors' features is next if they are
-            put in the order of their pieces.
     """
 
     anchor_ends: torch.Tensor
     feature_ends: torch.Tensor
     longest: int
     longest_features: int
-    order: torch.Tensor
 
     @classmethod
-    def of(cls, batch: DraftBatch) -> Pieces:
-        """Returns those of a batch."""
-        anchors = torch.bincount(batch.pieces)
-        features = anchors + torch.bincount(batch.context.pieces, minlength=len(anchors))
+    def of(cls, anchors: Sequence[int], features: Sequence[int], device: torch.device) -> Pieces:
+        """Returns those of pieces with the given numbers of anchors and features."""
         anchor_ends, feature_ends = (
-            torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (anchors, features)
+            upload(list(accumulate(counts, initial=0)), device).to(torch.int32)
+            for counts in (anchors, features)
         )
-        order = torch.cat([batch.context.pieces, batch.pieces]).argsort(stable=True)
-        return cls(anchor_ends, feature_ends, int(anchors.max()), int(features.max()), order)
-
-    @property
-    def contexts(self) -> torch.Tensor:
-        """The number of features before the anchors of each piece, int32 [P]."""
-        return self.feature_ends.diff() - self.anchor_ends.diff()
+        return cls(anchor_ends, feature_ends, max(anchors), max(features))
 
 
 def flash_forward(
@@ -175,12 +179,7 @@ def flash_forward(
         pass.
     """
     attend = torch.ops.aten._flash_attention_forward
-    return attend(query, key, value, *_extents(pieces), 0.0, True, False, scale=scaling)[:4]
-
-
-def _extents(pieces: Pieces) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """Returns the ends and longest pieces of queries and keys, as torch's operators take them."""
-    return pieces.anchor_ends, pieces.feature_ends, pieces.longest, pieces.longest_features
+    return attend(query, key, value, *pieces, 0.0, True, False, scale=scaling)[:4]
 
 
 def flash_backward(
@@ -202,7 +201,7 @@ def flash_backward(
         state: What `flash_forward` returned for the backward pass.
     """
     return torch.ops.aten._flash_attention_backward(
-        grad, *lines, *merged, *_extents(pieces), 0.0, True, *state, scale=scaling
+        grad, *lines, *merged, *pieces, 0.0, True, *state, scale=scaling
     )
 
 

@@ -55,8 +55,10 @@ def ends(pieces: Pieces) -> tuple[list[int], list[int]]:
     return pieces.anchor_ends.tolist(), pieces.feature_ends.tolist()
 
 
-def pieces_of_lengths(lengths, device: str) -> torch.Tensor:
-    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+def batch_of(contexts, device: str) -> SimpleNamespace:
+    """What attention reads of a batch whose pieces have `LENGTHS` anchors."""
+    pieces = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    return SimpleNamespace(pieces=pieces.to(device), counts=LENGTHS, context=SimpleNamespace(counts=contexts))
 
 
 def outputs_and_gradients(
@@ -70,10 +72,7 @@ def outputs_and_gradients(
         inputs.append(drawn.to(device, dtype).requires_grad_())
         return inputs[-1]
 
-    batch = SimpleNamespace(
-        pieces=pieces_of_lengths(LENGTHS, device),
-        context=SimpleNamespace(pieces=pieces_of_lengths(contexts, device)),
-    )
+    batch = batch_of(contexts, device)
     inputs: list[torch.Tensor] = []
     context = (made(KV, sum(contexts)), made(KV, sum(contexts))) if sum(contexts) else None
     attention = UnrolledAttention(batch, DIM**-0.5, context)
@@ -101,10 +100,7 @@ def reference(query, keys, values, context) -> torch.Tensor:
 
 def test_anchors_attend_to_their_context_to_earlier_anchors_and_to_their_own_drafts():
     generator = torch.Generator().manual_seed(1)
-    batch = SimpleNamespace(
-        pieces=pieces_of_lengths(LENGTHS, "cpu"),
-        context=SimpleNamespace(pieces=pieces_of_lengths(CONTEXTS, "cpu")),
-    )
+    batch = batch_of(CONTEXTS, "cpu")
 
     def made(heads: int, count: int) -> torch.Tensor:
         return torch.randn(1, heads, count, DIM, dtype=torch.float64, generator=generator)

@@ -1,10 +1,7 @@
 """``vllm serve``, configured through the environment alone; the engine core is a process of its own."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -19,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from tests.engines import tiny_llama
-from tests.support import ROOT
+from tests.vllm.servers import environment_of_server, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 PORT = 8741
@@ -42,23 +39,12 @@ def policy(tmp_path_factory):
 @contextmanager
 def server(policy, log, options):
     """A server, with ``PACELINE_VLLM`` if there are options; stopped as an operator stops it."""
-    environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "PACELINE_VLLM": json.dumps(options)} if options else {}
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(policy), "--port", str(PORT)]
     command += ["--enforce-eager", "--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "256"]
     command += ["--max-num-seqs", "8", "--generation-config", "vllm"]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-3000:]
-            if get("/health") is not None:
-                break
-            time.sleep(1)
+    variables = {"PACELINE_VLLM": json.dumps(options)} if options else {}
+    with serving(command, PORT, log, environment_of_server(**variables)) as process:
         yield process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def get(path):

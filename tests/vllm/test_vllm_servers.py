@@ -29,7 +29,7 @@ from paceline.rollout.backends.serve_command import serve_command, serve_environ
 from paceline.rollout.backends.vllm_server import VllmServers
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from tests.engines import tiny_eagle3, tiny_llama, worst_gap
-from tests.support import ROOT
+from tests.vllm.servers import environment_of_server, wait_until_healthy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 VOCAB, DRAFT_VOCAB = 99, 50
@@ -53,8 +53,7 @@ class Server:
             more=["--enforce-eager", "--dtype", "float32"],
         )
         command[0] = str(Path(sys.executable).parent / "vllm")
-        environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment |= {"PYTHONPATH": str(ROOT), **serve_environment(exchange, "127.0.0.1")}
+        environment = environment_of_server(**serve_environment(exchange, "127.0.0.1"))
         self._token = environment["PACELINE_UPDATE_TOKEN"]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -63,13 +62,7 @@ class Server:
 
     def wait(self):
         """Waits until the server answers."""
-        for _ in range(300):
-            assert self._process.poll() is None, self._log.read_text()[-3000:]
-            try:
-                return self.ask("/health")
-            except OSError:
-                time.sleep(1)
-        raise AssertionError(self._log.read_text()[-3000:])
+        wait_until_healthy(self.url, self._process, self._log)
 
     def ask(self, path, method="GET"):
         headers = {"Authorization": f"Bearer {self._token}"}

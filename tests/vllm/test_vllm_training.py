@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -23,6 +22,7 @@ from paceline.rl.monitoring.summary import read_metrics
 from paceline.rollout.backends.serve_command import serve_command, serve_environment
 from tests.engines import tiny_eagle3
 from tests.support import ROOT
+from tests.vllm.servers import environment_of_server, serving
 
 pytestmark = pytest.mark.vllm
 REWARD = (
@@ -101,17 +101,9 @@ def test_the_tiny_task_is_learned_behind_a_server(home):
     options = {"depth": 2, "port": port, "max_slots": 8, "max_context": 160, "updates": True}
     command = serve_command(policy, drafter=home / "drafter", **options)
     command[0] = str(Path(sys.executable).parent / "vllm")
-    environment = {**os.environ, "VLLM_PLUGINS": "paceline", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment |= serve_environment(exchange, "127.0.0.1")
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [*command, "--enforce-eager", "--gpu-memory-utilization", "0.5", "--dtype", "float32"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        _wait(f"http://127.0.0.1:{port}/health", server, home / "server.log")
+    command += ["--enforce-eager", "--gpu-memory-utilization", "0.5", "--dtype", "float32"]
+    environment = environment_of_server(**serve_environment(exchange, "127.0.0.1"))
+    with serving(command, port, home / "server.log", environment):
         with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger changes no weights
             urllib.request.urlopen(
                 urllib.request.Request(f"http://127.0.0.1:{port}/start_weight_update", method="POST")
@@ -119,17 +111,3 @@ def test_the_tiny_task_is_learned_behind_a_server(home):
         options = f"rollout.vllm={{servers: ['http://127.0.0.1:{port}'], exchange: '{exchange}'}}"
         train(home, options, "steps=6", "update.lr=3e-4", "update.minibatches=1", f"out={home / 'run'}")
         check(home / "run")
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def _wait(url, server, log):
-    for _ in range(240):
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(log.read_text()[-3000:])

@@ -1,12 +1,8 @@
 """TRL's own ways of starting vLLM, a server and the trainer's process, with ``PACELINE_VLLM`` alone."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,8 +14,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from paceline.rollout.backends.adaptive.vllm_options import STATUS_VARIABLE, VARIABLE
 from paceline.rollout.backends.vllm_scheduler import AdaptiveScheduler
-from tests.support import ROOT
 from tests.vllm.policies import save_talking_policy
+from tests.vllm.servers import environment_of_server, serving
 from tests.vllm.test_vllm_serve import PORT, complete, get, greedy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -57,23 +53,11 @@ def test_trls_server_drafts_and_says_what_the_policy_says(policy, environment, t
         "--dtype",
         "float32",
     ]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        inherited = {**os.environ, "PYTHONPATH": str(ROOT)}
-        server = subprocess.Popen(command, env=inherited, stdout=file, stderr=file)
-    try:
-        for _ in range(300):
-            assert server.poll() is None, log.read_text()[-3000:]
-            if get("/health") is not None:
-                break
-            time.sleep(1)
+    with serving(command, PORT, tmp_path / "log", environment_of_server()):
         prompts = [[1 + i, 5, 6, 7] for i in range(4)]
         for _ in range(3):
             assert complete(policy, prompts, 64) == greedy(policy, prompts, 64)
         metrics = get("/metrics")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
     assert len(re.findall(r'paceline:steps_total\{draft_depth="(\d)"\}', metrics)) >= 2
 
 

@@ -38,6 +38,7 @@ _VOCABULARY = 64
 _TERMS = (8, 48)  # of a sum; its completion names every partial sum
 _LENGTH = 288  # tokens that a training text is cut to
 _BATCH = 64
+_CONTEXT = 512  # tokens before a piece that the drafter is trained with
 _BANDIT_SECONDS = 3  # of decoding, in which the bandit has tried every strategy
 
 
@@ -212,6 +213,7 @@ def _distil(model: PreTrainedModel, engine: RolloutEngine, seconds: float, devic
         lr=1e-3,
         temperature=1.0,
         autocast=lambda: torch.autocast(device, dtype=torch.bfloat16),
+        context=_CONTEXT,
     )
     buffer = TraceBuffer(passes=4)
     spot = SpotTrainer([learner], buffer, budget=4096)

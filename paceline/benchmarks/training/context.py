@@ -9,31 +9,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import deadline_passed
-from paceline.drafter_trainer.initialization import initial_drafter
+from paceline.benchmarks.training.new_drafter import NewDrafters
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.spot_trainer import SpotTrainer
-from paceline.drafter_trainer.trace_buffer import Entry, Piece, TraceBuffer
+from paceline.drafter_trainer.trace_buffer import Entry, Piece
 from paceline.drafter_trainer.training_time_test import Objective
-from paceline.drafter_trainer.vocabulary import choose_vocabulary
-from paceline.rl.drafting.factory import drafter_autocast
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
 from paceline.rollout import Rollout
-from paceline.rollout.drafters.eagle3_model import eagle3_config
 
-_UNLIMITED = 10**6  # passes, updates and tokens
+_WHOLE_TEXT = 10**6  # tokens of context
 _SAMPLES = 4  # of a prompt
 _DRAFTED = 4  # tokens of the chains whose acceptance length is compared
 # positions in the completion; a part has at most as many anchors as a piece
@@ -120,15 +113,10 @@ def compare_contexts(
         log: Receives a line per drafter.
         on_row: Called with each row once it is measured.
     """
-    rows = []
+    drafters, rows = NewDrafters(bench, rollouts), []
     for seed, context, microbatch in variants:
-        learner = _new_learner(bench, rollouts, context, seed)
-        buffer = TraceBuffer(passes=_UNLIMITED, memory_tokens=_UNLIMITED, seed=seed)
-        buffer.begin_step()
-        buffer.add(rollouts)
-        spot = SpotTrainer([learner], buffer, budget=microbatch, judge_every=_UNLIMITED)
-        with torch.enable_grad():
-            report = spot.run(partial(deadline_passed, time.perf_counter() + seconds))
+        learner = drafters.learner(Objective(unroll=_DRAFTED), context, seed)
+        report, buffer = drafters.train(learner, microbatch, seconds, seed)
         head = (seed, context, microbatch, report.updates, report.tokens)
         row = _judged(learner, buffer.held_out, head)
         rows.append(row)
@@ -141,24 +129,6 @@ def compare_contexts(
     return rows
 
 
-def _new_learner(bench: RolloutBench, rollouts: Sequence[Rollout], context: int, seed: int) -> DrafterLearner:
-    texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
-    vocabulary = choose_vocabulary(
-        texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
-    )
-    shape = eagle3_config(bench.policy.config, len(vocabulary), bench.taps)
-    return DrafterLearner(
-        initial_drafter(shape, vocabulary, bench.policy, seed),
-        bench.policy.get_input_embeddings(),
-        bench.policy.get_output_embeddings(),
-        Objective(unroll=_DRAFTED),
-        lr=bench.config.drafter.lr,
-        temperature=bench.config.rollout.temperature,
-        autocast=drafter_autocast(torch.device("cpu")),
-        context=context,
-    )
-
-
 def _judged(
     learner: DrafterLearner, entries: Sequence[Entry], head: tuple[int, int, int, int, int]
 ) -> ContextRow:
@@ -169,7 +139,7 @@ def _judged(
         entries: Held-out sequences.
         head: Seed, context in training, micro-batch, updates and anchors of the row.
     """
-    learner.context = _UNLIMITED
+    learner.context = _WHOLE_TEXT
     sums: dict[int, torch.Tensor] = {}
     for entry in entries:
         begin, end = entry.trace.num_prompt - 1, entry.trace.length - 2  # a token must follow to be drafted

@@ -5,29 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
-from paceline.benchmarks.common.runs import deadline_passed
-from paceline.drafter_trainer.initialization import initial_drafter
-from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.spot_trainer import SpotTrainer
-from paceline.drafter_trainer.trace_buffer import TraceBuffer
+from paceline.benchmarks.training.new_drafter import NewDrafters
 from paceline.drafter_trainer.training_time_test import Objective
-from paceline.drafter_trainer.vocabulary import choose_vocabulary
-from paceline.rl.drafting.factory import drafter_autocast
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config
 from paceline.rollout import PLAIN, RolloutEngine
-from paceline.rollout.drafters.eagle3_model import eagle3_config
 
-_UNLIMITED = 10**6  # passes and updates: only the time limits training
 _HELD_OUT_ANCHORS = 4096
 _COLLECTION_PASSES = 3
 
@@ -103,33 +92,10 @@ def compare_losses(
         log: Receives a line per variant.
         on_row: Called with each row once it is measured.
     """
-    rollouts = bench.traced(sequences, 4)
-    texts = [[*r.request.prompt_ids, *r.token_ids] for r in rollouts]
-    vocabulary = choose_vocabulary(
-        texts, bench.config.drafter.draft_vocab_size, bench.policy.config.get_text_config().vocab_size
-    )
-    rows = []
+    drafters, d, rows = NewDrafters(bench, bench.traced(sequences, 4)), bench.config.drafter, []
     for name, (objective, optimistic) in VARIANTS.items():
-        config = eagle3_config(bench.policy.config, len(vocabulary), bench.taps)
-        learner = DrafterLearner(
-            initial_drafter(config, vocabulary, bench.policy, seed=0),
-            bench.policy.get_input_embeddings(),
-            bench.policy.get_output_embeddings(),
-            objective,
-            lr=bench.config.drafter.lr,
-            temperature=bench.config.rollout.temperature,
-            autocast=drafter_autocast(torch.device("cpu")),
-            optimistic=optimistic,
-        )
-        buffer = TraceBuffer(passes=_UNLIMITED, seed=0)
-        buffer.begin_step()
-        buffer.add(rollouts)
-        spot = SpotTrainer(
-            [learner], buffer, budget=bench.config.drafter.tokens_per_microbatch, judge_every=_UNLIMITED
-        )
-        end = time.perf_counter() + seconds
-        with torch.enable_grad():
-            report = spot.run(partial(deadline_passed, end))
+        learner = drafters.learner(objective, d.context_tokens, optimistic=optimistic)
+        report, buffer = drafters.train(learner, d.tokens_per_microbatch, seconds)
         learner.objective = Objective(unroll=4)
         (pieces,) = buffer.held_out_batches(_HELD_OUT_ANCHORS, 1)
         judged = learner.evaluate(pieces)

@@ -119,7 +119,7 @@ class _SideBySide(SharedDrafter):
     ) -> None:
         super().__init__(config, trainer.drafter.local, trainer.accelerator, trainer.run_dir, log)
         self._policy, self._start, self._seconds = trainer.decoded, start, seconds
-        self._temperature = config.rollout.temperature
+        self._temperature, self._context = config.rollout.temperature, config.drafter.context_tokens
         self.spots: dict[str, SpotTrainer] = {}
         for name, change in VARIANTS.items():
             changed = replace(config, drafter=change(config.drafter))
@@ -173,6 +173,7 @@ class _SideBySide(SharedDrafter):
             lr=1.0,
             temperature=self._temperature,
             autocast=drafter_autocast(self._policy.device),
+            context=self._context,
         )
         return _Judge(pieces, learner)
 
