@@ -11,6 +11,7 @@ from torch import nn
 from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
 from paceline.drafter_trainer.packing import DraftBatch, pack
 from paceline.drafter_trainer.storage.optimizer_state import load_optimizer
+from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Piece
 from paceline.drafter_trainer.training_time_test import Interrupted, Objective, Unrolled, unrolled_loss
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
@@ -84,12 +85,11 @@ class DrafterLearner:
         return pack(
             pieces,
             weights,
-            self._head,
-            self.model.vocabulary,
-            self._temperature,
+            Teacher(self._head, self.model.vocabulary, self._temperature),
             self.objective.unroll,
             self.context,
             device,
+            rejected=self.objective.on_policy > 0,
         )
 
     def update(

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Piece
 
-_HEAD_ROWS_PER_CHUNK = 256  # bounds the memory of logits over the target's whole vocabulary
 SINKS = 4  # first tokens of a text, to which drafters attend strongly at every distance (LongSpec)
 
 
@@ -75,12 +74,11 @@ class DraftBatch:
 def pack(
     pieces: Sequence[Piece],
     weights: Sequence[float],
-    head: nn.Module,
-    vocabulary: torch.Tensor,
-    temperature: float,
+    teacher: Teacher,
     unroll: int,
     context: int,
     device: torch.device,
+    rejected: bool = False,
 ) -> DraftBatch:
     """Packs pieces into a batch and computes the teacher's distributions from the stored inputs of its head.
 
@@ -93,17 +91,17 @@ def pack(
     Args:
         pieces: Pieces of one micro-batch.
         weights: Loss weight of each piece's anchors.
-        head: The target's output head, with the weights it had when the traces were recorded.
-        vocabulary: int64 [W], the draft vocabulary.
-        temperature: Sampling temperature of the rollouts.
+        teacher: The target's distributions.
         unroll: Number of draft positions trained on.
         context: Number of tokens before a piece that its anchors attend to; 0 also leaves out the first four.
         device: The drafter's device.
+        rejected: Whether the batch has the target's distributions after rejected tokens.
     """
     blocks: list[dict[str, torch.Tensor]] = []
     base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        blocks.append(_block(piece, number, weight, base, anchors, unroll) | _context(piece, context))
+        block = _block(piece, number, weight, base, anchors, unroll, rejected)
+        blocks.append(block | _context(piece, context))
         base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["anchor_index"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
     left = LeftContext(
@@ -112,17 +110,15 @@ def pack(
         taps=joined.pop("context_taps"),
         counts=tuple(len(block["context_tokens"]) for block in blocks),
     )
-    finals = torch.cat([joined.pop("final"), joined.pop("rejected_final")])
-    known = torch.cat(
-        [teacher_probs(head, f, vocabulary, temperature) for f in finals.split(_HEAD_ROWS_PER_CHUNK)]
-    )
-    teacher = torch.zeros(base, len(vocabulary), device=device)
-    on_path = len(known) - len(joined["rejected_drafts"])
-    teacher[joined["trained"]] = known[:on_path]
+    probs = torch.zeros(base, len(teacher.vocabulary), device=device)
+    taught = torch.cat([block["trained"] for block in blocks]).nonzero()[:, 0].to(device)
+    spans = [(piece.entry.normalizers, _taught(piece, unroll)) for piece in pieces]
+    probs[taught] = teacher.probs(joined.pop("final"), spans)
+    after_rejected = joined.pop("rejected_final")
     return DraftBatch(
         **joined,
-        teacher=teacher,
-        rejected_teacher=known[on_path:],
+        teacher=probs,
+        rejected_teacher=teacher.probs(after_rejected) if rejected else probs[:0],
         counts=tuple(piece.end - piece.begin for piece in pieces),
         context=left,
     )
@@ -141,8 +137,18 @@ def _context(piece: Piece, context: int) -> dict[str, torch.Tensor]:
     }
 
 
+def _taught(piece: Piece, unroll: int) -> slice:
+    """Returns the positions of a trace whose next token a piece's drafts may be compared with.
+
+    Drafts start after the prompt, and those of the last anchors run past the piece.
+    """
+    first = max(piece.entry.trace.num_prompt - 1, piece.begin)
+    end = min(piece.entry.trace.length - 1, piece.end + 1 + unroll)
+    return slice(first, max(end, first))
+
+
 def _block(
-    piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int
+    piece: Piece, number: int, weight: float, base: int, anchors: int, unroll: int, rejected: bool
 ) -> dict[str, torch.Tensor]:
     """Returns one piece's part of every field of a batch, with the head inputs where the teacher is known.
 
@@ -153,18 +159,19 @@ def _block(
         base: Number of tokens of the blocks before it.
         anchors: Number of anchors of the blocks before it.
         unroll: Number of draft positions trained on.
+        rejected: Whether the target's distributions after rejected tokens are part of it.
     """
-    trace, length = piece.entry.trace.get(), piece.end - piece.begin
+    trace, length, taught = piece.entry.trace.get(), piece.end - piece.begin, _taught(piece, unroll)
     count = length + 1 + unroll
-    first, end = max(trace.num_prompt - 1, piece.begin), min(len(trace.token_ids) - 1, piece.begin + count)
     trained = torch.zeros(count, dtype=torch.bool)
-    trained[first - piece.begin : max(end - piece.begin, 0)] = True
+    trained[taught.start - piece.begin : taught.stop - piece.begin] = True
     # An anchor's first draft token lies two positions after it. The distribution after token i of the block
     # produces token i + 1, so the rejection is marked one position after the anchor.
     drafted_by = trace.refused[:, 0] - 2 - piece.begin
     inside = (drafted_by >= 0) & (drafted_by < length)
-    rejected = torch.zeros(count, dtype=torch.bool)
-    rejected[drafted_by[inside] + 1] = True
+    marks = torch.zeros(count, dtype=torch.bool)
+    marks[drafted_by[inside] + 1] = True
+    inside &= rejected
     return {
         "tokens": _padded(trace.token_ids[piece.begin :], count),
         "anchor_index": base + torch.arange(length),
@@ -173,8 +180,8 @@ def _block(
         "taps": trace.taps[piece.begin : piece.end].float(),
         "weights": torch.full((length,), weight),
         "trained": trained,
-        "rejected": rejected,
-        "final": trace.final[first : max(end, first)],
+        "rejected": marks,
+        "final": trace.final[taught],
         "rejected_drafts": torch.stack([anchors + drafted_by[inside], trace.refused[inside, 1]], dim=1),
         "rejected_final": trace.refused_final[inside],
     }
@@ -183,23 +190,3 @@ def _block(
 def _padded(values: torch.Tensor, count: int) -> torch.Tensor:
     """Returns the first ``count`` values, followed by zeros if there are fewer."""
     return torch.nn.functional.pad(values[:count], (0, count - len(values[:count])))
-
-
-def teacher_probs(
-    head: nn.Module, final: torch.Tensor, vocabulary: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Returns the target's probabilities of the draft vocabulary; its softmax runs over all tokens.
-
-    The traces may be in another precision than the head, which is the trainer's.
-
-    Args:
-        head: The target's output head.
-        final: [M, hidden], the head's inputs.
-        vocabulary: int64 [W], the draft vocabulary.
-        temperature: Sampling temperature of the rollouts.
-
-    Returns:
-        float32 [M, W].
-    """
-    logits = head(final.to(next(head.parameters()).dtype)).float() / temperature
-    return torch.exp(logits[:, vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True))

@@ -6,10 +6,11 @@ import itertools
 import random
 import statistics
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from paceline.drafter_trainer.stored_trace import StoredTrace
+from paceline.drafter_trainer.storage.stored_trace import StoredTrace
+from paceline.drafter_trainer.teacher import Normalizers
 from paceline.rollout.api import Rollout
 
 _HELD_OUT_STEPS = 3  # RL steps for which a held-out group evaluates drafters
@@ -25,12 +26,22 @@ class Entry:
         weight: Loss weight.
         age: Age in RL steps.
         group: Identifier of the group of samples that it belongs to.
+        normalizers: What is known of the target's logits at the trace's positions, for this step's policy.
     """
 
     trace: StoredTrace
     weight: float = 1.0
     age: int = 0
     group: Hashable = None
+    normalizers: Normalizers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.normalizers = Normalizers(self.trace.length - 1)
+
+    def grow_older(self) -> None:
+        """Begins the next step of the entry's life, in which the policy is another."""
+        self.age += 1
+        self.normalizers = Normalizers(self.trace.length - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +112,7 @@ class TraceBuffer:
         median = statistics.median([e.trace.length for e in self.current]) if self.current else 0
         aging = [*self.previous, *(e for e in self.current if e.trace.length >= median), *self.held_out]
         for entry in aging:
-            entry.age += 1
+            entry.grow_older()
         held_out = {id(e) for e in self.held_out}
         self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in held_out]
         self.held_out = [e for e in self.held_out if e.age < _HELD_OUT_STEPS]

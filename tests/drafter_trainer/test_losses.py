@@ -145,7 +145,12 @@ def with_refusals():
     for r in rollouts:
         assert 0 < len(r.trace.refused) <= r.stats.steps
         assert (r.trace.refused[:, 0] > r.trace.num_prompt).all()
-    return model, eagle, rollouts, packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=2)
+    return (
+        model,
+        eagle,
+        rollouts,
+        packed([r.trace for r in rollouts], model, eagle.vocabulary, unroll=2, rejected=True),
+    )
 
 
 def test_refused_tokens_are_not_the_texts_and_come_with_what_the_target_says_after_them(with_refusals):
@@ -169,7 +174,7 @@ def test_positions_aside_are_those_of_a_text_with_the_refused_token(with_refusal
     trace = rollouts[0].trace
     (position, token), final = trace.refused[1].tolist(), trace.refused_final[1]
     one = replace(trace, refused=trace.refused[1:2], refused_final=trace.refused_final[1:2])
-    batch = packed([one], model, eagle.vocabulary, unroll=2)
+    batch = packed([one], model, eagle.vocabulary, unroll=2, rejected=True)
     draft = _Unroll(eagle, model.model.embed_tokens, batch)
     altered = trace.token_ids.clone()
     altered[position] = token

@@ -13,7 +13,8 @@ from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
 from paceline.drafter_trainer.packing import pack
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
-from paceline.drafter_trainer.stored_trace import StoredTrace
+from paceline.drafter_trainer.storage.stored_trace import StoredTrace
+from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Entry, Piece, TraceBuffer, pieces_of
 from paceline.drafter_trainer.training_time_test import Objective, unrolled_loss
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
@@ -55,14 +56,15 @@ def buffer_of(rollouts, **options) -> TraceBuffer:
     return buffer
 
 
-def packed(traces, model, vocabulary, temperature=1.0, unroll=2):
+def packed(traces, model, vocabulary, temperature=1.0, unroll=2, rejected=False):
     pieces = [Piece(Entry(StoredTrace(t)), 0, len(t.token_ids) - 1) for t in traces]
-    return pack_pieces(pieces, model, vocabulary, temperature, unroll)
+    return pack_pieces(pieces, model, vocabulary, temperature, unroll, rejected=rejected)
 
 
-def pack_pieces(pieces, model, vocabulary, temperature=1.0, unroll=2, context=512):
+def pack_pieces(pieces, model, vocabulary, temperature=1.0, unroll=2, context=512, rejected=False):
     weights, cpu = [1.0] * len(pieces), torch.device("cpu")
-    return pack(pieces, weights, model.lm_head, vocabulary, temperature, unroll, context, cpu)
+    teacher = Teacher(model.lm_head, vocabulary, temperature)
+    return pack(pieces, weights, teacher, unroll, context, cpu, rejected)
 
 
 def test_unrolled_outputs_are_those_of_the_drafter(monkeypatch):

@@ -75,7 +75,9 @@ def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, 
     config = load_config(ROOT / "configs/tiny.yaml", [f"drafter.context_tokens={context}"])
     trainer = factory.spot_trainer(config, target, tiny_eagle3(target), factory.trace_buffer(config, 0))
     seen, pack = [], learner.pack
-    monkeypatch.setattr(learner, "pack", lambda *args: seen.append(pack(*args)) or seen[-1])
+    monkeypatch.setattr(
+        learner, "pack", lambda *args, **options: seen.append(pack(*args, **options)) or seen[-1]
+    )
     trainer.buffer.begin_step()
     trainer.buffer.add(engine.generate([Request([1, 2, 3] * 5, SamplingParams(max_tokens=8), seed=1)]))
     trainer.run(lambda: len(seen) == 1)
