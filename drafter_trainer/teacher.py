@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_ROWS_PER_CHUNK = 256  # bounds the memory of logits over the target's whole vocabulary
+_LOGITS = 2**24  # number of logits over the target's whole vocabulary that exist at a time
+_ROWS = 256  # the same bound for a head of which no part can be computed
 
 
 class Normalizers:
@@ -54,32 +55,43 @@ class Teacher:
             spans: The traces' normalizers and the positions in each that the rows are, in their order. Those
                 that are known are used and the others added. None computes all and keeps none.
         """
-        inputs = final.to(next(self.head.parameters()).dtype)
-        log_sums = self._log_sums(inputs) if spans is None else self._kept_log_sums(inputs, spans)
-        return torch.exp(self._draft_logits(inputs).float() / self.temperature - log_sums[:, None])
-
-    def _draft_logits(self, inputs: torch.Tensor) -> torch.Tensor:
         head = self.head
         if not isinstance(head, nn.Linear):  # an adapter's layer, for example
-            return torch.cat([head(x)[:, self.vocabulary] for x in inputs.split(_ROWS_PER_CHUNK)])
-        bias = None if head.bias is None else head.bias[self.vocabulary]
-        return nn.functional.linear(inputs, head.weight[self.vocabulary], bias)
+            return self._whole(final)
+        log_sums = self._log_sums(head, final) if spans is None else self._kept_log_sums(head, final, spans)
+        return torch.exp(self._logits(head, final, self.vocabulary) - log_sums[:, None])
 
-    def _log_sums(self, inputs: torch.Tensor) -> torch.Tensor:
-        chunks = inputs.split(_ROWS_PER_CHUNK)
-        return torch.cat([torch.logsumexp(self.head(x).float() / self.temperature, -1) for x in chunks])
+    def _whole(self, final: torch.Tensor) -> torch.Tensor:
+        """Returns the probabilities for a head of any kind."""
+        inputs = final.to(next(self.head.parameters()).dtype).split(_ROWS)
+        probs = (torch.softmax(self.head(x).float() / self.temperature, -1) for x in inputs)
+        return torch.cat([p[:, self.vocabulary] for p in probs])
+
+    def _logits(self, head: nn.Linear, final: torch.Tensor, tokens: torch.Tensor | slice) -> torch.Tensor:
+        """Returns the logits of some tokens at the rollouts' temperature, float32 [M, tokens]."""
+        weight, bias = head.weight[tokens], None if head.bias is None else head.bias[tokens]
+        if not torch.is_autocast_enabled(final.device.type):  # processors without bfloat16 crawl in it
+            weight, final, bias = weight.float(), final.float(), None if bias is None else bias.float()
+        return nn.functional.linear(final.to(weight.dtype), weight, bias).float() / self.temperature
+
+    def _log_sums(self, head: nn.Linear, final: torch.Tensor) -> torch.Tensor:
+        """Returns the log-sum-exp of the logits at each row, float32 [M]."""
+        size = max(_LOGITS // max(len(final), 1), 1)
+        blocks = (slice(begin, begin + size) for begin in range(0, head.out_features, size))
+        return torch.stack([self._logits(head, final, block).logsumexp(-1) for block in blocks]).logsumexp(0)
 
     def _kept_log_sums(
-        self, inputs: torch.Tensor, spans: Sequence[tuple[Normalizers, slice]]
+        self, head: nn.Linear, final: torch.Tensor, spans: Sequence[tuple[Normalizers, slice]]
     ) -> torch.Tensor:
+        """Returns them too, from the traces' normalizers as far as they are known."""
         for kept, _ in spans:
-            kept.values = kept.values.to(inputs.device)
+            kept.values = kept.values.to(final.device)
         log_sums = torch.cat([kept.values[places] for kept, places in spans])
         missing = (~torch.cat([kept.known[places] for kept, places in spans])).nonzero()[:, 0]
         if not len(missing):
             return log_sums
-        rows = missing.to(inputs.device)
-        log_sums[rows] = self._log_sums(inputs[rows])
+        rows = missing.to(final.device)
+        log_sums[rows] = self._log_sums(head, final[rows])
         sizes = [places.stop - places.start for _, places in spans]
         for (kept, places), values in zip(spans, log_sums.split(sizes), strict=True):
             kept.values[places], kept.known[places] = values, True

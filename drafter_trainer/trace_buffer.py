@@ -38,10 +38,11 @@ class Entry:
     def __post_init__(self) -> None:
         self.normalizers = Normalizers(self.trace.length - 1)
 
-    def grow_older(self) -> None:
-        """Begins the next step of the entry's life, in which the policy is another."""
+    def grow_older(self, same_policy: bool) -> None:
+        """Adds a step to the entry's age, after which the policy is the same or another."""
         self.age += 1
-        self.normalizers = Normalizers(self.trace.length - 1)
+        if not same_policy:
+            self.normalizers = Normalizers(self.trace.length - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +108,16 @@ class TraceBuffer:
         self._passes_left = 0
         self._written = 0
 
-    def begin_step(self) -> None:
-        """Starts a step: the current step's long traces join the earlier ones, and old traces are dropped."""
+    def begin_step(self, same_policy: bool = False) -> None:
+        """Starts a step: the current step's long traces join the earlier ones, and old traces are dropped.
+
+        Args:
+            same_policy: Whether the policy's weights are those of the last step.
+        """
         median = statistics.median([e.trace.length for e in self.current]) if self.current else 0
         aging = [*self.previous, *(e for e in self.current if e.trace.length >= median), *self.held_out]
         for entry in aging:
-            entry.grow_older()
+            entry.grow_older(same_policy)
         held_out = {id(e) for e in self.held_out}
         self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in held_out]
         self.held_out = [e for e in self.held_out if e.age < _HELD_OUT_STEPS]

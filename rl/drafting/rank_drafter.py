@@ -118,16 +118,17 @@ class RankDrafter:
         spot = self.spot
         return (None, None) if spot is None else (spot.serving, spot.learner.optimizer)
 
-    def learn_from(self, batch: RankRollouts, rewards: Sequence[float]) -> None:
+    def learn_from(self, batch: RankRollouts, rewards: Sequence[float], *, same_policy: bool = False) -> None:
         """Adds a step's traces to the buffer.
 
         Args:
             batch: The step's rollouts.
             rewards: One for each rollout.
+            same_policy: Whether the policy's weights are those of the last step.
         """
         if self._vllm is not None and self._wanted:
             self.worker.read_traces(batch)
-        self.buffer.begin_step()
+        self.buffer.begin_step(same_policy)
         self.buffer.add(batch.rollouts, reward_weights(rewards, self._reward_weight))
 
     def train(self, stop: Callable[[], bool]) -> LearnerReport:

@@ -107,7 +107,7 @@ def warm_drafter(
         report.sampling_seconds += batch.seconds
         spot = drafter.spot or drafter.create(drafter.choose_vocabulary(batch.texts))
         report.coverage = coverage(batch.texts, spot.serving.vocabulary)
-        drafter.learn_from(batch, [0.0] * len(batch.rollouts))
+        drafter.learn_from(batch, [0.0] * len(batch.rollouts), same_policy=True)
         trained = drafter.train(partial(stop, spot))
         report.rounds += 1
         report.updates += trained.updates

@@ -9,16 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.rl.errors import UserError
 from paceline.rl.process.files import write_atomically
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Log = Callable[[str], None]  # takes a line of progress
-RowCallback = Callable[[Any], None]  # takes a row, a dataclass, once it is measured
+RowCallback = Callable[["DataclassInstance"], None]  # takes a row once it is measured
 
 
-def ignore_row(row: Any) -> None:
+def ignore_row(row: DataclassInstance) -> None:
     """Discards a row: the default of functions that report rows as they are measured."""
 
 
@@ -84,12 +87,12 @@ class Results:
         """Returns a function that adds a row to a table."""
         return lambda row: self.add(table, row)
 
-    def add(self, table: str, row: Any) -> None:
-        """Adds a row, a dataclass, to a table."""
+    def add(self, table: str, row: DataclassInstance) -> None:
+        """Adds a row to a table."""
         self._data.setdefault(table, []).append(asdict(row))
         self._write()
 
-    def put(self, table: str, rows: Sequence[Any]) -> None:
+    def put(self, table: str, rows: Sequence[DataclassInstance]) -> None:
         """Replaces the rows of a table."""
         self._data[table] = [asdict(row) for row in rows]
         self._write()

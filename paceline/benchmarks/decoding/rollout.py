@@ -8,7 +8,7 @@ timed part by part. Prints tables and writes OUT.json and OUT.png.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paceline.benchmarks.common.harness import Measurement, RolloutBench, Workload
@@ -187,7 +187,9 @@ def measure_methods(
     return results
 
 
-def _measure_engine(bench: RolloutBench, w: Workload, families: Sequence[str], report: RowCallback) -> None:
+def _measure_engine(
+    bench: RolloutBench, w: Workload, families: Sequence[str], report: Callable[[Measurement], None]
+) -> None:
     engine = bench.engine(w.slots, max(r.params.max_tokens for r in w.timed))
     strategies: dict[str, Strategy | str] = {"plain": PLAIN, "suffix:4": Strategy("suffix", 4)}
     if bench.drafter is not None:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     with Results(args.out, command_line()) as results:
         rollouts = bench.traced(args.sequences, _SAMPLES)
         lengths = sorted(len(r.token_ids) for r in rollouts)
-        results.add("lengths", {"median": statistics.median(lengths), "longest": lengths[-1]})
+        results.note(lengths={"median": statistics.median(lengths), "longest": lengths[-1]})
         microbatches = args.microbatches or [bench.config.drafter.tokens_per_microbatch]
         variants = list(itertools.product(range(args.seeds), args.contexts, microbatches))
         compare_contexts(bench, rollouts, variants, args.seconds, print, results.into("rows"))

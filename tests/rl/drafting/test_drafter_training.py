@@ -12,7 +12,8 @@ import torch
 
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.decoding.served import ServedRow
-from paceline.benchmarks.training.context import compare_contexts
+from paceline.benchmarks.main import main as benchmark
+from paceline.benchmarks.training import context
 from paceline.benchmarks.training.idle import idle_row
 from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare_losses
 from paceline.benchmarks.training.online import VARIANTS as ONLINE
@@ -68,11 +69,11 @@ def test_a_drafter_is_trained_in_bfloat16_where_the_machine_multiplies_it(monkey
     assert seen == {torch.bfloat16 if fast else torch.float32}
 
 
-@pytest.mark.parametrize("context", [0, 7])
-def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, context):
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, tokens):
     target = tiny_llama()
     engine = engine_for(target, slots=2, context=60, collect_traces=True)
-    config = load_config(ROOT / "configs/tiny.yaml", [f"drafter.context_tokens={context}"])
+    config = load_config(ROOT / "configs/tiny.yaml", [f"drafter.context_tokens={tokens}"])
     trainer = factory.spot_trainer(config, target, tiny_eagle3(target), factory.trace_buffer(config, 0))
     seen, pack = [], learner.pack
     monkeypatch.setattr(
@@ -81,7 +82,7 @@ def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, 
     trainer.buffer.begin_step()
     trainer.buffer.add(engine.generate([Request([1, 2, 3] * 5, SamplingParams(max_tokens=8), seed=1)]))
     trainer.run(lambda: len(seen) == 1)
-    positions = [] if context == 0 else [0, 1, 2, 3, *range(14 - context, 14)]
+    positions = [] if tokens == 0 else [0, 1, 2, 3, *range(14 - tokens, 14)]
     assert seen[0].context.positions.tolist() == positions
 
 
@@ -127,18 +128,19 @@ def test_losses_side_by_side(cache):
     assert all(row.updates > 0 and 1 <= row.drawn <= 5 and 1 <= row.likeliest <= 5 for row in rows)
 
 
-def test_contexts_side_by_side(cache):
-    bench = RolloutBench(load_config(ROOT / "configs/tiny.yaml"), None, 1)
-    lines: list[str] = []
-    traced = bench.traced(16, 2)
-    variants = [(0, 0, 64), (0, 64, 64), (1, 64, 16)]
-    rows = compare_contexts(bench, traced, variants, seconds=0.3, log=lines.append)
-    assert [(row.seed, row.context, row.microbatch) for row in rows] == variants
-    assert len(lines) == len(rows)
+def test_contexts_side_by_side(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(context, "fit_process", lambda local_world_size: None)
+    options = ["--contexts", "0", "64", "--microbatches", "64", "16", "--seconds", "0.3", "--sequences", "16"]
+    recipe, out = str(ROOT / "configs/tiny.yaml"), tmp_path / "context.json"
+    benchmark(["context", "--config", recipe, *options, "--out", str(out)], "paceline bench")
+    found = json.loads(out.read_text())
+    assert "unfinished" not in found and 0 < found["lengths"]["median"] <= found["lengths"]["longest"] <= 24
+    rows = found["rows"]
+    assert [(r["context"], r["microbatch"]) for r in rows] == [(0, 64), (0, 16), (64, 64), (64, 16)]
     for row in rows:
-        assert row.updates > 0 and row.anchors > 0 and set(row.by_part) == {0}  # at most 24 tokens
-        assert 1 <= row.drawn <= 5
-        assert row.by_part[0] == pytest.approx((row.drawn, row.likeliest))
+        assert row["updates"] > 0 and row["anchors"] > 0 and set(row["by_part"]) == {"0"}
+        assert 1 <= row["drawn"] <= 5
+        assert row["by_part"]["0"] == pytest.approx([row["drawn"], row["likeliest"]])
 
 
 def test_ratios():
