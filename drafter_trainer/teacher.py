@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_LOGITS = 2**24  # number of logits over the target's whole vocabulary that exist at a time
+_ELEMENTS = 2**24  # of logits over the target's whole vocabulary, or of converted weights, at a time
 _ROWS = 256  # the same bound for a head of which no part can be computed
 
 
@@ -76,7 +76,7 @@ class Teacher:
 
     def _log_sums(self, head: nn.Linear, final: torch.Tensor) -> torch.Tensor:
         """Returns the log-sum-exp of the logits at each row, float32 [M]."""
-        size = max(_LOGITS // max(len(final), 1), 1)
+        size = max(_ELEMENTS // max(len(final), head.in_features), 1)
         blocks = (slice(begin, begin + size) for begin in range(0, head.out_features, size))
         return torch.stack([self._logits(head, final, block).logsumexp(-1) for block in blocks]).logsumexp(0)
 

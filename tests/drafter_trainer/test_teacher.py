@@ -76,11 +76,11 @@ class Adapted(torch.nn.Module):
         return 2 * self.base(x)
 
 
-@pytest.mark.parametrize("logits", [2**24, 4000, 1])
+@pytest.mark.parametrize("elements", [2**24, 4000, 1])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_any_head_gives_its_own_distribution_in_blocks_of_any_size(bias, adapted, logits, monkeypatch):
-    monkeypatch.setattr(teacher, "_LOGITS", logits)
+def test_any_head_gives_its_own_distribution_in_blocks_of_any_size(bias, adapted, elements, monkeypatch):
+    monkeypatch.setattr(teacher, "_ELEMENTS", elements)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 97, bias=bias).requires_grad_(False)
     head = Adapted(head) if adapted else head

@@ -23,6 +23,11 @@ _WAITING = {
     _aten.masked_select.default, _aten.unique_dim.default, _aten._unique2.default,
     _aten.unique_consecutive.default,
 }  # fmt: skip
+# operators that move data between devices, or say where it is
+_TRANSFERS = {
+    torch.ops.prim.device.default, _aten.lift_fresh.default, _aten.lift.default, _aten.is_pinned.default,
+    _aten._pin_memory.default, _aten._to_copy.default, _aten.copy_.default, _aten._fused_sdp_choice.default,
+}  # fmt: skip
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default}
 _INDEXING = {
     _aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default,
@@ -156,6 +161,11 @@ class FakeDevice(TorchDispatchMode):
         self.device = torch.device("cuda", 0)
         self._pinned: dict[int, torch.Tensor] = {}  # kept, so that no other tensor gets the address
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Returns False: nothing here is compiled, and guarding every operator takes a tenth of the time."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.execute(func, args, kwargs or {})
 
@@ -176,11 +186,12 @@ class FakeDevice(TorchDispatchMode):
 
     def execute(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs one operator."""
-        tensors = [*tensors_in(args), *(x for x in kwargs.values() if isinstance(x, torch.Tensor))]
+        if func in _TRANSFERS:
+            return self._transfer(func, args, kwargs)
+        tensors = list(tensors_in(args))
+        if kwargs:
+            tensors += [x for x in kwargs.values() if isinstance(x, torch.Tensor)]
         ours = [x for x in tensors if isinstance(x, CudaTensor)]
-        special = self._transfer(func, args, kwargs)
-        if special is not NotImplemented:
-            return special
         if not ours and not is_cuda(kwargs.get("device")):
             return func(*args, **kwargs)
         if kwargs.get("generator") is not None and kwargs["generator"].device.type == "cpu":
@@ -246,7 +257,7 @@ class FakeDevice(TorchDispatchMode):
             raise self.mix(func, tensors)
 
     def _transfer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operator that moves data between devices; NotImplemented for others."""
+        """Runs an operator of `_TRANSFERS`."""
         if func is torch.ops.prim.device.default:
             return args[0].device
         if func in (_aten.lift_fresh.default, _aten.lift.default):
@@ -259,11 +270,9 @@ class FakeDevice(TorchDispatchMode):
             return copied
         if func is _aten._to_copy.default:
             return self._copied(args[0], kwargs)
-        if func is _aten.copy_.default:
-            return self._copy_into(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
-        if func is _aten.set_.source_Tensor or func is _aten._fused_sdp_choice.default:
-            return 0 if func is _aten._fused_sdp_choice.default else NotImplemented
-        return NotImplemented
+        if func is _aten._fused_sdp_choice.default:
+            return 0
+        return self._copy_into(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
 
     def _upload(self, source: torch.Tensor, non_blocking: Any) -> None:
         """Notes the copy of a CPU tensor to the device: from pageable memory the host waits."""
