@@ -23,9 +23,8 @@ class Normalizers:
     """
 
     def __init__(self, positions: int) -> None:
-        self.known = torch.zeros(
-            positions, dtype=torch.bool
-        )  # on the CPU: no batch waits for a GPU to read it
+        # on the CPU, so that no batch waits for a GPU to read it
+        self.known = torch.zeros(positions, dtype=torch.bool)
         self.values = torch.zeros(positions)
 
 

@@ -21,6 +21,7 @@ from paceline.benchmarks.training.online import compare_online
 from paceline.cli.drafter import warm_up_drafter
 from paceline.drafter_trainer import learner
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.rl.drafting import factory
 from paceline.rl.drafting.factory import reward_weights
 from paceline.rl.process import process_tuning
@@ -84,6 +85,15 @@ def test_a_recipes_context_is_what_the_drafter_sees_before_a_piece(monkeypatch, 
     trainer.run(lambda: len(seen) == 1)
     positions = [] if tokens == 0 else [0, 1, 2, 3, *range(14 - tokens, 14)]
     assert seen[0].context.positions.tolist() == positions
+
+
+def test_the_rounds_of_a_warm_up_are_of_one_policy(tmp_path, cache, monkeypatch):
+    seen, begin = [], TraceBuffer.begin_step
+    monkeypatch.setattr(
+        TraceBuffer, "begin_step", lambda self, *same: seen.append(same) or begin(self, *same)
+    )
+    warm_up(monkeypatch, tmp_path / "drafter")
+    assert set(seen) == {(True,)}
 
 
 @pytest.mark.ci
