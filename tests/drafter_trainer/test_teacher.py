@@ -8,9 +8,10 @@ from paceline.drafter_trainer import teacher
 from paceline.drafter_trainer.storage.stored_trace import StoredTrace
 from paceline.drafter_trainer.teacher import Normalizers, Teacher
 from paceline.drafter_trainer.trace_buffer import Entry, Piece
+from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rollout import Request, SamplingParams
-from tests.drafter_trainer.test_training_time_test import buffer_of, pack_pieces, traces_of
-from tests.engines import tiny_llama
+from tests.drafter_trainer.test_training_time_test import buffer_of, learner_for, pack_pieces, traces_of
+from tests.engines import tiny_eagle3, tiny_llama
 
 VOCABULARY = torch.arange(0, 97, 3)
 
@@ -117,3 +118,9 @@ def test_distributions_after_rejected_tokens_are_computed_only_if_they_are_train
         expected = len(rollout.trace.refused) if rejected else 0
         assert len(batch.rejected_teacher) == len(batch.rejected_drafts) == expected
         assert rows == last - rollout.trace.num_prompt + 1 + expected
+    learner = learner_for(tiny_eagle3(model), model, lr=1e-3)
+    losses = []
+    for weight in (0.0, 1.0):
+        learner.objective = Objective(on_policy=weight)
+        losses.append(float(learner.evaluate([piece]).loss))
+    assert losses[1] > losses[0] > 0
