@@ -8,18 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-_ELEMENTS = 2**24  # of logits over the target's whole vocabulary, or of converted weights, at a time
-_ROWS = 256  # the same bound for a head of which no part can be computed
+_ELEMENTS = 2**24  # largest number of logits, and of converted weights, that one block of the vocabulary has
+_ROWS = 256  # largest number of rows whose logits are computed at once by a head that has no blocks
 
 
 class Normalizers:
-    """The log-sum-exp of the target's logits at the positions of one trace, as far as it has been computed.
+    """Keeps the log-sum-exp of the target's logits at the positions of one trace, once it is computed.
 
-    The sum runs over the target's whole vocabulary, mostly many times the draft vocabulary. It stays the same
-    for all passes over a trace, all learners and all evaluations, while the output head does not change.
+    The sum runs over the target's whole vocabulary, which mostly has many times as many tokens as the draft
+    vocabulary. All passes over the trace, learners and evaluations share it until the output head changes.
 
     Args:
         positions: Number of positions.
+
+    Attributes:
+        known: bool [positions], on the CPU: which values have been computed.
+        values: float32 [positions], zero where they have not; on the device of the first batch that asked.
     """
 
     def __init__(self, positions: int) -> None:
@@ -51,8 +55,8 @@ class Teacher:
 
         Args:
             final: [M, hidden], inputs of the output head; they may be in another precision than the head.
-            spans: The traces' normalizers and the positions in each that the rows are, in their order. Those
-                that are known are used and the others added. None computes all and keeps none.
+            spans: For each trace in turn, its normalizers and the positions of its rows. Normalizers that are
+                known are used, the others computed and kept. None computes all and keeps none.
         """
         head = self.head
         if not isinstance(head, nn.Linear):  # an adapter's layer, for example
@@ -82,7 +86,7 @@ class Teacher:
     def _kept_log_sums(
         self, head: nn.Linear, final: torch.Tensor, spans: Sequence[tuple[Normalizers, slice]]
     ) -> torch.Tensor:
-        """Returns them too, from the traces' normalizers as far as they are known."""
+        """Returns the log-sum-exp of the logits at each row, computing only what the normalizers lack."""
         for kept, _ in spans:
             kept.values = kept.values.to(final.device)
         log_sums = torch.cat([kept.values[places] for kept, places in spans])

@@ -26,7 +26,7 @@ class Entry:
         weight: Loss weight.
         age: Age in RL steps.
         group: Identifier of the group of samples that it belongs to.
-        normalizers: What is known of the target's logits at the trace's positions, for this step's policy.
+        normalizers: The log-sum-exp of the policy's logits at the trace's positions, as far as computed.
     """
 
     trace: StoredTrace
@@ -36,13 +36,11 @@ class Entry:
     normalizers: Normalizers = field(init=False)
 
     def __post_init__(self) -> None:
-        self.normalizers = Normalizers(self.trace.length - 1)
+        self.forget_policy()
 
-    def grow_older(self, same_policy: bool) -> None:
-        """Adds a step to the entry's age, after which the policy is the same or another."""
-        self.age += 1
-        if not same_policy:
-            self.normalizers = Normalizers(self.trace.length - 1)
+    def forget_policy(self) -> None:
+        """Drops what was computed with the policy's output head, whose weights have changed."""
+        self.normalizers = Normalizers(self.trace.length - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,9 @@ class TraceBuffer:
         median = statistics.median([e.trace.length for e in self.current]) if self.current else 0
         aging = [*self.previous, *(e for e in self.current if e.trace.length >= median), *self.held_out]
         for entry in aging:
-            entry.grow_older(same_policy)
+            entry.age += 1
+            if not same_policy:
+                entry.forget_policy()
         held_out = {id(e) for e in self.held_out}
         self.previous = [e for e in aging if e.age <= self.previous_steps and id(e) not in held_out]
         self.held_out = [e for e in self.held_out if e.age < _HELD_OUT_STEPS]
