@@ -39,7 +39,8 @@ class CostModel:
     - Tokens: acceptance by level of the drafter's chains or trees, over all buckets.
 
     Args:
-        forward_seconds: Calibrated seconds of a forward: (batch, tokens of each sequence, context) → seconds.
+        forward_seconds: Calibrated seconds of a forward: (batch, tokens of each sequence, context) → seconds,
+            always the same for the same forward.
         draft_seconds: First guess of the seconds of one draft level: (drafter, batch) → seconds.
 
     Attributes:
@@ -49,7 +50,8 @@ class CostModel:
     def __init__(
         self, forward_seconds: Callable[[int, int, int], float], draft_seconds: Callable[[str, int], float]
     ) -> None:
-        self._forward_guess, self._draft_guess = forward_seconds, draft_seconds
+        self._forward_guess = functools.cache(forward_seconds)
+        self._draft_guess = draft_seconds
         self._forward = Times[tuple[Bucket, Strategy]]()
         self._timed_at: dict[tuple[Bucket, Strategy], int] = {}
         self._scales: dict[Bucket, float] = {}

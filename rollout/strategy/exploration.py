@@ -57,6 +57,8 @@ class Trials:
         first: Number of bursts that were to give an arm its first times.
         waits: Until when each arm is left alone.
         best: The best arm, and the seconds of its step when it became that or last changed.
+        chosen: The arm that was chosen last; None if the next step must compare the arms.
+        chosen_until: Number of steps in the bucket up to which it is kept.
     """
 
     steps: int = 0
@@ -69,14 +71,21 @@ class Trials:
     first: dict[Strategy, int] = field(default_factory=dict)
     waits: dict[Strategy, _Wait] = field(default_factory=dict)
     best: tuple[Strategy, float] | None = None
+    chosen: Strategy | None = None
+    chosen_until: int = 0
+
+    def keep(self, arm: Strategy, steps: int) -> None:
+        """Keeps a choice for so many steps."""
+        self.chosen, self.chosen_until = arm, self.steps + steps
 
     def begin(self, arm: Strategy, steps: int) -> Strategy:
         """Begins a trial of so many steps, the present one among them, and returns the arm."""
-        self.arm, self.left, self.unsettled = arm, steps - 1, 0
+        self.arm, self.left, self.unsettled, self.chosen = arm, steps - 1, 0, None
         return arm
 
     def forget(self, drafter: str) -> None:
-        """Lets the drafter's arms be tried again."""
+        """Lets the drafter's arms be tried again, and compares all arms before the next step."""
+        self.chosen = None
         self.waits = {arm: wait for arm, wait in self.waits.items() if arm.drafter != drafter}
 
 

@@ -19,6 +19,7 @@ from paceline.rollout.strategy import (
 )
 from paceline.rollout.strategy.buckets import bucket_of
 from paceline.rollout.strategy.budgets import length_aware_budgets, uniform_budgets
+from paceline.rollout.strategy.exploration import Trials
 
 
 class World:
@@ -170,14 +171,41 @@ def test_recovers_within_100_steps_of_a_collapse(batch):
 def test_a_drafter_that_became_better_is_found():
     """Within 400 steps by most seeds: tries are few by design, since they are paid for."""
     found = 0
-    for seed in range(10):
+    for seed in range(20):
         world = World({"suffix": 0.5, "eagle3": 0.0}, seed=seed)
         selector = selector_for(world, seed=seed)
         play(selector, world, 1, 200)
         world.accept["eagle3"] = 0.9
         play(selector, world, 1, 400)
         found += play(selector, world, 1, 200) >= 0.8 * best_fixed(selector, world, 1)
-    assert found >= 6
+    assert found >= 10
+
+
+def test_arms_are_compared_in_few_of_the_steps_of_a_known_bucket(monkeypatch):
+    """Comparing them takes as long as a step of a small model on a GPU."""
+    world = World({"suffix": 0.5, "eagle3": 0.7})
+    selector = selector_for(world, epsilon=0.0)
+    compared = []
+    monkeypatch.setattr(selector, "_within_reach", lambda bucket: compared.append(bucket) or [PLAIN])
+    play(selector, world, 4, 8)
+    assert len(compared) == 8
+    play(selector, world, 4, 80)
+    compared.clear()
+    play(selector, world, 4, 80)
+    assert len(compared) == 10
+    play(selector, world, 8, 1)
+    assert len(compared) == 11
+
+
+def test_a_kept_choice_ends_with_a_trial_or_new_weights():
+    trials = Trials(steps=100)
+    trials.keep(PLAIN, 8)
+    assert (trials.chosen, trials.chosen_until) == (PLAIN, 108)
+    trials.begin(Strategy("eagle3", 3), 3)
+    assert trials.chosen is None
+    trials.keep(PLAIN, 8)
+    trials.forget("eagle3")
+    assert trials.chosen is None
 
 
 def test_what_good_drafts_would_save():
@@ -295,7 +323,7 @@ def test_new_weights_weaken_what_was_learned_and_new_drafters_join():
     arm = Strategy("eagle3", 4)
     before = selector.cost.tokens(arm)
     selector.drafter_changed("eagle3")
-    assert selector.cost.tokens(arm) == pytest.approx(before, rel=0.05)
+    assert 0.8 * before < selector.cost.tokens(arm) < before
     world.accept["eagle3"] = 0.0
     play(selector, world, 1, 30)
     assert selector.cost.tokens(arm) < 2
