@@ -84,14 +84,13 @@ def _verify_natively(
     numbers = uniforms(seeds, first[:, None] + np.arange(draft.nodes + 1), Stream.TARGET)
     temperatures = kernel_temperatures([s.request.params for s in sequences])
     found = kernels.follow(logits, rows, nodes, (draft.tokens, parents), (temperatures, numbers))
-    path, kept, drawn, logprobs, drafted = download(*found, draft.tokens)
-    lengths, values = kept.long().tolist(), logprobs.tolist()
+    lengths, values = found.lengths.tolist(), found.logprobs.tolist()
     return BatchOutcome(
-        [row[:n] for row, n in zip(path.long().tolist(), lengths, strict=True)],
-        [row[: n + 1] for row, n in zip(drawn.long().tolist(), lengths, strict=True)],
+        [row[:n] for row, n in zip(found.path.tolist(), lengths, strict=True)],
+        [row[: n + 1] for row, n in zip(found.tokens.tolist(), lengths, strict=True)],
         [row[: n + 1] for row, n in zip(values, lengths, strict=True)],
         [all(map(math.isfinite, row[: n + 1])) for row, n in zip(values, lengths, strict=True)],
-        drafted.long(),
+        torch.from_numpy(found.drafted),
     )
 
 

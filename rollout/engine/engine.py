@@ -459,10 +459,8 @@ class RolloutEngine:
             self.runner, admitted, self.prefill_tokens, held, self.scheduler.active[:before], self.kept
         )
         self._prompts.keep(admitted, logits)
-        for _, sequence in admitted:
-            if len(sequence.tokens) == sequence.num_prompt:
-                self.speculation.observe(sequence, sequence.num_prompt)
         sequences = [sequence for _, sequence in admitted]
+        self.speculation.observe([(s, s.num_prompt) for s in sequences if len(s.tokens) == s.num_prompt])
         steps = [s.stats.steps for s in sequences]
         _, committed = self._verify(sequences, logits, no_draft(len(sequences), self._device))
         clock.mark()
@@ -524,7 +522,7 @@ class RolloutEngine:
     def _forward(self, active: list[SequenceState], draft: DraftTree) -> torch.Tensor:
         """Returns the target's logits after each sequence's last token and each of its draft nodes."""
         last = upload([[s.tokens[-1]] for s in active], self._device)
-        tokens = torch.cat([last, draft.tokens], dim=1)
+        tokens = torch.cat([last, draft.tokens], dim=1) if draft.nodes else last
         self.runner.cache.reserve([len(s.tokens) + tokens.shape[1] for s in active], active=len(active))
         starts = [len(s.tokens) - 1 for s in active]
         return self.runner.decode(tokens, (draft.lengths + 1).tolist(), starts, draft.parents)
@@ -545,18 +543,19 @@ class RolloutEngine:
         step = VerifiedStep(active, strategy, draft, logits, outcome.paths)
         self.speculation.verified(step)
         entropies = drawn_entropies(active, logits, draft, outcome.paths) if self.collect_entropies else None
-        committed = 0
+        committed, drafted = [], draft.lengths.tolist()
         for row, sequence in enumerate(active):
-            sequence.stats.drafted += int(draft.lengths[row])
+            sequence.stats.drafted += drafted[row]
             sequence.stats.accepted += len(outcome.paths[row])
             sequence.stats.steps += 1
             if outcome.finite[row]:
                 count = self._commit(sequence, outcome.tokens[row], outcome.logprobs[row])
-                committed += count
+                committed.append((sequence, count))
                 sequence.entropies += entropies[row][:count] if entropies is not None else ()
             else:
                 sequence.finish, sequence.error = FinishReason.FAILED, _NOT_FINITE
-        return [len(path) for path in outcome.paths], committed
+        self.speculation.observe(committed)
+        return [len(path) for path in outcome.paths], sum(count for _, count in committed)
 
     def _commit(self, sequence: SequenceState, tokens: list[int], logprobs: list[float]) -> int:
         """Appends tokens up to the one that ends the sequence; returns how many were appended."""
@@ -568,7 +567,6 @@ class RolloutEngine:
             sequence.finish = stop.reason(sequence)
             if sequence.finish is not None:
                 break
-        self.speculation.observe(sequence, count)
         return count
 
     def _retire(self) -> Iterator[tuple[int, Rollout]]:

@@ -192,9 +192,13 @@ class Speculation:
         self.verifier = verifier
 
     def propose(self, strategy: Strategy, active: list[SequenceState]) -> DraftTree:
-        """Returns the drafts of active sequences, each cut to its budget and its remaining tokens."""
+        """Returns the drafts of active sequences.
+
+        Each is cut to its budget, to its remaining tokens and to what a captured forward holds.
+        """
         room = [s.remaining - 1 for s in active]
-        if strategy.drafter is None or max(room) <= 0:
+        most = self._most_nodes(len(active))
+        if strategy.drafter is None or max(room) <= 0 or most == 0:
             return no_draft(len(active), self._runner.cache.device)
         budgets = [
             min(n, self.max_nodes) for n in self._budgets(strategy.nodes, [s.expected_left for s in active])
@@ -206,9 +210,15 @@ class Speculation:
         # Each row is cut by its own remaining tokens: what a request commits must not depend on how many its
         # neighbours have left.
         chains = draft.parents is None
+        budgets = [min(n, most) for n in budgets]
         return draft.cut(
             torch.tensor([min(n, r) if chains or r <= 0 else n for n, r in zip(budgets, room, strict=True)])
         )
+
+    def _most_nodes(self, batch: int) -> int:
+        """Returns the most draft tokens of each of ``batch`` sequences that one forward verifies."""
+        tokens = self._runner.most_tokens(batch)
+        return self.max_nodes if tokens is None else min(self.max_nodes, tokens - 1)
 
     def caught_up(self, strategy: Strategy) -> bool:
         """Returns whether the last draft, of this strategy, read what earlier steps had left unread."""
@@ -248,9 +258,14 @@ class Speculation:
             except Exception as error:  # a drafter's fault must not stop the rollouts
                 self._disable(name, f"{type(error).__name__}: {error}")
 
-    def observe(self, sequence: SequenceState, count: int) -> None:
-        """Tells drafters that the sequence's last ``count`` tokens were committed."""
-        self._notify(lambda drafter: drafter.observe(sequence, count))
+    def observe(self, committed: Sequence[tuple[SequenceState, int]]) -> None:
+        """Tells drafters of each sequence how many of its last tokens were committed."""
+
+        def read(drafter: Drafter) -> None:
+            for sequence, count in committed:
+                drafter.observe(sequence, count)
+
+        self._notify(read)
 
     def verified(self, step: VerifiedStep) -> None:
         """Tells drafters that a step was verified; its tokens are not committed yet."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from paceline.rollout.native.gpu_tiles import attention_sums, product_tiles
 
-# largest captured batch × tokens: beyond it a forward is compute-bound, and speculation does not pay off
-MOST_ROWS = 256
+# largest captured batch × tokens, to which drafts are cut: beyond it a forward is compute-bound, and does not
+# pay off
+MOST_ROWS = 512
 # memory of one kernel in an instantiated CUDA graph; `paceline gpu-check` compares plan and measurement
 NODE_BYTES = 16 * 1024
 

@@ -182,6 +182,11 @@ class GraphPool:
             return None
         return GraphKey(self._phase, min(batch_bucket, max(slots, batch)), token_bucket, span)
 
+    def most_tokens(self, batch: int, span: int, slots: int) -> int:
+        """Returns how many tokens of each of ``batch`` sequences fit a captured forward, see `key_for`."""
+        keys = [self.key_for(batch, tokens, span, slots) for tokens in self._tokens]
+        return max((key.tokens for key in keys if key is not None and key.rows <= self.rows), default=1)
+
     def run(
         self,
         tokens: torch.Tensor,

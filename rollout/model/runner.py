@@ -181,6 +181,17 @@ class ModelRunner:
         widths = powers_of_two(max_tokens)
         return plan_graphs(self.shape, plan_keys("target", batches, widths, (self.cache.span,), MOST_ROWS))
 
+    def most_tokens(self, batch: int) -> int | None:
+        """Returns how many tokens of each of ``batch`` sequences a captured forward holds.
+
+        Without captured forwards it is None.
+        """
+        if self.graphs is None:
+            return None
+        if self.kernels is not None:
+            return max(self.graphs.rows // batch, 1)
+        return self.graphs.most_tokens(batch, self.cache.span, self.cache.slots)
+
     def decode_rectangle(self, tokens: torch.Tensor, seats: torch.Tensor, span: int) -> torch.Tensor:
         """Runs a padded batch over the first B slots; this is the forward that graphs capture.
 

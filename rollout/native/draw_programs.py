@@ -82,13 +82,17 @@ def draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, BLOCK: tl.const
 
 @triton.jit
 def follow(
-    logits, numbers, blocks, drafted, path, lengths, tokens, logprobs, vocab, rows, sequences, width,
+    logits, numbers, blocks, drafted, found, vocab, rows, sequences, width,
     BLOCK: tl.constexpr, COUNT: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """Descends the draft tree of sequence ``program_id(0)`` as long as a child agrees with the token sampled.
 
     ``numbers`` is float64: temperatures [R] of the rows of logits, uniforms [S, N + 1], each sequence's first
     row [S] and number of nodes [S], and the parents of its nodes [S, N]. ``drafted`` is int64 [S, N].
+
+    ``found`` is float64 [S, 4 N + 3], so that the host fetches it at once: of each sequence the number of
+    accepted nodes, these nodes [N], the tokens sampled along the path [N + 1], their log-probs [N + 1] and
+    the tokens drafted [N].
     """
     sequence = tl.program_id(0).to(tl.int64)
     uniforms = numbers + rows
@@ -100,16 +104,21 @@ def follow(
     nodes = sequence * width + place
     parents = tl.load(counts + sequences + nodes, mask=inside, other=-2.0).to(tl.int32)
     children = tl.load(drafted + nodes, mask=inside, other=-1)
+    lengths = found + sequence * (4 * width + 3)
+    path = lengths + 1
+    tokens = path + width
+    logprobs = tokens + width + 1
+    tl.store(logprobs + width + 1 + place, children.to(tl.float64), mask=place < width)
     node, depth = tl.full([], -1, tl.int32), tl.full([], 0, tl.int32)
     descends = depth == 0
     while descends:
         row, at = first + 1 + node, sequence * (width + 1) + depth
         temperature, uniform = tl.load(numbers + row).to(tl.float32), tl.load(uniforms + at)
         token, logprob = _sample(logits, blocks, row, temperature, uniform, vocab, BLOCK, COUNT)
-        tl.store(tokens + at, token)
-        tl.store(logprobs + at, logprob)
+        tl.store(tokens + depth, token.to(tl.float64))
+        tl.store(logprobs + depth, logprob.to(tl.float64))
         node = tl.min(tl.where((parents == node) & (children == token), place, NODES), 0)
         descends = node < NODES
-        tl.store(path + sequence * width + depth, node, mask=descends)
+        tl.store(path + depth, node.to(tl.float64), mask=descends)
         depth += descends.to(tl.int32)
-    tl.store(lengths + sequence, depth)
+    tl.store(lengths, depth.to(tl.float64))

@@ -17,6 +17,26 @@ _HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # those that attend_any in attentio
 
 DrawNumbers = tuple[torch.Tensor, torch.Tensor]
 
+
+@dataclass(frozen=True, slots=True)
+class FollowedDrafts:
+    """Holds what was accepted of the drafts of S sequences of up to N nodes, in arrays on the host.
+
+    Attributes:
+        lengths: Number of accepted nodes, int64 [S].
+        path: Accepted nodes, int64 [S, N].
+        tokens: Tokens sampled along the path, one more than accepted, int64 [S, N + 1].
+        logprobs: Their log-probs as from `Kernels.draw`, float32 or float64 [S, N + 1].
+        drafted: Tokens of the draft, int64 [S, N].
+    """
+
+    lengths: np.ndarray
+    path: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    drafted: np.ndarray
+
+
 _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -428,7 +448,7 @@ class Kernels:
         nodes: torch.Tensor,
         tree: tuple[torch.Tensor, torch.Tensor],
         draw: DrawNumbers,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> FollowedDrafts:
         """Descends draft trees along sampled tokens; only rows on the way are sampled from.
 
         Args:
@@ -438,10 +458,6 @@ class Kernels:
             nodes: Number of nodes in each tree, int64 [S].
             tree: Tokens and parents of the nodes, int64 [S, N] each.
             draw: Temperatures float32 [S], and uniforms float64 [S, N + 1] by depth.
-
-        Returns:
-            Accepted nodes int64 [S, N] and their number int64 [S]; the tokens sampled along the path int64
-            [S, N + 1], one more than accepted, and their log-probs float32 [S, N + 1] as from `draw`.
         """
         logits = logits.contiguous()
         tokens, parents = (x.contiguous() for x in tree)
@@ -454,7 +470,7 @@ class Kernels:
         logprobs, lengths = torch.zeros(count, width + 1), torch.zeros(count, dtype=torch.long)
         arrays = (rows, nodes, tokens, parents, temperatures, uniforms, path, drawn, logprobs, lengths)
         self._follow(logits.data_ptr(), logits.shape[1], count, width, *(x.data_ptr() for x in arrays))
-        return path, lengths, drawn, logprobs
+        return FollowedDrafts(*(x.numpy() for x in (lengths, path, drawn, logprobs, tokens)))
 
     def move_lines(
         self, layers: Sequence[torch.Tensor], slots: np.ndarray, sources: np.ndarray, targets: np.ndarray

@@ -11,6 +11,27 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Lets the next program start, then waits for the results of the programs before.
+
+    With ``PDL`` (programmatic dependent launch, from Hopper on) a program's blocks are placed on the GPU
+    while the program before is still running. Each program must wait, even if it reads nothing of the one
+    before, because a program further back may still be reading what it overwrites.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def fetch(at):
+    """Reads the memory at pointers into the L2 cache, without waiting for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def summed(sums, offset, step, mask, PARTS: tl.constexpr):
     """Adds the parts at ``offset`` of sums that lie ``step`` apart, in order."""
     total = tl.load(sums + offset, mask=mask, other=0.0)
@@ -25,6 +46,7 @@ def multiply(
     rows, first_outputs, second_outputs, outputs, inputs, length,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr, BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    LINE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Multiplies tokens [rows, inputs] by the weights [outputs, inputs] of up to three layers.
 
@@ -48,10 +70,15 @@ def multiply(
         line = tl.where(in_second < 0, first + lane * inputs, line)
         bias = tl.where(in_third < 0, second_bias + in_second, third_bias + in_third)
         bias = tl.where(in_second < 0, first_bias + lane, bias)
+    part = tl.program_id(2) * PARTS
+    if PDL:
+        # the first weights do not depend on the programs before
+        ahead = part * length + tl.arange(0, AHEAD) * LINE
+        fetch(line[:, None] + tl.minimum(ahead, inputs - 1)[None, :])
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     there = (token < rows)[None, :]
     weights, values = line[:, None] + k[None, :], x + token[None, :] * inputs + k[:, None]
-    part = tl.program_id(2) * PARTS
     total = tl.zeros([OUTPUTS, TOKENS], dtype=tl.float32)
     if BIAS:
         total += tl.where(part == 0, tl.load(bias).to(tl.float32), 0.0)[:, None]
@@ -77,8 +104,12 @@ def multiply(
 
 
 @triton.jit
-def add(sums, residual, out, count, PARTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+def add(
+    sums, residual, out, count, PARTS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """Adds the parts of ``count`` sums, and the residual to them."""
+    wait_for_inputs(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     total = summed(sums, at, count, inside, PARTS)
@@ -89,9 +120,11 @@ def add(sums, residual, out, count, PARTS: tl.constexpr, RESIDUAL: tl.constexpr,
 
 @triton.jit
 def add_norm(
-    sums, residual, gain, out, normed, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    sums, residual, gain, out, normed, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Adds parts and residual of row ``program_id(0)``, and normalizes the result as `rms_norm` does."""
+    wait_for_inputs(PDL)
     at = tl.arange(0, BLOCK)
     inside = at < width
     offset = tl.program_id(0).to(tl.int64) * width + at

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
@@ -15,10 +17,12 @@ from paceline.rollout.native import triton_programs as programs
 from paceline.rollout.native.decoder_layer import AttentionRule
 from paceline.rollout.native.device_tokens import DeviceTokens, PagedLines
 from paceline.rollout.native.gpu_tiles import Tiles, attention_sums, product_tiles
-from paceline.rollout.native.kernels import DrawNumbers, RaggedTokens
+from paceline.rollout.native.kernels import DrawNumbers, FollowedDrafts, RaggedTokens
 from paceline.rollout.native.transfer import upload
 
 _KEYS = 32  # keys that attention reads at a time
+_CACHE_LINE = 128  # bytes
+_MOST_EARLY = 64  # tokens of forwards whose programs are placed early
 _DRAWN_BLOCK = 4096  # logits that sampling reads at a time
 
 Layers = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
@@ -39,7 +43,25 @@ class Sums:
 
 def _device_of(x: torch.Tensor) -> AbstractContextManager[None]:
     """Makes a tensor's device the current one: Triton launches there, wherever the tensors are."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    current = x.device.type != "cuda" or x.device.index == torch.cuda.current_device()
+    return nullcontext() if current else torch.cuda.device(x.device)
+
+
+def _early(x: torch.Tensor, tokens: int) -> Mapping[str, bool]:
+    """Returns the options that place a layer's programs on the GPU early, see `wait_for_inputs`.
+
+    Args:
+        x: Tensor of the GPU.
+        tokens: Number of tokens of the forward. Of many, it makes no forward faster.
+    """
+    if tokens <= _MOST_EARLY and x.device.type == "cuda" and _is_hopper(x.device):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class TritonKernels:
@@ -79,7 +101,9 @@ class TritonKernels:
         out, width = torch.empty_like(x), x.shape[-1]
         block, warps = _row_block(width)
         with _device_of(x):
-            programs.rms_norm[(x.numel() // width,)](x, gain, out, width, eps, BLOCK=block, num_warps=warps)
+            programs.rms_norm[(x.numel() // width,)](
+                x, gain, out, width, eps, BLOCK=block, num_warps=warps, **_early(x, x.numel() // width)
+            )
         return out
 
     def multiply(self, x: torch.Tensor, layers: Layers) -> Sums:
@@ -127,7 +151,8 @@ class TritonKernels:
         sizes = [*map(len, weights), 0, 0][:2]
         fill = 3 - len(layers)
         rows, outputs = x.numel() // inputs, out.shape[-1]
-        block = tiles.outputs // 2 if gated else tiles.outputs
+        block, line = tiles.outputs // 2 if gated else tiles.outputs, _CACHE_LINE // x.element_size()
+        ahead = tiles.stages * tiles.step // line  # lines of a row that fill the pipeline
         grid = triton.cdiv(rows, tiles.tokens), triton.cdiv(outputs, block), tiles.written
         with _device_of(x):
             product_programs.multiply[grid](
@@ -135,7 +160,8 @@ class TritonKernels:
                 rows, *sizes, outputs, inputs, tiles.length,
                 TOKENS=tiles.tokens, OUTPUTS=tiles.outputs, STEP=tiles.step,
                 PARTS=tiles.parts // tiles.written, GATED=gated, BIAS=bool(biases),
-                RAGGED=inputs % tiles.step != 0, num_warps=tiles.warps, num_stages=tiles.stages,
+                RAGGED=inputs % tiles.step != 0, LINE=line, AHEAD=triton.next_power_of_2(max(ahead, 1)),
+                num_warps=tiles.warps, num_stages=tiles.stages, **_early(x, rows),
             )  # fmt: skip
 
     def add(self, sums: Sums, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -145,8 +171,9 @@ class TritonKernels:
         other = out if residual is None else residual.contiguous()
         with _device_of(out):
             product_programs.add[(triton.cdiv(out.numel(), block),)](
-                sums.parts, other, out, out.numel(), PARTS=parts, RESIDUAL=residual is not None, BLOCK=block
-            )
+                sums.parts, other, out, out.numel(), PARTS=parts, RESIDUAL=residual is not None, BLOCK=block,
+                **_early(out, count),
+            )  # fmt: skip
         return out
 
     def add_norm(
@@ -159,7 +186,7 @@ class TritonKernels:
         with _device_of(out):
             product_programs.add_norm[(count,)](
                 sums.parts, residual, gain, out, normed, width, eps,
-                PARTS=parts, BLOCK=block, num_warps=warps,
+                PARTS=parts, BLOCK=block, num_warps=warps, **_early(out, count),
             )  # fmt: skip
         return out, normed
 
@@ -196,7 +223,7 @@ class TritonKernels:
                 sums.parts, cos, sin, query_gain, key_gain, out, cache.lines, cache.table,
                 tokens.table, count, *_layout(cache), eps,
                 HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-                NORM=gains is not None, PARTS=parts, num_warps=1,
+                NORM=gains is not None, PARTS=parts, num_warps=1, **_early(out, count),
             )  # fmt: skip
         return out
 
@@ -230,12 +257,13 @@ class TritonKernels:
                 rule.scale, rule.softcap,
                 HEADS=heads, KV_HEADS=kv_heads, DIM=dim, BLOCK_D=block,
                 ROWS=max(triton.next_power_of_2(heads // kv_heads), 16), KEYS=_KEYS, SPLITS=parts,
-                FOLDED=folded, WINDOW=rule.window, SOFTCAP=rule.softcap > 0,
+                FOLDED=folded, WINDOW=rule.window, SOFTCAP=rule.softcap > 0, **_early(out, count),
             )  # fmt: skip
             if not folded:
                 programs.combine[(count * heads,)](
-                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=1
-                )
+                    partial, out, count * heads, DIM=dim, BLOCK_D=block, SPLITS=parts, num_warps=1,
+                    **_early(out, count),
+                )  # fmt: skip
         return out
 
     def draw(
@@ -270,28 +298,30 @@ class TritonKernels:
         nodes: torch.Tensor,
         tree: tuple[torch.Tensor, torch.Tensor],
         draw: DrawNumbers,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> FollowedDrafts:
         """Descends draft trees along sampled tokens, see `Kernels.follow`.
 
-        Logits and the tree's tokens lie on the GPU, and so do the results; everything else is on the CPU.
-        What lies behind a sequence's path in the results is undefined.
+        Logits and the tree's tokens lie on the GPU, everything else on the CPU. What lies behind a sequence's
+        path or its last node in the results is undefined.
         """
         logits, tokens, (temperatures, uniforms) = logits.contiguous(), tree[0].contiguous(), draw
         count, width = tokens.shape
-        of_rows = temperatures.double().repeat_interleave(nodes + 1)
-        parts = (of_rows, uniforms, rows, nodes, tree[1])
-        numbers = upload(torch.cat([part.double().flatten() for part in parts]), logits.device)
-        path = torch.empty_like(tokens)
-        lengths = torch.empty(count, dtype=torch.long, device=logits.device)
-        drawn = torch.empty(count, width + 1, dtype=torch.long, device=logits.device)
-        logprobs = torch.empty(count, width + 1, dtype=torch.float32, device=logits.device)
+        # numpy's operations take less time than torch's, and the GPU waits for them
+        of_rows = np.repeat(temperatures.numpy(), nodes.numpy() + 1)
+        parts = [of_rows, *(x.numpy().ravel() for x in (uniforms, rows, nodes, tree[1]))]
+        numbers = upload(np.concatenate(parts, dtype=np.float64), logits.device)
+        found = torch.empty(count, 4 * width + 3, dtype=torch.float64, device=logits.device)
         blocks, sizes = self._weigh(logits, numbers)
         with _device_of(logits):
             draw_programs.follow[(count,)](
-                logits, numbers, blocks, tokens, path, lengths, drawn, logprobs, logits.shape[1],
-                len(of_rows), count, width, NODES=triton.next_power_of_2(max(width, 1)), **sizes,
+                logits, numbers, blocks, tokens, found, logits.shape[1], len(of_rows), count, width,
+                NODES=triton.next_power_of_2(max(width, 1)), **sizes,
             )  # fmt: skip
-        return path, lengths, drawn, logprobs
+        ends = np.cumsum([1, width, width + 1, width + 1])
+        lengths, path, sampled, logprobs, drafted = np.split(found.cpu().numpy(), ends, axis=1)
+        with np.errstate(invalid="ignore"):  # what is undefined need not be a number
+            lengths, path, sampled, drafted = (x.astype(np.int64) for x in (lengths, path, sampled, drafted))
+        return FollowedDrafts(lengths[:, 0], path, sampled, logprobs, drafted)
 
     @staticmethod
     def _weigh(logits: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:

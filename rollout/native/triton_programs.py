@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paceline.rollout.native.product_programs import summed
+from paceline.rollout.native.product_programs import summed, wait_for_inputs
 
 SLOT = tl.constexpr(0)
 LOCAL_POSITION = tl.constexpr(1)
@@ -20,8 +20,9 @@ ANCESTORS = tl.constexpr(5)
 
 
 @triton.jit
-def rms_norm(x, gain, out, width, eps, BLOCK: tl.constexpr):
+def rms_norm(x, gain, out, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Normalizes row ``program_id(0)`` of ``x`` by its root mean square and multiplies it by the gain."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -36,12 +37,13 @@ def rotate_and_store(
     sums, cosines, sines, query_gain, key_gain, out, cache, pages, table, tokens,
     page_step, half_step, head_step, parts, page, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotates one head of one token: a query goes to ``out``, a key or a value to its place in the cache.
 
     ``sums`` [PARTS, N, (H + 2 KV) · d] are parts of queries, keys and values side by side.
     """
+    wait_for_inputs(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     inside = at < DIM
@@ -108,7 +110,7 @@ def attend(
     scale, softcap,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, FOLDED: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Attends with the query heads of one token and key head to the keys that the token sees.
 
@@ -117,6 +119,7 @@ def attend(
     [N, H, d]. Otherwise it runs one, and the unnormalised sum, the highest score and the sum of weights go to
     ``partial`` [SPLITS, N, H, d + 2], for `combine`.
     """
+    wait_for_inputs(PDL)
     token, lane = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     group: tl.constexpr = HEADS // KV_HEADS
     slot = tl.load(table + SLOT * tokens + token)
@@ -172,8 +175,11 @@ def attend(
 
 
 @triton.jit
-def combine(partial, out, lines, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr):
+def combine(
+    partial, out, lines, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """Joins the parts of one query's attention, ``program_id(0)`` of ``lines``, in order."""
+    wait_for_inputs(PDL)
     line, at, one = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)[None, :], tl.arange(0, 1)
     acc = tl.zeros([1, BLOCK_D], dtype=tl.float32)
     highest, total = tl.full([1], float("-inf"), dtype=tl.float32), tl.zeros([1], dtype=tl.float32)

@@ -86,6 +86,7 @@ class Cuda:
             "is_initialized": lambda: True,
             "device_count": lambda: self.count,
             "current_device": lambda: mode.device.index,
+            "get_device_capability": lambda device=None: (9, 0),
             "set_device": self._exchange,
             "device": self._on_device,
             "synchronize": lambda *device: mode.wait("synchronize"),

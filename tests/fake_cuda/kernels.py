@@ -153,12 +153,13 @@ def _draw(logits, numbers, blocks, tokens, logprobs, vocab, rows, **sizes):
     logprobs.copy_(found)
 
 
-def _follow(
-    logits, numbers, blocks, drafted, path, lengths, tokens, logprobs, vocab, rows, sequences, width, **sizes
-):
+def _follow(logits, numbers, blocks, drafted, found, vocab, rows, sequences, width, **sizes):
     sizes_of_parts = [rows, sequences * (width + 1), sequences, sequences, sequences * width]
     temperatures, uniforms, first, nodes, parents = numbers.split(sizes_of_parts)
     uniforms, parents = uniforms.view(sequences, -1), parents.view(sequences, -1)
+    sizes_of_parts = [1, width, width + 1, width + 1, width]
+    lengths, path, tokens, logprobs, copied = found.split(sizes_of_parts, dim=1)
+    copied.copy_(drafted)
     for s in range(sequences):
         node, depth = -1, 0
         while True:

@@ -24,6 +24,7 @@ from paceline.rollout.native.triton_kernels import TritonKernels
 from tests import engines
 from tests.engines import engine_for, full_engine, tiny_llama
 from tests.fake_cuda import Cuda, DeviceMixError, IllegalCaptureError, Wait, fake_cuda, to_cuda
+from tests.fake_cuda import kernels as stand_ins
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/rollout/test_gpu.py runs on the GPU")
 
@@ -223,6 +224,31 @@ def test_layers_are_fused_where_a_trainer_allows_tf32(cuda, tf32):
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def test_drafts_are_cut_to_what_the_graphs_hold(cuda, path, monkeypatch):
+    monkeypatch.setattr(runner, "MOST_ROWS", 8)
+    strategies = ("suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8")
+    engine = engine_for(to_cuda(model()), slots=4, context=60)
+    for strategy, expected in zip(strategies, on_cpu(strategies), strict=True):
+        assert tokens_of(engine, strategy) == expected, strategy
+        check_graphs(engine)
+        drafted = [(step.active, max(step.drafted)) for step in (r.feedback for r in engine.records)]
+        assert max(n for active, n in drafted if active == 4) == 1
+        assert max(n for active, n in drafted if active < 4) > 1
+
+
+def test_programs_of_few_tokens_are_placed_early(cuda, monkeypatch):
+    seen, multiply = set(), stand_ins._multiply
+
+    def note(*args, **options):
+        seen.add((args[8] <= 64, options["PDL"], options.get("launch_pdl", False)))
+        multiply(*args, **options)
+
+    monkeypatch.setattr(stand_ins, "_multiply", note)
+    engine = engine_for(to_cuda(model()), slots=2, context=150)
+    engine.generate([Request([1, 2] * 60, SamplingParams(max_tokens=3), seed=0)])
+    assert seen == {(True, True, True), (False, False, False)}
+
+
 MOST = {"plain": 1, "suffix:4": 1, "eagle3:3": 1, "eagle3:4x3/8": 2}
 
 
@@ -315,6 +341,7 @@ def test_a_cpu_tensor_that_meets_a_cuda_one_fails():
         assert (x + torch.tensor(2.0)).sum().item() == 9, "numbers may meet any device"
         assert len(cuda.mode.mixes) == 1
         engine = engine_for(to_cuda(model()), slots=4, context=60)
+        engine.use_strategy("eagle3:3")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine_module, "upload", lambda values, device: torch.as_tensor(values))
             with pytest.raises(DeviceMixError):

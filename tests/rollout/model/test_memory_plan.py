@@ -59,12 +59,12 @@ def test_a_forward_by_hand():
     sizes = ModelShape(layers=2, hidden=8, intermediate=32, heads=4, kv_heads=2, head_dim=4, vocab=50)
     parts = forward_parts(sizes, slots=4, prefill_tokens=512)
     # 512 rows of the residual and its sum 2 · 8, the widest stage, gate, up and product 3 · 32, and float32
-    # sums of (4 + 2 · 2) · 4 queries, keys and values; logits of 256 rows in bfloat16 and three times in
+    # sums of (4 + 2 · 2) · 4 queries, keys and values; logits of 512 rows in bfloat16 and three times in
     # float32
-    assert parts["a forward's activations"] == 512 * ((16 + 96) * 2 + 32 * 4) + 256 * 50 * (2 + 12)
-    # the buckets 1, 2, 4, 6, 8, … 256 are fifteen graphs of 2 · 10 + 20 kernels; the pool is of the 128 rows
-    # whose attention is in sixteen parts of four heads, 4 + 2 values each
-    graphs = 15 * 40 * NODE_BYTES + 128 * ((16 + 96) * 2 + 16 * 4 * 6 * 4) + 256 * 50 * 2
+    assert parts["a forward's activations"] == 512 * ((16 + 96) * 2 + 32 * 4) + 512 * 50 * (2 + 12)
+    # the buckets 1, 2, 4, 6, 8, … 512 are seventeen graphs of 2 · 10 + 20 kernels; the pool is of the 128
+    # rows whose attention is in sixteen parts of four heads, 4 + 2 values each
+    graphs = 17 * 40 * NODE_BYTES + 128 * ((16 + 96) * 2 + 16 * 4 * 6 * 4) + 512 * 50 * 2
     assert parts["captured graphs"] == graphs + 2 * WORKSPACE_BYTES
 
 

@@ -207,10 +207,11 @@ def test_following_a_draft_samples_along_its_accepted_path():
         (drafted.to(DEVICE), torch.tensor([parents] * 4)),
         (torch.tensor(temperatures), uniforms),
     )
-    path, lengths, tokens, logprobs = (x.cpu() for x in found)
     for sequence, expected in wanted.items():
         count = len(expected)
-        assert path[sequence, : lengths[sequence]].tolist() == expected
+        assert found.path[sequence, : found.lengths[sequence]].tolist() == expected
         steps = [sampled(sequence, node, depth) for depth, node in enumerate([-1, *expected])]
-        assert tokens[sequence, : count + 1].tolist() == [token for token, _ in steps]
-        assert logprobs[sequence, : count + 1].tolist() == [value for _, value in steps]
+        assert found.tokens[sequence, : count + 1].tolist() == [token for token, _ in steps]
+        assert found.logprobs[sequence, : count + 1].tolist() == [value for _, value in steps]
+        drafts = drafted[sequence, : counts[sequence]].tolist()
+        assert found.drafted[sequence, : counts[sequence]].tolist() == drafts
