@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from paceline.benchmarks.common.results import Log
-from paceline.benchmarks.gpu.shapes import tokens_per_second
+from paceline.benchmarks.gpu.shapes import decode_anew
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
@@ -40,6 +42,8 @@ _LENGTH = 288  # tokens that a training text is cut to
 _BATCH = 64
 _CONTEXT = 512  # tokens before a piece that the drafter is trained with
 _BANDIT_SECONDS = 3  # of decoding, in which the bandit has tried every strategy
+_STRATEGIES = ("plain", "eagle3:3", "adaptive")
+_ROUNDS = 4  # in which all strategies take turns, because the host's speed changes from second to second
 
 
 @dataclass(slots=True)
@@ -51,8 +55,8 @@ class ReasonerReport:
         right: Share of completions that end with the right sum.
         training_seconds: Seconds of training the reasoner and its drafter.
         acceptance_length: Acceptance length with chains of four draft tokens.
-        speeds: Tuples of batch size, tokens per second of plain decoding, with chains of three, and
-            adaptively.
+        speeds: Tuples of batch size, strategy, and its tokens per second, prefill and drafting included, in
+            each of the rounds in which all strategies take turns.
         same_tokens: Whether plain and speculative decoding gave the same tokens, batch by batch, as shares of
             the completions; rounding differs with the number of rows.
     """
@@ -61,7 +65,7 @@ class ReasonerReport:
     right: float
     training_seconds: tuple[float, float]
     acceptance_length: float
-    speeds: list[tuple[int, float, float, float]]
+    speeds: list[tuple[int, str, list[float]]]
     same_tokens: list[tuple[int, float]]
 
 
@@ -165,21 +169,39 @@ def measure_reasoner(seconds: float, log: Log, device: str = "cuda") -> Reasoner
     log(f"reasoner: {report.right:.0%} right, acceptance length {report.acceptance_length:.2f}")
     for batch in (1, 8, 64):
         requests, warm = ([request for request, _ in _requests(batch, seed)] for seed in (2000, 3000))
-        plain, chain, adaptive = (
-            tokens_per_second(engine, strategy, requests, warm, warm_seconds)
-            for strategy, warm_seconds in (("plain", 0), ("eagle3:3", 0), ("adaptive", _BANDIT_SECONDS))
-        )
-        report.speeds.append((batch, plain, chain, adaptive))
+        found = _speeds(engine, requests, warm)
+        report.speeds += [(batch, strategy, rounds) for strategy, rounds in found.items()]
         texts = []
         for strategy in ("plain", "eagle3:3"):
             engine.use_strategy(strategy)
             texts.append([r.token_ids for r in engine.generate(requests)])
         report.same_tokens.append((batch, sum(a == b for a, b in zip(*texts, strict=True)) / batch))
+        plain, chain, adaptive = (mean(found[strategy]) for strategy in _STRATEGIES)
         log(
             f"reasoner: batch {batch}: plain {plain:.0f} tokens/s, chains of three {chain / plain:.2f} x, "
             f"adaptive {adaptive / plain:.2f} x, same texts {report.same_tokens[-1][1]:.0%}"
         )
     return report
+
+
+def _speeds(
+    engine: RolloutEngine, requests: Sequence[Request], warm: Sequence[Request]
+) -> dict[str, list[float]]:
+    """Returns the tokens per second of each strategy, round by round, after a warm-up on other requests."""
+    selectors = {}
+    for strategy in _STRATEGIES:
+        engine.use_strategy(strategy)
+        selectors[strategy] = engine.speculation.selector
+        begin = time.perf_counter()
+        decode_anew(engine, warm)
+        while strategy == "adaptive" and time.perf_counter() - begin < _BANDIT_SECONDS:
+            decode_anew(engine, warm)
+    found: dict[str, list[float]] = {strategy: [] for strategy in _STRATEGIES}
+    for _ in range(_ROUNDS):
+        for strategy, selector in selectors.items():
+            engine.speculation.selector = selector
+            found[strategy].append(decode_anew(engine, requests))
+    return found
 
 
 def _engine(model: PreTrainedModel, slots: int) -> RolloutEngine:

@@ -101,10 +101,11 @@ def measure_shape(shape: str, bandwidth: float, peer: bool, log: Log) -> ShapeRe
                 f"{shape}: {strategy}, batch {batch}: drafting {parts[0]:.2f} ms, forward {parts[1]:.2f}, "
                 f"verification {parts[2]:.2f}, a step {parts[3]:.2f}"
             )
-    speeds = {
-        batch: tokens_per_second(engine, "plain", _requests(batch, _COMPLETION), _requests(batch, 16))
-        for batch in (1, 8, 32)
-    }
+    engine.use_strategy("plain")
+    speeds = {}
+    for batch in (1, 8, 32):
+        decode_anew(engine, _requests(batch, 16))
+        speeds[batch] = decode_anew(engine, _requests(batch, _COMPLETION))
     report.fallbacks = _fallbacks(engine)
     report.memory = _memory(engine, before)
     del engine, runner
@@ -234,30 +235,11 @@ def _requests(count: int, tokens: int) -> list[Request]:
     ]
 
 
-def tokens_per_second(
-    engine: RolloutEngine,
-    strategy: str,
-    requests: Sequence[Request],
-    warm: Sequence[Request],
-    warm_seconds: float = 0,
-) -> float:
-    """Returns the speed of an engine, prefill and drafting included, after a warm-up on other requests.
+def decode_anew(engine: RolloutEngine, requests: Sequence[Request]) -> float:
+    """Decodes requests and returns the tokens per second, prefill and drafting included.
 
     The suffix drafter starts anew, because it may have seen the texts that are about to be decoded.
-
-    Args:
-        engine: The engine.
-        strategy: Strategy of every step, or ``adaptive``.
-        requests: Requests that are timed.
-        warm: Requests of the warm-up, decoded once or more.
-        warm_seconds: Seconds that the warm-up takes at least.
     """
-    engine.use_strategy(strategy)
-    begin = time.perf_counter()
-    engine.generate(warm)
-    while time.perf_counter() - begin < warm_seconds:
-        engine.drafters["suffix"] = SuffixDrafter()
-        engine.generate(warm)
     engine.drafters["suffix"] = SuffixDrafter()
     begin = time.perf_counter()
     rollouts = engine.generate(requests)

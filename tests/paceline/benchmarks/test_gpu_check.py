@@ -8,13 +8,14 @@ import torch
 
 from paceline.benchmarks.decoding.model_shapes import SHAPES
 from paceline.benchmarks.gpu import reasoner
-from paceline.benchmarks.gpu.check import product_checks, shape_checks, update_checks
+from paceline.benchmarks.gpu.check import product_checks, reasoner_checks, shape_checks, update_checks
 from paceline.benchmarks.gpu.products import ProductReport, products_of
 from paceline.benchmarks.gpu.shapes import ShapeReport, bytes_read
 from paceline.benchmarks.gpu.update import UpdateReport
-from paceline.rollout import FinishReason, Request, Rollout
+from paceline.rollout import FinishReason, Request, Rollout, SamplingParams
 from paceline.rollout.api import RolloutStats
 from paceline.rollout.model.kv_cache import CacheShape
+from tests.engines import engine_for, tiny_llama
 
 GOOD = ShapeReport(
     "1.5B",
@@ -84,6 +85,37 @@ def test_the_reasoner_is_asked_for_partial_sums():
     right = Rollout(request, ids, [0.0] * len(ids), FinishReason.STOP, RolloutStats())
     assert reasoner._is_right(right, said.split(";")[-1])
     assert not reasoner._is_right(right, said.split(";")[0])
+
+
+def test_an_adaptive_reasoner_slower_than_plain_decoding_fails_its_line():
+    speeds = {"plain": [100.0, 80.0], "eagle3:3": [60.0, 60.0], "adaptive": [110.0, 50.0]}
+    rows = [(batch, strategy, rounds) for batch in (1, 8) for strategy, rounds in speeds.items()]
+    rows[2] = (1, "adaptive", [110.0, 90.0])
+    report = reasoner.ReasonerReport(0.5, 0.1, (1.0, 1.0), 2.5, rows, [])
+    found = [(check.name, check.passed) for check in reasoner_checks(report)]
+    assert found == [
+        ("reasoner drafter", True),
+        ("reasoner adaptive, batch 1", True),
+        ("reasoner adaptive, batch 8", False),
+    ]
+
+
+def test_strategies_of_the_reasoner_take_turns(monkeypatch):
+    monkeypatch.setattr(reasoner, "_BANDIT_SECONDS", 0.2)
+    engine = engine_for(tiny_llama(layers=1), slots=2, context=60)
+    requests = [Request([1, 2, 3 + i], SamplingParams(max_tokens=12), seed=i, group=i) for i in range(2)]
+    ran = []
+
+    def decode(*args, original=reasoner.decode_anew):
+        speed = original(*args)
+        ran.append({record.strategy for record in engine.records})
+        return speed
+
+    monkeypatch.setattr(reasoner, "decode_anew", decode)
+    found = reasoner._speeds(engine, requests, requests)
+    assert {name: len(rounds) for name, rounds in found.items()} == dict.fromkeys(reasoner._STRATEGIES, 4)
+    rounds = ran[-12:]
+    assert rounds[0::3] == [{"plain"}] * 4 and rounds[1::3] == [{"eagle3:3"}] * 4
 
 
 def test_training_labels_cover_completions_only():
