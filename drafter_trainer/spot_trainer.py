@@ -11,6 +11,8 @@ import torch
 
 from paceline.drafter_trainer.ensemble_weights import tracking_weights
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
+from paceline.drafter_trainer.storage.ensemble import EnsembleState
+from paceline.drafter_trainer.storage.optimizer_state import take_over_moments
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
 from paceline.drafter_trainer.training_time_test import Interrupted, Unrolled
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
@@ -253,6 +255,35 @@ class SpotTrainer:
             self._worse[number] = 0
             if number == self._best:
                 self._unserved = self._proposed
+
+    def ensemble(self) -> EnsembleState | None:
+        """Returns what the learners have learned, not copied; None for a single learner."""
+        if len(self.learners) == 1:
+            return None
+        return EnsembleState(
+            self.weights,
+            [learner.model for learner in self.learners],
+            [learner.optimizer.state_dict() for learner in self.learners],
+        )
+
+    def restore(self, state: EnsembleState) -> None:
+        """Continues with the learners of `ensemble`, which train weights newer than the serving ones.
+
+        Raises:
+            ValueError: They are of another number, shape or draft vocabulary.
+        """
+        if len(state.models) != len(self.learners):
+            raise ValueError(
+                f"it has {len(state.models)} drafters, drafter.ensemble has {len(self.learners)}"
+            )
+        for model in state.models:
+            if not torch.equal(model.vocabulary.cpu(), self.serving.vocabulary.cpu()):
+                raise ValueError("its drafters draft other tokens than the one that is served")
+        for learner, model, optimizer in zip(self.learners, state.models, state.optimizers, strict=True):
+            take_over_moments(learner.optimizer, optimizer)
+            learner.scale_rate(1.0)
+            _copy_weights(model, learner.model)
+        self.weights = list(state.weights)
 
     @torch.no_grad()
     def adopt(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -411,7 +411,13 @@ class Trainer:
             partial(
                 write_policy, policy=self.policy, tokenizer_from=self.source, state=policy, adapters=adapters
             ),
-            partial(write_speculation, drafter=drafter, optimizer=optimizer, selector=selector),
+            partial(
+                write_speculation,
+                drafter=drafter,
+                optimizer=optimizer,
+                selector=selector,
+                ensemble=self.drafter.ensemble(),
+            ),
         ]
         if critic is not None:
             writers.append(partial(write_critic, state=critic))

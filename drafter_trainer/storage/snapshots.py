@@ -15,13 +15,17 @@ from safetensors import SafetensorError
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.checkpoint import load_drafter, save_drafter
 from paceline.drafter_trainer.storage.checksums import changed_files, write_checksums
+from paceline.drafter_trainer.storage.ensemble import EnsembleState, write_ensemble
 from paceline.drafter_trainer.storage.optimizer_state import write_state
 from paceline.drafter_trainer.storage.removal import clear_removed, remove_directory
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 
 class DrafterSnapshots:
-    """Keeps the last drafters of a run in ``folder/step-N``, each with its optimizer's state (``optimizer``).
+    """Keeps the last drafters of a run in ``folder/step-N``.
+
+    Each is there with its optimizer's state (``optimizer``), and with the ensemble that it was chosen from if
+    there is one (``ensemble``).
 
     A step waits only for a copy in memory. A background thread writes it under a temporary name and renames
     it, and renames old ones before it removes them, so that each snapshot is complete or absent. A snapshot
@@ -41,12 +45,18 @@ class DrafterSnapshots:
         self._writing: Future[None] | None = None
         self.seconds = 0.0
 
-    def save(self, step: int, model: Eagle3Model, optimizer: torch.optim.Optimizer) -> str | None:
+    def save(
+        self,
+        step: int,
+        model: Eagle3Model,
+        optimizer: torch.optim.Optimizer,
+        ensemble: EnsembleState | None = None,
+    ) -> str | None:
         """Starts writing a snapshot; returns a one-line problem if writing the last one failed."""
         start = time.perf_counter()
         problem = self.wait()
-        snapshot, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
-        self._writing = self._writer.submit(self._write, step, snapshot, state)
+        copies = copy.deepcopy((model, optimizer.state_dict(), ensemble))
+        self._writing = self._writer.submit(self._write, step, *copies)
         self.seconds = time.perf_counter() - start
         return problem
 
@@ -58,12 +68,16 @@ class DrafterSnapshots:
         error = writing.exception()
         return None if error is None else f"a drafter snapshot could not be written ({error}); free some disk"
 
-    def _write(self, step: int, model: Eagle3Model, state: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, model: Eagle3Model, state: dict[str, Any], ensemble: EnsembleState | None
+    ) -> None:
         building, final = self._folder / f".step-{step}", self._folder / f"step-{step}"
         shutil.rmtree(building, ignore_errors=True)
         try:
             save_drafter(model, building, torch.float32)
             write_state(state, building / "optimizer")
+            if ensemble is not None:
+                write_ensemble(ensemble, building / "ensemble")
             write_checksums(building)
             remove_directory(final)
             building.rename(final)

@@ -21,7 +21,7 @@ from paceline.rl.process.files import read_object
 # finds the newest broken.
 CHECKPOINTS = ("checkpoint", "checkpoint.old")
 # A run can resume without these: they only make it faster.
-_OPTIONAL = ("drafter_optimizer", "drafter", "selector.json", "lengths.safetensors")
+_OPTIONAL = ("drafter_optimizer", "drafter_ensemble", "drafter", "selector.json", "lengths.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class Checkpoint:
         path: The checkpoint's directory.
         steps_done: The number of finished steps behind it.
         state: The states of the run's parts, by their names.
-        broken: The parts that cannot be used, of ``drafter``, ``drafter_optimizer``, ``selector.json`` and
-            ``lengths.safetensors``.
+        broken: The parts that cannot be used, of ``drafter``, ``drafter_optimizer``, ``drafter_ensemble``,
+            ``selector.json`` and ``lengths.safetensors``.
     """
 
     path: Path

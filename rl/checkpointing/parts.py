@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.storage.checkpoint import save_drafter
+from paceline.drafter_trainer.storage.ensemble import EnsembleState, write_ensemble
 from paceline.drafter_trainer.storage.optimizer_state import save_optimizer, write_state
 from paceline.rl.checkpointing.checkpoint import Checkpoint
 from paceline.rl.errors import UserError
@@ -62,6 +63,7 @@ def write_speculation(
     drafter: Eagle3Model | None,
     optimizer: torch.optim.Optimizer | None,
     selector: dict[str, Any] | None,
+    ensemble: EnsembleState | None = None,
 ) -> None:
     """Writes what speculation has learned.
 
@@ -70,10 +72,13 @@ def write_speculation(
         drafter: The drafter that is served; None before there is one.
         optimizer: The drafter's optimizer; None before there is one.
         selector: The state of the strategy selector, or None.
+        ensemble: The drafters that are trained side by side; None for a single one.
     """
     if drafter is not None and optimizer is not None:
         save_drafter(drafter, folder / "drafter", torch.float32)
         save_optimizer(optimizer, folder / "drafter_optimizer")
+    if ensemble is not None:
+        write_ensemble(ensemble, folder / "drafter_ensemble")
     if selector is not None:
         (folder / "selector.json").write_text(json.dumps(selector))
 

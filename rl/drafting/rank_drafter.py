@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
+from paceline.drafter_trainer.storage.ensemble import EnsembleState
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, move_vocabulary
 from paceline.rl.config.run import RunConfig
 from paceline.rl.drafting.factory import reward_weights, spot_trainer, trace_buffer
@@ -117,6 +118,10 @@ class RankDrafter:
         """Returns the served weights and their optimizer; None for both before there is a drafter."""
         spot = self.spot
         return (None, None) if spot is None else (spot.serving, spot.learner.optimizer)
+
+    def ensemble(self) -> EnsembleState | None:
+        """Returns the drafters that are trained side by side; None for a single one."""
+        return None if self.spot is None else self.spot.ensemble()
 
     def learn_from(self, batch: RankRollouts, rewards: Sequence[float], *, same_policy: bool = False) -> None:
         """Adds a step's traces to the buffer.

@@ -16,6 +16,7 @@ from paceline.drafter_trainer.coordinator import Coordinator, connect_store
 from paceline.drafter_trainer.errors import DrafterError, OptimizerStateError
 from paceline.drafter_trainer.spot_trainer import LearnerReport
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
+from paceline.drafter_trainer.storage.ensemble import EnsembleState, read_ensemble
 from paceline.drafter_trainer.storage.snapshots import DrafterSnapshots
 from paceline.rl.algorithms.lr_schedule import rate_at
 from paceline.rl.checkpointing.checkpoint import Checkpoint
@@ -71,6 +72,10 @@ class SharedDrafter:
         """Returns the served weights and their optimizer, see `RankDrafter.served`."""
         return self.local.served()
 
+    def ensemble(self) -> EnsembleState | None:
+        """Returns the drafters that are trained side by side; None for a single one."""
+        return self.local.ensemble()
+
     def begin_step(self, step: int) -> None:
         """Tells the other ranks that this rank is decoding."""
         self.coordinator.begin(step, self.local.worker.selector.most_saved("eagle3"))
@@ -122,9 +127,13 @@ class SharedDrafter:
             return
         model, moments = found
         self.local.create(None, model)
-        if moments is None or (
-            "drafter_optimizer" in checkpoint.broken and moments.parent == checkpoint.path
-        ):
+        if moments is None:
+            return
+        broken = checkpoint.broken if moments.parent == checkpoint.path else frozenset()
+        ensemble = moments.with_name(moments.name.replace("optimizer", "ensemble"))
+        if ensemble.name not in broken and self._restore_ensemble(ensemble):
+            return
+        if moments.name in broken:
             return
         try:
             self._restore_moments(moments)
@@ -133,11 +142,7 @@ class SharedDrafter:
 
     def _newest(self, checkpoint: Checkpoint) -> tuple[Eagle3Model, Path | None] | None:
         """Returns the newest readable drafter and the path of its optimizer's state, or None."""
-        runner = self.local.runner
-        wanted: dict[str, Any] = {
-            "tap_layers": self.local.tap_layers,
-            "draft_vocab_size": self._config.draft_vocab_size,
-        }
+        runner, wanted = self.local.runner, self._required()
         found, problems = self._snapshots.newest(runner.vocab_size, runner.hidden_size, **wanted)
         for problem in problems:
             self._report(problem)
@@ -170,6 +175,28 @@ class SharedDrafter:
     def _restore_moments(self, stem: Path) -> None:
         for learner in self.local.learners:
             learner.restore(stem)
+
+    def _restore_ensemble(self, folder: Path) -> bool:
+        """Restores the drafters that are trained side by side; returns False if there are none to restore."""
+        spot, runner = self.local.spot, self.local.runner
+        if spot is None or len(spot.learners) == 1 or not folder.is_dir():
+            return False
+        try:
+            spot.restore(read_ensemble(folder, runner.vocab_size, runner.hidden_size, **self._required()))
+        except (DrafterError, OptimizerStateError) as error:
+            self._report(f"{error}; its ensemble begins anew from the served drafter")
+            return False
+        except ValueError as error:
+            self._report(f"{folder}: {error}; its ensemble begins anew from the served drafter")
+            return False
+        return True
+
+    def _required(self) -> dict[str, Any]:
+        """Returns what a stored drafter must have been made for, see `load_drafter`."""
+        return {
+            "tap_layers": self.local.tap_layers,
+            "draft_vocab_size": self._config.draft_vocab_size,
+        }
 
     def train(self, batch: RankRollouts, rewards: Sequence[float], step: int) -> LearnerReport:
         """Trains the drafter once this rank has finished its rollouts.
@@ -248,7 +275,8 @@ class SharedDrafter:
             return
         self._report(self.local.swap_in())
         if self._accelerator.is_main_process and self._config.snapshots:
-            self._report(self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer))
+            saved = self._snapshots.save(step + 1, spot.serving, spot.learner.optimizer, spot.ensemble())
+            self._report(saved)
             report.snapshot_seconds = self._snapshots.seconds
 
     def _vocabulary_of(self, batch: RankRollouts) -> torch.Tensor:

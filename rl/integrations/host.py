@@ -178,6 +178,7 @@ class HostedRollouts:
                 drafter,
                 optimizer,
                 self.engine.speculation.selector.state(),
+                self.drafter.ensemble(),
             )
             write_atomically(folder / "state.json", json.dumps({"calls": self._calls}))
         except (OSError, SafetensorError) as error:

@@ -278,16 +278,21 @@ def test_over_the_launchers_store_and_when_it_dies(monkeypatch):
     assert connect_store(2) is None  # no store there: no training, no error
 
 
+def ensemble_for(setup, rates) -> SpotTrainer:
+    model, engine, made = setup
+    drafter = initial_drafter(
+        eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0
+    )
+    learners = [learner_for(copy.deepcopy(drafter), model, lr=lr) for lr in rates]
+    return SpotTrainer(learners, buffer_of(made, held_out_every=4, passes=8), budget=64, judge_every=2)
+
+
 def test_an_ensemble_proposes_the_one_that_does_best(rollouts):
     """One learns too slowly to matter, one ruins itself: the third is served; the ruined one starts again
     from what is approved.
     """
-    model, engine, made = rollouts
-    drafter = initial_drafter(
-        eagle3_config(model.config, 97, engine.runner.tap_layers), torch.arange(97), model, seed=0
-    )
-    learners = [learner_for(copy.deepcopy(drafter), model, lr=lr) for lr in (1e-7, 3e-3, 10.0)]
-    spot = SpotTrainer(learners, buffer_of(made, held_out_every=4, passes=8), budget=64, judge_every=2)
+    spot = ensemble_for(rollouts, (1e-7, 3e-3, 10.0))
+    learners, drafter = spot.learners, copy.deepcopy(spot.serving)
     report = spot.run(lambda: False)
     assert spot.learner is learners[1]
     assert sum(report.ensemble) == pytest.approx(1) and max(report.ensemble) == report.ensemble[1] > 0.8
@@ -296,6 +301,24 @@ def test_an_ensemble_proposes_the_one_that_does_best(rollouts):
     assert torch.equal(weights(spot.serving), weights(spot.approved))
     assert not torch.equal(weights(spot.serving), weights(drafter))
     assert not torch.equal(weights(learners[0].model), weights(learners[1].model))
+
+
+def test_a_restored_ensemble_goes_on_as_the_one_that_was_stored(rollouts):
+    rates = (1e-3, 3e-3)
+    first, again = ensemble_for(rollouts, rates), ensemble_for(rollouts, rates)
+    first.run(after(60))
+    again.restore(copy.deepcopy(first.ensemble()))
+    assert again.weights == first.weights != [0.5, 0.5]
+    pieces = first.buffer.next_batch(64)
+    for old, new in zip(first.learners, again.learners, strict=True):
+        assert torch.equal(weights(old.model), weights(new.model))
+        for learner in (old, new):
+            learner.update(pieces, [1.0] * len(pieces))
+        assert torch.equal(weights(old.model), weights(new.model))
+    assert not torch.equal(weights(again.learners[0].model), weights(again.learners[1].model))
+    assert spot_for(rollouts).ensemble() is None
+    with pytest.raises(ValueError, match=r"it has 2 drafters, drafter\.ensemble has 3"):
+        ensemble_for(rollouts, (1e-3, 1e-3, 1e-3)).restore(first.ensemble())
 
 
 def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, monkeypatch):

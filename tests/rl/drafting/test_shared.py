@@ -102,6 +102,48 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         assert all("\n" not in line for line in said)
 
 
+def test_an_ensemble_survives_in_checkpoints_and_snapshots(start, tmp_path, monkeypatch):
+    said: list[str] = []
+    with tiny_trainer(
+        tmp_path,
+        monkeypatch,
+        "[0.0 for c in completions]",
+        *DRAFTS,
+        f"drafter.start={start}",
+        "drafter.ensemble=[1.0, 0.3]",
+        "drafter.held_out_every=2",
+        "drafter.judge_every=1",
+    ) as trainer:
+        for step in range(2):
+            trainer.step(step)
+        shared, local = trainer.drafter, trainer.drafter.local
+        shared._log = said.append
+        spot = local.spot
+        shared.finish()
+        trainer._save(2)
+        checkpoint, snapshots = tmp_path / "run" / "checkpoint", tmp_path / "run" / "drafters"
+
+        def resumed(steps: int) -> list[torch.Tensor]:
+            local.spot = None
+            shared.resume(Checkpoint(checkpoint, steps))
+            assert local.spot.weights == spot.weights
+            return [learner.model.fc.weight for learner in local.learners]
+
+        trained = [learner.model.fc.weight for learner in spot.learners]
+        assert not torch.equal(*trained)
+        assert spot.weights != [0.5, 0.5]
+        assert (snapshots / "step-2" / "ensemble").is_dir()
+        for steps in (2, 3):  # from a snapshot, and from the checkpoint, which is newer than all of them
+            assert all(map(torch.equal, resumed(steps), trained))
+        assert not said
+        shutil.rmtree(snapshots)
+        (checkpoint / "drafter_ensemble" / "weights.json").write_text("{}")
+        local.spot = None
+        shared.resume(Checkpoint(checkpoint, 3))
+        assert "its ensemble begins anew from the served drafter" in said.pop()
+        assert local.spot.weights == [0.5, 0.5]
+
+
 def test_a_start_of_another_recipe_says_what_to_write(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     policy = tiny_llama(99).config
