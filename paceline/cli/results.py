@@ -82,7 +82,8 @@ def evaluate(
             head = evaluator.predictor(prompts)
             rows += [evaluator.steered(head, budget) for budget in steered]
         for row in rows:
-            lengths = f"length {row.length:.1f}, at most {row.longest}"
+            lengths = f"length {row.length:.1f}, median {row.median:.0f}, at most {row.longest}"
+            lengths += f", {row.loops} in loops" if row.loops else ""
             failed = f"; {row.unscored} without a reward ({row.problem})" if row.unscored else ""
             print(
                 f"{row.way:<34} accuracy {row.accuracy:.3f}  {lengths}  ({row.completions} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from paceline.rl.lengths.guidance import (
     token_states,
     train_remaining,
 )
+from paceline.rl.lengths.statistics import is_loop
 from paceline.rl.models.loading import load_policy, load_tokenizer
 from paceline.rl.rewards.pool import ScoringPool
 from paceline.rl.tasks.prompts import encode_problem, scored_text, stable_seed, stop_token_ids
@@ -36,7 +38,9 @@ class Evaluation:
         way: Name of the way of decoding; says if it is lossy.
         accuracy: Mean reward of the completions that have one.
         length: Mean length in tokens.
+        median: Median length in tokens.
         longest: Length of the longest completion in tokens.
+        loops: Number of completions that end in a degenerate loop (`is_loop`).
         completions: Number of completions.
         unscored: Number of completions without a reward.
         problem: Why the first of these has none, in one line; None if all have a reward.
@@ -45,7 +49,9 @@ class Evaluation:
     way: str
     accuracy: float
     length: float
+    median: float
     longest: int
+    loops: int
     completions: int
     unscored: int = 0
     problem: str | None = None
@@ -126,7 +132,9 @@ class Evaluator:
             way,
             sum(rewards) / len(rewards),
             sum(lengths) / len(lengths),
+            median(lengths),
             max(lengths),
+            sum(map(is_loop, completions)),
             len(lengths),
             len(problems) - len(rewards),
             scores.problem,

@@ -148,9 +148,10 @@ def test_contexts_side_by_side(cache, tmp_path, monkeypatch):
     rows = found["rows"]
     assert [(r["context"], r["microbatch"]) for r in rows] == [(0, 64), (0, 16), (64, 64), (64, 16)]
     for row in rows:
-        assert row["updates"] > 0 and row["anchors"] > 0 and set(row["by_part"]) == {"0"}
+        assert row["anchors"] >= row["updates"] and set(row["by_part"]) == {"0"}
         assert 1 <= row["drawn"] <= 5
         assert row["by_part"]["0"] == pytest.approx([row["drawn"], row["likeliest"]])
+    assert sum(row["updates"] for row in rows) > 0  # on a busy machine 0.3 s are none for some
 
 
 def test_ratios():

@@ -261,6 +261,8 @@ def test_a_run_evaluates_keeps_its_best_and_is_evaluated_alike(tmp_path, monkeyp
     assert "6 problems, held out" in found.output and "digits:share" in found.output
     row = json.loads(out.read_text())[0]
     assert row["completions"] == 12
+    assert 0 < row["median"] <= row["longest"] and 0 <= row["loops"] <= 12
+    assert f"median {row['median']:.0f}, at most {row['longest']}" in found.output
     assert row["accuracy"] == pytest.approx(rewards[best], abs=0.15)
     refused = CliRunner().invoke(app, ["evaluate", "task.heldout=0.5", "--run", str(run)])
     assert refused.exit_code == 2
