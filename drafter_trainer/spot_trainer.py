@@ -12,7 +12,7 @@ import torch
 from paceline.drafter_trainer.ensemble_weights import tracking_weights
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
 from paceline.drafter_trainer.storage.ensemble import EnsembleState
-from paceline.drafter_trainer.storage.optimizer_state import take_over_moments
+from paceline.drafter_trainer.storage.optimizer_state import check_moments, take_over_moments
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
 from paceline.drafter_trainer.training_time_test import Interrupted, Unrolled
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
@@ -267,18 +267,22 @@ class SpotTrainer:
         )
 
     def restore(self, state: EnsembleState) -> None:
-        """Continues with the learners of `ensemble`, which train weights newer than the serving ones.
+        """Continues with the learners of `ensemble`, whose weights are newer than the serving ones.
 
         Raises:
-            ValueError: They are of another number, shape or draft vocabulary.
+            ValueError: They are of another number, shape or draft vocabulary; nothing has changed.
         """
         if len(state.models) != len(self.learners):
             raise ValueError(
                 f"it has {len(state.models)} drafters, drafter.ensemble has {len(self.learners)}"
             )
-        for model in state.models:
+        shapes = [p.shape for p in self.serving.parameters()]
+        for model, optimizer in zip(state.models, state.optimizers, strict=True):
             if not torch.equal(model.vocabulary.cpu(), self.serving.vocabulary.cpu()):
                 raise ValueError("its drafters draft other tokens than the one that is served")
+            if [p.shape for p in model.parameters()] != shapes:
+                raise ValueError("its drafters are of another shape than the one that is served")
+            check_moments(optimizer["state"], shapes)
         for learner, model, optimizer in zip(self.learners, state.models, state.optimizers, strict=True):
             take_over_moments(learner.optimizer, optimizer)
             learner.scale_rate(1.0)

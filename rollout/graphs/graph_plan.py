@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from paceline.rollout.native.gpu_tiles import attention_sums, product_tiles
 
-# largest captured batch × tokens, to which drafts are cut: beyond it a forward is compute-bound, and does not
-# pay off
+# largest captured batch × tokens; drafts are cut to it, because the tokens of a larger forward are limited by
+# arithmetic and cost more than they gain
 MOST_ROWS = 512
 # memory of one kernel in an instantiated CUDA graph; `paceline gpu-check` compares plan and measurement
 NODE_BYTES = 16 * 1024

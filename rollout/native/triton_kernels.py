@@ -99,10 +99,10 @@ class TritonKernels:
         """Normalizes ``x`` [..., width] by its root mean square and multiplies by ``gain`` [width]."""
         x = x.contiguous()
         out, width = torch.empty_like(x), x.shape[-1]
-        block, warps = _row_block(width)
+        rows, (block, warps) = x.numel() // width, _row_block(width)
         with _device_of(x):
-            programs.rms_norm[(x.numel() // width,)](
-                x, gain, out, width, eps, BLOCK=block, num_warps=warps, **_early(x, x.numel() // width)
+            programs.rms_norm[(rows,)](
+                x, gain, out, width, eps, BLOCK=block, num_warps=warps, **_early(x, rows)
             )
         return out
 

@@ -321,6 +321,27 @@ def test_a_restored_ensemble_goes_on_as_the_one_that_was_stored(rollouts):
         ensemble_for(rollouts, (1e-3, 1e-3, 1e-3)).restore(first.ensemble())
 
 
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (
+            lambda state: state.optimizers[1]["state"][0].update(exp_avg=torch.zeros(3)),
+            "exp_avg has the shape",
+        ),
+        (lambda state: setattr(state.models[1].fc, "weight", torch.nn.Parameter(torch.zeros(2, 2))), "shape"),
+    ],
+)
+def test_an_ensemble_of_another_shape_changes_nothing(rollouts, broken, reason):
+    stored, other = ensemble_for(rollouts, (1e-3, 3e-3)), ensemble_for(rollouts, (1e-3, 3e-3))
+    stored.run(after(60))
+    state, before = copy.deepcopy(stored.ensemble()), [weights(x.model) for x in other.learners]
+    broken(state)
+    with pytest.raises(ValueError, match=reason):
+        other.restore(state)
+    assert all(map(torch.equal, before, (weights(x.model) for x in other.learners)))
+    assert not any(learner.optimizer.state for learner in other.learners)
+
+
 def test_every_learner_gets_every_batch_and_a_stop_cuts_between_them(rollouts, monkeypatch):
     model, engine, made = rollouts
     drafter = initial_drafter(

@@ -140,7 +140,7 @@ def test_losses_side_by_side(cache):
 
 def test_contexts_side_by_side(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(context, "fit_process", lambda local_world_size: None)
-    options = ["--contexts", "0", "64", "--microbatches", "64", "16", "--seconds", "0.3", "--sequences", "16"]
+    options = ["--contexts", "0", "64", "--microbatches", "64", "16", "--seconds", "1", "--sequences", "16"]
     recipe, out = str(ROOT / "configs/tiny.yaml"), tmp_path / "context.json"
     benchmark(["context", "--config", recipe, *options, "--out", str(out)], "paceline bench")
     found = json.loads(out.read_text())
@@ -148,10 +148,9 @@ def test_contexts_side_by_side(cache, tmp_path, monkeypatch):
     rows = found["rows"]
     assert [(r["context"], r["microbatch"]) for r in rows] == [(0, 64), (0, 16), (64, 64), (64, 16)]
     for row in rows:
-        assert row["anchors"] >= row["updates"] and set(row["by_part"]) == {"0"}
+        assert row["updates"] > 0 and row["anchors"] > 0 and set(row["by_part"]) == {"0"}
         assert 1 <= row["drawn"] <= 5
         assert row["by_part"]["0"] == pytest.approx([row["drawn"], row["likeliest"]])
-    assert sum(row["updates"] for row in rows) > 0  # on a busy machine 0.3 s are none for some
 
 
 def test_ratios():

@@ -171,14 +171,14 @@ def test_recovers_within_100_steps_of_a_collapse(batch):
 def test_a_drafter_that_became_better_is_found():
     """Within 400 steps by most seeds: tries are few by design, since they are paid for."""
     found = 0
-    for seed in range(20):
+    for seed in range(40):
         world = World({"suffix": 0.5, "eagle3": 0.0}, seed=seed)
         selector = selector_for(world, seed=seed)
         play(selector, world, 1, 200)
         world.accept["eagle3"] = 0.9
         play(selector, world, 1, 400)
         found += play(selector, world, 1, 200) >= 0.8 * best_fixed(selector, world, 1)
-    assert found >= 10
+    assert found >= 24
 
 
 def test_arms_are_compared_in_few_of_the_steps_of_a_known_bucket(monkeypatch):
@@ -314,19 +314,21 @@ def test_state_survives_json():
 
 
 def test_new_weights_weaken_what_was_learned_and_new_drafters_join():
-    world = World({"suffix": 0.3, "eagle3": 0.9})
-    selector = selector_for(world, names=("suffix",))
-    play(selector, world, 1, 100)
-    assert "eagle3" not in selector.arms
-    selector.drafter_changed("eagle3")
-    play(selector, world, 1, 200)
-    arm = Strategy("eagle3", 4)
-    before = selector.cost.tokens(arm)
-    selector.drafter_changed("eagle3")
-    assert 0.8 * before < selector.cost.tokens(arm) < before
-    world.accept["eagle3"] = 0.0
-    play(selector, world, 1, 30)
-    assert selector.cost.tokens(arm) < 2
+    arm, kept = Strategy("eagle3", 4), []
+    for seed in range(10):
+        world = World({"suffix": 0.3, "eagle3": 0.9}, seed=seed)
+        selector = selector_for(world, names=("suffix",), seed=seed)
+        play(selector, world, 1, 100)
+        assert "eagle3" not in selector.arms
+        selector.drafter_changed("eagle3")
+        play(selector, world, 1, 200)
+        before = selector.cost.tokens(arm)
+        selector.drafter_changed("eagle3")
+        kept.append(selector.cost.tokens(arm) / before)
+        world.accept["eagle3"] = 0.0
+        play(selector, world, 1, 30)
+        assert selector.cost.tokens(arm) < 2
+    assert np.mean(kept) == pytest.approx(1, rel=0.05)
 
 
 def test_a_trial_of_a_drafter_that_is_lost_costs_no_more():
