@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from paceline.drafter_trainer.objective.training_time_test import (
+    Interrupted,
+    Objective,
+    Unrolled,
+    unrolled_loss,
+)
 from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
 from paceline.drafter_trainer.packing import DraftBatch, pack
 from paceline.drafter_trainer.storage.optimizer_state import load_optimizer
 from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Piece
-from paceline.drafter_trainer.training_time_test import Interrupted, Objective, Unrolled, unrolled_loss
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 

@@ -11,10 +11,10 @@ import torch
 
 from paceline.drafter_trainer.ensemble_weights import tracking_weights
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
+from paceline.drafter_trainer.objective.training_time_test import Interrupted, Unrolled
 from paceline.drafter_trainer.storage.ensemble import EnsembleState
 from paceline.drafter_trainer.storage.optimizer_state import check_moments, take_over_moments
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer
-from paceline.drafter_trainer.training_time_test import Interrupted, Unrolled
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _HELD_OUT_BATCHES = 4  # bounds the time of one evaluation

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from paceline.drafter_trainer.losses import LOSSES
+from paceline.drafter_trainer.objective.losses import LOSSES
 from paceline.rl.algorithms.advantages import ADVANTAGES
 from paceline.rl.algorithms.policy_losses import POLICY_LOSSES
 from paceline.rollout.trees import TREES

@@ -66,8 +66,8 @@ class DrafterConfig:
 
     loss: str = "fkl"
     """Distillation loss between the policy's distribution p and the drafter's q, a name in
-    `paceline.drafter_trainer.losses.LOSSES` or ``length``. ``fkl``: cross-entropy −Σ p log q, the gradient of
-    the forward KL (EAGLE-3, arXiv 2503.01840). ``rkl``: reverse KL; ``jsd``: Jensen–Shannon (both
+    `paceline.drafter_trainer.objective.losses.LOSSES` or ``length``. ``fkl``: cross-entropy −Σ p log q, the
+    gradient of the forward KL (EAGLE-3, arXiv 2503.01840). ``rkl``: reverse KL; ``jsd``: Jensen–Shannon (both
     DistillSpec, arXiv 2310.08461). ``tvd``: total variation, 1 − Σ min(p, q), which is the rejection
     probability (arXiv 2211.17192, theorem 3.5). ``tvd++``: the same with a normalized reward (arXiv
     2403.00858). ``log_acceptance``: −log Σ min(p, q) (LK losses, arXiv 2602.23881). ``length``: the negative

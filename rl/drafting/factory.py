@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.objective.training_time_test import Objective
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
-from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.config.run import RunConfig
 from paceline.rl.process.process_tuning import multiplies_bfloat16
 from paceline.rl.tasks.prompts import stable_seed

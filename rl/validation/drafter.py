@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.drafter_trainer.losses import LENGTH_LOSS, LOSSES
+from paceline.drafter_trainer.objective.losses import LENGTH_LOSS, LOSSES
 from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.validation.rules import Rule, at_least, one_of
 

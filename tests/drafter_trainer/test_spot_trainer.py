@@ -19,7 +19,7 @@ from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.vocabulary import move_vocabulary
 from paceline.rollout.drafters.eagle3_model import eagle3_config
-from tests.drafter_trainer.test_training_time_test import buffer_of, learner_for, traces_of
+from tests.drafter_trainer.objective.test_training_time_test import buffer_of, learner_for, traces_of
 from tests.engines import tiny_llama
 
 

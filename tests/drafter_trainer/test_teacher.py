@@ -5,12 +5,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from paceline.drafter_trainer import teacher
+from paceline.drafter_trainer.objective.training_time_test import Objective
 from paceline.drafter_trainer.storage.stored_trace import StoredTrace
 from paceline.drafter_trainer.teacher import Normalizers, Teacher
 from paceline.drafter_trainer.trace_buffer import Entry, Piece
-from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rollout import Request, SamplingParams
-from tests.drafter_trainer.test_training_time_test import buffer_of, learner_for, pack_pieces, traces_of
+from tests.drafter_trainer.objective.test_training_time_test import (
+    buffer_of,
+    learner_for,
+    pack_pieces,
+    traces_of,
+)
 from tests.engines import tiny_eagle3, tiny_llama
 
 VOCABULARY = torch.arange(0, 97, 3)

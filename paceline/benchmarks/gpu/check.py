@@ -38,7 +38,7 @@ _TESTS = (
     "tests/rollout/test_gpu_rows.py",
     "tests/rollout/native/test_triton_kernels.py",
     "tests/rl/learner/test_packed_attention.py",
-    "tests/drafter_trainer/test_unrolled_attention.py",
+    "tests/drafter_trainer/objective/test_unrolled_attention.py",
     "tests/drafter_trainer/test_teacher.py",
 )
 _COPIED = 1 << 30  # values of the copy that measures the bandwidth

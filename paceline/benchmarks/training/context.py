@@ -19,8 +19,8 @@ from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.benchmarks.training.new_drafter import NewDrafters
 from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.objective.training_time_test import Objective
 from paceline.drafter_trainer.trace_buffer import Entry, Piece
-from paceline.drafter_trainer.training_time_test import Objective
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process
 from paceline.rl.recipe import load_config

@@ -12,9 +12,9 @@ from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.runs import deadline_passed
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.objective.training_time_test import Objective
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
-from paceline.drafter_trainer.training_time_test import Objective
 from paceline.drafter_trainer.vocabulary import choose_vocabulary
 from paceline.rl.drafting.factory import drafter_autocast
 from paceline.rollout import Rollout

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from paceline.drafter_trainer.losses import LOSSES, total_variation
+from paceline.drafter_trainer.objective.losses import LOSSES, total_variation
 from paceline.rl.algorithms.advantages import ADVANTAGES, token_advantages
 from paceline.rl.algorithms.grpo import TokenLoss
 from paceline.rl.algorithms.policy_losses import POLICY_LOSSES

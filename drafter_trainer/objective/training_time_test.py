@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from paceline.drafter_trainer.losses import LENGTH_LOSS, LOSSES
+from paceline.drafter_trainer.objective.losses import LENGTH_LOSS, LOSSES
+from paceline.drafter_trainer.objective.unrolled_attention import UnrolledAttention
 from paceline.drafter_trainer.packing import DraftBatch
-from paceline.drafter_trainer.unrolled_attention import UnrolledAttention
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 
 

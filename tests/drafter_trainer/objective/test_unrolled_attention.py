@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paceline.drafter_trainer import unrolled_attention
-from paceline.drafter_trainer.unrolled_attention import Pieces, UnrolledAttention
+from paceline.drafter_trainer.objective import unrolled_attention
+from paceline.drafter_trainer.objective.unrolled_attention import Pieces, UnrolledAttention
 
 LENGTHS, HEADS, KV, DIM, POSITIONS = (5, 1, 9), 4, 2, 16, 3
 CONTEXTS = (3, 0, 7)  # tokens of left context of each piece

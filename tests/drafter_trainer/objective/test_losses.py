@@ -7,11 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.drafter_trainer.losses import LOSSES, soft_cross_entropy, total_variation, total_variation_plus
+from paceline.drafter_trainer.objective.losses import (
+    LOSSES,
+    soft_cross_entropy,
+    total_variation,
+    total_variation_plus,
+)
+from paceline.drafter_trainer.objective.training_time_test import (
+    LENGTH_LOSS,
+    Objective,
+    _Unroll,
+    unrolled_loss,
+)
 from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
-from paceline.drafter_trainer.training_time_test import LENGTH_LOSS, Objective, _Unroll, unrolled_loss
 from paceline.rollout import Request, SamplingParams
-from tests.drafter_trainer.test_training_time_test import packed, traces_of
+from tests.drafter_trainer.objective.test_training_time_test import packed, traces_of
 from tests.engines import engine_for, tiny_eagle3, tiny_llama
 
 HALF = torch.tensor([[0.5, 0.5]])

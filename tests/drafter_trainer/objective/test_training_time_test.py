@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
+from paceline.drafter_trainer.objective.training_time_test import Objective, unrolled_loss
 from paceline.drafter_trainer.packing import pack
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.storage.stored_trace import StoredTrace
 from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Entry, Piece, TraceBuffer, pieces_of
-from paceline.drafter_trainer.training_time_test import Objective, unrolled_loss
 from paceline.drafter_trainer.vocabulary import choose_vocabulary, coverage
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
 from paceline.rollout.drafters import DraftContext, Eagle3Drafter

@@ -1,0 +1,1 @@
+"""What the drafter is trained for: losses over several draft positions, and the attention of drafts."""
