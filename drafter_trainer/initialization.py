@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import LlamaConfig, PreTrainedModel
+import copy
 
-from paceline.rollout.drafters.eagle3_model import Eagle3Model
+import torch
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from paceline.rollout.drafters.eagle3_model import MASK_TOKEN, Eagle3Model, mask_token_of
 from paceline.rollout.model.runner import decoder_layers
 
 
@@ -50,3 +52,24 @@ def initial_drafter(
         drafter.norm.weight.copy_(final_norm.float())
     drafter.midlayer.hidden_norm.weight.copy_(drafter.midlayer.input_layernorm.weight)
     return drafter
+
+
+@torch.no_grad()
+def with_mask(drafter: Eagle3Model, wanted: bool, target: PreTrainedConfig, seed: int) -> Eagle3Model:
+    """Returns the drafter with a mask, with which it can learn to draft in one pass, or without one.
+
+    Args:
+        drafter: Drafter to copy, if it is not as wanted.
+        wanted: Whether it should have a mask; an untrained one is added if it has none.
+        target: The policy's configuration.
+        seed: Seed of the sampled weights; must be equal on every rank.
+    """
+    if wanted == (drafter.mask_token is not None):
+        return drafter
+    config = copy.deepcopy(drafter.config)
+    setattr(config, MASK_TOKEN, mask_token_of(target) if wanted else None)
+    other = Eagle3Model(config, drafter.vocabulary)
+    if wanted:
+        other.mask_hidden.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+    other.load_state_dict(drafter.state_dict(), strict=False)
+    return other

@@ -8,12 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from paceline.drafter_trainer.objective.training_time_test import (
-    Interrupted,
-    Objective,
-    Unrolled,
-    unrolled_loss,
-)
+from paceline.drafter_trainer.objective.draft_objective import Interrupted, Objective, Unrolled
+from paceline.drafter_trainer.objective.training_time_test import unrolled_loss
 from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
 from paceline.drafter_trainer.packing import DraftBatch, pack
 from paceline.drafter_trainer.storage.optimizer_state import load_optimizer
@@ -39,6 +35,9 @@ class DrafterLearner:
         temperature: Sampling temperature of the rollouts.
         autocast: Factory of the context manager for mixed precision.
         context: Number of tokens before a piece that its anchors attend to.
+        positions: Number of positions that training knows: each piece is moved by a random distance that
+            keeps it within them, the first four tokens of its text aside (`pack`). None trains at the real
+            positions.
         optimistic: Whether updates use the last gradient as a hint (`OptimisticAdamW`).
     """
 
@@ -53,6 +52,7 @@ class DrafterLearner:
         temperature: float,
         autocast: Callable[[], torch.autocast],
         context: int,
+        positions: int | None = None,
         optimistic: bool = False,
     ) -> None:
         self.model, self.objective = model, objective
@@ -60,7 +60,7 @@ class DrafterLearner:
         self.optimizer = optimizer(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self._lr = lr
         self._embed, self._head = embed_tokens, head
-        self._temperature, self.context = temperature, context
+        self._temperature, self.context, self._positions = temperature, context, positions
         self._autocast = autocast
 
     def restore(self, stem: Path) -> None:
@@ -85,17 +85,32 @@ class DrafterLearner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * multiple
 
-    def _pack(self, pieces: Sequence[Piece], weights: Sequence[float]) -> DraftBatch:
+    def _pack(
+        self, pieces: Sequence[Piece], weights: Sequence[float], offsets: Sequence[int] | None = None
+    ) -> DraftBatch:
         device = self.model.fc.weight.device
         return pack(
             pieces,
             weights,
             Teacher(self._head, self.model.vocabulary, self._temperature),
-            self.objective.unroll,
+            self.objective.positions,
             self.context,
             device,
             rejected=self.objective.on_policy > 0,
+            offsets=offsets,
         )
+
+    def _offsets(self, pieces: Sequence[Piece], draw: torch.Generator) -> list[int] | None:
+        """Returns the random distance by which each piece is moved; None where none is."""
+        if self._positions is None:
+            return None
+        room = [self._positions - piece.end - 1 - self.objective.positions for piece in pieces]
+        return [int(torch.randint(max(n, 0) + 1, (), generator=draw)) for n in room]
+
+    def _draw(self) -> torch.Generator:
+        """Returns the random numbers of the next update, which its number decides, also after a resume."""
+        first = next(iter(self.optimizer.state.values()), {"step": 0})
+        return torch.Generator().manual_seed(int(first["step"]))
 
     def update(
         self, pieces: Sequence[Piece], weights: Sequence[float], stop: Callable[[], bool] | None = None
@@ -120,9 +135,9 @@ class DrafterLearner:
                 raise Interrupted
 
         with self._autocast():
-            outcome = unrolled_loss(
-                self.model, self._embed, self._pack(pieces, weights), self.objective, check
-            )
+            draw = self._draw()
+            batch = self._pack(pieces, weights, self._offsets(pieces, draw))
+            outcome = unrolled_loss(self.model, self._embed, batch, self.objective, check, draw)
         if not bool(torch.isfinite(outcome.loss)):
             return None
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,8 +9,7 @@ import torch
 
 from paceline.drafter_trainer.teacher import Teacher
 from paceline.drafter_trainer.trace_buffer import Piece
-
-SINKS = 4  # first tokens of a text, to which drafters attend strongly at every distance (LongSpec)
+from paceline.rollout.drafters.eagle3_model import SINKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +78,7 @@ def pack(
     context: int,
     device: torch.device,
     rejected: bool = False,
+    offsets: Sequence[int] | None = None,
 ) -> DraftBatch:
     """Packs pieces into a batch and computes the teacher's distributions from the stored inputs of its head.
 
@@ -86,7 +86,8 @@ def pack(
 
     A piece brings its left context: the ``context`` tokens before its first anchor, and the first four of the
     text, which stay visible at every distance. LongSpec (arXiv 2502.17421) keeps such attention sinks in
-    training as well, and draws a random offset between them and the rest; here the distance is the real one.
+    training as well. Its anchor-offset indices draw a random distance between them and the rest, so that
+    distances are met in training that no text of the step has; ``offsets`` are such distances.
 
     Args:
         pieces: Pieces of one micro-batch.
@@ -96,12 +97,17 @@ def pack(
         context: Number of tokens before a piece that its anchors attend to; 0 also leaves out the first four.
         device: The drafter's device.
         rejected: Whether the batch has the target's distributions after rejected tokens.
+        offsets: What is added to the positions of each piece and its context, the first four tokens of the
+            text aside; None adds nothing.
     """
     blocks: list[dict[str, torch.Tensor]] = []
     base = anchors = 0
     for number, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-        block = _block(piece, number, weight, base, anchors, unroll, rejected)
-        blocks.append(block | _context(piece, context))
+        block = _block(piece, number, weight, base, anchors, unroll, rejected) | _context(piece, context)
+        offset = 0 if offsets is None else offsets[number]
+        block["positions"] += offset
+        block["context_positions"][len(_sinks(piece, context)) :] += offset
+        blocks.append(block)
         base, anchors = base + len(blocks[-1]["tokens"]), anchors + len(blocks[-1]["anchor_index"])
     joined = {name: torch.cat([block[name].to(device) for block in blocks]) for name in blocks[0]}
     left = LeftContext(
@@ -126,15 +132,19 @@ def pack(
 
 def _context(piece: Piece, context: int) -> dict[str, torch.Tensor]:
     """Returns one piece's part of every tensor of `LeftContext`, each under its name after ``context_``."""
-    trace, first = piece.entry.trace.get(), max(piece.begin - context, 0)
-    positions = torch.arange(first, piece.begin)
-    if context:
-        positions = torch.cat([torch.arange(min(SINKS, first)), positions])
+    trace, sinks = piece.entry.trace.get(), _sinks(piece, context)
+    rest = torch.arange(max(piece.begin - context, len(sinks)), piece.begin)
+    positions = torch.cat([sinks, rest])
     return {
         "context_tokens": trace.token_ids[positions + 1],
         "context_positions": positions,
         "context_taps": trace.taps[positions].float(),
     }
+
+
+def _sinks(piece: Piece, context: int) -> torch.Tensor:
+    """Returns the positions of the first tokens of the text that a piece has as its context."""
+    return torch.arange(min(SINKS, piece.begin) if context else 0)
 
 
 def _taught(piece: Piece, unroll: int) -> slice:

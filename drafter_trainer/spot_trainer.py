@@ -11,7 +11,7 @@ import torch
 
 from paceline.drafter_trainer.ensemble_weights import tracking_weights
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
-from paceline.drafter_trainer.objective.training_time_test import Interrupted, Unrolled
+from paceline.drafter_trainer.objective.draft_objective import Interrupted, Unrolled
 from paceline.drafter_trainer.storage.ensemble import EnsembleState
 from paceline.drafter_trainer.storage.optimizer_state import check_moments, take_over_moments
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer

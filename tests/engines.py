@@ -42,17 +42,21 @@ def tiny_llama(
     return model
 
 
-def tiny_eagle3(model: LlamaForCausalLM, draft_vocab_size: int | None = None, seed: int = 1) -> Eagle3Model:
+def tiny_eagle3(
+    model: LlamaForCausalLM, draft_vocab_size: int | None = None, seed: int = 1, parallel: bool = False
+) -> Eagle3Model:
     """A random drafter over every second token of the target's vocabulary (or the first ``draft_vocab_size``
-    of those).
+    of those); with ``parallel`` it also drafts in one pass.
     """
     torch.manual_seed(seed)
     vocab = model.config.vocab_size
     vocabulary = torch.arange(0, vocab, 2)[: draft_vocab_size or vocab]
-    config = eagle3_config(model.config, len(vocabulary), default_tap_layers(model.config.num_hidden_layers))
-    drafter = Eagle3Model(config, vocabulary)
+    taps = default_tap_layers(model.config.num_hidden_layers)
+    drafter = Eagle3Model(eagle3_config(model.config, len(vocabulary), taps, parallel), vocabulary)
     with torch.no_grad():
         drafter.lm_head.weight.mul_(20)
+        if parallel:
+            drafter.mask_hidden.normal_(generator=torch.Generator().manual_seed(seed))
     return drafter
 
 
@@ -83,7 +87,7 @@ def engine_for(
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> RolloutEngine:
-    """An engine with every drafter."""
+    """An engine with a drafter of each kind."""
     engine = RolloutEngine(
         model,
         dtype=dtype,
@@ -95,7 +99,7 @@ def engine_for(
     engine.add_drafter(SuffixDrafter())
     engine.add_drafter(
         Eagle3Drafter(
-            tiny_eagle3(model),
+            tiny_eagle3(model, parallel=True),
             engine.runner.view.module.get_input_embeddings(),
             slots=slots,
             capacity=engine.capacity_for(context, engine.max_nodes),
@@ -104,6 +108,7 @@ def engine_for(
             taps=fixed_taps(engine.runner),
         )
     )
+    engine.add_drafter(build_drafter("parallel", engine, DrafterParts()))
     engine.add_drafter(AdversarialDrafter(model.config.vocab_size, sampled=True))
     return engine
 
@@ -114,9 +119,7 @@ def full_engine(
     """A float32 engine with every drafter that there is, by name."""
     engine = engine_for(model, slots=slots, context=context, rules=rules, **options)
     small = tiny_llama(model.config.vocab_size, seed=3, layers=2, sharpness=6.0)
-    parts = DrafterParts(
-        rules or DraftRules(), tiny_eagle3(model), draft_model=small, composite_match=3, clasp_skipped=0.5
-    )
+    parts = DrafterParts(rules or DraftRules(), draft_model=small, composite_match=3, clasp_skipped=0.5)
     for name in DRAFTERS:
         if name not in engine.drafters and (
             name != "composite" or rules is None or rules.draw == "likeliest"

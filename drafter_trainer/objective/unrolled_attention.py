@@ -69,14 +69,68 @@ class UnrolledAttention:
 
     def branch(self, rows: torch.Tensor) -> Attend:
         """Returns attention for anchors ``rows``, piece by piece, which does not keep the newest key."""
-        counts = torch.bincount(self._piece_of[rows], minlength=len(self._anchors)).tolist()
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             keys = [self._keys[0], *(k[:, :, rows] for k in self._keys[1:]), key]
             values = [self._values[0], *(v[:, :, rows] for v in self._values[1:]), value]
-            return self._dense(query, rows, counts, keys, values)
+            return self._dense(query, rows, self._counts(rows), keys, values)
 
         return attend
+
+    def at_once(self, kept: Sequence[torch.Tensor]) -> Attend:
+        """Returns attention for several further draft positions in one call, which keeps no keys.
+
+        Position 0 must be the only one that was attended from so far.
+
+        Args:
+            kept: Anchors of each further position, int64, ascending; each a subset of those before it. Their
+                queries, keys and values come one position after another.
+        """
+        sizes = [len(rows) for rows in kept]
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            queries, keys, values = (x.split(sizes, 2) for x in (query, key, value))
+            outs = []
+            for step, rows in enumerate(kept):
+                places = [torch.searchsorted(among, rows) for among in kept[: step + 1]]
+                own_keys, own_values = (
+                    [x[:, :, place] for x, place in zip(lines, places, strict=False)]
+                    for lines in (keys, values)
+                )
+                own_keys, own_values = [self._keys[0], *own_keys], [self._values[0], *own_values]
+                outs.append(self._subset(queries[step], rows, own_keys, own_values))
+            return torch.cat(outs, 1)
+
+        return attend
+
+    def _subset(
+        self, query: torch.Tensor, rows: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Attends from anchors ``rows`` [1, H, M, d], whose own keys and values are [1, KV, M, d] each.
+
+        Flash attention knows no gaps between anchors, so that all anchors attend there.
+
+        Returns:
+            Outputs [1, M, H, d].
+        """
+        if not flash_serves(values[0]):
+            return self._dense(query, rows, self._counts(rows), keys, values)
+        (first_key, *own_keys), (first_value, *own_values) = keys, values
+
+        def spread(lines: torch.Tensor) -> torch.Tensor:
+            full = lines.new_zeros(sum(self._anchors), lines.shape[1], lines.shape[3])
+            return full.index_copy(0, rows, lines[0].transpose(0, 1)).to(first_value.dtype)
+
+        lines = [
+            spread(query),
+            *(first_key[0].transpose(0, 1), *map(spread, own_keys)),
+            *(first_value[0].transpose(0, 1), *map(spread, own_values)),
+        ]
+        return _Merged.apply(self._pieces, self._scaling, *lines)[None, rows]
+
+    def _counts(self, rows: torch.Tensor) -> list[int]:
+        """Returns how many of the anchors ``rows`` each piece has."""
+        return torch.bincount(self._piece_of[rows], minlength=len(self._anchors)).tolist()
 
     def _dense(
         self,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, LlamaConfig
 from paceline.drafter_trainer.errors import DrafterError, one_line
 from paceline.drafter_trainer.storage.drafter_config import read_drafter_config
 from paceline.drafter_trainer.storage.removal import remove_directory
-from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
+from paceline.rollout.drafters.eagle3_model import MASK_TOKEN, Eagle3Model, attention_shape
 
 
 def save_drafter(model: Eagle3Model, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -156,8 +156,11 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": (hidden, inner),
         **dict.fromkeys(("input_layernorm", "hidden_norm", "post_attention_layernorm"), (hidden,)),
     }
+    features = len(config.eagle_aux_hidden_state_layer_ids) * hidden
+    mask = {} if getattr(config, MASK_TOKEN, None) is None else {"mask_hidden": (1, features)}
     return {
-        "fc.weight": (hidden, len(config.eagle_aux_hidden_state_layer_ids) * hidden),
+        **mask,
+        "fc.weight": (hidden, features),
         **{f"midlayer.{name}.weight": shape for name, shape in layer.items()},
         "norm.weight": (hidden,),
         "lm_head.weight": (config.draft_vocab_size, hidden),

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from paceline.drafter_trainer.errors import DrafterError
 from paceline.drafter_trainer.storage.json_object import read_object
-from paceline.rollout.drafters.eagle3_model import ARCHITECTURE
+from paceline.rollout.drafters.eagle3_model import ARCHITECTURE, MASK_TOKEN
 
 _TAPS = "eagle_aux_hidden_state_layer_ids"
 _COUNTS = (
@@ -87,6 +87,9 @@ def _problem(data: dict[str, Any]) -> str | None:
     for key in _COUNTS:
         if not _is_count(data.get(key)):
             return f"{key} is {_short(data.get(key))}; write a whole number above 0"
+    mask = data.get(MASK_TOKEN)
+    if mask is not None and not (_is_count(mask, least=0) and mask < data["vocab_size"]):
+        return f"{MASK_TOKEN} is {_short(mask)}; write a token id below vocab_size, {data['vocab_size']}"
     taps = data.get(_TAPS)
     if not isinstance(taps, list) or len(taps) != 3 or not all(_is_count(layer, least=0) for layer in taps):
         return f"{_TAPS} is {_short(taps)}; write the three layers whose inputs the drafter was trained on"

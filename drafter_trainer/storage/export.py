@@ -39,7 +39,7 @@ def export_drafter(run: Path, out: Path, *, target: str | None = None, name: str
             f"{run}: no checkpoint/drafter; name a run with the eagle3 drafter that has saved a checkpoint"
         )
     drafter = load_drafter_of(source, policy)
-    facts = drafter_facts(run)
+    facts = replace(drafter_facts(run), parallel=drafter.mask_token is not None)
     if target is not None:
         facts = replace(facts, target=target, base_model=target)
     try:

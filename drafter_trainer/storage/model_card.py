@@ -10,6 +10,9 @@ from huggingface_hub import ModelCard, ModelCardData
 
 _TAGS = ["eagle3", "speculative-decoding", "draft-model", "vllm", "sglang", "paceline"]
 _DEPTH = 4  # draft tokens per verification in the serving commands
+_PARALLEL = """It also drafts all tokens in one pass (P-EAGLE): add `"parallel_drafting": true` to the config.
+
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class DrafterFacts:
         temperature: Sampling temperature of the rollouts that it was trained on.
         acceptance_length: Tokens per forward pass of the target, measured in the run; None if not measured.
         acceptance: Expected acceptance Σ min(p, q) at draft positions 1, 2, …; empty if not measured.
+        parallel: Whether it can draft in one pass.
     """
 
     target: str
@@ -33,6 +37,7 @@ class DrafterFacts:
     temperature: float | None = None
     acceptance_length: float | None = None
     acceptance: Sequence[float] = ()
+    parallel: bool = False
 
 
 def drafter_card(facts: DrafterFacts, draft_vocab_size: int, name: str = "DRAFTER") -> str:
@@ -84,7 +89,7 @@ vllm serve {target} \\
   --speculative-config '{{"method": "eagle3", "model": "{name}", "num_speculative_tokens": {_DEPTH}}}'
 ```
 
-With SGLang:
+{_PARALLEL if facts.parallel else ""}With SGLang:
 
 ```bash
 python -m sglang.launch_server --model-path {target} \\

@@ -35,6 +35,7 @@ STUDIES = {
     "sharding": "training.sharding",
     "losses": "training.losses",
     "context": "training.context",
+    "parallel-drafts": "training.parallel_drafts",
     "idle": "training.idle",
     "online": "training.online",
     "trl": "training.trl",
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     arguments = sys.argv[1:] if arguments is None else arguments
     raw = argparse.RawDescriptionHelpFormatter
     texts = {name: docstring(name) for name in STUDIES}
-    listing = "\n".join(f"  {name:<12}{text.splitlines()[0]}" for name, text in texts.items())
+    listing = "\n".join(f"  {name:<16}{text.splitlines()[0]}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
         prog=program,
         description="Runs a benchmark. NAME --help describes one; benchmarks/README.md lists the results.",

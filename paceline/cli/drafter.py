@@ -77,6 +77,13 @@ def serve(
             "9 to 64. By default each step's number is chosen from measured times."
         ),
     ] = "[]",
+    parallel: Annotated[
+        bool,
+        Option(
+            "--parallel",
+            help="Draft --depth tokens in one pass, with a drafter trained with drafter.parallel_positions.",
+        ),
+    ] = False,
     vllm: Annotated[str, Option(help="Path of vLLM's command if it is not on PATH.")] = "vllm",
     sglang: Annotated[
         bool, Option("--sglang", help="Print the command for SGLang instead; it is untested.")
@@ -89,6 +96,8 @@ def serve(
     With --exchange the server accepts new weights from a trainer (rollout.vllm.servers).
     """
     with user_errors():
+        if parallel and (sglang or schedule != "[]"):
+            raise UserError("--parallel is for vLLM and a fixed --depth: leave --sglang and --schedule out")
         policy, context = _served_policy(run)
         drafter: Path | None = run / "drafter"
         if not (run / "drafter").is_dir():
@@ -99,9 +108,13 @@ def serve(
         from paceline.rollout.backends.serve_command import serve_command, sglang_command
 
         if drafter is not None:
-            load_drafter_of(
-                drafter, policy
-            )  # reports a broken drafter in one line, which the server does not
+            # reports a broken drafter in one line, which the server does not
+            loaded = load_drafter_of(drafter, policy)
+            if parallel and loaded.mask_token is None:
+                raise UserError(
+                    f"--parallel: {drafter} has not learned to draft in one pass; leave the option out, or "
+                    "train with drafter.parallel_positions"
+                )
         if sglang:
             print(shlex.join(sglang_command(policy, drafter, depth, host, port, more or ())))
             return
@@ -114,6 +127,7 @@ def serve(
             port=port,
             max_context=max(context, 2048),
             updates=exchange is not None,
+            parallel=parallel,
             more=more or (),
         )
         _start([vllm, *command[1:]], exchange, host, show)

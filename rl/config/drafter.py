@@ -77,6 +77,11 @@ class DrafterConfig:
     """Number of draft positions trained on, each fed with the drafter's output at the one before
     (training-time test; EAGLE-3, arXiv 2503.01840, section 3.2); at least 1."""
 
+    parallel_positions: int = 0
+    """Number of draft positions that the drafter learns to draft in one pass, for the ``parallel`` drafter of
+    ``speculation.drafters`` (P-EAGLE, arXiv 2602.01469); 0 or at least 2. They are trained beside the
+    ``unroll`` positions of drafts that take a pass a token; with ``unroll: 1`` instead of them."""
+
     decay: float = 0.8
     """Weight of each draft position relative to the one before. ``loss: length`` does not use it."""
 
@@ -101,6 +106,11 @@ class DrafterConfig:
     """Number of tokens before a piece of a completion that the drafter attends to while it is trained on the
     piece, beside the first four of the text; at least 0. Only their keys and values are computed: on a CPU,
     512 of them for each 256 tokens took a seventh of the time."""
+
+    random_positions: bool = False
+    """Move each piece, in training, by a random distance from the first four tokens of its text, within
+    ``rollout.max_context``, so that distances are met that are longer than the completions so far
+    (anchor-offset indices: LongSpec, arXiv 2502.17421)."""
 
     passes: int = 2
     """Largest number of passes over a step's rollouts; at least 1."""

@@ -17,7 +17,8 @@ class SpeculationConfig:
 
     drafters: tuple[str, ...] = ("suffix", "eagle3", "composite")
     """Drafters to build: ``suffix``, ``ngram``, ``consensus``, ``recycling``, ``stand``, ``eagle3``,
-    ``composite`` (needs ``suffix`` and ``eagle3``), ``clasp``, ``draft_model`` (needs ``draft_model``)."""
+    ``parallel`` (``eagle3`` in one pass, with ``drafter.parallel_positions``), ``composite`` (needs
+    ``suffix`` and ``eagle3``), ``clasp``, ``draft_model`` (needs ``draft_model``)."""
 
     arms: tuple[str, ...] = ()
     """Strategies that ``strategy: adaptive`` chooses from, beside plain decoding; empty takes chains and
@@ -66,8 +67,8 @@ class SpeculationConfig:
     arXiv 2511.13841)."""
 
     eagle3_window: int | None = None
-    """Least number of preceding tokens that the EAGLE-3 drafter attends to, which bounds its KV cache; at
-    least 1. Null attends to all."""
+    """Least number of preceding tokens that the EAGLE-3 drafter attends to beside the first four of the text,
+    which bounds its KV cache; at least 1. Null attends to all."""
 
     composite_match: int = 5
     """Length of a suffix match, in tokens, from which the ``composite`` drafter takes the suffix drafter's

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.objective.training_time_test import Objective
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
+from paceline.rl.config.drafter import DrafterConfig
 from paceline.rl.config.run import RunConfig
 from paceline.rl.process.process_tuning import multiplies_bfloat16
 from paceline.rl.tasks.prompts import stable_seed
@@ -50,18 +51,32 @@ def spot_trainer(
             copy.deepcopy(model).to(device),
             policy.get_input_embeddings(),
             policy.get_output_embeddings(),
-            Objective(d.loss, d.unroll, d.decay, d.mask_top, d.feedback_only, d.on_policy),
+            objective_of(d),
             lr=d.lr * multiple,
             optimistic=d.optimistic,
             temperature=config.rollout.temperature,
             autocast=autocast,
             context=d.context_tokens,
+            positions=config.rollout.max_context if d.random_positions else None,
         )
         for multiple in d.ensemble
     ]
     likeliest = config.speculation.draw == "likeliest"
     return SpotTrainer(
         learners, buffer, budget=d.tokens_per_microbatch, judge_every=d.judge_every, likeliest=likeliest
+    )
+
+
+def objective_of(d: DrafterConfig) -> Objective:
+    """Returns what a recipe's drafter is trained for."""
+    return Objective(
+        d.loss,
+        d.unroll,
+        d.decay,
+        d.mask_top,
+        d.feedback_only,
+        d.on_policy,
+        parallel=d.parallel_positions,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from paceline.drafter_trainer.initialization import initial_drafter
+from paceline.drafter_trainer.initialization import initial_drafter, with_mask
 from paceline.drafter_trainer.learner import DrafterLearner, first_non_finite
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.storage.ensemble import EnsembleState
@@ -61,7 +61,9 @@ class RankDrafter:
         self.spot: SpotTrainer | None = None
         if self._wanted:
             try:
-                self._shape = eagle3_config(policy.config, config.drafter.draft_vocab_size, worker.tap_layers)
+                d, taps = config.drafter, worker.tap_layers
+                parallel = d.parallel_positions > 0
+                self._shape = eagle3_config(policy.config, d.draft_vocab_size, taps, parallel)
             except ValueError as error:
                 raise UserError(str(error)) from None
 
@@ -107,6 +109,8 @@ class RankDrafter:
         if model is None:
             assert vocabulary is not None
             model = initial_drafter(self._shape, vocabulary, self._policy, self._config.seed)
+        parallel = self._config.drafter.parallel_positions > 0
+        model = with_mask(model, parallel, self._policy.config, self._config.seed)
         self.spot = spot_trainer(self._config, self._policy, model, self.buffer)
         if self._vllm is None:
             self.worker.add_trained_drafter(self.spot.serving)

@@ -102,6 +102,8 @@ class SharedDrafter:
             return
         self.local.create(None, model)
         moments = Path(str(self._config.start)) / "optimizer"
+        if (model.mask_token is not None) != (self._config.parallel_positions > 0):
+            return  # the optimizer's state is of a drafter with other weights
         if moments.with_suffix(".json").is_file():
             try:
                 self._restore_moments(moments)

@@ -57,6 +57,15 @@ class WarmupReport:
     curve: list[tuple[float, float]] = field(default_factory=list)
 
 
+def warmup_rate(spent: float) -> float:
+    """Returns the learning rate of a new drafter as a multiple of the recipe's.
+
+    Args:
+        spent: Share of its training time that is over.
+    """
+    return max(_FIRST_LR * (1 - spent), _LAST_LR)
+
+
 OnRound = Callable[[float, str], None]
 
 
@@ -98,7 +107,7 @@ def warm_drafter(
     def stop(spot: SpotTrainer) -> bool:
         nonlocal microbatches
         for learner in spot.learners:
-            learner.scale_rate(max(_FIRST_LR * (1 - spent()), _LAST_LR))
+            learner.scale_rate(warmup_rate(spent()))
         microbatches += 1
         return spent() >= 1 and microbatches > _MIN_MICROBATCHES
 

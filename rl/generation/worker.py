@@ -34,7 +34,7 @@ from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.strategy import Selector
 
-_WITH_WEIGHTS = {"eagle3", "composite"}  # they wait for `RolloutWorker.add_trained_drafter`
+_WITH_WEIGHTS = {"eagle3", "composite", "parallel"}  # they wait for `RolloutWorker.add_trained_drafter`
 
 
 class RolloutWorker:

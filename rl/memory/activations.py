@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
-from paceline.drafter_trainer.packing import SINKS
+from paceline.drafter_trainer.objective.draft_objective import Objective
+from paceline.drafter_trainer.objective.parallel_drafts import retained_shares
 from paceline.drafter_trainer.trace_buffer import LONGEST_PIECE
 from paceline.rl.config.run import RunConfig
-from paceline.rollout.drafters.eagle3_model import attention_shape
+from paceline.rollout.drafters.eagle3_model import SINKS, attention_shape
 from paceline.rollout.model.shape import intermediate_size, key_shape
 
 _LOGITS = 1 << 27  # that a GPU's head works on at a time
@@ -64,10 +67,12 @@ def drafter_activations(config: RunConfig, shape: LlamaConfig) -> int:
     d, tokens = config.drafter, config.drafter.tokens_per_microbatch
     heads, _, _ = attention_shape(shape)
     hidden, taps = shape.hidden_size, len(shape.eagle_aux_hidden_state_layer_ids)
-    of_token = d.unroll * (3 * shape.draft_vocab_size + 17 * hidden) + shape.draft_vocab_size + taps * hidden
+    # anchors at all positions, for each anchor of the batch
+    positions = d.unroll + sum(retained_shares(Objective(parallel=d.parallel_positions)))
+    of_token = positions * (3 * shape.draft_vocab_size + 17 * hidden) + shape.draft_vocab_size + taps * hidden
     piece = min(tokens, LONGEST_PIECE, -(-config.rollout.max_tokens // 2))
     context = min(d.context_tokens + SINKS, config.rollout.max_context) if d.context_tokens else 0
     of_contexts = -(-tokens // piece) * context * (taps + 7) * hidden
     mixed = config.policy.mixed_precision == "bf16"
-    scores = 0 if mixed else (d.unroll + 3) * heads * tokens * (piece + context)
-    return 4 * (tokens * of_token + of_contexts + scores)
+    scores = 0 if mixed else (positions + 3) * heads * tokens * (piece + context)
+    return math.ceil(4 * (tokens * of_token + of_contexts + scores))

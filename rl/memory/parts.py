@@ -14,7 +14,7 @@ from paceline.rl.models.lora import add_adapters
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
 from paceline.rollout.drafters.draft_graphs import drafter_graph_bytes
-from paceline.rollout.drafters.eagle3_model import attention_shape, eagle3_config, parameter_count
+from paceline.rollout.drafters.eagle3_model import SINKS, attention_shape, eagle3_config, parameter_count
 from paceline.rollout.drafters.eagle3_native import draft_shape
 from paceline.rollout.graphs.graph_plan import ModelShape
 from paceline.rollout.model.kv_cache import CacheShape
@@ -116,11 +116,11 @@ def _drafter_parts(config: RunConfig, policy: PreTrainedConfig, ranks: int) -> l
     """Returns the memory of the EAGLE-3 drafter, served and in training."""
     text, drafter, dtype = policy.get_text_config(), config.drafter, getattr(torch, config.rollout.dtype)
     taps = default_tap_layers(text.num_hidden_layers)
-    shape = eagle3_config(policy, drafter.draft_vocab_size, taps)
+    shape = eagle3_config(policy, drafter.draft_vocab_size, taps, drafter.parallel_positions > 0)
     size = parameter_count(shape)
     _, kv_heads, head_dim = attention_shape(shape)
     slot, window = cache_shape(config, policy).capacity, config.speculation.eagle3_window
-    places = (slot if window is None else min(2 * window, slot)) + MAX_NODES
+    places = (slot if window is None else min(2 * window + SINKS, slot)) + MAX_NODES
     cache = CacheShape(1, kv_heads, head_dim, config.rollout.max_slots, places, 0, dtype)
     parts = [
         unsharded("drafter, served and approved", size * (8 + dtype.itemsize)),
@@ -147,9 +147,12 @@ def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
     """Returns the bytes of the drafter's captured graphs, for the strategies that the recipe may choose."""
     speculation, slots = config.speculation, config.rollout.max_slots
     names = speculation.arms or (() if speculation.strategy == "adaptive" else (speculation.strategy,))
-    arms = [Strategy.parse(name) for name in names] or default_arms("eagle3", speculation.max_nodes)
-    drafts = (arm for arm in arms if arm.drafter in ("eagle3", "composite"))
-    return drafter_graph_bytes(sizes, drafts, slots)
+    families = [name for name in ("eagle3", "parallel") if name in speculation.drafters]
+    arms = [Strategy.parse(name) for name in names] or [
+        arm for name in families for arm in default_arms(name, speculation.max_nodes)
+    ]
+    drafts = (arm for arm in arms if arm.drafter in ("eagle3", "composite", "parallel"))
+    return drafter_graph_bytes(sizes, drafts, slots, config.drafter.parallel_positions > 0)
 
 
 def unsharded(what: str, size: int) -> Part:

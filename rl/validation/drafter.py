@@ -17,6 +17,11 @@ def _objective_rules(d: DrafterConfig) -> list[Rule]:
     return [
         *one_of([*LOSSES, LENGTH_LOSS], {"drafter.loss": d.loss}),
         *at_least(1, {"drafter.unroll": d.unroll}),
+        (
+            d.parallel_positions == 0 or d.parallel_positions >= 2,
+            f"drafter.parallel_positions is {d.parallel_positions}: write at least 2, as the first position "
+            "is that of every draft, or 0",
+        ),
         *at_least(1, {"drafter.mask_top": d.mask_top}, ", or null"),
         (
             d.loss != LENGTH_LOSS or not (d.feedback_only or d.on_policy),

@@ -49,6 +49,11 @@ def check_decoding(config: RunConfig) -> None:
             *sampling_rules(config),
             *speculation_rules(config.speculation),
             *drafter_rules(config.drafter),
+            (
+                "parallel" not in config.speculation.drafters or config.drafter.parallel_positions > 0,
+                "speculation.drafters has parallel, which the drafter has to learn: write "
+                "drafter.parallel_positions, for example 5",
+            ),
             *vllm_rules(config),
         ]
     )

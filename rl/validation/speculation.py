@@ -33,6 +33,10 @@ def speculation_rules(s: SpeculationConfig) -> list[Rule]:
             "speculation.drafters has composite, which combines suffix and eagle3: list those too",
         ),
         (
+            "parallel" not in s.drafters or "eagle3" in s.drafters,
+            "speculation.drafters has parallel, which drafts with the weights of eagle3: list that too",
+        ),
+        (
             s.draw == "likeliest" or "composite" not in s.drafters,
             "speculation.drafters has composite, which combines drafts of likeliest tokens: leave it out, or "
             "write speculation.draw: likeliest",

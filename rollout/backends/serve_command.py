@@ -24,6 +24,7 @@ def serve_command(
     max_slots: int = 64,
     max_context: int = 4096,
     updates: bool = False,
+    parallel: bool = False,
     more: Sequence[str] = (),
 ) -> list[str]:
     """Returns the ``vllm serve`` command line for a policy and its drafter.
@@ -43,8 +44,15 @@ def serve_command(
         max_context: Maximum tokens of prompt and completion together.
         updates: Whether the server accepts new weights from a trainer. The endpoints are vLLM's development
             ones: the environment of the server needs the variables of `serve_environment`.
+        parallel: Whether the drafter, which has learned it, drafts in one pass; each step then has ``depth``
+            draft tokens.
         more: Further arguments, such as ``--tensor-parallel-size 4``.
+
+    Raises:
+        ValueError: Drafts in one pass are asked for with a schedule.
     """
+    if parallel and schedule:
+        raise ValueError("drafts in one pass have a fixed number of tokens: leave the schedule out")
     command = ["vllm", "serve", str(model), "--host", host, "--port", str(port)]
     command += ["--max-num-seqs", str(max_slots), "--max-model-len", str(max_context)]
     command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
@@ -57,7 +65,9 @@ def serve_command(
             "model": str(drafter),
             "num_speculative_tokens": depth,
         }
-        if schedule:
+        if parallel:
+            speculative["parallel_drafting"] = True
+        elif schedule:
             speculative["num_speculative_tokens_per_batch_size"] = [list(entry) for entry in schedule]
         else:
             command += ["--scheduler-cls", ADAPTIVE_SCHEDULER]

@@ -12,6 +12,7 @@ from paceline.rollout.drafters.draft_model import DraftModelDrafter
 from paceline.rollout.drafters.eagle3 import Eagle3Drafter
 from paceline.rollout.drafters.model_drafts import DraftRules
 from paceline.rollout.drafters.ngram import NgramDrafter
+from paceline.rollout.drafters.parallel import ParallelDrafter
 from paceline.rollout.drafters.stand import StandDrafter
 from paceline.rollout.drafters.suffix import SuffixDrafter
 from paceline.rollout.drafters.token_recycling import TokenRecyclingDrafter
@@ -23,6 +24,7 @@ DRAFTERS: dict[str, type] = {
     "recycling": TokenRecyclingDrafter,
     "stand": StandDrafter,
     "eagle3": Eagle3Drafter,
+    "parallel": ParallelDrafter,
     "composite": CompositeDrafter,
     "clasp": ClaspDrafter,
     "draft_model": DraftModelDrafter,
@@ -39,6 +41,7 @@ __all__ = [
     "Drafter",
     "Eagle3Drafter",
     "NgramDrafter",
+    "ParallelDrafter",
     "StandDrafter",
     "SuffixDrafter",
     "TokenRecyclingDrafter",

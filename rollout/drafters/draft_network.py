@@ -12,6 +12,8 @@ from paceline.rollout.drafters.base import TapReader
 from paceline.rollout.graphs.graph_pool import Capturer
 from paceline.rollout.sequence import SequenceState
 
+MASK = -1  # stands for the drafter's mask token, and says that the mask vector is read with it
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -24,6 +26,7 @@ class Reading:
         counts: Number of tokens of each sequence to read, at least 1.
         shift: Position in the text of place 0 of each slot of the draft cache.
         taps: Reads the target's hidden states, as in `DraftContext`.
+        masks: Number of masks that follow each sequence's tokens, for drafts in one pass.
     """
 
     sequences: Sequence[SequenceState]
@@ -31,14 +34,20 @@ class Reading:
     counts: Sequence[int]
     shift: Sequence[int]
     taps: TapReader
+    masks: int = 0
 
     @property
     def tokens(self) -> list[list[int]]:
-        """The tokens to read of each sequence."""
+        """The tokens to read of each sequence, and `MASK` for each mask."""
         return [
-            s.tokens[at + 1 : at + 1 + count]
+            s.tokens[at + 1 : at + 1 + count] + [MASK] * self.masks
             for s, at, count in zip(self.sequences, self.seen, self.counts, strict=True)
         ]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens to read of each sequence and of masks after them."""
+        return [count + self.masks for count in self.counts]
 
     @property
     def places(self) -> list[int]:
@@ -63,10 +72,11 @@ class Network(Protocol):
         ...
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads committed tokens.
+        """Reads committed tokens, and masks if the weights have one.
 
         Returns:
-            The newest output of each sequence [B, hidden], and its logits [B, draft vocabulary].
+            The outputs at each sequence's newest token and at the masks after it [B, 1 + masks, hidden], and
+            their logits [B, 1 + masks, draft vocabulary].
         """
         ...
 
@@ -84,5 +94,27 @@ class Network(Protocol):
 
         Returns:
             The new outputs [B, E, hidden] and their logits [B, E, draft vocabulary].
+        """
+        ...
+
+    def chains(
+        self,
+        newest: tuple[torch.Tensor, torch.Tensor],
+        places: Sequence[int],
+        shift: Sequence[int],
+        depth: int,
+        vocabulary: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Drafts a chain of likeliest tokens for each sequence, without Python between its tokens.
+
+        Args:
+            newest: What `read` has returned.
+            places: Place of each sequence's first draft token in the draft cache.
+            shift: Position in the text of place 0 of each slot.
+            depth: Number of draft tokens.
+            vocabulary: Target ids of the drafter's tokens, int64 [W].
+
+        Returns:
+            Target ids, int64 [B, depth]; None where the network drafts no faster so than step by step.
         """
         ...

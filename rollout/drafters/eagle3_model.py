@@ -23,17 +23,24 @@ from transformers.models.llama.modeling_llama import (
 from paceline.rollout.model.shape import intermediate_size, key_shape
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+MASK_TOKEN = "ptd_token_id"  # vLLM's key for the token that later positions of drafts in one pass read
+
+# first tokens of a text, to which drafters attend strongly at every distance (LongSpec, arXiv 2502.17421)
+SINKS = 4
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: Sequence[int]) -> LlamaConfig:
+def eagle3_config(
+    target: PretrainedConfig, draft_vocab_size: int, tap_layers: Sequence[int], parallel: bool = False
+) -> LlamaConfig:
     """Returns the configuration of a drafter for ``target``, in the format of the exported checkpoint.
 
     Args:
         target: The policy's config.
         draft_vocab_size: Size of the trimmed vocabulary.
         tap_layers: The three layers whose inputs the drafter reads.
+        parallel: Whether it can draft several tokens in one pass.
 
     Raises:
         ValueError: The draft vocabulary is larger than the target's, or the target's embeddings are narrower
@@ -55,6 +62,8 @@ def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: S
         "draft_vocab_size": draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": list(tap_layers),
     }
+    if parallel:
+        extra[MASK_TOKEN] = mask_token_of(text)
     return LlamaConfig(
         architectures=[ARCHITECTURE],
         vocab_size=text.vocab_size,
@@ -74,6 +83,12 @@ def eagle3_config(target: PretrainedConfig, draft_vocab_size: int, tap_layers: S
     )
 
 
+def mask_token_of(target: PretrainedConfig) -> int:
+    """Returns the token whose embedding drafts in one pass read at later positions: the end of the text."""
+    end = target.get_text_config().eos_token_id
+    return int(end[0] if isinstance(end, list) else end or 0)
+
+
 def _rope_theta(config: PretrainedConfig) -> float:
     parameters = getattr(config, "rope_parameters", None) or {}
     return float(parameters.get("rope_theta", 10000.0))
@@ -91,9 +106,9 @@ def parameter_count(config: LlamaConfig) -> int:
     hidden, taps = config.hidden_size, len(config.eagle_aux_hidden_state_layer_ids)
     attention = 2 * hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden
     norms = 4 * hidden
-    return (
-        hidden * (taps * hidden + 3 * config.intermediate_size + config.draft_vocab_size) + attention + norms
-    )
+    mask = taps * hidden if getattr(config, MASK_TOKEN, None) is not None else 0
+    linears = hidden * (taps * hidden + 3 * config.intermediate_size + config.draft_vocab_size)
+    return linears + attention + norms + mask
 
 
 class _Attention(nn.Module):
@@ -165,6 +180,10 @@ class Eagle3Model(nn.Module):
         vocabulary: int64 [draft vocabulary], the target ids that can be drafted, in increasing order.
 
     Attributes:
+        mask_token: Token id that later positions of drafts in one pass read; None for a drafter that drafts
+            one token a pass only (``ptd_token_id`` of the config, P-EAGLE, arXiv 2602.01469).
+        mask_hidden: [1, taps * hidden], what these positions read in place of the target's features; there is
+            none without ``mask_token``.
         d2t: int64 [draft vocabulary], offset from draft id to target id.
         t2d: bool [vocabulary], which target ids can be drafted.
     """
@@ -182,6 +201,9 @@ class Eagle3Model(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = LlamaRotaryEmbedding(config)
+        self.mask_token: int | None = getattr(config, MASK_TOKEN, None)
+        if self.mask_token is not None:
+            self.mask_hidden = nn.Parameter(torch.zeros(1, self.fc.in_features))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.set_vocabulary(vocabulary)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from paceline.rollout.drafters.base import TapReader
-from paceline.rollout.drafters.draft_network import Reading
+from paceline.rollout.drafters.draft_network import MASK, Reading
 from paceline.rollout.drafters.draft_rows import DraftRows
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.graphs.graph_plan import ModelShape, plan_graphs, plan_keys, token_buckets
@@ -34,8 +34,11 @@ from paceline.rollout.native import (
     RaggedTokens,
     upload,
 )
+from paceline.rollout.native.build import instruction_set
 
-_FEW_TOKENS = 16  # up to this many, reading weights dominates, and one call with 8-bit weights is fastest
+# up to this many tokens, one call with 8-bit weights is fastest; matrix units overtake it earlier
+_FEW_TOKENS = {"amx": 16}
+_FEW_TOKENS_ELSEWHERE = 24
 
 
 class NativeNetwork:
@@ -80,11 +83,16 @@ class NativeNetwork:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rule = AttentionRule(cache.shape.head_dim**-0.5)
         linears = [m for m in weights.modules() if isinstance(m, nn.Linear)]
+        self._few_tokens = _FEW_TOKENS.get(instruction_set(), _FEW_TOKENS_ELSEWHERE) if packs else 0
         self._use_int8 = (
             packs
             and Int8Rows.serves(*((m.out_features, m.in_features) for m in linears))
             and _is_plain(embed_tokens)
         )
+        # what masks read in place of projected features; captured graphs read it in place
+        self._mask: torch.Tensor | None = None
+        if weights.mask_token is not None:
+            self._mask = torch.zeros(weights.lm_head.in_features, dtype=self._dtype, device=device)
         self._table: torch.Tensor = next(embed_tokens.parameters())
         self._layer: DraftLayer | None = None
         self.graphs: GraphPool | None = None
@@ -92,12 +100,12 @@ class NativeNetwork:
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
         """Makes steps of up to four tokens for each slot run through captured graphs, see `Network`."""
-        self.graphs = self._pool(self._step_described, capturer)
+        self.graphs = self._pool(self._step_described, capturer, 4 * self._cache.shape.slots)
         if precapture:
             self.graphs.capture_planned()
 
     def capture_reads(self, capturer: Capturer, taps: TapReader) -> None:
-        """Makes reading up to four tokens for each slot run through captured graphs, from the taps on.
+        """Makes reading run through captured graphs, from the taps on, see `read_rows`.
 
         Args:
             capturer: Capturer to use.
@@ -108,17 +116,18 @@ class NativeNetwork:
             tokens: torch.Tensor, table: torch.Tensor, carried: torch.Tensor | None, span: int
         ) -> tuple[torch.Tensor, torch.Tensor]:
             described = DeviceTokens(table[:, 0])
-            hidden, logits = self._run(tokens[0], self._projected(taps, described), described, None)
+            ids, states = self._inputs(tokens[0], taps, described)
+            hidden, logits = self._run(ids, states, described, None)
             return logits[None], hidden[None]
 
-        self._reads = self._pool(read, capturer)
+        self._reads = self._pool(read, capturer, read_rows(self._cache.shape.slots, self._mask is not None))
         self._reads.capture_planned()
 
-    def _pool(self, forward: Forward, capturer: Capturer) -> GraphPool:
-        """Returns a pool of graphs of forwards without padding, of up to four tokens for each slot."""
+    def _pool(self, forward: Forward, capturer: Capturer, most: int) -> GraphPool:
+        """Returns a pool of graphs of forwards without padding, of up to ``most`` tokens."""
         config, cache = self._weights.config, self._cache
         assert isinstance(cache, PagedCache)
-        rows = token_buckets(4 * cache.shape.slots)
+        rows = token_buckets(most)
         assert config.hidden_size is not None
         pool = GraphPool(
             forward,
@@ -147,6 +156,8 @@ class NativeNetwork:
         """Packs the weights again after they changed, and rounds them to 8 bits where that is used."""
         for part in (self._fc, self._head, self._qkv, self._o, self._down, self._gate_up, *self._norms):
             part.refresh()
+        if self._mask is not None:
+            self._mask.copy_(self._weights.fc(self._weights.mask_hidden)[0])
         if not self._use_int8:
             return
         layer, attention = self._weights.midlayer, self._weights.midlayer.self_attn
@@ -170,21 +181,37 @@ class NativeNetwork:
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads committed tokens without padding, see `Network.read`."""
-        counts, device = reading.counts, self._cache.device
-        ragged = RaggedTokens(range(len(counts)), reading.places, counts, shift=reading.shift)
+        lengths, device = reading.lengths, self._cache.device
+        ragged = RaggedTokens(range(len(lengths)), reading.places, lengths, shift=reading.shift)
         described = self._kernels.describe(ragged, device)
         tokens = upload(list(itertools.chain.from_iterable(reading.tokens)), device)
-        last = upload(ragged.offsets[1:] - 1, device)
+        newest = ragged.offsets[1:, None] - 1 - reading.masks + torch.arange(1 + reading.masks)
+        keep, batch = upload(newest.flatten(), device), len(lengths)
         if self._reads is not None and len(tokens) <= self._reads.rows:
             replayed = self._replayed(self._reads, tokens, None, described)
             if replayed is not None:
-                return replayed[0][last], replayed[1][last]
-        return self._run(tokens, self._projected(reading.taps, described), described, last)
+                out, logits = (x[keep] for x in replayed)
+                return out.unflatten(0, (batch, -1)), logits.unflatten(0, (batch, -1))
+        ids, states = self._inputs(tokens, reading.taps, described)
+        out, logits = self._run(ids, states, described, keep)
+        return out.unflatten(0, (batch, -1)), logits.unflatten(0, (batch, -1))
+
+    def _inputs(
+        self, tokens: torch.Tensor, taps: TapReader, described: RaggedTokens | DeviceTokens
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the token ids [N] and hidden states [N, hidden] of committed tokens and masks."""
+        projected = self._projected(taps, described)
+        if self._mask is None:
+            return tokens, projected
+        masked = tokens == MASK
+        assert self._weights.mask_token is not None
+        ids = tokens.masked_fill(masked, self._weights.mask_token)
+        return ids, torch.where(masked[:, None], self._mask, projected)
 
     def _projected(self, taps: TapReader, described: RaggedTokens | DeviceTokens) -> torch.Tensor:
         """Returns the hidden states [N, hidden] that the network reads, from the target's features."""
         features = taps(described.token_slots, described.positions)[:, : self._weights.fc.in_features]
-        if self._layer is not None and len(features) <= _FEW_TOKENS:
+        if self._layer is not None and len(features) <= self._few_tokens:
             assert isinstance(self._kernels, Kernels)
             return self._kernels.multiply(features, self._int8_fc)
         return self._fc(features[None])[0]
@@ -201,6 +228,23 @@ class NativeNetwork:
         # a captured step writes its outputs to the same memory each time
         out = out if replayed is None else out.clone()
         return out.view(batch, count, -1), logits.view(batch, count, -1)
+
+    def chains(
+        self,
+        newest: tuple[torch.Tensor, torch.Tensor],
+        places: Sequence[int],
+        shift: Sequence[int],
+        depth: int,
+        vocabulary: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Drafts chains of likeliest tokens in a single call, see `Network.chains`."""
+        if self._layer is None or len(places) > self._few_tokens:
+            return None
+        assert isinstance(self._kernels, Kernels)
+        first = RaggedTokens(range(len(places)), places, [1] * len(places), shift=shift)
+        outputs = newest[0][:, 0], newest[1][:, 0]
+        lines: Any = self._kernels.cached(self._cache, 0)
+        return self._kernels.draft_chain(self._address, vocabulary, outputs, lines, first, depth)
 
     def step_in_graph(
         self, tokens: torch.Tensor, hidden: torch.Tensor, seats: torch.Tensor, rows: DraftRows
@@ -265,12 +309,13 @@ class NativeNetwork:
             Outputs and logits of all tokens, or of those in ``keep``.
         """
         lines: Any = self._kernels.cached(self._cache, 0)
-        if self._layer is not None and len(tokens) <= _FEW_TOKENS:
+        if self._layer is not None and len(tokens) <= self._few_tokens:
             assert isinstance(self._kernels, Kernels) and isinstance(ragged, RaggedTokens)
+            wanted = torch.arange(len(tokens)) if keep is None else keep
             out, logits = self._kernels.draft_step(
-                self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales)
+                self._address, tokens, hidden, lines, ragged, len(self._layer.head.scales), wanted
             )
-            return (out, logits) if keep is None else (out[keep], logits[keep])
+            return out if keep is None else out[keep], logits
         embedding_norm, hidden_norm, mlp_norm, head_norm = self._norms
         hidden = hidden[None]
         embedded = self._embed(tokens).to(self._dtype)[None]
@@ -287,6 +332,18 @@ class NativeNetwork:
         out = self._down(gated, hidden)
         out = out if keep is None else out[:, keep]
         return out[0], self._head(head_norm(out))[0]
+
+
+def read_rows(slots: int, parallel: bool) -> int:
+    """Returns the most tokens that are read in a captured graph.
+
+    They are four for each slot, and as many again for the masks of drafts in one pass.
+
+    Args:
+        slots: Number of sequences decoded together.
+        parallel: Whether the drafter drafts in one pass.
+    """
+    return (8 if parallel else 4) * slots
 
 
 def draft_shape(config: LlamaConfig, dtype: torch.dtype) -> ModelShape:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from paceline.rollout.drafters.draft_network import Network, Reading
+from paceline.rollout.drafters.draft_network import MASK, Network, Reading
 from paceline.rollout.drafters.eagle3_model import Eagle3Model, attention_shape
 from paceline.rollout.drafters.eagle3_native import NativeNetwork, draft_shape, embedding_address
 from paceline.rollout.graphs.graph_plan import plan_graphs, plan_keys, powers_of_two
@@ -70,8 +70,8 @@ class PaddedNetwork:
 
     def read(self, reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
         """Reads committed tokens, padded to a rectangle, see `Network.read`."""
-        counts, places = reading.counts, reading.places
-        count = max(counts)
+        lengths, places = reading.lengths, reading.places
+        count = max(lengths)
         if count > _EXACT_WIDTH:
             count = -(-count // _WIDTH_STEP) * _WIDTH_STEP
         device, taps = self._cache.device, reading.taps
@@ -83,8 +83,13 @@ class PaddedNetwork:
         slots = rows[:, None].expand_as(place).flatten()
         features = taps(slots, (place + shift).flatten()).view(*place.shape, -1)
         features = features[..., : self._model.fc.in_features]
+        if self._model.mask_token is not None:
+            masked = tokens == MASK
+            features = torch.where(masked[..., None], self._model.mask_hidden, features)
+            tokens = tokens.masked_fill(masked, self._model.mask_token)
         out = self._run(tokens, self._model.fc(features), chain_seats(place), shift)
-        newest = out[rows, upload(counts, device) - 1]
+        first = upload(lengths, device) - 1 - reading.masks
+        newest = out[rows[:, None], first[:, None] + torch.arange(1 + reading.masks, device=device)]
         return newest, self._model.logits(newest)
 
     def step(
@@ -99,6 +104,17 @@ class PaddedNetwork:
                 return replayed[1].clone(), replayed[0]
         out = self._run(tokens, hidden, seats, upload(shift, cache.device)[:, None])
         return out, self._model.logits(out)
+
+    def chains(
+        self,
+        newest: tuple[torch.Tensor, torch.Tensor],
+        places: Sequence[int],
+        shift: Sequence[int],
+        depth: int,
+        vocabulary: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Returns None: chains are drafted step by step."""
+        return None
 
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
         """Captures a draft step for every batch bucket at the cache's present span.

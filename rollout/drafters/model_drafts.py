@@ -76,6 +76,10 @@ class DraftRules:
         options = TreeOptions(rows.uniforms, self.draw == "replacement", self.gain)
         return TREES[self.tree].grow(expander, limits, options)
 
+    def is_likeliest_chain(self, strategy: Strategy) -> bool:
+        """Returns whether a draft is a chain of likeliest tokens of a fixed length."""
+        return strategy.width == 1 and self.draw == "likeliest" and self.policy is None
+
     def has_fixed_work(self, strategy: Strategy) -> bool:
         """Returns whether a draft takes the same operators whatever it drafts, so that graphs can hold it."""
         return self.policy is None if strategy.width == 1 else TREES[self.tree].fixed_work

@@ -35,9 +35,14 @@
     decoder_layer(*layer, hidden, cosines, sines, cache, *layout, out);                                                              \
   }                                                                                                                              \
   void paceline_draft_step_##SUFFIX(const DraftLayer<T>* layer, const int64_t* tokens, const int64_t* positions, const T* hidden,  \
-                                    T* cache, const Layout* layout, T* out, T* logits) {                                           \
-    draft_step(*layer, tokens, positions, hidden, cache, *layout, out, logits);                                                    \
+                                    T* cache, const Layout* layout, const int64_t* keep, int64_t kept, T* out, T* logits) {        \
+    draft_step(*layer, tokens, positions, hidden, cache, *layout, keep, kept, out, logits);                                        \
   }                                                                                                                              \
+  void paceline_draft_chain_##SUFFIX(const DraftLayer<T>* layer, const int64_t* vocabulary, const int64_t* positions,               \
+                                     const T* hidden, const T* logits, T* cache, const Layout* layout, int64_t depth,               \
+                                     int64_t* drafted) {                                                                            \
+    draft_chain(*layer, vocabulary, positions, hidden, logits, cache, *layout, depth, drafted);                                      \
+  }                                                                                                                                  \
   void paceline_multiply_##SUFFIX(const T* x, int64_t rows, const Quantized* w, T* out) {                                          \
     multiply(x, rows, *w, static_cast<const T*>(nullptr), out);                                                                    \
   }                                                                                                                              \

@@ -49,7 +49,7 @@ class _Layout(ctypes.Structure):
 
 
 class _Matrix(ctypes.Structure):
-    """Mirrors `Quantized` in drafting.h."""
+    """Mirrors `Quantized` in int8_product.h."""
 
     _fields_ = [("weights", _pointer), ("scales", _pointer), ("outputs", _int), ("inputs", _int)]
 
@@ -251,7 +251,9 @@ class Kernels:
         self._decoder_layer = getattr(library, f"paceline_decoder_layer_{suffix}")
         self._decoder_layer.argtypes = [_pointer] * 7
         self._draft_step = getattr(library, f"paceline_draft_step_{suffix}")
-        self._draft_step.argtypes = [_pointer] * 8
+        self._draft_step.argtypes = [_pointer] * 7 + [_int] + [_pointer] * 2
+        self._draft_chain = getattr(library, f"paceline_draft_chain_{suffix}")
+        self._draft_chain.argtypes = [_pointer] * 7 + [_int, _pointer]
         self._multiply = getattr(library, f"paceline_multiply_{suffix}")
         self._multiply.argtypes = [_pointer, _int, _pointer, _pointer]
         self._follow = getattr(library, f"paceline_follow_{suffix}")
@@ -413,6 +415,7 @@ class Kernels:
         cache: torch.Tensor,
         ragged: RaggedTokens,
         vocab: int,
+        keep: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs one step of a drafter over N tokens.
 
@@ -423,23 +426,57 @@ class Kernels:
             cache: Cache of the drafter, [2, slots, KV, span, d].
             ragged: Description of the tokens.
             vocab: Vocabulary size of the drafter.
+            keep: Tokens whose logits are wanted, int64 [K].
 
         Returns:
-            Outputs [N, hidden] and their logits [N, vocab].
+            Outputs of all tokens [N, hidden], and the logits of those to keep [K, vocab].
         """
-        tokens, hidden = tokens.contiguous(), hidden.contiguous()
-        out, logits = torch.empty_like(hidden), hidden.new_empty(len(hidden), vocab)
-        heads = (
-            ctypes.cast(ctypes.addressof(layer), ctypes.POINTER(_DraftLayer)).contents.o.inputs
-            // cache.shape[-1]
-        )
-        layout = ragged.layout(heads, cache.shape)
+        tokens, hidden, keep = tokens.contiguous(), hidden.contiguous(), keep.contiguous()
+        out, logits = torch.empty_like(hidden), hidden.new_empty(len(keep), vocab)
+        layout = _draft_layout(layer, cache, ragged)
         arrays = (tokens, ragged.positions, hidden, cache)
         addresses = [x.data_ptr() for x in arrays]
+        kept = (keep.data_ptr(), len(keep))
         self._draft_step(
-            ctypes.addressof(layer), *addresses, ctypes.addressof(layout), out.data_ptr(), logits.data_ptr()
+            ctypes.addressof(layer),
+            *addresses,
+            ctypes.addressof(layout),
+            *kept,
+            out.data_ptr(),
+            logits.data_ptr(),
         )
         return out, logits
+
+    def draft_chain(
+        self,
+        layer: ctypes.Structure,
+        vocabulary: torch.Tensor,
+        newest: tuple[torch.Tensor, torch.Tensor],
+        cache: torch.Tensor,
+        ragged: RaggedTokens,
+        depth: int,
+    ) -> torch.Tensor:
+        """Drafts a chain of likeliest tokens for each of N sequences.
+
+        Args:
+            layer: Struct from `DraftLayer.address`.
+            vocabulary: Target ids of the drafter's tokens, int64 [vocab].
+            newest: Outputs [N, hidden] and logits [N, vocab] at each sequence's newest token.
+            cache: Cache of the drafter, [2, slots, KV, span, d].
+            ragged: Description of the first draft token of each sequence.
+            depth: Number of draft tokens.
+
+        Returns:
+            Target ids, int64 [N, depth].
+        """
+        layout = _draft_layout(layer, cache, ragged)
+        drafted = torch.empty(len(ragged.positions), depth, dtype=torch.int64)
+        arrays = [x.contiguous() for x in (vocabulary, ragged.positions, *newest)]
+        addresses = [x.data_ptr() for x in (*arrays, cache)]
+        self._draft_chain(
+            ctypes.addressof(layer), *addresses, ctypes.addressof(layout), depth, drafted.data_ptr()
+        )
+        return drafted
 
     def follow(
         self,
@@ -519,3 +556,9 @@ class Kernels:
         arrays = (temperatures, uniforms, tokens, logprobs)
         self._draw(logits.data_ptr(), rows, vocab, *(x.data_ptr() for x in arrays))
         return tokens, logprobs
+
+
+def _draft_layout(layer: ctypes.Structure, cache: torch.Tensor, ragged: RaggedTokens) -> ctypes.Structure:
+    """Returns the description of a drafter's tokens, see `RaggedTokens.layout`."""
+    described = ctypes.cast(ctypes.addressof(layer), ctypes.POINTER(_DraftLayer)).contents
+    return ragged.layout(described.o.inputs // cache.shape[-1], cache.shape)

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from paceline.drafter_trainer import teacher
-from paceline.drafter_trainer.objective.training_time_test import Objective
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.drafter_trainer.storage.stored_trace import StoredTrace
 from paceline.drafter_trainer.teacher import Normalizers, Teacher
 from paceline.drafter_trainer.trace_buffer import Entry, Piece

@@ -125,7 +125,7 @@ def waits_of_steps(cuda: Cuda, engine: RolloutEngine, wanted: Sequence[Request])
     return steps
 
 
-FIXED = ("plain", "suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8")
+FIXED = ("plain", "suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8", "parallel:4", "parallel:3x2/6")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ FIXED = ("plain", "suffix:4", "suffix:4x2/6", "eagle3:3", "eagle3:4x3/8")
         ("triton", FIXED, None),
         ("operators", FIXED, None),
         ("triton", ("eagle3:3",), DRAWN_CHAIN),
-        ("triton", ("eagle3:3x2/6",), DRAWN_TREE),
+        ("triton", ("eagle3:3x2/6", "parallel:3x2/6"), DRAWN_TREE),
     ],
     ids=["fixed", "fixed, operators", "drawn chains", "drawn trees"],
     indirect=["path"],
@@ -249,7 +249,7 @@ def test_programs_of_few_tokens_are_placed_early(cuda, monkeypatch):
     assert seen == {(True, True, True), (False, False, False)}
 
 
-MOST = {"plain": 1, "suffix:4": 1, "eagle3:3": 1, "eagle3:4x3/8": 2}
+MOST = {"plain": 1, "suffix:4": 1, "eagle3:3": 1, "eagle3:4x3/8": 2, "parallel:4": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ STRATEGIES = [
     Strategy("adversarial", 3),
     Strategy("eagle3", 4, 3, 9),
     Strategy("suffix", 4, 2, 6),
+    Strategy("parallel", 4),
     "adaptive",
 ]
 

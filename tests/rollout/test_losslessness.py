@@ -91,6 +91,8 @@ FIXED = [
     ("composite:2x2/4", {}),
     ("eagle3:2x3/6", {}),
     ("eagle3:2x3/6", {"rules": DraftRules("opt_tree")}),
+    ("parallel:3", {}),
+    ("parallel:2x3/6", {}),
 ]
 CASES = [
     ("stand:2x3/6", {}),
@@ -103,6 +105,8 @@ CASES = [
     ("eagle3:2x3/6", {"rules": DraftRules("dyspec", "without_replacement")}),
     ("eagle3:3", {"rules": DraftRules("static", "replacement", "svip", 1.2)}),
     ("eagle3:3", {"rules": DraftRules("static", "replacement", "specdec", 0.6)}),
+    ("parallel:2", {"rules": DRAWN}),
+    ("parallel:2x3/6", {"rules": DRAWN}),
     ("adversarial:2", {}),
     ("adversarial:2", {"verifier": "block"}),
 ]
@@ -177,6 +181,8 @@ def check_case(model, case, cut, samples) -> None:
     used = (
         {"suffix", "eagle3", "composite"}
         if strategy.startswith("composite")
+        else {"eagle3", "parallel"}
+        if strategy.startswith("parallel")
         else {strategy.partition(":")[0]}
     )
     # what the others would note of each token takes half of the time
@@ -226,6 +232,8 @@ DETERMINISTIC = (
     "recycling:4x4/12",
     "eagle3:4",
     "eagle3:4x3/9",
+    "parallel:4",
+    "parallel:4x3/9",
     "composite:4x3/9",
     "clasp:3",
     "draft_model:4x3/10",
@@ -246,7 +254,8 @@ def test_deterministic_drafts_give_the_tokens_of_plain_decoding():
 
 
 @pytest.mark.parametrize(
-    "strategy", ["plain", "suffix:4", "eagle3:3", "eagle3:3x3/7", "draft_model:2x2/4", "adversarial:3"]
+    "strategy",
+    ["plain", "suffix:4", "eagle3:3", "eagle3:3x3/7", "parallel:3x2/5", "draft_model:2x2/4", "adversarial:3"],
 )
 def test_a_result_does_not_depend_on_its_neighbours(strategy):
     model = tiny_llama(97, sharpness=6.0)

@@ -31,7 +31,9 @@ from paceline.rollout import (
 )
 from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import DraftRules
+from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
+_WITH_MODELS = ("eagle3", "parallel", "clasp", "draft_model")  # drafters that remember no text
 # terms of the sums in the long-tailed batch: completions from a dozen tokens to 1,024
 _TAIL_TERMS = (2, 2, 3, 4, 6, 12, 40, 110)
 
@@ -229,6 +231,10 @@ class RolloutBench:
         """Sets the model of ``draft_model`` drafters in engines built from now on."""
         self._parts.draft_model = model
 
+    def set_drafter(self, drafter: Eagle3Model) -> None:
+        """Sets the weights of the EAGLE-3 drafter in engines built from now on."""
+        self.drafter = self._parts.eagle3 = drafter
+
     def engine(
         self,
         slots: int,
@@ -243,8 +249,8 @@ class RolloutBench:
             slots: Number of sequences decoded concurrently.
             max_tokens: Maximum number of completion tokens.
             rules: Rules of draft trees; None takes the recipe's.
-            drafters: Names of its drafters; None takes the recipe's. EAGLE-3 and the composite are left out
-                where the policy has no EAGLE-3 drafter.
+            drafters: Names of its drafters; None takes the recipe's. Those that draft with EAGLE-3 are left
+                out where the policy has no such drafter.
             collect_traces: Whether to collect the hidden states that drafter training needs.
         """
         s = self.config.speculation
@@ -259,13 +265,13 @@ class RolloutBench:
         )
         self._parts.rules = draft_rules(s) if rules is None else rules
         for name in s.drafters if drafters is None else drafters:
-            if self.drafter is not None or name not in ("eagle3", "composite"):
+            if self.drafter is not None or name not in ("eagle3", "composite", "parallel"):
                 engine.add_drafter(build_drafter(name, engine, self._parts))
         return engine
 
     def reset_model_free_drafters(self, engine: RolloutEngine) -> None:
         """Replaces the model-free drafters by new ones, which have not seen the answers to the requests."""
-        for name in [name for name in engine.drafters if name not in ("eagle3", "clasp", "draft_model")]:
+        for name in [name for name in engine.drafters if name not in _WITH_MODELS]:
             engine.drafters[name] = build_drafter(name, engine, self._parts)
 
     def measure(

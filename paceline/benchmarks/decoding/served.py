@@ -42,13 +42,12 @@ def run(args: argparse.Namespace) -> None:
     fit_process(local_world_size=1)
     with Results(args.out, command_line()) as results:
         bench = RolloutBench(load_config(args.config), args.run, 1, 64)
-        row = compare_served(bench, args.peers, args.prompts, args.depth)
-        results.add("rows", row)
-    print(
-        f"acceptance length over {row.prompts} prompts, greedy, chains of {row.depth}: engine "
-        f"{row.engine:.3f}, vLLM {row.vllm:.3f}"
-    )
-    print(f"vLLM / engine {row.ratio:.3f}")
+        for row in compare_served(bench, args.peers, args.prompts, args.depth):
+            results.add("rows", row)
+            print(
+                f"{row.drafter}, {row.prompts} prompts, greedy, chains of {row.depth}: acceptance length "
+                f"{row.engine:.3f} in the engine, {row.vllm:.3f} in vLLM, ratio {row.ratio:.3f}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,14 @@ class ServedRow:
     """Holds the acceptance lengths of greedy decoding of the same prompts to the same lengths.
 
     Attributes:
+        drafter: ``eagle3`` for a pass a token, ``parallel`` for drafts in one pass.
         prompts: Number of prompts.
         depth: Number of draft tokens per step, in chains.
         engine: Acceptance length in the engine: committed tokens per sequence and verification.
         vllm: Acceptance length in vLLM.
     """
 
+    drafter: str
     prompts: int
     depth: int
     engine: float
@@ -73,8 +74,10 @@ class ServedRow:
         return self.vllm / self.engine
 
 
-def compare_served(bench: RolloutBench, python: Path, prompts: int, depth: int) -> ServedRow:
+def compare_served(bench: RolloutBench, python: Path, prompts: int, depth: int) -> list[ServedRow]:
     """Exports the run's drafter, loads it into vLLM, and decodes problems greedily with both.
+
+    A drafter that can draft in one pass does so, too, in a second comparison.
 
     Args:
         bench: Policy and drafter of a finished run.
@@ -91,14 +94,21 @@ def compare_served(bench: RolloutBench, python: Path, prompts: int, depth: int) 
         )
     greedy = replace(bench.params, temperature=0.0)
     requests = bench.with_natural_lengths(bench.requests(bench.problems[:prompts], prompts, 1, greedy))
-    engine = bench.engine(_SLOTS, max(r.params.max_tokens for r in requests), DraftRules(), ("eagle3",))
-    engine.use_strategy(Strategy("eagle3", depth))
-    in_engine = mean_acceptance_length(engine.generate(requests))
+    drafters = ["eagle3"] if bench.drafter.mask_token is None else ["eagle3", "parallel"]
+    engine = bench.engine(_SLOTS, max(r.params.max_tokens for r in requests), DraftRules(), drafters)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "drafter"
         save_drafter(bench.drafter, exported, torch.bfloat16)
-        speculative = {"method": "eagle3", "model": str(exported), "num_speculative_tokens": depth}
-        (record,) = Peers(bench.policy, bench.path, python).run_vllm(
-            [(_SLOTS, requests, requests[:1])], 1, speculative
-        )
-    return ServedRow(prompts, depth, in_engine, 1 + record["accepted"] / record["drafts"])
+        for name in drafters:
+            engine.use_strategy(Strategy(name, depth))
+            in_engine = mean_acceptance_length(engine.generate(requests))
+            speculative = {"method": "eagle3", "model": str(exported), "num_speculative_tokens": depth}
+            if name == "parallel":
+                speculative["parallel_drafting"] = True
+            (record,) = Peers(bench.policy, bench.path, python).run_vllm(
+                [(_SLOTS, requests, requests[:1])], 1, speculative
+            )
+            served = 1 + record["accepted"] / record["drafts"]
+            rows.append(ServedRow(name, prompts, depth, in_engine, served))
+    return rows

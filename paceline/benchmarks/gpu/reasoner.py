@@ -19,7 +19,7 @@ from paceline.benchmarks.common.results import Log
 from paceline.benchmarks.gpu.shapes import decode_anew
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.objective.training_time_test import Objective
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.trace_buffer import TraceBuffer
 from paceline.rollout import (

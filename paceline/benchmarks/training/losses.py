@@ -10,7 +10,7 @@ from pathlib import Path
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.common.results import Log, Results, RowCallback, ignore_row
 from paceline.benchmarks.training.new_drafter import NewDrafters
-from paceline.drafter_trainer.objective.training_time_test import Objective
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.rl.generation.policy_engine import policy_engine
 from paceline.rl.process.invocation import command_line
 from paceline.rl.process.process_tuning import fit_process

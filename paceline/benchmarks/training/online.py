@@ -16,7 +16,7 @@ import torch
 from paceline.benchmarks.common.results import Log, Results
 from paceline.benchmarks.common.runs import deadline_passed
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.objective.training_time_test import Objective
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.drafter_trainer.spot_trainer import LearnerReport, SpotTrainer
 from paceline.drafter_trainer.storage.checkpoint import load_drafter
 from paceline.drafter_trainer.trace_buffer import Piece, TraceBuffer

@@ -7,18 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from paceline.drafter_trainer.objective.draft_objective import Objective
 from paceline.drafter_trainer.objective.losses import (
+    LENGTH_LOSS,
     LOSSES,
     soft_cross_entropy,
     total_variation,
     total_variation_plus,
 )
-from paceline.drafter_trainer.objective.training_time_test import (
-    LENGTH_LOSS,
-    Objective,
-    _Unroll,
-    unrolled_loss,
-)
+from paceline.drafter_trainer.objective.training_time_test import _Unroll, unrolled_loss
 from paceline.drafter_trainer.optimistic_adamw import OptimisticAdamW
 from paceline.rollout import Request, SamplingParams
 from tests.drafter_trainer.objective.test_training_time_test import packed, traces_of

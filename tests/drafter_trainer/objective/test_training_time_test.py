@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from paceline.drafter_trainer.initialization import initial_drafter
 from paceline.drafter_trainer.learner import DrafterLearner
-from paceline.drafter_trainer.objective.training_time_test import Objective, unrolled_loss
+from paceline.drafter_trainer.objective.draft_objective import Objective
+from paceline.drafter_trainer.objective.training_time_test import unrolled_loss
 from paceline.drafter_trainer.packing import pack
 from paceline.drafter_trainer.spot_trainer import SpotTrainer
 from paceline.drafter_trainer.storage.stored_trace import StoredTrace
@@ -36,7 +37,7 @@ def traces_of(model, count=6, tokens=20, **options):
     return engine, engine.generate(requests)
 
 
-def learner_for(drafter, model, *, lr, unroll=3, context=512) -> DrafterLearner:
+def learner_for(drafter, model, *, lr, unroll=3, context=512, positions=None) -> DrafterLearner:
     return DrafterLearner(
         drafter,
         model.model.embed_tokens,
@@ -46,6 +47,7 @@ def learner_for(drafter, model, *, lr, unroll=3, context=512) -> DrafterLearner:
         temperature=1.0,
         autocast=partial(torch.autocast, "cpu", enabled=False),
         context=context,
+        positions=positions,
     )
 
 
@@ -134,6 +136,49 @@ def test_second_step_matches_inference_when_text_follows_the_draft():
     anchors = len(batch.anchor_index)
     made = [eagle.vocabulary[step.view(anchors, -1)[anchor].argmax()] for step in seen]
     assert torch.stack(made).tolist() == drafted.tolist()
+
+
+def test_a_random_distance_moves_all_but_the_first_tokens():
+    """Rotary embeddings know differences of positions alone: without the first tokens nothing changes."""
+    model = tiny_llama(sharpness=4.0)
+    _, rollouts = traces_of(model, count=3)
+    learner = learner_for(tiny_eagle3(model), model, lr=1e-3)
+    pieces = [Piece(Entry(StoredTrace(r.trace)), 9, len(r.trace.token_ids) - 1) for r in rollouts]
+    weights, offsets = [1.0] * len(pieces), [0, 50, 300]
+    near, far = learner._pack(pieces, weights), learner._pack(pieces, weights, offsets)
+    assert torch.equal(far.positions - near.positions, torch.tensor(offsets)[near.pieces])
+    sinks, rest = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7, 8])
+    expected = torch.cat([torch.cat([sinks, rest + offset]) for offset in offsets])
+    assert torch.equal(far.context.positions, expected)
+    assert torch.equal(far.context.tokens, near.context.tokens)
+
+    def loss(batch) -> float:
+        return float(unrolled_loss(learner.model, model.model.embed_tokens, batch, learner.objective).loss)
+
+    assert abs(loss(far) - loss(near)) > 1e-5, "the first tokens are farther away"
+    learner.context = 0
+    near, far = learner._pack(pieces, weights), learner._pack(pieces, weights, offsets)
+    assert abs(loss(far) - loss(near)) < 1e-5
+
+
+def test_random_distances_follow_from_the_number_of_the_update():
+    """So a resumed run trains as one that was not stopped; judging is at the real positions."""
+    model = tiny_llama(sharpness=4.0)
+    _, rollouts = traces_of(model, count=3)
+    pieces = [Piece(Entry(StoredTrace(r.trace)), 9, len(r.trace.token_ids) - 1) for r in rollouts]
+    ends, seen = [], []
+    for seed, positions in ((0, 500), (7, 500), (0, None)):
+        torch.manual_seed(seed)
+        learner = learner_for(tiny_eagle3(model), model, lr=1e-3, positions=positions)
+        learner._pack = lambda *given, pack=learner._pack: seen.append(given[2:]) or pack(*given)
+        for _ in range(3):
+            learner.update(pieces, [1.0] * len(pieces))
+        learner.evaluate(pieces)
+        ends.append(learner.model.fc.weight.detach().clone())
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+    drawn = [offset for given in seen[:3] for offset in given[0]]
+    assert len(set(drawn)) > 5 and min(drawn) >= 0 and max(drawn) <= 500 - max(p.end for p in pieces)
+    assert seen[3] == () and seen[-2] == (None,)
 
 
 def test_teacher_is_the_targets_distribution():

@@ -14,6 +14,7 @@ from paceline.drafter_trainer.objective.unrolled_attention import Pieces, Unroll
 
 LENGTHS, HEADS, KV, DIM, POSITIONS = (5, 1, 9), 4, 2, 16, 3
 CONTEXTS = (3, 0, 7)  # tokens of left context of each piece
+KEPT = ((0, 1, 3, 5, 6, 10, 14), (1, 5, 14), ())  # anchors at positions that attend in one call
 
 
 def forward(query, key, value, pieces: Pieces, scaling):
@@ -64,7 +65,7 @@ def batch_of(contexts, device: str) -> SimpleNamespace:
 def outputs_and_gradients(
     device: str, dtype: torch.dtype, contexts=CONTEXTS
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Of three draft positions in a row, each attending to those before it."""
+    """Of three draft positions in a row, each attending to those before it, and of three in one call."""
     generator = torch.Generator().manual_seed(0)
 
     def made(heads: int, count: int) -> torch.Tensor:
@@ -77,9 +78,13 @@ def outputs_and_gradients(
     context = (made(KV, sum(contexts)), made(KV, sum(contexts))) if sum(contexts) else None
     attention = UnrolledAttention(batch, DIM**-0.5, context)
     outs = [attention(*(made(heads, sum(LENGTHS)) for heads in (HEADS, KV, KV))) for _ in range(POSITIONS)]
+    other = UnrolledAttention(batch, DIM**-0.5, context)
+    other(*(made(heads, sum(LENGTHS)) for heads in (HEADS, KV, KV)))
+    at_once = other.at_once([torch.tensor(rows, dtype=torch.long, device=device) for rows in KEPT])
+    outs.append(at_once(*(made(heads, sum(map(len, KEPT))) for heads in (HEADS, KV, KV))))
     weights = [torch.randn(o.shape, generator=generator).to(o) for o in outs]
     sum((o * w).sum() for o, w in zip(outs, weights, strict=True)).backward()
-    return outs, [x.grad for x in inputs]
+    return outs, [x.grad for x in inputs if x.grad is not None]
 
 
 def reference(query, keys, values, context) -> torch.Tensor:
@@ -122,6 +127,28 @@ def test_anchors_attend_to_their_context_to_earlier_anchors_and_to_their_own_dra
             to[:, :, row] = x[:, :, number]
         expected = reference(wide[0], [*keys, wide[1]], [*values, wide[2]], context)
         torch.testing.assert_close(found[0, number], expected[0, row])
+
+
+def test_positions_in_one_call_attend_as_positions_in_turn():
+    generator = torch.Generator().manual_seed(2)
+
+    def made(heads: int, count: int) -> torch.Tensor:
+        return torch.randn(1, heads, count, DIM, dtype=torch.float64, generator=generator)
+
+    context = made(KV, sum(CONTEXTS)), made(KV, sum(CONTEXTS))
+    attention = UnrolledAttention(batch_of(CONTEXTS, "cpu"), DIM**-0.5, context)
+    first = [made(heads, sum(LENGTHS)) for heads in (HEADS, KV, KV)]
+    attention(*first)
+    kept = [torch.tensor(rows, dtype=torch.long) for rows in KEPT]
+    query, key, value = (made(heads, sum(map(len, KEPT))) for heads in (HEADS, KV, KV))
+    found = attention.at_once(kept)(query, key, value).split([len(rows) for rows in KEPT], 1)
+    keys, values, start = [first[1]], [first[2]], 0
+    for rows, outs in zip(kept, found, strict=True):
+        wide = [torch.zeros(1, n, sum(LENGTHS), DIM, dtype=torch.float64) for n in (HEADS, KV, KV)]
+        for to, x in zip(wide, (query, key, value), strict=True):
+            to[:, :, rows] = x[:, :, start : start + len(rows)]
+        keys, values, start = [*keys, wide[1]], [*values, wide[2]], start + len(rows)
+        torch.testing.assert_close(outs, reference(wide[0], keys, values, context)[:, rows])
 
 
 @pytest.mark.parametrize("contexts", [CONTEXTS, (0, 0, 0)])

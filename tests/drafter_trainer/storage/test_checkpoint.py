@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from paceline.drafter_trainer.initialization import with_mask
 from paceline.drafter_trainer.storage.checkpoint import DrafterError, load_drafter, save_drafter
 from tests.engines import tiny_eagle3, tiny_llama
 
@@ -53,6 +54,39 @@ def test_format_is_what_servers_load(saved):
         "midlayer.post_attention_layernorm.weight",
     }
     assert expected | {"norm.weight", "midlayer.mlp.gate_proj.weight"} <= set(tensors)
+
+
+def test_drafts_in_one_pass_have_the_format_that_vllm_loads(tmp_path):
+    """`mask_hidden` goes through ``fc``, and ``ptd_token_id`` names the token that is read with it."""
+    drafter = tiny_eagle3(tiny_llama(), parallel=True)
+    save_drafter(drafter, tmp_path / "d", torch.float32)
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["ptd_token_id"] == drafter.mask_token == 0
+    assert load_file(tmp_path / "d" / "model.safetensors")["mask_hidden"].shape == (1, 192)
+    again = load_drafter(tmp_path / "d", 97, 64)
+    assert torch.equal(again.mask_hidden, drafter.mask_hidden)
+    for wrong in (97, -1, True, "end"):
+        (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"ptd_token_id": wrong}))
+        with pytest.raises(DrafterError, match=r"ptd_token_id is .* write a token id below vocab_size, 97"):
+            load_drafter(tmp_path / "d", 97, 64)
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"ptd_token_id": None}))
+    with pytest.raises(DrafterError, match=r"unexpected .'mask_hidden'."):
+        load_drafter(tmp_path / "d", 97, 64)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_mask_is_added_or_removed_and_the_rest_stays(wanted):
+    target = tiny_llama()
+    drafter = tiny_eagle3(target, parallel=not wanted)
+    other = with_mask(drafter, wanted, target.config, seed=3)
+    assert (other.mask_token is not None) == wanted
+    assert with_mask(other, wanted, target.config, seed=3) is other
+    shared = drafter.state_dict().keys() & other.state_dict().keys()
+    assert shared ^ drafter.state_dict().keys() <= {"mask_hidden"}
+    assert all(torch.equal(drafter.state_dict()[name], other.state_dict()[name]) for name in shared)
+    if wanted:  # on every rank alike
+        assert torch.equal(other.mask_hidden, with_mask(drafter, True, target.config, seed=3).mask_hidden)
+        assert float(other.mask_hidden.detach().std()) > 0
 
 
 def test_a_replacement_that_is_cut_short_leaves_no_half_drafter(saved, monkeypatch):

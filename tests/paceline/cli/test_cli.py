@@ -154,6 +154,14 @@ def test_serve_prints_what_it_would_run(tmp_path):
     assert "--host 127.0.0.1" in vllm
     assert '"num_speculative_tokens_per_batch_size": [[1, 8, 3], [9, 64, 0]]' in vllm
     assert vllm.rstrip().endswith("--dtype float32")
+    unlearned = runner.invoke(app, ["serve", str(run), "--print", "--parallel"])
+    assert unlearned.exit_code == 2 and "has not learned to draft in one pass" in unlearned.stderr
+    both = runner.invoke(app, ["serve", str(run), "--parallel", "--sglang"])
+    assert both.exit_code == 2 and "leave --sglang and --schedule out" in both.stderr
+    save_drafter(tiny_eagle3(target, parallel=True), run / "drafter")
+    assert (
+        '"parallel_drafting": true' in runner.invoke(app, ["serve", str(run), "--print", "--parallel"]).output
+    )
     sglang = runner.invoke(app, ["serve", str(run), "--sglang", "--depth", "3"]).output
     assert "--speculative-num-draft-tokens 4" in sglang
     wrong = runner.invoke(app, ["serve", str(run), "--print", "--schedule", "8"])

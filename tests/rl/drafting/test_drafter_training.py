@@ -2,6 +2,7 @@
 side.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from paceline.benchmarks.common.harness import RolloutBench
 from paceline.benchmarks.decoding.served import ServedRow
 from paceline.benchmarks.main import main as benchmark
-from paceline.benchmarks.training import context
+from paceline.benchmarks.training import context, parallel_drafts
 from paceline.benchmarks.training.idle import idle_row
 from paceline.benchmarks.training.losses import VARIANTS, CollectionRow, compare_losses
 from paceline.benchmarks.training.online import VARIANTS as ONLINE
@@ -141,20 +142,39 @@ def test_losses_side_by_side(cache):
 def test_contexts_side_by_side(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(context, "fit_process", lambda local_world_size: None)
     options = ["--contexts", "0", "64", "--microbatches", "64", "16", "--seconds", "1", "--sequences", "16"]
+    options += ["--random-positions", "--trained-until", "6"]
     recipe, out = str(ROOT / "configs/tiny.yaml"), tmp_path / "context.json"
     benchmark(["context", "--config", recipe, *options, "--out", str(out)], "paceline bench")
     found = json.loads(out.read_text())
     assert "unfinished" not in found and 0 < found["lengths"]["median"] <= found["lengths"]["longest"] <= 24
     rows = found["rows"]
-    assert [(r["context"], r["microbatch"]) for r in rows] == [(0, 64), (0, 16), (64, 64), (64, 16)]
+    expected = itertools.product((0, 64), (64, 16), (False, True))
+    assert [(r["context"], r["microbatch"], r["moved"]) for r in rows] == list(expected)
     for row in rows:
         assert row["updates"] > 0 and row["anchors"] > 0 and set(row["by_part"]) == {"0"}
         assert 1 <= row["drawn"] <= 5
         assert row["by_part"]["0"] == pytest.approx([row["drawn"], row["likeliest"]])
 
 
+def test_drafts_in_one_pass_beside_those_of_a_pass_a_token(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel_drafts, "fit_process", lambda local_world_size: None)
+    options = ["--depth", "3", "--seconds", "1", "--sequences", "16", "--rounds", "1", "--workloads", "4"]
+    recipe, out = str(ROOT / "configs/tiny.yaml"), tmp_path / "parallel.json"
+    benchmark(["parallel-drafts", "--config", recipe, *options, "--out", str(out)], "paceline bench")
+    found = json.loads(out.read_text())
+    assert "unfinished" not in found
+    trained = {row["trained"]: row for row in found["trained"]}
+    assert set(trained) == {"a pass a token", "one pass", "both"}
+    assert trained["a pass a token"]["parallel"] is None
+    assert all(row["updates"] > 0 and 1 <= row["chain"] <= 4 for row in trained.values())
+    assert [len(trained[name]["parallel_by_position"]) for name in ("one pass", "both")] == [3, 3]
+    decoded = [(row["trained"], row["strategy"]) for row in found["decoded"]]
+    assert ("both", "eagle3:3") in decoded and ("both", "parallel:3") in decoded and len(decoded) == 5
+    assert all(row["over_plain"] > 0 and row["acceptance_length"] >= 1 for row in found["decoded"])
+
+
 def test_ratios():
-    assert ServedRow(64, 4, engine=2.0, vllm=1.9).ratio == pytest.approx(0.95)
+    assert ServedRow("eagle3", 64, 4, engine=2.0, vllm=1.9).ratio == pytest.approx(0.95)
     assert CollectionRow(without=9.8, collecting=10.0).share == pytest.approx(0.02)
 
 

@@ -102,6 +102,40 @@ def test_a_run_keeps_the_vocabulary_of_its_start_and_survives_broken_drafters(st
         assert all("\n" not in line for line in said)
 
 
+def test_a_drafter_of_a_pass_a_token_learns_to_draft_in_one(start, tmp_path, monkeypatch):
+    """It gets a mask, its optimizer begins anew, drafts are made in one pass, and a resume keeps the mask."""
+    said: list[str] = []
+    parallel = (
+        "speculation.drafters=[eagle3,parallel]",
+        "speculation.strategy=parallel:2",
+        "drafter.parallel_positions=3",
+        "drafter.passes=1",
+    )
+    with tiny_trainer(
+        tmp_path, monkeypatch, "[0.0 for c in completions]", *DRAFTS, *parallel, f"drafter.start={start}"
+    ) as trainer:
+        local = trainer.drafter.local
+        assert local.spot.serving.mask_hidden.shape == (1, 192)
+        assert torch.equal(local.spot.serving.fc.weight, drafter_for().fc.weight)
+        assert not local.spot.learner.optimizer.state
+        untrained = local.spot.serving.mask_hidden.clone()
+        trainer.step(0)
+        assert {str(r.feedback.strategy) for r in trainer.worker.engine.records} == {"parallel:2"}
+        assert not torch.equal(local.spot.learner.model.mask_hidden, untrained)
+        kept = tmp_path / "kept"
+        save_drafter(local.spot.learner.model, kept / "drafter", torch.float32)
+        save_optimizer(local.spot.learner.optimizer, kept / "drafter_optimizer")
+        trained = local.spot.learner.model.mask_hidden.detach().clone()
+        trainer.drafter.finish()
+        shutil.rmtree(tmp_path / "run" / "drafters", ignore_errors=True)
+        trainer.drafter._log = said.append
+        local.spot = None
+        trainer.drafter.resume(Checkpoint(kept, 1))
+        assert torch.equal(local.spot.learner.model.mask_hidden, trained)
+        assert local.spot.learner.optimizer.state
+    assert said == []
+
+
 def test_an_ensemble_survives_in_checkpoints_and_snapshots(start, tmp_path, monkeypatch):
     said: list[str] = []
     with tiny_trainer(

@@ -61,6 +61,13 @@ def test_drafter_training_by_hand():
     assert drafter_activations(half, shape) == 4 * (values + contexts)
     none = load_config(TINY, ["drafter.tokens_per_microbatch=1000", "drafter.context_tokens=0"])
     assert drafter_activations(none, shape) < drafter_activations(config, shape)
+    # 0.7 and 0.49 of the anchors at the further positions of drafts in one pass
+    more, parallel = (
+        drafter_activations(load_config(TINY, ["drafter.tokens_per_microbatch=1000", *other]), shape)
+        - drafter_activations(config, shape)
+        for other in (["drafter.unroll=4"], ["drafter.unroll=3", "drafter.parallel_positions=3"])
+    )
+    assert parallel == pytest.approx((0.7 + 0.49) * more, abs=8)
     # its peak counts only beyond the update's, since the two never coincide
     small = load_config(TINY, ["drafter.tokens_per_microbatch=16", "update.tokens_per_microbatch=8192"])
     assert trainer_memory(small, POLICY, 1)["drafter's activations, beyond an update's"] == 0

@@ -31,3 +31,21 @@ def test_a_verifier_that_would_change_the_distribution_is_refused(overrides, say
     else:
         with pytest.raises(UserError, match=says):
             load_config(TINY, given)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["speculation.drafters=[parallel]"], "drafts with the weights of eagle3"),
+        (
+            ["speculation.drafters=[eagle3,parallel]"],
+            "which the drafter has to learn",
+        ),
+        (["drafter.parallel_positions=1"], "parallel_positions is 1: write at least 2"),
+        (["drafter.parallel_positions=-2"], "parallel_positions is -2: write at least 2"),
+    ],
+)
+def test_drafts_in_one_pass_need_a_drafter_that_learns_them(overrides, says):
+    with pytest.raises(UserError, match=says):
+        load_config(TINY, overrides)
+    assert load_config(TINY, ["speculation.drafters=[eagle3,parallel]", "drafter.parallel_positions=4"])

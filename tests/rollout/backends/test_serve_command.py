@@ -52,6 +52,15 @@ def test_a_server_chooses_its_depths_unless_it_gets_a_schedule():
     assert "--scheduler-cls" not in serve_command("policy")
 
 
+def test_a_server_that_drafts_in_one_pass_has_a_fixed_depth():
+    command = serve_command("policy", drafter=Path("drafter"), depth=5, parallel=True)
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
+    assert (speculative["parallel_drafting"], speculative["num_speculative_tokens"]) == (True, 5)
+    assert "--scheduler-cls" not in command
+    with pytest.raises(ValueError, match="leave the schedule out"):
+        serve_command("policy", drafter=Path("drafter"), parallel=True, schedule=[(1, 8, 4)])
+
+
 def test_the_token_of_an_exchange_directory(tmp_path, monkeypatch):
     monkeypatch.delenv("PACELINE_UPDATE_TOKEN", raising=False)
     environment = serve_environment(tmp_path / "exchange", "127.0.0.1")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.rollout import Request, RolloutEngine, SamplingParams, Strategy, mean_acceptance_length
+from paceline.rollout.drafter_factory import DrafterParts, build_drafter
 from paceline.rollout.drafters import (
     ClaspDrafter,
     CompositeDrafter,
@@ -27,6 +28,7 @@ from paceline.rollout.drafters import (
 )
 from paceline.rollout.drafters.clasp import _Search
 from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
+from paceline.rollout.native import load_kernels
 from paceline.rollout.sequence import SequenceState
 from paceline.rollout.strategy.stop_policy import EntropyThreshold, LearnedThreshold
 from paceline.rollout.trees import DraftTree
@@ -255,7 +257,121 @@ def test_a_window_that_holds_everything_changes_nothing_and_a_small_one_stays_bo
     assert [tokens for tokens, _ in results[2]] == [tokens for tokens, _ in results[0]], (
         "the window is no matter of correctness"
     )
-    assert drafter.cache.span <= 2 * 16 + 64, "the cache keeps its size however long the sequences"
+    assert drafter.cache.span <= 2 * 16 + 4 + 64, "the cache keeps its size however long the sequences"
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_a_window_keeps_the_first_tokens_of_the_text(steps):
+    """The drafter's logits are those of its layer over four sinks and the window: where a long prompt was
+    skipped, and where the window has moved several times.
+    """
+    model, window, grown = tiny_llama(97, sharpness=6.0), 16, 4
+    eagle, embed = tiny_eagle3(model), model.model.embed_tokens
+    text = torch.randint(0, 97, (90 + grown * steps,), generator=torch.Generator().manual_seed(0))
+    taps = torch.randn(1, 400, 4, 64, generator=torch.Generator().manual_seed(1))
+    drafter = Eagle3Drafter(eagle, embed, slots=1, capacity=300, dtype=torch.float32, window=window)
+    found, read = [], drafter._network.read
+    drafter._network.read = lambda reading: found.append(read(reading)) or found[-1]
+    sequence = SequenceState(Request(text[:90].tolist()), 0, 400)
+    context = DraftContext([sequence], lambda slots, places: taps[slots, places].flatten(1))
+    for step in range(steps):
+        drafter.propose(context, Strategy("eagle3", 1))
+        shift, end = drafter._shift[0], len(sequence.tokens) - 2
+        seen = torch.tensor([*range(4), *range(shift + 4, end + 1)])
+        assert window <= end + 2 - (shift + 4) <= 2 * window + 2
+        with torch.no_grad():
+            features = eagle.fc(taps[0, seen, :3].flatten(1))[None]
+
+            def attend(query, key, value):
+                weights = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 16**-0.5).softmax(-1)
+                return (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+
+            tokens = torch.tensor(sequence.tokens)[seen + 1]
+            expected = eagle.logits(eagle.step(embed(tokens)[None], features, seen[None], attend))[0, -1]
+        torch.testing.assert_close(found[-1][1][0, 0], expected, rtol=1e-4, atol=1e-4)
+        for token in text[90 + grown * step : 90 + grown * (step + 1)].tolist():
+            sequence.append(token, -0.1, 0)
+    assert drafter.cache.span <= 2 * window + 4 + 64 + 64
+
+
+@pytest.mark.skipif(load_kernels("cpu", torch.bfloat16) is None, reason="no C++ compiler")
+@pytest.mark.parametrize("window", [None, 12])
+def test_a_chain_in_one_call_is_the_chain_of_its_steps(window):
+    model = tiny_llama(97, sharpness=6.0).bfloat16()
+    eagle, embed = tiny_eagle3(model, draft_vocab_size=48), model.model.embed_tokens
+    taps = torch.randn(3, 400, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    texts = torch.randint(0, 97, (3, 80), generator=torch.Generator().manual_seed(0)).tolist()
+    drafts = []
+    for in_one_call in (True, False):
+        drafter = Eagle3Drafter(eagle, embed, slots=3, capacity=300, dtype=torch.bfloat16, window=window)
+        assert drafter._network._use_int8
+        if not in_one_call:
+            drafter._network.chains = lambda *_: None
+        sequences = [SequenceState(Request(text[: 5 + i]), 0, 400) for i, text in enumerate(texts)]
+        context = DraftContext(sequences, lambda slots, places: taps[slots, places].flatten(1))
+        found = []
+        for step in range(25):
+            tree = drafter.propose(context, Strategy("eagle3", 1 + step % 5))
+            assert tree.lengths.tolist() == [1 + step % 5] * 3 and tree.parents is None
+            found.append(tree.tokens.tolist())
+            for i, (sequence, text) in enumerate(zip(sequences, texts, strict=True)):
+                for token in text[len(sequence.tokens) :][: 1 + (step + i) % 3]:
+                    sequence.append(token, -0.1, 0)
+        drafts.append(found)
+    assert drafts[0] == drafts[1]
+    assert len({token for found in drafts[0] for row in found for token in row}) > 10
+
+
+def test_a_draft_in_one_pass_leaves_no_trace_in_what_later_drafts_read():
+    """Masks are written over: chains drafted after such a draft are those that no such draft came before."""
+    model = tiny_llama(97, sharpness=6.0)
+    requests = [Request([5, 6, 7, i], SamplingParams(max_tokens=40), seed=i) for i in range(5)]
+    drafted = []
+    for first in ("parallel:5", "plain"):
+        engine = engine_for(model, slots=3)
+        steps = itertools.cycle([first, first, "eagle3:3"])
+        engine.speculation.selector = SimpleNamespace(
+            choose=lambda active, context, steps=steps: Strategy.parse(next(steps)),
+            record=lambda feedback: None,
+        )
+        drafts, propose = {}, engine.drafters["eagle3"].propose
+
+        def note(context, strategy, propose=propose, drafts=drafts):
+            draft = propose(context, strategy)
+            for sequence, tokens in zip(context.sequences, draft.tokens.tolist(), strict=True):
+                drafts[sequence.request.seed, len(sequence.tokens)] = tokens
+            return draft
+
+        engine.drafters["eagle3"].propose = note
+        engine.generate(requests)
+        drafted.append(drafts)
+    alike = [drafts for key, one in drafted[0].items() if (drafts := (one, drafted[1].get(key)))[1]]
+    assert len(alike) > 10
+    for one, other in alike:  # a neighbour near its end asks for fewer tokens
+        assert one[: len(other)] == other[: len(one)]
+
+
+def test_a_draft_in_one_pass_is_one_pass():
+    engine = engine_for(tiny_llama(97, sharpness=6.0), slots=4)
+    network, passes = engine.drafters["eagle3"]._network, []
+    network.step = None
+    network.read = lambda reading, read=network.read: passes.append(reading.masks) or read(reading)
+    for strategy, masks in (("parallel:1", 0), ("parallel:5", 4), ("parallel:3x2/5", 2)):
+        passes.clear()
+        engine.use_strategy(strategy)
+        engine.generate([Request([1, 2, i], SamplingParams(max_tokens=9), seed=i) for i in range(4)])
+        assert max(passes) == masks
+        assert len(passes) <= len(engine.records)
+
+
+def test_the_parallel_drafter_needs_eagle3_with_a_mask():
+    engine = engine_for(tiny_llama(), slots=2)
+    engine.drafters.pop("eagle3")
+    with pytest.raises(ValueError, match="add that drafter first"):
+        build_drafter("parallel", engine, DrafterParts())
+    engine.add_drafter(build_drafter("eagle3", engine, DrafterParts(eagle3=tiny_eagle3(tiny_llama()))))
+    with pytest.raises(ValueError, match="trained to draft in one pass"):
+        build_drafter("parallel", engine, DrafterParts())
 
 
 def drafts_of(engine, requests, strategy):

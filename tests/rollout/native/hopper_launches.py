@@ -75,12 +75,12 @@ def decode(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Decodes plainly, with chains and with trees, long and short prompts side by side."""
     with fake_cuda():
         engine = engine_for(to_cuda(model), slots=4, context=60, dtype=dtype)
-        for strategy in ("plain", "eagle3:3", "eagle3:4x3/8"):
+        for strategy in ("plain", "eagle3:3", "eagle3:4x3/8", "parallel:3"):
             engine.use_strategy(strategy)
             cut = 5 if strategy == "plain" else 0
             params = [SamplingParams(temperature=i % 2, top_k=cut, max_tokens=6) for i in range(4)]
             engine.generate([Request([1 + i] * (3 + 12 * i), p, seed=i) for i, p in enumerate(params)])
-            assert set(engine.drafters) == {"suffix", "eagle3", "adversarial"}
+            assert set(engine.drafters) == {"suffix", "eagle3", "parallel", "adversarial"}
         assert engine.runner.kernels is not None
         assert not engine.runner.graphs.fallbacks
 

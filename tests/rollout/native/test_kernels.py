@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.rollout import SamplingParams
-from paceline.rollout.native import AttentionRule, RaggedTokens, build, load_kernels
+from paceline.rollout.native import AttentionRule, Int8Rows, RaggedTokens, build, load_kernels
 from paceline.rollout.native import loading as native
 from paceline.rollout.sampling import draw_tokens, processed_probs
 
@@ -353,3 +353,23 @@ def test_ranks_that_build_at_once_all_get_a_library(compiler, cache):
         paths = list(pool.map(lambda _: build.build_library(), range(4)))
     assert len(set(paths)) == 1 and paths[0].exists()
     assert [p.name for p in cache.iterdir()] == [paths[0].name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (100, 576), (1536, 1152)])
+def test_products_with_8_bit_weights(outputs, inputs, dtype):
+    torch.manual_seed(0)
+    weights = Int8Rows(torch.randn(outputs, inputs) * torch.rand(outputs, 1))
+    exact = (weights.weights.double() - 128) * weights.scales.double()[:, None]
+    # whole numbers to 127, times a power of two for each 64: 8 bits hold them exactly
+    whole = torch.randint(-127, 128, (9, inputs // 64, 64))
+    whole[..., 0] = 127
+    whole[3, 0] = 0  # a group without a scale
+    x = (whole * 2.0 ** torch.randint(-4, 5, (9, inputs // 64, 1))).flatten(1).to(dtype)
+    multiply = load_kernels("cpu", dtype).multiply
+    expected = x.double() @ exact.T
+    rtol, atol = (2**-8, 1e-2) if dtype == torch.bfloat16 else (1e-4, 1e-2)
+    for rows in range(1, 10):
+        found = multiply(x[:rows], weights)
+        torch.testing.assert_close(found.double(), expected[:rows], rtol=rtol, atol=atol)
+        assert torch.equal(found, multiply(x, weights)[:rows]), "a row does not depend on the others"
