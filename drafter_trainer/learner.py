@@ -35,9 +35,8 @@ class DrafterLearner:
         temperature: Sampling temperature of the rollouts.
         autocast: Factory of the context manager for mixed precision.
         context: Number of tokens before a piece that its anchors attend to.
-        positions: Number of positions that training knows: each piece is moved by a random distance that
-            keeps it within them, the first four tokens of its text aside (`pack`). None trains at the real
-            positions.
+        positions: Number of positions within which each piece is moved by a random distance, the first four
+            tokens of its text aside (`pack`). None trains at the real positions.
         optimistic: Whether updates use the last gradient as a hint (`OptimisticAdamW`).
     """
 
@@ -108,7 +107,7 @@ class DrafterLearner:
         return [int(torch.randint(max(n, 0) + 1, (), generator=draw)) for n in room]
 
     def _draw(self) -> torch.Generator:
-        """Returns the random numbers of the next update, which its number decides, also after a resume."""
+        """Returns a generator seeded with the number of the update, so that a resumed run draws the same."""
         first = next(iter(self.optimizer.state.values()), {"step": 0})
         return torch.Generator().manual_seed(int(first["step"]))
 

@@ -45,7 +45,7 @@ class DraftPositions:
         self._product = torch.ones(anchors, device=device)  # of acceptances, with gradient
 
     def fork(self) -> DraftPositions:
-        """Returns the sums of drafts that continue otherwise, whose loss starts at 0."""
+        """Returns a copy for drafts that share the positions so far and then differ; its loss starts at 0."""
         other = copy.copy(self)
         other.total, other.weight = torch.zeros_like(self.total), 0.0
         other.acceptance, other.likeliest = list(self.acceptance), list(self.likeliest)

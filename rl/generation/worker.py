@@ -28,13 +28,11 @@ from paceline.rl.types import RankRollouts
 from paceline.rl.validation.speculation import draft_rules
 from paceline.rollout import PLAIN, FinishReason, RolloutEngine, SamplingParams, Strategy
 from paceline.rollout.drafter_factory import DrafterParts, build_drafter
-from paceline.rollout.drafters import Eagle3Drafter
+from paceline.rollout.drafters import EAGLE3_DRAFTERS, Eagle3Drafter
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 from paceline.rollout.model.kept_prefixes import KeptPrefixes
 from paceline.rollout.model.runner import ModelRunner
 from paceline.rollout.strategy import Selector
-
-_WITH_WEIGHTS = {"eagle3", "composite", "parallel"}  # they wait for `RolloutWorker.add_trained_drafter`
 
 
 class RolloutWorker:
@@ -72,7 +70,7 @@ class RolloutWorker:
         self.dtype = getattr(torch, r.dtype)
         self.engine = self._build_engine(other_memory)
         self._parts = self._drafter_parts()
-        self._add_drafters(name for name in config.speculation.drafters if name not in _WITH_WEIGHTS)
+        self._add_drafters(name for name in config.speculation.drafters if name not in EAGLE3_DRAFTERS)
         self.params = SamplingParams(
             temperature=r.temperature,
             top_k=r.top_k,
@@ -138,7 +136,7 @@ class RolloutWorker:
                 return
             wanted = Strategy.parse(s.strategy)
             waiting = (
-                wanted.drafter in _WITH_WEIGHTS and self._drafter is None and wanted.drafter in s.drafters
+                wanted.drafter in EAGLE3_DRAFTERS and self._drafter is None and wanted.drafter in s.drafters
             )
             self.engine.use_strategy(PLAIN if waiting else wanted)
         except ValueError as error:
@@ -267,7 +265,7 @@ class RolloutWorker:
             weights: The drafter's weights, which are copied.
         """
         self._parts.eagle3 = weights
-        self._add_drafters(name for name in self.config.speculation.drafters if name in _WITH_WEIGHTS)
+        self._add_drafters(name for name in self.config.speculation.drafters if name in EAGLE3_DRAFTERS)
         drafter = self.engine.drafters["eagle3"]
         assert isinstance(drafter, Eagle3Drafter)
         self._drafter = drafter
@@ -288,6 +286,6 @@ class RolloutWorker:
             self._drafter.load_weights(weights)
         except ValueError as error:
             return str(error)
-        for name in _WITH_WEIGHTS & self.engine.drafters.keys():
+        for name in EAGLE3_DRAFTERS & self.engine.drafters.keys():
             self.engine.speculation.selector.drafter_changed(name)
         return None

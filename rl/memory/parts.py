@@ -13,6 +13,7 @@ from paceline.rl.memory.activations import drafter_activations, update_activatio
 from paceline.rl.models.lora import add_adapters
 from paceline.rl.sharding import is_shared, trainable, zero_stage
 from paceline.rollout import default_tap_layers
+from paceline.rollout.drafters import EAGLE3_DRAFTERS
 from paceline.rollout.drafters.draft_graphs import drafter_graph_bytes
 from paceline.rollout.drafters.eagle3_model import SINKS, attention_shape, eagle3_config, parameter_count
 from paceline.rollout.drafters.eagle3_native import draft_shape
@@ -151,7 +152,7 @@ def _draft_graphs(config: RunConfig, sizes: ModelShape) -> int:
     arms = [Strategy.parse(name) for name in names] or [
         arm for name in families for arm in default_arms(name, speculation.max_nodes)
     ]
-    drafts = (arm for arm in arms if arm.drafter in ("eagle3", "composite", "parallel"))
+    drafts = (arm for arm in arms if arm.drafter in EAGLE3_DRAFTERS)
     return drafter_graph_bytes(sizes, drafts, slots, config.drafter.parallel_positions > 0)
 
 

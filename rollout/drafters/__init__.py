@@ -30,8 +30,12 @@ DRAFTERS: dict[str, type] = {
     "draft_model": DraftModelDrafter,
 }
 
+# drafters that cannot be built before there are EAGLE-3 weights
+EAGLE3_DRAFTERS = frozenset({"eagle3", "parallel", "composite"})
+
 __all__ = [
     "DRAFTERS",
+    "EAGLE3_DRAFTERS",
     "ClaspDrafter",
     "CompositeDrafter",
     "ConsensusDrafter",

@@ -75,7 +75,7 @@ class DraftGraphs:
         vocabulary: Target ids of the drafter's tokens, int64 [W]; it stays in place.
         slots: Number of sequences decoded together.
         capturer: Capturer to use.
-        parallel: Whether the drafts are made in one pass, which is not in the graph: reading is that pass.
+        parallel: Whether drafts are made in one pass. Reading is that pass, so graphs only choose tokens.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from paceline.rollout.drafters.base import TapReader
 from paceline.rollout.graphs.graph_pool import Capturer
 from paceline.rollout.sequence import SequenceState
 
-MASK = -1  # stands for the drafter's mask token, and says that the mask vector is read with it
+MASK = -1  # token id of a mask in a `Reading`, where networks read their mask token and mask vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,27 +94,5 @@ class Network(Protocol):
 
         Returns:
             The new outputs [B, E, hidden] and their logits [B, E, draft vocabulary].
-        """
-        ...
-
-    def chains(
-        self,
-        newest: tuple[torch.Tensor, torch.Tensor],
-        places: Sequence[int],
-        shift: Sequence[int],
-        depth: int,
-        vocabulary: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Drafts a chain of likeliest tokens for each sequence, without Python between its tokens.
-
-        Args:
-            newest: What `read` has returned.
-            places: Place of each sequence's first draft token in the draft cache.
-            shift: Position in the text of place 0 of each slot.
-            depth: Number of draft tokens.
-            vocabulary: Target ids of the drafter's tokens, int64 [W].
-
-        Returns:
-            Target ids, int64 [B, depth]; None where the network drafts no faster so than step by step.
         """
         ...

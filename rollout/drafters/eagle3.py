@@ -157,7 +157,7 @@ class Eagle3Drafter:
             drafted = self.graphs.draft(strategy, newest, sequences, shift)
             if drafted is not None:
                 return drafted
-        if self.rules.is_likeliest_chain(strategy):
+        if self.rules.is_likeliest_chain(strategy) and isinstance(self._network, NativeNetwork):
             places = [len(s.tokens) - 1 - moved for s, moved in zip(sequences, shift, strict=True)]
             tokens = self._network.chains(newest, places, shift, strategy.depth, self.vocabulary)
             if tokens is not None:

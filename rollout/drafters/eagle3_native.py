@@ -36,9 +36,8 @@ from paceline.rollout.native import (
 )
 from paceline.rollout.native.build import instruction_set
 
-# up to this many tokens, one call with 8-bit weights is fastest; matrix units overtake it earlier
-_FEW_TOKENS = {"amx": 16}
-_FEW_TOKENS_ELSEWHERE = 24
+# up to this many tokens, one call with 8-bit weights is fastest, with matrix units (AMX) and without
+_FEW_TOKENS_AMX, _FEW_TOKENS = 16, 24
 
 
 class NativeNetwork:
@@ -83,7 +82,7 @@ class NativeNetwork:
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
         self._rule = AttentionRule(cache.shape.head_dim**-0.5)
         linears = [m for m in weights.modules() if isinstance(m, nn.Linear)]
-        self._few_tokens = _FEW_TOKENS.get(instruction_set(), _FEW_TOKENS_ELSEWHERE) if packs else 0
+        self._few_tokens = _FEW_TOKENS_AMX if packs and instruction_set() == "amx" else _FEW_TOKENS
         self._use_int8 = (
             packs
             and Int8Rows.serves(*((m.out_features, m.in_features) for m in linears))
@@ -237,7 +236,18 @@ class NativeNetwork:
         depth: int,
         vocabulary: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Drafts chains of likeliest tokens in a single call, see `Network.chains`."""
+        """Drafts a chain of likeliest tokens for each sequence in a single call.
+
+        Args:
+            newest: What `read` has returned.
+            places: Place of each sequence's first draft token in the draft cache.
+            shift: Position in the text of place 0 of each slot.
+            depth: Number of draft tokens.
+            vocabulary: Target ids of the drafter's tokens, int64 [W].
+
+        Returns:
+            Target ids, int64 [B, depth]; None where steps do not run in one call with 8-bit weights.
+        """
         if self._layer is None or len(places) > self._few_tokens:
             return None
         assert isinstance(self._kernels, Kernels)

@@ -105,17 +105,6 @@ class PaddedNetwork:
         out = self._run(tokens, hidden, seats, upload(shift, cache.device)[:, None])
         return out, self._model.logits(out)
 
-    def chains(
-        self,
-        newest: tuple[torch.Tensor, torch.Tensor],
-        places: Sequence[int],
-        shift: Sequence[int],
-        depth: int,
-        vocabulary: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """Returns None: chains are drafted step by step."""
-        return None
-
     def capture_graphs(self, capturer: Capturer, precapture: bool) -> None:
         """Captures a draft step for every batch bucket at the cache's present span.
 

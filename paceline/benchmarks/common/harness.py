@@ -30,7 +30,7 @@ from paceline.rollout import (
     mean_acceptance_length,
 )
 from paceline.rollout.drafter_factory import DrafterParts, build_drafter
-from paceline.rollout.drafters import DraftRules
+from paceline.rollout.drafters import EAGLE3_DRAFTERS, DraftRules
 from paceline.rollout.drafters.eagle3_model import Eagle3Model
 
 _WITH_MODELS = ("eagle3", "parallel", "clasp", "draft_model")  # drafters that remember no text
@@ -235,6 +235,11 @@ class RolloutBench:
         """Sets the weights of the EAGLE-3 drafter in engines built from now on."""
         self.drafter = self._parts.eagle3 = drafter
 
+    def eagle3_ways(self) -> list[str]:
+        """Returns the drafters that draft with the EAGLE-3 weights: a pass a token, and in one if learned."""
+        assert self.drafter is not None
+        return ["eagle3"] if self.drafter.mask_token is None else ["eagle3", "parallel"]
+
     def engine(
         self,
         slots: int,
@@ -265,7 +270,7 @@ class RolloutBench:
         )
         self._parts.rules = draft_rules(s) if rules is None else rules
         for name in s.drafters if drafters is None else drafters:
-            if self.drafter is not None or name not in ("eagle3", "composite", "parallel"):
+            if self.drafter is not None or name not in EAGLE3_DRAFTERS:
                 engine.add_drafter(build_drafter(name, engine, self._parts))
         return engine
 

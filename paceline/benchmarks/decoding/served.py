@@ -94,7 +94,7 @@ def compare_served(bench: RolloutBench, python: Path, prompts: int, depth: int) 
         )
     greedy = replace(bench.params, temperature=0.0)
     requests = bench.with_natural_lengths(bench.requests(bench.problems[:prompts], prompts, 1, greedy))
-    drafters = ["eagle3"] if bench.drafter.mask_token is None else ["eagle3", "parallel"]
+    drafters = bench.eagle3_ways()
     engine = bench.engine(_SLOTS, max(r.params.max_tokens for r in requests), DraftRules(), drafters)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

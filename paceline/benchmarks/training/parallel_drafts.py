@@ -80,7 +80,7 @@ class TrainedRow:
         chain: Expected acceptance length of drawn drafts with a pass a token.
         parallel: Expected acceptance length of drawn drafts in one pass; None if it has no mask.
         chain_by_position: Acceptance probability Σ min(p, q) at each position with a pass a token.
-        parallel_by_position: The same in one pass; empty if it has no mask.
+        parallel_by_position: Σ min(p, q) at each position in one pass; empty if it has no mask.
     """
 
     trained: str
@@ -205,8 +205,7 @@ def time_drafts(
 def _engine(bench: RolloutBench, drafter: Eagle3Model, w: Workload) -> RolloutEngine:
     """Returns an engine that drafts a pass a token, and in one pass if the drafter has learned it."""
     bench.set_drafter(drafter)
-    names = ["eagle3"] if drafter.mask_token is None else ["eagle3", "parallel"]
-    return bench.engine(w.slots, max(r.params.max_tokens for r in w.timed), drafters=names)
+    return bench.engine(w.slots, max(r.params.max_tokens for r in w.timed), drafters=bench.eagle3_ways())
 
 
 def _decoded(
