@@ -45,7 +45,7 @@ def logits_of(monkeypatch, eagle, model, batch, objective, draw=None) -> list[to
 
 
 def test_training_computes_what_drafting_computes(model, rollouts, monkeypatch):
-    """The likeliest token of each anchor and position in training is the one that is drafted there."""
+    """The logits of each anchor and position in training are those that are drafted from there."""
     eagle, trace = tiny_eagle3(model, parallel=True), rollouts[0].trace
     batch = packed([trace], model, eagle.vocabulary, unroll=DEPTH)
     batch.trained[:] = True
@@ -55,12 +55,15 @@ def test_training_computes_what_drafting_computes(model, rollouts, monkeypatch):
     drafter = Eagle3Drafter(eagle, model.model.embed_tokens, slots=1, capacity=64, dtype=torch.float32)
     taps = torch.zeros(1, 64, 4, 64)
     taps[0, :anchors, :3] = trace.taps.view(anchors, 3, 64)
+    found, read = [], drafter._network.read
+    drafter._network.read = lambda reading: found.append(read(reading)) or found[-1]
     for anchor in range(anchors - 1):
         sequence = SequenceState(Request(trace.token_ids[: anchor + 2].tolist()), 0, 64)
         context = DraftContext([sequence], reader_of(taps))
         drafted = drafter.propose_parallel(context, Strategy("parallel", DEPTH)).tokens[0]
         drafter.release(0)
         assert torch.equal(drafted, eagle.vocabulary[trained[:, anchor].argmax(-1)])
+        torch.testing.assert_close(found[-1][1][0], trained[:, anchor], rtol=1e-4, atol=1e-4)
     assert len(set(trained.argmax(-1).flatten().tolist())) > 3
 
 

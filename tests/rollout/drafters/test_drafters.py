@@ -27,6 +27,8 @@ from paceline.rollout.drafters import (
     eagle3,
 )
 from paceline.rollout.drafters.clasp import _Search
+from paceline.rollout.drafters.draft_rows import DraftRows
+from paceline.rollout.drafters.eagle3_expander import ParallelExpander
 from paceline.rollout.drafters.suffix_automaton import SuffixAutomaton
 from paceline.rollout.native import load_kernels
 from paceline.rollout.sequence import SequenceState
@@ -362,6 +364,21 @@ def test_a_draft_in_one_pass_is_one_pass():
         engine.generate([Request([1, 2, i], SamplingParams(max_tokens=9), seed=i) for i in range(4)])
         assert max(passes) == masks
         assert len(passes) <= len(engine.records)
+
+
+def test_every_node_of_a_level_has_the_distribution_of_its_level():
+    logits = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
+    expander = ParallelExpander(
+        logits, DraftRows.of((), torch.device("cpu"), padding=(2, 0)), torch.arange(7)
+    )
+    assert torch.equal(expander.root(), logits[:, 0])
+    children = expander.expand(torch.zeros(2, 2, dtype=torch.long), torch.tensor([[-1, -1], [-1, -1]]))
+    assert torch.equal(children, logits[:, [1, 1]])
+    # a grandchild, another child, and in the next level a great-grandchild
+    mixed = expander.expand(torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1, -1], [-1, 0]]))
+    assert torch.equal(mixed, torch.stack([logits[0, [2, 1]], logits[1, [1, 2]]]))
+    last = expander.expand(torch.zeros(2, 1, dtype=torch.long), torch.tensor([[2], [3]]))
+    assert torch.equal(last, logits[:, [3]])
 
 
 def test_the_parallel_drafter_needs_eagle3_with_a_mask():
